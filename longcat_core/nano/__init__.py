@@ -1,0 +1,1 @@
+"""LongCat-nano: a small embedded model of the same architecture, its procedural world and its scorer."""

@@ -1,0 +1,357 @@
+"""The procedural world of LongCat-nano: flat shapes moving over a plain background, with captions.
+
+The picture is a torus: a shape that leaves on one side enters on the other, so every motion can go on forever.
+A `Scene` says what is seen; `Placements` say where and how fast; `render` draws any stretch of frames of many scenes
+at once. Lengths scale with min(height, width) / 64 and motion is fixed per second, so one placement gives the same
+video at every size and frame rate.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import LongCatError
+
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = ("left", "right", "up", "down", "still", "circle", "pulse")
+COLOURS = {
+    "red": (230, 30, 40),
+    "green": (30, 160, 60),
+    "blue": (30, 70, 220),
+    "yellow": (245, 225, 45),
+    "purple": (165, 50, 195),
+    "cyan": (40, 215, 220),
+    "orange": (250, 135, 20),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS = {
+    "black": (12, 12, 12),
+    "gray": (128, 128, 128),
+    "white": COLOURS["white"],
+    "blue": COLOURS["blue"],
+    "green": COLOURS["green"],
+    "brown": (115, 65, 28),
+}
+
+BASE_FPS = 15
+BASE_SIDE = 64  # the shorter side at which the lengths below are pixels
+RADIUS = (9.0, 13.0)
+SPEED = (1.2, 2.2)  # pixels per frame at BASE_FPS
+ORBIT_RADIUS = (8.0, 12.0)
+ORBIT_PERIOD = (1.4, 2.0)  # seconds
+PULSE_DEPTH = 0.3
+PULSE_PERIOD = (1.0, 1.6)  # seconds
+MAX_ACTORS = 2
+_DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+
+# Proportions to the radius, chosen so that all four shapes look about equally large.
+_SQUARE_HALF, _TRIANGLE_INRADIUS, _CROSS_ARM, _CROSS_HALF = 0.89, 0.70, 1.15, 0.42
+SHAPE_AREA = {  # in units of radius squared
+    "circle": math.pi,
+    "square": 4 * _SQUARE_HALF**2,
+    "triangle": 3 * math.sqrt(3) * _TRIANGLE_INRADIUS**2,
+    "cross": 8 * _CROSS_ARM * _CROSS_HALF - 4 * _CROSS_HALF**2,
+}
+
+
+@dataclass(frozen=True)
+class Actor:
+    shape: str
+    colour: str
+    motion: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two actors over a background; no two things in a scene share a colour. Raises LongCatError otherwise."""
+
+    background: str
+    actors: tuple[Actor, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.actors) <= MAX_ACTORS:
+            raise LongCatError(f"A scene holds 1 or {MAX_ACTORS} shapes, not {len(self.actors)}.")
+        _check("background", self.background, BACKGROUNDS)
+        for actor in self.actors:
+            _check("shape", actor.shape, SHAPES)
+            _check("colour", actor.colour, COLOURS)
+            _check("motion", actor.motion, MOTIONS)
+        colours = [self.background, *(actor.colour for actor in self.actors)]
+        if len(set(colours)) < len(colours):
+            raise LongCatError(f"Shapes and background need different colours, got {', '.join(colours)}.")
+
+
+def _check(what: str, value: str, known: Sequence[str] | dict) -> None:
+    if value not in known:
+        raise LongCatError(f"Unknown {what} {value!r}; choose one of: {', '.join(known)}.")
+
+
+def sample_scene(rng: random.Random, two_shapes: float = 0.35) -> Scene:
+    """A scene drawn uniformly; with probability `two_shapes` it holds two actors."""
+    background = rng.choice(list(BACKGROUNDS))
+    colours = rng.sample([name for name in COLOURS if name != background], 2 if rng.random() < two_shapes else 1)
+    return Scene(background, tuple(Actor(rng.choice(SHAPES), colour, rng.choice(MOTIONS)) for colour in colours))
+
+
+# --- captions: the first entry of each row is the canonical one -----------------------------------------------------
+
+SHAPE_WORDS = {
+    "circle": ("circle", "ball", "disc", "disk"),
+    "square": ("square", "box", "block"),
+    "triangle": ("triangle",),
+    "cross": ("cross", "plus sign", "plus"),
+}
+COLOUR_WORDS = {name: (name,) for name in (*COLOURS, *BACKGROUNDS)} | {
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+    "gray": ("gray", "grey"),
+}
+_MOVES = ("moves {}", "is moving {}", "slides {}", "drifts {}", "travels {}", "glides {}")
+_WAYS = {
+    "left": ("left", "to the left"),
+    "right": ("right", "to the right"),
+    "up": ("up", "upward", "upwards"),
+    "down": ("down", "downward", "downwards"),
+}
+MOTION_WORDS = {name: tuple(move.format(way) for way in ways for move in _MOVES) for name, ways in _WAYS.items()} | {
+    "still": ("stays still", "is still", "stands still", "remains still", "does not move", "is not moving"),
+    "circle": ("moves in a circle", "is moving in a circle", "moves in circles", "goes around in a circle"),
+    "pulse": ("pulses", "is pulsing", "pulsates", "grows and shrinks", "is growing and shrinking"),
+}
+_ARTICLES = ("a", "the", "one", "")
+_PLACES = (
+    "on a {} background",
+    "over a {} background",
+    "against a {} background",
+    "in front of a {} background",
+    "on a plain {} background",
+    "in front of a plain {} background",
+    "on {}",
+)
+_JOINTS = ("and", "while", ",")
+_UNNAMED = ("an", "background", *_ARTICLES, *_JOINTS)
+VOCABULARY_WORDS = tuple(
+    sorted(
+        {
+            word
+            for row in (*SHAPE_WORDS.values(), *COLOUR_WORDS.values(), *MOTION_WORDS.values(), _PLACES, _UNNAMED)
+            for phrase in row
+            for word in phrase.split()
+            if word.isalpha()
+        }
+    )
+)
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """The canonical caption; with `rng` a paraphrase about every other time."""
+    if rng is None or rng.random() < 0.5:
+        actors = [_name(actor.colour, actor.shape, actor.motion) for actor in scene.actors]
+        return f"{' and '.join(_sentence('a', *names) for names in actors)} on a {scene.background} background"
+    article = rng.choice(_ARTICLES)
+    actors = [_name(actor.colour, actor.shape, actor.motion, rng) for actor in scene.actors]
+    joint = rng.choice(_JOINTS)
+    joint = ", " if joint == "," else f" {joint} "
+    text = joint.join(_sentence(article, *names) for names in actors)
+    background = rng.choice(COLOUR_WORDS[scene.background])
+    if rng.random() < 0.2:
+        text = f"{background} background, {text}"
+    else:
+        text = f"{text} {rng.choice(_PLACES).format(background)}"
+    text = text[0].upper() + text[1:] if rng.random() < 0.5 else text
+    return text + "." if rng.random() < 0.5 else text
+
+
+def _name(colour: str, shape: str, motion: str, rng: random.Random | None = None) -> tuple[str, str, str]:
+    rows = COLOUR_WORDS[colour], SHAPE_WORDS[shape], MOTION_WORDS[motion]
+    return tuple(row[0] if rng is None or rng.random() < 0.4 else rng.choice(row) for row in rows)
+
+
+def _sentence(article: str, colour: str, shape: str, motion: str) -> str:
+    if article == "a" and colour[0] in "aeiou":
+        article = "an"
+    return f"{article} {colour} {shape} {motion}".strip()
+
+
+def corpus(n: int, seed: int = 0) -> list[str]:
+    """`n` captions, canonical and paraphrased, for training a SentencePiece model."""
+    rng = random.Random(seed)
+    return [caption(sample_scene(rng, two_shapes=0.5), rng) for _ in range(n)]
+
+
+def _lookup(table: dict[str, tuple[str, ...]], names: Sequence[str]) -> tuple[dict[str, str], str]:
+    words = {word: name for name in names for word in table[name]}
+    return words, "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+
+
+_SHAPE_OF, _SHAPE = _lookup(SHAPE_WORDS, SHAPES)
+_COLOUR_OF, _COLOUR = _lookup(COLOUR_WORDS, tuple(COLOURS))
+_BACKGROUND_OF, _BACKGROUND = _lookup(COLOUR_WORDS, tuple(BACKGROUNDS))
+_MOTION_OF, _MOTION = _lookup(MOTION_WORDS, MOTIONS)
+_ACTOR = rf"(?:(?:a|an|the|one) )?({_COLOUR}) ({_SHAPE}) ({_MOTION})"
+_FRONT = rf"(?:(?:a |the )?(?:plain )?({_BACKGROUND}) background ?, ?)?"
+_BACK = rf"(?:,? ?(?:on|over|against|in front of) (?:an? |the )?(?:plain )?({_BACKGROUND})(?: background)?)?"
+_CAPTION = re.compile(rf"{_FRONT}{_ACTOR}(?:(?: and | while | ?, ?(?:and )?){_ACTOR})?{_BACK}")
+
+
+def parse_caption(text: str) -> Scene:
+    """The scene that a caption of this world names. Raises LongCatError, with the vocabulary, for any other text."""
+    match = _CAPTION.fullmatch(" ".join(text.lower().split()).rstrip(". "))
+    groups = match.groups() if match else ()
+    if not match or (groups[0] is None) == (groups[-1] is None):
+        raise LongCatError(
+            f'"{text}" is not a caption of the nano world; write "a red circle moves right on a blue background", with '
+            f"shapes {', '.join(SHAPES)}; colours {', '.join(COLOURS)}; backgrounds {', '.join(BACKGROUNDS)}; "
+            f"motions {', '.join(MOTION_WORDS[name][0] for name in MOTIONS)}; two shapes are joined by 'and'."
+        )
+    actors = [groups[1:4], groups[4:7]] if groups[4] else [groups[1:4]]
+    return Scene(
+        _BACKGROUND_OF[groups[0] or groups[-1]],
+        tuple(Actor(_SHAPE_OF[shape], _COLOUR_OF[colour], _MOTION_OF[motion]) for colour, shape, motion in actors),
+    )
+
+
+# --- placing and drawing ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placements:
+    """What `render` draws: B scenes of up to A = 2 actors. Lengths are pixels at a shorter side of 64, times seconds."""
+
+    background: Tensor  # [B, 3] in 0..1
+    colour: Tensor  # [B, A, 3] in 0..1
+    shape: Tensor  # [B, A] index into SHAPES, -1 for no actor
+    position: Tensor  # [B, A, 2] x, y at time 0 as a fraction of width, height (centre of the orbit, if any)
+    velocity: Tensor  # [B, A, 2] per second
+    radius: Tensor  # [B, A]
+    orbit: Tensor  # [B, A] radius of the orbit, 0 for none
+    depth: Tensor  # [B, A] relative change of the radius, 0 for no pulse
+    rate: Tensor  # [B, A] radians per second of orbit or pulse
+    phase: Tensor  # [B, A] radians
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, rows: slice | Tensor) -> Placements:
+        return Placements(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Placements:
+        return Placements(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def place(scenes: Sequence[Scene], seed: int | torch.Generator) -> Placements:
+    """Random positions, speeds, sizes and phases for `scenes`, on the CPU. The same seed gives the same placements."""
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    batch = len(scenes)
+    draw = torch.rand(batch, MAX_ACTORS, 6, generator=generator, dtype=torch.float64)
+
+    def between(column: int, low: float | Tensor, high: float | Tensor) -> Tensor:
+        return low + (high - low) * draw[..., column]
+
+    actors = [[*scene.actors, *[None] * (MAX_ACTORS - len(scene.actors))] for scene in scenes]
+
+    def table(value) -> Tensor:
+        return torch.tensor([[value(actor) for actor in row] for row in actors], dtype=torch.float64)
+
+    def is_motion(name: str) -> Tensor:
+        return table(lambda actor: float(actor is not None and actor.motion == name))
+
+    position = draw[..., :2].clone()
+    # The second actor starts about half a picture away on both axes, as far apart as a torus allows.
+    position[:, 1] = (position[:, 0] + 0.5 + 0.24 * (draw[:, 1, :2] - 0.5)) % 1
+    direction = table(lambda actor: _DIRECTIONS.get(actor.motion, (0.0, 0.0)) if actor else (0.0, 0.0))
+    orbits, pulses = is_motion("circle"), is_motion("pulse")
+    period = torch.where(orbits > 0, between(2, *ORBIT_PERIOD), between(2, *PULSE_PERIOD))
+    return Placements(
+        background=torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32) / 255,
+        colour=(table(lambda actor: COLOURS[actor.colour] if actor else (0, 0, 0)) / 255).float(),
+        shape=table(lambda actor: SHAPES.index(actor.shape) if actor else -1).long(),
+        position=position,
+        velocity=direction * between(2, *SPEED).unsqueeze(-1) * BASE_FPS,
+        radius=between(3, *RADIUS),
+        orbit=orbits * between(4, *ORBIT_RADIUS),
+        depth=pulses * PULSE_DEPTH,
+        rate=2 * math.pi / period,
+        phase=between(5, 0.0, 2 * math.pi),
+    )
+
+
+def shape_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
+    """Signed distance in pixels (negative inside) to the edge of a shape around the origin; y points down.
+
+    x and y broadcast against each other; outside a corner the value is the distance to the nearer edge line.
+    """
+    if shape == "circle":
+        return torch.hypot(x, y) - radius
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - _SQUARE_HALF * radius
+    if shape == "triangle":
+        return torch.maximum(y, math.sqrt(0.75) * x.abs() - 0.5 * y) - _TRIANGLE_INRADIUS * radius
+    if shape == "cross":
+        x, y, arm, half = x.abs(), y.abs(), _CROSS_ARM * radius, _CROSS_HALF * radius
+        return torch.minimum(torch.maximum(x - arm, y - half), torch.maximum(x - half, y - arm))
+    raise LongCatError(f"Unknown shape {shape!r}; choose one of: {', '.join(SHAPES)}.")
+
+
+def wrap(offset: Tensor, period: float) -> Tensor:
+    """The shortest offset on a circle of the given length, in -period/2 .. period/2."""
+    return (offset + period / 2) % period - period / 2
+
+
+def trajectories(
+    placements: Placements, frames: int, height: int, width: int, fps: float = BASE_FPS, start_frame: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Centres [B, A, frames, 2] as x, y in pixels (not wrapped) and radii [B, A, frames] in pixels, float64."""
+    scale = min(height, width) / BASE_SIDE
+    size = torch.tensor([width, height], dtype=torch.float64, device=placements.position.device)
+    # float64, so that a position an hour into a video is as exact as in its first frame
+    time = (start_frame + torch.arange(frames, dtype=torch.float64, device=size.device)) / fps
+    angle = placements.rate[..., None] * time + placements.phase[..., None]
+    # y points down, so a growing angle turns clockwise
+    turn = torch.stack([angle.cos(), angle.sin()], dim=-1) * placements.orbit[..., None, None]
+    path = placements.velocity[..., None, :] * time[:, None] + turn
+    centre = placements.position[..., None, :] * size + path * scale
+    radius = placements.radius[..., None] * scale * (1 + placements.depth[..., None] * angle.sin())
+    return centre, radius
+
+
+def render(
+    placements: Placements, frames: int, height: int, width: int, *, fps: float = BASE_FPS, start_frame: int = 0
+) -> Tensor:
+    """Draws frames start_frame .. start_frame + frames of every scene: [B, frames, height, width, 3] float32 in 0..1.
+
+    Runs on the device of the placements. Beside the result it holds about three float32 masks of B * frames pictures.
+    """
+    if min(frames, height, width) < 1 or fps <= 0:
+        raise LongCatError(f"Cannot draw {frames} frames of {height}x{width} at {fps} fps; all must be positive.")
+    centre, radius = trajectories(placements, frames, height, width, fps, start_frame)
+    device, batch = centre.device, len(placements)
+    columns = torch.arange(width, dtype=torch.float64, device=device)
+    rows = torch.arange(height, dtype=torch.float64, device=device)
+    video = placements.background[:, None, None, None].repeat(1, frames, height, width, 1)
+    for actor in range(placements.shape.shape[1]):
+        x = wrap(columns - centre[:, actor, :, :1], width).float()[:, :, None, :]
+        y = wrap(rows - centre[:, actor, :, 1:], height).float()[:, :, :, None]
+        size = radius[:, actor, :, None, None].float()
+        alpha = torch.zeros(batch, frames, height, width, device=device)
+        for index, name in enumerate(SHAPES):
+            clips = (placements.shape[:, actor] == index).nonzero().squeeze(1)
+            alpha[clips] = shape_distance(name, x[clips], y[clips], size[clips]).neg_().add_(0.5).clamp_(0, 1)
+        video.lerp_(placements.colour[:, actor, None, None, None], alpha.unsqueeze(-1))
+    return video
+
+
+def render_clip(
+    scene: Scene, *, frames: int, height: int, width: int, seed: int, fps: float = BASE_FPS, start_frame: int = 0
+) -> np.ndarray:
+    """One clip of one scene as uint8 [frames, height, width, 3]."""
+    video = render(place([scene], seed), frames, height, width, fps=fps, start_frame=start_frame)[0]
+    return (video * 255).round().to(torch.uint8).numpy()
