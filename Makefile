@@ -1,0 +1,29 @@
+# Everything runs in .venv, which is made on the first call and refreshed when the two files it depends on change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/longcat generate "a red circle moves right on a blue background" \
+		--seed 1 --output demo.mp4 --contact-sheet demo.png
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+# The stamp is written last: an install that broke off is begun again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[headless,test,dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo.mp4 demo.png
+	find longcat_core nodes tests -name __pycache__ -type d -prune -exec rm -rf {} +
