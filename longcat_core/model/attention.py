@@ -1,0 +1,208 @@
+"""Self-attention with conditioning frames, and cross-attention to text of varying length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import LongCatError
+from . import backends
+from .backends import Varlen
+from .config import Optimizations, TextMode
+from .rope import apply_rope
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis in fp32, cast back, then times the weight (in that order)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, dtype: torch.dtype | None = None, device: Any = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(device=x.device, dtype=x.dtype)
+
+
+def project(layer: nn.Module, x: Tensor, parts: int, fused: bool) -> tuple[Tensor, ...]:
+    """`parts` equal slices of a fused projection of x [..., C_in], each [..., C_out/parts].
+
+    Unfused runs one GEMM per slice of the same weight, so the switch needs no other weights. Layers that are more
+    than a plain nn.Linear (streamed, quantised or patched by their owner) must run whole, and do.
+    """
+    if fused or type(layer) is not nn.Linear:
+        return layer(x).chunk(parts, dim=-1)
+    biases = (None,) * parts if layer.bias is None else layer.bias.chunk(parts)
+    return tuple(F.linear(x, w, b) for w, b in zip(layer.weight.chunk(parts), biases, strict=True))
+
+
+@dataclass
+class TextTokens:
+    """Embedded text, arranged for one of the cross-attention modes.
+
+    tokens: [B, M, C] in the network's dtype. Rows past a sample's keys are filler.
+    bias: [B, 1, 1, M] fp32 added to the logits (0, ln(count) on the key that stands for `count` padding tokens,
+        -inf on filler), or None where every row is attended as it is.
+    lengths: keys per sample without the padding key, or None where bias is None.
+    pad_counts: [B] padding tokens that row `lengths[b]` stands for; 0 where padding is dropped.
+    """
+
+    tokens: Tensor
+    bias: Tensor | None = None
+    lengths: list[int] | None = None
+    pad_counts: Tensor | None = None
+
+
+def arrange_text(y: Tensor, mask: Tensor | None, mode: TextMode, zero_pad: bool) -> TextTokens:
+    """Arrange embedded text y [B, L, C] with mask [B, L] (non-zero: a real token) for cross-attention.
+
+    With `zero_pad` (the released model) a padding token is attended as a zero vector: all of them then share one key
+    and one value, and n equal keys weigh as much as one whose logit is raised by ln(n). Without a mask every token
+    counts as real.
+    """
+    if mask is None:
+        return TextTokens(y)
+    real = mask.to(y.device) != 0
+    if mode == "padded" and zero_pad:
+        return TextTokens(y * real[..., None].to(y.dtype))
+    counts = real.sum(1)
+    lengths = counts.tolist()
+    fold = zero_pad and mode == "exact"
+    if not fold and min(lengths) == 0:
+        raise LongCatError(f"text row {lengths.index(0)} has no token; give at least the end-of-text token")
+    if mode == "padded":
+        bias = torch.where(real, 0.0, -math.inf).to(torch.float32)[:, None, None]
+        return TextTokens(y, bias)
+
+    # Real tokens first, in order; then, folding, one zero token for all padding.
+    width = max(lengths) + (1 if fold else 0)
+    order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)
+    tokens = torch.gather(y, 1, order[..., None].expand(-1, -1, y.shape[-1]))
+    tokens = F.pad(tokens, (0, 0, 0, max(0, width - y.shape[1])))[:, :width]
+    position = torch.arange(width, device=y.device)[None]
+    tokens = tokens * (position < counts[:, None])[..., None].to(y.dtype)
+    pad_counts = (y.shape[1] - counts) if fold else torch.zeros_like(counts)
+    bias = torch.where(position < counts[:, None], 0.0, -math.inf).to(torch.float32)
+    # log(0) = -inf: a sample without padding has no padding key.
+    bias = torch.where(position == counts[:, None], pad_counts[:, None].float().log(), bias)
+    return TextTokens(tokens, bias[:, None, None], lengths, pad_counts)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over all tokens; conditioning tokens see only each other.
+
+    Weights: qkv [3C, C] laid out as (3, heads, head_dim), proj [C, C], both with bias; q_norm, k_norm [head_dim].
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        kwargs = {"dtype": dtype, "device": device}
+        self.num_heads = num_heads
+        self.qkv = operations.Linear(dim, 3 * dim, **kwargs)
+        self.q_norm = RMSNorm(dim // num_heads, **kwargs)
+        self.k_norm = RMSNorm(dim // num_heads, **kwargs)
+        self.proj = operations.Linear(dim, dim, **kwargs)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        num_cond_tokens: int,
+        cached: tuple[Tensor, Tensor] | None,
+        optimizations: Optimizations,
+        keep: Any = None,
+    ) -> Tensor:
+        """x [B, N, C] -> [B, N, C].
+
+        rope: tables for these N tokens. num_cond_tokens: how many of x's first tokens are conditioning tokens.
+        cached: rotated keys and the values of conditioning tokens that stand in front of x, or None.
+        keep: called with k (before RoPE) and v, each [B, N, heads, head_dim], to fill a cache.
+        """
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)) for part in project(self.qkv, x, 3, optimizations.fused_qkv)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if keep is not None:
+            keep(k, v)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        attend = backends.resolve(optimizations.attention, q).attend
+        if cached is not None:
+            out = attend(q, torch.cat((cached[0], k), dim=1), torch.cat((cached[1], v), dim=1))
+        elif num_cond_tokens:
+            n = num_cond_tokens
+            out = torch.cat((attend(q[:, :n], k[:, :n], v[:, :n]), attend(q[:, n:], k, v)), dim=1)
+        else:
+            out = attend(q, k, v)
+        return self.proj(out.flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from video tokens to text tokens, without RoPE.
+
+    Weights: q [C, C], kv [2C, C] laid out as (2, heads, head_dim), proj [C, C], all with bias; norms [head_dim].
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        kwargs = {"dtype": dtype, "device": device}
+        self.num_heads = num_heads
+        self.q = operations.Linear(dim, dim, **kwargs)
+        self.kv = operations.Linear(dim, 2 * dim, **kwargs)
+        self.q_norm = RMSNorm(dim // num_heads, **kwargs)
+        self.k_norm = RMSNorm(dim // num_heads, **kwargs)
+        self.proj = operations.Linear(dim, dim, **kwargs)
+
+    def forward(self, x: Tensor, text: TextTokens, optimizations: Optimizations) -> Tensor:
+        """x [B, N, C] attends to text; returns [B, N, C]."""
+        q = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
+        k, v = (
+            part.unflatten(-1, (self.num_heads, -1))
+            for part in project(self.kv, text.tokens, 2, optimizations.fused_qkv)
+        )
+        k = self.k_norm(k)
+        if text.bias is None:
+            out = backends.resolve(optimizations.attention, q).attend(q, k, v)
+        else:
+            varlen = backends.varlen_kernel(optimizations.attention, q) if text.lengths is not None else None
+            if varlen is not None and min(text.lengths) > 0:
+                out = _attend_packed(varlen, q, k, v, text)
+            else:
+                out = _attend_biased(q, k, v, text.bias)
+        return self.proj(out.flatten(-2))
+
+
+def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2)
+
+
+def _attend_packed(varlen: backends.AttendVarlen, q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
+    """Attend to the real tokens alone, then add the padding key from the log-sum-exp.
+
+    With weights w = exp(logit): (sum w_i v_i + n w_p v_p) / (sum w_i + n w_p) is a blend of the attended output and
+    v_p by sigmoid(ln n + logit_p - lse).
+    """
+    batch, tokens, heads, dim = q.shape
+    lengths = text.lengths
+    cu_k = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
+    cu_q = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device, dtype=torch.int32)
+    packed_k = torch.cat([k[b, :n] for b, n in enumerate(lengths)])
+    packed_v = torch.cat([v[b, :n] for b, n in enumerate(lengths)])
+    sizes = Varlen(cu_q, cu_k, tokens, max(lengths))
+    out, lse = varlen(q.flatten(0, 1), packed_k, packed_v, sizes)
+    out = out.view(batch, tokens, heads, dim)
+    if k.shape[1] == max(lengths):  # no row was added for a padding key: padding is dropped
+        return out
+    rows = torch.arange(batch, device=q.device), torch.tensor(lengths, device=q.device)
+    k_pad, v_pad = k[rows][:, None], v[rows][:, None]
+    logit = (q.float() * k_pad.float()).sum(-1) * dim**-0.5
+    lse = lse.view(heads, batch, tokens).permute(1, 2, 0)
+    weight = torch.sigmoid(text.pad_counts.float().log()[:, None, None] + logit - lse)[..., None]
+    return torch.lerp(out.float(), v_pad.float().expand_as(out), weight).to(q.dtype)

@@ -1,0 +1,285 @@
+"""Attention kernels under one signature, chosen by name or `auto`; each says why it cannot be used.
+
+A kernel takes q [B, Nq, H, D], k and v [B, Nk, H, D] and returns [B, Nq, H, D]: no mask, no causality, softmax scale
+D^-0.5. Optional packages are looked for when a backend is first asked for, never when this module is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..errors import BackendUnavailable
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Varlen(NamedTuple):
+    """Lengths of packed sequences, as flash-attention kernels take them.
+
+    cu_seqlens_*: int32 [B+1] running totals on the tensors' device; max_seqlen_*: tokens of the longest sequence.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+# q [sum Nq, H, D], k and v [sum Nk, H, D] -> output [sum Nq, H, D] and log-sum-exp [H, sum Nq] fp32.
+AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One attention kernel.
+
+    `missing` answers "" where the kernel can run in this installation, otherwise the reason. `exact` is False for
+    kernels that quantise their inputs: `auto` never takes those. `dtypes` None means any.
+    """
+
+    name: str
+    summary: str
+    missing: Callable[[], str]
+    attend: Attend
+    varlen: AttendVarlen | None = None
+    exact: bool = True
+    cuda_only: bool = True
+    dtypes: tuple[torch.dtype, ...] | None = HALF
+    max_head_dim: int = 256
+    needs_no_grad: bool = False
+
+    def refuses(self, q: Tensor) -> str:
+        """Why this kernel cannot take inputs like q, or ""."""
+        if self.cuda_only and q.device.type != "cuda":
+            return f"it runs on CUDA, the tensors are on {q.device.type}"
+        if self.dtypes is not None and q.dtype not in self.dtypes:
+            return f"it takes {' or '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {q.dtype}"
+        if q.shape[-1] > self.max_head_dim or q.shape[-1] % 8:
+            return f"it takes head dims up to {self.max_head_dim} in steps of 8, not {q.shape[-1]}"
+        if self.needs_no_grad and torch.is_grad_enabled() and q.requires_grad:
+            return "it has no backward pass"
+        return ""
+
+
+@cache
+def _load(module: str) -> tuple[Any, str]:
+    """An optional module, or None and the reason; a broken installation must not take the program down."""
+    try:
+        return importlib.import_module(module), ""
+    except ModuleNotFoundError:
+        return None, f"package {module.split('.')[0]} is not installed"
+    except Exception as error:  # noqa: BLE001 - ABI mismatches raise anything from OSError to AttributeError
+        return None, f"{module} does not load: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _needs(module: str, attribute: str, *, capability: tuple[int, int] = (8, 0)) -> Callable[[], str]:
+    def missing() -> str:
+        loaded, reason = _load(module)
+        if loaded is None:
+            return reason
+        if not hasattr(loaded, attribute):
+            return f"{module} has no {attribute}: its version does not fit"
+        return _needs_cuda(capability)
+
+    return missing
+
+
+def _needs_cuda(capability: tuple[int, int]) -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    have = torch.cuda.get_device_capability()
+    if have < capability:
+        return f"needs compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
+    return ""
+
+
+def _sdpa(kernel: SDPBackend | None) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if kernel is None:
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        with sdpa_kernel(kernel):
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return attend
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
+    varlen, _ = _load("torch.nn.attention.varlen")
+    return varlen.varlen_attn(q, k, v, *lengths, return_aux=varlen.AuxRequest(lse=True))
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _load("flash_attn")[0].flash_attn_func(q, k, v)
+
+
+def _flash2_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
+    out, lse, _ = _load("flash_attn")[0].flash_attn_varlen_func(q, k, v, *lengths, return_attn_probs=True)
+    return out, lse
+
+
+def _first(result: Any) -> Tensor:
+    # FlashAttention 3 and 4 return the output alone or (output, lse), depending on their version.
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _first(_load("flash_attn_interface")[0].flash_attn_func(q, k, v))
+
+
+def _flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _first(_load("flash_attn.cute")[0].flash_attn_func(q, k, v))
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _load("sageattention")[0].sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _load("xformers.ops")[0].memory_efficient_attention(q, k, v)
+
+
+# Fastest first: `auto` takes the first exact one that is there and accepts the inputs.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "flash4",
+        "FlashAttention-4 (flash-attn-4, CuTe DSL; Hopper and Blackwell)",
+        _needs("flash_attn.cute", "flash_attn_func", capability=(9, 0)),
+        _flash4,
+        max_head_dim=128,
+        needs_no_grad=True,
+    ),
+    Backend(
+        "flash3",
+        "FlashAttention-3 (flash_attn_interface; Hopper)",
+        _needs("flash_attn_interface", "flash_attn_func", capability=(9, 0)),
+        _flash3,
+    ),
+    Backend(
+        "cudnn",
+        "cuDNN through torch SDPA",
+        lambda: _needs_cuda((8, 0)),
+        _sdpa(SDPBackend.CUDNN_ATTENTION),
+        varlen=_torch_varlen,
+        max_head_dim=128,
+    ),
+    Backend(
+        "flash2",
+        "FlashAttention-2 (flash-attn)",
+        _needs("flash_attn", "flash_attn_func"),
+        _flash2,
+        varlen=_flash2_varlen,
+    ),
+    Backend(
+        "sdpa-flash",
+        "FlashAttention-2 through torch SDPA",
+        lambda: _needs_cuda((8, 0)),
+        _sdpa(SDPBackend.FLASH_ATTENTION),
+        varlen=_torch_varlen,
+    ),
+    Backend(
+        "xformers",
+        "xformers memory-efficient attention",
+        _needs("xformers.ops", "memory_efficient_attention", capability=(7, 0)),
+        _xformers,
+        dtypes=(*HALF, torch.float32),
+    ),
+    Backend(
+        "sdpa",
+        "torch SDPA, its own choice of kernel",
+        lambda: "",
+        _sdpa(None),
+        cuda_only=False,
+        dtypes=None,
+        max_head_dim=1 << 16,
+    ),
+    Backend(
+        "sdpa-math",
+        "torch SDPA by plain matrix products (slow; for comparison)",
+        lambda: "",
+        _sdpa(SDPBackend.MATH),
+        cuda_only=False,
+        dtypes=None,
+        max_head_dim=1 << 16,
+    ),
+    Backend(
+        "sage",
+        "SageAttention (8-bit, lossy; only by name)",
+        _needs("sageattention", "sageattn"),
+        _sage,
+        exact=False,
+        max_head_dim=128,
+        needs_no_grad=True,
+    ),
+)
+
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+def names() -> tuple[str, ...]:
+    """All backend names, `auto` first."""
+    return ("auto", *_BY_NAME)
+
+
+def report() -> list[tuple[str, bool, str]]:
+    """(name, usable in this installation, what it is or why it is not usable) for every backend."""
+    rows = []
+    for backend in BACKENDS:
+        reason = backend.missing()
+        rows.append((backend.name, not reason, reason or backend.summary))
+    return rows
+
+
+def check(name: str) -> None:
+    """Raise BackendUnavailable, with a list of what is there, unless `name` is `auto` or usable here."""
+    if name == "auto":
+        return
+    usable = ", ".join(["auto", *(row[0] for row in report() if row[1])])
+    if name not in _BY_NAME:
+        raise BackendUnavailable(f"unknown attention backend {name!r}; this machine has: {usable}")
+    reason = _BY_NAME[name].missing()
+    if reason:
+        raise BackendUnavailable(f"attention backend {name!r} is unavailable ({reason}); this machine has: {usable}")
+
+
+def resolve(name: str, q: Tensor) -> Backend:
+    """The backend for inputs like q [B, N, H, D].
+
+    `auto` skips kernels that refuse the inputs. Asked for by name, a kernel that refuses them raises
+    BackendUnavailable: a silent substitute would falsify a measurement.
+    """
+    if name == "auto":
+        return next(b for b in BACKENDS if b.exact and not b.missing() and not b.refuses(q))
+    check(name)
+    backend = _BY_NAME[name]
+    reason = backend.refuses(q)
+    if reason:
+        raise BackendUnavailable(f"attention backend {name!r} cannot run here: {reason}; choose 'auto' or 'sdpa'")
+    return backend
+
+
+def varlen_kernel(name: str, q: Tensor) -> AttendVarlen | None:
+    """A packed-sequence kernel that also returns the log-sum-exp, or None: then SDPA with a bias serves.
+
+    q [.., H, D] tells device, dtype and head dim. The log-sum-exp has no gradient, so training gets None.
+    """
+    if torch.is_grad_enabled() and q.requires_grad:
+        return None
+    candidates = BACKENDS if name == "auto" else (_BY_NAME[name],)
+    for backend in candidates:
+        if backend.varlen and backend.exact and not backend.missing() and not backend.refuses(q):
+            if backend.varlen is _torch_varlen and _load("torch.nn.attention.varlen")[0] is None:
+                continue
+            return backend.varlen
+    return None

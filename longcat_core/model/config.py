@@ -1,0 +1,126 @@
+"""The two parameter sets of the network: what it is (`ModelConfig`) and how it is run (`Optimizations`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import LongCatError
+
+TextMode = Literal["exact", "packed", "padded"]
+CompileMode = Literal["off", "blocks"]
+
+
+def swiglu_hidden(hidden_size: int, mlp_ratio: float, multiple_of: int = 256) -> int:
+    """Width of the gated FFN: two thirds of `mlp_ratio * hidden_size`, rounded up to a multiple of 256."""
+    hidden = int(2 * int(hidden_size * mlp_ratio) / 3)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a LongCat-Video transformer. The defaults are the released 13.58 B model.
+
+    Channels count features, not bytes; `patch_size` is (frames, rows, columns) of latents per token.
+    """
+
+    in_channels: int = 16
+    out_channels: int = 16
+    hidden_size: int = 4096
+    depth: int = 48
+    num_heads: int = 32
+    caption_channels: int = 4096
+    ffn_hidden: int = 11008
+    adaln_dim: int = 512
+    frequency_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_tokens_zero_pad: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise LongCatError(f"model config: {field.name} is {value!r}; it must be a whole number of at least 1")
+        if self.hidden_size % self.num_heads:
+            raise LongCatError(
+                f"model config: hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
+        if self.head_dim % 8:
+            # An even share of channels for each of the three axes of RoPE needs it.
+            raise LongCatError(f"model config: head dim {self.head_dim} must be a multiple of 8 for 3-D RoPE")
+        if self.patch_size[0] != 1:
+            raise LongCatError(f"model config: patch_size {self.patch_size} joins frames; only 1 frame a token is known")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Read the keys of an official `dit/config.json`; keys that say nothing of the network are ignored."""
+        names = {
+            "adaln_tembed_dim": "adaln_dim",
+            "frequency_embedding_size": "frequency_dim",
+        }
+        known = {f.name for f in fields(cls)}
+        kwargs = {names.get(k, k): v for k, v in values.items() if names.get(k, k) in known}
+        if "patch_size" in kwargs:
+            kwargs["patch_size"] = tuple(kwargs["patch_size"])
+        if "ffn_hidden" not in kwargs:
+            kwargs["ffn_hidden"] = swiglu_hidden(kwargs.get("hidden_size", cls.hidden_size), values.get("mlp_ratio", 4))
+        return cls(**kwargs)
+
+    @classmethod
+    def from_json(cls, path: Path) -> ModelConfig:
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LongCatError(f"{path} is no readable model config ({error}); give a folder with its config.json") from error
+        if not isinstance(values, dict):
+            raise LongCatError(f"{path} holds no JSON object; give a folder with the model's own config.json")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Optimizations:
+    """How the network is run. Each field is one switch; all of them flip on a loaded model.
+
+    fused_qkv
+        One GEMM for q, k, v (and for k, v of the text); off: one GEMM per slice of the same weight. Exact.
+    fused_ffn
+        One GEMM for gate and up; off: two. Exact.
+    text_mode
+        Which text keys cross-attention sees. `exact`: what the checkpoint defines, at the least cost: with
+        `text_tokens_zero_pad` all padding is folded into one key whose logit is raised by ln(count), without it
+        padding is dropped. `padded`: the same values the plain way, over every position. `packed`: padding is
+        dropped always; on a `text_tokens_zero_pad` checkpoint (the released one) that changes the output.
+    attention
+        Name of an attention backend or `auto`, the fastest exact one that this machine has.
+    compile
+        `blocks`: torch.compile of the transformer block, shared by all blocks. Same mathematics, other rounding.
+    explicit_fp32
+        Modulation, norms and gates by explicit casts; off: autocast regions as public implementations have
+        them (on CPU, where autocast knows no fp32, both are the same).
+    gradient_checkpointing
+        Recompute each block in the backward pass instead of keeping its activations. Exact.
+    """
+
+    fused_qkv: bool = True
+    fused_ffn: bool = True
+    text_mode: TextMode = "exact"
+    attention: str = "auto"
+    compile: CompileMode = "off"
+    explicit_fp32: bool = True
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise LongCatError(f"optimization {name} is {value!r}; choose one of {', '.join(allowed)}")
