@@ -1,0 +1,130 @@
+"""The one sampler loop: Euler steps of flow matching for every task, with conditioning frames and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LongCatError
+from ..model.attention import TextTokens
+from ..model.transformer import LongCatTransformer
+from .guidance import cfg_zero
+from .schedules import Schedule
+
+
+class Interrupted(Exception):  # noqa: N818 - the word that ComfyUI and its users have for it
+    """Raise this from a callback to stop sampling between two steps."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees after a step. Tensors are live: clone what is kept.
+
+    index counts from 0; timestep in 0..1000; latents [B, C, T, H, W] fp32 after the step, conditioning frames
+    included; denoised: the estimate of the clean latents, the same shape.
+    """
+
+    index: int
+    total: int
+    timestep: float
+    sigma: float
+    latents: Tensor
+    denoised: Tensor
+
+
+Callback = Callable[[Step], None]
+
+
+@torch.no_grad()
+def sample(
+    model: LongCatTransformer,
+    noise: Tensor,
+    schedule: Schedule,
+    context: Tensor,
+    mask: Tensor | None,
+    *,
+    negative_context: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    guidance_scale: float = 4.0,
+    cond_latents: Tensor | None = None,
+    use_kv_cache: bool = True,
+    offload_kv_cache: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Denoise `noise` [B, C, T, H, W] to latents of the same shape, fp32.
+
+    context [B, L, caption] with mask [B, L]; the negative ones are used when guidance_scale is not 1.
+    cond_latents [B or 1, C, n, H, W]: clean latents that replace the first n frames (image: 1, continuation: more).
+    use_kv_cache: compute their keys and values once instead of at every step; the guidance sums then leave them
+    out, as the public cached path does. offload_kv_cache keeps the cache in CPU memory.
+    Errors: LongCatError where shapes do not fit; whatever `callback` raises.
+    """
+    guided = guidance_scale != 1.0
+    if guided and negative_context is None:
+        raise LongCatError(f"guidance scale {guidance_scale} needs a negative prompt; give one or set guidance to 1")
+    num_cond = 0 if cond_latents is None else cond_latents.shape[2]
+    if num_cond >= noise.shape[2]:
+        raise LongCatError(
+            f"{num_cond} conditioning latent frames leave nothing to generate of {noise.shape[2]}; ask for more frames"
+        )
+    device = model.patch_embed.weight.device
+    latents = noise.to(device=device, dtype=torch.float32, copy=True)
+    if cond_latents is not None:
+        if cond_latents.shape[1] != noise.shape[1] or cond_latents.shape[3:] != noise.shape[3:]:
+            raise LongCatError(
+                f"conditioning latents {tuple(cond_latents.shape)} do not fit latents {tuple(noise.shape)}; "
+                "encode them at the size of the video"
+            )
+        latents[:, :, :num_cond] = cond_latents.to(latents)
+
+    text = _text(model, context, mask, negative_context if guided else None, negative_mask)
+    cache = None
+    head = latents[:, :, :0]
+    if num_cond and use_kv_cache:
+        cache = model.fill_kv_cache(cond_latents.to(latents), "cpu" if offload_kv_cache else None)
+        head, latents = latents[:, :, :num_cond], latents[:, :, num_cond:].contiguous()
+        num_cond = 0
+
+    batch, frames = latents.shape[0], latents.shape[2]
+    sigmas = schedule.sigmas.tolist()
+    for i, timestep in enumerate(schedule.timesteps.tolist()):
+        t = torch.full((batch, frames), timestep, device=device)
+        t[:, :num_cond] = 0
+        if guided:
+            out = model(torch.cat((latents, latents)), torch.cat((t, t)), text, num_cond_latents=num_cond, kv_cache=cache)
+            uncond, cond = out.chunk(2)
+            out = cfg_zero(cond, uncond, guidance_scale)
+        else:
+            out = model(latents, t, text, num_cond_latents=num_cond, kv_cache=cache)
+        # The network returns x0 - noise; the flow velocity is its negative.
+        noisy = slice(num_cond, None)
+        denoised = latents.clone()
+        denoised[:, :, noisy] += sigmas[i] * out[:, :, noisy]
+        latents[:, :, noisy] -= (sigmas[i + 1] - sigmas[i]) * out[:, :, noisy]
+        if callback is not None:
+            whole = torch.cat((head, latents), dim=2), torch.cat((head, denoised), dim=2)
+            callback(Step(i, len(schedule), timestep, sigmas[i], *whole))
+    return torch.cat((head, latents), dim=2)
+
+
+def _text(
+    model: LongCatTransformer,
+    context: Tensor,
+    mask: Tensor | None,
+    negative_context: Tensor | None,
+    negative_mask: Tensor | None,
+) -> TextTokens:
+    """Text of one forward, unconditional half first, embedded once for all steps."""
+    device = model.patch_embed.weight.device
+    context = context.to(device)
+    if negative_context is None:
+        return model.embed_text(context, mask)
+    if (mask is None) != (negative_mask is None):
+        raise LongCatError("one of prompt and negative prompt has a mask and the other has none; give both or neither")
+    both = torch.cat((negative_context.to(device).expand_as(context), context))
+    if mask is None:
+        return model.embed_text(both)
+    return model.embed_text(both, torch.cat((negative_mask.expand_as(mask), mask)))

@@ -1,0 +1,76 @@
+"""Noise schedules: which timesteps the sampler visits. All are fp32 and flow-matching: sigma = timestep / 1000."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import LongCatError
+
+Mode = Literal["base", "distilled", "enhance_hf", "refine"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+SHIFT = 12.0
+NUM_TRAIN_TIMESTEPS = 1000
+# The distilled LoRA was trained on a grid of 50 timesteps: 20, 40 ... 1000.
+DISTILLED_GRID = 50
+# Above this timestep enhance_hf follows the base schedule, below it every 50; refining starts here.
+TAIL_START = 500.0
+TAIL_STEP = 50.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """timesteps [n] in 0..1000, one network evaluation each; sigmas [n+1] end in 0. Both fp32 on the CPU."""
+
+    mode: Mode
+    timesteps: Tensor
+    sigmas: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def shift_sigmas(sigmas: Tensor, shift: float = SHIFT) -> Tensor:
+    """Resolution shift of flow matching (arXiv 2403.03206, eq. 23)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def _base_timesteps(steps: int) -> Tensor:
+    return shift_sigmas(torch.linspace(1.0, 0.001, steps)) * NUM_TRAIN_TIMESTEPS
+
+
+def _distilled_timesteps(steps: int) -> Tensor:
+    spacing = NUM_TRAIN_TIMESTEPS // DISTILLED_GRID
+    grid = torch.arange(1, DISTILLED_GRID + 1).flip(0) * spacing
+    # Whole-number arithmetic: floor(i * 50 / n) in floating point can land one index too low.
+    index = torch.arange(steps) * DISTILLED_GRID // steps
+    return shift_sigmas(grid[index].float() / NUM_TRAIN_TIMESTEPS) * NUM_TRAIN_TIMESTEPS
+
+
+def make_schedule(mode: str, steps: int) -> Schedule:
+    """The schedule of `steps` nominal steps in one of four modes.
+
+    base: linspace(1, 0.001, n), shifted. distilled: n of the distilled grid, shifted. enhance_hf: the base
+    timesteps above 500, then 500, 450 ... 50. refine: 500, then the base timesteps below 500. The last two have
+    another number of evaluations than `steps`; `len(schedule)` tells.
+    """
+    if mode not in MODES:
+        raise LongCatError(f"unknown schedule {mode!r}; choose one of {', '.join(MODES)}")
+    limit = DISTILLED_GRID if mode == "distilled" else NUM_TRAIN_TIMESTEPS
+    if not 1 <= steps <= limit:
+        raise LongCatError(f"{steps} steps are out of range; the {mode} schedule takes 1 to {limit}")
+    if mode == "distilled":
+        timesteps = _distilled_timesteps(steps)
+    else:
+        timesteps = _base_timesteps(steps)
+    if mode == "enhance_hf":
+        tail = torch.arange(TAIL_START, 0, -TAIL_STEP)
+        timesteps = torch.cat((timesteps[timesteps > TAIL_START], tail))
+    elif mode == "refine":
+        timesteps = torch.cat((torch.tensor([TAIL_START]), timesteps[timesteps < TAIL_START]))
+    sigmas = torch.cat((timesteps / NUM_TRAIN_TIMESTEPS, torch.zeros(1)))
+    return Schedule(mode, timesteps, sigmas)
