@@ -1,7 +1,7 @@
 """Reading and writing safetensors files, with an error that a person can act on for everything that goes wrong.
 
-The header is parsed here rather than by the safetensors package, because its errors name neither the file nor the remedy;
-the tensors themselves are read and written by the package.
+The header is parsed here rather than by the safetensors package, because its errors name neither the file nor the
+remedy; the tensors themselves are read and written by the package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPES = {
 }
 # What people have under the name of a checkpoint, by the first bytes of the file.
 FOREIGN_STARTS = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the weights; run `git lfs pull` or download the file"),
     (b"PK\x03\x04", "is a PyTorch pickle, which can run code when it is loaded; convert it to .safetensors"),
     (b"\x80\x02", "is a Python pickle, which can run code when it is loaded; convert it to .safetensors"),
     (b"GGUF", "is a GGUF file, which is not supported; use the .safetensors form"),
@@ -81,7 +81,9 @@ def read_tensors(
         raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write `tensors` (any device, any strides) to `path`: whole or not at all, with ordinary file permissions.
 
     Raises CheckpointError where the file cannot be written.
@@ -123,8 +125,7 @@ def check_tensors(
         faults.append(f"{_first(extra)} not expected")
     if wrong:
         name = wrong[0]
-        shapes = f"{list(found[name])} instead of {list(expected[name])}"
-        faults.append(f"{_first(wrong)} shaped {shapes}" if len(wrong) == 1 else f"{_first(wrong)} misshapen (first: {shapes})")
+        faults.append(f"{_first(wrong)} misshapen ({name}: {list(found[name])} instead of {list(expected[name])})")
     if faults:
         raise CheckpointError(f"{source} is not a whole {what}: {'; '.join(faults)}.")
 

@@ -27,6 +27,12 @@ LATENTS_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
+# Wan 2.2 nests its blocks one level deeper; one name in each naming tells.
+WAN22_ONLY = (
+    "decoder.upsamples.0.upsamples.0.residual.2.weight",
+    "decoder.up_blocks.0.upsampler.time_conv.weight",
+)
+
 RESIDUAL = (
     ("residual.0", "norm1"),
     ("residual.2", "conv1"),
@@ -96,7 +102,7 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
     Raises CheckpointError, naming `source`, for what is not a Wan 2.1 VAE of 16 latent channels.
     """
     named = to_diffusers(shapes) if is_wan_named(shapes) else dict(shapes)
-    if "decoder.upsamples.0.upsamples.0.residual.2.weight" in named or "decoder.up_blocks.0.upsampler.time_conv.weight" in named:
+    if any(name in named for name in WAN22_ONLY):
         raise CheckpointError(f"{source} is a Wan 2.2 VAE (48 latent channels); LongCat-Video needs the Wan 2.1 VAE.")
     sizes = {}
     for key, name, axis in (
@@ -112,11 +118,11 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
         sizes[key] = int(shape[axis])
     if sizes["z_dim"] != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{source} has {sizes['z_dim']} latent channels; LongCat-Video needs the Wan 2.1 VAE with {LATENT_CHANNELS}."
+            f"{source} has {sizes['z_dim']} latent channels; LongCat-Video needs Wan 2.1's {LATENT_CHANNELS}."
         )
     if (sizes["in_channels"], sizes["out_channels"]) != (3, 3):
         raise CheckpointError(
-            f"{source} takes {sizes['in_channels']} and gives {sizes['out_channels']} image channels instead of 3 (RGB)."
+            f"{source} takes {sizes['in_channels']} and gives {sizes['out_channels']} image channels instead of 3."
         )
     if sizes["decoder_base_dim"] == sizes["base_dim"]:
         sizes["decoder_base_dim"] = None

@@ -1,0 +1,144 @@
+"""Every way in which a weights file can be wrong gets one sentence; good ones survive a round trip."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+import struct
+
+import pytest
+import torch
+
+from longcat_core.checkpoints.safetensors_io import (
+    check_tensors,
+    read_header,
+    read_metadata,
+    read_tensors,
+    write_safetensors,
+)
+from longcat_core.errors import CheckpointError
+
+
+def raw(header: dict | bytes, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.safetensors"
+    write_safetensors(path, {"b": torch.arange(6.0).reshape(2, 3).bfloat16(), "a": torch.ones(4, dtype=torch.int64)})
+    return path
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "x.safetensors"
+    square = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "transposed": square.T,
+        "half": square.half(),
+        "fp8": square.to(torch.float8_e4m3fn),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+    }
+    write_safetensors(path, tensors, {"note": "größe"})
+    assert read_header(path) == {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    assert read_metadata(path) == {"note": "größe"}
+    back = read_tensors(path)
+    assert set(back) == set(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name].float(), tensor.float())
+    assert set(read_tensors(path, names=["half"])) == {"half"}
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_written_file_has_ordinary_permissions(tmp_path, good):
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(good.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, good):
+    before = good.read_bytes()
+    with pytest.raises(RuntimeError, match="share memory"):  # the package's refusal, in the middle of the write
+        shared = torch.zeros(4)
+        write_safetensors(good, {"x": shared, "y": shared})
+    assert good.read_bytes() == before
+    assert os.listdir(tmp_path) == [good.name]
+
+
+def test_write_into_a_missing_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"Cannot write .*No such file"):
+        write_safetensors(tmp_path / "no" / "x.safetensors", {"x": torch.zeros(1)})
+
+
+def test_unknown_name(good):
+    with pytest.raises(CheckpointError, match="has no tensor 'c'"):
+        read_tensors(good, names=["c"])
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"abc", "is not a safetensors file"),
+        (b"just some text that goes on for a while", "is not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "Git LFS pointer"),
+        (b"PK\x03\x04" + b"\0" * 50, "PyTorch pickle"),
+        (pickle.dumps({"a": 1}, protocol=2), "Python pickle"),
+        (b"GGUF" + b"\0" * 50, "GGUF"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (struct.pack("<Q", 500) + b'{"a":', "is truncated"),
+        (struct.pack("<Q", 500), "is truncated"),
+        (raw({"a": ENTRY}, b"\0" * 7), "is truncated"),
+        (raw({"a": ENTRY}, b"\0" * 9), "is corrupt"),
+        (raw(b'{"a": ['), "corrupt safetensors header"),
+        (raw({"a": {"dtype": "F32"}}), "corrupt safetensors header"),
+        (raw({"a": 5}), "corrupt safetensors header"),
+        (raw({"a": {**ENTRY, "shape": [3]}}, b"\0" * 8), "corrupt entry for 'a'"),
+        (raw({"a": {**ENTRY, "shape": None}}, b"\0" * 8), "corrupt entry for 'a'"),
+        (raw({"a": {**ENTRY, "dtype": "F4"}}, b"\0" * 8), "stores 'a' as F4"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    for read in (read_header, read_tensors):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_header_as_long_as_a_magic_number_is_no_web_page(tmp_path):
+    text = json.dumps({"a": ENTRY}).encode().ljust(ord("<"))
+    (tmp_path / "x.safetensors").write_bytes(raw(text, b"\0" * 8))
+    assert read_header(tmp_path / "x.safetensors") == {"a": (torch.float32, (2,))}
+
+
+def test_bad_paths(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_header(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_header(tmp_path / "none.safetensors")
+    for name in ("x.pt", "x.ckpt", "x.bin", "X.PTH"):
+        (tmp_path / name).write_bytes(b"anything")
+        with pytest.raises(CheckpointError, match="pickle by its ending"):
+            read_header(tmp_path / name)
+
+
+def test_check_tensors_names_the_faults():
+    check_tensors("f", {"a": (1, 2)}, {"a": (1, 2)}, "thing")
+    with pytest.raises(CheckpointError) as caught:
+        check_tensors("f", {"a": (1, 2), "z": (1,)}, {"a": (1, 3), "b": (2,)}, "thing")
+    faults = "'b' missing; 'z' not expected; 'a' misshapen (a: [1, 2] instead of [1, 3])"
+    assert str(caught.value) == f"f is not a whole thing: {faults}."
+    with pytest.raises(CheckpointError, match=r"'n0', 'n1', 'n2' and 2 more missing"):
+        check_tensors("f", {}, {f"n{i}": (1,) for i in range(5)}, "thing")

@@ -1,0 +1,110 @@
+"""The table of names of the Wan VAE covers the whole architecture, both ways, at every width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from longcat_core.checkpoints import wan_vae
+from longcat_core.checkpoints.safetensors_io import read_header
+from longcat_core.errors import CheckpointError
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+
+
+def golden_shapes() -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (_, shape) in read_header(GOLDEN / "vae.safetensors").items()}
+
+
+def diffusers_shapes(**config) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in AutoencoderKLWan(**config).state_dict().items()}
+
+
+@pytest.mark.parametrize("base_dim", [8, 12, 96])
+def test_every_name_goes_there_and_back(base_dim):
+    shapes = diffusers_shapes(base_dim=base_dim)
+    wan = wan_vae.to_wan(shapes)
+    assert len(wan) == len(shapes) == 194
+    assert not any("block" in name or "resnets" in name or "conv_" in name.replace("time_conv", "") for name in wan)
+    assert wan_vae.is_wan_named(wan) and not wan_vae.is_wan_named(shapes)
+    assert wan_vae.to_diffusers(wan) == shapes
+
+
+# Read off ComfyUI's WanVAE and the released wan_2.1_vae.safetensors: numbers that a shifted table would get wrong.
+@pytest.mark.parametrize(
+    ("wan", "shape"),
+    [
+        ("conv1.weight", (32, 32, 1, 1, 1)),
+        ("conv2.weight", (16, 16, 1, 1, 1)),
+        ("encoder.conv1.weight", (96, 3, 3, 3, 3)),
+        ("encoder.downsamples.2.resample.1.weight", (96, 96, 3, 3)),
+        ("encoder.downsamples.3.shortcut.weight", (192, 96, 1, 1, 1)),
+        ("encoder.downsamples.3.residual.0.gamma", (96, 1, 1, 1)),
+        ("encoder.downsamples.5.time_conv.weight", (192, 192, 3, 1, 1)),
+        ("encoder.downsamples.6.residual.2.weight", (384, 192, 3, 3, 3)),
+        ("encoder.downsamples.10.residual.6.weight", (384, 384, 3, 3, 3)),
+        ("encoder.middle.1.to_qkv.weight", (1152, 384, 1, 1)),
+        ("encoder.head.0.gamma", (384, 1, 1, 1)),
+        ("encoder.head.2.weight", (32, 384, 3, 3, 3)),
+        ("decoder.conv1.weight", (384, 16, 3, 3, 3)),
+        ("decoder.upsamples.3.time_conv.weight", (768, 384, 3, 1, 1)),
+        ("decoder.upsamples.4.shortcut.weight", (384, 192, 1, 1, 1)),
+        ("decoder.upsamples.11.resample.1.weight", (96, 192, 3, 3)),
+        ("decoder.upsamples.14.residual.3.gamma", (96, 1, 1, 1)),
+        ("decoder.head.0.gamma", (96, 1, 1, 1)),
+        ("decoder.head.2.bias", (3,)),
+    ],
+)
+def test_known_names_of_the_released_file(wan, shape):
+    assert wan_vae.to_wan(diffusers_shapes(base_dim=96))[wan] == shape
+
+
+def test_the_table_holds_the_architecture_and_nothing_else():
+    modules = {name.rpartition(".")[0] for name in diffusers_shapes(base_dim=8)}
+    spare = set(wan_vae.DIFFUSERS_TO_WAN) - modules
+    # Blocks that keep their width have no shortcut, levels that keep their frames no time convolution.
+    assert all(name.endswith(("conv_shortcut", "time_conv")) for name in spare)
+    assert modules <= set(wan_vae.DIFFUSERS_TO_WAN)
+    assert len(wan_vae.DIFFUSERS_TO_WAN) == len(wan_vae.WAN_TO_DIFFUSERS)
+
+
+def test_config_from_shapes_in_either_naming():
+    shapes = golden_shapes()
+    config = wan_vae.config_from_state(shapes)
+    assert (config["base_dim"], config["decoder_base_dim"], config["z_dim"]) == (8, None, 16)
+    assert wan_vae.config_from_state(wan_vae.to_wan(shapes)) == config
+    assert diffusers_shapes(**config) == shapes
+    uneven = diffusers_shapes(base_dim=8, decoder_base_dim=16)
+    assert diffusers_shapes(**wan_vae.config_from_state(uneven)) == uneven
+
+
+def test_normalisation_is_the_published_one():
+    with torch.device("meta"):
+        published = AutoencoderKLWan(base_dim=8).config
+    assert list(wan_vae.LATENTS_MEAN) == list(published.latents_mean)
+    assert list(wan_vae.LATENTS_STD) == list(published.latents_std)
+
+
+def test_other_vaes_are_refused():
+    wan22 = diffusers_shapes(
+        base_dim=8, decoder_base_dim=8, z_dim=48, in_channels=12, out_channels=12, is_residual=True, patch_size=2,
+        latents_mean=[0.0] * 48, latents_std=[1.0] * 48, temperal_downsample=[False, True, True],
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"f is a Wan 2.2 VAE"):
+        wan_vae.config_from_state(wan22, "f")
+    original_names = {"encoder.conv1.weight": (8, 12, 3, 3, 3), wan_vae.WAN22_ONLY[0]: (8,)}
+    with pytest.raises(CheckpointError, match=r"f is a Wan 2.2 VAE"):
+        wan_vae.config_from_state(original_names, "f")
+    with pytest.raises(CheckpointError, match="f has 48 latent channels"):
+        wan_vae.config_from_state(golden_shapes() | {"post_quant_conv.weight": (48, 48, 1, 1, 1)}, "f")
+    with pytest.raises(CheckpointError, match="f takes 4 and gives 3 image channels"):
+        wan_vae.config_from_state(golden_shapes() | {"encoder.conv_in.weight": (8, 4, 3, 3, 3)}, "f")
+    image_vae = {"encoder.conv_in.weight": (128, 3, 3, 3), "decoder.conv_out.weight": (3, 128, 3, 3)}
+    with pytest.raises(CheckpointError, match=r"f is not a Wan 2.1 VAE"):
+        wan_vae.config_from_state(image_vae, "f")
+    with pytest.raises(CheckpointError, match=r"f is not a Wan 2.1 VAE"):
+        wan_vae.config_from_state({}, "f")
