@@ -1,0 +1,216 @@
+"""Prompts to text embeddings, on transformers' UMT5EncoderModel and SentencePiece."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import umt5
+from ..checkpoints.safetensors_io import Header, check_tensors, read_header, read_tensors
+from ..errors import CheckpointError, LongCatError
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+PAD, EOS = 0, 1
+MAX_LENGTH = 512
+# Not to be read off the shapes; the same in every published UMT5.
+FIXED_CONFIG = {
+    "feed_forward_proj": "gated-gelu",
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.0,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+}
+
+Tokenise = Callable[[str], list[int]]
+
+
+class TextEncoder:
+    """A UMT5 encoder with its tokeniser: `tokenise` turns cleaned text into ids, without EOS."""
+
+    def __init__(self, model: UMT5EncoderModel, tokenise: Tokenise) -> None:
+        self.model = model.eval()
+        self.tokenise = tokenise
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.shared.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.shared.weight.device
+
+    @property
+    def channels(self) -> int:
+        """Length of an embedding, which the transformer's `caption_channels` must equal."""
+        return self.model.config.d_model
+
+    def to(self, device: str | torch.device) -> TextEncoder:
+        """Move in place; returns self."""
+        self.model.to(device=device)
+        return self
+
+    def tokens(self, prompts: list[str], max_length: int = MAX_LENGTH) -> tuple[Tensor, Tensor]:
+        """Ids and mask, both [B, max_length] int64 on the CPU: cut to max_length with EOS as last token, padded with 0."""
+        if max_length < 1:
+            raise LongCatError(f"max_length must be at least 1 token, got {max_length}.")
+        if isinstance(prompts, str) or not prompts:
+            raise LongCatError("The text encoder takes a list of at least one prompt.")
+        ids = torch.full((len(prompts), max_length), PAD, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            tokens = [*self.tokenise(clean_prompt(prompt))[: max_length - 1], EOS]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], max_length: int = MAX_LENGTH) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, max_length, D] fp32, zero where padded, and mask [B, max_length] int64 (1: token or EOS).
+
+        Computed in the encoder's dtype. An empty prompt is its EOS alone. Raises LongCatError for an empty list.
+        """
+        ids, mask = (tensor.to(self.device) for tensor in self.tokens(prompts, max_length))
+        # Padding is masked out of attention, so columns that are padding in every row need not be computed.
+        used = int(mask.sum(1).max())
+        hidden = self.model(input_ids=ids[:, :used], attention_mask=mask[:, :used]).last_hidden_state.float()
+        embeds = hidden.new_zeros(*ids.shape, hidden.shape[-1])
+        embeds[:, :used] = hidden * mask[:, :used, None]
+        return embeds, mask
+
+
+def clean_prompt(text: str) -> str:
+    """Mend mojibake (ftfy), unescape HTML twice, collapse blanks: as LongCat-Video's own pipeline does."""
+    try:
+        import ftfy
+    except ImportError as error:
+        raise _missing("ftfy", error) from error
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def load_text_encoder(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> TextEncoder:
+    """A UMT5 encoder from one .safetensors or from the official folders `text_encoder/` and `tokenizer/`.
+
+    The single file has Hugging Face T5 names and the SentencePiece model as uint8 tensor `spiece_model`; ComfyUI's
+    scaled fp8 is multiplied out. `path` of the folder form is `text_encoder/` or its parent. Raises CheckpointError for
+    what is unreadable, incomplete or no UMT5 encoder, and LongCatError without transformers and sentencepiece.
+    """
+    path = Path(path)
+    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file; name the text encoder's own folder or file.")
+    headers = {file: read_header(file) for file in files}
+    shapes = {name: shape for header in headers.values() for name, (_, shape) in header.items()}
+    tokenise = _folder_tokeniser(folder) if folder.is_dir() else _embedded_tokeniser(path, headers[path])
+    config = umt5.config_from_state(shapes, str(path)) | FIXED_CONFIG
+    if (folder / "config.json").is_file():
+        config |= _read_config(folder / "config.json")
+    model = _meta_model(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected.pop(umt5.TIED_EMBEDDING, None)
+    check_tensors(path, {name: shapes[name] for name in umt5.weight_names(shapes)}, expected, "UMT5 encoder")
+
+    state = {}
+    for file, header in headers.items():
+        scales = read_tensors(file, names=[name for name in header if name.endswith(umt5.FP8_SCALE)])
+        for name, tensor in read_tensors(file, names=umt5.weight_names(header)).items():
+            # As transformers itself does: the output of the feed-forward overflows fp16.
+            kept = torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
+            # `copy`: a tensor that needs no cast would otherwise stay a view of the file, which may be replaced later.
+            state[name] = umt5.dequantise(name, tensor, scales).to(device, kept, copy=True)
+    model.load_state_dict(state | {umt5.TIED_EMBEDDING: state[umt5.EMBEDDING]}, assign=True)
+    model.encoder.set_input_embeddings(model.shared)
+    return TextEncoder(model.requires_grad_(False), tokenise)
+
+
+def _missing(package: str, error: ImportError) -> LongCatError:
+    return LongCatError(f"Text needs the {package} package ({error}); run: pip install 'longcat-video[headless]'.")
+
+
+def _meta_model(config: dict) -> UMT5EncoderModel:
+    try:
+        from transformers import UMT5Config, UMT5EncoderModel
+    except ImportError as error:
+        raise _missing("transformers", error) from error
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config(**config))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _read_config(file: Path) -> dict:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} is no readable text encoder config ({error!r}); download it again.") from error
+    if kind != "umt5":
+        raise CheckpointError(f"{file} describes a text encoder of type '{kind}'; LongCat-Video needs umt5.")
+    return {key: config[key] for key in ("layer_norm_epsilon", "relative_attention_max_distance") if key in config}
+
+
+def _sentencepiece(proto: bytes, source: Path) -> Tokenise:
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise _missing("sentencepiece", error) from error
+    try:
+        processor = SentencePieceProcessor(model_proto=proto)
+    except RuntimeError as error:
+        raise CheckpointError(f"The SentencePiece model in {source} is corrupt; download it again.") from error
+    if processor.eos_id() != EOS:
+        raise CheckpointError(f"The SentencePiece model in {source} has EOS id {processor.eos_id()}, UMT5's is {EOS}.")
+    return processor.encode
+
+
+def _embedded_tokeniser(path: Path, header: Header) -> Tokenise:
+    if umt5.SPIECE not in header:
+        # Before blaming the vocabulary, let a file that is something else say so.
+        umt5.config_from_state({name: shape for name, (_, shape) in header.items()}, str(path))
+        raise CheckpointError(
+            f"{path} carries no SentencePiece model (tensor '{umt5.SPIECE}'); use ComfyUI's umt5_xxl file or the "
+            "official text_encoder and tokenizer folders."
+        )
+    proto = read_tensors(path, names=[umt5.SPIECE])[umt5.SPIECE]
+    return _sentencepiece(proto.to(torch.uint8).numpy().tobytes(), path)
+
+
+def _folder_tokeniser(folder: Path) -> Tokenise:
+    """From `spiece.model`, else `tokenizer.json`, in `tokenizer/` beside the folder or in the folder itself."""
+    places = (folder.parent / "tokenizer", folder)
+    for place in places:
+        if (place / "spiece.model").is_file():
+            return _sentencepiece((place / "spiece.model").read_bytes(), place / "spiece.model")
+    for place in places:
+        if (place / "tokenizer.json").is_file():
+            return _tokenizer_json(place / "tokenizer.json")
+    raise CheckpointError(
+        f"{places[0]} holds neither spiece.model nor tokenizer.json; download the tokenizer folder too."
+    )
+
+
+def _tokenizer_json(file: Path) -> Tokenise:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise _missing("tokenizers", error) from error
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises Exception itself, nothing narrower
+        raise CheckpointError(f"{file} is no readable tokenizer ({error}); download it again.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids

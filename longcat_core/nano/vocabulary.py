@@ -1,0 +1,155 @@
+"""LongCat-nano's vocabulary and text encoder: trained here, read by anything that reads UMT5."""
+
+from __future__ import annotations
+
+import io
+import string
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..checkpoints import umt5
+from ..checkpoints.safetensors_io import write_safetensors
+from ..errors import LongCatError
+from ..generate.text import EOS, FIXED_CONFIG, PAD
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+SIZE = 384
+UNKNOWN = 2
+# SentencePiece's own case folding is a table of 240 kB; lower-casing ASCII and plain quotes are all that captions need.
+FOLDING = {upper: upper.lower() for upper in string.ascii_uppercase} | {
+    "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u00a0": " ",
+}  # fmt: skip
+CHARACTERS = "".join(sorted(set(string.printable) - set(string.whitespace) - set(string.ascii_uppercase)))
+
+
+def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
+    """A SentencePiece model (serialised proto) of at most `size` pieces: pad 0, EOS 1, unknown 2, lower-casing.
+
+    Byte-pair encoding rather than unigram: the unigram trainer seeds from substrings that two different words share, so a
+    small corpus's most frequent words fall apart. Every printable ASCII character is a piece. Same corpus, same bytes.
+    """
+    try:
+        from sentencepiece import SentencePieceTrainer
+    except ImportError as error:
+        raise LongCatError(
+            f"The vocabulary needs the sentencepiece package ({error}); run: pip install 'longcat-video[headless]'."
+        ) from error
+    if size < len(CHARACTERS) + 4:
+        raise LongCatError(f"A vocabulary needs at least {len(CHARACTERS) + 4} pieces, got {size}.")
+    if not any(line.strip() for line in corpus):
+        raise LongCatError("The corpus to train a vocabulary on is empty.")
+    proto = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        rules = Path(folder) / "folding.tsv"
+        rules.write_text("".join(f"{ord(a):X}\t{ord(b):X}\n" for a, b in FOLDING.items()), encoding="ascii")
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus),
+            model_writer=proto,
+            model_type="bpe",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNKNOWN,
+            bos_id=-1,
+            required_chars=CHARACTERS,
+            character_coverage=1.0,
+            normalization_rule_tsv=str(rules),
+            num_threads=1,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    return _without_rules_path(proto.getvalue())
+
+
+def new_text_encoder(
+    vocab: bytes, d_model: int = 128, d_ff: int = 256, num_layers: int = 2, num_heads: int = 4, d_kv: int = 32
+) -> UMT5EncoderModel:
+    """A fresh fp32 UMT5 encoder for the vocabulary, its weights drawn from PyTorch's global generator."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from transformers import UMT5Config, UMT5EncoderModel
+    except ImportError as error:
+        raise LongCatError(
+            f"The text encoder needs transformers and sentencepiece ({error}); "
+            "run: pip install 'longcat-video[headless]'."
+        ) from error
+    config = UMT5Config(
+        vocab_size=SentencePieceProcessor(model_proto=vocab).get_piece_size(),
+        d_model=d_model,
+        d_ff=d_ff,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        d_kv=d_kv,
+        **FIXED_CONFIG,
+    )
+    return UMT5EncoderModel(config)
+
+
+def save_text_encoder(
+    path: str | Path, model: UMT5EncoderModel, vocab: bytes, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write the single-file form: Hugging Face T5 names and the vocabulary as uint8 tensor `spiece_model`."""
+    state = model.state_dict()
+    tensors = {name: state[name].to(dtype) for name in umt5.weight_names(state)}
+    tensors[umt5.SPIECE] = torch.frombuffer(bytearray(vocab), dtype=torch.uint8)
+    write_safetensors(path, tensors)
+
+
+# --- protobuf: the trainer stores the path of its rules file, which would make the bytes differ from run to run -------
+
+NORMALIZER_SPEC, RULES_PATH = 3, 6  # field numbers in SentencePiece's ModelProto and NormalizerSpec
+
+
+def _without_rules_path(proto: bytes) -> bytes:
+    kept = b""
+    for field, start, body, end in _fields(proto):
+        if field == NORMALIZER_SPEC:
+            inner = proto[body:end]
+            spec = b"".join(inner[s:e] for f, s, _, e in _fields(inner) if f != RULES_PATH)
+            kept += proto[start : start + 1] + _varint(len(spec)) + spec
+        else:
+            kept += proto[start:end]
+    return kept
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, start, start of the body, end) of each field of a protobuf message."""
+    position = 0
+    while position < len(message):
+        start = position
+        tag, position = _read_varint(message, position)
+        kind = tag & 7
+        if kind == 0:
+            body, (_, position) = position, _read_varint(message, position)
+        elif kind == 2:
+            length, body = _read_varint(message, position)
+            position = body + length
+        else:
+            body, position = position, position + {1: 8, 5: 4}[kind]
+        yield tag >> 3, start, body, position
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
