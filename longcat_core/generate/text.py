@@ -60,7 +60,7 @@ class TextEncoder:
         return self
 
     def tokens(self, prompts: list[str], max_length: int = MAX_LENGTH) -> tuple[Tensor, Tensor]:
-        """Ids and mask, both [B, max_length] int64 on the CPU: cut to max_length with EOS as last token, padded with 0."""
+        """Ids and mask, both [B, max_length] int64 on the CPU: cut to max_length with EOS last, padded with 0."""
         if max_length < 1:
             raise LongCatError(f"max_length must be at least 1 token, got {max_length}.")
         if isinstance(prompts, str) or not prompts:

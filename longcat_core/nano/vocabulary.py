@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 SIZE = 384
 UNKNOWN = 2
-# SentencePiece's own case folding is a table of 240 kB; lower-casing ASCII and plain quotes are all that captions need.
-FOLDING = {upper: upper.lower() for upper in string.ascii_uppercase} | {
-    "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u00a0": " ",
-}  # fmt: skip
+# SentencePiece's own case folding is a table of 240 kB; ASCII, plain quotes and blanks are all that captions need.
+SIGNS = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"}
+FOLDING = {upper: upper.lower() for upper in string.ascii_uppercase} | SIGNS | dict.fromkeys("\t\n\r\u00a0", " ")
 CHARACTERS = "".join(sorted(set(string.printable) - set(string.whitespace) - set(string.ascii_uppercase)))
 
 
 def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
     """A SentencePiece model (serialised proto) of at most `size` pieces: pad 0, EOS 1, unknown 2, lower-casing.
 
-    Byte-pair encoding rather than unigram: the unigram trainer seeds from substrings that two different words share, so a
-    small corpus's most frequent words fall apart. Every printable ASCII character is a piece. Same corpus, same bytes.
+    Byte-pair encoding rather than unigram: the unigram trainer seeds from substrings that two different words share,
+    so a small corpus's most frequent words fall apart. Every printable ASCII character is a piece. Same corpus, same
+    bytes.
     """
     try:
         from sentencepiece import SentencePieceTrainer
