@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints import umt5
 from ..checkpoints.safetensors_io import Header, check_tensors, read_header, read_tensors
@@ -146,9 +146,7 @@ def _meta_model(config: dict) -> UMT5EncoderModel:
     except ImportError as error:
         raise _missing("transformers", error) from error
     with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**config))
-    assert isinstance(model, nn.Module)
-    return model
+        return UMT5EncoderModel(UMT5Config(**config))
 
 
 def _read_config(file: Path) -> dict:
