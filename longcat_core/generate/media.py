@@ -1,0 +1,325 @@
+"""Pictures and videos: read, fitted to a size, written whole or not at all. Frames are uint8 [F, H, W, 3], RGB."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import LongCatError
+
+Frames = np.ndarray
+
+VIDEO_SUFFIXES = (".mp4", ".webp", ".gif")
+CRF = 16  # of H.264: visually lossless
+
+# BT.709, limited range: what players assume of H.264 at any size once the stream says so.
+_BT709, _LIMITED_RANGE = 1, 1
+
+
+def _package(module: str) -> Any:
+    """A package of the `headless` extra."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = {"PIL": "pillow"}.get(module.split(".")[0], module)
+        raise LongCatError(
+            f"reading and writing media needs the package {name}; run: pip install 'longcat-video[headless]'"
+        ) from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its suffix, moved there on success and removed on any exception.
+
+    Raises LongCatError where the file system refuses (no space, no permission).
+    """
+    # A link is written through, not replaced.
+    path = path.resolve()
+    temporary = path.with_name(f".{path.stem[:64]}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LongCatError(f"{path} could not be written ({_reason(error)}); choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_video(path: str | Path, frames: Frames, fps: float) -> None:
+    """Write frames as .mp4 (H.264, yuv420p, BT.709), .webp (animated, lossless) or .gif (256 colours a frame).
+
+    The form follows the suffix. fps: frames per second; .gif and .webp round each frame's end to 10 ms and 1 ms.
+    Raises LongCatError for an unknown suffix, frames of another form, or odd sides in an .mp4.
+    """
+    path = Path(path)
+    suffix = _video_suffix(path)
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise LongCatError(f"frames are {frames.dtype} {list(frames.shape)}; a video takes uint8 [F, H, W, 3]")
+    if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
+        raise LongCatError(f"{path.name}: H.264 needs even sides, not {frames.shape[1]}x{frames.shape[2]}; use .webp")
+    with atomic_path(path) as temporary:
+        if suffix == ".mp4":
+            _write_mp4(temporary, frames, fps)
+        else:
+            _write_animation(temporary, frames, fps)
+
+
+def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
+    av = _package("av")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        try:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        except ValueError as error:
+            raise LongCatError(f"this build of av has no H.264 encoder ({error}); write a .webp instead") from error
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(CRF)}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_animation(path: Path, frames: Frames, fps: float) -> None:
+    image = _package("PIL.Image")
+    pictures = [image.fromarray(frame) for frame in frames]
+    # Ends are rounded, not durations, so that no error adds up.
+    unit = 10 if path.suffix.lower() == ".gif" else 1
+    ends = [unit * round(1000 * i / fps / unit) for i in range(len(frames) + 1)]
+    durations = [max(unit, b - a) for a, b in pairwise(ends)]
+    form = {"lossless": True, "quality": 50, "method": 4} if unit == 1 else {"disposal": 1, "optimize": False}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **form)
+
+
+def contact_sheet(
+    path: str | Path,
+    frames: Frames,
+    prompt: str,
+    *,
+    fps: float = 15,
+    columns: int = 4,
+    count: int = 12,
+    cell_width: int = 280,
+) -> None:
+    """Write a .png of up to `count` evenly spaced frames with number and time under each and the prompt under all.
+
+    Small frames are enlarged by whole factors, pixel by pixel, to about `cell_width` pixels; large ones are reduced.
+    """
+    path = Path(path)
+    _sheet_suffix(path)
+    image, draw_on, fonts = _package("PIL.Image"), _package("PIL.ImageDraw"), _package("PIL.ImageFont")
+    picked = sorted({round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))})
+    columns = min(columns, len(picked))
+    height, width = frames.shape[1:3]
+    if width <= cell_width:
+        factor = max(1, round(cell_width / width))
+        size, filter_ = (width * factor, height * factor), image.Resampling.NEAREST
+    else:
+        size, filter_ = (cell_width, max(1, round(height * cell_width / width))), image.Resampling.LANCZOS
+    margin, label, gap = 20, 24, 14
+    font, prompt_font = fonts.load_default(size=14), fonts.load_default(size=24)
+    sheet_width = 2 * margin + columns * size[0] + (columns - 1) * gap
+    lines = _wrap(prompt, prompt_font.getlength, sheet_width - 2 * margin)
+    rows = -(-len(picked) // columns)
+    top = margin + rows * (size[1] + label + gap)
+    sheet = image.new("RGB", (sheet_width, top + 32 * len(lines) + margin), (250, 250, 250))
+    draw = draw_on.Draw(sheet)
+    for cell, index in enumerate(picked):
+        x = margin + cell % columns * (size[0] + gap)
+        y = margin + cell // columns * (size[1] + label + gap)
+        sheet.paste(image.fromarray(frames[index]).resize(size, filter_), (x, y))
+        draw.text((x, y + size[1] + 4), f"frame {index}, {index / fps:.2f} s", fill=(110, 110, 110), font=font)
+    for number, line in enumerate(lines):
+        draw.text((margin, top + 32 * number), line, fill=(20, 20, 20), font=prompt_font)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+
+
+def _wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
+    """Lines of `text` at most `width` wide; words break only where one alone is too long."""
+    lines, line = [], ""
+    for word in text.split():
+        while measure(word) > width:
+            cut = next(n for n in range(len(word), 0, -1) if n == 1 or measure(word[:n]) <= width)
+            lines += [line] if line else []
+            lines, line, word = [*lines, word[:cut]], "", word[cut:]
+        joined = f"{line} {word}".strip()
+        if measure(joined) > width:
+            lines, joined = [*lines, line], word
+        line = joined
+    return [*lines, line] if line else lines
+
+
+def check_output(path: str | Path, estimated_bytes: int, *, sheet: bool = False) -> None:
+    """Raise LongCatError unless a video (or contact sheet) of about `estimated_bytes` can be written to `path`."""
+    path = Path(path)
+    (_sheet_suffix if sheet else _video_suffix)(path)
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise LongCatError(f"{path} is a folder; give the name of a file in it, such as {path / 'video.mp4'}")
+    if path.exists() and not path.is_file():
+        raise LongCatError(f"{path} is no regular file; choose another name")
+    if not folder.is_dir():
+        raise LongCatError(f"{path}: the folder {folder} does not exist; create it or choose another place")
+    try:
+        # Tried, not asked: permissions alone don't tell of read-only file systems.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LongCatError(f"{path}: {folder} is not writable ({_reason(error)}); choose another place") from error
+    free = shutil.disk_usage(folder).free
+    if free < estimated_bytes:
+        raise LongCatError(
+            f"{path} may take {_megabytes(estimated_bytes)} but {folder} has {_megabytes(free)} free; "
+            "make room or choose another place"
+        )
+
+
+def estimate_bytes(path: str | Path, frames: int, height: int, width: int) -> int:
+    """A generous guess of a video's size on disk: lossless forms near their pixels' size, H.264 a fifth of it."""
+    pixels = frames * height * width * 3
+    return (pixels // 5 if Path(path).suffix.lower() == ".mp4" else pixels) + (1 << 20)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture as uint8 [H, W, 3]: turned as its EXIF orientation says, transparency over black."""
+    path = _existing(path, "image")
+    image, operations = _package("PIL.Image"), _package("PIL.ImageOps")
+    try:
+        with image.open(path) as picture:
+            return _rgb(operations.exif_transpose(picture))
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        raise LongCatError(f"{path} is no readable image ({_reason(error)}); give a PNG, JPEG or WebP") from error
+
+
+def read_video(path: str | Path, last: int | None = None) -> tuple[Frames, float]:
+    """All frames of a video, or its last `last`, and its frames per second.
+
+    .gif and .webp are read with Pillow, anything else with PyAV. Raises LongCatError for what neither can read.
+    """
+    path = _existing(path, "video")
+    read = _animation_frames if path.suffix.lower() in (".gif", ".webp") else _video_frames
+    frames: deque[np.ndarray] = deque(maxlen=last)
+    fps = 0.0
+    for frame, fps in read(path):  # noqa: B007 - the last value is the clip's
+        frames.append(frame)
+    if not frames:
+        raise LongCatError(f"{path} holds no video frames; give an .mp4, .webm, .gif or .webp")
+    return np.stack(frames), fps
+
+
+def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+    av = _package("av")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                return
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            fps = float(stream.average_rate or stream.guessed_rate or 0) or 15.0
+            for frame in container.decode(stream):
+                picture = frame.to_ndarray(format="rgb24")
+                yield np.rot90(picture, round(frame.rotation / 90) % 4), fps
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        raise LongCatError(f"{path} is no readable video ({_reason(error)}); give an .mp4 or .webm") from error
+
+
+def _animation_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+    image, sequence = _package("PIL.Image"), _package("PIL.ImageSequence")
+    try:
+        with image.open(path) as animation:
+            timed = [(_rgb(f), f.info.get("duration") or 67) for f in sequence.Iterator(animation)]
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        raise LongCatError(f"{path} is no readable animation ({_reason(error)}); give an .mp4 or .webm") from error
+    # Writers join equal frames into one that lasts longer; the shortest duration is the beat.
+    beat = min(duration for _, duration in timed)
+    repeated = [frame for frame, duration in timed for _ in range(max(1, round(duration / beat)))]
+    fps = 1000 * len(repeated) / sum(duration for _, duration in timed)
+    for frame in repeated:
+        yield frame, fps
+
+
+def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [F, H, W, 3] or [H, W, 3] to the given sides: scaled to cover them, the overhang cut off evenly."""
+    if frames.ndim == 4:
+        return np.stack([resize_and_crop(frame, height, width) for frame in frames])
+    if frames.shape[:2] == (height, width):
+        return frames
+    image = _package("PIL.Image")
+    scale = max(height / frames.shape[0], width / frames.shape[1])
+    # The box is the part of the source that stays, so that one resampling does both.
+    box_height, box_width = height / scale, width / scale
+    top, left = (frames.shape[0] - box_height) / 2, (frames.shape[1] - box_width) / 2
+    box = (max(0.0, left), max(0.0, top), left + box_width, top + box_height)
+    box = (*box[:2], min(box[2], frames.shape[1]), min(box[3], frames.shape[0]))
+    picture = image.fromarray(np.ascontiguousarray(frames))
+    return np.asarray(picture.resize((width, height), image.Resampling.LANCZOS, box=box))
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _rgb(picture: Any) -> np.ndarray:
+    image = _package("PIL.Image")
+    if picture.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255.
+        return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = image.alpha_composite(image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def _existing(path: str | Path, what: str) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise LongCatError(f"{what} {path} is a folder; give a file")
+    if not path.is_file():
+        raise LongCatError(f"{what} {path} does not exist; give the path of a file")
+    return path
+
+
+def _video_suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in VIDEO_SUFFIXES:
+        raise LongCatError(f"output {str(path)!r} must end in {', '.join(VIDEO_SUFFIXES)}; that says its form")
+    return suffix
+
+
+def _sheet_suffix(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise LongCatError(f"contact sheet {str(path)!r} must end in .png")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space left on the disk"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,178 @@
+"""The whole chain: prompt, image or clip in, frames out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints.load import load_transformer
+from ..errors import CheckpointError, LongCatError
+from ..model.backends import check as check_attention
+from ..model.config import Optimizations
+from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
+from ..sampling.sampler import Step, sample
+from ..sampling.schedules import make_schedule
+from .media import resize_and_crop
+from .request import NANO, RELEASED, Defaults, GenerateRequest
+from .text import TextEncoder, load_text_encoder
+from .vae import VideoVAE, load_vae
+
+if TYPE_CHECKING:
+    from ..model.transformer import LongCatTransformer
+
+NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
+NANO_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_bf16.safetensors"
+NANO_VAE = NANO_WEIGHTS / "vae" / "longcat_nano_vae_bf16.safetensors"
+NANO_TEXT_ENCODER = NANO_WEIGHTS / "text_encoders" / "longcat_nano_umt5_bf16.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """Where the three parts lie: each a safetensors file or a folder of the official form. Defaults: the nano model."""
+
+    model: Path = NANO_MODEL
+    vae: Path = NANO_VAE
+    text_encoder: Path = NANO_TEXT_ENCODER
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+    ) -> ModelPaths:
+        """Fill in what is not named: the nano model, or the folders of the official root that `model` is.
+
+        Raises CheckpointError for paths that do not exist and for a model file without VAE and text encoder.
+        """
+        if model is None and vae is None and text_encoder is None:
+            paths = cls()
+        elif model is None:
+            raise CheckpointError("a VAE or text encoder is given without a model; give --model too, or none of them")
+        else:
+            root = Path(model)
+            for name, given in (("vae", vae), ("text_encoder", text_encoder)):
+                if given is None and root.exists() and not (root / name).is_dir():
+                    option = f"--{name.replace('_', '-')}"
+                    raise CheckpointError(f"{root} has no folder {name}; give LongCat-Video's folder or use {option}")
+            # The official root holds tokenizer/ beside text_encoder/, so the root itself stands for both.
+            paths = cls(root, Path(vae or root / "vae"), Path(text_encoder or root))
+        for what, path in (("model", paths.model), ("vae", paths.vae), ("text encoder", paths.text_encoder)):
+            if not path.exists():
+                raise CheckpointError(f"{what} {path} does not exist; give a safetensors file or LongCat-Video's folder")
+        return paths
+
+    @property
+    def is_nano(self) -> bool:
+        return self.model.resolve() == NANO_MODEL.resolve()
+
+    @property
+    def defaults(self) -> Defaults:
+        return NANO if self.is_nano else RELEASED
+
+
+@dataclass(frozen=True)
+class Generation:
+    """frames: uint8 [F, H, W, 3]. latents: normalised, [1, 16, T, H/8, W/8] fp32 on the CPU. request: filled in."""
+
+    frames: np.ndarray
+    latents: Tensor
+    request: GenerateRequest
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def fps(self) -> float:
+        return self.request.fps
+
+
+@dataclass
+class Pipeline:
+    """A loaded model with its VAE and text encoder.
+
+    The noise is drawn on the CPU in fp32, so a seed means the same noise on every device; on one machine it gives the
+    same video bit for bit.
+    """
+
+    model: LongCatTransformer
+    vae: VideoVAE
+    text_encoder: TextEncoder
+    defaults: Defaults = RELEASED
+
+    @classmethod
+    def load(
+        cls,
+        paths: ModelPaths | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        optimizations: Optimizations | None = None,
+    ) -> Pipeline:
+        """Load all three parts. Raises LongCatError for files that do not fit the network or each other."""
+        paths = paths or ModelPaths.of()
+        optimizations = optimizations or Optimizations()
+        check_attention(optimizations.attention)
+        # The transformer first: its headers tell at once when another model's file was given.
+        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
+        vae = load_vae(paths.vae, dtype=dtype, device=device)
+        text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype, device=device)
+        if text_encoder.channels != model.config.caption_channels:
+            raise CheckpointError(
+                f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
+                f"{model.config.caption_channels}; give the text encoder that belongs to it"
+            )
+        return cls(model.eval(), vae, text_encoder, paths.defaults)
+
+    def generate(self, request: GenerateRequest, callback: Callable[[Step], None] | None = None) -> Generation:
+        """Run one request; `callback` is called after each step and may raise to stop.
+
+        Warns (UserWarning) where the text is longer than the model reads. Raises LongCatError for bad requests.
+        """
+        request = request.filled(self.defaults)
+        schedule = make_schedule(request.schedule, request.steps)
+        guided = request.guidance_scale != 1
+        context, mask = self._encode("prompt", request.prompt)
+        negative = self._encode("negative prompt", request.negative_prompt) if guided else (None, None)
+        channels = self.model.config.in_channels
+        noise = seeded_noise((1, *latent_shape(request.frames, request.height, request.width, channels)), request.seed)
+        latents = sample(
+            self.model,
+            noise,
+            schedule,
+            context,
+            mask,
+            negative_context=negative[0],
+            negative_mask=negative[1],
+            guidance_scale=request.guidance_scale,
+            cond_latents=self._cond_latents(request),
+            use_kv_cache=request.kv_cache,
+            callback=callback,
+        )
+        if not latents.isfinite().all():
+            raise LongCatError(
+                "the result is not finite: this checkpoint overflows in the chosen precision; try --dtype float32"
+            )
+        frames = self.vae.decode(latents)[0].mul(255).round().to("cpu", torch.uint8).numpy()
+        return Generation(frames, latents.cpu(), request)
+
+    def _encode(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
+        context, mask = self.text_encoder.encode([prompt])
+        if bool(mask.all()):
+            warnings.warn(f"the {name} fills all {mask.shape[1]} tokens; what is beyond is not read", stacklevel=3)
+        return context, mask
+
+    def _cond_latents(self, request: GenerateRequest) -> Tensor | None:
+        if request.given is None:
+            return None
+        frames = last_frames(request.given, request.cond_frames)
+        frames = resize_and_crop(frames, request.height, request.width)
+        return self.vae.encode(to_pixels(torch.from_numpy(frames.copy())))

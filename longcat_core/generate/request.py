@@ -1,0 +1,214 @@
+"""What a generation is asked for: filled in, and checked before any model is loaded."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import LongCatError
+from ..sampling.buckets import nearest_bucket
+from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+from ..sampling.schedules import DISTILLED_GRID
+from .media import read_image, read_video
+
+# A token is 2x2 latents, a latent 8x8 pixels.
+SIDE_MULTIPLE = 2 * SPATIAL_FACTOR
+MAX_SIDE = 4096
+MAX_FRAMES = 2001
+MAX_STEPS = 1000
+MAX_GUIDANCE = 30.0
+MAX_FPS = 120.0
+MAX_SEED = 2**63 - 1
+SCHEDULES = ("base", "distilled", "enhance_hf")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model was trained for: sides in pixels, frames, whether given pictures choose the size."""
+
+    height: int
+    width: int
+    frames: int
+    bucketed: bool
+    clip_schedule: str
+
+
+RELEASED = Defaults(480, 832, 93, bucketed=True, clip_schedule="enhance_hf")
+NANO = Defaults(64, 96, 33, bucketed=False, clip_schedule="base")
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One video to generate. None means: what suits the model and the other values (`filled`).
+
+    height, width: pixels, multiples of 16. frames: 4k+1, given frames included. fps: of the file, no model input.
+    guidance_scale: 1 is without guidance. image: the first frame. video: a clip whose last `num_cond_frames` frames
+    (4k+1) are continued. given: the frames of either, uint8 [F, H, W, 3]; read from the files by `filled`, or handed
+    in directly instead of a file: one frame is an image, more are a clip.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    schedule: str | None = None
+    image: Path | None = None
+    video: Path | None = None
+    num_cond_frames: int = 13
+    kv_cache: bool = True
+    fps: float = 15
+    given: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    def filled(self, defaults: Defaults) -> GenerateRequest:
+        """A checked request without any None: files read, the rest from `defaults`. Raises LongCatError."""
+        _check_text("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            _check_text("negative prompt", self.negative_prompt)
+        if not html.unescape(html.unescape(self.prompt)).strip():
+            raise LongCatError('the prompt is empty; say what the video shows, such as "a red circle moves right"')
+        if self.image is not None and self.video is not None:
+            raise LongCatError("both an image and a video are given; give the one to begin with or to continue")
+        _check_cond_frames(self.num_cond_frames)
+        given = self.given if self.given is not None else self._read()
+        is_clip = given is not None and len(given) > 1
+        schedule = self.schedule or (defaults.clip_schedule if is_clip else "base")
+        distilled = schedule == "distilled"
+        height, width = self._size(defaults, given)
+        request = replace(
+            self,
+            negative_prompt=DEFAULT_NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt,
+            height=height,
+            width=width,
+            frames=defaults.frames if self.frames is None else self.frames,
+            steps=(16 if distilled else 50) if self.steps is None else self.steps,
+            guidance_scale=(1.0 if distilled else 4.0) if self.guidance_scale is None else self.guidance_scale,
+            schedule=schedule,
+            given=given,
+        )
+        request._check()
+        return request
+
+    @property
+    def cond_frames(self) -> int:
+        """Given frames that the video begins with: 0, 1 for an image, `num_cond_frames` for a clip."""
+        if self.given is None:
+            return 0
+        return 1 if len(self.given) == 1 else self.num_cond_frames
+
+    def notes(self) -> list[str]:
+        """Sentences on a filled request that will run, but maybe not as meant."""
+        notes = []
+        if self.schedule == "distilled" and self.guidance_scale != 1:
+            notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
+        if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):
+            notes.append("the negative prompt has no effect at guidance 1")
+        return notes
+
+    def _read(self) -> np.ndarray | None:
+        if self.image is not None:
+            return read_image(self.image)[None]
+        if self.video is None:
+            return None
+        clip, _ = read_video(self.video, last=self.num_cond_frames)
+        if len(clip) < self.num_cond_frames:
+            most = nearest_frame_counts(len(clip))[0]
+            raise LongCatError(
+                f"video {self.video} has {len(clip)} frames, fewer than the {self.num_cond_frames} conditioning "
+                f"frames; give a longer clip or at most {most} conditioning frames"
+            )
+        # One frame of a clip is an image: the same to the model.
+        return clip
+
+    def _size(self, defaults: Defaults, given: np.ndarray | None) -> tuple[int, int]:
+        if self.height is None and self.width is None and given is not None and defaults.bucketed:
+            return nearest_bucket(*given.shape[1:3])
+        height = defaults.height if self.height is None else self.height
+        width = defaults.width if self.width is None else self.width
+        return height, width
+
+    def _check(self) -> None:
+        for name, side in (("height", self.height), ("width", self.width)):
+            check_side(name, side)
+        check_frames(self.frames)
+        if self.schedule not in SCHEDULES:
+            raise LongCatError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        most = DISTILLED_GRID if self.schedule == "distilled" else MAX_STEPS
+        if not _is_whole(self.steps) or not 1 <= self.steps <= most:
+            raise LongCatError(f"{self.steps} steps are out of range; the {self.schedule} schedule takes 1 to {most}")
+        check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        check_number("fps", self.fps, 1.0, MAX_FPS)
+        if not _is_whole(self.seed) or not 0 <= self.seed <= MAX_SEED:
+            raise LongCatError(f"seed {self.seed} is out of range; give a whole number from 0 to 2^63 - 1")
+        if self.given is None:
+            return
+        if self.given.ndim != 4 or self.given.shape[3] != 3 or self.given.dtype != np.uint8 or not self.given.size:
+            raise LongCatError(f"given frames are {self.given.dtype} {list(self.given.shape)}; give uint8 [F, H, W, 3]")
+        if len(self.given) < self.cond_frames:
+            raise LongCatError(
+                f"{len(self.given)} frames are given, fewer than the {self.cond_frames} conditioning frames; give more"
+            )
+        if self.frames <= self.cond_frames:
+            raise LongCatError(
+                f"{self.frames} frames leave nothing to generate after {self.cond_frames} given ones; "
+                f"ask for at least {self.cond_frames + TEMPORAL_FACTOR} frames"
+            )
+
+
+def nearest_frame_counts(frames: int) -> tuple[int, int]:
+    """The nearest counts of the form 4k+1 at or below and above `frames`, at least 1."""
+    below = max(1, (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
+    return below, below + TEMPORAL_FACTOR
+
+
+def check_side(name: str, pixels: int) -> None:
+    """Raise LongCatError, with the nearest valid side, unless `pixels` is a multiple of 16 from 16 to 4096."""
+    if not _is_whole(pixels):
+        raise LongCatError(f"{name} {pixels} is no whole number; give pixels, a multiple of {SIDE_MULTIPLE}")
+    if not SIDE_MULTIPLE <= pixels <= MAX_SIDE:
+        raise LongCatError(f"{name} {pixels} is out of range; give {SIDE_MULTIPLE} to {MAX_SIDE} pixels")
+    if pixels % SIDE_MULTIPLE:
+        nearest = min(MAX_SIDE, (pixels + SIDE_MULTIPLE // 2) // SIDE_MULTIPLE * SIDE_MULTIPLE)
+        raise LongCatError(f"{name} {pixels} is not divisible by {SIDE_MULTIPLE}; the nearest that is: {nearest}")
+
+
+def check_frames(frames: int) -> None:
+    """Raise LongCatError, with the two nearest counts, unless `frames` is 4k+1 and from 1 to 2001."""
+    if not _is_whole(frames) or not 1 <= frames <= MAX_FRAMES:
+        raise LongCatError(f"{frames} frames are out of range; give 1 to {MAX_FRAMES}, of the form 4k+1")
+    if frames % TEMPORAL_FACTOR != 1:
+        below, above = nearest_frame_counts(frames)
+        raise LongCatError(f"{frames} frames are not of the form 4k+1; the nearest are {below} and {above}")
+
+
+def check_number(name: str, value: float, least: float, most: float) -> None:
+    """Raise LongCatError unless `value` is a finite number from `least` to `most`."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
+        raise LongCatError(f"{name} {value} is out of range; give a number from {least:g} to {most:g}")
+
+
+def _check_cond_frames(count: int) -> None:
+    if not _is_whole(count) or count < 1 or count % TEMPORAL_FACTOR != 1:
+        below, above = nearest_frame_counts(count if _is_whole(count) else 13)
+        raise LongCatError(f"{count} conditioning frames are not of the form 4k+1; the nearest are {below} and {above}")
+
+
+def _check_text(name: str, text: str) -> None:
+    if not isinstance(text, str):
+        raise LongCatError(f"the {name} is a {type(text).__name__}; give text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LongCatError(f"the {name} is not valid UTF-8 at character {error.start}; type it anew") from error
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
