@@ -224,7 +224,7 @@ def parse_caption(text: str) -> Scene:
 
 @dataclass(frozen=True)
 class Placements:
-    """What `render` draws: B scenes of up to A = 2 actors. Lengths are pixels at a shorter side of 64, times seconds."""
+    """B scenes of up to A = 2 actors, ready to draw. Lengths are pixels at a shorter side of 64, times seconds."""
 
     background: Tensor  # [B, 3] in 0..1
     colour: Tensor  # [B, A, 3] in 0..1
