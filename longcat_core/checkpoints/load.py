@@ -53,7 +53,9 @@ def _files(path: Path) -> list[Path]:
     folder = path / "dit" if (path / "dit").is_dir() else path
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
-        raise CheckpointError(f"{folder} has {len(indices)} index files ({indices[0].name}, ...); keep one model a folder")
+        raise CheckpointError(
+            f"{folder} has {len(indices)} index files ({indices[0].name}, ...); keep one model a folder"
+        )
     if indices:
         try:
             shards = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
@@ -64,12 +66,16 @@ def _files(path: Path) -> list[Path]:
             if Path(shard).name != shard:
                 raise CheckpointError(f"{indices[0]} names {shard!r} outside its folder; download the checkpoint again")
             if not (folder / shard).is_file():
-                raise CheckpointError(f"{indices[0].name} names {shard}, which is missing in {folder}; download it again")
+                raise CheckpointError(
+                    f"{indices[0].name} names {shard}, which is missing in {folder}; download it again"
+                )
             files.append(folder / shard)
         return files
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file; give a safetensors file or LongCat-Video's dit folder")
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file; give a safetensors file or LongCat-Video's dit folder"
+        )
     return files
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LongCatError
-from . import backends
-from .backends import Varlen
+from .backends import AttendVarlen, Kernels, Varlen
 from .config import Optimizations, TextMode
 from .rope import apply_rope
 
@@ -47,11 +47,11 @@ def project(layer: nn.Module, x: Tensor, parts: int, fused: bool) -> tuple[Tenso
 class TextTokens:
     """Embedded text, arranged for one of the cross-attention modes.
 
-    tokens: [B, M, C] in the network's dtype. Rows past a sample's keys are filler.
+    tokens: [B, M, C] in the network's dtype.
     bias: [B, 1, 1, M] fp32 added to the logits (0, ln(count) on the key that stands for `count` padding tokens,
         -inf on filler), or None where every row is attended as it is.
-    lengths: keys per sample without the padding key, or None where bias is None.
-    pad_counts: [B] padding tokens that row `lengths[b]` stands for; 0 where padding is dropped.
+    lengths: real tokens of each sample, which stand first, or None where they do not or nobody counted.
+    pad_counts: [B] padding tokens that the last row stands for, or None: no row does.
     """
 
     tokens: Tensor
@@ -59,19 +59,43 @@ class TextTokens:
     lengths: list[int] | None = None
     pad_counts: Tensor | None = None
 
+    def expand(self, batch: int) -> TextTokens:
+        """One text for a batch of videos; a text per video stays as it is."""
+        if self.tokens.shape[0] == batch:
+            return self
+        return TextTokens(
+            self.tokens.expand(batch, -1, -1),
+            None if self.bias is None else self.bias.expand(batch, -1, -1, -1),
+            None if self.lengths is None else self.lengths * batch,
+            None if self.pad_counts is None else self.pad_counts.expand(batch),
+        )
 
-def arrange_text(y: Tensor, mask: Tensor | None, mode: TextMode, zero_pad: bool) -> TextTokens:
-    """Arrange embedded text y [B, L, C] with mask [B, L] (non-zero: a real token) for cross-attention.
+
+def arrange_text(
+    context: Tensor,
+    mask: Tensor | None,
+    mode: TextMode,
+    zero_pad: bool,
+    embed: Callable[[Tensor], Tensor],
+    length: int | None = None,
+) -> TextTokens:
+    """Arrange and embed text for cross-attention.
+
+    context [B, L, caption], mask [B, L] (non-zero: a real token); without a mask every token counts as real. embed
+    maps [.., caption] to [.., C]. length: how many tokens the text has with all its padding, at least L; None: L.
 
     With `zero_pad` (the released model) a padding token is attended as a zero vector: all of them then share one key
-    and one value, and n equal keys weigh as much as one whose logit is raised by ln(n). Without a mask every token
-    counts as real.
+    and one value, and n equal keys weigh as much as one whose logit is raised by ln(n).
     """
+    length = context.shape[1] if length is None else length
     if mask is None:
-        return TextTokens(y)
-    real = mask.to(y.device) != 0
-    if mode == "padded" and zero_pad:
-        return TextTokens(y * real[..., None].to(y.dtype))
+        return TextTokens(embed(context))
+    real = mask.to(context.device) != 0
+    if mode == "padded":
+        pad = length - context.shape[1]
+        y, real = F.pad(embed(context), (0, 0, 0, pad)), F.pad(real, (0, pad))
+        if zero_pad:
+            return TextTokens(y * real[..., None].to(y.dtype))
     counts = real.sum(1)
     lengths = counts.tolist()
     fold = zero_pad and mode == "exact"
@@ -81,18 +105,30 @@ def arrange_text(y: Tensor, mask: Tensor | None, mode: TextMode, zero_pad: bool)
         bias = torch.where(real, 0.0, -math.inf).to(torch.float32)[:, None, None]
         return TextTokens(y, bias)
 
-    # Real tokens first, in order; then, folding, one zero token for all padding.
-    width = max(lengths) + (1 if fold else 0)
-    order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)
-    tokens = torch.gather(y, 1, order[..., None].expand(-1, -1, y.shape[-1]))
-    tokens = F.pad(tokens, (0, 0, 0, max(0, width - y.shape[1])))[:, :width]
-    position = torch.arange(width, device=y.device)[None]
-    tokens = tokens * (position < counts[:, None])[..., None].to(y.dtype)
-    pad_counts = (y.shape[1] - counts) if fold else torch.zeros_like(counts)
-    bias = torch.where(position < counts[:, None], 0.0, -math.inf).to(torch.float32)
-    # log(0) = -inf: a sample without padding has no padding key.
-    bias = torch.where(position == counts[:, None], pad_counts[:, None].float().log(), bias)
-    return TextTokens(tokens, bias[:, None, None], lengths, pad_counts)
+    # Real tokens first, in order, and only they are embedded.
+    order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)[:, : max(lengths)]
+    context = torch.gather(context, 1, order[..., None].expand(-1, -1, context.shape[-1]))
+    real = torch.arange(context.shape[1], device=real.device)[None] < counts[:, None]
+    text = fold_padding(context, real, embed, length if fold else None)
+    return replace(text, lengths=lengths)
+
+
+def fold_padding(context: Tensor, real: Tensor, embed: Callable[[Tensor], Tensor], length: int | None) -> TextTokens:
+    """Embed context [B, L, caption] with real [B, L] bool and fold its padding, up to `length` tokens, into one key.
+
+    The key is a zero token at the end, its logit raised by ln(count). length None: padding is dropped. Nothing here
+    reads a value back from the device, so that it can be captured in a graph.
+    """
+    y = embed(context)
+    y = y * real[..., None].to(y.dtype)
+    bias = torch.where(real, 0.0, -math.inf).to(torch.float32)
+    pad_counts = None
+    if length is not None:
+        pad_counts = length - real.sum(1)
+        # log(0) = -inf: a sample without padding has no padding key.
+        bias = torch.cat((bias, pad_counts[:, None].float().log()), dim=1)
+        y = F.pad(y, (0, 0, 0, 1))
+    return TextTokens(y, bias[:, None, None], pad_counts=pad_counts)
 
 
 class SelfAttention(nn.Module):
@@ -117,6 +153,7 @@ class SelfAttention(nn.Module):
         num_cond_tokens: int,
         cached: tuple[Tensor, Tensor] | None,
         optimizations: Optimizations,
+        kernels: Kernels,
         keep: Any = None,
     ) -> Tensor:
         """x [B, N, C] -> [B, N, C].
@@ -132,7 +169,7 @@ class SelfAttention(nn.Module):
         if keep is not None:
             keep(k, v)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        attend = backends.resolve(optimizations.attention, q).attend
+        attend = kernels.attend
         if cached is not None:
             out = attend(q, torch.cat((cached[0], k), dim=1), torch.cat((cached[1], v), dim=1))
         elif num_cond_tokens:
@@ -159,7 +196,7 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads, **kwargs)
         self.proj = operations.Linear(dim, dim, **kwargs)
 
-    def forward(self, x: Tensor, text: TextTokens, optimizations: Optimizations) -> Tensor:
+    def forward(self, x: Tensor, text: TextTokens, optimizations: Optimizations, kernels: Kernels) -> Tensor:
         """x [B, N, C] attends to text; returns [B, N, C]."""
         q = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
         k, v = (
@@ -168,13 +205,11 @@ class CrossAttention(nn.Module):
         )
         k = self.k_norm(k)
         if text.bias is None:
-            out = backends.resolve(optimizations.attention, q).attend(q, k, v)
+            out = kernels.attend(q, k, v)
+        elif kernels.varlen is not None and text.lengths is not None and min(text.lengths) > 0:
+            out = _attend_packed(kernels.varlen, q, k, v, text)
         else:
-            varlen = backends.varlen_kernel(optimizations.attention, q) if text.lengths is not None else None
-            if varlen is not None and min(text.lengths) > 0:
-                out = _attend_packed(varlen, q, k, v, text)
-            else:
-                out = _attend_biased(q, k, v, text.bias)
+            out = _attend_biased(q, k, v, text.bias)
         return self.proj(out.flatten(-2))
 
 
@@ -183,7 +218,7 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2)
 
 
-def _attend_packed(varlen: backends.AttendVarlen, q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
+def _attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
     """Attend to the real tokens alone, then add the padding key from the log-sum-exp.
 
     With weights w = exp(logit): (sum w_i v_i + n w_p v_p) / (sum w_i + n w_p) is a blend of the attended output and
@@ -198,10 +233,9 @@ def _attend_packed(varlen: backends.AttendVarlen, q: Tensor, k: Tensor, v: Tenso
     sizes = Varlen(cu_q, cu_k, tokens, max(lengths))
     out, lse = varlen(q.flatten(0, 1), packed_k, packed_v, sizes)
     out = out.view(batch, tokens, heads, dim)
-    if k.shape[1] == max(lengths):  # no row was added for a padding key: padding is dropped
+    if text.pad_counts is None:
         return out
-    rows = torch.arange(batch, device=q.device), torch.tensor(lengths, device=q.device)
-    k_pad, v_pad = k[rows][:, None], v[rows][:, None]
+    k_pad, v_pad = k[:, -1:], v[:, -1:]
     logit = (q.float() * k_pad.float()).sum(-1) * dim**-0.5
     lse = lse.view(heads, batch, tokens).permute(1, 2, 0)
     weight = torch.sigmoid(text.pad_counts.float().log()[:, None, None] + logit - lse)[..., None]

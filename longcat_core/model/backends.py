@@ -36,6 +36,15 @@ class Varlen(NamedTuple):
     max_seqlen_k: int
 
 
+class Inputs(NamedTuple):
+    """What a kernel must cope with: where and in what dtype q, k, v are, and whether gradients flow through them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    grad: bool
+
+
 # q [sum Nq, H, D], k and v [sum Nk, H, D] -> output [sum Nq, H, D] and log-sum-exp [H, sum Nq] fp32.
 AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
 
@@ -59,15 +68,15 @@ class Backend:
     max_head_dim: int = 256
     needs_no_grad: bool = False
 
-    def refuses(self, q: Tensor) -> str:
-        """Why this kernel cannot take inputs like q, or ""."""
-        if self.cuda_only and q.device.type != "cuda":
-            return f"it runs on CUDA, the tensors are on {q.device.type}"
-        if self.dtypes is not None and q.dtype not in self.dtypes:
-            return f"it takes {' or '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {q.dtype}"
-        if q.shape[-1] > self.max_head_dim or q.shape[-1] % 8:
-            return f"it takes head dims up to {self.max_head_dim} in steps of 8, not {q.shape[-1]}"
-        if self.needs_no_grad and torch.is_grad_enabled() and q.requires_grad:
+    def refuses(self, inputs: Inputs) -> str:
+        """Why this kernel cannot take such inputs, or ""."""
+        if self.cuda_only and inputs.device.type != "cuda":
+            return f"it runs on CUDA, the tensors are on {inputs.device.type}"
+        if self.dtypes is not None and inputs.dtype not in self.dtypes:
+            return f"it takes {' or '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {inputs.dtype}"
+        if inputs.head_dim > self.max_head_dim or inputs.head_dim % 8:
+            return f"it takes head dims up to {self.max_head_dim} in steps of 8, not {inputs.head_dim}"
+        if self.needs_no_grad and inputs.grad:
             return "it has no backward pass"
         return ""
 
@@ -79,7 +88,7 @@ def _load(module: str) -> tuple[Any, str]:
         return importlib.import_module(module), ""
     except ModuleNotFoundError:
         return None, f"package {module.split('.')[0]} is not installed"
-    except Exception as error:  # noqa: BLE001 - ABI mismatches raise anything from OSError to AttributeError
+    except Exception as error:  # an ABI mismatch raises anything from OSError to AttributeError
         return None, f"{module} does not load: {type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -253,33 +262,43 @@ def check(name: str) -> None:
         raise BackendUnavailable(f"attention backend {name!r} is unavailable ({reason}); this machine has: {usable}")
 
 
-def resolve(name: str, q: Tensor) -> Backend:
-    """The backend for inputs like q [B, N, H, D].
+class Kernels(NamedTuple):
+    """The kernels of one forward pass: chosen outside the blocks, so that compiled blocks hold no look-ups.
+
+    varlen None: text of varying length is attended through SDPA with a bias.
+    """
+
+    attend: Attend
+    varlen: AttendVarlen | None
+
+
+def resolve(name: str, inputs: Inputs) -> Backend:
+    """The backend `name` for such inputs.
 
     `auto` skips kernels that refuse the inputs. Asked for by name, a kernel that refuses them raises
     BackendUnavailable: a silent substitute would falsify a measurement.
     """
     if name == "auto":
-        return next(b for b in BACKENDS if b.exact and not b.missing() and not b.refuses(q))
+        return next(b for b in BACKENDS if b.exact and not b.missing() and not b.refuses(inputs))
     check(name)
     backend = _BY_NAME[name]
-    reason = backend.refuses(q)
+    reason = backend.refuses(inputs)
     if reason:
         raise BackendUnavailable(f"attention backend {name!r} cannot run here: {reason}; choose 'auto' or 'sdpa'")
     return backend
 
 
-def varlen_kernel(name: str, q: Tensor) -> AttendVarlen | None:
-    """A packed-sequence kernel that also returns the log-sum-exp, or None: then SDPA with a bias serves.
+def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
+    """Kernels for self-attention and for text of varying length.
 
-    q [.., H, D] tells device, dtype and head dim. The log-sum-exp has no gradient, so training gets None.
+    A varlen kernel must also return the log-sum-exp, which has no gradient: training gets None.
     """
-    if torch.is_grad_enabled() and q.requires_grad:
-        return None
-    candidates = BACKENDS if name == "auto" else (_BY_NAME[name],)
-    for backend in candidates:
-        if backend.varlen and backend.exact and not backend.missing() and not backend.refuses(q):
+    attend = resolve(name, inputs).attend
+    if inputs.grad:
+        return Kernels(attend, None)
+    for backend in BACKENDS if name == "auto" else (_BY_NAME[name],):
+        if backend.varlen and backend.exact and not backend.missing() and not backend.refuses(inputs):
             if backend.varlen is _torch_varlen and _load("torch.nn.attention.varlen")[0] is None:
                 continue
-            return backend.varlen
-    return None
+            return Kernels(attend, backend.varlen)
+    return Kernels(attend, None)

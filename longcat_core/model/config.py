@@ -52,7 +52,9 @@ class ModelConfig:
             # An even share of channels for each of the three axes of RoPE needs it.
             raise LongCatError(f"model config: head dim {self.head_dim} must be a multiple of 8 for 3-D RoPE")
         if self.patch_size[0] != 1:
-            raise LongCatError(f"model config: patch_size {self.patch_size} joins frames; only 1 frame a token is known")
+            raise LongCatError(
+                f"model config: patch_size {self.patch_size} joins frames; only 1 frame a token is known"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -78,7 +80,9 @@ class ModelConfig:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise LongCatError(f"{path} is no readable model config ({error}); give a folder with its config.json") from error
+            raise LongCatError(
+                f"{path} is no readable model config ({error}); give a folder with its config.json"
+            ) from error
         if not isinstance(values, dict):
             raise LongCatError(f"{path} holds no JSON object; give a folder with the model's own config.json")
         return cls.from_dict(values)

@@ -57,10 +57,17 @@ class KVCache:
         self.rotated = True
 
     def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block on the device of `like` [B, ...], expanded to its batch without a copy."""
+        """Keys and values of a block on the device of `like` [B, ...], for its batch.
+
+        A batch-1 cache is expanded without a copy; one of b videos serves m*b samples in the order of
+        torch.cat([latents] * m), which is how guidance stacks its halves.
+        """
         k = self.k[block].to(like.device, non_blocking=True)
         v = self.v[block].to(like.device, non_blocking=True)
-        return k.expand(like.shape[0], -1, -1, -1), v.expand(like.shape[0], -1, -1, -1)
+        if k.shape[0] == 1:
+            return k.expand(like.shape[0], -1, -1, -1), v.expand(like.shape[0], -1, -1, -1)
+        repeats = (like.shape[0] // k.shape[0], 1, 1, 1)
+        return k.repeat(repeats), v.repeat(repeats)
 
     def to(self, device: torch.device | str) -> KVCache:
         """Move the buffers, for instance to "cpu" to free GPU memory; `read` fetches a block at a time."""

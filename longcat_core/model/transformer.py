@@ -106,6 +106,7 @@ class Block(nn.Module):
         text: TextTokens | None,
         rope: tuple[Tensor, Tensor],
         optimizations: Optimizations,
+        kernels: backends.Kernels,
         num_cond_latents: int = 0,
         cached: tuple[Tensor, Tensor] | None = None,
         keep: Callable[[Tensor, Tensor], None] | None = None,
@@ -121,11 +122,11 @@ class Block(nn.Module):
             modulation = self.linear_fp32(self.modulation, F.silu(temb))[:, :, None]
             shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
             h = modulate(x, shift_a, scale_a)
-        h = self.attn(h.flatten(1, 2), rope, num_cond_latents * spatial, cached, optimizations, keep)
+        h = self.attn(h.flatten(1, 2), rope, num_cond_latents * spatial, cached, optimizations, kernels, keep)
         with _fp32_region(x, explicit):
             x = gated(x, h.view_as(x), gate_a)
         if text is not None:
-            x = x + self._cross(x, text, num_cond_latents, optimizations)
+            x = x + self._cross(x, text, num_cond_latents, optimizations, kernels)
         with _fp32_region(x, explicit):
             h = modulate(x, shift_f, scale_f)
         h = self.ffn(h, optimizations.fused_ffn)
@@ -133,9 +134,16 @@ class Block(nn.Module):
             x = gated(x, h, gate_f)
         return x
 
-    def _cross(self, x: Tensor, text: TextTokens, num_cond_latents: int, optimizations: Optimizations) -> Tensor:
+    def _cross(
+        self,
+        x: Tensor,
+        text: TextTokens,
+        num_cond_latents: int,
+        optimizations: Optimizations,
+        kernels: backends.Kernels,
+    ) -> Tensor:
         noisy = x[:, num_cond_latents:]
-        out = self.cross_attn(self.cross_norm(noisy).flatten(1, 2), text, optimizations).view_as(noisy)
+        out = self.cross_attn(self.cross_norm(noisy).flatten(1, 2), text, optimizations, kernels).view_as(noisy)
         # Conditioning frames know nothing of the prompt: their update is zero.
         return F.pad(out, (0, 0, 0, 0, num_cond_latents, 0)) if num_cond_latents else out
 
@@ -214,11 +222,25 @@ class LongCatTransformer(nn.Module):
                 block.compile()
         self.optimizations = optimizations
 
-    def embed_text(self, context: Tensor, mask: Tensor | None = None) -> TextTokens:
-        """Text for every block, computed once per prompt: context [B, L, caption], mask [B, L] or None."""
+    def embed_text(self, context: Tensor, mask: Tensor | None = None, length: int | None = None) -> TextTokens:
+        """Text for every block, computed once per prompt.
+
+        context [B, L, caption]; mask [B, L] (1: real token) or None: all are real; length: tokens with all padding,
+        where context was cut to fewer.
+        """
+        mode, zero_pad = self.optimizations.text_mode, self.config.text_tokens_zero_pad
+        return arrange_text(context.to(self.dtype), mask, mode, zero_pad, self.embed_tokens, length)
+
+    def embed_tokens(self, context: Tensor) -> Tensor:
+        """Text encoder's output [..., caption] to the network's width [..., C], token by token."""
         first, second = self.text_embed
-        y = second(F.gelu(first(context.to(self.dtype)), approximate="tanh"))
-        return arrange_text(y, mask, self.optimizations.text_mode, self.config.text_tokens_zero_pad)
+        return second(F.gelu(first(context), approximate="tanh"))
+
+    def _kernels(self, device: torch.device) -> backends.Kernels:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        inputs = backends.Inputs(device, dtype, self.config.head_dim, grad)
+        return backends.resolve_kernels(self.optimizations.attention, inputs)
 
     def new_kv_cache(self, num_latents: int, height: int, width: int, batch: int = 1) -> KVCache:
         """An empty cache for `num_latents` conditioning frames of `height` x `width` latents."""
@@ -283,11 +305,12 @@ class LongCatTransformer(nn.Module):
             start = kv_cache.num_latents
         rope = rope_table(config.head_dim, *grid, start, tokens.device)
 
+        kernels = self._kernels(x.device)
         recompute = optimizations.gradient_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             cached = None if kv_cache is None else kv_cache.read(i, tokens)
             keep = None if fill is None else (lambda k, v, i=i: fill.store(i, k, v))
-            args = (tokens, temb, text, rope, optimizations, num_cond_latents, cached, keep)
+            args = (tokens, temb, text, rope, optimizations, kernels, num_cond_latents, cached, keep)
             tokens = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
 
         out = self.final_layer(tokens, temb, optimizations.explicit_fp32)

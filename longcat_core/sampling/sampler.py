@@ -15,7 +15,7 @@ from .guidance import cfg_zero
 from .schedules import Schedule
 
 
-class Interrupted(Exception):  # noqa: N818 - the word that ComfyUI and its users have for it
+class Interrupted(Exception):
     """Raise this from a callback to stop sampling between two steps."""
 
 
@@ -94,7 +94,9 @@ def sample(
         t = torch.full((batch, frames), timestep, device=device)
         t[:, :num_cond] = 0
         if guided:
-            out = model(torch.cat((latents, latents)), torch.cat((t, t)), text, num_cond_latents=num_cond, kv_cache=cache)
+            out = model(
+                torch.cat((latents, latents)), torch.cat((t, t)), text, num_cond_latents=num_cond, kv_cache=cache
+            )
             uncond, cond = out.chunk(2)
             out = cfg_zero(cond, uncond, guidance_scale)
         else:

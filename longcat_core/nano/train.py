@@ -1,0 +1,324 @@
+"""The recipe of LongCat-nano: VAE, then text encoder and transformer together, on the procedural world.
+
+`longcat train-nano` runs it; on one H100 the whole takes well under 25 minutes. Weights are written in bf16 to the
+folder that the command line and ComfyUI read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.formats import OFFICIAL
+from ..checkpoints.load import official_state
+from ..checkpoints.safetensors_io import write_safetensors
+from ..errors import LongCatError
+from ..model.attention import fold_padding
+from ..model.config import ModelConfig, Optimizations
+from ..model.transformer import LongCatTransformer
+from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+from ..training import WeightAverage, flow_matching_loss, initialise, sample_sigmas
+from .autoencoder import encode_whole, moments, train_autoencoder
+from .world import Scene, caption, corpus, place, render, sample_scene
+
+WEIGHTS = Path(__file__).parent / "weights"
+MODEL_FILE = "diffusion_models/longcat_nano_bf16.safetensors"
+TEXT_FILE = "text_encoders/longcat_nano_umt5_bf16.safetensors"
+VAE_FILE = "vae/longcat_nano_vae_bf16.safetensors"
+
+CONFIG = ModelConfig(
+    hidden_size=192, depth=6, num_heads=3, caption_channels=128, ffn_hidden=512, adaln_dim=64, frequency_dim=256
+)
+TEXT_LENGTH = 512
+TOKENS = 48  # of a caption in training; the rest of TEXT_LENGTH is padding, which `exact` folds into one key
+PARAPHRASES = 4
+
+LEARNING_RATE = 1.5e-3
+AVERAGE_DECAY = 0.9985
+SIGMA_SHIFTS = (12.0, 3.0)  # half the samples each: the sampler's own noise levels, and enough of the low ones
+EMPTY_TEXT = 0.05
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of one size: pixels, frames, frames per second, how many, and how many a step takes."""
+
+    height: int
+    width: int
+    frames: int
+    fps: int
+    clips: int
+    batch: int
+
+
+BUCKETS = {
+    "wide": Bucket(64, 96, 49, 15, 20480, 128),
+    "long": Bucket(64, 96, 93, 15, 4096, 48),
+    "square": Bucket(64, 64, 33, 15, 6144, 128),
+    "tall": Bucket(96, 64, 33, 15, 6144, 128),
+    "big square": Bucket(96, 96, 33, 15, 3072, 80),
+    "double": Bucket(128, 192, 33, 15, 2048, 28),
+    "double fast": Bucket(128, 192, 65, 30, 2048, 16),
+}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One kind of training step: clips cut to `latents` latent frames, the first `cond` of them given and clean.
+
+    weight: how often it comes. negative: the whole batch has the default negative prompt instead of captions.
+    """
+
+    bucket: str
+    latents: int
+    cond: int
+    weight: float
+    negative: bool = False
+
+
+# Nothing given, an image, the end of a clip of two to four latent frames (thirteen video frames).
+LESSONS = (
+    *(Lesson("wide", 9, cond, weight) for cond, weight in ((0, 10), (1, 4), (2, 1), (3, 1), (4, 4))),
+    *(Lesson("wide", 13, cond, weight) for cond, weight in ((0, 1.5), (1, 0.5), (4, 1.5))),
+    *(Lesson("wide", 5, cond, weight) for cond, weight in ((0, 1), (1, 0.5), (2, 0.3))),
+    *(Lesson("long", 24, cond, weight) for cond, weight in ((0, 1), (1, 0.4), (4, 1.6))),
+    *(Lesson(name, 9, cond, w) for name in ("square", "tall") for cond, w in ((0, 0.8), (1, 0.3), (4, 0.3))),
+    *(Lesson("big square", 9, cond, weight) for cond, weight in ((0, 0.6), (1, 0.2))),
+    *(Lesson("double", 9, cond, weight) for cond, weight in ((0, 0.6), (1, 0.2), (4, 0.2))),
+    *(Lesson("double fast", 17, cond, weight) for cond, weight in ((0, 0.5), (4, 0.2))),
+    *(Lesson("wide", 9, cond, weight, negative=True) for cond, weight in ((0, 1.2), (1, 0.4), (4, 0.5))),
+    Lesson("long", 24, 4, 0.2, negative=True),
+    Lesson("double", 9, 0, 0.1, negative=True),
+)
+
+
+@dataclass
+class Clips:
+    """One bucket's training data: latents [N, 16, T, h, w] bf16, token ids and mask [N, PARAPHRASES, TOKENS]."""
+
+    bucket: Bucket
+    latents: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+def _tokenise(processor: Any, text: str, length: int) -> tuple[list[int], list[int]]:
+    ids = [*processor.encode(text)[: length - 1], 1]
+    return ids + [0] * (length - len(ids)), [1] * len(ids) + [0] * (length - len(ids))
+
+
+@torch.no_grad()
+def encode_clips(vae: Any, bucket: Bucket, processor: Any, seed: int, device: torch.device) -> Clips:
+    """Render and encode a bucket's clips, with several captions each."""
+    rng = random.Random(seed)
+    scenes = [sample_scene(rng) for _ in range(bucket.clips)]
+    placements = place(scenes, seed)
+    chunk = max(8, 64 * 33 * 64 * 96 // (bucket.frames * bucket.height * bucket.width))
+    mean, std = moments(vae.model, device)
+    latents = []
+    for start in range(0, bucket.clips, chunk):
+        rows = slice(start, start + chunk)
+        video = render(placements[rows].to(device), bucket.frames, bucket.height, bucket.width, fps=bucket.fps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mu = encode_whole(vae.model, video.permute(0, 4, 1, 2, 3) * 2 - 1).float()
+        latents.append(((mu - mean) / std).to(torch.bfloat16))
+    texts = [_tokenise(processor, caption(s, rng if k else None), TOKENS) for s in scenes for k in range(PARAPHRASES)]
+    ids, mask = (torch.tensor(rows, device=device).view(-1, PARAPHRASES, TOKENS) for rows in zip(*texts, strict=True))
+    return Clips(bucket, torch.cat(latents), ids, mask)
+
+
+class Trainer:
+    """Text encoder and transformer with their optimizer; one captured CUDA graph per lesson, eager elsewhere.
+
+    The network is so small that launching its kernels one by one costs more than running them.
+    """
+
+    def __init__(self, model: LongCatTransformer, encoder: Any, device: torch.device) -> None:
+        self.model, self.encoder, self.device = model, encoder, device
+        self.parameters = [*model.parameters(), *encoder.parameters()]
+        self.rate = torch.tensor(0.0, device=device)
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.02},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), capturable=cuda)
+        self.averages = [WeightAverage(model, AVERAGE_DECAY), WeightAverage(encoder, AVERAGE_DECAY)]
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None
+        self.steps: dict[Lesson, tuple[list[Tensor], Callable[[], Tensor]]] = {}
+
+    def train(self, lesson: Lesson, rate: float, *inputs: Tensor) -> Tensor:
+        """One step on latents [B, C, T, h, w] fp32, sigmas [B], ids and mask [B or 1, L]; returns the loss."""
+        if lesson not in self.steps:
+            self.steps[lesson] = self._prepare(lesson, [tensor.clone() for tensor in inputs])
+        buffers, step = self.steps[lesson]
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor)
+        self.rate.fill_(rate)
+        return step()
+
+    def _step(self, lesson: Lesson, latents: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        # Without the weight cache, which a captured graph would read stale.
+        cuda = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
+            # An additive mask, since transformers' own masking may read values back from the device.
+            bias = ((1 - mask) * -1e4).to(torch.bfloat16 if cuda else torch.float32)[:, None, None]
+            bias = bias.expand(-1, -1, ids.shape[1], -1)
+            context = self.encoder(input_ids=ids, attention_mask=bias).last_hidden_state
+            text = fold_padding(context, mask != 0, self.model.embed_tokens, TEXT_LENGTH).expand(len(latents))
+            loss = flow_matching_loss(self.model, latents, sigmas, text, num_cond_latents=lesson.cond)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        for average in self.averages:
+            average.update()
+        return loss.detach()
+
+    def _prepare(self, lesson: Lesson, buffers: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        def eager() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._step(lesson, *buffers)
+
+        if self.device.type != "cuda":
+            return buffers, eager
+        self.rate.zero_()  # the rehearsal that capturing asks for must not train
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            eager()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self._step(lesson, *buffers)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return buffers, replay
+
+
+def train_transformer(
+    weights: Path,
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    clips_scale: float = 1.0,
+    batch_scale: float = 1.0,
+    gradient_checkpointing: bool = False,
+    log_every: int = 500,
+) -> dict[str, float]:
+    """Train text encoder and transformer together for `steps` steps on the VAE in `weights`; write both there.
+
+    clips_scale and batch_scale shrink data and batches for a rehearsal on small machines. Returns the last loss.
+    """
+    import sentencepiece
+
+    from ..generate.vae import load_vae
+    from .vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    vae = load_vae(weights / VAE_FILE, device=device)
+    vocabulary = train_vocabulary([*corpus(20000, seed), *[DEFAULT_NEGATIVE_PROMPT] * 100])
+    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    started = time.monotonic()
+    data = {}
+    for i, (name, bucket) in enumerate(BUCKETS.items()):
+        bucket = replace(
+            bucket, clips=max(4, int(bucket.clips * clips_scale)), batch=max(2, int(bucket.batch * batch_scale))
+        )
+        data[name] = encode_clips(vae, bucket, processor, seed + 1 + i, device)
+    print(f"encoded {sum(len(c.latents) for c in data.values())} clips, {time.monotonic() - started:.0f} s", flush=True)
+
+    encoder = new_text_encoder(vocabulary, d_model=CONFIG.caption_channels).to(device).train()
+    optimizations = Optimizations(attention="sdpa", gradient_checkpointing=gradient_checkpointing)
+    model = LongCatTransformer(CONFIG, optimizations).to(device).train()
+    initialise(model)
+    trainer = Trainer(model, encoder, device)
+    null_ids, null_mask = (torch.tensor([t], device=device) for t in _tokenise(processor, "", TOKENS))
+    width = len(processor.encode(DEFAULT_NEGATIVE_PROMPT)) + 1
+    negative = [torch.tensor([t], device=device) for t in _tokenise(processor, DEFAULT_NEGATIVE_PROMPT, width)]
+
+    started, smooth = time.monotonic(), None
+    for step in range(steps):
+        lesson = rng.choices(LESSONS, [item.weight for item in LESSONS])[0]
+        clips = data[lesson.bucket]
+        rows = torch.randint(len(clips.latents), (clips.bucket.batch,), device=device)
+        if lesson.negative:
+            ids, mask = negative
+        else:
+            version = torch.randint(PARAPHRASES, rows.shape, device=device)
+            empty = (torch.rand(rows.shape, device=device) < EMPTY_TEXT)[:, None]
+            ids = torch.where(empty, null_ids, clips.ids[rows, version])
+            mask = torch.where(empty, null_mask, clips.mask[rows, version])
+        shifts = zip((len(rows) // 2, (len(rows) + 1) // 2), SIGMA_SHIFTS, strict=True)
+        sigmas = torch.cat([sample_sigmas(n, shift, device=device) for n, shift in shifts])
+        rate = LEARNING_RATE * min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        loss = trainer.train(lesson, rate, clips.latents[rows, :, : lesson.latents].float(), sigmas, ids, mask)
+        if step % 20 == 0:
+            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+        if step % log_every == log_every - 1:
+            print(f"step {step + 1}/{steps} {time.monotonic() - started:.0f} s: loss {smooth:.4f}", flush=True)
+    for average in trainer.averages:
+        average.copy_to_module()
+    state = {k: v.to(torch.bfloat16) for k, v in official_state(model, OFFICIAL).items()}
+    for file in (MODEL_FILE, TEXT_FILE):
+        (weights / file).parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(weights / MODEL_FILE, state, {"format": "pt"})
+    save_text_encoder(weights / TEXT_FILE, encoder, vocabulary)
+    return {"loss": smooth}
+
+
+def fresh_prompts(count: int, seed: int) -> list[Scene]:
+    """Scenes for a test, from another stream of random numbers than the training data."""
+    rng = random.Random(f"fresh {seed}")
+    return [sample_scene(rng) for _ in range(count)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `longcat train-nano`."""
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder for the weights (default: the pack's own)")
+    parser.add_argument("--stage", choices=("all", "vae", "transformer"), default="all", help="what to train")
+    parser.add_argument("--vae-steps", type=int, default=4000, help="training steps of the VAE")
+    parser.add_argument("--steps", type=int, default=12000, help="training steps of text encoder and transformer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and weights")
+    parser.add_argument("--device", default="cuda", help="device to train on; a GPU is needed for the full recipe")
+    parser.add_argument("--clips-scale", type=float, default=1.0, help="share of the training clips to render")
+    parser.add_argument("--batch-scale", type=float, default=1.0, help="share of the batch sizes")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as asked; returns the exit code."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LongCatError("training wants a CUDA device and there is none; use --device cpu for a slow rehearsal")
+    if args.vae_steps < 1 or args.steps < 1:
+        raise LongCatError(f"--vae-steps {args.vae_steps} and --steps {args.steps} must be at least 1")
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.stage in ("all", "vae"):
+        (args.output / VAE_FILE).parent.mkdir(parents=True, exist_ok=True)
+        train_autoencoder(args.output / VAE_FILE, steps=args.vae_steps, seed=args.seed, device=device)
+    if args.stage in ("all", "transformer"):
+        train_transformer(
+            args.output,
+            steps=args.steps,
+            seed=args.seed,
+            device=device,
+            clips_scale=args.clips_scale,
+            batch_scale=args.batch_scale,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+    return 0

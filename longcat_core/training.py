@@ -1,0 +1,84 @@
+"""The flow-matching training step: per-frame timesteps, so that one network learns T2V, I2V and continuation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .model.attention import TextTokens
+from .model.transformer import LongCatTransformer
+from .sampling.schedules import NUM_TRAIN_TIMESTEPS, shift_sigmas
+
+
+def sample_sigmas(batch: int, shift: float, *, device: torch.device | str = "cpu") -> Tensor:
+    """Noise levels [batch] fp32 in 0..1, uniform before the shift (the distribution of a sampler with that shift)."""
+    return shift_sigmas(torch.rand(batch, device=device), shift)
+
+
+def flow_matching_loss(
+    model: LongCatTransformer,
+    latents: Tensor,
+    sigmas: Tensor,
+    context: Tensor | TextTokens,
+    mask: Tensor | None = None,
+    *,
+    num_cond_latents: int = 0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error of the predicted x0 - noise over the noisy frames, a scalar fp32 (arXiv 2210.02747).
+
+    latents [B, C, T, H, W] fp32, normalised; sigmas [B] in 0..1; context and mask as for the network. The first
+    `num_cond_latents` frames stay clean at timestep 0 and have no loss.
+    """
+    noise = torch.randn_like(latents) if noise is None else noise
+    level = sigmas[:, None].repeat(1, latents.shape[2])
+    level[:, :num_cond_latents] = 0
+    weight = level[:, None, :, None, None]
+    noisy = torch.lerp(latents, noise, weight)
+    out = model(noisy, level * NUM_TRAIN_TIMESTEPS, context, mask, num_cond_latents=num_cond_latents)
+    error = (out - (latents - noise))[:, :, num_cond_latents:]
+    return error.square().mean()
+
+
+def drop_text(
+    context: Tensor, mask: Tensor, null_context: Tensor, null_mask: Tensor, probability: float
+) -> tuple[Tensor, Tensor]:
+    """Replace each sample's text by the null text with `probability`, so that guidance has an unconditional half.
+
+    context [B, L, D], mask [B, L]; null_context [1, L, D], null_mask [1, L].
+    """
+    drop = torch.rand(context.shape[0], device=context.device) < probability
+    return torch.where(drop[:, None, None], null_context, context), torch.where(drop[:, None], null_mask, mask)
+
+
+class WeightAverage:
+    """Exponential moving average of a module's parameters, in fp32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = list(module.parameters())
+        self.average = [p.detach().float().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters after an optimizer step."""
+        torch._foreach_lerp_(self.average, [p.detach().float() for p in self.parameters], 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to_module(self) -> None:
+        """Overwrite the module's parameters by their average."""
+        torch._foreach_copy_(self.parameters, self.average)
+
+
+@torch.no_grad()
+def initialise(model: LongCatTransformer) -> None:
+    """Fresh weights: Xavier for projections, zero where a block or the output starts as identity (DiT, 2212.09748)."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        elif ".modulation." in name or name.startswith("final_layer."):
+            parameter.zero_()
+        elif name.startswith(("time_embed.", "text_embed.")):
+            parameter.normal_(std=0.02)
+        else:
+            nn.init.xavier_uniform_(parameter.flatten(1))
