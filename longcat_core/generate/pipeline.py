@@ -50,7 +50,7 @@ class ModelPaths:
     ) -> ModelPaths:
         """Fill in what is not named: the nano model, or the folders of the official root that `model` is.
 
-        Raises CheckpointError for paths that do not exist and for a model file without VAE and text encoder.
+        Raises CheckpointError for a VAE or text encoder without a model and the other way round.
         """
         if model is None and vae is None and text_encoder is None:
             paths = cls()
@@ -64,10 +64,15 @@ class ModelPaths:
                     raise CheckpointError(f"{root} has no folder {name}; give LongCat-Video's folder or use {option}")
             # The official root holds tokenizer/ beside text_encoder/, so the root itself stands for both.
             paths = cls(root, Path(vae or root / "vae"), Path(text_encoder or root))
-        for what, path in (("model", paths.model), ("vae", paths.vae), ("text encoder", paths.text_encoder)):
-            if not path.exists():
-                raise CheckpointError(f"{what} {path} does not exist; give a safetensors file or LongCat-Video's folder")
         return paths
+
+    def check(self) -> None:
+        """Raise CheckpointError unless all three exist."""
+        for what, path in (("model", self.model), ("VAE", self.vae), ("text encoder", self.text_encoder)):
+            if path.exists():
+                continue
+            remedy = "reinstall, or run longcat train-nano" if self.is_nano else "give a file or LongCat-Video's folder"
+            raise CheckpointError(f"{what} {path} does not exist; {remedy}")
 
     @property
     def is_nano(self) -> bool:
@@ -118,7 +123,8 @@ class Pipeline:
         optimizations: Optimizations | None = None,
     ) -> Pipeline:
         """Load all three parts. Raises LongCatError for files that do not fit the network or each other."""
-        paths = paths or ModelPaths.of()
+        paths = paths or ModelPaths()
+        paths.check()
         optimizations = optimizations or Optimizations()
         check_attention(optimizations.attention)
         # The transformer first: its headers tell at once when another model's file was given.

@@ -79,6 +79,7 @@ class GenerateRequest:
             raise LongCatError("both an image and a video are given; give the one to begin with or to continue")
         _check_cond_frames(self.num_cond_frames)
         given = self.given if self.given is not None else self._read()
+        _check_given(given)
         is_clip = given is not None and len(given) > 1
         schedule = self.schedule or (defaults.clip_schedule if is_clip else "base")
         distilled = schedule == "distilled"
@@ -150,8 +151,6 @@ class GenerateRequest:
             raise LongCatError(f"seed {self.seed} is out of range; give a whole number from 0 to 2^63 - 1")
         if self.given is None:
             return
-        if self.given.ndim != 4 or self.given.shape[3] != 3 or self.given.dtype != np.uint8 or not self.given.size:
-            raise LongCatError(f"given frames are {self.given.dtype} {list(self.given.shape)}; give uint8 [F, H, W, 3]")
         if len(self.given) < self.cond_frames:
             raise LongCatError(
                 f"{len(self.given)} frames are given, fewer than the {self.cond_frames} conditioning frames; give more"
@@ -193,6 +192,13 @@ def check_number(name: str, value: float, least: float, most: float) -> None:
     """Raise LongCatError unless `value` is a finite number from `least` to `most`."""
     if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
         raise LongCatError(f"{name} {value} is out of range; give a number from {least:g} to {most:g}")
+
+
+def _check_given(frames: np.ndarray | None) -> None:
+    if frames is None:
+        return
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise LongCatError(f"given frames are {frames.dtype} {list(frames.shape)}; give uint8 [F, H, W, 3]")
 
 
 def _check_cond_frames(count: int) -> None:

@@ -1,0 +1,9 @@
+"""`python -m longcat_core`: the same as the command `longcat`."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

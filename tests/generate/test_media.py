@@ -1,0 +1,308 @@
+"""Pictures and videos written and read back, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from longcat_core.errors import LongCatError
+from longcat_core.generate import media
+
+
+def moving_bar(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
+    """A saturated red bar that moves 4 pixels a frame over blue."""
+    video = np.zeros((frames, height, width, 3), np.uint8)
+    video[..., 2] = 200
+    for i, frame in enumerate(video):
+        frame[:, 4 * i : 4 * i + 8] = (220, 30, 30)
+    return video
+
+
+def only_file(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_mp4_round_trip_keeps_size_count_rate_and_colours(tmp_path: Path) -> None:
+    video = moving_bar()
+    media.write_video(tmp_path / "a.mp4", video, 15)
+    read, fps = media.read_video(only_file(tmp_path))
+    assert read.shape == video.shape and read.dtype == np.uint8 and fps == 15
+    # Away from edges, where colour is stored at half the resolution, flat colours come back almost exactly.
+    assert np.abs(read[0, 8:24, 2:6].astype(int) - (220, 30, 30)).max() <= 4
+    assert np.abs(read[0, 8:24, 16:40].astype(int) - (0, 0, 200)).max() <= 4
+    error = np.abs(read.astype(int) - video)
+    assert error.mean() < 6
+
+
+def test_mp4_says_its_colour_matrix(tmp_path: Path) -> None:
+    import av
+
+    media.write_video(tmp_path / "a.mp4", moving_bar(), 15)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        frame = next(container.decode(stream))
+        assert (int(frame.colorspace), int(frame.color_range)) == (1, 1)
+
+
+def test_webp_is_exact(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (5, 16, 32, 3), dtype=np.uint8)
+    media.write_video(tmp_path / "a.webp", video, 15)
+    read, fps = media.read_video(only_file(tmp_path))
+    np.testing.assert_array_equal(read, video)
+    assert fps == pytest.approx(15, abs=0.1)
+
+
+def test_gif_round_trip(tmp_path: Path) -> None:
+    video = moving_bar()
+    media.write_video(tmp_path / "a.gif", video, 15)
+    read, fps = media.read_video(only_file(tmp_path))
+    assert read.shape == video.shape
+    assert np.abs(read.astype(int) - video).max() <= 12
+    assert fps == pytest.approx(15, abs=0.5)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_equal_frames_keep_their_time(tmp_path: Path, suffix: str) -> None:
+    video = moving_bar(4)[[0, 1, 1, 1, 2, 3]]
+    media.write_video(tmp_path / f"a{suffix}", video, 10)
+    read, fps = media.read_video(tmp_path / f"a{suffix}")
+    assert len(read) == 6 and fps == pytest.approx(10)
+    assert np.abs(read.astype(int) - video).max() <= 12
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp"])
+def test_last_frames_only(tmp_path: Path, suffix: str) -> None:
+    media.write_video(tmp_path / f"a{suffix}", moving_bar(), 15)
+    whole, _ = media.read_video(tmp_path / f"a{suffix}")
+    read, _ = media.read_video(tmp_path / f"a{suffix}", last=5)
+    np.testing.assert_array_equal(read, whole[-5:])
+
+
+def test_fractional_rate(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "a.mp4", moving_bar(), 29.97)
+    assert media.read_video(tmp_path / "a.mp4")[1] == pytest.approx(29.97, abs=0.01)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".gif"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
+def test_broken_off_writing_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, error: type[BaseException] | BaseException
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"old")
+
+    def broken(file: Path, *_: object) -> None:
+        file.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(media, "_write_mp4", broken)
+    monkeypatch.setattr(media, "_write_animation", broken)
+    expected = LongCatError if isinstance(error, OSError) else error
+    with pytest.raises(expected):
+        media.write_video(path, moving_bar(), 15)
+    assert only_file(tmp_path).read_bytes() == b"old"
+
+
+def test_interrupt_in_the_encoder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    real, calls = av.VideoFrame.from_ndarray, []
+
+    class Frame:
+        @staticmethod
+        def from_ndarray(*args: object, **kwargs: object) -> object:
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+    monkeypatch.setattr(av, "VideoFrame", Frame)
+    with pytest.raises(KeyboardInterrupt):
+        media.write_video(tmp_path / "a.mp4", moving_bar(), 15)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "target.webp").write_bytes(b"old")
+    (tmp_path / "link.webp").symlink_to(tmp_path / "target.webp")
+    media.write_video(tmp_path / "link.webp", moving_bar(), 15)
+    assert (tmp_path / "link.webp").is_symlink()
+    assert len(media.read_video(tmp_path / "target.webp")[0]) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "video", "said"),
+    [
+        ("a.avi", moving_bar(), ".mp4, .webp, .gif"),
+        ("a.mp4", moving_bar(height=31), "even sides, not 31x48"),
+        ("a.mp4", moving_bar().astype(np.float32), "float32"),
+        ("a.mp4", moving_bar()[:0], "0, 32, 48, 3"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path: Path, name: str, video: np.ndarray, said: str) -> None:
+    with pytest.raises(LongCatError, match=said):
+        media.write_video(tmp_path / name, video, 15)
+    assert not list(tmp_path.iterdir())
+
+
+# --- contact sheet ---------------------------------------------------------------------------------------------------
+
+
+def test_contact_sheet_shows_frames_and_prompt(tmp_path: Path) -> None:
+    video = np.zeros((33, 64, 96, 3), np.uint8)
+    video[...] = np.arange(33, dtype=np.uint8)[:, None, None, None] * 7
+    media.contact_sheet(tmp_path / "a.png", video, "a red circle")
+    sheet = media.read_image(only_file(tmp_path))
+    # 4 columns and 3 rows of frames enlarged threefold, 14 apart, 20 around.
+    assert sheet.shape[1] == 4 * 288 + 3 * 14 + 2 * 20
+    assert sheet.shape[0] == 20 + 3 * (192 + 24 + 14) + 32 + 20
+    corner = [sheet[20 + row * 230 + 5, 20 + column * 302 + 5, 0] for row in range(3) for column in range(4)]
+    assert corner[0] == 0 and corner[-1] == 32 * 7
+    assert all(a < b for a, b in pairwise(corner))
+    assert sheet[-52:-20].min() < 100, "the prompt is written"
+    assert sheet[20 + 192 : 20 + 192 + 24, 20:300].min() < 160, "frame and time are written"
+
+
+def test_contact_sheet_enlarges_by_pixels(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    media.contact_sheet(tmp_path / "a.png", video, "x")
+    sheet = media.read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(sheet[20 : 20 + 192, 20 : 20 + 288], video[0].repeat(3, 0).repeat(3, 1))
+
+
+def test_contact_sheet_of_large_frames(tmp_path: Path) -> None:
+    media.contact_sheet(tmp_path / "a.png", np.zeros((5, 480, 832, 3), np.uint8), "x", count=2)
+    assert media.read_image(tmp_path / "a.png").shape[1] == 2 * 280 + 14 + 2 * 20
+
+
+def test_long_prompt_is_wrapped(tmp_path: Path) -> None:
+    video = moving_bar(1)
+    heights = []
+    for prompt in ("short", "many words " * 40, "x" * 400, ""):
+        media.contact_sheet(tmp_path / "a.png", video, prompt)
+        heights.append(media.read_image(tmp_path / "a.png").shape[0])
+    assert heights[1] > heights[0] + 200 and heights[2] > heights[0] + 200 and heights[3] == heights[0] - 32
+
+
+def test_wrapping_loses_nothing() -> None:
+    text = "a wonderful  sentence with averyveryverylongword in it"
+    lines = media._wrap(text, len, 10)
+    assert all(len(line) <= 10 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_transparency_is_over_black(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 2), (200, 100, 50, 128)).save(tmp_path / "a.png")
+    assert np.abs(media.read_image(tmp_path / "a.png").astype(int) - (100, 50, 25)).max() <= 1
+
+
+def test_exif_orientation(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (32, 16), (0, 0, 0))
+    picture.paste((255, 255, 255), (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: to be shown rotated by 90 degrees clockwise
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    read = media.read_image(tmp_path / "a.jpg")
+    assert read.shape == (32, 16, 3)
+    assert read[:12].min() > 200 and read[20:].max() < 50
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [("L", 120, 120), ("I;16", 120 << 8, 120), ("1", 1, 255), ("LA", (100, 255), 100)],
+)
+def test_other_picture_modes(tmp_path: Path, mode: str, colour: object, expected: int) -> None:
+    Image.new(mode, (4, 2), colour).save(tmp_path / "a.png")
+    read = media.read_image(tmp_path / "a.png")
+    assert read.shape == (2, 4, 3) and read.dtype == np.uint8 and (read == expected).all()
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webp", "a.gif"])
+@pytest.mark.parametrize("content", [b"", b"no video at all", b"\0" * 4096])
+def test_unreadable_video(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LongCatError, match=rf"{name} (is no readable|holds no)"):
+        media.read_video(tmp_path / name)
+
+
+def test_sound_without_pictures_is_no_video(tmp_path: Path) -> None:
+    import wave
+
+    with wave.open(str(tmp_path / "a.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(1600))
+    with pytest.raises(LongCatError, match="holds no video frames"):
+        media.read_video(tmp_path / "a.wav")
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+def test_fitting_cuts_evenly() -> None:
+    picture = np.zeros((20, 60, 3), np.uint8)
+    picture[:, 20:40] = 255
+    fitted = media.resize_and_crop(picture, 20, 20)
+    assert (fitted == 255).all(), "the middle third is what stays"
+    assert media.resize_and_crop(picture[None], 40, 40).shape == (1, 40, 40, 3)
+
+
+def test_fitting_keeps_the_aspect() -> None:
+    picture = np.zeros((40, 40, 3), np.uint8)
+    picture[10:30, 10:30] = 255
+    fitted = media.resize_and_crop(picture, 80, 160)
+    assert fitted.shape == (80, 160, 3)
+    assert (fitted[40, :, 0] > 127).sum() == 80 and (fitted[:, 80, 0] > 127).sum() == 80
+
+
+def test_fitting_size_is_untouched() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(media.resize_and_crop(picture, 16, 32), picture)
+
+
+def test_extreme_shapes() -> None:
+    for sides in ((1, 1), (1, 500), (500, 1), (37, 91)):
+        assert media.resize_and_crop(np.full((*sides, 3), 9, np.uint8), 48, 80).shape == (48, 80, 3)
+
+
+# --- places to write -------------------------------------------------------------------------------------------------
+
+
+def test_good_output_passes_and_leaves_no_trace(tmp_path: Path) -> None:
+    media.check_output(tmp_path / "a.mp4", 1000)
+    media.check_output(tmp_path / "a.png", 1000, sheet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(media.shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
+    media.check_output(tmp_path / "a.mp4", 2_000_000)
+    with pytest.raises(LongCatError, match=r"3\.0 MB but .* has 2\.0 MB free"):
+        media.check_output(tmp_path / "a.mp4", 3_000_000)
+
+
+def test_estimate_is_generous(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), dtype=np.uint8)
+    for suffix in media.VIDEO_SUFFIXES:
+        path = tmp_path / f"noise{suffix}"
+        media.write_video(path, video, 15)
+        assert path.stat().st_size < media.estimate_bytes(path, *video.shape[:3])
+
+
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(LongCatError, match=r"package av; run: pip install 'longcat-video\[headless\]'"):
+        media.write_video(tmp_path / "a.mp4", moving_bar(), 15)
+    assert not list(tmp_path.iterdir())

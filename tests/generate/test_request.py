@@ -1,0 +1,142 @@
+"""Requests: what is filled in for which model, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from longcat_core.errors import LongCatError
+from longcat_core.generate.media import write_video
+from longcat_core.generate.request import (
+    MAX_SEED,
+    NANO,
+    RELEASED,
+    GenerateRequest,
+    check_frames,
+    check_side,
+    nearest_frame_counts,
+)
+from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+
+IMAGE = np.zeros((1, 30, 40, 3), np.uint8)
+CLIP = np.zeros((20, 30, 40, 3), np.uint8)
+
+
+def test_text_to_video_defaults() -> None:
+    nano = GenerateRequest("x").filled(NANO)
+    assert (nano.height, nano.width, nano.frames, nano.steps, nano.guidance_scale) == (64, 96, 33, 50, 4.0)
+    assert (nano.schedule, nano.negative_prompt, nano.cond_frames) == ("base", DEFAULT_NEGATIVE_PROMPT, 0)
+    released = GenerateRequest("x").filled(RELEASED)
+    assert (released.height, released.width, released.frames, released.schedule) == (480, 832, 93, "base")
+
+
+def test_what_is_given_stays() -> None:
+    given = GenerateRequest(
+        "x", "", 32, 48, 5, 7, 1.5, seed=MAX_SEED, schedule="enhance_hf", num_cond_frames=5, kv_cache=False, fps=24
+    )
+    assert given.filled(NANO) == given and given.filled(RELEASED) == given
+
+
+def test_filling_twice_changes_nothing() -> None:
+    once = GenerateRequest("x", given=CLIP).filled(RELEASED)
+    assert once.filled(NANO) == once and once.given is CLIP
+
+
+def test_distilled_brings_its_own_steps_and_guidance() -> None:
+    request = GenerateRequest("x", schedule="distilled").filled(NANO)
+    assert (request.steps, request.guidance_scale, request.notes()) == (16, 1.0, [])
+    guided = GenerateRequest("x", schedule="distilled", guidance_scale=4.0).filled(NANO)
+    assert guided.guidance_scale == 4.0 and "guidance 1, not 4" in guided.notes()[0]
+
+
+def test_note_on_a_negative_prompt_without_guidance() -> None:
+    assert "no effect" in GenerateRequest("x", "fog", guidance_scale=1).filled(NANO).notes()[0]
+    assert GenerateRequest("x", "fog").filled(NANO).notes() == []
+
+
+def test_conditioning_picks_size_and_schedule() -> None:
+    image = GenerateRequest("x", given=IMAGE).filled(RELEASED)
+    assert (image.cond_frames, image.schedule, image.height, image.width) == (1, "base", 544, 736)
+    clip = GenerateRequest("x", given=CLIP).filled(RELEASED)
+    assert (clip.cond_frames, clip.schedule, clip.height, clip.width) == (13, "enhance_hf", 544, 736)
+    nano = GenerateRequest("x", given=CLIP).filled(NANO)
+    assert (nano.cond_frames, nano.schedule, nano.height, nano.width) == (13, "base", 64, 96)
+    sized = GenerateRequest("x", given=IMAGE, height=64, width=64).filled(RELEASED)
+    assert (sized.height, sized.width) == (64, 64)
+
+
+def test_files_are_read(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), (10, 20, 30)).save(tmp_path / "a.png")
+    image = GenerateRequest("x", image=tmp_path / "a.png").filled(NANO)
+    assert image.given.shape == (1, 30, 40, 3) and (image.given == (10, 20, 30)).all()
+
+    video = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
+    write_video(tmp_path / "a.webp", video, 15)
+    clip = GenerateRequest("x", video=tmp_path / "a.webp", num_cond_frames=5).filled(NANO)
+    np.testing.assert_array_equal(clip.given, video[-5:])
+
+
+@pytest.mark.parametrize(("frames", "nearest"), [(1, (1, 5)), (2, (1, 5)), (4, (1, 5)), (5, (5, 9)), (32, (29, 33))])
+def test_nearest_frame_counts(frames: int, nearest: tuple[int, int]) -> None:
+    assert nearest_frame_counts(frames) == nearest
+
+
+@pytest.mark.parametrize("frames", range(1, 40))
+def test_frame_counts(frames: int) -> None:
+    if frames % 4 == 1:
+        check_frames(frames)
+    else:
+        with pytest.raises(LongCatError) as caught:
+            check_frames(frames)
+        numbers = [int(n) for n in str(caught.value).rpartition("nearest are ")[2].split(" and ")]
+        assert numbers[0] < frames < numbers[1] == numbers[0] + 4 and numbers[0] % 4 == 1
+
+
+@pytest.mark.parametrize(("side", "nearest"), [(17, 16), (24, 32), (100, 96), (479, 480), (4095, 4096)])
+def test_sides(side: int, nearest: int) -> None:
+    with pytest.raises(LongCatError, match=f"width {side} is not divisible by 16; the nearest that is: {nearest}$"):
+        check_side("width", side)
+    check_side("width", nearest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": None}, "prompt is a NoneType"),
+        ({"prompt": " &nbsp;&amp;nbsp; \n"}, "prompt is empty"),
+        ({"prompt": "a \udcff"}, "prompt is not valid UTF-8 at character 2"),
+        ({"negative_prompt": 3}, "negative prompt is a int"),
+        ({"height": 64.0}, "height 64.0 is no whole number"),
+        ({"frames": True}, "True frames"),
+        ({"steps": 1.5}, "1.5 steps"),
+        ({"guidance_scale": "4"}, "guidance 4"),
+        ({"guidance_scale": float("nan")}, "guidance nan is out of range; give a number from 0 to 30"),
+        ({"seed": 1.0}, "seed 1.0"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": MAX_SEED + 1}, "2\\^63"),
+        ({"fps": float("inf")}, "fps inf"),
+        ({"schedule": "refine"}, "unknown schedule 'refine'; choose one of base, distilled, enhance_hf"),
+        ({"schedule": "distilled", "steps": 51}, "51 steps .* 1 to 50"),
+        ({"num_cond_frames": 12}, "nearest are 9 and 13"),
+        ({"num_cond_frames": 0}, "0 conditioning frames"),
+        ({"given": IMAGE, "frames": 1}, "at least 5 frames"),
+        ({"given": CLIP, "frames": 13}, "at least 17 frames"),
+        ({"given": CLIP[:9]}, "9 frames are given, fewer than the 13"),
+        ({"given": CLIP.astype(np.float32)}, "float32"),
+        ({"given": CLIP[0]}, "30, 40, 3"),
+        ({"image": Path("a"), "video": Path("b")}, "both an image and a video"),
+    ],
+)
+def test_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(LongCatError, match=said) as caught:
+        GenerateRequest(**{"prompt": "x", **changes}).filled(NANO)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_themselves_are_allowed() -> None:
+    for changes in ({"guidance_scale": 0}, {"guidance_scale": 30.0}, {"steps": 1}, {"steps": 1000}, {"height": 4096}):
+        GenerateRequest("x", **changes).filled(NANO)
