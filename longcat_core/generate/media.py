@@ -240,9 +240,19 @@ def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             fps = float(stream.average_rate or stream.guessed_rate or 0) or 15.0
+            end = 0
             for frame in container.decode(stream):
                 picture = frame.to_ndarray(format="rgb24")
                 yield np.rot90(picture, round(frame.rotation / 90) % 4), fps
+                end = (frame.pts or 0) + (frame.duration or 0)
+            # FFmpeg reads a file that is cut short without a complaint; a continuation would start at the wrong frame.
+            missing = (stream.start_time or 0) + (stream.duration or 0) - end
+            if missing * (stream.time_base or 0) > 2 / fps:
+                raise LongCatError(
+                    f"{path} is cut short, {float(missing * stream.time_base):.2f} s are missing; get it anew"
+                )
+    except LongCatError:
+        raise
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise LongCatError(f"{path} is no readable video ({_reason(error)}); give an .mp4 or .webm") from error
 

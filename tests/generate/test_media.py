@@ -235,6 +235,16 @@ def test_unreadable_video(tmp_path: Path, name: str, content: bytes) -> None:
         media.read_video(tmp_path / name)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_video_that_is_cut_short(tmp_path: Path, share: float) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (30, 64, 96, 3), dtype=np.uint8)
+    media.write_video(tmp_path / "a.mp4", video, 15)
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(LongCatError, match="is cut short"):
+        media.read_video(tmp_path / "a.mp4")
+
+
 def test_sound_without_pictures_is_no_video(tmp_path: Path) -> None:
     import wave
 
