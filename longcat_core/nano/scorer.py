@@ -171,13 +171,15 @@ def _unmix(difference: np.ndarray, directions: np.ndarray) -> list[np.ndarray]:
 
     A soft edge between white and black is half white this way; by nearest colour it could pass for purple.
     """
-    alone = [difference @ d / max(float(d @ d), 1.0) for d in directions]
+    alone = [np.maximum(difference @ d / max(float(d @ d), 1.0), 0) for d in directions]
     if len(directions) < 2:
         return alone
+    first, second = directions
     shares = difference @ np.linalg.pinv(directions)
     errors = [np.linalg.norm(difference - a[..., None] * d, axis=-1) for a, d in zip(alone, directions, strict=True)]
     first_better = errors[0] < errors[1]
-    mixed = (shares >= 0).all(axis=-1)
+    # Blue and yellow on gray cancel out: two such shares would fit any noise, and one alone tells them apart.
+    mixed = (shares >= 0).all(axis=-1) & bool(first @ second > 0)
     return [
         np.where(mixed, shares[..., 0], np.where(first_better, alone[0], 0)),
         np.where(mixed, shares[..., 1], np.where(first_better, 0, alone[1])),
@@ -292,13 +294,13 @@ def _robust_fit(design: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _circles(path: np.ndarray, off_line: float) -> bool:
-    """Whether a path lies on a circle of the world's size, better than on a line, and goes round it one way."""
+    """Whether a path lies on a circle of the world's size, clearly better than on a line, and goes on round it."""
     # Kasa's fit: x^2 + y^2 = 2 ax + 2 by + c is linear in the centre (a, b)
     solution = np.linalg.lstsq(np.column_stack([2 * path, np.ones(len(path))]), (path**2).sum(1), rcond=None)[0]
     spoke = path - solution[:2]
     radius = np.median(np.linalg.norm(spoke, axis=1))
     off_circle = np.median(np.abs(np.linalg.norm(spoke, axis=1) - radius))
-    if not CIRCLE_RADIUS[0] <= radius <= CIRCLE_RADIUS[1] or off_circle > min(0.25 * radius, off_line):
+    if not CIRCLE_RADIUS[0] <= radius <= CIRCLE_RADIUS[1] or off_circle > min(0.25 * radius, 0.6 * off_line):
         return False
     angle = np.unwrap(np.arctan2(spoke[:, 1], spoke[:, 0]))
     return bool(abs(angle[-1] - angle[0]) >= MIN_TURN)
