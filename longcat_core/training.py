@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -64,10 +67,16 @@ class WeightAverage:
         """Take in the parameters after an optimizer step."""
         torch._foreach_lerp_(self.average, [p.detach().float() for p in self.parameters], 1 - self.decay)
 
-    @torch.no_grad()
-    def copy_to_module(self) -> None:
-        """Overwrite the module's parameters by their average."""
-        torch._foreach_copy_(self.parameters, self.average)
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the averages inside the `with` block and its own parameters again after it."""
+        with torch.no_grad():
+            kept = [p.detach().clone() for p in self.parameters]
+            torch._foreach_copy_(self.parameters, self.average)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self.parameters, kept)
 
 
 @torch.no_grad()

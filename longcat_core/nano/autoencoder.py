@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.safetensors_io import write_safetensors
 from ..checkpoints.wan_vae import to_wan
+from ..errors import LongCatError
 from .world import Placements, place, render, sample_scene
 
 BASE_DIM = 8
@@ -24,7 +25,8 @@ POOL = 16384
 LATENT_NOISE = 0.12
 MOMENT_WEIGHT = 0.02
 LEARNING_RATE = 2e-3
-CHANNELS_LAST = True
+CAPTURE = True
+AUTOCAST = True
 AHEAD = 8  # steps whose clips are drawn at once
 
 
@@ -35,42 +37,82 @@ def new_autoencoder() -> Any:
     return AutoencoderKLWan(base_dim=BASE_DIM, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
 
 
+# What follows runs diffusers' modules on a whole clip at once, frames as a batch of pictures [B, T, H, W, C], channels
+# last. diffusers walks through a clip four frames at a time with caches, to save memory, and convolves in 3-D, which
+# is slow at eight channels; a training step here launches a fifth of the kernels, all of them 2-D.
+
+
+def _pictures(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
+    batch = x.shape[0]
+    out = nn.functional.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, **kwargs)
+    return out.permute(0, 2, 3, 1).unflatten(0, (batch, -1))
+
+
+def _conv(layer: Any, x: Tensor) -> Tensor:
+    """A causal 3-D convolution as a 2-D one over each frame stacked with those before it."""
+    taps, kernel = layer.kernel_size[0], layer.kernel_size[1]
+    stride = layer.stride[0]
+    x = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, layer._padding[4], 0))
+    end = (x.shape[1] - taps) // stride * stride + 1
+    x = torch.cat([x[:, tap : tap + end : stride] for tap in range(taps)], dim=-1)
+    weight = layer.weight.transpose(1, 2).flatten(1, 2)
+    return _pictures(x, weight, layer.bias, padding=kernel // 2)
+
+
+def _norm_silu(norm: Any, x: Tensor) -> Tensor:
+    normed = nn.functional.normalize(x.float(), dim=-1) * (norm.scale * norm.gamma.flatten())
+    return nn.functional.silu(normed).to(x.dtype)
+
+
+def _residual(block: Any, x: Tensor) -> Tensor:
+    short = x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x)
+    h = _conv(block.conv1, _norm_silu(block.norm1, x))
+    return short + _conv(block.conv2, _norm_silu(block.norm2, h))
+
+
+def _middle(block: Any, x: Tensor) -> Tensor:
+    x = _residual(block.resnets[0], x)
+    x = block.attentions[0](x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    return _residual(block.resnets[1], x)
+
+
 def _resample(layer: Any, x: Tensor) -> Tensor:
-    """Spatial and temporal resampling of a whole clip; the first frame stands outside temporal resampling."""
-    if layer.mode == "upsample3d" and x.shape[2] > 1:
-        doubled = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))
-        doubled = torch.stack(doubled.unbind(1), dim=3).flatten(2, 3)
-        x = torch.cat((x[:, :, :1], doubled), dim=2)
-    x = layer(x)
-    if layer.mode == "downsample3d" and x.shape[2] > 1:
-        x = torch.cat((x[:, :, :1], layer.time_conv(x)), dim=2)
-    return x
+    """Spatial and temporal resampling; the first frame stands outside temporal resampling."""
+    spatial = layer.resample[1]
+    if layer.mode.startswith("downsample"):
+        x = _pictures(nn.functional.pad(x, (0, 0, 0, 1, 0, 1)), spatial.weight, spatial.bias, stride=2)
+        if layer.mode == "downsample3d" and x.shape[1] > 1:
+            x = torch.cat((x[:, :1], _conv(layer.time_conv, x)), dim=1)
+        return x
+    if layer.mode == "upsample3d" and x.shape[1] > 1:
+        doubled = _conv(layer.time_conv, x[:, 1:]).unflatten(-1, (2, -1))
+        doubled = torch.stack(doubled.unbind(-2), dim=2).flatten(1, 2)
+        x = torch.cat((x[:, :1], doubled), dim=1)
+    x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return _pictures(x, spatial.weight, spatial.bias, padding=1)
 
 
 def encode_whole(vae: Any, video: Tensor) -> Tensor:
-    """Mean latents [B, 16, T, H/8, W/8] of video [B, 3, F, H, W] in -1..1, all frames at once.
-
-    The same numbers as diffusers' encoder, which walks through a clip four frames at a time with caches to save
-    memory; without caches a training step launches a fifth of the kernels.
-    """
-    x = vae.encoder.conv_in(video)
+    """Mean latents [B, 16, T, H/8, W/8] of video [B, F, H, W, 3] in -1..1: diffusers' numbers, all frames at once."""
+    x = _conv(vae.encoder.conv_in, video)
     for layer in vae.encoder.down_blocks:
-        x = _resample(layer, x) if hasattr(layer, "mode") else layer(x)
-    x = vae.encoder.mid_block(x)
-    x = vae.encoder.conv_out(vae.encoder.nonlinearity(vae.encoder.norm_out(x)))
-    return vae.quant_conv(x).chunk(2, dim=1)[0]
+        x = _resample(layer, x) if hasattr(layer, "mode") else _residual(layer, x)
+    x = _middle(vae.encoder.mid_block, x)
+    x = _conv(vae.quant_conv, _conv(vae.encoder.conv_out, _norm_silu(vae.encoder.norm_out, x)))
+    return x.chunk(2, dim=-1)[0].permute(0, 4, 1, 2, 3)
 
 
 def decode_whole(vae: Any, latents: Tensor) -> Tensor:
-    """Video [B, 3, F, H, W] of latents [B, 16, T, h, w], all frames at once and without the final clamp."""
+    """Video [B, F, H, W, 3] of latents [B, 16, T, h, w], all frames at once and without the final clamp."""
     decoder = vae.decoder
-    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
+    x = _conv(vae.post_quant_conv, latents.permute(0, 2, 3, 4, 1))
+    x = _middle(decoder.mid_block, _conv(decoder.conv_in, x))
     for block in decoder.up_blocks:
         for layer in block.resnets:
-            x = layer(x)
+            x = _residual(layer, x)
         if block.upsamplers is not None:
             x = _resample(block.upsamplers[0], x)
-    return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
+    return _conv(decoder.conv_out, _norm_silu(decoder.norm_out, x))
 
 
 def moments(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -102,7 +144,9 @@ def _training_step(
     parameters = list(vae.parameters())
 
     def step() -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=AUTOCAST and device.type == "cuda", cache_enabled=False
+        ):
             latents = (encode_whole(vae, video).float() - mean) / std
             noisy = latents + LATENT_NOISE * torch.randn_like(latents)
             decoded = decode_whole(vae, noisy * std + mean).float()
@@ -118,13 +162,12 @@ def _training_step(
         optimizer.zero_grad(set_to_none=True)
         return step()
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not CAPTURE:
         return eager
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            eager()
+        eager()
     torch.cuda.current_stream().wait_stream(stream)
     optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
@@ -141,7 +184,7 @@ def _training_step(
 def _draw(pool: Placements, clips: int, shape: tuple[int, int, int], start_frame: int, device: torch.device) -> Tensor:
     rows = torch.randint(len(pool), (clips,), device=device)
     video = recolour(render(pool[rows], *shape, start_frame=start_frame))
-    return video.permute(0, 4, 1, 2, 3) * 2 - 1
+    return video * 2 - 1
 
 
 def train_autoencoder(
@@ -156,11 +199,7 @@ def train_autoencoder(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = new_autoencoder().to(device).train()
-    if CHANNELS_LAST:
-        for parameter in vae.parameters():
-            if parameter.ndim == 5:
-                parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
-    rate = torch.tensor(LEARNING_RATE, device=device)
+    rate = torch.tensor(LEARNING_RATE / 200, device=device)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda"
     )
@@ -168,17 +207,18 @@ def train_autoencoder(
     shapes = []
     for frames, height, width, clips in SHAPES:
         video = _draw(pool, clips, (frames, height, width), 0, device)
-        video = video.contiguous(memory_format=torch.channels_last_3d if CHANNELS_LAST else torch.contiguous_format)
         shapes.append((video, _training_step(vae, optimizer, video, device)))
     started = time.monotonic()
     for step in range(steps):
         if step % AHEAD == 0:
             video, train = rng.choices(shapes, WEIGHTS)[0]
-            shape = (video.shape[2], video.shape[3], video.shape[4])
+            shape = tuple(video.shape[1:4])
             drawn = _draw(pool, len(video) * AHEAD, shape, rng.randrange(64), device)
         rate.fill_(LEARNING_RATE * min(1, (step + 1) / 200) * (0.505 + 0.495 * math.cos(math.pi * step / steps)))
         video.copy_(drawn[step % AHEAD :: AHEAD])
         loss, squared, penalty = train()
+        if step in (10, 100) and not math.isfinite(loss.item()):
+            raise LongCatError(f"VAE training diverged at step {step}; try another --seed")
         if step % log_every == log_every - 1 or step == steps - 1:
             psnr = -10 * math.log10(squared.item() / 4)
             result = {"loss": loss.item(), "psnr": psnr, "moments": penalty.item()}
@@ -196,7 +236,7 @@ def _fold_moments(vae: Any, pool: Placements, rng: random.Random, device: torch.
     samples = []
     for _ in range(16):
         rows = torch.randint(len(pool), (32,), device=device)
-        video = render(pool[rows], 33, 64, 96, start_frame=rng.randrange(64)).permute(0, 4, 1, 2, 3) * 2 - 1
+        video = render(pool[rows], 33, 64, 96, start_frame=rng.randrange(64)) * 2 - 1
         samples.append((encode_whole(vae, video) - mean) / std)
     latents = torch.cat(samples)
     m, s = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))

@@ -39,13 +39,14 @@ CONFIG = ModelConfig(
     hidden_size=192, depth=6, num_heads=3, caption_channels=128, ffn_hidden=512, adaln_dim=64, frequency_dim=256
 )
 TEXT_LENGTH = 512
-TOKENS = 48  # of a caption in training; the rest of TEXT_LENGTH is padding, which `exact` folds into one key
+TOKENS = 32  # of a caption in training; the rest of TEXT_LENGTH is padding, which `exact` folds into one key
 PARAPHRASES = 4
 
 LEARNING_RATE = 1.5e-3
 AVERAGE_DECAY = 0.9985
 SIGMA_SHIFTS = (12.0, 3.0)  # half the samples each: the sampler's own noise levels, and enough of the low ones
 EMPTY_TEXT = 0.05
+CAPTURE = True  # one CUDA graph per lesson
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def encode_clips(vae: Any, bucket: Bucket, processor: Any, seed: int, device: to
         rows = slice(start, start + chunk)
         video = render(placements[rows].to(device), bucket.frames, bucket.height, bucket.width, fps=bucket.fps)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mu = encode_whole(vae.model, video.permute(0, 4, 1, 2, 3) * 2 - 1).float()
+            mu = encode_whole(vae.model, video * 2 - 1).float()
         latents.append(((mu - mean) / std).to(torch.bfloat16))
     texts = [_tokenise(processor, caption(s, rng if k else None), TOKENS) for s in scenes for k in range(PARAPHRASES)]
     ids, mask = (torch.tensor(rows, device=device).view(-1, PARAPHRASES, TOKENS) for rows in zip(*texts, strict=True))
@@ -188,7 +189,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             return self._step(lesson, *buffers)
 
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not CAPTURE:
             return buffers, eager
         self.rate.zero_()  # the rehearsal that capturing asks for must not train
         stream = torch.cuda.Stream()
@@ -218,9 +219,11 @@ def train_transformer(
     batch_scale: float = 1.0,
     gradient_checkpointing: bool = False,
     log_every: int = 500,
+    save_every: int = 2000,
 ) -> dict[str, float]:
     """Train text encoder and transformer together for `steps` steps on the VAE in `weights`; write both there.
 
+    The files are written every `save_every` steps and at the end: the averaged weights, rounded to bf16.
     clips_scale and batch_scale shrink data and batches for a rehearsal on small machines. Returns the last loss.
     """
     import sentencepiece
@@ -251,6 +254,8 @@ def train_transformer(
     width = len(processor.encode(DEFAULT_NEGATIVE_PROMPT)) + 1
     negative = [torch.tensor([t], device=device) for t in _tokenise(processor, DEFAULT_NEGATIVE_PROMPT, width)]
 
+    for file in (MODEL_FILE, TEXT_FILE):
+        (weights / file).parent.mkdir(parents=True, exist_ok=True)
     started, smooth = time.monotonic(), None
     for step in range(steps):
         lesson = rng.choices(LESSONS, [item.weight for item in LESSONS])[0]
@@ -271,13 +276,13 @@ def train_transformer(
             smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if step % log_every == log_every - 1:
             print(f"step {step + 1}/{steps} {time.monotonic() - started:.0f} s: loss {smooth:.4f}", flush=True)
-    for average in trainer.averages:
-        average.copy_to_module()
-    state = {k: v.to(torch.bfloat16) for k, v in official_state(model, OFFICIAL).items()}
-    for file in (MODEL_FILE, TEXT_FILE):
-        (weights / file).parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(weights / MODEL_FILE, state, {"format": "pt"})
-    save_text_encoder(weights / TEXT_FILE, encoder, vocabulary)
+        if step % save_every == save_every - 1 or step == steps - 1:
+            if not math.isfinite(smooth):
+                raise LongCatError(f"training diverged before step {step + 1}; try another --seed")
+            with trainer.averages[0].applied(), trainer.averages[1].applied():
+                state = {k: v.to(torch.bfloat16) for k, v in official_state(model, OFFICIAL).items()}
+                write_safetensors(weights / MODEL_FILE, state, {"format": "pt"})
+                save_text_encoder(weights / TEXT_FILE, encoder, vocabulary)
     return {"loss": smooth}
 
 
