@@ -11,8 +11,9 @@ demo: $(STAMP)
 	$(BIN)/longcat generate "a red circle moves right on a blue background" \
 		--seed 1 --output demo.mp4 --contact-sheet demo.png
 
+# One thread a worker: two pools of threads on the same cores slow each other down several times.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.load import load_transformer
+from ..checkpoints.load import load_transformer, open_checkpoint
 from ..errors import CheckpointError, LongCatError
 from ..model.backends import check as check_attention
 from ..model.config import Optimizations
@@ -127,16 +127,17 @@ class Pipeline:
         paths.check()
         optimizations = optimizations or Optimizations()
         check_attention(optimizations.attention)
-        # The transformer first: its headers tell at once when another model's file was given.
-        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
+        # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
+        config = open_checkpoint(paths.model).config
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype, device=device)
-        if text_encoder.channels != model.config.caption_channels:
+        if text_encoder.channels != config.caption_channels:
             raise CheckpointError(
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
-                f"{model.config.caption_channels}; give the text encoder that belongs to it"
+                f"{config.caption_channels}; give the text encoder that belongs to it"
             )
-        return cls(model.eval(), vae, text_encoder, paths.defaults)
+        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
+        return cls(model, vae, text_encoder, paths.defaults)
 
     def generate(self, request: GenerateRequest, callback: Callable[[Step], None] | None = None) -> Generation:
         """Run one request; `callback` is called after each step and may raise to stop.
