@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checkpoints.safetensors_io import write_safetensors
 from ..checkpoints.wan_vae import to_wan
 from ..errors import LongCatError
+from ..training import captured
 from .world import Placements, place, render, sample_scene
 
 BASE_DIM = 8
@@ -24,17 +25,35 @@ WEIGHTS = (6, 2, 1)
 POOL = 16384
 LATENT_NOISE = 0.12
 MOMENT_WEIGHT = 0.02
-LEARNING_RATE = 2e-3
-CAPTURE = True
-AUTOCAST = True
+LEARNING_RATE = 6e-4
+GEMM = False
 AHEAD = 8  # steps whose clips are drawn at once
 
 
 def new_autoencoder() -> Any:
-    """A fresh diffusers AutoencoderKLWan of the nano size (0.9 M parameters)."""
+    """A fresh diffusers AutoencoderKLWan of the nano size.
+
+    Convolutions over pictures see their own frame only (their taps on earlier frames are zero and stay so): frames
+    meet in the temporal resampling layers alone, so that a clip of any length looks to the network like a short one.
+    Residual branches start at zero.
+    """
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(base_dim=BASE_DIM, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
+    vae = AutoencoderKLWan(base_dim=BASE_DIM, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
+    for name, module in vae.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            continue
+        # PyTorch's default shrinks a signal by 1/sqrt(3) a layer and adds biases as large: after the dozen layers of
+        # the skip path nothing of the picture would be left to learn from.
+        nn.init.zeros_(module.bias)
+        if name.endswith((".conv2", "attentions.0.proj")):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Conv3d) and module.kernel_size[1] > 1:
+            nn.init.zeros_(module.weight)
+            nn.init.normal_(module.weight.data[:, :, -1], std=(9 * module.in_channels) ** -0.5)
+        else:
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return vae
 
 
 # What follows runs diffusers' modules on a whole clip at once, frames as a batch of pictures [B, T, H, W, C], channels
@@ -44,19 +63,34 @@ def new_autoencoder() -> Any:
 
 def _pictures(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
     batch = x.shape[0]
+    if GEMM and kwargs.get("stride", 1) == 1 and weight.shape[-1] == 3:
+        height, width = x.shape[2:4]
+        x = nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
+        x = torch.cat([x[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)], dim=-1)
+        return nn.functional.linear(x, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    if GEMM and kwargs.get("stride", 1) == 2:
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        x = torch.cat(
+            [x[:, :, i : i + 2 * height : 2, j : j + 2 * width : 2] for i in range(3) for j in range(3)], dim=-1
+        )
+        return nn.functional.linear(x, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    if GEMM and weight.shape[-1] == 1:
+        return nn.functional.linear(x, weight[..., 0, 0], bias)
     out = nn.functional.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, **kwargs)
     return out.permute(0, 2, 3, 1).unflatten(0, (batch, -1))
 
 
 def _conv(layer: Any, x: Tensor) -> Tensor:
-    """A causal 3-D convolution as a 2-D one over each frame stacked with those before it."""
+    """A causal 3-D convolution, as a 2-D one over each frame or, along time, over each frame stacked with others."""
     taps, kernel = layer.kernel_size[0], layer.kernel_size[1]
+    if kernel > 1 or taps == 1:
+        # All earlier taps are zero: see `new_autoencoder`.
+        return _pictures(x, layer.weight[:, :, -1], layer.bias, padding=kernel // 2)
     stride = layer.stride[0]
     x = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, layer._padding[4], 0))
     end = (x.shape[1] - taps) // stride * stride + 1
     x = torch.cat([x[:, tap : tap + end : stride] for tap in range(taps)], dim=-1)
-    weight = layer.weight.transpose(1, 2).flatten(1, 2)
-    return _pictures(x, weight, layer.bias, padding=kernel // 2)
+    return nn.functional.linear(x, layer.weight[..., 0, 0].transpose(1, 2).flatten(1), layer.bias)
 
 
 def _norm_silu(norm: Any, x: Tensor) -> Tensor:
@@ -133,52 +167,21 @@ def recolour(video: Tensor) -> Tensor:
     return torch.where(keep, video, video * gain + offset)
 
 
-def _training_step(
-    vae: Any, optimizer: torch.optim.Optimizer, video: Tensor, device: torch.device
-) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """A function that trains on what is in `video` and returns loss, squared error and moment penalty.
-
-    On CUDA it is one captured graph: the network is so small that launching its kernels costs more than they do.
-    """
-    mean, std = moments(vae, device)
-    parameters = list(vae.parameters())
-
-    def step() -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=AUTOCAST and device.type == "cuda", cache_enabled=False
-        ):
-            latents = (encode_whole(vae, video).float() - mean) / std
-            noisy = latents + LATENT_NOISE * torch.randn_like(latents)
-            decoded = decode_whole(vae, noisy * std + mean).float()
-        squared = (decoded - video).square().mean()
-        penalty = latents.mean((0, 2, 3, 4)).square().mean() + (latents.std((0, 2, 3, 4)) - 1).square().mean()
-        loss = (decoded - video).abs().mean() + 0.5 * squared + MOMENT_WEIGHT * penalty
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        return loss.detach(), squared.detach(), penalty.detach()
-
-    def eager() -> tuple[Tensor, Tensor, Tensor]:
-        optimizer.zero_grad(set_to_none=True)
-        return step()
-
-    if device.type != "cuda" or not CAPTURE:
-        return eager
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager()
-    torch.cuda.current_stream().wait_stream(stream)
-    optimizer.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-
-    def replay() -> tuple[Tensor, Tensor, Tensor]:
-        graph.replay()
-        return results
-
-    return replay
+def _training_step(vae: Any, optimizer: torch.optim.Optimizer, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Train on video [B, F, H, W, 3] in -1..1; returns loss, squared error and moment penalty."""
+    cuda = video.device.type == "cuda"
+    mean, std = vae.moments
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
+        latents = (encode_whole(vae, video).float() - mean) / std
+        noisy = latents + LATENT_NOISE * torch.randn_like(latents)
+        decoded = decode_whole(vae, noisy * std + mean).float()
+    squared = (decoded - video).square().mean()
+    penalty = latents.mean((0, 2, 3, 4)).square().mean() + (latents.square().mean((0, 2, 3, 4)) - 1).square().mean()
+    loss = (decoded - video).abs().mean() + 0.5 * squared + MOMENT_WEIGHT * penalty
+    loss.backward()
+    nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach(), squared.detach(), penalty.detach()
 
 
 def _draw(pool: Placements, clips: int, shape: tuple[int, int, int], start_frame: int, device: torch.device) -> Tensor:
@@ -199,15 +202,18 @@ def train_autoencoder(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = new_autoencoder().to(device).train()
+    vae.moments = moments(vae, device)
     rate = torch.tensor(LEARNING_RATE / 200, device=device)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda"
     )
     pool = place([sample_scene(rng) for _ in range(POOL)], seed).to(device)
+    pool_handle = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     shapes = []
     for frames, height, width, clips in SHAPES:
         video = _draw(pool, clips, (frames, height, width), 0, device)
-        shapes.append((video, _training_step(vae, optimizer, video, device)))
+        step = partial(_training_step, vae, optimizer, video)
+        shapes.append((video, captured(step, optimizer, rate, device, pool_handle)))
     started = time.monotonic()
     for step in range(steps):
         if step % AHEAD == 0:

@@ -26,7 +26,7 @@ from ..model.attention import fold_padding
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from ..training import WeightAverage, flow_matching_loss, initialise, sample_sigmas
+from ..training import WeightAverage, captured, flow_matching_loss, initialise, sample_sigmas
 from .autoencoder import encode_whole, moments, train_autoencoder
 from .world import Scene, caption, corpus, place, render, sample_scene
 
@@ -42,11 +42,10 @@ TEXT_LENGTH = 512
 TOKENS = 32  # of a caption in training; the rest of TEXT_LENGTH is padding, which `exact` folds into one key
 PARAPHRASES = 4
 
-LEARNING_RATE = 1.5e-3
-AVERAGE_DECAY = 0.9985
+LEARNING_RATE = 1e-3
+AVERAGE_DECAY = 0.999
 SIGMA_SHIFTS = (12.0, 3.0)  # half the samples each: the sampler's own noise levels, and enough of the low ones
 EMPTY_TEXT = 0.05
-CAPTURE = True  # one CUDA graph per lesson
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,11 @@ class Bucket:
 
 
 BUCKETS = {
-    "wide": Bucket(64, 96, 49, 15, 20480, 128),
-    "long": Bucket(64, 96, 93, 15, 4096, 48),
-    "square": Bucket(64, 64, 33, 15, 6144, 128),
-    "tall": Bucket(96, 64, 33, 15, 6144, 128),
-    "big square": Bucket(96, 96, 33, 15, 3072, 80),
-    "double": Bucket(128, 192, 33, 15, 2048, 28),
-    "double fast": Bucket(128, 192, 65, 30, 2048, 16),
+    "wide": Bucket(64, 96, 49, 15, 14336, 64),
+    "long": Bucket(64, 96, 93, 15, 2048, 24),
+    "square": Bucket(64, 64, 33, 15, 3072, 64),
+    "tall": Bucket(96, 64, 33, 15, 3072, 64),
+    "double": Bucket(128, 192, 33, 15, 1024, 16),
 }
 
 
@@ -88,16 +85,14 @@ class Lesson:
 
 # Nothing given, an image, the end of a clip of two to four latent frames (thirteen video frames).
 LESSONS = (
-    *(Lesson("wide", 9, cond, weight) for cond, weight in ((0, 10), (1, 4), (2, 1), (3, 1), (4, 4))),
-    *(Lesson("wide", 13, cond, weight) for cond, weight in ((0, 1.5), (1, 0.5), (4, 1.5))),
+    *(Lesson("wide", 9, cond, weight) for cond, weight in ((0, 12), (1, 4), (2, 1), (3, 0.5), (4, 4))),
+    *(Lesson("wide", 13, cond, weight) for cond, weight in ((0, 1), (1, 0.3), (4, 1))),
     *(Lesson("wide", 5, cond, weight) for cond, weight in ((0, 1), (1, 0.5), (2, 0.3))),
-    *(Lesson("long", 24, cond, weight) for cond, weight in ((0, 1), (1, 0.4), (4, 1.6))),
-    *(Lesson(name, 9, cond, w) for name in ("square", "tall") for cond, w in ((0, 0.8), (1, 0.3), (4, 0.3))),
-    *(Lesson("big square", 9, cond, weight) for cond, weight in ((0, 0.6), (1, 0.2))),
-    *(Lesson("double", 9, cond, weight) for cond, weight in ((0, 0.6), (1, 0.2), (4, 0.2))),
-    *(Lesson("double fast", 17, cond, weight) for cond, weight in ((0, 0.5), (4, 0.2))),
-    *(Lesson("wide", 9, cond, weight, negative=True) for cond, weight in ((0, 1.2), (1, 0.4), (4, 0.5))),
-    Lesson("long", 24, 4, 0.2, negative=True),
+    *(Lesson("long", 24, cond, weight) for cond, weight in ((0, 0.5), (1, 0.2), (4, 0.8))),
+    *(Lesson(name, 9, cond, weight) for name in ("square", "tall") for cond, weight in ((0, 0.5), (1, 0.2), (4, 0.2))),
+    *(Lesson("double", 9, cond, weight) for cond, weight in ((0, 0.4), (1, 0.1), (4, 0.1))),
+    *(Lesson("wide", 9, cond, weight, negative=True) for cond, weight in ((0, 1.2), (1, 0.3), (4, 0.4))),
+    Lesson("long", 24, 4, 0.1, negative=True),
     Lesson("double", 9, 0, 0.1, negative=True),
 )
 
@@ -185,28 +180,8 @@ class Trainer:
         return loss.detach()
 
     def _prepare(self, lesson: Lesson, buffers: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
-        def eager() -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
-            return self._step(lesson, *buffers)
-
-        if self.device.type != "cuda" or not CAPTURE:
-            return buffers, eager
-        self.rate.zero_()  # the rehearsal that capturing asks for must not train
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            eager()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss = self._step(lesson, *buffers)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return loss
-
-        return buffers, replay
+        step = captured(lambda: self._step(lesson, *buffers), self.optimizer, self.rate, self.device, self.pool)
+        return buffers, step
 
 
 def train_transformer(
