@@ -26,7 +26,6 @@ POOL = 16384
 LATENT_NOISE = 0.12
 MOMENT_WEIGHT = 0.02
 LEARNING_RATE = 6e-4
-GEMM = False
 AHEAD = 8  # steps whose clips are drawn at once
 
 
@@ -63,19 +62,6 @@ def new_autoencoder() -> Any:
 
 def _pictures(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
     batch = x.shape[0]
-    if GEMM and kwargs.get("stride", 1) == 1 and weight.shape[-1] == 3:
-        height, width = x.shape[2:4]
-        x = nn.functional.pad(x, (0, 0, 1, 1, 1, 1))
-        x = torch.cat([x[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)], dim=-1)
-        return nn.functional.linear(x, weight.permute(0, 2, 3, 1).flatten(1), bias)
-    if GEMM and kwargs.get("stride", 1) == 2:
-        height, width = x.shape[2] // 2, x.shape[3] // 2
-        x = torch.cat(
-            [x[:, :, i : i + 2 * height : 2, j : j + 2 * width : 2] for i in range(3) for j in range(3)], dim=-1
-        )
-        return nn.functional.linear(x, weight.permute(0, 2, 3, 1).flatten(1), bias)
-    if GEMM and weight.shape[-1] == 1:
-        return nn.functional.linear(x, weight[..., 0, 0], bias)
     out = nn.functional.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, **kwargs)
     return out.permute(0, 2, 3, 1).unflatten(0, (batch, -1))
 

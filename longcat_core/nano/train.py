@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checkpoints.formats import OFFICIAL
 from ..checkpoints.load import official_state
-from ..checkpoints.safetensors_io import write_safetensors
+from ..checkpoints.safetensors_io import read_tensors, write_safetensors
 from ..errors import LongCatError
 from ..model.attention import fold_padding
 from ..model.config import ModelConfig, Optimizations
@@ -179,6 +179,29 @@ class Trainer:
             average.update()
         return loss.detach()
 
+    def state(self, step: int) -> dict[str, Tensor]:
+        """All that training needs to go on after `step` steps: weights, their averages and Adam's moments."""
+        tensors = {"step": torch.tensor(step)}
+        averages = [tensor for average in self.averages for tensor in average.average]
+        for i, (parameter, average) in enumerate(zip(self.parameters, averages, strict=True)):
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"{i}.weight": parameter, f"{i}.average": average}
+            tensors |= {f"{i}.{key}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> int:
+        """Take up a saved state before the first step; returns the number of steps done."""
+        averages = [tensor for average in self.averages for tensor in average.average]
+        for i, (parameter, average) in enumerate(zip(self.parameters, averages, strict=True)):
+            parameter.copy_(tensors[f"{i}.weight"])
+            average.copy_(tensors[f"{i}.average"])
+            moments = {key: tensors[f"{i}.{key}"].to(self.device) for key in ("exp_avg", "exp_avg_sq")}
+            # Adam counts on the CPU unless its step is captured.
+            step = tensors[f"{i}.step"].to(self.device if self.device.type == "cuda" else "cpu")
+            self.optimizer.state[parameter] = {"step": step, **moments}
+        return int(tensors["step"])
+
     def _prepare(self, lesson: Lesson, buffers: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
         step = captured(lambda: self._step(lesson, *buffers), self.optimizer, self.rate, self.device, self.pool)
         return buffers, step
@@ -195,11 +218,16 @@ def train_transformer(
     gradient_checkpointing: bool = False,
     log_every: int = 500,
     save_every: int = 2000,
+    state: Path | None = None,
+    stop_after: float = math.inf,
 ) -> dict[str, float]:
     """Train text encoder and transformer together for `steps` steps on the VAE in `weights`; write both there.
 
     The files are written every `save_every` steps and at the end: the averaged weights, rounded to bf16.
-    clips_scale and batch_scale shrink data and batches for a rehearsal on small machines. Returns the last loss.
+    state names a file that training writes beside them and goes on from if it exists (with other random numbers than
+    an uninterrupted run); stop_after ends this run after so many seconds of steps, for machines lent by the hour.
+    clips_scale and batch_scale shrink data and batches for a rehearsal on small machines. Returns the last loss and
+    the number of steps done.
     """
     import sentencepiece
 
@@ -231,8 +259,14 @@ def train_transformer(
 
     for file in (MODEL_FILE, TEXT_FILE):
         (weights / file).parent.mkdir(parents=True, exist_ok=True)
+    done = 0
+    if state is not None and state.exists():
+        done = trainer.load_state(read_tensors(state))
+        torch.manual_seed(seed + done)
+        rng.seed(f"{seed} {done}")
+        print(f"going on after step {done}", flush=True)
     started, smooth = time.monotonic(), None
-    for step in range(steps):
+    for step in range(done, steps):
         lesson = rng.choices(LESSONS, [item.weight for item in LESSONS])[0]
         clips = data[lesson.bucket]
         rows = torch.randint(len(clips.latents), (clips.bucket.batch,), device=device)
@@ -247,18 +281,23 @@ def train_transformer(
         sigmas = torch.cat([sample_sigmas(n, shift, device=device) for n, shift in shifts])
         rate = LEARNING_RATE * min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = trainer.train(lesson, rate, clips.latents[rows, :, : lesson.latents].float(), sigmas, ids, mask)
-        if step % 20 == 0:
+        if step % 20 == 0 or smooth is None:
             smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if step % log_every == log_every - 1:
             print(f"step {step + 1}/{steps} {time.monotonic() - started:.0f} s: loss {smooth:.4f}", flush=True)
-        if step % save_every == save_every - 1 or step == steps - 1:
+        late = time.monotonic() - started > stop_after
+        if step % save_every == save_every - 1 or step == steps - 1 or late:
             if not math.isfinite(smooth):
                 raise LongCatError(f"training diverged before step {step + 1}; try another --seed")
             with trainer.averages[0].applied(), trainer.averages[1].applied():
-                state = {k: v.to(torch.bfloat16) for k, v in official_state(model, OFFICIAL).items()}
-                write_safetensors(weights / MODEL_FILE, state, {"format": "pt"})
+                tensors = {k: v.to(torch.bfloat16) for k, v in official_state(model, OFFICIAL).items()}
+                write_safetensors(weights / MODEL_FILE, tensors, {"format": "pt"})
                 save_text_encoder(weights / TEXT_FILE, encoder, vocabulary)
-    return {"loss": smooth}
+            if state is not None:
+                write_safetensors(state, trainer.state(step + 1))
+        if late:
+            break
+    return {"loss": smooth, "steps": step + 1}
 
 
 def fresh_prompts(count: int, seed: int) -> list[Scene]:
@@ -271,12 +310,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `longcat train-nano`."""
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder for the weights (default: the pack's own)")
     parser.add_argument("--stage", choices=("all", "vae", "transformer"), default="all", help="what to train")
-    parser.add_argument("--vae-steps", type=int, default=4000, help="training steps of the VAE")
-    parser.add_argument("--steps", type=int, default=12000, help="training steps of text encoder and transformer")
+    parser.add_argument("--vae-steps", type=int, default=5932, help="training steps of the VAE")
+    parser.add_argument("--steps", type=int, default=15101, help="training steps of text encoder and transformer")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights")
     parser.add_argument("--device", default="cuda", help="device to train on; a GPU is needed for the full recipe")
     parser.add_argument("--clips-scale", type=float, default=1.0, help="share of the training clips to render")
     parser.add_argument("--batch-scale", type=float, default=1.0, help="share of the batch sizes")
+    parser.add_argument("--state", type=Path, help="file to keep the transformer's training state in, to go on later")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds of steps after which to stop")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
 
 
@@ -300,5 +341,7 @@ def run(args: argparse.Namespace) -> int:
             clips_scale=args.clips_scale,
             batch_scale=args.batch_scale,
             gradient_checkpointing=args.gradient_checkpointing,
+            state=args.state,
+            stop_after=args.stop_after,
         )
     return 0
