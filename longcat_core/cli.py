@@ -70,6 +70,10 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub = command("verify", verify, "Run the golden cases of a folder through this code and print a table.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="folder of golden data")
     command("backends", backends, "List the attention backends, and why one cannot be used.")
+    sub = command("score-nano", score_nano, "Measure how well the embedded model follows fresh prompts.")
+    sub.add_argument("--prompts", type=_whole, default=64, metavar="N", help="how many prompts (default: 64)")
+    sub.add_argument("--steps", type=_whole, default=50, metavar="N", help="denoising steps (default: 50)")
+    sub.add_argument("--guidance", type=_number, default=4.0, metavar="X", help="CFG scale (default: 4)")
     sub = command("train-nano", train_nano, "Train the embedded model anew.")
     if argv[:1] == ["train-nano"]:
         from .nano.train import add_arguments
@@ -209,6 +213,13 @@ def backends(args: argparse.Namespace) -> int:
     for name, available, reason in rows:
         print(f"{name:<{width}}  {'yes' if available else 'no ':<3}  {reason}")
     return 0
+
+
+def score_nano(args: argparse.Namespace) -> int:
+    """`longcat score-nano`."""
+    from .benchmark.adherence import run
+
+    return run(args.prompts, args.steps, args.guidance)
 
 
 def train_nano(args: argparse.Namespace) -> int:

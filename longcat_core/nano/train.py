@@ -28,7 +28,7 @@ from ..model.transformer import LongCatTransformer
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..training import WeightAverage, captured, flow_matching_loss, initialise, sample_sigmas
 from .autoencoder import encode_whole, moments, train_autoencoder
-from .world import Scene, caption, corpus, place, render, sample_scene
+from .world import caption, corpus, place, render, sample_scene
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODEL_FILE = "diffusion_models/longcat_nano_bf16.safetensors"
@@ -298,12 +298,6 @@ def train_transformer(
         if late:
             break
     return {"loss": smooth, "steps": step + 1}
-
-
-def fresh_prompts(count: int, seed: int) -> list[Scene]:
-    """Scenes for a test, from another stream of random numbers than the training data."""
-    rng = random.Random(f"fresh {seed}")
-    return [sample_scene(rng) for _ in range(count)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
