@@ -1,0 +1,228 @@
+"""Attention backends: chosen by name or `auto`, refused with a reason, and text packed for a varlen kernel."""
+
+from __future__ import annotations
+
+import importlib
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longcat_core.errors import BackendUnavailable
+from longcat_core.model import backends
+from longcat_core.model.attention import TextTokens, _attend_biased, _attend_packed, arrange_text
+from longcat_core.model.backends import BACKENDS, Inputs, Varlen
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+OPTIONAL = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
+PLAIN = Inputs(CPU, torch.float32, 64, False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU, and nothing remembered of the packages that were looked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backends._load.cache_clear()
+    yield
+    backends._load.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has a Hopper GPU, without any optional package."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    packages(monkeypatch, {})
+    yield
+    backends._load.cache_clear()
+
+
+def packages(monkeypatch: pytest.MonkeyPatch, found: dict[str, object]) -> None:
+    """Make exactly `found` importable among optional packages; an exception there is raised by the import."""
+    real = importlib.import_module
+
+    def import_module(name: str, package: str | None = None) -> object:
+        if name.split(".")[0] not in OPTIONAL:
+            return real(name, package)
+        result = found.get(name, ModuleNotFoundError(name))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    backends._load.cache_clear()
+    monkeypatch.setattr(backends.importlib, "import_module", import_module)
+
+
+def test_names_are_those_of_the_report(no_gpu):
+    assert backends.names()[0] == "auto"
+    report = backends.report()
+    assert tuple(name for name, _, _ in report) == backends.names()[1:]
+    expected = {"flash2", "flash3", "flash4", "sage", "xformers", "cudnn", "sdpa", "sdpa-flash", "sdpa-math"}
+    assert {name for name, _, _ in report} == expected
+
+
+def test_report_says_what_is_there_and_why_the_rest_is_not(no_gpu, monkeypatch):
+    packages(monkeypatch, {})
+    rows = {name: (usable, text) for name, usable, text in backends.report()}
+    assert {name for name, (usable, _) in rows.items() if usable} == {"sdpa", "sdpa-math"}
+    assert rows["sdpa"] == (True, BY_NAME["sdpa"].summary)
+    assert rows["cudnn"] == (False, "no CUDA device")
+    assert rows["flash2"] == (False, "package flash_attn is not installed")
+    assert rows["xformers"] == (False, "package xformers is not installed")
+    assert all(text for _, text in rows.values())
+
+
+def test_a_broken_package_is_reported_not_raised(no_gpu, monkeypatch):
+    broken = ImportError("libcudart.so.11: cannot open\nsecond line")
+    packages(monkeypatch, {"flash_attn": broken, "sageattention": AttributeError("no such thing")})
+    rows = {name: text for name, _, text in backends.report()}
+    assert rows["flash2"] == "flash_attn does not load: ImportError: libcudart.so.11: cannot open"
+    assert rows["sage"] == "sageattention does not load: AttributeError: no such thing"
+    with pytest.raises(BackendUnavailable, match=r"'flash2' is unavailable \(flash_attn does not load.*auto, sdpa"):
+        backends.check("flash2")
+
+
+def test_a_package_of_another_version_is_reported(no_gpu, monkeypatch):
+    packages(monkeypatch, {"flash_attn": types.ModuleType("flash_attn")})
+    assert BY_NAME["flash2"].missing() == "flash_attn has no flash_attn_func: its version does not fit"
+
+
+def test_an_old_gpu_is_a_reason(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    packages(monkeypatch, {"flash_attn_interface": types.SimpleNamespace(flash_attn_func=None)})
+    assert BY_NAME["flash3"].missing() == "needs compute capability 9.0, this GPU has 7.5"
+
+
+def test_unknown_and_unavailable_names_list_what_is_there(no_gpu):
+    with pytest.raises(BackendUnavailable, match="unknown attention backend 'magic'; this machine has: auto, sdpa, sd"):
+        backends.check("magic")
+    with pytest.raises(BackendUnavailable, match=r"'cudnn' is unavailable \(no CUDA device\); this machine has: auto"):
+        backends.resolve("cudnn", PLAIN)
+    for name in ("auto", "sdpa", "sdpa-math"):
+        backends.check(name)
+
+
+def test_auto_on_a_cpu_is_sdpa(no_gpu):
+    assert backends.resolve("auto", PLAIN).name == "sdpa"
+    assert backends.resolve_kernels("auto", PLAIN) == (BY_NAME["sdpa"].attend, None)
+
+
+def test_auto_takes_the_first_that_accepts_the_inputs(gpu):
+    half = Inputs(CUDA, torch.bfloat16, 128, False)
+    assert backends.resolve("auto", half).name == "cudnn"
+    assert backends.resolve("auto", half._replace(head_dim=256)).name == "sdpa-flash"
+    assert backends.resolve("auto", half._replace(dtype=torch.float32)).name == "sdpa"
+    assert backends.resolve("auto", half._replace(device=CPU)).name == "sdpa"
+
+
+def test_auto_never_takes_a_lossy_kernel(gpu, monkeypatch):
+    packages(monkeypatch, {"sageattention": types.SimpleNamespace(sageattn=None)})
+    half = Inputs(CUDA, torch.bfloat16, 128, False)
+    assert BY_NAME["sage"].missing() == "" and backends.resolve("auto", half).name == "cudnn"
+    assert backends.resolve("sage", half).name == "sage"
+
+
+def test_flash4_comes_first_but_not_in_training(gpu, monkeypatch):
+    flash = types.SimpleNamespace(flash_attn_func=None)
+    packages(monkeypatch, {"flash_attn.cute": flash, "flash_attn_interface": flash})
+    half = Inputs(CUDA, torch.bfloat16, 128, False)
+    assert backends.resolve("auto", half).name == "flash4"
+    assert backends.resolve("auto", half._replace(grad=True)).name == "flash3"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("cudnn", {"device": CPU}, "the tensors are on cpu"),
+        ("cudnn", {"dtype": torch.float32}, "it takes bfloat16 or float16, not torch.float32"),
+        ("cudnn", {"head_dim": 192}, "up to 128 in steps of 8, not 192"),
+        ("sdpa-flash", {"head_dim": 100}, "up to 256 in steps of 8, not 100"),
+        ("flash4", {"grad": True}, "no backward pass"),
+        ("sage", {"grad": True}, "no backward pass"),
+        ("xformers", {"dtype": torch.float64}, "bfloat16 or float16 or float32"),
+    ],
+)
+def test_refused_inputs_have_a_reason(name, change, said):
+    half = Inputs(CUDA, torch.bfloat16, 128, False)
+    assert BY_NAME[name].refuses(half) == ""
+    assert said in BY_NAME[name].refuses(half._replace(**change))
+
+
+def test_asked_by_name_a_refusal_is_an_error_not_a_substitute(gpu):
+    with pytest.raises(BackendUnavailable, match=r"'cudnn' cannot run here: .*not torch\.float32; choose 'auto'"):
+        backends.resolve("cudnn", Inputs(CUDA, torch.float32, 128, False))
+
+
+def test_varlen_kernels_run_without_gradients_only(gpu):
+    half = Inputs(CUDA, torch.bfloat16, 128, False)
+    assert backends.resolve_kernels("auto", half).varlen is backends._torch_varlen
+    assert backends.resolve_kernels("auto", half._replace(grad=True)).varlen is None
+    assert backends.resolve_kernels("sdpa", half).varlen is None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_both_cpu_kernels_agree_with_the_definition(grad):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 7, 3, 16, generator=generator, requires_grad=grad)
+    k, v = torch.randn(2, 2, 11, 3, 16, generator=generator)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) * 16**-0.5
+    wanted = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.double()).float()
+    for name in ("sdpa", "sdpa-math"):
+        torch.testing.assert_close(BY_NAME[name].attend(q, k, v), wanted, atol=1e-5, rtol=1e-5)
+
+
+def plain_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
+    """What a varlen kernel computes, one sequence after the other: output [sum Nq, H, D], log-sum-exp [H, sum Nq]."""
+    assert lengths.cu_seqlens_q.dtype == lengths.cu_seqlens_k.dtype == torch.int32
+    assert lengths.cu_seqlens_q[-1] == len(q) and lengths.cu_seqlens_k[-1] == len(k) == len(v)
+    assert lengths.max_seqlen_q == lengths.cu_seqlens_q.diff().max()
+    assert lengths.max_seqlen_k == lengths.cu_seqlens_k.diff().max()
+    outputs, sums = [], []
+    for i in range(len(lengths.cu_seqlens_q) - 1):
+        rows = slice(*lengths.cu_seqlens_q[i : i + 2].tolist())
+        keys = slice(*lengths.cu_seqlens_k[i : i + 2].tolist())
+        logits = torch.einsum("nhd,mhd->hnm", q[rows].float(), k[keys].float()) * q.shape[-1] ** -0.5
+        outputs.append(torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v[keys].float()).to(q.dtype))
+        sums.append(logits.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(sums, dim=1)
+
+
+def text(lengths: list[int], width: int, zero_pad: bool, mode: str = "exact") -> tuple[TextTokens, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(len(lengths), width, 8, generator=generator)
+    mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+    return arrange_text(context, mask, mode, zero_pad, lambda x: x), context, mask
+
+
+@pytest.mark.parametrize("zero_pad", [True, False], ids=["folded", "dropped"])
+@pytest.mark.parametrize("lengths", [[5, 9, 1], [12, 3, 12], [12, 12, 12]])
+def test_packed_text_is_attended_like_biased_text(zero_pad, lengths):
+    tokens, heads, dim, width = 10, 2, 16, 12
+    arranged, context, mask = text(lengths, width, zero_pad)
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(2, 8, heads * dim, generator=generator)
+    shift = torch.randn(2, heads * dim, generator=generator)
+    q = torch.randn(3, tokens, heads, dim, generator=generator)
+
+    def keys_values(x: Tensor) -> list[Tensor]:
+        # With a bias, so that the zero vector of a padding token has a key and a value.
+        return [(x @ weights[i] + shift[i]).unflatten(-1, (heads, dim)) for i in range(2)]
+
+    packed = _attend_packed(plain_varlen, q, *keys_values(arranged.tokens), arranged)
+    biased = _attend_biased(q, *keys_values(arranged.tokens), arranged.bias)
+    torch.testing.assert_close(packed, biased, atol=1e-5, rtol=1e-5)
+
+    # And both like every position attended the plain way.
+    k, v = keys_values(context * mask[..., None])
+    hidden = None if zero_pad else mask[:, None, None].bool()
+    wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=hidden)
+    torch.testing.assert_close(packed, wanted.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_the_dtype_of_packed_attention_is_that_of_the_queries():
+    arranged, _, _ = text([2, 4], 6, True)
+    q, k = torch.ones(2, 3, 2, 4).bfloat16(), arranged.tokens.unflatten(-1, (2, 4)).bfloat16()
+    assert _attend_packed(plain_varlen, q, k, k, arranged).dtype == torch.bfloat16
