@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .model.attention import TextTokens
+from .model.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 from .model.transformer import LongCatTransformer
-from .sampling.schedules import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 
 def sample_sigmas(batch: int, shift: float, *, device: torch.device | str = "cpu") -> Tensor:

@@ -1,0 +1,1 @@
+"""Checkpoint files: forms as tables of names, loading, LoRA."""

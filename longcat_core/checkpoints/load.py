@@ -58,7 +58,8 @@ def _files(path: Path) -> list[Path]:
         )
     if indices:
         try:
-            shards = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+            weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted({str(shard) for shard in weight_map.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{indices[0]} is no readable index ({error}); download it again") from error
         files = []

@@ -51,6 +51,8 @@ class ModelConfig:
         if self.head_dim % 8:
             # An even share of channels for each of the three axes of RoPE needs it.
             raise LongCatError(f"model config: head dim {self.head_dim} must be a multiple of 8 for 3-D RoPE")
+        if len(self.patch_size) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.patch_size):
+            raise LongCatError(f"model config: patch_size {self.patch_size} must be three whole numbers of at least 1")
         if self.patch_size[0] != 1:
             raise LongCatError(
                 f"model config: patch_size {self.patch_size} joins frames; only 1 frame a token is known"
@@ -85,7 +87,14 @@ class ModelConfig:
             ) from error
         if not isinstance(values, dict):
             raise LongCatError(f"{path} holds no JSON object; give a folder with the model's own config.json")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except LongCatError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            raise LongCatError(
+                f"{path} has a value of the wrong kind ({error}); give a folder with the model's own config.json"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

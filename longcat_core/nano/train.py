@@ -22,6 +22,8 @@ from ..checkpoints.formats import OFFICIAL
 from ..checkpoints.load import official_state
 from ..checkpoints.safetensors_io import read_tensors, write_safetensors
 from ..errors import LongCatError
+from ..generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, NANO_WEIGHTS
+from ..generate.vae import load_vae
 from ..model.attention import fold_padding
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
@@ -30,10 +32,7 @@ from ..training import WeightAverage, captured, flow_matching_loss, initialise, 
 from .autoencoder import encode_whole, moments, train_autoencoder
 from .world import caption, corpus, place, render, sample_scene
 
-WEIGHTS = Path(__file__).parent / "weights"
-MODEL_FILE = "diffusion_models/longcat_nano_bf16.safetensors"
-TEXT_FILE = "text_encoders/longcat_nano_umt5_bf16.safetensors"
-VAE_FILE = "vae/longcat_nano_vae_bf16.safetensors"
+MODEL_FILE, TEXT_FILE, VAE_FILE = (file.relative_to(NANO_WEIGHTS) for file in (NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE))
 
 CONFIG = ModelConfig(
     hidden_size=192, depth=6, num_heads=3, caption_channels=128, ffn_hidden=512, adaln_dim=64, frequency_dim=256
@@ -231,7 +230,6 @@ def train_transformer(
     """
     import sentencepiece
 
-    from ..generate.vae import load_vae
     from .vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
 
     torch.manual_seed(seed)
@@ -302,7 +300,9 @@ def train_transformer(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `longcat train-nano`."""
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder for the weights (default: the pack's own)")
+    parser.add_argument(
+        "--output", type=Path, default=NANO_WEIGHTS, help="folder for the weights (default: the pack's own)"
+    )
     parser.add_argument("--stage", choices=("all", "vae", "transformer"), default="all", help="what to train")
     parser.add_argument("--vae-steps", type=int, default=5932, help="training steps of the VAE")
     parser.add_argument("--steps", type=int, default=15101, help="training steps of text encoder and transformer")

@@ -1,0 +1,1 @@
+"""Schedules, guidance, conditioning frames and the one sampler loop."""

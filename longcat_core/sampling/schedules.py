@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..model.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 Mode = Literal["base", "distilled", "enhance_hf", "refine"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 SHIFT = 12.0
-NUM_TRAIN_TIMESTEPS = 1000
 # The distilled LoRA was trained on a grid of 50 timesteps: 20, 40 ... 1000.
 DISTILLED_GRID = 50
 # Above this timestep enhance_hf follows the base schedule, below it every 50; refining starts here.
@@ -34,13 +34,8 @@ class Schedule:
         return len(self.timesteps)
 
 
-def shift_sigmas(sigmas: Tensor, shift: float = SHIFT) -> Tensor:
-    """Resolution shift of flow matching (arXiv 2403.03206, eq. 23)."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
 def _base_timesteps(steps: int) -> Tensor:
-    return shift_sigmas(torch.linspace(1.0, 0.001, steps)) * NUM_TRAIN_TIMESTEPS
+    return shift_sigmas(torch.linspace(1.0, 0.001, steps), SHIFT) * NUM_TRAIN_TIMESTEPS
 
 
 def _distilled_timesteps(steps: int) -> Tensor:
@@ -48,7 +43,7 @@ def _distilled_timesteps(steps: int) -> Tensor:
     grid = torch.arange(1, DISTILLED_GRID + 1).flip(0) * spacing
     # Whole-number arithmetic: floor(i * 50 / n) in floating point can land one index too low.
     index = torch.arange(steps) * DISTILLED_GRID // steps
-    return shift_sigmas(grid[index].float() / NUM_TRAIN_TIMESTEPS) * NUM_TRAIN_TIMESTEPS
+    return shift_sigmas(grid[index].float() / NUM_TRAIN_TIMESTEPS, SHIFT) * NUM_TRAIN_TIMESTEPS
 
 
 def make_schedule(mode: str, steps: int) -> Schedule:
