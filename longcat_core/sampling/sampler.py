@@ -73,9 +73,10 @@ def sample(
     device = model.patch_embed.weight.device
     latents = noise.to(device=device, dtype=torch.float32, copy=True)
     if cond_latents is not None:
-        if cond_latents.shape[1] != noise.shape[1] or cond_latents.shape[3:] != noise.shape[3:]:
+        shape = cond_latents.shape
+        if shape[0] not in (1, len(noise)) or shape[1] != noise.shape[1] or shape[3:] != noise.shape[3:]:
             raise LongCatError(
-                f"conditioning latents {tuple(cond_latents.shape)} do not fit latents {tuple(noise.shape)}; "
+                f"conditioning latents {tuple(shape)} do not fit latents {tuple(noise.shape)}; "
                 "encode them at the size of the video"
             )
         latents[:, :, :num_cond] = cond_latents.to(latents)

@@ -1,0 +1,204 @@
+"""The sampler loop: callbacks, seeds, batches, given frames with and without their cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core.checkpoints.load import load_transformer
+from longcat_core.checkpoints.safetensors_io import read_tensors
+from longcat_core.errors import LongCatError
+from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.sampling.conditioning import seeded_noise
+from longcat_core.sampling.sampler import Interrupted, Step, sample
+from longcat_core.sampling.schedules import make_schedule
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+SHAPE = (1, 16, 4, 4, 6)
+STEPS = 3
+GIVEN = 2
+
+
+@pytest.fixture(scope="module")
+def model() -> LongCatTransformer:
+    config = ModelConfig.from_json(GOLDEN / "config.json")
+    return load_transformer(GOLDEN / "dit.safetensors", config=config, optimizations=Optimizations(attention="sdpa"))
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Tensor]:
+    return read_tensors(GOLDEN / "generate.safetensors")
+
+
+@pytest.fixture(scope="module")
+def text(data) -> dict[str, Tensor]:
+    return {
+        "context": data["pos.embeds"],
+        "mask": data["pos.mask"],
+        "negative_context": data["neg.embeds"],
+        "negative_mask": data["neg.mask"],
+    }
+
+
+@pytest.fixture(scope="module")
+def given() -> Tensor:
+    return seeded_noise((1, 16, GIVEN, *SHAPE[3:]), 99)
+
+
+def run(model: LongCatTransformer, noise: Tensor, text: dict[str, Tensor], steps: int = STEPS, **options) -> Tensor:
+    return sample(model, noise, make_schedule("base", steps), **{**text, **options})
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return ((got - wanted).abs().max() / wanted.std()).item()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+@pytest.mark.parametrize("cond", [0, GIVEN])
+def test_callback_after_every_step(model, text, given, cond, guidance, cache):
+    seen: list[tuple[Step, Tensor]] = []
+    out = run(
+        model,
+        seeded_noise(SHAPE, 0),
+        text,
+        cond_latents=given if cond else None,
+        guidance_scale=guidance,
+        use_kv_cache=cache,
+        callback=lambda step: seen.append((step, step.latents.clone())),
+    )
+    schedule = make_schedule("base", STEPS)
+    assert [step.index for step, _ in seen] == list(range(STEPS))
+    assert {step.total for step, _ in seen} == {STEPS}
+    assert [step.timestep for step, _ in seen] == schedule.timesteps.tolist()
+    assert [step.sigma for step, _ in seen] == schedule.sigmas[:-1].tolist()
+    for step, latents in seen:
+        assert step.denoised.shape == latents.shape == out.shape == SHAPE
+        assert step.denoised.dtype == latents.dtype == torch.float32
+        assert torch.equal(latents[:, :, :cond], given[:, :, :cond])
+        assert torch.equal(step.denoised[:, :, :cond], given[:, :, :cond])
+    last, latents = seen[-1]
+    # The last step goes all the way to sigma 0: what it estimates is what it leaves.
+    torch.testing.assert_close(last.denoised, latents)
+    assert torch.equal(latents, out)
+
+
+def test_steps_are_eulers(model, text):
+    """One step at a time: the latents move along the line to the estimate of the clean ones."""
+    noise = seeded_noise(SHAPE, 0)
+    schedule = make_schedule("base", STEPS)
+    before = noise
+    steps = []
+    run(model, noise, text, callback=lambda s: steps.append((s.latents.clone(), s.denoised.clone())))
+    for i, (latents, denoised) in enumerate(steps):
+        share = schedule.sigmas[i + 1] / schedule.sigmas[i]
+        torch.testing.assert_close(latents, denoised + share * (before - denoised), atol=1e-5, rtol=1e-5)
+        before = latents
+
+
+def test_interrupting_stops(model, text):
+    seen = []
+
+    def stop(step: Step) -> None:
+        seen.append(step.index)
+        if step.index == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(model, seeded_noise(SHAPE, 0), text, steps=5, callback=stop)
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("cond", [0, GIVEN])
+def test_a_seed_is_a_result_bit_for_bit(model, text, given, cond):
+    options = {"cond_latents": given if cond else None}
+    noise = seeded_noise(SHAPE, 5)
+    kept = noise.clone()
+    first = run(model, noise, text, **options)
+    assert torch.equal(noise, kept) and torch.equal(given, seeded_noise((1, 16, GIVEN, *SHAPE[3:]), 99))
+    torch.rand(3)
+    assert torch.equal(run(model, seeded_noise(SHAPE, 5), text, **options), first)
+    assert not torch.equal(run(model, seeded_noise(SHAPE, 6), text, **options), first)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("shared", [True, False], ids=["one clip", "a clip each"])
+def test_two_videos_at_once_are_two_videos(model, text, given, cache, shared):
+    noise = torch.cat([seeded_noise(SHAPE, seed) for seed in (1, 2)])
+    clips = given if shared else torch.cat([given, given.flip(2)])
+    both_text = {
+        "context": torch.cat([text["context"], text["context"].flip(2)]),
+        "mask": torch.cat([text["mask"], torch.ones_like(text["mask"])]),
+        "negative_context": text["negative_context"],
+        "negative_mask": text["negative_mask"],
+    }
+    both = run(model, noise, both_text, cond_latents=clips, use_kv_cache=cache)
+    for i in range(2):
+        row = slice(i, i + 1)
+        one = {k: v[row] if len(v) == 2 else v for k, v in both_text.items()}
+        alone = run(model, noise[row], one, cond_latents=clips[row] if not shared else given, use_kv_cache=cache)
+        assert error(both[row], alone) <= 1e-5
+
+
+def test_cache_in_cpu_memory_gives_the_same(model, text, given):
+    outputs = [
+        run(model, seeded_noise(SHAPE, 0), text, cond_latents=given, offload_kv_cache=offload)
+        for offload in (False, True)
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_without_guidance_the_cache_changes_nothing(model, text, given):
+    outputs = [
+        run(model, seeded_noise(SHAPE, 0), text, cond_latents=given, guidance_scale=1.0, use_kv_cache=cache)
+        for cache in (False, True)
+    ]
+    assert error(*outputs) <= 1e-5
+
+
+def test_without_guidance_the_negative_prompt_is_not_asked(model, text):
+    noise = seeded_noise(SHAPE, 0)
+    alone = {"context": text["context"], "mask": text["mask"]}
+    assert torch.equal(run(model, noise, alone, guidance_scale=1.0), run(model, noise, text, guidance_scale=1.0))
+    assert error(run(model, noise, text, guidance_scale=1.5), run(model, noise, alone, guidance_scale=1.0)) > 1e-3
+
+
+def test_without_masks_every_token_counts(model, text):
+    noise = seeded_noise(SHAPE, 0)
+    bare = run(model, noise, {**text, "mask": None, "negative_mask": None})
+    ones = torch.ones_like(text["mask"])
+    assert error(run(model, noise, {**text, "mask": ones, "negative_mask": ones}), bare) <= 1e-5
+
+
+def test_no_gradient_is_kept(model, text):
+    model.requires_grad_(True)
+    try:
+        assert not run(model, seeded_noise(SHAPE, 0), text).requires_grad
+    finally:
+        model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"negative_context": None}, "guidance scale 4.0 needs a negative prompt"),
+        ({"negative_mask": None}, "has a mask and the other has none"),
+        ({"cond_latents": torch.zeros(1, 16, 4, 4, 6)}, "4 conditioning latent frames leave nothing to generate of 4"),
+        ({"cond_latents": torch.zeros(1, 16, 1, 4, 4)}, r"\(1, 16, 1, 4, 4\) do not fit latents \(1, 16, 4, 4, 6\)"),
+        ({"cond_latents": torch.zeros(1, 4, 1, 4, 6)}, r"\(1, 4, 1, 4, 6\) do not fit"),
+        ({"cond_latents": torch.zeros(3, 16, 1, 4, 6)}, r"\(3, 16, 1, 4, 6\) do not fit"),
+    ],
+)
+def test_bad_input_is_named(model, text, options, said):
+    with pytest.raises(LongCatError, match=said):
+        run(model, seeded_noise(SHAPE, 0), text, **options)
+
+
+def test_odd_latents_are_named(model, text):
+    with pytest.raises(LongCatError, match=r"\(2, 16, 2, 3, 6\).*2x2"):
+        run(model, torch.zeros(1, 16, 2, 3, 6), text)
