@@ -116,7 +116,10 @@ def captured(
 
 @torch.no_grad()
 def initialise(model: LongCatTransformer) -> None:
-    """Fresh weights: Xavier for projections, zero where a block or the output starts as identity (DiT, 2212.09748)."""
+    """Fresh weights: Xavier for projections, zero for modulation and output (DiT, arXiv 2212.09748).
+
+    So the gated parts of a block start as identity and the network's output at zero; cross-attention has no gate.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)

@@ -295,6 +295,10 @@ class LongCatTransformer(nn.Module):
         with _fp32_region(x, optimizations.explicit_fp32):
             temb = self.linear_fp32(second, F.silu(self.linear_fp32(first, features)))
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
+        if text is not None:
+            if text.tokens.shape[0] not in (1, batch):
+                raise LongCatError(f"{text.tokens.shape[0]} texts for {batch} videos; give one, or one for each")
+            text = text.expand(batch)
 
         tokens = self.patch_embed(x.to(self.dtype)).permute(0, 2, 3, 4, 1)
         grid = tokens.shape[1:4]

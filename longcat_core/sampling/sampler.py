@@ -56,7 +56,7 @@ def sample(
 ) -> Tensor:
     """Denoise `noise` [B, C, T, H, W] to latents of the same shape, fp32.
 
-    context [B, L, caption] with mask [B, L]; the negative ones are used when guidance_scale is not 1.
+    context [B or 1, L, caption] with its mask; the negative ones are used when guidance_scale is not 1.
     cond_latents [B or 1, C, n, H, W]: clean latents that replace the first n frames (image: 1, continuation: more).
     use_kv_cache: compute their keys and values once instead of at every step; the guidance sums then leave them
     out, as the public cached path does. offload_kv_cache keeps the cache in CPU memory.
@@ -81,7 +81,7 @@ def sample(
             )
         latents[:, :, :num_cond] = cond_latents.to(latents)
 
-    text = _text(model, context, mask, negative_context if guided else None, negative_mask)
+    text = _text(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask)
     cache = None
     head = latents[:, :, :0]
     if num_cond and use_kv_cache:
@@ -115,6 +115,7 @@ def sample(
 
 def _text(
     model: LongCatTransformer,
+    batch: int,
     context: Tensor,
     mask: Tensor | None,
     negative_context: Tensor | None,
@@ -123,6 +124,10 @@ def _text(
     """Text of one forward, unconditional half first, embedded once for all steps."""
     device = model.patch_embed.weight.device
     context = context.to(device)
+    if context.shape[0] == 1:
+        # One prompt for several videos: each half of a guided batch needs it once per video.
+        context = context.expand(batch, -1, -1)
+        mask = None if mask is None else mask.expand(batch, -1)
     if negative_context is None:
         return model.embed_text(context, mask)
     if (mask is None) != (negative_mask is None):

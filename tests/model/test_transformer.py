@@ -476,3 +476,8 @@ def test_rotation_keeps_lengths_and_knows_distances_only():
 def test_text_tokens_of_the_right_batch_stay_as_they_are():
     text = TextTokens(torch.zeros(2, 3, 8), lengths=[3, 2])
     assert text.expand(2) is text
+
+
+def test_texts_that_fit_neither_one_nor_every_video(model, data):
+    with pytest.raises(LongCatError, match="2 texts for 1 videos"):
+        model(data["x"][:1], data["t"][:1], data["context"], data["mask"])

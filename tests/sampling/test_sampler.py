@@ -202,3 +202,15 @@ def test_bad_input_is_named(model, text, options, said):
 def test_odd_latents_are_named(model, text):
     with pytest.raises(LongCatError, match=r"\(2, 16, 2, 3, 6\).*2x2"):
         run(model, torch.zeros(1, 16, 2, 3, 6), text)
+
+
+def test_one_prompt_serves_several_videos_under_guidance():
+    model = load_transformer(GOLDEN / "dit.safetensors")
+    data = read_tensors(GOLDEN / "generate.safetensors")
+    noise = torch.cat((data["noise"], data["noise"].flip(-1)))
+    kwargs = {"negative_context": data["neg.embeds"], "negative_mask": data["neg.mask"]}
+    schedule = make_schedule("base", 2)
+    both = sample(model, noise, schedule, data["pos.embeds"], data["pos.mask"], **kwargs)
+    for i in range(2):
+        one = sample(model, noise[i : i + 1], schedule, data["pos.embeds"], data["pos.mask"], **kwargs)
+        torch.testing.assert_close(both[i : i + 1], one, atol=1e-5, rtol=1e-5)
