@@ -126,7 +126,9 @@ def _sdpa(kernel: SDPBackend | None) -> Attend:
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
     varlen, _ = _load("torch.nn.attention.varlen")
-    return varlen.varlen_attn(q, k, v, *lengths, return_aux=varlen.AuxRequest(lse=True))
+    out, lse = varlen.varlen_attn(q, k, v, *lengths, return_aux=varlen.AuxRequest(lse=True))
+    # PyTorch documents [tokens, heads]; its flash kernels give [heads, tokens].
+    return out, lse if lse.shape == (q.shape[1], q.shape[0]) else lse.transpose(0, 1)
 
 
 def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

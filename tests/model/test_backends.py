@@ -226,3 +226,22 @@ def test_the_dtype_of_packed_attention_is_that_of_the_queries():
     arranged, _, _ = text([2, 4], 6, True)
     q, k = torch.ones(2, 3, 2, 4).bfloat16(), arranged.tokens.unflatten(-1, (2, 4)).bfloat16()
     assert _attend_packed(plain_varlen, q, k, k, arranged).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("documented", [True, False])
+def test_log_sum_exp_of_torch_varlen_in_either_layout(monkeypatch, documented):
+    class FakeVarlen:
+        AuxRequest = dict
+
+        @staticmethod
+        def varlen_attn(q, k, v, *lengths, return_aux):
+            out, lse = plain_varlen(q, k, v, Varlen(*lengths))
+            return out, lse.T if documented else lse
+
+    monkeypatch.setattr(backends, "_load", lambda module: (FakeVarlen, ""))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(6, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    lengths = Varlen(torch.tensor([0, 3, 6]), torch.tensor([0, 4, 5]), 3, 4)
+    given, expected = backends._torch_varlen(q, k, v, lengths), plain_varlen(q, k, v, lengths)
+    torch.testing.assert_close(given[0], expected[0])
+    torch.testing.assert_close(given[1], expected[1])
