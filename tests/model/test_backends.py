@@ -241,7 +241,7 @@ def test_log_sum_exp_of_torch_varlen_in_either_layout(monkeypatch, documented):
     monkeypatch.setattr(backends, "_load", lambda module: (FakeVarlen, ""))
     torch.manual_seed(0)
     q, k, v = torch.randn(6, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
-    lengths = Varlen(torch.tensor([0, 3, 6]), torch.tensor([0, 4, 5]), 3, 4)
+    lengths = Varlen(*torch.tensor([[0, 3, 6], [0, 4, 5]], dtype=torch.int32), 3, 4)
     given, expected = backends._torch_varlen(q, k, v, lengths), plain_varlen(q, k, v, lengths)
     torch.testing.assert_close(given[0], expected[0])
     torch.testing.assert_close(given[1], expected[1])
