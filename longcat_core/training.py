@@ -49,10 +49,11 @@ def drop_text(
 ) -> tuple[Tensor, Tensor]:
     """Replace each sample's text by the null text with `probability`, so that guidance has an unconditional half.
 
-    context [B, L, D], mask [B, L]; null_context [1, L, D], null_mask [1, L].
+    context [B, L, D] or token ids [B, L], mask [B, L]; null_context [1, L, D] or ids [1, L], null_mask [1, L].
     """
     drop = torch.rand(context.shape[0], device=context.device) < probability
-    return torch.where(drop[:, None, None], null_context, context), torch.where(drop[:, None], null_mask, mask)
+    chosen = drop.view(-1, *[1] * (context.ndim - 1))
+    return torch.where(chosen, null_context, context), torch.where(drop[:, None], null_mask, mask)
 
 
 class WeightAverage:

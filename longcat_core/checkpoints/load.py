@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..errors import CheckpointError, LongCatError
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from .formats import Format, detect
-from .safetensors_io import read_header
+from .safetensors_io import read_header, read_metadata
 
 CONFIG_KEY = "config"
 _SHOWN = 5
@@ -36,12 +36,13 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
     config: ModelConfig
 
-    def sources(self, module: str, parameter: str) -> str | None:
-        """Name of the stored tensor behind a module's parameter: itself, or its quantised form."""
-        for suffix in (parameter, f"{parameter}_int8"):
-            if f"{module}.{suffix}" in self.where:
-                return f"{module}.{suffix}"
-        return None
+
+def _stored_name(names: Container[str], module: str, parameter: str) -> str | None:
+    """The stored tensor behind a module's parameter: itself, or its quantised form."""
+    for suffix in (parameter, f"{parameter}_int8"):
+        if f"{module}.{suffix}" in names:
+            return f"{module}.{suffix}"
+    return None
 
 
 def _files(path: Path) -> list[Path]:
@@ -95,9 +96,9 @@ def _infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str)
     table = dict(form.modules(1))
 
     def shape(module: str, parameter: str = "weight") -> tuple[int, ...]:
-        for name in (f"{table[module][0]}.{parameter}", f"{table[module][0]}.{parameter}_int8"):
-            if name in shapes:
-                return shapes[name]
+        name = _stored_name(shapes, table[module][0], parameter)
+        if name is not None:
+            return shapes[name]
         raise CheckpointError(f"{source} lacks tensor {table[module][0]}.{parameter}; download it again")
 
     patch = shape("patch_embed")
@@ -133,8 +134,7 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
             if name in where:
                 raise CheckpointError(f"tensor {name} stands in both {where[name].name} and {file.name}; keep one")
             where[name], shapes[name] = file, tuple(shape)
-        with safe_open(file, framework="pt") as handle:
-            metadata |= handle.metadata() or {}
+        metadata |= read_metadata(file)
     form, prefix = detect(where, str(path))
     where = {name.removeprefix(prefix): file for name, file in where.items() if name.startswith(prefix)}
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
@@ -161,7 +161,7 @@ def _check(checkpoint: Checkpoint, model: LongCatTransformer) -> list[tuple[str,
         stored = []
         rows = 0
         for source in table[module]:
-            tensor = checkpoint.sources(source, kind)
+            tensor = _stored_name(checkpoint.where, source, kind)
             if tensor is None:
                 missing.append(f"{source}.{kind}")
                 continue

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ..checkpoints import wan_vae
 from ..checkpoints.safetensors_io import check_tensors, read_header, read_tensors, write_safetensors
 from ..errors import CheckpointError, LongCatError
+from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-
-TEMPORAL, SPATIAL = 4, 8  # pixels per latent; the first frame has a latent of its own
 
 
 class VideoVAE:
@@ -66,9 +65,15 @@ class VideoVAE:
         if video.ndim != 5 or video.shape[1] != 3:
             raise LongCatError(f"The VAE encodes videos [B,3,F,H,W], got shape {list(video.shape)}.")
         frames, height, width = video.shape[2:]
-        if frames % TEMPORAL != 1 or height % SPATIAL or width % SPATIAL or not height or not width:
+        if (
+            frames % TEMPORAL_FACTOR != 1
+            or height % SPATIAL_FACTOR
+            or width % SPATIAL_FACTOR
+            or not height
+            or not width
+        ):
             raise LongCatError(
-                f"The VAE encodes 4k+1 frames with sides that divide by {SPATIAL}, "
+                f"The VAE encodes 4k+1 frames with sides that divide by {SPATIAL_FACTOR}, "
                 f"got {frames} frames of {height}x{width} (height x width)."
             )
         mode = self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
@@ -124,7 +129,7 @@ def save_vae(path: str | Path, model: AutoencoderKLWan, dtype: torch.dtype = tor
     The file carries no latent normalisation: readers use Wan 2.1's.
     """
     state = wan_vae.to_wan(model.state_dict())
-    write_safetensors(path, {name: tensor.to(dtype) for name, tensor in state.items()})
+    write_safetensors(path, {name: tensor.to(dtype) for name, tensor in state.items()}, {"format": "pt"})
 
 
 def _find(path: Path) -> tuple[list[Path], Path | None]:

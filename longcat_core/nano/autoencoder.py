@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.safetensors_io import write_safetensors
-from ..checkpoints.wan_vae import to_wan
 from ..errors import LongCatError
+from ..generate.vae import save_vae
 from ..training import captured
 from .world import Placements, place, render, sample_scene
 
@@ -153,10 +152,15 @@ def recolour(video: Tensor) -> Tensor:
     return torch.where(keep, video, video * gain + offset)
 
 
-def _training_step(vae: Any, optimizer: torch.optim.Optimizer, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Train on video [B, F, H, W, 3] in -1..1; returns loss, squared error and moment penalty."""
+def _training_step(
+    vae: Any, optimizer: torch.optim.Optimizer, statistics: tuple[Tensor, Tensor], video: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train on video [B, F, H, W, 3] in -1..1; returns loss, squared error and moment penalty.
+
+    statistics: mean and deviation of the latents, as `moments` gives them.
+    """
     cuda = video.device.type == "cuda"
-    mean, std = vae.moments
+    mean, std = statistics
     with torch.autocast(video.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
         latents = (encode_whole(vae, video).float() - mean) / std
         noisy = latents + LATENT_NOISE * torch.randn_like(latents)
@@ -188,7 +192,7 @@ def train_autoencoder(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = new_autoencoder().to(device).train()
-    vae.moments = moments(vae, device)
+    statistics = moments(vae, device)
     rate = torch.tensor(LEARNING_RATE / 200, device=device)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda"
@@ -198,7 +202,7 @@ def train_autoencoder(
     shapes = []
     for frames, height, width, clips in SHAPES:
         video = _draw(pool, clips, (frames, height, width), 0, device)
-        step = partial(_training_step, vae, optimizer, video)
+        step = partial(_training_step, vae, optimizer, statistics, video)
         shapes.append((video, captured(step, optimizer, rate, device, pool_handle)))
     started = time.monotonic()
     for step in range(steps):
@@ -216,15 +220,17 @@ def train_autoencoder(
             result = {"loss": loss.item(), "psnr": psnr, "moments": penalty.item()}
             shown = " ".join(f"{k} {v:.4f}" for k, v in result.items())
             print(f"vae step {step + 1}/{steps} {time.monotonic() - started:.0f} s: {shown}", flush=True)
-    _fold_moments(vae, pool, rng, device)
-    write_safetensors(path, {k: v.to(torch.bfloat16) for k, v in to_wan(vae.state_dict()).items()}, {"format": "pt"})
+    _fold_moments(vae, statistics, pool, rng, device)
+    save_vae(path, vae)
     return result
 
 
 @torch.no_grad()
-def _fold_moments(vae: Any, pool: Placements, rng: random.Random, device: torch.device) -> None:
+def _fold_moments(
+    vae: Any, statistics: tuple[Tensor, Tensor], pool: Placements, rng: random.Random, device: torch.device
+) -> None:
     """Move the measured mean and deviation of every latent channel into the 1x1 convolutions around the latents."""
-    mean, std = moments(vae, device)
+    mean, std = statistics
     samples = []
     for _ in range(16):
         rows = torch.randint(len(pool), (32,), device=device)

@@ -28,8 +28,8 @@ from ..model.attention import fold_padding
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from ..training import WeightAverage, captured, flow_matching_loss, initialise, sample_sigmas
-from .autoencoder import encode_whole, moments, train_autoencoder
+from ..training import WeightAverage, captured, drop_text, flow_matching_loss, initialise, sample_sigmas
+from .autoencoder import encode_whole, train_autoencoder
 from .world import caption, corpus, place, render, sample_scene
 
 MODEL_FILE, TEXT_FILE, VAE_FILE = (file.relative_to(NANO_WEIGHTS) for file in (NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE))
@@ -118,7 +118,7 @@ def encode_clips(vae: Any, bucket: Bucket, processor: Any, seed: int, device: to
     scenes = [sample_scene(rng) for _ in range(bucket.clips)]
     placements = place(scenes, seed)
     chunk = max(8, 64 * 33 * 64 * 96 // (bucket.frames * bucket.height * bucket.width))
-    mean, std = moments(vae.model, device)
+    mean, std = vae.mean.to(device), vae.std.to(device)
     latents = []
     for start in range(0, bucket.clips, chunk):
         rows = slice(start, start + chunk)
@@ -148,6 +148,7 @@ class Trainer:
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), capturable=cuda)
         self.averages = [WeightAverage(model, AVERAGE_DECAY), WeightAverage(encoder, AVERAGE_DECAY)]
+        self.averaged = [tensor for average in self.averages for tensor in average.average]
         self.pool = torch.cuda.graph_pool_handle() if cuda else None
         self.steps: dict[Lesson, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 
@@ -181,8 +182,7 @@ class Trainer:
     def state(self, step: int) -> dict[str, Tensor]:
         """All that training needs to go on after `step` steps: weights, their averages and Adam's moments."""
         tensors = {"step": torch.tensor(step)}
-        averages = [tensor for average in self.averages for tensor in average.average]
-        for i, (parameter, average) in enumerate(zip(self.parameters, averages, strict=True)):
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.averaged, strict=True)):
             moments = self.optimizer.state[parameter]
             tensors |= {f"{i}.weight": parameter, f"{i}.average": average}
             tensors |= {f"{i}.{key}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -191,8 +191,7 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> int:
         """Take up a saved state before the first step; returns the number of steps done."""
-        averages = [tensor for average in self.averages for tensor in average.average]
-        for i, (parameter, average) in enumerate(zip(self.parameters, averages, strict=True)):
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.averaged, strict=True)):
             parameter.copy_(tensors[f"{i}.weight"])
             average.copy_(tensors[f"{i}.average"])
             moments = {key: tensors[f"{i}.{key}"].to(self.device) for key in ("exp_avg", "exp_avg_sq")}
@@ -272,9 +271,8 @@ def train_transformer(
             ids, mask = negative
         else:
             version = torch.randint(PARAPHRASES, rows.shape, device=device)
-            empty = (torch.rand(rows.shape, device=device) < EMPTY_TEXT)[:, None]
-            ids = torch.where(empty, null_ids, clips.ids[rows, version])
-            mask = torch.where(empty, null_mask, clips.mask[rows, version])
+            captions = clips.ids[rows, version], clips.mask[rows, version]
+            ids, mask = drop_text(*captions, null_ids, null_mask, EMPTY_TEXT)
         shifts = zip((len(rows) // 2, (len(rows) + 1) // 2), SIGMA_SHIFTS, strict=True)
         sigmas = torch.cat([sample_sigmas(n, shift, device=device) for n, shift in shifts])
         rate = LEARNING_RATE * min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / steps))

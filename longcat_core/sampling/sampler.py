@@ -104,8 +104,9 @@ def sample(
             out = model(latents, t, text, num_cond_latents=num_cond, kv_cache=cache)
         # The network returns x0 - noise; the flow velocity is its negative.
         noisy = slice(num_cond, None)
-        denoised = latents.clone()
-        denoised[:, :, noisy] += sigmas[i] * out[:, :, noisy]
+        if callback is not None:
+            denoised = latents.clone()
+            denoised[:, :, noisy] += sigmas[i] * out[:, :, noisy]
         latents[:, :, noisy] -= (sigmas[i + 1] - sigmas[i]) * out[:, :, noisy]
         if callback is not None:
             whole = torch.cat((head, latents), dim=2), torch.cat((head, denoised), dim=2)
