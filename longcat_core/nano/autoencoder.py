@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LongCatError
-from ..generate.vae import save_vae
+from ..generate.vae import load_vae, save_vae
 from ..training import captured
 from .world import Placements, place, render, sample_scene
 
 BASE_DIM = 8
 # (frames, height, width, clips a step): the causal VAE then works at any size and length.
-SHAPES = ((17, 64, 96, 8), (9, 96, 96, 10), (1, 64, 96, 64))
+SHAPES = ((17, 64, 96, 4), (9, 96, 96, 5), (1, 64, 96, 32))
 WEIGHTS = (6, 2, 1)
 POOL = 16384
-LATENT_NOISE = 0.12
+LATENT_NOISE = 0.12  # deviation at most; each clip draws its own
 MOMENT_WEIGHT = 0.02
-LEARNING_RATE = 6e-4
+LEARNING_RATE = 5e-4
 AHEAD = 8  # steps whose clips are drawn at once
 
 
@@ -78,9 +79,54 @@ def _conv(layer: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(x, layer.weight[..., 0, 0].transpose(1, 2).flatten(1), layer.bias)
 
 
+class _NormSilu(torch.autograd.Function):
+    """silu(x / |x| * weight) of rows [N, C] for weight [C] fp32, each direction one pass on a GPU.
+
+    Written out because the compiler, given the views that live here with their gradients, compiles anew for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _pass(_norm_silu_forward, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return _pass(_norm_silu_backward, *ctx.saved_tensors, grad)
+
+
+def _norm_silu_forward(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.silu(nn.functional.normalize(x.float(), dim=-1) * weight).to(x.dtype)
+
+
+def _norm_silu_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    size = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).clamp_min(1e-12)
+    unit = x.float() / size
+    z = unit * weight
+    gate = torch.sigmoid(z)
+    dz = grad.float() * gate * (1 + z * (1 - gate))
+    along = dz * weight
+    dx = (along - unit * (along * unit).sum(-1, keepdim=True)) / size
+    return dx.to(x.dtype), (dz * unit).sum(0)
+
+
+def _pass(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    if not tensors[0].is_cuda:
+        return function(*tensors)
+    tensors = tuple(tensor.detach() for tensor in tensors)
+    for tensor in tensors:
+        torch._dynamo.mark_static(tensor, tensor.ndim - 1)
+    return _compiled(function)(*tensors)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Any number of rows, a graph for each number of channels.
+    return torch.compile(function, dynamic=True)
+
+
 def _norm_silu(norm: Any, x: Tensor) -> Tensor:
-    normed = nn.functional.normalize(x.float(), dim=-1) * (norm.scale * norm.gamma.flatten())
-    return nn.functional.silu(normed).to(x.dtype)
+    return _NormSilu.apply(x.flatten(0, -2), norm.scale * norm.gamma.flatten()).view_as(x)
 
 
 def _residual(block: Any, x: Tensor) -> Tensor:
@@ -163,7 +209,8 @@ def _training_step(
     mean, std = statistics
     with torch.autocast(video.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
         latents = (encode_whole(vae, video).float() - mean) / std
-        noisy = latents + LATENT_NOISE * torch.randn_like(latents)
+        amount = LATENT_NOISE * torch.rand(len(video), 1, 1, 1, 1, device=video.device)
+        noisy = latents + amount * torch.randn_like(latents)
         decoded = decode_whole(vae, noisy * std + mean).float()
     squared = (decoded - video).square().mean()
     penalty = latents.mean((0, 2, 3, 4)).square().mean() + (latents.square().mean((0, 2, 3, 4)) - 1).square().mean()
@@ -191,13 +238,45 @@ def train_autoencoder(
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    vae = new_autoencoder().to(device).train()
+    vae = new_autoencoder().to(device)
+    pool = _pool(rng, seed, device)
+    result = _train(vae, pool, rng, steps=steps, device=device, log_every=log_every)
+    _fold_moments(vae, moments(vae, device), pool, rng, device)
+    save_vae(path, vae)
+    return result
+
+
+def train_decoder(path: Path, *, steps: int, seed: int, device: torch.device, log_every: int = 500) -> dict[str, float]:
+    """Train the decoder of the VAE in `path` alone, for sharper pictures of the same latents, and write it back.
+
+    The encoder is done first, since the transformer waits for its latents; the decoder may go on meanwhile.
+    Returns the last losses.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    vae = load_vae(path, device=device).model.requires_grad_(False)
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
+    result = _train(vae, _pool(rng, seed, device), rng, steps=steps, device=device, log_every=log_every)
+    save_vae(path, vae)
+    return result
+
+
+def _pool(rng: random.Random, seed: int, device: torch.device) -> Placements:
+    return place([sample_scene(rng) for _ in range(POOL)], seed).to(device)
+
+
+def _train(
+    vae: Any, pool: Placements, rng: random.Random, *, steps: int, device: torch.device, log_every: int
+) -> dict[str, float]:
+    """Train what asks for gradients; returns the last losses."""
+    vae.train()
     statistics = moments(vae, device)
     rate = torch.tensor(LEARNING_RATE / 200, device=device)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda"
+        parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=device.type == "cuda"
     )
-    pool = place([sample_scene(rng) for _ in range(POOL)], seed).to(device)
     pool_handle = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     shapes = []
     for frames, height, width, clips in SHAPES:
@@ -220,8 +299,6 @@ def train_autoencoder(
             result = {"loss": loss.item(), "psnr": psnr, "moments": penalty.item()}
             shown = " ".join(f"{k} {v:.4f}" for k, v in result.items())
             print(f"vae step {step + 1}/{steps} {time.monotonic() - started:.0f} s: {shown}", flush=True)
-    _fold_moments(vae, statistics, pool, rng, device)
-    save_vae(path, vae)
     return result
 
 
