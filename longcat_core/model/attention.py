@@ -31,13 +31,20 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight.to(device=x.device, dtype=x.dtype)
 
 
+def sliceable(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a slice of the layer's weight may multiply x alone.
+
+    Layers that are more than a plain nn.Linear (streamed, quantised or patched by their owner) must run whole.
+    """
+    return type(layer) is nn.Linear
+
+
 def project(layer: nn.Module, x: Tensor, parts: int, fused: bool) -> tuple[Tensor, ...]:
     """`parts` equal slices of a fused projection of x [..., C_in], each [..., C_out/parts].
 
-    Unfused runs one GEMM per slice of the same weight, so the switch needs no other weights. Layers that are more
-    than a plain nn.Linear (streamed, quantised or patched by their owner) must run whole, and do.
+    Unfused runs one GEMM per slice of the same weight, so the switch needs no other weights.
     """
-    if fused or type(layer) is not nn.Linear:
+    if fused:
         return layer(x).chunk(parts, dim=-1)
     biases = (None,) * parts if layer.bias is None else layer.bias.chunk(parts)
     return tuple(F.linear(x, w, b) for w, b in zip(layer.weight.chunk(parts), biases, strict=True))
@@ -69,6 +76,17 @@ class TextTokens:
             None if self.lengths is None else self.lengths * batch,
             None if self.pad_counts is None else self.pad_counts.expand(batch),
         )
+
+
+def real_tokens(context: Tensor) -> Tensor:
+    """Which rows of text [B, L, caption] are tokens, [B, L] bool: encoders leave zeros where they pad."""
+    return (context != 0).any(-1)
+
+
+def trim_text(context: Tensor, limit: int) -> Tensor:
+    """Text [B, L, caption] without the zero rows at its end, at most `limit` and at least one row."""
+    used = real_tokens(context).any(0).nonzero()
+    return context[:, : min(limit, int(used[-1]) + 1 if len(used) else 1)]
 
 
 def arrange_text(
@@ -145,6 +163,7 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(dim // num_heads, **kwargs)
         self.k_norm = RMSNorm(dim // num_heads, **kwargs)
         self.proj = operations.Linear(dim, dim, **kwargs)
+        self.sliceable = getattr(operations, "sliceable", sliceable)
 
     def forward(
         self,
@@ -162,9 +181,8 @@ class SelfAttention(nn.Module):
         cached: rotated keys and the values of conditioning tokens that stand in front of x, or None.
         keep: called with k (before RoPE) and v, each [B, N, heads, head_dim], to fill a cache.
         """
-        q, k, v = (
-            part.unflatten(-1, (self.num_heads, -1)) for part in project(self.qkv, x, 3, optimizations.fused_qkv)
-        )
+        fused = optimizations.fused_qkv or not self.sliceable(self.qkv, x)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.qkv, x, 3, fused))
         q, k = self.q_norm(q), self.k_norm(k)
         if keep is not None:
             keep(k, v)
@@ -195,14 +213,13 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(dim // num_heads, **kwargs)
         self.k_norm = RMSNorm(dim // num_heads, **kwargs)
         self.proj = operations.Linear(dim, dim, **kwargs)
+        self.sliceable = getattr(operations, "sliceable", sliceable)
 
     def forward(self, x: Tensor, text: TextTokens, optimizations: Optimizations, kernels: Kernels) -> Tensor:
         """x [B, N, C] attends to text; returns [B, N, C]."""
         q = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
-        k, v = (
-            part.unflatten(-1, (self.num_heads, -1))
-            for part in project(self.kv, text.tokens, 2, optimizations.fused_qkv)
-        )
+        fused = optimizations.fused_qkv or not self.sliceable(self.kv, text.tokens)
+        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.kv, text.tokens, 2, fused))
         k = self.k_norm(k)
         if text.bias is None:
             out = kernels.attend(q, k, v)

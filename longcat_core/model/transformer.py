@@ -15,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import LongCatError
 from . import backends
-from .attention import CrossAttention, SelfAttention, TextTokens, arrange_text, project
+from .attention import CrossAttention, SelfAttention, TextTokens, arrange_text, project, sliceable
 from .config import ModelConfig, Optimizations
 from .kv_cache import KVCache
 from .rope import rope_table
+
+# Called as around_block(i, run, tokens) with tokens [B, T, S, C]; run(tokens) is block i. Returns tokens.
+AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
@@ -52,9 +55,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_up = operations.Linear(dim, 2 * hidden, bias=False, dtype=dtype, device=device)
         self.down = operations.Linear(hidden, dim, bias=False, dtype=dtype, device=device)
+        self.sliceable = getattr(operations, "sliceable", sliceable)
 
     def forward(self, x: Tensor, fused: bool = True) -> Tensor:
-        gate, up = project(self.gate_up, x, 2, fused)
+        gate, up = project(self.gate_up, x, 2, fused or not self.sliceable(self.gate_up, x))
         return self.down(F.silu(gate) * up)
 
 
@@ -170,7 +174,8 @@ class LongCatTransformer(nn.Module):
     """LongCat-Video: latents, timesteps and text in, x0 - noise out (the negative of the flow velocity).
 
     `operations` supplies Linear and Conv3d (default torch.nn), so that an owner can stream, quantise or patch the
-    weights; it may carry `linear_fp32(layer, x)` for layers whose weights are not simply there.
+    weights; it may carry `linear_fp32(layer, x)` for layers whose weights are not simply there, and `sliceable(layer,
+    x)`, which tells whether a slice of the weight may be used alone.
     """
 
     def __init__(
@@ -210,6 +215,11 @@ class LongCatTransformer(nn.Module):
         self.dtype = self.patch_embed.weight.dtype
         return result
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations; an owner whose weights are cast at use overrides it."""
+        return self.dtype
+
     def set_optimizations(self, optimizations: Optimizations) -> None:
         """Switch how the loaded network runs; weights stay as they are.
 
@@ -229,7 +239,7 @@ class LongCatTransformer(nn.Module):
         where context was cut to fewer.
         """
         mode, zero_pad = self.optimizations.text_mode, self.config.text_tokens_zero_pad
-        return arrange_text(context.to(self.dtype), mask, mode, zero_pad, self.embed_tokens, length)
+        return arrange_text(context.to(self.compute_dtype), mask, mode, zero_pad, self.embed_tokens, length)
 
     def embed_tokens(self, context: Tensor) -> Tensor:
         """Text encoder's output [..., caption] to the network's width [..., C], token by token."""
@@ -237,7 +247,7 @@ class LongCatTransformer(nn.Module):
         return second(F.gelu(first(context), approximate="tanh"))
 
     def _kernels(self, device: torch.device) -> backends.Kernels:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.compute_dtype
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         inputs = backends.Inputs(device, dtype, self.config.head_dim, grad)
         return backends.resolve_kernels(self.optimizations.attention, inputs)
@@ -247,7 +257,7 @@ class LongCatTransformer(nn.Module):
         _, ph, pw = self.config.patch_size
         device = self.patch_embed.weight.device
         grid = (num_latents, height // ph, width // pw)
-        return KVCache(self.config, *grid, batch=batch, dtype=self.dtype, device=device)
+        return KVCache(self.config, *grid, batch=batch, dtype=self.compute_dtype, device=device)
 
     def fill_kv_cache(self, cond_latents: Tensor, device: torch.device | str | None = None) -> KVCache:
         """One pass over clean latents [B, C, n, H, W] at timestep 0 and without text; returns the filled cache.
@@ -269,13 +279,16 @@ class LongCatTransformer(nn.Module):
         num_cond_latents: int = 0,
         kv_cache: KVCache | None = None,
         fill: KVCache | None = None,
+        kernels: backends.Kernels | None = None,
+        around_block: AroundBlock | None = None,
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32.
 
         timestep: [B] or per latent frame [B, T], 0..1000. context: text [B, L, caption] with mask [B, L] (1: real),
         or the result of `embed_text`; None leaves cross-attention out. num_cond_latents: clean frames at the front of
         x (they carry timestep 0). kv_cache: of clean frames that stand in front of x and are not part of it.
-        fill: a cache that receives this pass's keys (before RoPE) and values.
+        fill: a cache that receives this pass's keys (before RoPE) and values. kernels: instead of those that the
+        optimizations name. around_block: called in place of every block.
         """
         config, optimizations = self.config, self.optimizations
         batch, channels, frames, height, width = x.shape
@@ -290,7 +303,7 @@ class LongCatTransformer(nn.Module):
         if timestep.ndim == 1:
             timestep = timestep[:, None].expand(batch, frames)
         # The reference rounds timesteps to the model's dtype before it embeds them in fp32.
-        features = timestep_features(timestep.to(self.dtype), config.frequency_dim)
+        features = timestep_features(timestep.to(self.compute_dtype), config.frequency_dim)
         first, second = self.time_embed
         with _fp32_region(x, optimizations.explicit_fp32):
             temb = self.linear_fp32(second, F.silu(self.linear_fp32(first, features)))
@@ -300,22 +313,27 @@ class LongCatTransformer(nn.Module):
                 raise LongCatError(f"{text.tokens.shape[0]} texts for {batch} videos; give one, or one for each")
             text = text.expand(batch)
 
-        tokens = self.patch_embed(x.to(self.dtype)).permute(0, 2, 3, 4, 1)
-        grid = tokens.shape[1:4]
-        tokens = tokens.reshape(batch, frames, grid[1] * grid[2], -1)
+        patches = self.patch_embed(x.to(self.compute_dtype))
+        grid = patches.shape[2:]
+        # Contiguous after the last view: a compiled block takes its first and its later inputs for the same then.
+        tokens = patches.flatten(3).permute(0, 2, 3, 1).contiguous()
         start = 0
         if kv_cache is not None:
             kv_cache.rotate()
             start = kv_cache.num_latents
         rope = rope_table(config.head_dim, *grid, start, tokens.device)
 
-        kernels = self._kernels(x.device)
+        kernels = kernels or self._kernels(x.device)
         recompute = optimizations.gradient_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             cached = None if kv_cache is None else kv_cache.read(i, tokens)
             keep = None if fill is None else (lambda k, v, i=i: fill.store(i, k, v))
-            args = (tokens, temb, text, rope, optimizations, kernels, num_cond_latents, cached, keep)
-            tokens = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            args = (temb, text, rope, optimizations, kernels, num_cond_latents, cached, keep)
+
+            def run(x: Tensor, block: Block = block, args: tuple = args) -> Tensor:
+                return checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
+
+            tokens = run(tokens) if around_block is None else around_block(i, run, tokens)
 
         out = self.final_layer(tokens, temb, optimizations.explicit_fp32)
         pattern = "b t (h w) (ph pw c) -> b c t (h ph) (w pw)"
