@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -92,16 +93,25 @@ def _load(module: str) -> tuple[Any, str]:
         return None, f"{module} does not load: {type(error).__name__}: {error}".splitlines()[0]
 
 
-def _needs(module: str, attribute: str, *, capability: tuple[int, int] = (8, 0)) -> Callable[[], str]:
-    def missing() -> str:
-        loaded, reason = _load(module)
+@dataclass(frozen=True)
+class _Needs:
+    """`missing` of a backend that needs an optional package and a GPU."""
+
+    module: str
+    attribute: str
+    capability: tuple[int, int] = (8, 0)
+
+    def __call__(self) -> str:
+        loaded, reason = _load(self.module)
         if loaded is None:
             return reason
-        if not hasattr(loaded, attribute):
-            return f"{module} has no {attribute}: its version does not fit"
-        return _needs_cuda(capability)
+        if not hasattr(loaded, self.attribute):
+            return f"{self.module} has no {self.attribute}: its version does not fit"
+        return _needs_cuda(self.capability)
 
-    return missing
+    def absent(self) -> bool:
+        """Whether it is sure to be missing, told without importing the package."""
+        return bool(_needs_cuda(self.capability)) or find_spec(self.module.split(".")[0]) is None
 
 
 def _needs_cuda(capability: tuple[int, int]) -> str:
@@ -166,7 +176,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "flash4",
         "FlashAttention-4 (flash-attn-4, CuTe DSL; Hopper and Blackwell)",
-        _needs("flash_attn.cute", "flash_attn_func", capability=(9, 0)),
+        _Needs("flash_attn.cute", "flash_attn_func", (9, 0)),
         _flash4,
         max_head_dim=128,
         needs_no_grad=True,
@@ -174,7 +184,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "flash3",
         "FlashAttention-3 (flash_attn_interface; Hopper)",
-        _needs("flash_attn_interface", "flash_attn_func", capability=(9, 0)),
+        _Needs("flash_attn_interface", "flash_attn_func", (9, 0)),
         _flash3,
     ),
     Backend(
@@ -188,7 +198,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "flash2",
         "FlashAttention-2 (flash-attn)",
-        _needs("flash_attn", "flash_attn_func"),
+        _Needs("flash_attn", "flash_attn_func"),
         _flash2,
         varlen=_flash2_varlen,
     ),
@@ -202,7 +212,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "xformers",
         "xformers memory-efficient attention",
-        _needs("xformers.ops", "memory_efficient_attention", capability=(7, 0)),
+        _Needs("xformers.ops", "memory_efficient_attention", (7, 0)),
         _xformers,
         dtypes=(*HALF, torch.float32),
     ),
@@ -227,7 +237,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "sage",
         "SageAttention (8-bit, lossy; only by name)",
-        _needs("sageattention", "sageattn"),
+        _Needs("sageattention", "sageattn"),
         _sage,
         exact=False,
         max_head_dim=128,
@@ -241,6 +251,15 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 def names() -> tuple[str, ...]:
     """All backend names, `auto` first."""
     return ("auto", *_BY_NAME)
+
+
+def listed() -> tuple[str, ...]:
+    """`auto` and the backends to offer here, without importing an optional package: its presence is enough.
+
+    Importing one may take seconds; whether it loads, `check` tells.
+    """
+    absent = {b.name for b in BACKENDS if (b.missing.absent() if isinstance(b.missing, _Needs) else b.missing())}
+    return tuple(name for name in names() if name not in absent)
 
 
 def report() -> list[tuple[str, bool, str]]:

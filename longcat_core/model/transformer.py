@@ -252,20 +252,26 @@ class LongCatTransformer(nn.Module):
         inputs = backends.Inputs(device, dtype, self.config.head_dim, grad)
         return backends.resolve_kernels(self.optimizations.attention, inputs)
 
-    def new_kv_cache(self, num_latents: int, height: int, width: int, batch: int = 1) -> KVCache:
-        """An empty cache for `num_latents` conditioning frames of `height` x `width` latents."""
+    def new_kv_cache(
+        self, num_latents: int, height: int, width: int, batch: int = 1, device: torch.device | str | None = None
+    ) -> KVCache:
+        """An empty cache for `num_latents` conditioning frames of `height` x `width` latents, beside the weights."""
         _, ph, pw = self.config.patch_size
-        device = self.patch_embed.weight.device
+        device = self.patch_embed.weight.device if device is None else device
         grid = (num_latents, height // ph, width // pw)
         return KVCache(self.config, *grid, batch=batch, dtype=self.compute_dtype, device=device)
 
-    def fill_kv_cache(self, cond_latents: Tensor, device: torch.device | str | None = None) -> KVCache:
+    def fill_kv_cache(
+        self, cond_latents: Tensor, device: torch.device | str | None = None, kernels: backends.Kernels | None = None
+    ) -> KVCache:
         """One pass over clean latents [B, C, n, H, W] at timestep 0 and without text; returns the filled cache.
 
-        device: where the cache shall live; None: beside the weights.
+        device: where the cache shall live; None: beside the latents. kernels: see `forward`.
         """
-        cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0])
-        self.forward(cond_latents, cond_latents.new_zeros(cond_latents.shape[0]), None, fill=cache)
+        cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0], device=cond_latents.device)
+        timesteps = cond_latents.new_zeros(cond_latents.shape[0])
+        # By name: an owner's `forward` may take other arguments.
+        LongCatTransformer.forward(self, cond_latents, timesteps, None, fill=cache, kernels=kernels)
         cache.rotate()
         return cache if device is None else cache.to(device)
 

@@ -1,0 +1,1 @@
+"""ComfyUI nodes of the LongCat-Video pack. Importing this package imports nothing of ComfyUI."""

@@ -1,0 +1,56 @@
+"""ComfyUI's attention as a kernel of the network, for users who chose one in ComfyUI itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.cli_args import args
+from comfy.ldm.modules import attention
+from torch import Tensor
+
+from ..longcat_core.model.backends import Kernels
+from ..longcat_core.model.config import Optimizations
+
+OVERRIDE = "optimized_attention_override"
+# Start options of ComfyUI that name an attention; --use-pytorch-cross-attention is what the network does anyway.
+FLAGS = (
+    "use_sage_attention",
+    "use_flash_attention",
+    "use_ck_attention",
+    "use_split_cross_attention",
+    "use_quad_cross_attention",
+)
+
+
+class ComfyAttention:
+    """Attend over q [B, Nq, H, D], k and v [B, Nk, H, D] as ComfyUI is set up; `options`: transformer_options."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = q.shape[2]
+        q, k, v = (part.flatten(2) for part in (q, k, v))
+        out = attention.optimized_attention(q, k, v, heads=heads, transformer_options=self.options)
+        return out.unflatten(-1, (heads, -1))
+
+
+def chosen(optimizations: Optimizations, options: dict[str, Any]) -> str:
+    """What in ComfyUI decides over self-attention, in words, or "": then `Optimizations.attention` does.
+
+    An override set by a node always does; a start option of ComfyUI only where no backend is asked for by name.
+    """
+    if options.get(OVERRIDE) is not None:
+        return "an attention override set by another node"
+    flag = next((flag for flag in FLAGS if getattr(args, flag, False)), None)
+    return f"ComfyUI's --{flag.replace('_', '-')}" if flag and optimizations.attention == "auto" else ""
+
+
+def user_kernels(optimizations: Optimizations, options: dict[str, Any]) -> Kernels | None:
+    """Kernels for what `chosen` names, or None.
+
+    Cross-attention keeps its own: padding is one key with a raised logit, which few kernels know.
+    """
+    return Kernels(ComfyAttention(options), None) if chosen(optimizations, options) else None

@@ -1,0 +1,350 @@
+"""LongCat-Video as a native ComfyUI model: network, BaseModel, config, registration. The one bridge to ComfyUI.
+
+All arithmetic is `longcat_core`'s. What is settled here: which ComfyUI value becomes which argument of the network,
+and that the network's x0 - noise is the negative of the velocity that ComfyUI's flow models return.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management
+import comfy.ops
+import comfy.patcher_extension
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..longcat_core.checkpoints.formats import OFFICIAL
+from ..longcat_core.checkpoints.load import CONFIG_KEY, _infer_config
+from ..longcat_core.errors import LongCatError
+from ..longcat_core.generate.text import MAX_LENGTH
+from ..longcat_core.model.attention import real_tokens, trim_text
+from ..longcat_core.model.config import ModelConfig, Optimizations
+from ..longcat_core.model.frames import count_clean, noisy_frames
+from ..longcat_core.model.kv_cache import KVCache
+from ..longcat_core.model.memory import activation_bytes
+from ..longcat_core.model.transformer import LongCatTransformer
+from ..longcat_core.sampling.schedules import SHIFT
+from .comfy_attention import user_kernels
+from .comfy_weights import from_official, to_official
+
+IMAGE_MODEL = "longcat_video"
+# Keys of transformer_options that the pack's nodes set and the network reads.
+OPTIMIZATIONS_KEY = "longcat_optimizations"
+CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
+
+# Measured peak over counted peak of one forward (see longcat_core.model.memory); 1 until measured on a GPU.
+MEMORY_FIT = 1.0
+
+
+def _linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """A layer in fp32 wherever its weights are and whatever they are stored in, with LoRAs on them applied."""
+    x = x.float()
+    if "forward" in vars(layer):
+        # Someone (a bypass LoRA) stands in for the layer; it casts, as `comfy_cast_weights` is set on it below.
+        return layer(x)
+    weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    out = F.linear(x, weight, bias)
+    comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+    return out
+
+
+def _sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
+    """A layer that ComfyUI neither streams, casts, quantises nor patches at use holds its whole weight, ready."""
+    return (
+        isinstance(layer, torch.nn.Linear)
+        and "forward" not in vars(layer)
+        and not layer.comfy_cast_weights
+        and not layer.weight_function
+        and not layer.bias_function
+        and layer.weight.dtype == x.dtype
+        and layer.weight.device == x.device
+    )
+
+
+class ConditioningCache:
+    """Keys and values of the clean frames of one generation, computed at its first step.
+
+    A LongCat Guider puts one into transformer_options for the time it samples. Other clean frames (a context window
+    further on) are computed anew.
+    """
+
+    def __init__(self) -> None:
+        self.latents: Tensor | None = None
+        self.cache: KVCache | None = None
+
+    def get(self, network: DiffusionModel, latents: Tensor, room: int, **options: Any) -> KVCache:
+        """The cache of `latents` [B, C, n, H, W]. room: bytes that must stay free on the device besides the cache."""
+        if bool((latents == latents[:1]).all()):
+            latents = latents[:1]
+        if self.cache is None or self.latents.shape != latents.shape or not torch.equal(self.latents, latents):
+            self.cache = None
+            cache = network.new_kv_cache(*latents.shape[2:], batch=latents.shape[0], device="meta")
+            free = comfy.model_management.get_free_memory(latents.device)
+            home = latents.device if free > cache.nbytes + room else torch.device("cpu")
+            self.cache = network.fill_kv_cache(latents, home, **options)
+            self.latents = latents.clone()
+        return self.cache
+
+
+class DiffusionModel(LongCatTransformer):
+    """The network as ComfyUI builds and calls it."""
+
+    # Of the activations: what ComfyUI hands in. Weights may be stored in another dtype.
+    compute_dtype: torch.dtype = torch.float32
+
+    def __init__(
+        self, *, image_model: str, dtype: torch.dtype | None = None, device: Any = None, operations: Any, **config: Any
+    ) -> None:
+        hooks = {"linear_fp32": staticmethod(_linear_fp32), "sliceable": staticmethod(_sliceable)}
+        operations = type("Operations", (operations,), hooks)
+        super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
+        for layer in self._fp32_layers():
+            # fp32 input on a layer that does not cast raises; these must take it.
+            layer.comfy_cast_weights = True
+
+    def _fp32_layers(self) -> list[torch.nn.Module]:
+        final = [self.final_layer.modulation, self.final_layer.linear]
+        return [*self.time_embed, *(block.modulation for block in self.blocks), *final]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DiffusionModel:
+        # ComfyUI takes `dtype` for what it asked for, also while weights are not loaded or come as the file has them.
+        return torch.nn.Module._apply(self, fn, recurse)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        num_cond_latents: int = 0,
+        **unused: Any,
+    ) -> Tensor:
+        """Latents x [B, 16, T, H, W] -> flow velocity (noise - x0), the same shape, fp32.
+
+        timestep [B] or [B, T] in 0..1000; context [B, L, caption], padded with zero rows; num_cond_latents: clean
+        frames at the front of x.
+        """
+        options = {} if transformer_options is None else transformer_options
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
+        # A copy: EasyCache writes into the input, which in fp32 is the sampler's own tensor.
+        return executor.execute(x.clone(), timestep, context, num_cond_latents, options)
+
+    def _run(self, x: Tensor, timestep: Tensor, context: Tensor, num_cond: int, options: dict[str, Any]) -> Tensor:
+        self.compute_dtype = x.dtype
+        optimizations = options.get(OPTIMIZATIONS_KEY, Optimizations())
+        if optimizations != self.optimizations:
+            # Clones of a MODEL share this network, each with its own switches.
+            self.set_optimizations(optimizations)
+        kernels = user_kernels(optimizations, options)
+        text = self.embed_text(context, real_tokens(context), max(MAX_LENGTH, context.shape[1]))
+        around = self._around_block(x, timestep, context, options)
+        cache, holder = None, options.get(CONDITIONING_CACHE_KEY)
+        if num_cond and holder is not None:
+            room = int(activation_bytes(self.config, x.shape, x.element_size()) * MEMORY_FIT)
+            cache = holder.get(self, x[:, :, :num_cond], room, kernels=kernels)
+            x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
+        out = super().forward(
+            x,
+            timestep,
+            text,
+            num_cond_latents=0 if cache else num_cond,
+            kv_cache=cache,
+            kernels=kernels,
+            around_block=around,
+        )
+        # The sampler puts the clean frames back itself; a velocity of 0 keeps them out of guidance's sums.
+        return F.pad(-out, (0, 0, 0, 0, num_cond, 0)) if cache else -out
+
+    def _around_block(self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any]) -> Any:
+        """The blocks under ComfyUI's `patches_replace` hooks, or None where there is none."""
+        replace = options.get("patches_replace", {}).get("dit", {})
+        options["total_blocks"], options["block_type"] = len(self.blocks), "double"
+        if not replace and "optimized_attention_override" not in options:
+            return None
+
+        def around(i: int, run: Any, tokens: Tensor) -> Tensor:
+            options["block_index"] = i
+            if ("double_block", i) not in replace:
+                return run(tokens)
+            values = {"img": tokens.flatten(1, 2), "txt": context, "vec": timestep, "pe": None}
+            values["transformer_options"] = options
+            original = {"original_block": lambda args: {"img": run(args["img"].view_as(tokens)).flatten(1, 2)}}
+            return replace[("double_block", i)](values, original)["img"].view_as(tokens)
+
+        return around
+
+
+class TextCond(comfy.conds.CONDRegular):
+    """Text [B, L, C] whose padding is cut; texts of other lengths join its batch, padded with zero rows."""
+
+    def can_concat(self, other: TextCond) -> bool:
+        one, two = self.cond, other.cond
+        return one.shape[0] == two.shape[0] and one.shape[2] == two.shape[2] and one.device == two.device
+
+    def concat(self, others: list[TextCond]) -> Tensor:
+        texts = [self.cond, *(other.cond for other in others)]
+        longest = max(text.shape[1] for text in texts)
+        return torch.cat([F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts])
+
+
+class LongCatLatents(comfy.latent_formats.Wan21):
+    """Wan 2.1 latents. Stock previews, which show frame 0, get the last frame: frame 0 may be the given image."""
+
+    @staticmethod
+    def latent_rgb_factors_reshape(latents: Tensor) -> Tensor:
+        return latents[:, :, -1:] if latents.ndim == 5 else latents
+
+
+class LongCatVideo(comfy.model_base.BaseModel):
+    def __init__(self, model_config: LongCatConfig, device: Any = None) -> None:
+        flow = comfy.model_base.ModelType.FLOW
+        super().__init__(model_config, flow, device=device, unet_model=DiffusionModel)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """The conditioning of one prompt for all steps. Raises LongCatError for what the network cannot take."""
+        config = self.diffusion_model.config
+        _check_latents(kwargs.get("noise"), config)
+        text = kwargs.get("cross_attn")
+        if text is None:
+            raise LongCatError("a conditioning holds no text; connect the CONDITIONING of a CLIP Text Encode node")
+        if text.ndim != 3 or text.shape[-1] != config.caption_channels:
+            raise LongCatError(
+                f"the conditioning is text of {text.shape[-1]} channels, this model reads {config.caption_channels}; "
+                "encode the prompts with the text encoder that belongs to it (LongCat Text Encoder Loader)"
+            )
+        conds: dict[str, Any] = {"c_crossattn": TextCond(trim_text(text, MAX_LENGTH))}
+        mask = kwargs.get("denoise_mask")
+        if mask is not None:
+            conds["denoise_mask"] = comfy.conds.CONDRegular(mask)
+        return conds
+
+    def _apply_model(
+        self, x: Tensor, t: Tensor, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ) -> Tensor:
+        # Counted here and not in the network, where reading a value back would break a compiled graph in two.
+        mask = kwargs.get("denoise_mask")
+        count = 0 if mask is None else count_clean(noisy_frames(mask))
+        options = transformer_options or {}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, num_cond_latents=count, **kwargs)
+
+    def process_timestep(self, timestep: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Timesteps [B], or [B, T] with 0 on given frames where there is a mask."""
+        return timestep if denoise_mask is None else timestep[:, None] * noisy_frames(denoise_mask)
+
+    def scale_latent_inpaint(
+        self, sigma: Tensor, noise: Tensor, latent_image: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """What stands where the mask is 0: given frames clean; the given parts of other frames noised like the rest.
+
+        ComfyUI before 0.33 tells no mask here; all given latents are clean then.
+        """
+        if denoise_mask is None:
+            return latent_image
+        noised = super().scale_latent_inpaint(sigma=sigma, noise=noise, latent_image=latent_image)
+        return torch.where(noisy_frames(denoise_mask)[:, None, :, None, None], noised, latent_image)
+
+    def resize_cond_for_context_window(self, cond_key: str, cond_value: Any, *args: Any, **kwargs: Any) -> Any:
+        # Text has no time axis, whatever length its channels happen to have.
+        return cond_value if cond_key == "c_crossattn" else None
+
+    def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
+        """Bytes of activations of one forward on latents of this shape; weights are ComfyUI's to count."""
+        size = comfy.model_management.dtype_size(self.manual_cast_dtype or self.get_dtype())
+        return activation_bytes(self.diffusion_model.config, input_shape, size) * MEMORY_FIT
+
+
+def _check_latents(latents: Tensor | None, config: ModelConfig) -> None:
+    if latents is None:
+        return
+    _, rows, columns = config.patch_size
+    if latents.ndim != 5 or latents.shape[1] != config.in_channels:
+        raise LongCatError(
+            f"the latent is {list(latents.shape)} but LongCat-Video takes video latents [B, {config.in_channels}, T, "
+            "H/8, W/8] of the Wan 2.1 VAE; use EmptyHunyuanLatentVideo or a LongCat conditioning node"
+        )
+    if latents.shape[3] % rows or latents.shape[4] % columns:
+        height, width = 8 * latents.shape[3], 8 * latents.shape[4]
+        raise LongCatError(
+            f"the latent is of a video of {height}x{width} (height x width) pixels; give multiples of "
+            f"{8 * rows} and {8 * columns}"
+        )
+
+
+class LongCatConfig(comfy.supported_models_base.BASE):
+    unet_config = {"image_model": IMAGE_MODEL}  # noqa: RUF012 - ComfyUI reads these off the class
+    unet_extra_config = {}  # noqa: RUF012
+    sampling_settings = {"shift": SHIFT, "multiplier": 1000}  # noqa: RUF012
+    latent_format = LongCatLatents
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]  # noqa: RUF012
+    vae_key_prefix = ["vae."]  # noqa: RUF012
+    text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
+
+    def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> LongCatVideo:
+        return LongCatVideo(self, device=device)
+
+    def inpaint_model(self) -> bool:
+        return False
+
+    def model_config(self) -> ModelConfig:
+        names = ModelConfig.__dataclass_fields__
+        return ModelConfig(**{name: value for name, value in self.unet_config.items() if name in names})
+
+    def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        return from_official(state_dict, self.model_config())
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = to_official(state_dict, self.model_config())
+        return comfy.utils.state_dict_prefix_replace(named, {"": "model.diffusion_model."})
+
+
+def detect(
+    state_dict: Mapping[str, Tensor], prefix: str = "", metadata: Mapping[str, str] | None = None
+) -> dict | None:
+    """The unet_config of a LongCat-Video checkpoint in official names, or None for any other file.
+
+    PixArt has four of the five names that the headless loader looks for: here all must be there, and the patch
+    embedding must be a video's.
+    """
+    embedding = state_dict.get(f"{prefix}x_embedder.proj.weight")
+    if embedding is None or embedding.ndim != 5:
+        return None
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    if not all(any(key.startswith(prefix + mark) for key in keys) for mark in OFFICIAL.signature):
+        return None
+    shapes = {key.removeprefix(prefix): tuple(state_dict[key].shape) for key in keys}
+    values = _infer_config(OFFICIAL, shapes, "the checkpoint").to_dict()
+    stored = json.loads((metadata or {}).get(CONFIG_KEY) or "{}")
+    if isinstance(stored, dict) and "text_tokens_zero_pad" in stored:
+        values["text_tokens_zero_pad"] = bool(stored["text_tokens_zero_pad"])
+    return {"image_model": IMAGE_MODEL, **values}
+
+
+def register() -> None:
+    """Make ComfyUI's own loaders recognise LongCat-Video files; a second call, or copy of the pack, replaces it."""
+    models = comfy.supported_models.models
+    models[:] = [model for model in models if model.unet_config.get("image_model") != IMAGE_MODEL]
+    models.append(LongCatConfig)
+    current = comfy.model_detection.detect_unet_config
+    others = getattr(current, "longcat_wraps", current)
+
+    def detect_unet_config(state_dict, key_prefix, metadata=None):
+        # First, because official LongCat names send ComfyUI's own tests down another model's branch.
+        found = detect(state_dict, key_prefix, metadata)
+        return others(state_dict, key_prefix, metadata=metadata) if found is None else found
+
+    detect_unet_config.longcat_wraps = others
+    comfy.model_detection.detect_unet_config = detect_unet_config

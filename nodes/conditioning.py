@@ -1,0 +1,152 @@
+"""LongCat Image to Video and LongCat Video Continuation: given frames as a conditioned LATENT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ldm.wan.vae
+import comfy.model_management
+import comfy.sd
+import numpy as np
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..longcat_core.errors import LongCatError
+from ..longcat_core.generate.media import resize_and_crop
+from ..longcat_core.generate.request import MAX_FRAMES, MAX_SIDE, SIDE_MULTIPLE, check_frames, check_side
+from ..longcat_core.sampling.buckets import BUCKETS, nearest_bucket
+from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, last_frames, latent_frames, latent_shape
+from .loaders import CATEGORY
+
+CUSTOM = "custom"
+
+
+def _size_inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "resolution",
+            options=[*BUCKETS, CUSTOM],
+            default="480p",
+            tooltip="480p or 720p: the size LongCat-Video was trained at that comes nearest in shape; what overhangs "
+            "is cut off evenly. custom: width and height below.",
+        ),
+        *(
+            io.Int.Input(
+                name,
+                default=default,
+                min=SIDE_MULTIPLE,
+                max=MAX_SIDE,
+                step=SIDE_MULTIPLE,
+                tooltip=f"Pixels, a multiple of {SIDE_MULTIPLE}; only for resolution custom (the test model: {nano}).",
+            )
+            for name, default, nano in (("width", 832, 96), ("height", 480, 64))
+        ),
+        io.Int.Input(
+            "length",
+            default=93,
+            min=1 + TEMPORAL_FACTOR,
+            max=MAX_FRAMES,
+            step=TEMPORAL_FACTOR,
+            tooltip="Frames of the whole video, given ones included: 4k+1. LongCat-Video: 93; the test model: 33.",
+        ),
+        io.Int.Input(
+            "batch_size", default=1, min=1, max=64, optional=True, tooltip="Videos at once, each from its own noise."
+        ),
+    ]
+
+
+def conditioned_latent(
+    vae: comfy.sd.VAE, frames: Tensor, resolution: str, width: int, height: int, length: int, batch_size: int
+) -> dict[str, Tensor]:
+    """frames [F, H, W, 3] in 0..1 at the front of an empty video latent, marked as given in its noise_mask."""
+    if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE):
+        raise LongCatError(
+            f"the VAE is a {type(vae.first_stage_model).__name__}; connect the Wan 2.1 VAE (Load VAE: wan_2.1_vae, or "
+            "longcat_nano_vae for the test model)"
+        )
+    check_frames(length)
+    if length <= len(frames):
+        raise LongCatError(
+            f"length {length} leaves nothing to generate after {len(frames)} given frames; "
+            f"ask for at least {len(frames) + TEMPORAL_FACTOR}"
+        )
+    if resolution != CUSTOM:
+        height, width = nearest_bucket(*frames.shape[1:3], resolution)
+    check_side("width", width)
+    check_side("height", height)
+    pixels = frames[..., :3].mul(255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+    pixels = torch.from_numpy(np.ascontiguousarray(resize_and_crop(pixels, height, width)))
+    given = vae.encode(pixels.float() / 255)
+    shape = latent_shape(length, height, width)
+    samples = torch.zeros((batch_size, *shape), device=comfy.model_management.intermediate_device())
+    mask = torch.ones((1, 1, *shape[1:]), device=samples.device)
+    count = latent_frames(len(frames))
+    samples[:, :, :count] = given.to(samples)
+    mask[:, :, :count] = 0
+    return {"samples": samples, "noise_mask": mask}
+
+
+def _check_images(name: str, images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[-1] < 3 or not len(images):
+        raise LongCatError(f"{name} is {list(images.shape)}; connect an IMAGE of three colours [frames, H, W, 3]")
+
+
+class ImageToVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatImageToVideo",
+            display_name="LongCat Image to Video",
+            category=CATEGORY,
+            description="A latent whose first frame is the image, for LongCat Sampler and for stock samplers.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
+                io.Image.Input("image", tooltip="The first frame. Of several images the first is taken."),
+                *_size_inputs(),
+            ],
+            outputs=[io.Latent.Output(tooltip="With a noise_mask that marks the given frame.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, image, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
+        _check_images("image", image)
+        return io.NodeOutput(conditioned_latent(vae, image[:1], resolution, width, height, length, batch_size))
+
+
+class VideoContinuation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatVideoContinuation",
+            display_name="LongCat Video Continuation",
+            category=CATEGORY,
+            description="A latent that begins with the last frames of a clip, for LongCat Sampler (mode enhance_hf "
+            "suits it) and for stock samplers.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
+                io.Image.Input(
+                    "video", tooltip="The clip's frames (Get Video Components); its last ones are continued."
+                ),
+                io.Int.Input(
+                    "cond_frames",
+                    default=13,
+                    min=1,
+                    max=MAX_FRAMES - TEMPORAL_FACTOR,
+                    step=TEMPORAL_FACTOR,
+                    tooltip="How many of the clip's last frames are given: 4k+1; LongCat-Video was trained with 13.",
+                ),
+                *_size_inputs(),
+            ],
+            outputs=[io.Latent.Output(tooltip="With a noise_mask that marks the given frames.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, video, cond_frames, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
+        _check_images("video", video)
+        latent_frames(cond_frames)
+        frames = last_frames(video, cond_frames)
+        return io.NodeOutput(conditioned_latent(vae, frames, resolution, width, height, length, batch_size))
+
+
+NODES = [ImageToVideo, VideoContinuation]

@@ -1,0 +1,35 @@
+"""What ComfyUI gets: the folders of the embedded model, the model's registration and the nodes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from ..longcat_core.generate.pipeline import NANO_WEIGHTS
+from . import comfy_lora, comfy_model
+
+# One module a family of nodes; each lists its classes in NODES.
+FAMILIES = ("loaders", "optimizations", "sampling", "conditioning")
+
+
+class LongCatExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        for kind in ("diffusion_models", "vae", "text_encoders"):
+            folder_paths.add_model_folder_path(kind, str(NANO_WEIGHTS / kind))
+        comfy_model.register()
+        comfy_lora.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        nodes: list[type[io.ComfyNode]] = []
+        for family in FAMILIES:
+            try:
+                module = importlib.import_module(f".{family}", __package__)
+            except ImportError as error:
+                # What one family lacks must not hide the others.
+                logging.warning("LongCat: the nodes of %s are left out: %s", family, error)
+                continue
+            nodes += module.NODES
+        return nodes

@@ -1,0 +1,201 @@
+"""LongCat Model Loader and LongCat Text Encoder Loader."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.text_encoders.wan
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..longcat_core.checkpoints import umt5
+from ..longcat_core.checkpoints.load import CONFIG_KEY, open_checkpoint
+from ..longcat_core.checkpoints.safetensors_io import read_header
+from ..longcat_core.errors import CheckpointError, LongCatError
+from .comfy_model import LongCatVideo
+
+CATEGORY = "LongCat"
+WEIGHT_DTYPES = {
+    "default": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+# Width of UMT5-XXL, which ComfyUI's own loader knows.
+XXL_WIDTH = 4096
+
+
+def _model_names() -> list[str]:
+    """Single files and, instead of their shards, folders of the official form, as ComfyUI lists names."""
+    names = {}
+    for name in folder_paths.get_filename_list("diffusion_models"):
+        if name.lower().endswith((".safetensors", ".sft")):
+            names[os.path.dirname(name) if "-of-" in os.path.basename(name) else name] = None
+    return [name for name in names if name]
+
+
+def _find(kind: str, name: str) -> Path:
+    """The file or folder `name` inside one of ComfyUI's folders of a kind."""
+    for root in folder_paths.get_folder_paths(kind):
+        root = Path(root).resolve()
+        path = (root / name).resolve()
+        # A link inside the folder may well lead out of it; a name with .. or a drive may not.
+        inside = os.path.normpath(os.path.join(root, name)).startswith(str(root) + os.sep)
+        if inside and path.exists():
+            return path
+    raise CheckpointError(f"{name} is not in ComfyUI's {kind} folders; put it there, then press R to refresh the list")
+
+
+def load_model(path: str, model_options: dict, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """A native MODEL from a folder of shards; ComfyUI calls this again where it needs an independent copy."""
+    checkpoint = open_checkpoint(path)
+    state: dict[str, torch.Tensor] = {}
+    for file in dict.fromkeys(checkpoint.where.values()):
+        state |= comfy.utils.load_torch_file(str(file))
+    metadata = {CONFIG_KEY: _json(checkpoint.config.text_tokens_zero_pad)}
+    options = {"disable_dynamic": True} if disable_dynamic else {}
+    patcher = comfy.sd.load_diffusion_model_state_dict(state, model_options, metadata=metadata, **options)
+    patcher.cached_patcher_init = (load_model, (path, model_options))
+    return patcher
+
+
+def _json(text_tokens_zero_pad: bool) -> str:
+    return f'{{"text_tokens_zero_pad": {str(text_tokens_zero_pad).lower()}}}'
+
+
+class ModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatModelLoader",
+            display_name="LongCat Model Loader",
+            category=CATEGORY,
+            description="Loads LongCat-Video as a native MODEL, from one file or from the official folder of shards.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=_model_names(),
+                    tooltip="A LongCat-Video transformer in ComfyUI's diffusion_models folders: one safetensors file, "
+                    "or the official dit folder. longcat_nano is the small test model that comes with the pack.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="How weights are kept. default: what suits the file and this machine. fp8_e4m3fn: half the "
+                    "memory of bf16, a little less exact. fp32: for comparison.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="Works with stock samplers, LoRA loaders and model patches.")],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        path = _find("diffusion_models", model_name)
+        # Headers only: tells in a sentence what the file is, if it is no LongCat-Video.
+        open_checkpoint(path)
+        dtype = WEIGHT_DTYPES[weight_dtype]
+        options = {} if dtype is None else {"dtype": dtype}
+        load = load_model if path.is_dir() else comfy.sd.load_diffusion_model
+        model = load(str(path), options)
+        if not isinstance(model.model, LongCatVideo):
+            raise CheckpointError(f"{model_name} is not a whole LongCat-Video checkpoint; download it again")
+        return io.NodeOutput(model)
+
+
+class TextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatTextEncoderLoader",
+            display_name="LongCat Text Encoder Loader",
+            category=CATEGORY,
+            description="Loads a UMT5 text encoder of any size. For UMT5-XXL, CLIPLoader of type wan does the same.",
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder_name",
+                    options=[
+                        name
+                        for name in folder_paths.get_filename_list("text_encoders")
+                        if name.lower().endswith((".safetensors", ".sft"))
+                    ],
+                    tooltip="A UMT5 encoder in ComfyUI's text_encoders folders: umt5_xxl for LongCat-Video, "
+                    "longcat_nano_umt5 for the test model.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
+                    tooltip="cpu keeps the text encoder out of GPU memory; slower.",
+                ),
+            ],
+            outputs=[io.Clip.Output(tooltip="For CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name: str, device: str) -> io.NodeOutput:
+        path = _find("text_encoders", text_encoder_name)
+        shapes = {name: shape for name, (_, shape) in read_header(path).items()}
+        sizes = umt5.config_from_state(shapes, text_encoder_name)
+        if umt5.SPIECE not in shapes:
+            raise CheckpointError(
+                f"{text_encoder_name} carries no SentencePiece model (tensor '{umt5.SPIECE}'); "
+                "use the umt5_xxl file made for ComfyUI"
+            )
+        options = {}
+        if device == "cpu":
+            cpu = torch.device("cpu")
+            options = {"load_device": cpu, "offload_device": cpu}
+        if sizes["d_model"] == XXL_WIDTH:
+            folders = folder_paths.get_folder_paths("embeddings")
+            return io.NodeOutput(comfy.sd.load_clip([str(path)], folders, comfy.sd.CLIPType.WAN, options))
+        return io.NodeOutput(_small_clip(path, sizes, options))
+
+
+class _Target:
+    """What comfy.sd.CLIP asks of a text encoder: its class, its tokenizer and arguments."""
+
+    tokenizer = comfy.text_encoders.wan.WanT5Tokenizer
+
+    def __init__(self, clip: type) -> None:
+        self.clip, self.params = clip, {}
+
+
+def _small_clip(path: Path, sizes: dict[str, int], options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A CLIP for a UMT5 of sizes that ComfyUI's own loader does not tell apart from other models'."""
+    state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    state, _ = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    options = {**options, "umt5xxl_model_config": {name: sizes[name] for name in names}}
+    quantised = comfy.utils.detect_layer_quantization(state, "")
+    dtype = comfy.utils.weight_dtype(state)
+    target = _Target(comfy.text_encoders.wan.te(dtype_t5=dtype, t5_quantization_metadata=quantised))
+    dynamic = {"disable_dynamic": True} if disable_dynamic else {}
+    try:
+        clip = comfy.sd.CLIP(
+            target,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            tokenizer_data={umt5.SPIECE: state[umt5.SPIECE]},
+            parameters=comfy.utils.calculate_parameters(state),
+            state_dict=[state],
+            model_options=options,
+            **dynamic,
+        )
+    except RuntimeError as error:
+        raise LongCatError(f"{path.name} does not load as a UMT5 encoder ({error}); download it again") from error
+    clip.patcher.cached_patcher_init = (_small_clip_patcher, (path, sizes, options))
+    return clip
+
+
+def _small_clip_patcher(*args, **kwargs) -> comfy.model_patcher.ModelPatcher:
+    return _small_clip(*args, **kwargs).patcher
+
+
+NODES = [ModelLoader, TextEncoderLoader]

@@ -1,0 +1,115 @@
+"""LongCat Optimizations: every switch of the network, and what of it is in force."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import fields, replace
+from typing import Any, get_args, get_type_hints
+
+import torch
+from comfy_api.latest import io
+
+from ..longcat_core.model import backends
+from ..longcat_core.model.config import Optimizations
+from .comfy_attention import chosen
+from .comfy_model import OPTIMIZATIONS_KEY
+from .loaders import CATEGORY
+from .sampling import _require_longcat
+
+TOOLTIPS = {
+    "fused_qkv": "One matrix product for q, k and v instead of three. Same result; off only to measure the difference.",
+    "fused_ffn": "One matrix product for the FFN's gate and up instead of two. Same result; off only to measure.",
+    "text_mode": "exact: all padding counts as one text token, as fast as dropping it and the same result. padded: the "
+    "same the plain way, slower. packed: padding is dropped, which changes what the released model makes.",
+    "attention": "The attention kernel. auto: the fastest exact one. sage is faster and lossy.",
+    "compile": "blocks: torch.compile of the transformer block. The first step takes a minute, later ones are faster.",
+    "explicit_fp32": "Norms and gates in fp32 by explicit casts; off: by autocast, as public implementations have it.",
+    "gradient_checkpointing": "For training: recompute activations in the backward pass. No effect on sampling.",
+}
+
+
+def _input(name: str, kind: Any, default: Any) -> io.Input:
+    tooltip = TOOLTIPS[name]
+    if kind is bool:
+        return io.Boolean.Input(name, default=default, tooltip=tooltip)
+    options = backends.listed() if name == "attention" else get_args(kind)
+    return io.Combo.Input(name, options=list(options), default=default, tooltip=tooltip)
+
+
+def _why_no_compile(device: torch.device) -> str:
+    """Why torch.compile cannot work here, or ""."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "the triton package is not installed"
+    if device.type != "cpu":
+        return f"it is not tried on {device.type}"
+    return "" if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")) else "there is no C++ compiler"
+
+
+def report(optimizations: Optimizations, asked: Optimizations, device: torch.device, options: dict, casts: bool) -> str:
+    """What is in force, one line a switch, and why what was asked for is not.
+
+    casts: whether ComfyUI casts or streams the weights, so that fused layers run whole.
+    """
+    lines = []
+    for name, kind in get_type_hints(Optimizations).items():
+        value, wanted = getattr(optimizations, name), getattr(asked, name)
+        line = f"{name}: {('on' if value else 'off') if kind is bool else value}"
+        if name == "compile" and value != wanted:
+            line += f" ({wanted} is not available: {_why_no_compile(device)})"
+        if name in ("fused_qkv", "fused_ffn") and not value and casts:
+            line += " (but the layers run fused here: ComfyUI casts or streams their weights, whole)"
+        if name == "explicit_fp32" and not value and device.type != "cuda":
+            line += f" (without effect: autocast to fp32 exists on CUDA only, this is {device.type})"
+        if name == "gradient_checkpointing" and value:
+            line += " (acts in training only)"
+        if name == "attention" and (other := chosen(optimizations, options)):
+            line += f" (not used: {other} decides)"
+        lines.append(line)
+    missing = [f"{name}: {why}" for name, usable, why in backends.report() if not usable]
+    if missing:
+        lines += ["attention backends that this machine lacks:", *(f"  {line}" for line in missing)]
+    return "\n".join(lines)
+
+
+class OptimizationsNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        kinds = get_type_hints(Optimizations)
+        switches = [_input(field.name, kinds[field.name], field.default) for field in fields(Optimizations)]
+        return io.Schema(
+            node_id="LongCatOptimizations",
+            display_name="LongCat Optimizations",
+            category=CATEGORY,
+            description="Switches what makes LongCat-Video fast, each on its own, on a model that is loaded already. "
+            "The model that goes in stays as it is.",
+            inputs=[io.Model.Input("model", tooltip="LongCat-Video."), *switches],
+            outputs=[
+                io.Model.Output(),
+                io.String.Output(
+                    display_name="report", tooltip="What is in force, and why something is not available."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, **switches: Any) -> io.NodeOutput:
+        _require_longcat(model, "LongCat Optimizations")
+        asked = Optimizations(**switches)
+        backends.check(asked.attention)
+        device = model.load_device
+        optimizations = asked
+        if asked.compile != "off" and _why_no_compile(device):
+            optimizations = replace(asked, compile="off")
+        if optimizations.compile != "off" and getattr(model, "is_dynamic", lambda: False)():
+            # Weights that are faulted in at use do not compile.
+            model = model.clone(disable_dynamic=True)
+        else:
+            model = model.clone()
+        options = model.model_options.setdefault("transformer_options", {})
+        options[OPTIMIZATIONS_KEY] = optimizations
+        casts = model.model.manual_cast_dtype is not None or getattr(model, "is_dynamic", lambda: False)()
+        return io.NodeOutput(model, report(optimizations, asked, device, options, casts))
+
+
+NODES = [OptimizationsNode]

@@ -1,0 +1,232 @@
+"""LongCat Sampler and its parts: LongCat Scheduler, LongCat Guider. All of them run in ComfyUI's sampling machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..longcat_core.errors import LongCatError
+from ..longcat_core.generate.request import MAX_GUIDANCE, MAX_STEPS, check_number
+from ..longcat_core.model.frames import count_clean, noisy_frames
+from ..longcat_core.sampling.guidance import cfg_zero
+from ..longcat_core.sampling.schedules import MODES, make_schedule
+from .comfy_model import CONDITIONING_CACHE_KEY, ConditioningCache, LongCatVideo
+from .loaders import CATEGORY
+
+MODE_TOOLTIP = (
+    "base: 50 steps, guidance 4. distilled: 16 steps, guidance 1, with the cfg_step LoRA. enhance_hf: base with finer "
+    "late steps, for continuation. refine: starts half-way from the latent, with the refinement LoRA, guidance 1."
+)
+KV_CACHE_TOOLTIP = (
+    "Compute the given frames (image, clip) once instead of at every step: faster, and guidance then leaves them out "
+    "of its sums, as LongCat-Video's own cached pipeline does."
+)
+
+
+def _require_longcat(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
+    if not isinstance(model.model, LongCatVideo):
+        raise LongCatError(
+            f"{node} got a {type(model.model).__name__} model; connect LongCat-Video, from LongCat Model Loader or "
+            "Load Diffusion Model"
+        )
+
+
+def _has_hooks(conds: dict[str, list[dict]]) -> bool:
+    return any(cond.get("hooks") is not None for group in conds.values() for cond in group)
+
+
+class Guider(comfy.samplers.CFGGuider):
+    """CFG-zero guidance (arXiv 2503.18886), and the cache of given frames for the length of a sampling."""
+
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, kv_cache: bool = True) -> None:
+        super().__init__(model)
+        self.kv_cache = kv_cache
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
+        # ComfyUI hands over x - x0 = sigma * velocity and takes the same back; guidance is homogeneous in it.
+        guided = {"sampler_cfg_function": lambda args: cfg_zero(args["cond"], args["uncond"], args["cond_scale"])}
+        options = {**(model_options or {}), **(guided if self.cfg != 1 else {})}
+        return super().predict_noise(x, timestep, options, seed)
+
+    def sample(self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shared = self.model_options
+        self.model_options = comfy.model_patcher.create_model_options_clone(shared)
+        # With hooks, each prompt may have other weights, hence other keys and values.
+        if self.kv_cache and not _has_hooks(self.original_conds):
+            self.model_options.setdefault("transformer_options", {})[CONDITIONING_CACHE_KEY] = ConditioningCache()
+        try:
+            return super().sample(noise, latent_image, *args, **kwargs)
+        finally:
+            self.model_options = shared
+
+
+def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_cache: bool, node: str) -> Guider:
+    _require_longcat(model, node)
+    check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
+    guider = Guider(model, kv_cache)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(guidance)
+    return guider
+
+
+def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
+    """Progress and previews as stock nodes send them, showing one generated frame further at every step."""
+    stock = latent_preview.prepare_callback(model, steps)
+
+    def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        given = 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
+        frame = given + step % (x0.shape[2] - given)
+        stock(step, x0[:, :, frame : frame + 1], x, total)
+
+    return callback
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatSampler",
+            display_name="LongCat Sampler",
+            category=CATEGORY,
+            description="Text, image or clip to video as LongCat-Video's own pipeline does it: its schedules, Euler "
+            "steps and CFG-zero guidance.",
+            inputs=[
+                io.Model.Input("model", tooltip="LongCat-Video."),
+                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="EmptyHunyuanLatentVideo for text to video; else LongCat Image to Video, LongCat Video "
+                    "Continuation, or for mode refine the latent of a video.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same noise on every machine, and in the longcat command.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=MAX_STEPS,
+                    tooltip="Denoising steps: 50, or 16 for distilled. enhance_hf and refine evaluate the model "
+                    "another number of times (56 and 5 for 50 steps).",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=4.0,
+                    min=0.0,
+                    max=MAX_GUIDANCE,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="CFG-zero scale. 1 is without guidance, twice as fast: for distilled and refine.",
+                ),
+                io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
+                io.Boolean.Input("kv_cache", default=True, optional=True, tooltip=KV_CACHE_TOOLTIP),
+            ],
+            outputs=[io.Latent.Output(tooltip="For VAE Decode with the Wan 2.1 VAE.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache=True
+    ) -> io.NodeOutput:
+        guider = make_guider(model, positive, negative, guidance, kv_cache, "LongCat Sampler")
+        sigmas = make_schedule(mode, steps).sigmas
+        out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
+        ratios = (latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal"))
+        # Only from ComfyUI 0.33 on does a latent tell its ratios, and the function take them.
+        known = ratios if any(ratio is not None for ratio in ratios) else ()
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *known)
+        if mode == "refine" and not samples.any():
+            raise LongCatError(
+                "mode refine got an empty latent; give it the latent of a video (VAE Encode), or use base"
+            )
+        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+        mask = latent_image.get("noise_mask")
+        samples = guider.sample(
+            noise,
+            samples,
+            comfy.samplers.ksampler("euler"),
+            sigmas,
+            denoise_mask=mask,
+            callback=preview_callback(model, len(sigmas) - 1, mask),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        if not samples.isfinite().all():
+            raise LongCatError(
+                "the latents are not finite: the checkpoint overflows in this precision; load it with weight_dtype "
+                "bf16 or fp32"
+            )
+        out["samples"] = samples.to(comfy.model_management.intermediate_device())
+        return io.NodeOutput(out)
+
+
+class Scheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatScheduler",
+            display_name="LongCat Scheduler",
+            category=CATEGORY,
+            description="The noise levels of LongCat-Video's own schedules, for SamplerCustomAdvanced.",
+            inputs=[
+                io.Model.Input("model", tooltip="LongCat-Video. Its shift is 12 here, also under ModelSamplingSD3."),
+                io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
+                io.Int.Input("steps", default=50, min=1, max=MAX_STEPS, tooltip="50, or 16 for distilled."),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="Ends in 0.")],
+        )
+
+    @classmethod
+    def execute(cls, model, mode: str, steps: int) -> io.NodeOutput:
+        _require_longcat(model, "LongCat Scheduler")
+        return io.NodeOutput(make_schedule(mode, steps).sigmas)
+
+
+class GuiderNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatGuider",
+            display_name="LongCat Guider",
+            category=CATEGORY,
+            description="CFG-zero guidance as LongCat-Video's own pipeline computes it, for SamplerCustomAdvanced. The "
+            "stock CFGZeroStar node computes something else; do not put it on the model as well.",
+            inputs=[
+                io.Model.Input("model", tooltip="LongCat-Video."),
+                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
+                io.Float.Input(
+                    "guidance",
+                    default=4.0,
+                    min=0.0,
+                    max=MAX_GUIDANCE,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Scale. 1 is without guidance, twice as fast.",
+                ),
+                io.Boolean.Input("kv_cache", default=True, optional=True, tooltip=KV_CACHE_TOOLTIP),
+            ],
+            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, guidance, kv_cache=True) -> io.NodeOutput:
+        return io.NodeOutput(make_guider(model, positive, negative, guidance, kv_cache, "LongCat Guider"))
+
+
+NODES = [Sampler, Scheduler, GuiderNode]
