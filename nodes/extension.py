@@ -16,13 +16,12 @@ FAMILIES = ("loaders", "optimizations", "sampling", "conditioning")
 
 
 class LongCatExtension(ComfyExtension):
-    async def on_load(self) -> None:
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        # Not in on_load, which ComfyUI 0.8 never calls.
         for kind in ("diffusion_models", "vae", "text_encoders"):
             folder_paths.add_model_folder_path(kind, str(NANO_WEIGHTS / kind))
         comfy_model.register()
         comfy_lora.register()
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
         nodes: list[type[io.ComfyNode]] = []
         for family in FAMILIES:
             try:
