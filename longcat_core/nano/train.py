@@ -331,8 +331,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage", choices=("all", "vae", "decoder", "transformer"), default="all", help="what to train"
     )
     parser.add_argument("--vae-steps", type=int, default=31919, help="training steps of the VAE")
-    parser.add_argument("--decoder-steps", type=int, default=20000, help="more steps for the VAE's decoder alone")
-    parser.add_argument("--steps", type=int, default=15101, help="training steps of text encoder and transformer")
+    parser.add_argument("--decoder-steps", type=int, default=20260, help="more steps for the VAE's decoder alone")
+    parser.add_argument("--steps", type=int, default=104593, help="training steps of text encoder and transformer")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights")
     parser.add_argument("--device", default="cuda", help="device to train on; a GPU is needed for the full recipe")
     parser.add_argument("--clips-scale", type=float, default=1.0, help="share of the training clips to render")
