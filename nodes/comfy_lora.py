@@ -55,9 +55,9 @@ def convert_official(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     out: dict[str, Tensor] = {}
     for key, tensor in lora.items():
-        module, _, part = key.removeprefix(PREFIX).replace(SEPARATOR, ".").rpartition(".lora_")
-        if not part and key.endswith(".alpha_scale"):
-            module, part = key.removeprefix(PREFIX).replace(SEPARATOR, ".").removesuffix(".alpha_scale"), "alpha_scale"
+        module, _, part = key.removeprefix(PREFIX).replace(SEPARATOR, ".").partition(".lora_")
+        if not part:
+            module, _, part = module.rpartition(".")
         if key.startswith(PREFIX) and _canonical(module):
             layers[module][part] = tensor
         else:

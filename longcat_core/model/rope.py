@@ -11,6 +11,7 @@ BASE = 10000.0
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a table made while sampling serves training too
 def rope_table(
     head_dim: int, frames: int, height: int, width: int, start_frame: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

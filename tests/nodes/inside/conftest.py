@@ -50,14 +50,21 @@ class Comfy:
         return importlib.import_module(f"{self.pack}.nodes.{name}")
 
     def __call__(self, node: str, **inputs: Any) -> Any:
-        """Run a node; its one output, or the tuple of them."""
+        """Run a node as ComfyUI does, in inference mode; its one output, or the tuple of them."""
+        import torch
+
+        with torch.inference_mode():
+            return self._run(node, **inputs)
+
+    def _run(self, node: str, **inputs: Any) -> Any:
         if node not in self.mappings:
             pytest.skip(f"this ComfyUI has no {node}")
         kind = self.mappings[node]
         if hasattr(kind, "PREPARE_CLASS_CLONE"):
             kind = kind.PREPARE_CLASS_CLONE({"hidden_inputs": {}} if version() >= (0, 9) else None)
-            for required in kind.define_schema().inputs:
-                assert required.optional or required.id in inputs, f"{node} needs {required.id}"
+            # As the user interface does: a widget that is not touched sends its default.
+            widgets = {field.id: getattr(field, "default", None) for field in kind.define_schema().inputs}
+            inputs = {name: value for name, value in widgets.items() if value is not None} | inputs
             out = kind.EXECUTE_NORMALIZED(**inputs)
             values = getattr(out, "result", out)
         else:
@@ -88,6 +95,8 @@ def _load(folder: Path) -> Comfy:
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
+    # First, as main.py does: ComfyUI before 0.9 puts its folder comfy, with a utils.py, on the path later on.
+    import utils.extra_config  # noqa: F401
     import folder_paths
 
     for kind in ("diffusion_models", "text_encoders", "loras", "vae"):
