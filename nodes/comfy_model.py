@@ -28,7 +28,8 @@ from ..longcat_core.checkpoints.formats import OFFICIAL
 from ..longcat_core.checkpoints.load import CONFIG_KEY, _infer_config
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
-from ..longcat_core.model.attention import real_tokens, trim_text
+from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
+from ..longcat_core.model.backends import Kernels
 from ..longcat_core.model.config import ModelConfig, Optimizations
 from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.model.kv_cache import KVCache
@@ -129,6 +130,7 @@ class DiffusionModel(LongCatTransformer):
         control: Any = None,
         transformer_options: dict[str, Any] | None = None,
         num_cond_latents: int = 0,
+        kernels: Kernels | None = None,
         **unused: Any,
     ) -> Tensor:
         """Latents x [B, 16, T, H, W] -> flow velocity (noise - x0), the same shape, fp32.
@@ -141,16 +143,38 @@ class DiffusionModel(LongCatTransformer):
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
         # A copy: EasyCache writes into the input, which in fp32 is the sampler's own tensor.
-        return executor.execute(x.clone(), timestep, context, num_cond_latents, options)
+        return executor.execute(x.clone(), timestep, context, num_cond_latents, kernels, options)
 
-    def _run(self, x: Tensor, timestep: Tensor, context: Tensor, num_cond: int, options: dict[str, Any]) -> Tensor:
-        self.compute_dtype = x.dtype
+    def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Kernels:
+        """Set the switches of the MODEL that is about to run, and choose its kernels.
+
+        Clones of a MODEL share this network, each with its own switches. Not a part of `forward`, so that a compiled
+        graph of the whole network holds neither the switching nor the look-ups.
+        """
+        self.compute_dtype = dtype
         optimizations = options.get(OPTIMIZATIONS_KEY, Optimizations())
         if optimizations != self.optimizations:
-            # Clones of a MODEL share this network, each with its own switches.
             self.set_optimizations(optimizations)
-        kernels = user_kernels(optimizations, options)
-        text = self.embed_text(context, real_tokens(context), max(MAX_LENGTH, context.shape[1]))
+        return user_kernels(optimizations, options) or self.choose_kernels(device)
+
+    def _text(self, context: Tensor) -> TextTokens:
+        real, length = real_tokens(context), max(MAX_LENGTH, context.shape[1])
+        exact = self.optimizations.text_mode == "exact" and self.config.text_tokens_zero_pad
+        if exact and torch.compiler.is_compiling():
+            # The same without reading the tokens' number back from the device.
+            return fold_padding(context, real, self.embed_tokens, length)
+        return self.embed_text(context, real, length)
+
+    def _run(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        num_cond: int,
+        kernels: Kernels | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        text = self._text(context)
         around = self._around_block(x, timestep, context, options)
         cache, holder = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and holder is not None:
@@ -232,14 +256,20 @@ class LongCatVideo(comfy.model_base.BaseModel):
             conds["denoise_mask"] = comfy.conds.CONDRegular(mask)
         return conds
 
+    def process_latent_in(self, latent: Tensor) -> Tensor:
+        _check_latents(latent, self.diffusion_model.config)
+        return super().process_latent_in(latent)
+
     def _apply_model(
         self, x: Tensor, t: Tensor, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
     ) -> Tensor:
         # Counted here and not in the network, where reading a value back would break a compiled graph in two.
         mask = kwargs.get("denoise_mask")
-        count = 0 if mask is None else count_clean(noisy_frames(mask))
-        options = transformer_options or {}
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, num_cond_latents=count, **kwargs)
+        kwargs["num_cond_latents"] = 0 if mask is None else count_clean(noisy_frames(mask))
+        options = {} if transformer_options is None else transformer_options
+        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+        kwargs["kernels"] = network.prepare(x.device, self.manual_cast_dtype or self.get_dtype(), options)
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def process_timestep(self, timestep: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Timesteps [B], or [B, T] with 0 on given frames where there is a mask."""

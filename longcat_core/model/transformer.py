@@ -246,7 +246,8 @@ class LongCatTransformer(nn.Module):
         first, second = self.text_embed
         return second(F.gelu(first(context), approximate="tanh"))
 
-    def _kernels(self, device: torch.device) -> backends.Kernels:
+    def choose_kernels(self, device: torch.device) -> backends.Kernels:
+        """The kernels that `optimizations` name, for tensors on `device`."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.compute_dtype
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         inputs = backends.Inputs(device, dtype, self.config.head_dim, grad)
@@ -329,7 +330,7 @@ class LongCatTransformer(nn.Module):
             start = kv_cache.num_latents
         rope = rope_table(config.head_dim, *grid, start, tokens.device)
 
-        kernels = kernels or self._kernels(x.device)
+        kernels = kernels or self.choose_kernels(x.device)
         recompute = optimizations.gradient_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             cached = None if kv_cache is None else kv_cache.read(i, tokens)

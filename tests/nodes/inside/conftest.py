@@ -32,6 +32,7 @@ EXTRAS = (
     "nodes_images",
     "nodes_hunyuan",
     "nodes_lora_debug",
+    "nodes_train",
 )
 
 
@@ -96,8 +97,8 @@ def _load(folder: Path) -> Comfy:
 
     comfy.cli_args.args.cpu = True
     # First, as main.py does: ComfyUI before 0.9 puts its folder comfy, with a utils.py, on the path later on.
-    import utils.extra_config  # noqa: F401
     import folder_paths
+    import utils.extra_config  # noqa: F401
 
     for kind in ("diffusion_models", "text_encoders", "loras", "vae"):
         (folder / "models" / kind).mkdir(parents=True)
@@ -130,6 +131,17 @@ def comfy(tmp_path_factory) -> Comfy:
 @pytest.fixture(scope="session")
 def model(comfy):
     return comfy("LongCatModelLoader", model_name=MODEL, weight_dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def one_block(comfy):
+    """The embedded model's first block alone, for compilation: that takes ten seconds a block on two cores."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(comfy.core("generate.pipeline").NANO_MODEL)
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith("blocks.0.") or "blocks" not in name}
+    name = comfy.save("diffusion_models", "one_block.safetensors", kept)
+    return comfy("LongCatModelLoader", model_name=name, weight_dtype="fp32")
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +211,7 @@ def network(comfy):
 
 @pytest.fixture(scope="session")
 def headless(tmp_path_factory) -> dict[str, Any]:
-    """Latents of every case by the headless pipeline, in a Python that has its extras."""
+    """`prompt`, encoded, and latents of every case by the headless pipeline, in a Python that has its extras."""
     from safetensors.torch import load_file
 
     output = tmp_path_factory.mktemp("headless") / "latents.safetensors"

@@ -1,4 +1,4 @@
-"""Run by a Python that has the headless extras: latents of every case by the headless pipeline, into one file.
+"""Run by a Python that has the headless extras: the encoded prompt and every case's latents, into one file.
 
 python reference.py REPOSITORY CASES_FILE OUTPUT.safetensors
 """
@@ -33,4 +33,5 @@ for name, values in cases["CASES"].items():
         **arguments,
     )
     latents[name] = pipeline.generate(request).latents
-save_file(latents, output)
+text, _ = pipeline.text_encoder.encode([cases["PROMPT"]])
+save_file(latents | {"prompt": text}, output)

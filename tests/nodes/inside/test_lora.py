@@ -81,6 +81,8 @@ def test_official_lora_on_fp8_weights(comfy, sample, empty, lora):
 
 def test_weights_that_stay_in_ram_are_patched_at_use(comfy, model, sample, empty, lora, merged, monkeypatch):
     """Where GPU memory is short ComfyUI casts and patches layers as they are called; forced here on the CPU."""
+    from comfy import model_management
+
     patched = comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=STRENGTH)
     loading = type(patched).load
     lowered = []
@@ -95,11 +97,9 @@ def test_weights_that_stay_in_ram_are_patched_at_use(comfy, model, sample, empty
     expected = sample(empty, merged)
     monkeypatch.setattr(type(patched), "load", load)
     fresh = patched.clone()
-    import comfy.model_management
-
-    comfy.model_management.unload_all_models()
+    model_management.unload_all_models()
     out = sample(empty, fresh)
-    comfy.model_management.unload_all_models()
+    model_management.unload_all_models()
     assert lowered and lowered[-1] >= 5, "layers with a LoRA are patched at use"
     assert error(expected, out) <= 1e-4
 
@@ -150,7 +150,7 @@ def test_a_lora_of_another_size_is_refused(comfy, model):
         f"{name}.alpha_scale": torch.tensor(1.0),
     }
     lora = comfy.save("loras", "large.safetensors", tensors)
-    with pytest.raises(ValueError, match="4096x4096.*another size"):
+    with pytest.raises(ValueError, match=r"4096x4096.*another size"):
         comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
 
 

@@ -1,0 +1,57 @@
+"""What loading the pack does to the program around it: nothing beyond registration."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+
+from ..checkout import PACK
+
+LOADS = """
+import asyncio, logging, os, socket, sys
+sys.path.insert(0, os.environ["COMFYUI_PATH"])
+import comfy.cli_args
+comfy.cli_args.args.cpu = True
+import utils.extra_config
+import torch, nodes, latent_preview, comfy_extras.nodes_video, comfy_config.config_parser, tomllib
+def state():
+    settings = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    kernels = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    return settings, kernels, logging.getLogger().level, sorted(os.environ.items()), sys.path[:], os.getcwd()
+def refuse(*args):
+    raise AssertionError("the network is used")
+socket.socket.connect = refuse
+before, modules = state(), set(sys.modules)
+sys.stdout.write("--- loading\\n"); sys.stdout.flush(); sys.stderr.write("--- loading\\n")
+assert asyncio.run(nodes.load_custom_node(sys.argv[1]))
+sys.stdout.write("--- loaded\\n"); sys.stdout.flush(); sys.stderr.write("--- loaded\\n")
+assert state() == before, (state(), before)
+print(sorted({name.split(".")[0] for name in set(sys.modules) - modules if not name.startswith(sys.argv[1])}))
+"""
+
+
+def test_loading_is_quiet_and_light():
+    run = subprocess.run([sys.executable, "-P", "-c", LOADS, PACK], capture_output=True, text=True, cwd=os.sep)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for stream in (run.stdout, run.stderr):
+        said = stream.split("--- loading\n")[1].split("--- loaded\n")[0]
+        assert not said, f"loading the pack prints {said!r}"
+    assert run.stdout.strip().endswith("\n[]"), f"and imports {run.stdout.splitlines()[-1]}, which ComfyUI does not"
+
+
+def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, f"{comfy.pack}.nodes.conditioning", None)
+    with caplog.at_level(logging.WARNING):
+        nodes = asyncio.run(comfy.node("extension").LongCatExtension().get_node_list())
+    assert {node.define_schema().node_id for node in nodes} == {
+        "LongCatModelLoader",
+        "LongCatTextEncoderLoader",
+        "LongCatOptimizations",
+        "LongCatSampler",
+        "LongCatScheduler",
+        "LongCatGuider",
+    }
+    assert "the nodes of conditioning are left out" in caplog.text

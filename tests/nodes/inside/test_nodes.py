@@ -1,0 +1,429 @@
+"""The pack's nodes as a person meets them: progress, previews, interrupt, switches, sizes, and words for bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ...nodes.checkout import PACK
+from . import cases
+
+IDS = (
+    "LongCatModelLoader",
+    "LongCatTextEncoderLoader",
+    "LongCatOptimizations",
+    "LongCatSampler",
+    "LongCatScheduler",
+    "LongCatGuider",
+    "LongCatImageToVideo",
+    "LongCatVideoContinuation",
+)
+SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "length": cases.FRAMES}
+
+
+# --- schemas ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_every_node_explains_itself(comfy, node):
+    schema = comfy.mappings[node].define_schema()
+    assert schema.category == "LongCat" and schema.display_name.startswith("LongCat ") and schema.description
+    for field in schema.inputs:
+        assert field.tooltip, f"{node}.{field.id} has no tooltip"
+        if hasattr(field, "min"):
+            assert field.min <= field.default <= field.max
+    page = PACK / "web" / "docs" / f"{node}.md"
+    text = page.read_text(encoding="utf-8")
+    for field in schema.inputs:
+        assert f"`{field.id}`" in text, f"{page.name} says nothing of {field.id}"
+
+
+def test_one_input_for_each_optimization(comfy):
+    config = comfy.core("model.config")
+    fields = comfy.mappings["LongCatOptimizations"].define_schema().inputs[1:]
+    assert [field.id for field in fields] == list(config.Optimizations.__dataclass_fields__)
+    attention = next(field for field in fields if field.id == "attention")
+    assert attention.options == ["auto", "sdpa", "sdpa-math"], "what a machine without GPU has"
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def progress():
+    """(value, total, preview picture) of every progress message."""
+    from comfy import utils
+
+    messages = []
+    previous = utils.PROGRESS_BAR_HOOK
+    utils.set_progress_bar_global_hook(lambda value, total, preview, **kwargs: messages.append((value, total, preview)))
+    yield messages
+    utils.set_progress_bar_global_hook(previous)
+
+
+@pytest.fixture
+def previews(monkeypatch):
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+
+
+def test_progress_and_a_moving_preview(comfy, model, prompts, sample, image_latent, progress, previews, monkeypatch):
+    import latent_preview
+
+    shown = []
+    decode = latent_preview.Latent2RGBPreviewer.decode_latent_to_preview
+    monkeypatch.setattr(
+        latent_preview.Latent2RGBPreviewer,
+        "decode_latent_to_preview",
+        lambda self, x0: shown.append(x0.clone()) or decode(self, x0),
+    )
+    sample(image_latent, steps=4)
+    assert [message[:2] for message in progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(preview is not None and preview[1].size == (12, 8) for _, _, preview in progress)
+    assert all(x0.shape[2] == 1 for x0 in shown)
+    given = model.model.process_latent_in(image_latent["samples"])[:, :, :1]
+    assert all((x0 - given).abs().max() > 0.1 for x0 in shown), "never the given image"
+
+
+def test_the_preview_plays_through_the_generated_frames(comfy, model, monkeypatch):
+    import latent_preview
+
+    shown = []
+    stock = lambda step, x0, x, total: shown.append(int(x0[0, 0, 0, 0, 0]))  # noqa: E731
+    monkeypatch.setattr(latent_preview, "prepare_callback", lambda model, steps: stock)
+    mask = torch.ones(1, 1, 5, 2, 2)
+    mask[:, :, :2] = 0
+    callback = comfy.node("sampling").preview_callback(model, 7, mask)
+    x0 = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(1, 16, 5, 2, 2)
+    for step in range(7):
+        callback(step, x0, x0, 7)
+    assert shown == [2, 3, 4, 2, 3, 4, 2]
+
+
+def test_stock_samplers_preview_a_later_frame(comfy, model, prompts, image_latent, progress, previews):
+    settings = {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    latents = comfy("KSampler", model=model, latent_image=image_latent, **prompts, **settings)["samples"]
+    picture = progress[-1][2][1]
+    import latent_preview
+
+    form = model.model.latent_format
+    factors = torch.tensor(form.latent_rgb_factors).T, torch.tensor(form.latent_rgb_factors_bias)
+    x0 = model.model.process_latent_in(latents)
+    frames = [torch.nn.functional.linear(x0[0, :, i].movedim(0, -1), *factors) for i in (0, -1)]
+    first, last = (latent_preview.preview_to_image(frame) for frame in frames)
+    assert picture.tobytes() == last.tobytes() != first.tobytes()
+
+
+def test_interrupt_stops_and_the_next_run_works(sample, empty, progress, previews):
+    from comfy import model_management, utils
+
+    expected = sample(empty, steps=3)
+    steps = []
+
+    def hook(value, total, preview, **kwargs):
+        steps.append(value)
+        if value == 2:
+            model_management.interrupt_current_processing(True)
+        model_management.throw_exception_if_processing_interrupted()
+
+    utils.set_progress_bar_global_hook(hook)
+    with pytest.raises(model_management.InterruptProcessingException):
+        sample(empty, steps=6)
+    assert steps == [1, 2]
+    utils.set_progress_bar_global_hook(None)
+    assert torch.equal(sample(empty, steps=3), expected)
+
+
+def test_interrupt_within_a_step(comfy, model, sample, empty, monkeypatch):
+    """Not only between steps: every layer asks."""
+    from comfy import model_management
+
+    block = model.model.diffusion_model.blocks[1]
+    hook = block.register_forward_pre_hook(lambda *args: model_management.interrupt_current_processing(True))
+    try:
+        with pytest.raises(model_management.InterruptProcessingException):
+            sample(empty)
+    finally:
+        hook.remove()
+        model_management.interrupt_current_processing(False)
+
+
+def test_given_frames_are_computed_once(comfy, model, sample, clip_latent, forwards):
+    sample(clip_latent, steps=3)
+    shapes = [shape[2] for shape in forwards]
+    assert shapes == [4, 5, 5, 5], "4 given latent frames once, then the other 5 at every step"
+    forwards.clear()
+    sample(clip_latent, steps=3, kv_cache=False)
+    assert [shape[2] for shape in forwards] == [9, 9, 9]
+
+
+def test_the_cache_does_not_outlive_the_sampling(comfy, model, sample, clip_latent):
+    key = comfy.node("comfy_model").CONDITIONING_CACHE_KEY
+    sample(clip_latent)
+    assert key not in model.model_options["transformer_options"]
+
+
+def test_prompts_of_different_length_run_in_one_batch(comfy, model, clip, sample, empty, forwards, prompts):
+    long = comfy("CLIPTextEncode", clip=clip, text=" and ".join([cases.PROMPT] * 4))
+    arguments = {"model": model, "latent_image": empty, "seed": 1, "steps": 1, "guidance": 4.0, "mode": "base"}
+    both = comfy("LongCatSampler", positive=long, negative=prompts["negative"], **arguments)["samples"]
+    assert [shape[0] for shape in forwards] == [2]
+    alone = {
+        name: comfy("LongCatSampler", positive=text, negative=text, **arguments | {"guidance": 1.0})["samples"]
+        for name, text in (("positive", long), ("negative", prompts["negative"]))
+    }
+    guidance = comfy.core("sampling.guidance")
+    process = model.model.process_latent_in
+    noise = comfy.core("sampling.conditioning").seeded_noise(tuple(both.shape), 1)
+    # One step from sigma 1 to 0: the result is noise - velocity.
+    velocity = guidance.cfg_zero(noise - process(alone["positive"]), noise - process(alone["negative"]), 4.0)
+    assert (process(both) - (noise - velocity)).abs().max() <= 1e-4
+
+
+def test_training_after_sampling(comfy, model, sample, prompts, image_latent, empty):
+    """The stock training node; nothing that sampling keeps is unfit for gradients."""
+    sample(empty, steps=1)
+    fields = comfy.mappings["TrainLoraNode"].define_schema().inputs
+    settings = {field.id: [field.default] for field in fields if getattr(field, "default", None) is not None}
+    settings |= {"training_dtype": ["fp32"], "lora_dtype": ["fp32"], "steps": [2], "learning_rate": [0.01]}
+    latent = {**image_latent, "samples": sample(image_latent, steps=1)}
+    lora, losses, _ = comfy(
+        "TrainLoraNode", model=[model], latents=[latent], positive=[prompts["positive"]], **settings
+    )
+    assert len(losses["loss"]) == 2 and lora
+    patched = {name: tensor for name, tensor in lora.items() if "attn.qkv" in name}
+    assert patched and any(tensor.float().abs().sum() > 0 for tensor in patched.values())
+
+
+# --- switches --------------------------------------------------------------------------------------------------------
+
+SWITCHES = {
+    "fused_qkv": True,
+    "fused_ffn": True,
+    "text_mode": "exact",
+    "attention": "auto",
+    "compile": "off",
+    "explicit_fp32": True,
+    "gradient_checkpointing": False,
+}
+
+
+@pytest.mark.parametrize(
+    "switch, value",
+    [
+        ("fused_qkv", False),
+        ("fused_ffn", False),
+        ("text_mode", "padded"),
+        ("attention", "sdpa-math"),
+        ("explicit_fp32", False),
+        ("gradient_checkpointing", True),
+    ],
+)
+def test_exact_switches_change_nothing(comfy, model, sample, empty, switch, value):
+    switched, report = comfy("LongCatOptimizations", model=model, **SWITCHES | {switch: value})
+    shown = {True: "on", False: "off"}.get(value, value)
+    assert f"{switch}: {shown}" in report
+    plain = sample(empty, steps=2)
+    assert (plain - sample(empty, switched, steps=2)).abs().max() <= 1e-4 * plain.std()
+
+
+def test_switches_reach_the_network(comfy, model, sample, empty, monkeypatch):
+    attention = comfy.core("model.attention")
+    fused = []
+    project = attention.project
+    monkeypatch.setattr(
+        attention,
+        "project",
+        lambda layer, x, parts, together: fused.append(together) or project(layer, x, parts, together),
+    )
+    switched, _ = comfy("LongCatOptimizations", model=model, **SWITCHES | {"fused_qkv": False})
+    sample(empty, switched, steps=1)
+    assert fused and not any(fused)
+    fused.clear()
+    sample(empty, steps=1)
+    assert fused and all(fused), "the model that went in is as it was"
+
+
+def test_packed_text_changes_the_result(comfy, model, sample, empty):
+    switched, _ = comfy("LongCatOptimizations", model=model, **SWITCHES | {"text_mode": "packed"})
+    assert not torch.allclose(sample(empty), sample(empty, switched), atol=1e-2)
+
+
+def test_compiled_blocks_side_by_side_with_plain_ones(comfy, one_block, sample, empty):
+    """An A/B graph: two MODELs share one network, and going back and forth compiles nothing anew."""
+    from torch._dynamo.utils import counters
+
+    compiled, report = comfy("LongCatOptimizations", model=one_block, **SWITCHES | {"compile": "blocks"})
+    assert "compile: blocks" in report
+    plain = sample(empty, one_block, steps=2, guidance=1.0)
+    counters.clear()
+    out = sample(empty, compiled, steps=2, guidance=1.0)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 1 and (plain - out).abs().max() <= 1e-3 * plain.std()
+    assert torch.equal(plain, sample(empty, one_block, steps=2, guidance=1.0))
+    assert torch.equal(out, sample(empty, compiled, steps=2, guidance=1.0))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_compile_without_a_compiler_is_said(comfy, model, monkeypatch):
+    monkeypatch.setattr(comfy.node("optimizations").shutil, "which", lambda name: None)
+    switched, report = comfy("LongCatOptimizations", model=model, **SWITCHES | {"compile": "blocks"})
+    assert "compile: off (blocks is not available: there is no C++ compiler)" in report
+    key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
+    assert switched.model_options["transformer_options"][key].compile == "off"
+
+
+def test_missing_backends_are_said(comfy, model):
+    _, report = comfy("LongCatOptimizations", model=model, **SWITCHES)
+    assert "flash2: " in report and "sage: " in report
+    with pytest.raises(ValueError, match="attention backend 'flash2' is unavailable"):
+        comfy("LongCatOptimizations", model=model, **SWITCHES | {"attention": "flash2"})
+
+
+def test_an_override_is_reported(comfy, model):
+    overridden = model.clone()
+    overridden.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: f(*a, **k)
+    _, report = comfy("LongCatOptimizations", model=overridden, **SWITCHES | {"attention": "sdpa"})
+    assert "attention: sdpa (not used: an attention override set by another node decides)" in report
+
+
+# --- conditioning ----------------------------------------------------------------------------------------------------
+
+
+def test_image_latent(image_latent, vae, frames, comfy):
+    assert image_latent["samples"].shape == (1, 16, 9, 8, 12)
+    mask = image_latent["noise_mask"]
+    assert mask.shape == (1, 1, 9, 8, 12) and not mask[:, :, 0].any() and mask[:, :, 1:].all()
+    assert image_latent["samples"][:, :, 0].any() and not image_latent["samples"][:, :, 1:].any()
+
+
+def test_clip_latent_takes_the_last_frames(comfy, vae, frames, clip_latent):
+    mask = clip_latent["noise_mask"]
+    assert not mask[:, :, :4].any() and mask[:, :, 4:].all()
+    same = comfy("LongCatVideoContinuation", vae=vae, video=frames[4:], cond_frames=13, **SIZE)
+    other = comfy("LongCatVideoContinuation", vae=vae, video=frames[:13], cond_frames=13, **SIZE)
+    assert torch.equal(same["samples"], clip_latent["samples"])
+    assert not torch.allclose(other["samples"], clip_latent["samples"])
+
+
+@pytest.mark.parametrize("resolution, shape", [("480p", (12, 60, 104)), ("720p", (12, 88, 164))])
+def test_buckets(comfy, vae, monkeypatch, resolution, shape):
+    """The nearest trained size, whatever width and height say. The encoder is left out: the size is the matter."""
+    shapes = []
+    monkeypatch.setattr(
+        vae,
+        "encode",
+        lambda pixels: shapes.append(pixels.shape) or torch.zeros(1, 16, 1, *(s // 8 for s in pixels.shape[1:3])),
+    )
+    image = torch.rand(1, 900, 1600, 3)
+    out = comfy("LongCatImageToVideo", vae=vae, image=image, **SIZE | {"resolution": resolution, "length": 45})
+    assert out["samples"].shape[2:] == shape
+    assert shapes == [(1, 8 * shape[1], 8 * shape[2], 3)]
+
+
+def test_batch_of_conditioned_videos(comfy, vae, frames, sample):
+    out = comfy("LongCatImageToVideo", vae=vae, image=frames, **SIZE, batch_size=2)
+    videos = sample(out)
+    assert videos.shape[0] == 2 and not torch.allclose(videos[0], videos[1], atol=0.1)
+    assert (videos[:, :, :1] - out["samples"][:, :, :1]).abs().max() <= 1e-4
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+class OtherModel:
+    """A MODEL of another kind."""
+
+    model = torch.nn.Linear(1, 1)
+    model_options: dict = {}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("node", ["LongCatSampler", "LongCatGuider", "LongCatScheduler", "LongCatOptimizations"])
+def test_models_of_another_kind_are_refused(comfy, prompts, empty, node):
+    inputs = {"model": OtherModel(), "latent_image": empty, "seed": 0, "steps": 1, "guidance": 1.0, "mode": "base"}
+    known = {field.id for field in comfy.mappings[node].define_schema().inputs}
+    inputs = {name: value for name, value in (inputs | prompts | SWITCHES).items() if name in known}
+    with pytest.raises(ValueError, match=r"got a Linear model; connect LongCat-Video"):
+        comfy(node, **inputs)
+
+
+@pytest.mark.parametrize(
+    "samples, words",
+    [
+        (torch.rand(1, 4, 9, 8, 12), r"latent is \[1, 4, 9, 8, 12\] .* 16, T"),
+        (torch.rand(1, 48, 9, 4, 6), r"latent is \[1, 48"),
+        (torch.zeros(1, 16, 9, 8, 13), r"64x104 \(height x width\) pixels; give multiples of 16"),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["LongCatSampler", "KSampler"])
+def test_latents_of_another_model_are_refused(comfy, model, prompts, sample, samples, words, sampler):
+    settings = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    if sampler == "LongCatSampler":
+        settings = {"guidance": 1.0, "mode": "base"}
+    with pytest.raises(ValueError, match=words):
+        comfy(sampler, model=model, latent_image={"samples": samples}, seed=0, steps=1, **prompts, **settings)
+
+
+def test_text_of_another_encoder_is_refused(comfy, model, prompts, empty):
+    text = [[torch.rand(1, 77, 768), {}]]
+    arguments = {"model": model, "latent_image": empty, "seed": 0, "steps": 1, "guidance": 4.0, "mode": "base"}
+    with pytest.raises(ValueError, match=r"text of 768 channels, this model reads \d+; encode the prompts with"):
+        comfy("LongCatSampler", positive=text, negative=prompts["negative"], **arguments)
+
+
+@pytest.mark.parametrize(
+    "inputs, words",
+    [
+        ({"length": 32}, "32 frames are not of the form 4k"),
+        ({"length": 1}, "length 1 leaves nothing to generate after 1 given frames; ask for at least 5"),
+        ({"width": 100}, "width 100 is not divisible by 16; the nearest that is: 96"),
+        ({"height": 0}, "height 0 is out of range"),
+        ({"resolution": "1080p"}, "unknown resolution '1080p'"),
+        ({"image": torch.rand(1, 4, 4, 1)}, r"image is \[1, 4, 4, 1\]; connect an IMAGE"),
+    ],
+)
+def test_bad_conditioning_is_refused(comfy, vae, frames, inputs, words):
+    with pytest.raises(ValueError, match=words):
+        comfy("LongCatImageToVideo", **{"vae": vae, "image": frames, **SIZE, **inputs})
+
+
+@pytest.mark.parametrize(
+    "inputs, words",
+    [
+        ({"cond_frames": 21}, "the clip has 17 frames but 21 conditioning frames are asked for"),
+        ({"cond_frames": 12}, "12 frames are not 4k"),
+        ({"length": 13}, "length 13 leaves nothing to generate after 13 given frames; ask for at least 17"),
+    ],
+)
+def test_bad_continuation_is_refused(comfy, vae, frames, inputs, words):
+    with pytest.raises(ValueError, match=words):
+        comfy("LongCatVideoContinuation", **{"vae": vae, "video": frames, "cond_frames": 13, **SIZE, **inputs})
+
+
+def test_a_vae_of_another_kind_is_refused(comfy, frames):
+    class Vae:
+        first_stage_model = torch.nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match=r"the VAE is a Linear; connect the Wan 2.1 VAE"):
+        comfy("LongCatImageToVideo", vae=Vae(), image=frames, **SIZE)
+
+
+def test_steps_and_refine_without_a_video_are_refused(comfy, sample, empty):
+    with pytest.raises(ValueError, match="60 steps are out of range; the distilled schedule takes 1 to 50"):
+        sample(empty, mode="distilled", steps=60)
+    with pytest.raises(ValueError, match="refine got an empty latent"):
+        sample(empty, mode="refine", steps=10)
+
+
+def test_after_bad_input_the_next_run_works(comfy, model, sample, empty):
+    expected = sample(empty)
+    with pytest.raises(ValueError):
+        sample({"samples": torch.rand(1, 4, 9, 8, 12)})
+    assert torch.equal(sample(empty), expected)
+
+
+def test_files_are_not_left_behind(comfy):
+    assert not list(Path(comfy.folder, "models").rglob("*.tmp"))
