@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMFYUI_STAMP := $(VENV)/.installed-comfyui-test
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-comfyui lint clean
 
 demo: $(STAMP)
 	$(BIN)/longcat generate "a red circle moves right on a blue background" \
@@ -13,7 +14,11 @@ demo: $(STAMP)
 
 # One thread a worker: two pools of threads on the same cores slow each other down several times.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore=tests/comfyui
+
+# In the real ComfyUI program and, where there is a Chromium, its web page; -rs prints why a test does not run.
+test-comfyui: $(COMFYUI_STAMP)
+	$(BIN)/python -m pytest -rs tests/comfyui
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -23,6 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[headless,test,dev]' -c constraints.txt
+	touch $@
+
+$(COMFYUI_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[comfyui-test]' -c constraints.txt
 	touch $@
 
 clean:
