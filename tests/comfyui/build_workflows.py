@@ -1,0 +1,341 @@
+"""Writes workflows/*.json through ComfyUI's own page, and their pictures.
+
+    python -m tests.comfyui.build_workflows        # from the pack's folder; wants a checkout and Chromium
+
+The graphs are told here by node and socket names; the page knows the rest of the file format.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from longcat_core.generate.pipeline import Pipeline
+from longcat_core.generate.request import GenerateRequest
+from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+
+from .browser import Page, open_page
+from .server import PACK, Installation, Server
+
+WORKFLOWS = PACK / "workflows"
+FIXED = {"control_after_generate": "fixed"}
+COLUMNS = {"note": -430, "load": 0, "prompt": 350, "sample": 810, "save": 1150}
+NANO = {
+    "model": "longcat_nano_bf16.safetensors",
+    "text": "longcat_nano_umt5_bf16.safetensors",
+    "vae": "longcat_nano_vae_bf16.safetensors",
+}
+REAL = {"model": "LongCat-Video/dit", "text": "umt5_xxl_fp16.safetensors", "vae": "wan_2.1_vae.safetensors"}
+NANO_PROMPT = "a red circle moves right on a blue background"
+CAT = "A ginger cat walks through tall grass towards the camera, golden evening light, shallow depth of field."
+
+NANO_NOTE = """## LongCat nano: text to video
+
+Press **Run**. This is the small test model that comes with the pack: no download, no GPU, some seconds on a CPU.
+It knows one world only: circles, squares, triangles and crosses that move over plain backgrounds.
+
+Say what the scene is, for example
+*a green square moves up and a yellow triangle moves left on a black background*.
+Motions: left, right, up, down, in a circle, pulses, stays still.
+
+Size 96x64, 33 frames, 50 steps and guidance 4 are what it was trained for."""
+
+FILES_NOTE = """## {title}
+
+**Files**
+
+| file | folder |
+|---|---|
+| `dit` of meituan-longcat/LongCat-Video, the whole folder | `models/diffusion_models/LongCat-Video/dit` |
+| `umt5_xxl_fp16.safetensors` | `models/text_encoders` |
+| `wan_2.1_vae.safetensors` | `models/vae` |
+{files}
+{text}"""
+LORA_ROW = "| `cfg_step_lora.safetensors` (`lora` of LongCat-Video) | `models/loras` |\n"
+
+# Prompt and label of each workflow's picture, in the order of `graphs`.
+PICTURES = (
+    (NANO_PROMPT, "nano: text to video"),
+    ("a green square moves up on a black background", "text to video 480p"),
+    ("a yellow triangle moves left on a brown background", "distilled, 16 steps"),
+    ("a purple circle pulses on a gray background", "image to video"),
+    ("an orange cross moves down on a blue background", "video continuation"),
+    ("a cyan square moves in a circle on a black background", "optimizations A | B"),
+)
+
+BUILD = """({nodes, links, groups}) => {
+  const graph = window.app.graph, made = {};
+  graph.clear();
+  for (const spec of nodes) {
+    const node = window.LiteGraph.createNode(spec.type);
+    if (!node) throw new Error('no node type ' + spec.type);
+    graph.add(node);
+    node.pos = spec.pos;
+    if (spec.title) node.title = spec.title;
+    for (const [name, value] of Object.entries(spec.widgets)) {
+      const widget = name ? node.widgets.find(w => w.name === name) : node.widgets[0];
+      if (!widget) throw new Error(spec.type + ' has no widget ' + name);
+      widget.value = value;
+    }
+    const size = node.computeSize();
+    node.setSize([Math.max(size[0], spec.size[0]), Math.max(size[1], spec.size[1])]);
+    made[spec.key] = node;
+  }
+  for (const [from, output, to, input] of links) {
+    const source = made[from].outputs.findIndex(slot => slot.name === output);
+    const target = made[to].inputs.findIndex(slot => slot.name === input);
+    if (source < 0 || target < 0) throw new Error(`no link ${from}.${output} - ${to}.${input}`);
+    made[from].connect(source, made[to], target);
+  }
+  for (const [title, keys, color] of groups) {
+    const boxes = keys.map(key => [made[key].pos, made[key].size]);
+    const left = Math.min(...boxes.map(([p]) => p[0])) - 15, top = Math.min(...boxes.map(([p]) => p[1])) - 80;
+    const right = Math.max(...boxes.map(([p, s]) => p[0] + s[0])) + 15;
+    const bottom = Math.max(...boxes.map(([p, s]) => p[1] + s[1])) + 15;
+    const group = new window.LiteGraph.LGraphGroup(title);
+    group.pos = [left, top];
+    group.size = [right - left, bottom - top];
+    group.color = color;
+    graph.add(group);
+  }
+  graph.setDirtyCanvas(true, true);
+}"""
+
+
+@dataclass
+class Graph:
+    """A workflow in the making. name: file name and title in the template browser."""
+
+    name: str
+    nodes: list[dict[str, Any]] = field(default_factory=list)
+    links: list[tuple[str, str, str, str]] = field(default_factory=list)
+    groups: list[tuple[str, list[str], str]] = field(default_factory=list)
+
+    def add(self, key: str, type: str, column: str | float, y: float, size=(300, 60), title="", **widgets: Any) -> None:
+        x = COLUMNS.get(column, column)
+        widgets = {"" if name == "text_" else name: value for name, value in widgets.items()}
+        spec = {"key": key, "type": type, "pos": [x, y], "size": list(size), "title": title, "widgets": widgets}
+        self.nodes.append(spec)
+
+    def link(self, *wires: str) -> None:
+        """Each wire "node.OUTPUT node.input"."""
+        for wire in wires:
+            (source, output), (target, name) = (end.split(".") for end in wire.split(" "))
+            self.links.append((source, output, target, name))
+
+    def group(self, title: str, *keys: str, color: str = "#3f789e") -> None:
+        self.groups.append((title, list(keys), color))
+
+
+def base(name: str, files: dict[str, str], prompt: str, note: str) -> Graph:
+    """Loaders, prompts, VAE Decode and Save Video, still without a latent and a sampler."""
+    graph = Graph(name)
+    graph.add("note", "MarkdownNote", "note", 0, (370, 460), "Read me", text_=note)
+    graph.add("model", "LongCatModelLoader", "load", 0, (310, 90), model_name=files["model"])
+    graph.add("text", "LongCatTextEncoderLoader", "load", 160, (310, 90), text_encoder_name=files["text"])
+    graph.add("vae", "VAELoader", "load", 320, (310, 60), vae_name=files["vae"])
+    graph.add("positive", "CLIPTextEncode", "prompt", 0, (420, 150), "Prompt", text=prompt)
+    graph.add("negative", "CLIPTextEncode", "prompt", 220, (420, 150), "Negative prompt", text=DEFAULT_NEGATIVE_PROMPT)
+    graph.link("text.CLIP positive.clip", "text.CLIP negative.clip")
+    graph.group("1  Model files", "model", "text", "vae")
+    return graph
+
+
+def finish(graph: Graph, prefix: str, **sampler: Any) -> Graph:
+    """Sampler, decoding and saving, for a graph with a node `latent`."""
+    graph.add("sampler", "LongCatSampler", "sample", 0, (300, 280), **sampler)
+    graph.add("decode", "VAEDecode", "save", 0, (300, 50))
+    graph.add("video", "CreateVideo", "save", 120, (300, 80), fps=15)
+    graph.add("save", "SaveVideo", "save", 270, (380, 400), filename_prefix=prefix)
+    graph.link(
+        "positive.CONDITIONING sampler.positive",
+        "negative.CONDITIONING sampler.negative",
+        "latent.LATENT sampler.latent_image",
+        "sampler.LATENT decode.samples",
+        "vae.VAE decode.vae",
+        "decode.IMAGE video.images",
+        "video.VIDEO save.video",
+    )
+    graph.group("3  Sample", "sampler")
+    graph.group("4  Decode and save", "decode", "video", "save")
+    return graph
+
+
+def text_latent(graph: Graph, width: int, height: int, length: int) -> None:
+    graph.add("latent", "EmptyHunyuanLatentVideo", "prompt", 440, (420, 130), width=width, height=height, length=length)
+    graph.group("2  What to make", "positive", "negative", "latent")
+
+
+def nano() -> Graph:
+    graph = base("LongCat nano - text to video", NANO, NANO_PROMPT, NANO_NOTE)
+    text_latent(graph, 96, 64, 33)
+    graph.link("model.MODEL sampler.model")
+    return finish(graph, "video/longcat_nano", seed=1)
+
+
+def text_to_video() -> Graph:
+    title = "LongCat-Video - text to video 480p"
+    note = FILES_NOTE.format(
+        title=title,
+        files="",
+        text="832x480, 93 frames at 15 fps (6 seconds), 50 steps, guidance 4: the settings of the model card.",
+    )
+    graph = base(title, REAL, CAT, note)
+    text_latent(graph, 832, 480, 93)
+    graph.link("model.MODEL sampler.model")
+    return finish(graph, "video/longcat")
+
+
+def distilled() -> Graph:
+    title = "LongCat-Video - text to video 480p, distilled 16 steps"
+    text = "The step LoRA does in 16 steps at guidance 1 what else takes 50 at guidance 4: six times fewer evaluations."
+    graph = base(title, REAL, CAT, FILES_NOTE.format(title=title, files=LORA_ROW, text=text))
+    graph.add(
+        "lora", "LoraLoaderModelOnly", "load", 450, (310, 80), lora_name="cfg_step_lora.safetensors", strength_model=1
+    )
+    graph.groups[0][1].append("lora")
+    text_latent(graph, 832, 480, 93)
+    graph.link("model.MODEL lora.model", "lora.MODEL sampler.model")
+    return finish(graph, "video/longcat_distilled", steps=16, guidance=1, mode="distilled")
+
+
+def image_to_video() -> Graph:
+    title = "LongCat-Video - image to video 480p"
+    text = (
+        "Load an image: it becomes the first frame, cut to the 480p size nearest in shape.\n"
+        "The latent also works with stock samplers (KSampler, SamplerCustomAdvanced)."
+    )
+    graph = base(title, REAL, CAT, FILES_NOTE.format(title=title, files="", text=text))
+    graph.add("image", "LoadImage", "load", 480, (310, 320), image="example.png")
+    graph.add("latent", "LongCatImageToVideo", "prompt", 440, (420, 200))
+    graph.group("2  What to make", "positive", "negative", "latent")
+    graph.groups[0][1].append("image")
+    graph.link("vae.VAE latent.vae", "image.IMAGE latent.image", "model.MODEL sampler.model")
+    return finish(graph, "video/longcat_i2v")
+
+
+def continuation() -> Graph:
+    title = "LongCat-Video - video continuation 480p"
+    text = (
+        "Load a clip of at least 13 frames, best at 15 fps: its last 13 frames are given, 80 new ones follow.\n"
+        "The saved video begins with the given frames."
+    )
+    graph = base(title, REAL, CAT, FILES_NOTE.format(title=title, files="", text=text))
+    graph.add("clip", "LoadVideo", "load", 480, (310, 300))
+    graph.add("frames", "GetVideoComponents", "load", 860, (310, 80))
+    graph.add("latent", "LongCatVideoContinuation", "prompt", 440, (420, 220))
+    graph.group("2  What to make", "positive", "negative", "latent")
+    graph.groups[0][1].extend(("clip", "frames"))
+    graph.link(
+        "clip.VIDEO frames.video", "frames.images latent.video", "vae.VAE latent.vae", "model.MODEL sampler.model"
+    )
+    return finish(graph, "video/longcat_continued", mode="enhance_hf")
+
+
+def side_by_side() -> Graph:
+    title = "LongCat - optimizations side by side"
+    note = """## Optimizations, A against B
+
+Two samplers with the same seed and prompt, the model of each with other switches. Left in the video is A, right is B;
+the reports say what was in force on this machine, ComfyUI's log how long each step took.
+
+As it comes, A has the defaults and B everything off and plain padded text. Both are exact: the videos should look the
+same.
+The test model runs on a CPU; put the real files into the loaders to try a GPU."""
+    graph = base(title, NANO, NANO_PROMPT, note)
+    text_latent(graph, 96, 64, 33)
+    plain = {"fused_qkv": False, "fused_ffn": False, "text_mode": "padded", "explicit_fp32": False}
+    for i, (name, switches) in enumerate((("A", {}), ("B", {**plain, "attention": "sdpa"}))):
+        y, x = 640 * i, COLUMNS["sample"]
+        graph.add(f"opt{name}", "LongCatOptimizations", x, y, (320, 220), f"Optimizations {name}", **switches)
+        graph.add(f"report{name}", "PreviewAny", x, y + 290, (320, 250), f"In force in {name}")
+        graph.add(f"sampler{name}", "LongCatSampler", x + 360, y, (330, 280), f"Sampler {name}", seed=1, **FIXED)
+        graph.add(f"decode{name}", "VAEDecode", x + 360, y + 490, (330, 50), f"Decode {name}")
+        graph.link(
+            f"model.MODEL opt{name}.model",
+            f"opt{name}.MODEL sampler{name}.model",
+            f"opt{name}.report report{name}.source",
+            f"positive.CONDITIONING sampler{name}.positive",
+            f"negative.CONDITIONING sampler{name}.negative",
+            f"latent.LATENT sampler{name}.latent_image",
+            f"sampler{name}.LATENT decode{name}.samples",
+            f"vae.VAE decode{name}.vae",
+        )
+        graph.group(name, f"opt{name}", f"report{name}", f"sampler{name}", f"decode{name}")
+    x = COLUMNS["sample"] + 740
+    graph.add("stitch", "ImageStitch", x, 0, (320, 150), "A | B", direction="right", spacing_width=8)
+    graph.add("video", "CreateVideo", x, 230, (320, 80), fps=15)
+    graph.add("save", "SaveVideo", x, 380, (420, 420), filename_prefix="video/longcat_a_b")
+    graph.link(
+        "decodeA.IMAGE stitch.image1",
+        "decodeB.IMAGE stitch.image2",
+        "stitch.IMAGE video.images",
+        "video.VIDEO save.video",
+    )
+    graph.group("Compare", "stitch", "video", "save")
+    return graph
+
+
+def graphs() -> Iterator[Graph]:
+    for make in (nano, text_to_video, distilled, image_to_video, continuation, side_by_side):
+        yield make()
+
+
+def build(page: Page, graph: Graph) -> dict[str, Any]:
+    """The workflow file of a graph."""
+    page.tab.evaluate(BUILD, {"nodes": graph.nodes, "links": graph.links, "groups": graph.groups})
+    page.settle(1000)
+    file = page.graph()
+    # Not the page's random ones, so that building again changes nothing.
+    file["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"longcat-video/{graph.name}"))
+    for i, group in enumerate(file["groups"]):
+        group["id"] = i + 1
+    file["extra"] = {"ds": {"scale": 0.7, "offset": [530, 190]}}
+    return file
+
+
+def picture(video: np.ndarray, label: str) -> Image.Image:
+    """A square for the template browser: one large frame of video [F, H, W, 3], three small ones, a label."""
+    side, strip = 512, 114
+    sheet = Image.new("RGB", (side, side), (24, 24, 28))
+    frames = [Image.fromarray(video[i]) for i in np.linspace(0, len(video) - 1, 4).astype(int)]
+    sheet.paste(frames[2].resize((side, 342), Image.Resampling.BICUBIC), (0, 0))
+    for i, frame in enumerate((frames[0], frames[1], frames[3])):
+        sheet.paste(frame.resize((side // 3 - 4, strip), Image.Resampling.BICUBIC), (2 + i * side // 3, 348))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((side / 2, 487), label, fill=(235, 235, 235), font=ImageFont.load_default(34), anchor="mm")
+    return sheet
+
+
+def pictures(folder: Path) -> None:
+    """Write the .jpg of every workflow: videos of the embedded model."""
+    pipeline = Pipeline.load()
+    for i, (graph, (prompt, label)) in enumerate(zip(graphs(), PICTURES, strict=True)):
+        video = pipeline.generate(GenerateRequest(prompt, seed=i + 1)).frames
+        picture(video, label).save(folder / f"{graph.name}.jpg", quality=88)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else WORKFLOWS
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as base_folder, Server(Installation.find(), Path(base_folder)) as server:
+        for graph in graphs():
+            # A page each: a page gives new nodes the values of earlier ones of the same number.
+            with open_page(server.url) as page:
+                text = json.dumps(build(page, graph), indent=1, ensure_ascii=False)
+            (folder / f"{graph.name}.json").write_text(text + "\n", encoding="utf-8")
+            print(graph.name)
+    pictures(folder)
+
+
+if __name__ == "__main__":
+    main()
