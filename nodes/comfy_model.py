@@ -48,11 +48,16 @@ CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
 MEMORY_FIT = 1.0
 
 
+def _replaced(layer: torch.nn.Module) -> bool:
+    """Whether someone's function stands in for the layer's own forward, as a bypass LoRA's does."""
+    return getattr(layer.forward, "__func__", None) is not type(layer).forward
+
+
 def _linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """A layer in fp32 wherever its weights are and whatever they are stored in, with LoRAs on them applied."""
     x = x.float()
-    if "forward" in vars(layer):
-        # Someone (a bypass LoRA) stands in for the layer; it casts, as `comfy_cast_weights` is set on it below.
+    if _replaced(layer):
+        # It ends in the layer's own forward, which takes fp32: `comfy_cast_weights` is set below.
         return layer(x)
     weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
     out = F.linear(x, weight, bias)
@@ -64,7 +69,7 @@ def _sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
     """A layer that ComfyUI neither streams, casts, quantises nor patches at use holds its whole weight, ready."""
     return (
         isinstance(layer, torch.nn.Linear)
-        and "forward" not in vars(layer)
+        and not _replaced(layer)
         and not layer.comfy_cast_weights
         and not layer.weight_function
         and not layer.bias_function
@@ -324,7 +329,9 @@ class LongCatConfig(comfy.supported_models_base.BASE):
     text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
 
     def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> LongCatVideo:
-        return LongCatVideo(self, device=device)
+        # ComfyUI runs nodes in inference mode, whose tensors no gradient may pass: training nodes need others.
+        with torch.inference_mode(False):
+            return LongCatVideo(self, device=device)
 
     def inpaint_model(self) -> bool:
         return False
