@@ -56,9 +56,10 @@ def _replaced(layer: torch.nn.Module) -> bool:
 def _linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """A layer in fp32 wherever its weights are and whatever they are stored in, with LoRAs on them applied."""
     x = x.float()
-    if _replaced(layer):
-        # It ends in the layer's own forward, which takes fp32: `comfy_cast_weights` is set below.
+    if isinstance(layer, torch.nn.Linear) or _replaced(layer):
+        # `comfy_cast_weights` is set on these layers below: they cast their weights to the input's dtype.
         return layer(x)
+    # ComfyUI's quantised layer, which would quantise the input as well.
     weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
     out = F.linear(x, weight, bias)
     comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
@@ -82,25 +83,25 @@ class ConditioningCache:
     """Keys and values of the clean frames of one generation, computed at its first step.
 
     A LongCat Guider puts one into transformer_options for the time it samples. Other clean frames (a context window
-    further on) are computed anew.
+    further on) are computed anew; several GPUs have one each.
     """
 
     def __init__(self) -> None:
-        self.latents: Tensor | None = None
-        self.cache: KVCache | None = None
+        self.caches: dict[torch.device, tuple[Tensor, KVCache]] = {}
 
-    def get(self, network: DiffusionModel, latents: Tensor, room: int, **options: Any) -> KVCache:
+    def get(self, network: DiffusionModel, latents: Tensor, room: int, kernels: Kernels | None) -> KVCache:
         """The cache of `latents` [B, C, n, H, W]. room: bytes that must stay free on the device besides the cache."""
         if bool((latents == latents[:1]).all()):
             latents = latents[:1]
-        if self.cache is None or self.latents.shape != latents.shape or not torch.equal(self.latents, latents):
-            self.cache = None
-            cache = network.new_kv_cache(*latents.shape[2:], batch=latents.shape[0], device="meta")
+        known = self.caches.pop(latents.device, None)
+        if known is None or known[0].shape != latents.shape or not torch.equal(known[0], latents):
+            del known
+            size = network.new_kv_cache(*latents.shape[2:], batch=latents.shape[0], device="meta").nbytes
             free = comfy.model_management.get_free_memory(latents.device)
-            home = latents.device if free > cache.nbytes + room else torch.device("cpu")
-            self.cache = network.fill_kv_cache(latents, home, **options)
-            self.latents = latents.clone()
-        return self.cache
+            home = latents.device if free > size + room else torch.device("cpu")
+            known = latents.clone(), network.fill_kv_cache(latents, home, kernels)
+        self.caches[latents.device] = known
+        return known[1]
 
 
 class DiffusionModel(LongCatTransformer):
@@ -184,7 +185,7 @@ class DiffusionModel(LongCatTransformer):
         cache, holder = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and holder is not None:
             room = int(activation_bytes(self.config, x.shape, x.element_size()) * MEMORY_FIT)
-            cache = holder.get(self, x[:, :, :num_cond], room, kernels=kernels)
+            cache = holder.get(self, x[:, :, :num_cond], room, kernels)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
         out = super().forward(
             x,

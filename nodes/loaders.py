@@ -43,13 +43,11 @@ def _model_names() -> list[str]:
 
 def _find(kind: str, name: str) -> Path:
     """The file or folder `name` inside one of ComfyUI's folders of a kind."""
-    for root in folder_paths.get_folder_paths(kind):
-        root = Path(root).resolve()
-        path = (root / name).resolve()
-        # A link inside the folder may well lead out of it; a name with .. or a drive may not.
-        inside = os.path.normpath(os.path.join(root, name)).startswith(str(root) + os.sep)
-        if inside and path.exists():
-            return path
+    for root in map(os.path.abspath, folder_paths.get_folder_paths(kind)):
+        path = os.path.abspath(os.path.join(root, name))
+        # A link in the folder may well lead out of it, so links are not resolved; a name may not lead out.
+        if path.startswith(os.path.join(root, "")) and os.path.exists(path):
+            return Path(path)
     raise CheckpointError(f"{name} is not in ComfyUI's {kind} folders; put it there, then press R to refresh the list")
 
 

@@ -25,8 +25,12 @@ def test_nodes_inside_comfyui(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
     environment |= {INSIDE: "1", "COMFYUI_PATH": str(checkout.path), "LONGCAT_PYTHON": sys.executable}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    if subprocess.run([checkout.python, "-c", "import pytest"], capture_output=True).returncode:
-        reason = f"{checkout.python} has no pytest; install it there, or set COMFYUI_PYTHON"
+    probe = subprocess.run([checkout.python, "-c", "import aiohttp, torchsde, pytest"], capture_output=True, text=True)
+    if probe.returncode:
+        lacking = probe.stderr.strip().splitlines()[-1]
+        reason = (
+            f"{checkout.python} cannot run ComfyUI and pytest ({lacking}); set COMFYUI_PYTHON or install what lacks"
+        )
         warnings.warn(f"the nodes are not tested in ComfyUI: {reason}", stacklevel=1)
         pytest.skip(reason)
     # -P: the checkout's own nodes.py, not the folder of that name here, is what ComfyUI means by `nodes`.

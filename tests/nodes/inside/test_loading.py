@@ -79,6 +79,33 @@ def test_official_int8(comfy, nano, model, sample, empty):
     assert 0 < (plain - out).abs().mean() < 0.3 * plain.std()
 
 
+def test_scaled_fp8(comfy, nano, sample, empty):
+    """Official names with a scale for each weight, as ComfyUI's own quantised files have: also in fp32 layers."""
+    tensors = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, value in nano.items():
+        module = key.removesuffix(".weight")
+        if key.endswith(".weight") and value.ndim == 2:
+            scale = value.float().abs().max() / 448
+            tensors[f"{module}.scale_weight"] = scale
+            value = (value.float() / scale).to(torch.float8_e4m3fn)
+        tensors[key] = value
+    name = comfy.save("diffusion_models", "scaled.safetensors", tensors)
+    loaded = comfy("LongCatModelLoader", model_name=name, weight_dtype="default")
+    network = loaded.model.diffusion_model
+    assert not isinstance(network.blocks[0].modulation, torch.nn.Linear), "a quantised layer of ComfyUI"
+    plain = sample(empty)
+    assert 0 < (plain - sample(empty, loaded)).abs().mean() < 0.3 * plain.std()
+
+
+def test_linked_files(comfy, tmp_path, sample, empty):
+    """A link that leads out of the model folder, as download caches make them."""
+    blob = tmp_path / "blob"
+    blob.write_bytes(comfy.core("generate.pipeline").NANO_MODEL.read_bytes())
+    (comfy.folder / "models" / "diffusion_models" / "linked.safetensors").symlink_to(blob)
+    loaded = comfy("LongCatModelLoader", model_name="linked.safetensors", weight_dtype="fp32")
+    assert torch.equal(sample(empty), sample(empty, loaded))
+
+
 def test_dtypes(comfy):
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         loaded = comfy("LongCatModelLoader", model_name=MODEL, weight_dtype=name)
@@ -220,6 +247,23 @@ def test_text_encoder_equals_the_headless_one(prompts, headless):
     assert ours.shape == theirs.shape
     assert torch.equal((ours != 0).any(-1), (theirs != 0).any(-1)), "the same tokens, the same padding"
     assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_xxl_goes_to_comfyuis_own_loader(comfy, monkeypatch):
+    from comfy import sd
+
+    block = "encoder.block.0.layer"
+    shapes = {
+        "shared.weight": (2, 4096),
+        f"{block}.0.SelfAttention.relative_attention_bias.weight": (32, 2),
+        f"{block}.0.SelfAttention.q.weight": (4, 4096),
+        f"{block}.1.DenseReluDense.wi_0.weight": (2, 4096),
+        "spiece_model": (3,),
+    }
+    name = comfy.save("text_encoders", "umt5_xxl.safetensors", {k: torch.zeros(v) for k, v in shapes.items()})
+    monkeypatch.setattr(sd, "load_clip", lambda paths, folders, kind, options: (paths, kind, options))
+    paths, kind, options = comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="cpu")
+    assert paths[0].endswith(name) and kind == sd.CLIPType.WAN and options["load_device"].type == "cpu"
 
 
 def test_text_encoder_on_the_cpu(comfy, clip):
