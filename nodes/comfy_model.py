@@ -299,6 +299,8 @@ class LongCatVideo(comfy.model_base.BaseModel):
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
         """Bytes of activations of one forward on latents of this shape; weights are ComfyUI's to count."""
+        if len(input_shape) != 5:
+            return 0.0  # no video: refused in a sentence as soon as sampling begins
         size = comfy.model_management.dtype_size(self.manual_cast_dtype or self.get_dtype())
         return activation_bytes(self.diffusion_model.config, input_shape, size) * MEMORY_FIT
 

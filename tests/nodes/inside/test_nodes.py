@@ -354,6 +354,7 @@ def test_models_of_another_kind_are_refused(comfy, prompts, empty, node):
     [
         (torch.rand(1, 4, 9, 8, 12), r"latent is \[1, 4, 9, 8, 12\] .* 16, T"),
         (torch.rand(1, 48, 9, 4, 6), r"latent is \[1, 48"),
+        (torch.rand(1, 64, 100), r"latent is \[1, 64, 100\]"),
         (torch.zeros(1, 16, 9, 8, 13), r"64x104 \(height x width\) pixels; give multiples of 16"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from . import cases
-from .conftest import MODEL
+from .conftest import MODEL, version
 
 SETTINGS = {"seed": 1, "steps": 4, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 
@@ -187,6 +187,11 @@ def test_context_windows_keep_given_frames_to_their_window(comfy, model, ksample
     out = ksample(image_latent, patched, steps=2)
     assert difference(image_latent["samples"][:, :, :1], out[:, :, :1]) <= 1e-4
     assert counts.count(1) == 2 and counts.count(0) >= 2, "the first window of each step has the image, others do not"
+    if version() >= (0, 33):
+        counts.clear()
+        kept = {"latent_retain_index_list": "0", "cond_retain_index_list": "0"}
+        ksample(image_latent, comfy("ContextWindowsManual", model=model, **WINDOWS, **kept), steps=2)
+        assert set(counts) == {1}, "with index 0 retained, every window has it"
 
 
 def test_skip_layer_guidance(comfy, model, ksample, sample, forwards, empty):
