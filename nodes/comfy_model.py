@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import OFFICIAL
-from ..longcat_core.checkpoints.load import CONFIG_KEY, _infer_config
+from ..longcat_core.checkpoints.load import CONFIG_KEY, infer_config
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
@@ -366,7 +366,7 @@ def detect(
     if not all(any(key.startswith(prefix + mark) for key in keys) for mark in OFFICIAL.signature):
         return None
     shapes = {key.removeprefix(prefix): tuple(state_dict[key].shape) for key in keys}
-    values = _infer_config(OFFICIAL, shapes, "the checkpoint").to_dict()
+    values = infer_config(OFFICIAL, shapes, "the checkpoint").to_dict()
     stored = json.loads((metadata or {}).get(CONFIG_KEY) or "{}")
     if isinstance(stored, dict) and "text_tokens_zero_pad" in stored:
         values["text_tokens_zero_pad"] = bool(stored["text_tokens_zero_pad"])

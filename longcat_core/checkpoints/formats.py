@@ -82,6 +82,7 @@ FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LongCat-Image or FLUX", ("single_blocks.0.", "double_blocks.0.")),
     ("LongCat-Video in ComfyUI names", ("patch_embedding.", "blocks.0.self_attn.q.", "blocks.0.ffn.w1.")),
     ("LongCat-Video in FastVideo names", ("patch_embed.", "blocks.0.self_attn.to_q.", "blocks.0.ffn.w1.")),
+    ("PixArt", ("x_embedder.", "blocks.0.cross_attn.kv_linear.", "blocks.0.mlp.")),
     ("Wan", ("patch_embedding.", "blocks.0.self_attn.q.", "blocks.0.ffn.0.")),
     ("Wan (diffusers names)", ("patch_embedding.", "blocks.0.attn1.to_q.", "blocks.0.ffn.net.")),
     ("LoRA", ("lora___lorahyphen___",)),
@@ -96,12 +97,14 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
     Raises CheckpointError that says what the file seems to be instead; `source` names it in the message.
     """
     keys = list(keys)
+    damaged: tuple[Format, str] | None = None
     for prefix in PREFIXES:
         for form in FORMATS:
-            found = sum(_any_starts(keys, prefix + mark) for mark in form.signature)
-            # One may be missing: then the file is damaged, and the loader names the tensor.
-            if found >= len(form.signature) - 1:
+            missing = sum(not _any_starts(keys, prefix + mark) for mark in form.signature)
+            if not missing:
                 return form, prefix
+            if missing == 1 and damaged is None:
+                damaged = form, prefix
     for prefix in PREFIXES:
         for name, marks in FOREIGN:
             if all(_any_starts(keys, prefix + mark) for mark in marks):
@@ -109,6 +112,8 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
                     f"{source} holds {name}, not a LongCat-Video transformer in official names; "
                     "give the dit folder of LongCat-Video or a single safetensors file with its names"
                 )
+    if damaged is not None:
+        return damaged  # the loader names the tensor that is missing
     sample = ", ".join(keys[:3]) or "no tensors"
     raise CheckpointError(
         f"{source} is no known LongCat-Video checkpoint (it holds {sample}); "

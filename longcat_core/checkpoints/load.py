@@ -91,7 +91,7 @@ def _config_beside(path: Path) -> ModelConfig | None:
     return None
 
 
-def _infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) -> ModelConfig:
+def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) -> ModelConfig:
     """Read every size off the tensors' shapes; what shapes cannot tell is as in the released model."""
     table = dict(form.modules(1))
 
@@ -141,7 +141,7 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     if config is None:
         config = _config_beside(path)
     if config is None:
-        config = _infer_config(form, shapes, str(path))
+        config = infer_config(form, shapes, str(path))
         stored = metadata.get(CONFIG_KEY)
         if stored:
             try:

@@ -287,6 +287,13 @@ def test_bad_config_files(folder):
 
 
 WAN = ("patch_embedding.weight", "blocks.0.self_attn.q.weight", "blocks.0.ffn.0.weight", "head.head.weight")
+PIXART = (
+    "x_embedder.proj.weight",
+    "t_embedder.mlp.0.weight",
+    "blocks.0.attn.qkv.weight",
+    "blocks.0.cross_attn.kv_linear.weight",
+    "blocks.0.mlp.fc1.weight",
+)
 FLUX = ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight")
 LONGCAT_IMAGE = (
     "x_embedder.weight",
@@ -302,6 +309,7 @@ UMT5 = ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight", "enco
     ("names", "said"),
     [
         (WAN, "holds Wan, not"),
+        (PIXART, "holds PixArt, not"),
         (("patch_embedding.weight", "blocks.0.attn1.to_q.weight", "blocks.0.ffn.net.0.proj.weight"), "holds Wan"),
         (FLUX, "FLUX"),
         (LONGCAT_IMAGE, "holds LongCat-Image"),
