@@ -28,6 +28,8 @@ from .server import PACK, Installation, Server
 
 WORKFLOWS = PACK / "workflows"
 FIXED = {"control_after_generate": "fixed"}
+# Tall enough for the preview that appears below the widgets.
+SAMPLER = (300, 500)
 COLUMNS = {"note": -430, "load": 0, "prompt": 350, "sample": 810, "save": 1150}
 NANO = {
     "model": "longcat_nano_bf16.safetensors",
@@ -152,7 +154,7 @@ def base(name: str, files: dict[str, str], prompt: str, note: str) -> Graph:
 
 def finish(graph: Graph, prefix: str, **sampler: Any) -> Graph:
     """Sampler, decoding and saving, for a graph with a node `latent`."""
-    graph.add("sampler", "LongCatSampler", "sample", 0, (300, 280), **sampler)
+    graph.add("sampler", "LongCatSampler", "sample", 0, SAMPLER, **sampler)
     graph.add("decode", "VAEDecode", "save", 0, (300, 50))
     graph.add("video", "CreateVideo", "save", 120, (300, 80), fps=15)
     graph.add("save", "SaveVideo", "save", 270, (380, 400), filename_prefix=prefix)
@@ -255,11 +257,11 @@ The test model runs on a CPU; put the real files into the loaders to try a GPU."
     text_latent(graph, 96, 64, 33)
     plain = {"fused_qkv": False, "fused_ffn": False, "text_mode": "padded", "explicit_fp32": False}
     for i, (name, switches) in enumerate((("A", {}), ("B", {**plain, "attention": "sdpa"}))):
-        y, x = 640 * i, COLUMNS["sample"]
+        y, x = 740 * i, COLUMNS["sample"]
         graph.add(f"opt{name}", "LongCatOptimizations", x, y, (320, 220), f"Optimizations {name}", **switches)
-        graph.add(f"report{name}", "PreviewAny", x, y + 290, (320, 250), f"In force in {name}")
-        graph.add(f"sampler{name}", "LongCatSampler", x + 360, y, (330, 280), f"Sampler {name}", seed=1, **FIXED)
-        graph.add(f"decode{name}", "VAEDecode", x + 360, y + 490, (330, 50), f"Decode {name}")
+        graph.add(f"report{name}", "PreviewAny", x, y + 290, (320, 330), f"In force in {name}")
+        graph.add(f"sampler{name}", "LongCatSampler", x + 360, y, SAMPLER, f"Sampler {name}", seed=1, **FIXED)
+        graph.add(f"decode{name}", "VAEDecode", x + 360, y + 570, (300, 50), f"Decode {name}")
         graph.link(
             f"model.MODEL opt{name}.model",
             f"opt{name}.MODEL sampler{name}.model",
@@ -271,7 +273,7 @@ The test model runs on a CPU; put the real files into the loaders to try a GPU."
             f"vae.VAE decode{name}.vae",
         )
         graph.group(name, f"opt{name}", f"report{name}", f"sampler{name}", f"decode{name}")
-    x = COLUMNS["sample"] + 740
+    x = COLUMNS["sample"] + 710
     graph.add("stitch", "ImageStitch", x, 0, (320, 150), "A | B", direction="right", spacing_width=8)
     graph.add("video", "CreateVideo", x, 230, (320, 80), fps=15)
     graph.add("save", "SaveVideo", x, 380, (420, 420), filename_prefix="video/longcat_a_b")

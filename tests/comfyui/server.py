@@ -95,7 +95,9 @@ class Server:
 
     @property
     def resident_bytes(self) -> int:
-        return psutil.Process(self.process.pid).memory_info().rss
+        """Memory of its own; mapped files, of which the system keeps as much as it likes, are left out if it tells."""
+        memory = psutil.Process(self.process.pid).memory_info()
+        return memory.rss - getattr(memory, "shared", 0)
 
     def command(self, *flags: str) -> list[str]:
         main = str(self.installation.path / "main.py")

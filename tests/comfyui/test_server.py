@@ -67,16 +67,17 @@ def test_interrupt_ends_the_prompt_and_the_next_one_works(client):
 
 
 def test_prompts_in_a_row_do_not_grow_memory(client, server):
-    def generate(seed: int) -> int:
-        assert client.run(text_to_video(caption(RED_CIRCLE), seed=seed, steps=4)).status == "success"
-        return server.resident_bytes
+    def least(seeds: range) -> int:
+        """What stays: right after a prompt, up to 150 MB more have been freed but not been given back yet."""
+        sizes = []
+        for seed in seeds:
+            assert client.run(text_to_video(caption(RED_CIRCLE), seed=seed, steps=2)).status == "success"
+            sizes.append(server.resident_bytes)
+        return min(sizes)
 
-    for seed in range(2):
-        generate(seed)
-    before = generate(2)
-    after = max(generate(seed) for seed in range(3, 6))
-    # A clip of 33 frames in fp32 takes 2.4 MB, the model 33 MB.
-    assert after - before < 24 * 2**20
+    before, _, after = least(range(6)), least(range(6, 14)), least(range(14, 20))
+    # Over the 9 to 19 prompts between, kept clips (33 frames in fp32: 2.4 MB) add 21 MB, kept models (33 MB) 300 MB.
+    assert after - before < 16 * 2**20
 
 
 def test_bad_input_is_told_at_the_node_and_the_next_prompt_works(client):
