@@ -54,8 +54,7 @@ def test_image_to_video_keeps_the_first_frame(pipeline):
     video = pipeline.generate(GenerateRequest(caption(scene), seed=5, given=image)).frames
     assert psnr(video[0], image[0]) >= 24
     result = score(video, scene).attributes
-    assert result["background"]
-    assert result["0.colour"]
+    assert result["background"] and result["0.colour"] and result["0.motion"]
 
 
 def test_continuation_goes_on_as_the_clip_began(pipeline):
@@ -70,7 +69,7 @@ def test_continuation_goes_on_as_the_clip_began(pipeline):
         assert psnr(video[13:17], clip[13:17]) >= 20
         right += score(video[13:], scene).attributes["0.motion"]
         total += 1
-    assert right >= 2, f"{right} of {total} motions continued"
+    assert right >= 3, f"{right} of {total} motions continued"
 
 
 def test_same_seed_same_video_and_another_seed_another(pipeline):
