@@ -114,9 +114,23 @@ class Optimizations:
         padding is dropped. `padded`: the same values the plain way, over every position. `packed`: padding is
         dropped always; on a `text_tokens_zero_pad` checkpoint (the released one) that changes the output.
     attention
-        Name of an attention backend or `auto`, the fastest exact one that this machine has.
+        Name of an attention backend or `auto`, the fastest exact one that this machine has. Lossy ones (`sage`) only
+        by name; the first output is then checked, and one of NaN or zeros is computed anew by `auto`.
     compile
-        `blocks`: torch.compile of the transformer block, shared by all blocks. Same mathematics, other rounding.
+        `blocks`: torch.compile of the transformer block, one graph for all blocks, steps and prompts. Same
+        mathematics, other rounding.
+    reuse_text
+        Each block's keys and values of the text are computed once for a result of `embed_text`; off: at every step.
+        Exact.
+    reuse_modulation
+        Time embedding and modulation once for every distinct timestep of a batch, which the halves of guidance and the
+        frames share; off: for every frame of every sample. Exact.
+    fused_step
+        Guidance and the Euler step in one compiled function, in fp32. Acts where `compile` is on; without it the same
+        function runs op by op. Same mathematics, other rounding.
+    fp8
+        8-bit GEMMs in layers whose weights were quantised to fp8; off: the same weights, multiplied out, in 16-bit
+        GEMMs. Without effect on other layers. Lossy, and checked as a lossy attention is.
     explicit_fp32
         Modulation, norms and gates by explicit casts; off: autocast regions as public implementations have
         them (on CPU, where autocast knows no fp32, both are the same).
@@ -129,6 +143,10 @@ class Optimizations:
     text_mode: TextMode = "exact"
     attention: str = "auto"
     compile: CompileMode = "off"
+    reuse_text: bool = True
+    reuse_modulation: bool = True
+    fused_step: bool = True
+    fp8: bool = True
     explicit_fp32: bool = True
     gradient_checkpointing: bool = False
 
