@@ -254,6 +254,7 @@ As it comes, A has the defaults and B everything off and plain padded text. Both
 same.
 The test model runs on a CPU; put the real files into the loaders to try a GPU."""
     graph = base(title, NANO, NANO_PROMPT, note)
+    graph.nodes[0] |= {"pos": [0, 650], "size": [770, 260]}
     text_latent(graph, 96, 64, 33)
     plain = {"fused_qkv": False, "fused_ffn": False, "text_mode": "padded", "explicit_fp32": False}
     for i, (name, switches) in enumerate((("A", {}), ("B", {**plain, "attention": "sdpa"}))):
@@ -301,7 +302,9 @@ def build(page: Page, graph: Graph) -> dict[str, Any]:
     file["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"longcat-video/{graph.name}"))
     for i, group in enumerate(file["groups"]):
         group["id"] = i + 1
-    file["extra"] = {"ds": {"scale": 0.7, "offset": [530, 190]}}
+    # The first node right of the page's side bar and below its menu; all of it on a screen 1600 pixels wide.
+    left = min(node["pos"][0] for node in graph.nodes)
+    file["extra"] = {"ds": {"scale": 0.7, "offset": [100 - left, 230]}}
     return file
 
 

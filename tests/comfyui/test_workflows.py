@@ -106,6 +106,20 @@ def test_no_node_lies_on_another(file):
         assert beside or above, f"{a} and {b}"
 
 
+@pytest.mark.parametrize("file", FOR_REAL_WEIGHTS, ids=lambda file: file.stem)
+def test_note_names_every_file_that_the_loaders_want(file):
+    nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    wanted = {
+        value.rsplit("/", 1)[-1]
+        for node in nodes
+        for value in node.get("widgets_values") or ()
+        if isinstance(value, str) and (value.endswith(".safetensors") or node["type"] == "LongCatModelLoader")
+    } - {"default"}
+    assert len(wanted) >= 3
+    assert not [name for name in wanted if name not in note]
+
+
 def warnings_of_missing_nodes(page) -> int:
     return page.tab.get_by_text("missing node", exact=False).count()
 
