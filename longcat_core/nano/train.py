@@ -1,4 +1,4 @@
-"""The recipe of LongCat-nano: VAE, then text encoder and transformer together, on the procedural world.
+"""The recipe of LongCat-nano: VAE, text encoder, then transformer, on the procedural world.
 
 `longcat train-nano` runs it; on one H100 the whole takes well under 25 minutes. Weights are written in bf16 to the
 folder that the command line and ComfyUI read.
@@ -23,6 +23,7 @@ from ..checkpoints.load import official_state
 from ..checkpoints.safetensors_io import read_tensors, write_safetensors
 from ..errors import LongCatError
 from ..generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, NANO_WEIGHTS
+from ..generate.text import TextEncoder, load_text_encoder
 from ..generate.vae import load_vae
 from ..model.attention import fold_padding
 from ..model.config import ModelConfig, Optimizations
@@ -30,6 +31,7 @@ from ..model.transformer import LongCatTransformer
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..training import WeightAverage, captured, drop_text, flow_matching_loss, initialise, sample_sigmas
 from .autoencoder import encode_whole, train_autoencoder, train_decoder
+from .reading import train_text_encoder
 from .world import caption, corpus, place, render, sample_scene
 
 MODEL_FILE, TEXT_FILE, VAE_FILE = (file.relative_to(NANO_WEIGHTS) for file in (NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE))
@@ -40,6 +42,7 @@ CONFIG = ModelConfig(
 TEXT_LENGTH = 512
 TOKENS = 32  # of a caption in training; the rest of TEXT_LENGTH is padding, which `exact` folds into one key
 PARAPHRASES = 4
+TWO_SHAPES = 0.65  # of the training clips; the world itself has 0.35, but these are the ones to learn from
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.999
@@ -85,12 +88,12 @@ class Lesson:
 
 # Nothing given, an image, the end of a clip of two to four latent frames (thirteen video frames).
 LESSONS = (
-    *(Lesson("wide", 9, cond, weight) for cond, weight in ((0, 12), (1, 4), (2, 1), (3, 0.5), (4, 4))),
-    *(Lesson("long", 13, cond, weight) for cond, weight in ((0, 1), (1, 0.3), (4, 1))),
-    *(Lesson("wide", 5, cond, weight) for cond, weight in ((0, 1), (1, 0.5), (2, 0.3))),
-    *(Lesson("long", 24, cond, weight) for cond, weight in ((0, 0.5), (1, 0.2), (4, 0.8))),
-    *(Lesson(name, 9, cond, weight) for name in ("square", "tall") for cond, weight in ((0, 0.5), (1, 0.2), (4, 0.2))),
-    *(Lesson("double", 9, cond, weight) for cond, weight in ((0, 0.4), (1, 0.1), (4, 0.1))),
+    *(Lesson("wide", 9, cond, weight) for cond, weight in ((0, 16), (1, 4), (2, 0.5), (3, 0.3), (4, 4))),
+    *(Lesson("long", 13, cond, weight) for cond, weight in ((0, 0.6), (1, 0.2), (4, 0.6))),
+    *(Lesson("wide", 5, cond, weight) for cond, weight in ((0, 0.5), (1, 0.3), (2, 0.2))),
+    *(Lesson("long", 24, cond, weight) for cond, weight in ((0, 0.4), (1, 0.2), (4, 0.4))),
+    *(Lesson(name, 9, cond, weight) for name in ("square", "tall") for cond, weight in ((0, 0.3), (1, 0.1), (4, 0.1))),
+    *(Lesson("double", 9, cond, weight) for cond, weight in ((0, 0.3), (1, 0.1), (4, 0.1))),
     *(Lesson("wide", 9, cond, weight, negative=True) for cond, weight in ((0, 1.2), (1, 0.3), (4, 0.4))),
     Lesson("long", 24, 4, 0.1, negative=True),
     Lesson("double", 9, 0, 0.1, negative=True),
@@ -99,24 +102,27 @@ LESSONS = (
 
 @dataclass
 class Clips:
-    """One bucket's training data: latents [N, 16, T, h, w] bf16, token ids and mask [N, PARAPHRASES, TOKENS]."""
+    """One bucket's training data: latents [N, 16, T, h, w] and text [N, PARAPHRASES, TOKENS, D], both bf16, and the
+    text's mask [N, PARAPHRASES, TOKENS]."""
 
     bucket: Bucket
     latents: Tensor
-    ids: Tensor
+    context: Tensor
     mask: Tensor
 
 
-def _tokenise(processor: Any, text: str, length: int) -> tuple[list[int], list[int]]:
-    ids = [*processor.encode(text)[: length - 1], 1]
-    return ids + [0] * (length - len(ids)), [1] * len(ids) + [0] * (length - len(ids))
+def _read(encoder: TextEncoder, texts: list[str], length: int = TOKENS) -> tuple[Tensor, Tensor]:
+    """Text [N, length, D] bf16 and its mask [N, length]."""
+    parts = [encoder.encode(texts[start : start + 4096], length) for start in range(0, len(texts), 4096)]
+    context, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return context.to(torch.bfloat16), mask
 
 
 @torch.no_grad()
-def encode_clips(vae: Any, bucket: Bucket, processor: Any, seed: int, device: torch.device) -> Clips:
+def encode_clips(vae: Any, bucket: Bucket, encoder: TextEncoder, seed: int, device: torch.device) -> Clips:
     """Render and encode a bucket's clips, with several captions each."""
     rng = random.Random(seed)
-    scenes = [sample_scene(rng) for _ in range(bucket.clips)]
+    scenes = [sample_scene(rng, TWO_SHAPES) for _ in range(bucket.clips)]
     placements = place(scenes, seed)
     chunk = max(8, 64 * 33 * 64 * 96 // (bucket.frames * bucket.height * bucket.width))
     mean, std = vae.mean.to(device), vae.std.to(device)
@@ -127,9 +133,8 @@ def encode_clips(vae: Any, bucket: Bucket, processor: Any, seed: int, device: to
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mu = encode_whole(vae.model, video * 2 - 1).float()
         latents.append(((mu - mean) / std).to(torch.bfloat16))
-    texts = [_tokenise(processor, caption(s, rng if k else None), TOKENS) for s in scenes for k in range(PARAPHRASES)]
-    ids, mask = (torch.tensor(rows, device=device).view(-1, PARAPHRASES, TOKENS) for rows in zip(*texts, strict=True))
-    return Clips(bucket, torch.cat(latents), ids, mask)
+    text = _read(encoder, [caption(s, rng if k else None) for s in scenes for k in range(PARAPHRASES)])
+    return Clips(bucket, torch.cat(latents), *(tensor.unflatten(0, (-1, PARAPHRASES)) for tensor in text))
 
 
 @torch.no_grad()
@@ -149,15 +154,15 @@ def prefer_text(model: LongCatTransformer) -> None:
 
 
 class Trainer:
-    """Text encoder and transformer with their optimizer; one captured CUDA graph per lesson, eager elsewhere.
+    """The transformer with its optimizer; one captured CUDA graph per lesson, eager elsewhere.
 
     The network is so small that launching its kernels one by one costs more than running them. For the same reason
     its blocks are compiled for the lessons that come often.
     """
 
-    def __init__(self, model: LongCatTransformer, encoder: Any, device: torch.device) -> None:
-        self.model, self.encoder, self.device = model, encoder, device
-        self.parameters = [*model.parameters(), *encoder.parameters()]
+    def __init__(self, model: LongCatTransformer, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.parameters = list(model.parameters())
         self.rate = torch.tensor(0.0, device=device)
         groups = [
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.02},
@@ -165,13 +170,13 @@ class Trainer:
         ]
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), capturable=cuda, fused=cuda)
-        self.averages = [WeightAverage(model, AVERAGE_DECAY), WeightAverage(encoder, AVERAGE_DECAY)]
-        self.averaged = [tensor for average in self.averages for tensor in average.average]
+        self.average = WeightAverage(model, AVERAGE_DECAY)
         self.pool = torch.cuda.graph_pool_handle() if cuda else None
         self.steps: dict[Lesson, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 
     def train(self, lesson: Lesson, rate: float, *inputs: Tensor) -> Tensor:
-        """One step on latents [B, C, T, h, w] fp32, sigmas [B], ids and mask [B or 1, L]; returns the loss."""
+        """One step on latents [B, C, T, h, w] fp32, sigmas [B], text [B or 1, L, D] and its mask [B or 1, L]; returns
+        the loss."""
         if lesson not in self.steps:
             self.steps[lesson] = self._prepare(lesson, [tensor.clone() for tensor in inputs])
         buffers, step = self.steps[lesson]
@@ -180,27 +185,22 @@ class Trainer:
         self.rate.fill_(rate)
         return step()
 
-    def _step(self, lesson: Lesson, latents: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def _step(self, lesson: Lesson, latents: Tensor, sigmas: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         # Without the weight cache, which a captured graph would read stale.
         cuda = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
-            # An additive mask, since transformers' own masking may read values back from the device.
-            bias = ((1 - mask) * -1e4).to(torch.bfloat16 if cuda else torch.float32)[:, None, None]
-            bias = bias.expand(-1, -1, ids.shape[1], -1)
-            context = self.encoder(input_ids=ids, attention_mask=bias).last_hidden_state
             text = fold_padding(context, mask != 0, self.model.embed_tokens, TEXT_LENGTH).expand(len(latents))
             loss = flow_matching_loss(self.model, latents, sigmas, text, num_cond_latents=lesson.cond)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        for average in self.averages:
-            average.update()
+        self.average.update()
         return loss.detach()
 
     def state(self, step: int) -> dict[str, Tensor]:
         """All that training needs to go on after `step` steps: weights, their averages and Adam's moments."""
         tensors = {"step": torch.tensor(step)}
-        for i, (parameter, average) in enumerate(zip(self.parameters, self.averaged, strict=True)):
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.average.average, strict=True)):
             moments = self.optimizer.state[parameter]
             tensors |= {f"{i}.weight": parameter, f"{i}.average": average}
             tensors |= {f"{i}.{key}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -209,7 +209,7 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> int:
         """Take up a saved state before the first step; returns the number of steps done."""
-        for i, (parameter, average) in enumerate(zip(self.parameters, self.averaged, strict=True)):
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.average.average, strict=True)):
             parameter.copy_(tensors[f"{i}.weight"])
             average.copy_(tensors[f"{i}.average"])
             moments = {key: tensors[f"{i}.{key}"].to(self.device) for key in ("exp_avg", "exp_avg_sq")}
@@ -244,44 +244,36 @@ def train_transformer(
     state: Path | None = None,
     stop_after: float = math.inf,
 ) -> dict[str, float]:
-    """Train text encoder and transformer together for `steps` steps on the VAE in `weights`; write both there.
+    """Train the transformer for `steps` steps on the VAE and the text encoder in `weights`; write it there.
 
-    The files are written every `save_every` steps and at the end: the averaged weights, rounded to bf16.
+    The file is written every `save_every` steps and at the end: the averaged weights, rounded to bf16.
     state names a file that training writes beside them and goes on from if it exists (with other random numbers than
     an uninterrupted run); stop_after ends this run after so many seconds of steps, for machines lent by the hour.
     clips_scale and batch_scale shrink data and batches for a rehearsal on small machines. Returns the last loss and
     the number of steps done.
     """
-    import sentencepiece
-
-    from .vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
-
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = load_vae(weights / VAE_FILE, device=device)
-    vocabulary = train_vocabulary([*corpus(20000, seed), *[DEFAULT_NEGATIVE_PROMPT] * 100])
-    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    encoder = load_text_encoder(weights / TEXT_FILE, device=device)
     started = time.monotonic()
     data = {}
     for i, (name, bucket) in enumerate(BUCKETS.items()):
         bucket = replace(
             bucket, clips=max(4, int(bucket.clips * clips_scale)), batch=max(2, int(bucket.batch * batch_scale))
         )
-        data[name] = encode_clips(vae, bucket, processor, seed + 1 + i, device)
+        data[name] = encode_clips(vae, bucket, encoder, seed + 1 + i, device)
     print(f"encoded {sum(len(c.latents) for c in data.values())} clips, {time.monotonic() - started:.0f} s", flush=True)
 
-    encoder = new_text_encoder(vocabulary, d_model=CONFIG.caption_channels).to(device).train()
     optimizations = Optimizations(attention="sdpa", gradient_checkpointing=gradient_checkpointing)
     model = LongCatTransformer(CONFIG, optimizations).to(device).train()
     initialise(model)
     prefer_text(model)
-    trainer = Trainer(model, encoder, device)
-    null_ids, null_mask = (torch.tensor([t], device=device) for t in _tokenise(processor, "", TOKENS))
-    width = len(processor.encode(DEFAULT_NEGATIVE_PROMPT)) + 1
-    negative = [torch.tensor([t], device=device) for t in _tokenise(processor, DEFAULT_NEGATIVE_PROMPT, width)]
+    trainer = Trainer(model, device)
+    nothing = _read(encoder, [""])
+    negative = _read(encoder, [DEFAULT_NEGATIVE_PROMPT], int(encoder.tokens([DEFAULT_NEGATIVE_PROMPT])[1].sum()))
 
-    for file in (MODEL_FILE, TEXT_FILE):
-        (weights / file).parent.mkdir(parents=True, exist_ok=True)
+    (weights / MODEL_FILE).parent.mkdir(parents=True, exist_ok=True)
     done = 0
     if state is not None and state.exists():
         done = trainer.load_state(read_tensors(state))
@@ -294,15 +286,16 @@ def train_transformer(
         clips = data[lesson.bucket]
         rows = torch.randint(len(clips.latents), (clips.bucket.batch,), device=device)
         if lesson.negative:
-            ids, mask = negative
+            context, mask = negative
         else:
             version = torch.randint(PARAPHRASES, rows.shape, device=device)
-            captions = clips.ids[rows, version], clips.mask[rows, version]
-            ids, mask = drop_text(*captions, null_ids, null_mask, EMPTY_TEXT)
+            captions = clips.context[rows, version], clips.mask[rows, version]
+            context, mask = drop_text(*captions, *nothing, EMPTY_TEXT)
         shifts = zip((len(rows) // 2, (len(rows) + 1) // 2), SIGMA_SHIFTS, strict=True)
         sigmas = torch.cat([sample_sigmas(n, shift, device=device) for n, shift in shifts])
         rate = LEARNING_RATE * min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = trainer.train(lesson, rate, clips.latents[rows, :, : lesson.latents].float(), sigmas, ids, mask)
+        latents = clips.latents[rows, :, : lesson.latents].float()
+        loss = trainer.train(lesson, rate, latents, sigmas, context.float(), mask)
         if step % 20 == 0 or smooth is None:
             smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if step % log_every == log_every - 1:
@@ -311,15 +304,33 @@ def train_transformer(
         if step % save_every == save_every - 1 or step == steps - 1 or late:
             if not math.isfinite(smooth):
                 raise LongCatError(f"training diverged before step {step + 1}; try another --seed")
-            with trainer.averages[0].applied(), trainer.averages[1].applied():
+            with trainer.average.applied():
                 tensors = {k: v.to(torch.bfloat16) for k, v in official_state(model, OFFICIAL).items()}
                 write_safetensors(weights / MODEL_FILE, tensors, {"format": "pt"})
-                save_text_encoder(weights / TEXT_FILE, encoder, vocabulary)
             if state is not None:
                 write_safetensors(state, trainer.state(step + 1))
         if late:
             break
     return {"loss": smooth, "steps": step + 1}
+
+
+def train_reader(weights: Path, *, steps: int, seed: int, device: torch.device) -> float:
+    """Train vocabulary and text encoder and write both into `weights`, as one file.
+
+    Returns the share of right answers, see `train_text_encoder`.
+    """
+    import sentencepiece
+
+    from .vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
+
+    vocabulary = train_vocabulary([*corpus(20000, seed), *[DEFAULT_NEGATIVE_PROMPT] * 100])
+    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    torch.manual_seed(seed)
+    encoder = new_text_encoder(vocabulary, d_model=CONFIG.caption_channels).to(device).train()
+    share = train_text_encoder(encoder, processor, tokens=TOKENS, steps=steps, seed=seed, device=device)
+    (weights / TEXT_FILE).parent.mkdir(parents=True, exist_ok=True)
+    save_text_encoder(weights / TEXT_FILE, encoder, vocabulary)
+    return share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -328,11 +339,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=NANO_WEIGHTS, help="folder for the weights (default: the pack's own)"
     )
     parser.add_argument(
-        "--stage", choices=("all", "vae", "decoder", "transformer"), default="all", help="what to train"
+        "--stage", choices=("all", "vae", "decoder", "text", "transformer"), default="all", help="what to train"
     )
     parser.add_argument("--vae-steps", type=int, default=31919, help="training steps of the VAE")
     parser.add_argument("--decoder-steps", type=int, default=20260, help="more steps for the VAE's decoder alone")
-    parser.add_argument("--steps", type=int, default=104593, help="training steps of text encoder and transformer")
+    parser.add_argument("--text-steps", type=int, default=600, help="training steps of the text encoder")
+    parser.add_argument("--steps", type=int, default=54759, help="training steps of the transformer")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights")
     parser.add_argument("--device", default="cuda", help="device to train on; a GPU is needed for the full recipe")
     parser.add_argument("--clips-scale", type=float, default=1.0, help="share of the training clips to render")
@@ -347,8 +359,8 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LongCatError("training wants a CUDA device and there is none; use --device cpu for a slow rehearsal")
-    counts = {"--vae-steps": args.vae_steps, "--decoder-steps": args.decoder_steps, "--steps": args.steps}
-    for name, count in counts.items():
+    for name in ("--vae-steps", "--decoder-steps", "--text-steps", "--steps"):
+        count = getattr(args, name.removeprefix("--").replace("-", "_"))
         if count < 1:
             raise LongCatError(f"{name} {count} must be at least 1")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -357,6 +369,8 @@ def run(args: argparse.Namespace) -> int:
         train_autoencoder(args.output / VAE_FILE, steps=args.vae_steps, seed=args.seed, device=device)
     if args.stage in ("all", "decoder"):
         train_decoder(args.output / VAE_FILE, steps=args.decoder_steps, seed=args.seed + 1, device=device)
+    if args.stage in ("all", "text"):
+        train_reader(args.output, steps=args.text_steps, seed=args.seed, device=device)
     if args.stage in ("all", "transformer"):
         train_transformer(
             args.output,

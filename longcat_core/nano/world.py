@@ -219,6 +219,16 @@ def parse_caption(text: str) -> Scene:
     )
 
 
+def actor_spans(text: str) -> list[tuple[int, int]]:
+    """Where in a caption each actor's words stand, from colour to motion: (start, end) in characters.
+
+    Raises LongCatError for a text that `parse_caption` does not know.
+    """
+    parse_caption(text)
+    match = _CAPTION.match(text.lower())
+    return [(match.start(i), match.end(i + 2)) for i in (2, 5) if match.group(i)]
+
+
 # --- placing and drawing ------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,4 @@
-"""The committed weights of LongCat-nano: size, form, and what they have learnt so far.
-
-The thresholds are floors below what was measured (README: "What nano can do"), far above chance.
-"""
+"""The committed weights of LongCat-nano: size, form, and what they have learnt."""
 
 from __future__ import annotations
 
@@ -40,12 +37,14 @@ def test_assets_are_small_bf16_and_whole(pipeline):
     assert open_checkpoint(NANO_MODEL).config == CONFIG == pipeline.model.config
 
 
-def test_follows_prompts_far_above_chance(pipeline):
-    result = measure(pipeline, 16)
-    for kind, floor in {"background": 0.85, "colour": 0.55, "shape": 0.45, "motion": 0.6}.items():
-        assert result.right[kind] / result.total[kind] >= floor, kind
-    assert result.fraction >= 0.65
-    assert result.control <= 0.3
+def test_follows_64_fresh_prompts_and_shuffled_ones_are_at_chance(pipeline):
+    result = measure(pipeline, 64)
+    assert result.total.total() == 325
+    for kind in ("background", "colour", "shape", "motion"):
+        assert result.right[kind] / result.total[kind] >= 0.9, kind
+    # A caption of another video names the right colour one time in eight, a motion one time in seven, a shape or a
+    # background one time in four to eight.
+    assert result.control <= 0.25
 
 
 def test_image_to_video_keeps_the_first_frame(pipeline):
@@ -69,7 +68,7 @@ def test_continuation_goes_on_as_the_clip_began(pipeline):
         assert psnr(video[13:17], clip[13:17]) >= 20
         right += score(video[13:], scene).attributes["0.motion"]
         total += 1
-    assert right >= 3, f"{right} of {total} motions continued"
+    assert right == total, f"{right} of {total} motions continued"
 
 
 def test_same_seed_same_video_and_another_seed_another(pipeline):
