@@ -26,13 +26,20 @@ TOOLTIPS = {
     "compile": "blocks: torch.compile of the transformer block. The first step takes a minute, later ones are faster.",
     "explicit_fp32": "Norms and gates in fp32 by explicit casts; off: by autocast, as public implementations have it.",
     "gradient_checkpointing": "For training: recompute activations in the backward pass. No effect on sampling.",
+    "reuse_text": "Keys and values of the text once for a prompt instead of at every step, under LongCat Sampler and "
+    "LongCat Guider. Same result.",
+    "reuse_modulation": "Timesteps are worked up once for all frames and both halves of guidance. Same result.",
+    "fused_step": "Guidance compiled into one function, where compile is on, under LongCat Sampler and LongCat Guider.",
+    "fp8": "8-bit matrix products in layers that were quantised to fp8; off: the same weights in 16-bit products.",
 }
+# Later than the first workflows that were saved with this node, which lack them.
+ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8")
 
 
 def _input(name: str, kind: Any, default: Any) -> io.Input:
     tooltip = TOOLTIPS[name]
     if kind is bool:
-        return io.Boolean.Input(name, default=default, tooltip=tooltip)
+        return io.Boolean.Input(name, default=default, tooltip=tooltip, optional=name in ADDED)
     options = backends.listed() if name == "attention" else get_args(kind)
     return io.Combo.Input(name, options=list(options), default=default, tooltip=tooltip)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LongCatError
 from .backends import AttendVarlen, Kernels, Varlen
-from .config import Optimizations, TextMode
+from .config import TextMode
 from .rope import apply_rope
 
 
@@ -28,6 +28,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        del x32
         return normed.to(x.dtype) * self.weight.to(device=x.device, dtype=x.dtype)
 
 
@@ -59,23 +60,70 @@ class TextTokens:
         -inf on filler), or None where every row is attended as it is.
     lengths: real tokens of each sample, which stand first, or None where they do not or nobody counted.
     pad_counts: [B] padding tokens that the last row stands for, or None: no row does.
+    length: positions that the text has with all that padding, or None.
+    kept: what `LongCatTransformer` keeps here for the next step: keys and values of every block, and of which weights.
     """
 
     tokens: Tensor
     bias: Tensor | None = None
     lengths: list[int] | None = None
     pad_counts: Tensor | None = None
+    length: int | None = None
+    kept: tuple[Any, list[tuple[Tensor, Tensor]]] | None = field(default=None, compare=False, repr=False)
 
     def expand(self, batch: int) -> TextTokens:
         """One text for a batch of videos; a text per video stays as it is."""
         if self.tokens.shape[0] == batch:
             return self
-        return TextTokens(
-            self.tokens.expand(batch, -1, -1),
-            None if self.bias is None else self.bias.expand(batch, -1, -1, -1),
-            None if self.lengths is None else self.lengths * batch,
-            None if self.pad_counts is None else self.pad_counts.expand(batch),
+        return replace(
+            self,
+            tokens=self.tokens.expand(batch, -1, -1),
+            bias=None if self.bias is None else self.bias.expand(batch, -1, -1, -1),
+            lengths=None if self.lengths is None else self.lengths * batch,
+            pad_counts=None if self.pad_counts is None else self.pad_counts.expand(batch),
+            kept=None,
         )
+
+    def packing(self) -> Packing:
+        """Where the real tokens of each sample lie, for a kernel that takes sequences of different lengths."""
+        width, device = self.tokens.shape[1], self.tokens.device
+        rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(self.lengths)])
+        ends = torch.tensor([0, *self.lengths]).cumsum(0).to(device, torch.int32)
+        log_counts = None if self.pad_counts is None else self.pad_counts.float().log()
+        return Packing(rows.to(device), ends, log_counts)
+
+
+class Packing(NamedTuple):
+    """Real tokens of a batch of texts in one row after the other.
+
+    rows: [sum of lengths] int64, their places in the texts laid end to end; ends: [B+1] int32 running totals of the
+    lengths; log_counts: [B] fp32, ln of how many padding tokens the last row of each text stands for, or None.
+    """
+
+    rows: Tensor
+    ends: Tensor
+    log_counts: Tensor | None
+
+
+class BlockText(NamedTuple):
+    """What one block attends to; tensors only, since numbers would tie a compiled block to one prompt's length.
+
+    tokens [B, M, C], or the block's own keys [B, M, heads, head_dim] with values alike; bias and packing as above.
+    """
+
+    tokens: Tensor | None
+    keys: tuple[Tensor, Tensor] | None
+    bias: Tensor | None = None
+    packing: Packing | None = None
+
+
+def unfold_padding(rows: Tensor, length: int) -> Tensor:
+    """Rows [B, M, ...] whose last one stands for all padding, written out to `length` positions.
+
+    Real tokens are fewer than M, whatever stands between them and the last row is padding as well.
+    """
+    last = rows[:, -1:]
+    return torch.cat((rows[:, :-1], last.expand(-1, length - rows.shape[1] + 1, *last.shape[2:])), dim=1)
 
 
 def real_tokens(context: Tensor) -> Tensor:
@@ -146,7 +194,7 @@ def fold_padding(context: Tensor, real: Tensor, embed: Callable[[Tensor], Tensor
         # log(0) = -inf: a sample without padding has no padding key.
         bias = torch.cat((bias, pad_counts[:, None].float().log()), dim=1)
         y = F.pad(y, (0, 0, 0, 1))
-    return TextTokens(y, bias[:, None, None], pad_counts=pad_counts)
+    return TextTokens(y, bias[:, None, None], pad_counts=pad_counts, length=length)
 
 
 class SelfAttention(nn.Module):
@@ -171,22 +219,24 @@ class SelfAttention(nn.Module):
         rope: tuple[Tensor, Tensor],
         num_cond_tokens: int,
         cached: tuple[Tensor, Tensor] | None,
-        optimizations: Optimizations,
+        fused: bool,
         kernels: Kernels,
         keep: Any = None,
     ) -> Tensor:
         """x [B, N, C] -> [B, N, C].
 
         rope: tables for these N tokens. num_cond_tokens: how many of x's first tokens are conditioning tokens.
-        cached: rotated keys and the values of conditioning tokens that stand in front of x, or None.
+        cached: rotated keys and the values of conditioning tokens that stand in front of x, or None. fused: one GEMM.
         keep: called with k (before RoPE) and v, each [B, N, heads, head_dim], to fill a cache.
         """
-        fused = optimizations.fused_qkv or not self.sliceable(self.qkv, x)
+        fused = fused or not self.sliceable(self.qkv, x)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.qkv, x, 3, fused))
-        q, k = self.q_norm(q), self.k_norm(k)
+        del x
+        q = apply_rope(self.q_norm(q), *rope)
+        k = self.k_norm(k)
         if keep is not None:
             keep(k, v)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        k = apply_rope(k, *rope)
         attend = kernels.attend
         if cached is not None:
             out = attend(q, torch.cat((cached[0], k), dim=1), torch.cat((cached[1], v), dim=1))
@@ -195,6 +245,7 @@ class SelfAttention(nn.Module):
             out = torch.cat((attend(q[:, :n], k[:, :n], v[:, :n]), attend(q[:, n:], k, v)), dim=1)
         else:
             out = attend(q, k, v)
+        del q, k, v
         return self.proj(out.flatten(-2))
 
 
@@ -215,18 +266,22 @@ class CrossAttention(nn.Module):
         self.proj = operations.Linear(dim, dim, **kwargs)
         self.sliceable = getattr(operations, "sliceable", sliceable)
 
-    def forward(self, x: Tensor, text: TextTokens, optimizations: Optimizations, kernels: Kernels) -> Tensor:
-        """x [B, N, C] attends to text; returns [B, N, C]."""
+    def keys_values(self, tokens: Tensor, fused: bool = True) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, M, heads, head_dim] of text tokens [B, M, C]; they depend on the text alone."""
+        fused = fused or not self.sliceable(self.kv, tokens)
+        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.kv, tokens, 2, fused))
+        return self.k_norm(k), v
+
+    def forward(self, x: Tensor, text: BlockText, fused: bool, kernels: Kernels) -> Tensor:
+        """x [B, N, C] attends to text; returns [B, N, C]. fused: one GEMM for k and v."""
         q = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
-        fused = optimizations.fused_qkv or not self.sliceable(self.kv, text.tokens)
-        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.kv, text.tokens, 2, fused))
-        k = self.k_norm(k)
-        if text.bias is None:
-            out = kernels.attend(q, k, v)
-        elif kernels.varlen is not None and text.lengths is not None and min(text.lengths) > 0:
-            out = _attend_packed(kernels.varlen, q, k, v, text)
-        else:
+        k, v = self.keys_values(text.tokens, fused) if text.keys is None else text.keys
+        if text.packing is not None:
+            out = attend_packed(kernels.varlen, q, k, v, text.packing)
+        elif text.bias is not None:
             out = _attend_biased(q, k, v, text.bias)
+        else:
+            out = (kernels.text or kernels.attend)(q, k, v)
         return self.proj(out.flatten(-2))
 
 
@@ -235,25 +290,23 @@ def _attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2)
 
 
-def _attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, text: TextTokens) -> Tensor:
+def attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Attend to the real tokens alone, then add the padding key from the log-sum-exp.
 
     With weights w = exp(logit): (sum w_i v_i + n w_p v_p) / (sum w_i + n w_p) is a blend of the attended output and
     v_p by sigmoid(ln n + logit_p - lse).
     """
     batch, tokens, heads, dim = q.shape
-    lengths = text.lengths
-    cu_k = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
-    cu_q = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device, dtype=torch.int32)
-    packed_k = torch.cat([k[b, :n] for b, n in enumerate(lengths)])
-    packed_v = torch.cat([v[b, :n] for b, n in enumerate(lengths)])
-    sizes = Varlen(cu_q, cu_k, tokens, max(lengths))
-    out, lse = varlen(q.flatten(0, 1), packed_k, packed_v, sizes)
+    ends = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device, dtype=torch.int32)
+    # The longest text has every row but the padding's.
+    longest = k.shape[1] - (packing.log_counts is not None)
+    real = (x.flatten(0, 1)[packing.rows] for x in (k, v))
+    out, lse = varlen(q.flatten(0, 1), *real, Varlen(ends, packing.ends, tokens, longest))
     out = out.view(batch, tokens, heads, dim)
-    if text.pad_counts is None:
+    if packing.log_counts is None:
         return out
     k_pad, v_pad = k[:, -1:], v[:, -1:]
     logit = (q.float() * k_pad.float()).sum(-1) * dim**-0.5
     lse = lse.view(heads, batch, tokens).permute(1, 2, 0)
-    weight = torch.sigmoid(text.pad_counts.float().log()[:, None, None] + logit - lse)[..., None]
+    weight = torch.sigmoid(packing.log_counts[:, None, None] + logit - lse)[..., None]
     return torch.lerp(out.float(), v_pad.float().expand_as(out), weight).to(q.dtype)

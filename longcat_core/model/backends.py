@@ -2,14 +2,20 @@
 
 A kernel takes q [B, Nq, H, D], k and v [B, Nk, H, D] and returns [B, Nq, H, D]: no mask, no causality, softmax scale
 D^-0.5. Optional packages are looked for when a backend is first asked for, never when this module is imported.
+
+Inside a compiled graph kernels are operators of their own, which the compiler calls and does not look into: neither the
+packages' launch code nor PyTorch's choice of a kernel can then break the graph.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -123,15 +129,96 @@ def _needs_cuda(capability: tuple[int, int]) -> str:
     return ""
 
 
-def _sdpa(kernel: SDPBackend | None) -> Attend:
+# ComfyUI loads the pack under a name of its own, and another copy of it may be there.
+_NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
+
+
+def _attend_op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    return _RAW[backend](q, k, v).contiguous()
+
+
+def _varlen_op(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    out, lse = _RAW_VARLEN[backend](q, k, v, Varlen(ends_q, ends_k, longest_q, longest_k))
+    return out.contiguous(), lse.contiguous()
+
+
+_attend_op = torch.library.custom_op(
+    f"{_NAMESPACE}::attend", _attend_op, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, str backend) -> Tensor"
+)
+_attend_op.register_fake(lambda q, k, v, backend: q.new_empty(q.shape))
+_varlen_op = torch.library.custom_op(
+    f"{_NAMESPACE}::attend_varlen",
+    _varlen_op,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, SymInt longest_q, SymInt longest_k, "
+    "str backend) -> (Tensor, Tensor)",
+)
+_varlen_op.register_fake(
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
+)
+
+_RAW: dict[str, Attend] = {}
+_RAW_VARLEN: dict[str, AttendVarlen] = {}
+_foreign = threading.local()
+
+
+def _within_graph(*tensors: Tensor) -> bool:
+    # The operators have no backward pass. Where gradients flow, the compiler must look into the kernel.
+    if not torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def opaque(name: str, kernel: Attend) -> Attend:
+    """`kernel` as it is, and in compiled graphs as an operator; `name` must be the kernel's alone."""
+    _RAW[name] = kernel
+
+    @wraps(kernel)
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if kernel is None:
-            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        with sdpa_kernel(kernel):
-            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return _attend_op(q, k, v, name) if _within_graph(q, k, v) else kernel(q, k, v)
 
     return attend
+
+
+def opaque_varlen(name: str, kernel: AttendVarlen) -> AttendVarlen:
+    """The same for a kernel over packed sequences."""
+    _RAW_VARLEN[name] = kernel
+
+    @wraps(kernel)
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
+        return _varlen_op(q, k, v, *lengths, name) if _within_graph(q, k, v) else kernel(q, k, v, lengths)
+
+    return attend
+
+
+# Stands in a compiled graph for a kernel that is no backend of ours and may be another object at every step.
+attend_foreign = opaque("foreign", lambda q, k, v: _foreign.attend(q, k, v))
+
+
+@contextmanager
+def foreign_kernel(attend: Attend) -> Iterator[None]:
+    """`attend_foreign` is `attend` inside the `with` block, in this thread."""
+    before = getattr(_foreign, "attend", None)
+    _foreign.attend = attend
+    try:
+        yield
+    finally:
+        _foreign.attend = before
+
+
+def _sdpa(kernel: SDPBackend) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return _any_sdpa(q, k, v)
+
+    return attend
+
+
+def _any_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
@@ -171,13 +258,15 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _load("xformers.ops")[0].memory_efficient_attention(q, k, v)
 
 
+_TORCH_VARLEN = opaque_varlen("torch", _torch_varlen)
+
 # Fastest first: `auto` takes the first exact one that is there and accepts the inputs.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "flash4",
         "FlashAttention-4 (flash-attn-4, CuTe DSL; Hopper and Blackwell)",
         _Needs("flash_attn.cute", "flash_attn_func", (9, 0)),
-        _flash4,
+        opaque("flash4", _flash4),
         max_head_dim=128,
         needs_no_grad=True,
     ),
@@ -185,42 +274,42 @@ BACKENDS: tuple[Backend, ...] = (
         "flash3",
         "FlashAttention-3 (flash_attn_interface; Hopper)",
         _Needs("flash_attn_interface", "flash_attn_func", (9, 0)),
-        _flash3,
+        opaque("flash3", _flash3),
     ),
     Backend(
         "cudnn",
         "cuDNN through torch SDPA",
         lambda: _needs_cuda((8, 0)),
-        _sdpa(SDPBackend.CUDNN_ATTENTION),
-        varlen=_torch_varlen,
+        opaque("cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+        varlen=_TORCH_VARLEN,
         max_head_dim=128,
     ),
     Backend(
         "flash2",
         "FlashAttention-2 (flash-attn)",
         _Needs("flash_attn", "flash_attn_func"),
-        _flash2,
-        varlen=_flash2_varlen,
+        opaque("flash2", _flash2),
+        varlen=opaque_varlen("flash2", _flash2_varlen),
     ),
     Backend(
         "sdpa-flash",
         "FlashAttention-2 through torch SDPA",
         lambda: _needs_cuda((8, 0)),
-        _sdpa(SDPBackend.FLASH_ATTENTION),
-        varlen=_torch_varlen,
+        opaque("sdpa-flash", _sdpa(SDPBackend.FLASH_ATTENTION)),
+        varlen=_TORCH_VARLEN,
     ),
     Backend(
         "xformers",
         "xformers memory-efficient attention",
         _Needs("xformers.ops", "memory_efficient_attention", (7, 0)),
-        _xformers,
+        opaque("xformers", _xformers),
         dtypes=(*HALF, torch.float32),
     ),
     Backend(
         "sdpa",
         "torch SDPA, its own choice of kernel",
         lambda: "",
-        _sdpa(None),
+        _any_sdpa,
         cuda_only=False,
         dtypes=None,
         max_head_dim=1 << 16,
@@ -229,7 +318,7 @@ BACKENDS: tuple[Backend, ...] = (
         "sdpa-math",
         "torch SDPA by plain matrix products (slow; for comparison)",
         lambda: "",
-        _sdpa(SDPBackend.MATH),
+        opaque("sdpa-math", _sdpa(SDPBackend.MATH)),
         cuda_only=False,
         dtypes=None,
         max_head_dim=1 << 16,
@@ -238,7 +327,7 @@ BACKENDS: tuple[Backend, ...] = (
         "sage",
         "SageAttention (8-bit, lossy; only by name)",
         _Needs("sageattention", "sageattn"),
-        _sage,
+        opaque("sage", _sage),
         exact=False,
         max_head_dim=128,
         needs_no_grad=True,
@@ -246,6 +335,19 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+_ATTEND = {backend.attend for backend in BACKENDS} | {attend_foreign}
+
+
+def is_known(attend: Attend) -> bool:
+    """Whether this is the kernel of a backend, and so can stand in a compiled graph."""
+    return attend in _ATTEND
+
+
+def is_exact(name: str) -> bool:
+    """Whether the backend `name` or `auto` computes what the definition says, up to rounding."""
+    return name not in _BY_NAME or _BY_NAME[name].exact
 
 
 def names() -> tuple[str, ...]:
@@ -286,11 +388,13 @@ def check(name: str) -> None:
 class Kernels(NamedTuple):
     """The kernels of one forward pass: chosen outside the blocks, so that compiled blocks hold no look-ups.
 
-    varlen None: text of varying length is attended through SDPA with a bias.
+    attend: self-attention. varlen: text of different lengths in one batch; None: through SDPA with a bias. text: text
+    with all its padding written out, which is `exact` without a bias; None: padding stays folded, under a bias.
     """
 
     attend: Attend
     varlen: AttendVarlen | None
+    text: Attend | None = None
 
 
 def resolve(name: str, inputs: Inputs) -> Backend:
@@ -310,16 +414,27 @@ def resolve(name: str, inputs: Inputs) -> Backend:
 
 
 def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
-    """Kernels for self-attention and for text of varying length.
+    """Kernels for self-attention, for text of varying length and for text with its padding written out.
 
-    A varlen kernel must also return the log-sum-exp, which has no gradient: training gets None.
+    A varlen kernel must also return the log-sum-exp, which has no gradient: training gets None. So does `text` there,
+    and in fp32, where a bias costs little and is exact; in half precision the ln(count) of folded padding is rounded
+    by up to 1.6 %, and kernels that take a bias are slow.
     """
-    attend = resolve(name, inputs).attend
+    backend = resolve(name, inputs)
     if inputs.grad:
-        return Kernels(attend, None)
-    for backend in BACKENDS if name == "auto" else (_BY_NAME[name],):
-        if backend.varlen and backend.exact and not backend.missing() and not backend.refuses(inputs):
-            if backend.varlen is _torch_varlen and _load("torch.nn.attention.varlen")[0] is None:
+        return Kernels(backend.attend, None)
+    varlen = None
+    for other in BACKENDS if name == "auto" else (_BY_NAME[name],):
+        if other.varlen and other.exact and not other.missing() and not other.refuses(inputs):
+            if other.varlen is _TORCH_VARLEN and _load("torch.nn.attention.varlen")[0] is None:
                 continue
-            return Kernels(attend, backend.varlen)
-    return Kernels(attend, None)
+            varlen = other.varlen
+            break
+    text = None
+    if inputs.dtype in HALF:
+        # Over so few keys cuDNN is the fastest where it was measured.
+        cudnn = _BY_NAME["cudnn"]
+        usable = not cudnn.missing() and not cudnn.refuses(inputs)
+        exact = backend if backend.exact else resolve("auto", inputs)
+        text = (cudnn if name == "auto" and usable else exact).attend
+    return Kernels(backend.attend, varlen, text)

@@ -119,6 +119,11 @@ class Optimizations:
     compile
         `blocks`: torch.compile of the transformer block, one graph for all blocks, steps and prompts. Same
         mathematics, other rounding.
+    explicit_fp32
+        Modulation, norms and gates by explicit casts; off: autocast regions as public implementations have
+        them (on CPU, where autocast knows no fp32, both are the same).
+    gradient_checkpointing
+        Recompute each block in the backward pass instead of keeping its activations. Exact.
     reuse_text
         Each block's keys and values of the text are computed once for a result of `embed_text`; off: at every step.
         Exact.
@@ -131,11 +136,6 @@ class Optimizations:
     fp8
         8-bit GEMMs in layers whose weights were quantised to fp8; off: the same weights, multiplied out, in 16-bit
         GEMMs. Without effect on other layers. Lossy, and checked as a lossy attention is.
-    explicit_fp32
-        Modulation, norms and gates by explicit casts; off: autocast regions as public implementations have
-        them (on CPU, where autocast knows no fp32, both are the same).
-    gradient_checkpointing
-        Recompute each block in the backward pass instead of keeping its activations. Exact.
     """
 
     fused_qkv: bool = True
@@ -143,12 +143,12 @@ class Optimizations:
     text_mode: TextMode = "exact"
     attention: str = "auto"
     compile: CompileMode = "off"
+    explicit_fp32: bool = True
+    gradient_checkpointing: bool = False
     reuse_text: bool = True
     reuse_modulation: bool = True
     fused_step: bool = True
     fp8: bool = True
-    explicit_fp32: bool = True
-    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):

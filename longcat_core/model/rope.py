@@ -39,8 +39,31 @@ def rope_table(
     return table.cos().to(device), table.sin().to(device)
 
 
+# fp32 copies of less than this are not worth avoiding.
+_WHOLE_BYTES = 1 << 28
+_PARTS = 4
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, N, heads, head_dim] by tables [N, head_dim/2]; in fp32, back in x's dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    """Rotate x [B, N, heads, head_dim] by tables [N, head_dim/2]; in fp32, back in x's dtype.
+
+    Each output is a sum of two products, x * cos and the pair's other half * (+-sin), so that a compiler makes one loop
+    of it over x as it lies; stacking two halves would be a copy. Outside of graphs and without gradients a large x is
+    rotated part by part, as the copies in fp32 would be the largest tensors of a forward pass.
+    """
+    sign = torch.arange(-1, 2, 2, device=x.device)
+    cos, sin = cos[:, None, :, None], sin[:, None, :, None] * sign
+    grad = torch.is_grad_enabled() and x.requires_grad
+    if torch.compiler.is_compiling() or grad or 4 * x.numel() <= _WHOLE_BYTES:
+        return _rotated(x, cos, sin).to(x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for into, *given in zip(
+        *(tensor.chunk(_PARTS, dim) for tensor, dim in ((out, 1), (x, 1), (cos, 0), (sin, 0))), strict=True
+    ):
+        into.copy_(_rotated(*given))
+    return out
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = x.float().unflatten(-1, (-1, 2))
+    return (pairs * cos + pairs.flip(-1) * sin).flatten(-2)

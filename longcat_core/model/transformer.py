@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,30 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import LongCatError
+from ..optimize.compilation import Regional
 from . import backends
-from .attention import CrossAttention, SelfAttention, TextTokens, arrange_text, project, sliceable
+from .attention import BlockText, TextTokens, arrange_text, unfold_padding
+from .block import Block, FinalLayer, How, ffn_pieces, fp32_region, linear_fp32, run_block
 from .config import ModelConfig, Optimizations
 from .kv_cache import KVCache
 from .rope import rope_table
 
 # Called as around_block(i, run, tokens) with tokens [B, T, S, C]; run(tokens) is block i. Returns tokens.
 AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
-
-
-def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in fp32 whatever its weights are stored in (the fp32 islands of the model)."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return F.linear(x.float(), layer.weight.float(), bias)
-
-
-@contextmanager
-def _fp32_region(x: Tensor, explicit: bool) -> Iterator[None]:
-    # Autocast to fp32 exists on CUDA only; elsewhere the explicit casts serve both settings of the switch.
-    if explicit or x.device.type != "cuda":
-        yield
-    else:
-        with torch.autocast("cuda", dtype=torch.float32):
-            yield
 
 
 def timestep_features(t: Tensor, dim: int) -> Tensor:
@@ -48,126 +36,13 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): down(silu(gate x) * (up x)), no biases; gate and up are one weight."""
-
-    def __init__(self, dim: int, hidden: int, *, operations: Any, dtype: Any, device: Any) -> None:
-        super().__init__()
-        self.gate_up = operations.Linear(dim, 2 * hidden, bias=False, dtype=dtype, device=device)
-        self.down = operations.Linear(hidden, dim, bias=False, dtype=dtype, device=device)
-        self.sliceable = getattr(operations, "sliceable", sliceable)
-
-    def forward(self, x: Tensor, fused: bool = True) -> Tensor:
-        gate, up = project(self.gate_up, x, 2, fused or not self.sliceable(self.gate_up, x))
-        return self.down(F.silu(gate) * up)
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over C in fp32, back in x's dtype; eps 1e-6. Weight and bias [C]."""
-
-    def __init__(self, dim: int, dtype: torch.dtype | None = None, device: Any = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(dim, dtype=dtype, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (p.to(device=x.device, dtype=torch.float32) for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-6).to(x.dtype)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift; fp32 inside, back in x's dtype.
-
-    x [B, T, S, C]; shift, scale [B, T, 1, C] fp32.
-    """
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-    return (normed * (1 + scale) + shift).to(x.dtype)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * update, summed in fp32, back in x's dtype. x, update [B, T, S, C]; gate [B, T, 1, C] fp32."""
-    return (x.float() + gate * update.float()).to(x.dtype)
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention to text and SwiGLU, the first and last under adaLN modulation."""
-
-    def __init__(self, config: ModelConfig, *, operations: Any, dtype: Any, device: Any) -> None:
-        super().__init__()
-        kwargs = {"operations": operations, "dtype": dtype, "device": device}
-        dim, heads = config.hidden_size, config.num_heads
-        self.modulation = operations.Linear(config.adaln_dim, 6 * dim, dtype=dtype, device=device)
-        self.attn = SelfAttention(dim, heads, **kwargs)
-        self.cross_norm = LayerNorm(dim, dtype=dtype, device=device)
-        self.cross_attn = CrossAttention(dim, heads, **kwargs)
-        self.ffn = FeedForward(dim, config.ffn_hidden, **kwargs)
-        self.linear_fp32 = getattr(operations, "linear_fp32", linear_fp32)
-
-    def forward(
-        self,
-        x: Tensor,
-        temb: Tensor,
-        text: TextTokens | None,
-        rope: tuple[Tensor, Tensor],
-        optimizations: Optimizations,
-        kernels: backends.Kernels,
-        num_cond_latents: int = 0,
-        cached: tuple[Tensor, Tensor] | None = None,
-        keep: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> Tensor:
-        """x [B, T, S, C] -> the same shape.
-
-        temb [B, T, adaLN] fp32. text None: no cross-attention (filling a cache). num_cond_latents: clean frames at
-        the front of x. cached: rotated keys and values of clean frames in front of x. keep: see SelfAttention.
-        """
-        spatial = x.shape[2]
-        explicit = optimizations.explicit_fp32
-        with _fp32_region(x, explicit):
-            modulation = self.linear_fp32(self.modulation, F.silu(temb))[:, :, None]
-            shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
-            h = modulate(x, shift_a, scale_a)
-        h = self.attn(h.flatten(1, 2), rope, num_cond_latents * spatial, cached, optimizations, kernels, keep)
-        with _fp32_region(x, explicit):
-            x = gated(x, h.view_as(x), gate_a)
-        if text is not None:
-            x = x + self._cross(x, text, num_cond_latents, optimizations, kernels)
-        with _fp32_region(x, explicit):
-            h = modulate(x, shift_f, scale_f)
-        h = self.ffn(h, optimizations.fused_ffn)
-        with _fp32_region(x, explicit):
-            x = gated(x, h, gate_f)
-        return x
-
-    def _cross(
-        self,
-        x: Tensor,
-        text: TextTokens,
-        num_cond_latents: int,
-        optimizations: Optimizations,
-        kernels: backends.Kernels,
-    ) -> Tensor:
-        noisy = x[:, num_cond_latents:]
-        out = self.cross_attn(self.cross_norm(noisy).flatten(1, 2), text, optimizations, kernels).view_as(noisy)
-        # Conditioning frames know nothing of the prompt: their update is zero.
-        return F.pad(out, (0, 0, 0, 0, num_cond_latents, 0)) if num_cond_latents else out
-
-
-class FinalLayer(nn.Module):
-    """adaLN and the projection to latents' patches, all in fp32."""
-
-    def __init__(self, config: ModelConfig, *, operations: Any, dtype: Any, device: Any) -> None:
-        super().__init__()
-        dim = config.hidden_size
-        self.modulation = operations.Linear(config.adaln_dim, 2 * dim, dtype=dtype, device=device)
-        patch = math.prod(config.patch_size) * config.out_channels
-        self.linear = operations.Linear(dim, patch, dtype=dtype, device=device)
-        self.linear_fp32 = getattr(operations, "linear_fp32", linear_fp32)
-
-    def forward(self, x: Tensor, temb: Tensor, explicit_fp32: bool) -> Tensor:
-        """x [B, T, S, C], temb [B, T, adaLN] fp32 -> [B, T, S, patch * C_out] fp32."""
-        with _fp32_region(x, explicit_fp32):
-            shift, scale = self.linear_fp32(self.modulation, F.silu(temb))[:, :, None].chunk(2, dim=-1)
-            return self.linear_fp32(self.linear, modulate(x.float(), shift, scale))
+def _version(parameter: Tensor) -> tuple[int, int]:
+    # Inference tensors count no versions; they are replaced, not written to.
+    return id(parameter), 0 if parameter.is_inference() else parameter._version
 
 
 class LongCatTransformer(nn.Module):
@@ -177,6 +52,8 @@ class LongCatTransformer(nn.Module):
     weights; it may carry `linear_fp32(layer, x)` for layers whose weights are not simply there, and `sliceable(layer,
     x)`, which tells whether a slice of the weight may be used alone.
     """
+
+    compiled_block = Regional(run_block)
 
     def __init__(
         self,
@@ -206,6 +83,8 @@ class LongCatTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, operations=operations, **kwargs) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, operations=operations, **kwargs)
         self.linear_fp32 = getattr(operations, "linear_fp32", linear_fp32)
+        # Told what a user should know: that compiling begins, that a lossy setting was given up.
+        self.announce: Callable[[str], None] = _warn
         self.dtype = dtype or self.patch_embed.weight.dtype
         self.set_optimizations(optimizations or Optimizations())
 
@@ -226,11 +105,34 @@ class LongCatTransformer(nn.Module):
         Raises BackendUnavailable for an attention backend that this machine lacks, and changes nothing then.
         """
         backends.check(optimizations.attention)
-        for block in self.blocks:
-            block._compiled_call_impl = None
-            if optimizations.compile == "blocks":
-                block.compile()
-        self.optimizations = optimizations
+        for module in self.modules():
+            # What optimize.quantization put in place of a linear layer.
+            if hasattr(module, "fp8"):
+                module.fp8 = optimizations.fp8
+        # `asked` stays where a lossy setting is given up.
+        self.asked = self.optimizations = optimizations
+        self._trusted = False
+
+    def _lossy(self) -> list[tuple[str, Optimizations]]:
+        """What in force may spoil the output, in words, and the optimizations without it."""
+        now, found = self.optimizations, []
+        if not backends.is_exact(now.attention):
+            found.append((f"attention backend {now.attention!r}", replace(now, attention="auto")))
+        if now.fp8 and any(hasattr(module, "fp8") for module in self.modules()):
+            found.append(("fp8", replace(now, fp8=False)))
+        return found
+
+    def _give_up(self, out: Tensor) -> bool:
+        """Check the first output [B, ...] under lossy settings; if it is spoilt, take one of them back and say so."""
+        lossy = self._lossy()
+        if not lossy or bool((out.isfinite().flatten(1).all(1) & (out != 0).flatten(1).any(1)).all()):
+            return False
+        what, rest = lossy[0]
+        asked = self.asked
+        self.set_optimizations(rest)
+        self.asked = asked
+        self.announce(f"{what} gave NaN or a black picture at the first step; going on without it")
+        return True
 
     def embed_text(self, context: Tensor, mask: Tensor | None = None, length: int | None = None) -> TextTokens:
         """Text for every block, computed once per prompt.
@@ -291,7 +193,8 @@ class LongCatTransformer(nn.Module):
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32.
 
-        timestep: [B] or per latent frame [B, T], 0..1000. context: text [B, L, caption] with mask [B, L] (1: real),
+        timestep: [B] or per latent frame [B, T], 0..1000; what all videos share may be given once, as [1] or [1, T]
+        (then the modulation is computed once as well). context: text [B, L, caption] with mask [B, L] (1: real),
         or the result of `embed_text`; None leaves cross-attention out. num_cond_latents: clean frames at the front of
         x (they carry timestep 0). kv_cache: of clean frames that stand in front of x and are not part of it.
         fill: a cache that receives this pass's keys (before RoPE) and values. kernels: instead of those that the
@@ -307,41 +210,154 @@ class LongCatTransformer(nn.Module):
             )
         if not 0 <= num_cond_latents <= frames:
             raise LongCatError(f"num_cond_latents is {num_cond_latents} but there are {frames} latent frames")
-        if timestep.ndim == 1:
-            timestep = timestep[:, None].expand(batch, frames)
-        # The reference rounds timesteps to the model's dtype before it embeds them in fp32.
-        features = timestep_features(timestep.to(self.compute_dtype), config.frequency_dim)
-        first, second = self.time_embed
-        with _fp32_region(x, optimizations.explicit_fp32):
-            temb = self.linear_fp32(second, F.silu(self.linear_fp32(first, features)))
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
-        if text is not None:
-            if text.tokens.shape[0] not in (1, batch):
-                raise LongCatError(f"{text.tokens.shape[0]} texts for {batch} videos; give one, or one for each")
-            text = text.expand(batch)
+        if text is not None and text.tokens.shape[0] not in (1, batch):
+            raise LongCatError(f"{text.tokens.shape[0]} texts for {batch} videos; give one, or one for each")
 
+        temb = self._embed_time(timestep, batch, frames)
         patches = self.patch_embed(x.to(self.compute_dtype))
         grid = patches.shape[2:]
         # Contiguous after the last view: a compiled block takes its first and its later inputs for the same then.
         tokens = patches.flatten(3).permute(0, 2, 3, 1).contiguous()
+        del patches
         start = 0
         if kv_cache is not None:
             kv_cache.rotate()
             start = kv_cache.num_latents
         rope = rope_table(config.head_dim, *grid, start, tokens.device)
 
+        own_kernels = kernels is None
         kernels = kernels or self.choose_kernels(x.device)
-        recompute = optimizations.gradient_checkpointing and torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
+        recompute = optimizations.gradient_checkpointing and grad
+        spatial = grid[1] * grid[2]
+        pieces = 0 if grad else ffn_pieces(config, batch, frames, spatial, tokens.element_size())
+        how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces)
+        block_text = self._block_texts(text, context is text, batch, kernels)
+        call = self._compiled_call(kernels, grid) if optimizations.compile == "blocks" and fill is None else run_block
         for i, block in enumerate(self.blocks):
             cached = None if kv_cache is None else kv_cache.read(i, tokens)
-            keep = None if fill is None else (lambda k, v, i=i: fill.store(i, k, v))
-            args = (temb, text, rope, optimizations, kernels, num_cond_latents, cached, keep)
+            args = (temb, block_text(i), rope, cached, kernels, how, num_cond_latents)
+            if fill is not None:
+                args = (*args, lambda k, v, i=i: fill.store(i, k, v))
 
             def run(x: Tensor, block: Block = block, args: tuple = args) -> Tensor:
-                return checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
+                return checkpoint(call, block, x, *args, use_reentrant=False) if recompute else call(block, x, *args)
 
             tokens = run(tokens) if around_block is None else around_block(i, run, tokens)
+            del run, args, cached
 
-        out = self.final_layer(tokens, temb, optimizations.explicit_fp32)
+        out = self.final_layer(tokens, temb, how)
         pattern = "b t (h w) (ph pw c) -> b c t (h ph) (w pw)"
-        return rearrange(out, pattern, h=grid[1], w=grid[2], ph=ph, pw=pw)
+        out = rearrange(out, pattern, h=grid[1], w=grid[2], ph=ph, pw=pw)
+        if not (self._trusted or grad or torch.compiler.is_compiling()):
+            self._trusted = True
+            del tokens
+            if self._give_up(out):
+                return LongCatTransformer.forward(
+                    self,
+                    x,
+                    timestep,
+                    context,
+                    mask,
+                    num_cond_latents=num_cond_latents,
+                    kv_cache=kv_cache,
+                    fill=fill,
+                    kernels=None if own_kernels else self.choose_kernels(x.device),
+                    around_block=around_block,
+                )
+        return out
+
+    def _embed_time(self, timestep: Tensor, batch: int, frames: int) -> Tensor:
+        """Timesteps [B or 1] or [B or 1, T or 1] -> [B or 1, T or 1, adaLN] fp32; [B, T, ..] without reuse."""
+        timestep = timestep[:, None] if timestep.ndim == 1 else timestep
+        if timestep.shape[0] not in (1, batch) or timestep.shape[1] not in (1, frames):
+            raise LongCatError(
+                f"timesteps are {tuple(timestep.shape)} for {batch} videos of {frames} latent frames; give one for "
+                "each video, or for each of their frames"
+            )
+        if not self.optimizations.reuse_modulation:
+            timestep = timestep.expand(batch, frames)
+        # The reference rounds timesteps to the model's dtype before it embeds them in fp32.
+        features = timestep_features(timestep.to(self.compute_dtype), self.config.frequency_dim)
+        first, second = self.time_embed
+        with fp32_region(features, self.optimizations.explicit_fp32):
+            return self.linear_fp32(second, F.silu(self.linear_fp32(first, features)))
+
+    def _block_texts(
+        self, text: TextTokens | None, keep: bool, batch: int, kernels: backends.Kernels
+    ) -> Callable[[int], BlockText | None]:
+        """What block i attends to, in the form that the kernels want. keep: `text` will be here at the next step."""
+        if text is None:
+            return lambda i: None
+        bias, packing = text.bias, None
+        # Written out, folded padding needs no bias, which only slow kernels know.
+        length = text.length if kernels.text is not None and text.pad_counts is not None else None
+        full = text.expand(batch)
+        if length is not None:
+            bias = None
+        elif bias is not None:
+            bias = full.bias
+            if kernels.varlen is not None and full.lengths is not None and min(full.lengths) > 0:
+                packing = full.packing()
+
+        def arranged(rows: Tensor) -> Tensor:
+            rows = rows if length is None else unfold_padding(rows, length)
+            return rows.expand(batch, *rows.shape[1:]).contiguous()
+
+        reuse = self.optimizations.reuse_text and keep and not torch.is_grad_enabled()
+        if not reuse or torch.compiler.is_compiling():
+            block_text = BlockText(arranged(text.tokens), None, bias, packing)
+            return lambda i: block_text
+        keys = self._text_keys(text)
+        return lambda i: BlockText(None, (arranged(keys[i][0]), arranged(keys[i][1])), bias, packing)
+
+    def _text_keys(self, text: TextTokens) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every block, kept with the text until the weights that make them change."""
+        layers = [block.cross_attn for block in self.blocks]
+        fused = self.optimizations.fused_qkv
+        stamp = (text.tokens.device, text.tokens.dtype, fused, *(_version(p) for m in layers for p in m.parameters()))
+        if text.kept is None or text.kept[0] != stamp:
+            text.kept = stamp, [layer.keys_values(text.tokens, fused) for layer in layers]
+        return text.kept[1]
+
+    def _compiled_call(self, kernels: backends.Kernels, grid: torch.Size) -> Callable[..., Tensor]:
+        """`run_block` compiled, for tokens of this grid."""
+        if torch.compiler.is_compiling():
+            return run_block
+        known = backends.is_known(kernels.attend)
+        within = kernels if known else kernels._replace(attend=backends.attend_foreign)
+
+        def call(
+            block: Block,
+            x: Tensor,
+            temb: Tensor,
+            text: BlockText | None,
+            rope: tuple[Tensor, Tensor],
+            cached: tuple[Tensor, Tensor] | None,
+            kernels: backends.Kernels,
+            how: How,
+            num_cond: int,
+        ) -> Tensor:
+            frames = temb.shape[1]
+            kind = x.shape[0], temb.shape[0], frames == 1, cached is None, num_cond, x.dtype, x.device, within, how
+            size = grid, None if cached is None else cached[0].shape[1]
+            sized = [(x, (1, 2)), *((table, (0,)) for table in rope), *((part, (1,)) for part in cached or ())]
+            if frames > 1:
+                sized.append((temb, (1,)))
+            varying = []
+            if text is not None and text.bias is not None:
+                varying = [*((rows, (1,)) for rows in text.keys or (text.tokens,)), (text.bias, (3,))]
+                if text.packing is not None:
+                    varying.append((text.packing.rows, (0,)))
+            with nullcontext() if known else backends.foreign_kernel(kernels.attend):
+                return self.compiled_block(
+                    *(block, x, temb, text, rope, cached, within, how, num_cond),
+                    kind=kind,
+                    size=size,
+                    varying=varying,
+                    sized=sized,
+                    announce=self.announce,
+                )
+
+        return call

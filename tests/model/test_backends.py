@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longcat_core.errors import BackendUnavailable
 from longcat_core.model import backends
-from longcat_core.model.attention import TextTokens, _attend_biased, _attend_packed, arrange_text
+from longcat_core.model.attention import TextTokens, _attend_biased, arrange_text, attend_packed
 from longcat_core.model.backends import BACKENDS, Inputs, Varlen
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -107,7 +107,7 @@ def test_unknown_and_unavailable_names_list_what_is_there(no_gpu):
 
 def test_auto_on_a_cpu_is_sdpa(no_gpu):
     assert backends.resolve("auto", PLAIN).name == "sdpa"
-    assert backends.resolve_kernels("auto", PLAIN) == (BY_NAME["sdpa"].attend, None)
+    assert backends.resolve_kernels("auto", PLAIN) == (BY_NAME["sdpa"].attend, None, None)
 
 
 def test_auto_takes_the_first_that_accepts_the_inputs(gpu):
@@ -158,7 +158,7 @@ def test_asked_by_name_a_refusal_is_an_error_not_a_substitute(gpu):
 
 def test_varlen_kernels_run_without_gradients_only(gpu):
     half = Inputs(CUDA, torch.bfloat16, 128, False)
-    assert backends.resolve_kernels("auto", half).varlen is backends._torch_varlen
+    assert backends.resolve_kernels("auto", half).varlen is backends._TORCH_VARLEN
     assert backends.resolve_kernels("auto", half._replace(grad=True)).varlen is None
     assert backends.resolve_kernels("sdpa", half).varlen is None
 
@@ -211,7 +211,7 @@ def test_packed_text_is_attended_like_biased_text(zero_pad, lengths):
         # With a bias, so that the zero vector of a padding token has a key and a value.
         return [(x @ weights[i] + shift[i]).unflatten(-1, (heads, dim)) for i in range(2)]
 
-    packed = _attend_packed(plain_varlen, q, *keys_values(arranged.tokens), arranged)
+    packed = attend_packed(plain_varlen, q, *keys_values(arranged.tokens), arranged.packing())
     biased = _attend_biased(q, *keys_values(arranged.tokens), arranged.bias)
     torch.testing.assert_close(packed, biased, atol=1e-5, rtol=1e-5)
 
@@ -225,7 +225,7 @@ def test_packed_text_is_attended_like_biased_text(zero_pad, lengths):
 def test_the_dtype_of_packed_attention_is_that_of_the_queries():
     arranged, _, _ = text([2, 4], 6, True)
     q, k = torch.ones(2, 3, 2, 4).bfloat16(), arranged.tokens.unflatten(-1, (2, 4)).bfloat16()
-    assert _attend_packed(plain_varlen, q, k, k, arranged).dtype == torch.bfloat16
+    assert attend_packed(plain_varlen, q, k, k, arranged.packing()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("documented", [True, False])

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import BackendUnavailable, LongCatError
-from longcat_core.model import transformer
 from longcat_core.model.attention import TextTokens
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.kv_cache import KVCache
@@ -108,28 +107,6 @@ def test_unknown_switch_positions_are_named(change):
     (name, value), *_ = change.items()
     with pytest.raises(LongCatError, match=f"{name} is '{value}'; choose one of"):
         Optimizations(**change)
-
-
-def test_compiled_blocks_give_the_same_output(model, data, monkeypatch):
-    plain = t2v(model, data)
-    compiled = []
-
-    def compile_block(block: nn.Module) -> None:
-        # The same graphs without the code generator, which takes most of a minute.
-        nn.Module.compile(block, backend="eager")
-        compiled.append(block)
-
-    monkeypatch.setattr(transformer.Block, "compile", compile_block, raising=False)
-    model.set_optimizations(replace(FUSED, compile="blocks"))
-    assert compiled == list(model.blocks)
-    assert all(block._compiled_call_impl is not None for block in model.blocks)
-    assert error(t2v(model, data), plain) <= 1e-4
-    shorter = t2v(model, data, context=data["context"][:, :9], mask=data["mask"][:, :9])
-    model.set_optimizations(FUSED)
-    assert all(block._compiled_call_impl is None for block in model.blocks)
-    assert torch.equal(t2v(model, data), plain)
-    assert error(t2v(model, data, context=data["context"][:, :9], mask=data["mask"][:, :9]), shorter) <= 1e-4
-    torch._dynamo.reset()
 
 
 # Text

@@ -1,0 +1,92 @@
+"""Regional compile: one graph of a transformer block serves all blocks, steps and prompts.
+
+Knows nothing of the network, which stands on it: a function over tensors comes in, the same function compiled goes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NOTICE = "compiling the transformer block; this takes about a minute the first time"
+
+# Batch with and without guidance, given frames with and without a cache, sizes, precisions: more than PyTorch's 8.
+GRAPHS = 64
+
+
+class Regional:
+    """`function` under torch.compile, with a graph for each size at most until sizes vary.
+
+    The first size of a kind gets a graph of its own, which is the fastest; all later sizes share one with symbolic
+    sizes. PyTorch would guess such from what changed, one dimension after the other: here the caller names them.
+    Graphs are PyTorch's, kept for the process, and its compile cache on disk holds what they are made of.
+    """
+
+    def __init__(self, function: Callable[..., Any], backend: Any = "inductor") -> None:
+        self.function, self.backend = function, backend
+        self.forget()
+
+    def forget(self) -> None:
+        """Treat sizes and failures as if nothing had been compiled; graphs go with torch._dynamo.reset()."""
+        self._first: dict[Hashable, Hashable] = {}
+        self._announced: set[Hashable] = set()
+        self._failed: set[Hashable] = set()
+        self._compiled = cache(self._compile)
+
+    def _compile(self, fullgraph: bool, symbolic: bool) -> Callable[..., Any]:
+        options = None
+        if symbolic and self.backend == "inductor":
+            # PyTorch 2.11 fails in this analysis on symbolic sizes, for which it has no use.
+            from torch._inductor import config
+
+            if hasattr(config.triton, "coalesce_tiling_analysis"):
+                options = {"triton.coalesce_tiling_analysis": False}
+        return torch.compile(self.function, backend=self.backend, fullgraph=fullgraph, dynamic=False, options=options)
+
+    def __call__(
+        self,
+        *args: Any,
+        kind: Hashable,
+        size: Hashable,
+        varying: Iterable[tuple[Tensor, tuple[int, ...]]] = (),
+        sized: Iterable[tuple[Tensor, tuple[int, ...]]] = (),
+        announce: Callable[[str], None],
+    ) -> Any:
+        """function(*args).
+
+        kind: what a graph is made for apart from sizes; size: that of these inputs. sized: tensors with the dimensions
+        that follow from `size`; varying: those that differ from call to call at the same size, symbolic from the
+        start. announce: called with a sentence before a call that will compile. Where compiling fails, it gets that
+        too, and the function runs as it is from then on.
+        """
+        grad = torch.is_grad_enabled()
+        kind = (kind, grad)
+        if kind in self._failed:
+            return self.function(*args)
+        symbolic = self._first.setdefault(kind, size) != size
+        marks = [*varying, *(sized if symbolic else ())]
+        for tensor, dims in marks:
+            torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
+        if (kind, symbolic) not in self._announced:
+            self._announced.add((kind, symbolic))
+            announce(NOTICE)
+        try:
+            with _many_graphs():
+                # Kernels that gradients pass through may be beyond the compiler: there a graph may break.
+                return self._compiled(not grad, bool(marks))(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self._failed.add(kind)
+            reason = " ".join(str(error).split())[:200]
+            announce(f"the transformer block does not compile here ({reason}); it runs uncompiled")
+            return self.function(*args)
+
+
+def _many_graphs() -> contextlib.AbstractContextManager:
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return config.patch(**{name: max(GRAPHS, getattr(config, name))})
