@@ -151,9 +151,11 @@ class LongCatTransformer(nn.Module):
     def choose_kernels(self, device: torch.device) -> backends.Kernels:
         """The kernels that `optimizations` name, for tensors on `device`."""
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.compute_dtype
-        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        inputs = backends.Inputs(device, dtype, self.config.head_dim, grad)
+        inputs = backends.Inputs(device, dtype, self.config.head_dim, self._learns())
         return backends.resolve_kernels(self.optimizations.attention, inputs)
+
+    def _learns(self, *inputs: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
 
     def new_kv_cache(
         self, num_latents: int, height: int, width: int, batch: int = 1, device: torch.device | str | None = None
@@ -228,12 +230,12 @@ class LongCatTransformer(nn.Module):
 
         own_kernels = kernels is None
         kernels = kernels or self.choose_kernels(x.device)
-        grad = torch.is_grad_enabled()
+        grad = self._learns(tokens, *(() if text is None else (text.tokens,)))
         recompute = optimizations.gradient_checkpointing and grad
         spatial = grid[1] * grid[2]
         pieces = 0 if grad else ffn_pieces(config, batch, frames, spatial, tokens.element_size())
         how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces)
-        block_text = self._block_texts(text, context is text, batch, kernels)
+        block_text = self._block_texts(text, context is text and not grad, batch, kernels)
         call = self._compiled_call(kernels, grid) if optimizations.compile == "blocks" and fill is None else run_block
         for i, block in enumerate(self.blocks):
             cached = None if kv_cache is None else kv_cache.read(i, tokens)
@@ -305,8 +307,7 @@ class LongCatTransformer(nn.Module):
             rows = rows if length is None else unfold_padding(rows, length)
             return rows.expand(batch, *rows.shape[1:]).contiguous()
 
-        reuse = self.optimizations.reuse_text and keep and not torch.is_grad_enabled()
-        if not reuse or torch.compiler.is_compiling():
+        if not (keep and self.optimizations.reuse_text) or torch.compiler.is_compiling():
             block_text = BlockText(arranged(text.tokens), None, bias, packing)
             return lambda i: block_text
         keys = self._text_keys(text)
