@@ -53,7 +53,7 @@ class LongCatTransformer(nn.Module):
     x)`, which tells whether a slice of the weight may be used alone.
     """
 
-    compiled_block = Regional(run_block)
+    compiled_block = Regional(run_block, "the transformer block")
 
     def __init__(
         self,

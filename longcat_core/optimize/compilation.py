@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NOTICE = "compiling the transformer block; this takes about a minute the first time"
+NOTICE = "compiling {}; this takes about a minute the first time"
 
 # Batch with and without guidance, given frames with and without a cache, sizes, precisions: more than PyTorch's 8.
 GRAPHS = 64
@@ -27,8 +27,11 @@ class Regional:
     Graphs are PyTorch's, kept for the process, and its compile cache on disk holds what they are made of.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: Any = "inductor") -> None:
-        self.function, self.backend = function, backend
+    def __init__(
+        self, function: Callable[..., Any], what: str, backend: Any = "inductor", *, slow: bool = True
+    ) -> None:
+        """what: the function in words, for notices; slow: whether that it is being compiled is worth one."""
+        self.function, self.what, self.backend, self.slow = function, what, backend, slow
         self.forget()
 
     def forget(self) -> None:
@@ -72,9 +75,9 @@ class Regional:
         marks = [*varying, *(sized if symbolic else ())]
         for tensor, dims in marks:
             torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
-        if (kind, symbolic) not in self._announced:
+        if self.slow and (kind, symbolic) not in self._announced:
             self._announced.add((kind, symbolic))
-            announce(NOTICE)
+            announce(NOTICE.format(self.what))
         try:
             with _many_graphs():
                 # Kernels that gradients pass through may be beyond the compiler: there a graph may break.
@@ -82,7 +85,7 @@ class Regional:
         except torch._dynamo.exc.TorchDynamoException as error:
             self._failed.add(kind)
             reason = " ".join(str(error).split())[:200]
-            announce(f"the transformer block does not compile here ({reason}); it runs uncompiled")
+            announce(f"{self.what} does not compile here ({reason}); it runs uncompiled")
             return self.function(*args)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..model.attention import TextTokens
 from ..model.transformer import LongCatTransformer
-from .guidance import cfg_zero
 from .schedules import Schedule
+from .step import take_step
 
 
 class Interrupted(Exception):
@@ -89,25 +90,19 @@ def sample(
         head, latents = latents[:, :, :num_cond], latents[:, :, num_cond:].contiguous()
         num_cond = 0
 
-    batch, frames = latents.shape[0], latents.shape[2]
+    frames, optimizations = latents.shape[2], model.optimizations
     sigmas = schedule.sigmas.tolist()
+    # Differences in double precision, then as tensors: see `euler_step`.
+    levels = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
+    levels = torch.tensor(levels, dtype=torch.float32, device=device)
+    scale = torch.tensor(guidance_scale, dtype=torch.float32, device=device) if guided else None
     for i, timestep in enumerate(schedule.timesteps.tolist()):
-        t = torch.full((batch, frames), timestep, device=device)
+        # Once for all videos and both halves of guidance, and for all frames unless some are given.
+        t = torch.full((1, frames if num_cond else 1), timestep, device=device)
         t[:, :num_cond] = 0
-        if guided:
-            out = model(
-                torch.cat((latents, latents)), torch.cat((t, t)), text, num_cond_latents=num_cond, kv_cache=cache
-            )
-            uncond, cond = out.chunk(2)
-            out = cfg_zero(cond, uncond, guidance_scale)
-        else:
-            out = model(latents, t, text, num_cond_latents=num_cond, kv_cache=cache)
-        # The network returns x0 - noise; the flow velocity is its negative.
-        noisy = slice(num_cond, None)
-        if callback is not None:
-            denoised = latents.clone()
-            denoised[:, :, noisy] += sigmas[i] * out[:, :, noisy]
-        latents[:, :, noisy] -= (sigmas[i + 1] - sigmas[i]) * out[:, :, noisy]
+        given = torch.cat((latents, latents)) if guided else latents
+        out = model(given, t, text, num_cond_latents=num_cond, kv_cache=cache)
+        latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, num_cond)
         if callback is not None:
             whole = torch.cat((head, latents), dim=2), torch.cat((head, denoised), dim=2)
             callback(Step(i, len(schedule), timestep, sigmas[i], *whole))

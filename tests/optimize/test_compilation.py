@@ -22,6 +22,7 @@ from longcat_core.optimize.compilation import NOTICE, Regional
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
+SAID = NOTICE.format("the block")
 COMPILED = Optimizations(attention="sdpa", compile="blocks")
 
 
@@ -36,7 +37,7 @@ class Run:
             load_transformer(GOLDEN / "dit.safetensors", config=CONFIG, dtype=dtype, optimizations=o)
             for o in (self.switches, replace(self.switches, compile="off"))
         )
-        self.model.compiled_block = Regional(run_block, self.counter)
+        self.model.compiled_block = Regional(run_block, "the block", self.counter)
         self.said: list[str] = []
         self.model.announce = self.said.append
 
@@ -71,7 +72,7 @@ class Run:
             outs.append(model(x, t, text, num_cond_latents=cond, kv_cache=cache, kernels=kernels))
         error = ((outs[0] - outs[1]).abs().max() / outs[1].std()).item()
         assert error <= tolerance
-        assert not [sentence for sentence in self.said if sentence != NOTICE]
+        assert not [sentence for sentence in self.said if sentence != SAID]
         return self.graphs
 
 
@@ -89,7 +90,7 @@ def test_one_graph_for_blocks_steps_and_prompts(mode, dtype, tolerance):
     assert CONFIG.depth > 1
     for seed, tokens in enumerate((5, 5, 9, 1, 40, 17)):
         assert run.step(tokens=tokens, seed=seed, tolerance=tolerance) == 1
-    assert run.said == [NOTICE]
+    assert run.said == [SAID]
 
 
 def test_guidance_on_and_off_is_one_graph_more():
@@ -203,10 +204,10 @@ def test_a_block_that_does_not_compile_runs_as_it_is():
         raise ValueError("no code for you")
 
     run = Run()
-    run.model.compiled_block = Regional(run_block, broken)
+    run.model.compiled_block = Regional(run_block, "the block", broken)
     with pytest.raises(AssertionError):
         run.step()
-    assert run.said[0] == NOTICE and "does not compile here" in run.said[1] and "no code for you" in run.said[1]
+    assert run.said[0] == SAID and "does not compile here" in run.said[1] and "no code for you" in run.said[1]
     run.said.clear()
     run.step()
     assert not run.said, "said once"
@@ -235,7 +236,7 @@ def test_generated_code(tmp_path, monkeypatch):
     for _ in range(2):
         run = Run()  # forgets all graphs
         torch._dynamo.utils.counters.clear()
-        run.model.compiled_block = Regional(run_block)
+        run.model.compiled_block = Regional(run_block, "the block")
         run.step()
         counts.append(dict(torch._dynamo.utils.counters["inductor"]))
     assert counts[0]["fxgraph_cache_miss"] == 1 and "fxgraph_cache_hit" not in counts[0]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import LongCatError
+from longcat_core.model.block import linear_fp32, run_block
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.compilation import Regional
+from longcat_core.sampling import step as steps
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.sampling.sampler import Interrupted, Step, sample
 from longcat_core.sampling.schedules import make_schedule
+from longcat_core.sampling.step import euler_step
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SHAPE = (1, 16, 4, 4, 6)
@@ -214,3 +220,42 @@ def test_one_prompt_serves_several_videos_under_guidance():
     for i in range(2):
         one = sample(model, noise[i : i + 1], schedule, data["pos.embeds"], data["pos.mask"], **kwargs)
         torch.testing.assert_close(both[i : i + 1], one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cond", [0, GIVEN])
+def test_a_compiled_run_is_the_same_run(model, text, given, cond, monkeypatch):
+    """Blocks and sampler step compiled, with two graphs for all steps."""
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    options = {"cond_latents": given if cond else None}
+    plain = run(model, seeded_noise(SHAPE, 0), text, **options)
+    monkeypatch.setattr(model, "compiled_block", Regional(run_block, "the block", counter, slow=False))
+    monkeypatch.setattr(steps, "STEP", Regional(euler_step, "the step", counter, slow=False))
+    before = model.optimizations
+    model.set_optimizations(replace(before, compile="blocks"))
+    try:
+        assert error(run(model, seeded_noise(SHAPE, 0), text, **options), plain) <= 1e-4
+    finally:
+        model.set_optimizations(before)
+        torch._dynamo.reset()
+    assert counter.frame_count == 2
+
+
+def test_text_and_timesteps_are_worked_up_once(model, text, monkeypatch):
+    """Keys of the text once for all steps, modulation once for both halves of guidance and all frames; off: as often
+    as they are used. Both give the same latents."""
+    before, latents = model.optimizations, {}
+    keys, rows = [], []
+    for block in model.blocks:
+        block.cross_attn.kv.register_forward_hook(lambda *_: keys.append(1))
+    monkeypatch.setattr(model.blocks[0], "linear_fp32", lambda m, x: rows.append(x.shape[:2]) or linear_fp32(m, x))
+    for on in (True, False):
+        keys.clear(), rows.clear()
+        model.set_optimizations(replace(before, reuse_text=on, reuse_modulation=on))
+        latents[on] = run(model, seeded_noise(SHAPE, 0), text)
+        assert len(keys) == len(model.blocks) * (1 if on else STEPS)
+        assert rows == [(1, 1) if on else (2, SHAPE[1 + 1])] * STEPS
+    model.set_optimizations(before)
+    for block in model.blocks:
+        block.cross_attn.kv._forward_hooks.clear()
+    assert error(latents[True], latents[False]) <= 1e-5

@@ -1,0 +1,68 @@
+"""Guidance and the Euler step as one function over the network's output, compiled where the blocks are."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..model.config import Optimizations
+from ..optimize.compilation import Regional
+from .guidance import cfg_zero
+
+
+def euler_step(
+    latents: Tensor, out: Tensor, sigma: Tensor, next_sigma_less: Tensor, scale: Tensor | None, num_cond: int
+) -> tuple[Tensor, Tensor]:
+    """One step of latents [B, C, T, H, W] fp32 along the network's output: (latents after it, estimate of the clean).
+
+    out: x0 - noise, [B, C, T, H, W] fp32, or with guidance [2B, ..], the unconditional half first. sigma and
+    next_sigma_less (next sigma - sigma): numbers of this step, and scale: of guidance (None: without), as tensors of no
+    dimension, since plain numbers would be compiled in. The first num_cond frames are given ones and stay as they are.
+    """
+    if scale is not None:
+        uncond, cond = out.chunk(2)
+        out = cfg_zero(cond, uncond, scale)
+    given, noisy, out = latents[:, :, :num_cond], latents[:, :, num_cond:], out[:, :, num_cond:]
+    # The network returns x0 - noise; the flow velocity is its negative.
+    after, clean = noisy - next_sigma_less * out, noisy + sigma * out
+    return (torch.cat((given, after), dim=2), torch.cat((given, clean), dim=2)) if num_cond else (after, clean)
+
+
+STEP, GUIDANCE = Regional(euler_step, "the sampler step", slow=False), Regional(cfg_zero, "guidance", slow=False)
+
+
+def _run(function: Regional, optimizations: Optimizations, kind: tuple, *args: Tensor | int | None) -> object:
+    if not (optimizations.fused_step and optimizations.compile != "off"):
+        return function.function(*args)
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 5]
+    return function(
+        *args,
+        kind=(*kind, *(tensor.shape[:2] for tensor in tensors), tensors[0].device),
+        size=tensors[0].shape[2:],
+        sized=[(tensor, (2, 3, 4)) for tensor in tensors],
+        announce=_warn_of_failure,
+    )
+
+
+def _warn_of_failure(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+def take_step(
+    optimizations: Optimizations,
+    latents: Tensor,
+    out: Tensor,
+    sigma: Tensor,
+    next_sigma_less: Tensor,
+    scale: Tensor | None,
+    num_cond: int,
+) -> tuple[Tensor, Tensor]:
+    """`euler_step`, compiled under `fused_step` where blocks are compiled."""
+    return _run(STEP, optimizations, (scale is None, num_cond), latents, out, sigma, next_sigma_less, scale, num_cond)
+
+
+def guide(optimizations: Optimizations, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """`cfg_zero`, compiled under `fused_step` where blocks are compiled."""
+    return _run(GUIDANCE, optimizations, (), cond, uncond, torch.tensor(scale, dtype=torch.float32, device=cond.device))
