@@ -1,0 +1,132 @@
+"""The first output under lossy settings is checked; a spoilt one is computed anew without them, and that is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longcat_core.checkpoints.load import load_transformer
+from longcat_core.checkpoints.safetensors_io import read_tensors
+from longcat_core.model import backends
+from longcat_core.model.backends import Backend
+from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.transformer import LongCatTransformer
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
+PLAIN = Optimizations(attention="sdpa")
+
+
+class Kernel:
+    """A lossy attention backend that gives what it is told to."""
+
+    def __init__(self) -> None:
+        self.factor, self.calls = 1.0, 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.calls += 1
+        return backends._any_sdpa(q, k, v) * self.factor
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> Kernel:
+    kernel = Kernel()
+    lossy = Backend("lossy", "for tests", lambda: "", kernel, exact=False, cuda_only=False, dtypes=None)
+    monkeypatch.setitem(backends._BY_NAME, "lossy", lossy)
+    return kernel
+
+
+@pytest.fixture
+def model() -> LongCatTransformer:
+    model = load_transformer(GOLDEN / "dit.safetensors", config=CONFIG, optimizations=PLAIN)
+    model.said = []
+    model.announce = model.said.append
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Tensor, ...]:
+    data = read_tensors(GOLDEN / "forward.safetensors")
+    return data["x"], data["t"], data["context"], data["mask"]
+
+
+@torch.no_grad()
+def run(model: LongCatTransformer, inputs: tuple[Tensor, ...], **changes) -> Tensor:
+    return model(*inputs, **changes)
+
+
+@pytest.mark.parametrize("way", ["chosen", "handed in"])
+def test_nan_from_a_lossy_kernel(model, inputs, kernel, way):
+    wanted = run(model, inputs)
+    asked = replace(PLAIN, attention="lossy")
+    model.set_optimizations(asked)
+    kernel.factor = float("nan")
+    kernels = model.choose_kernels(torch.device("cpu")) if way == "handed in" else None
+    assert torch.equal(run(model, inputs, kernels=kernels), wanted)
+    assert model.said == [
+        "attention backend 'lossy' gave NaN or a black picture at the first step; going on without it"
+    ]
+    assert model.optimizations == replace(PLAIN, attention="auto") and model.asked == asked
+    calls = kernel.calls
+    assert torch.equal(run(model, inputs), wanted) and kernel.calls == calls and len(model.said) == 1
+
+
+def test_a_lossy_kernel_that_works_stays(model, inputs, kernel):
+    model.set_optimizations(replace(PLAIN, attention="lossy"))
+    run(model, inputs)
+    assert kernel.calls == CONFIG.depth, "text is attended exactly"
+    assert model.optimizations.attention == "lossy" and not model.said
+    # What comes later is not looked at: that would hold up every step.
+    kernel.factor = float("nan")
+    assert run(model, inputs).isnan().any() and not model.said
+
+
+def test_a_black_picture(model, inputs, kernel):
+    model.set_optimizations(replace(PLAIN, attention="lossy"))
+    with torch.no_grad():
+        model.final_layer.linear.weight.zero_()
+        model.final_layer.linear.bias.zero_()
+    assert not run(model, inputs).any()
+    assert len(model.said) == 1 and model.optimizations.attention == "auto"
+
+
+def test_exact_settings_are_not_checked(model, inputs):
+    with torch.no_grad():
+        model.blocks[0].attn.proj.bias.fill_(float("nan"))
+    assert run(model, inputs).isnan().all() and not model.said
+
+
+class Quantised(nn.Module):
+    """Stands for a layer in fp8."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.fp8 = layer, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * (float("nan") if self.fp8 else 1)
+
+
+def test_fp8_is_switched_and_given_up(model, inputs):
+    wanted = run(model, inputs)
+    model.blocks[1].ffn.down = Quantised(model.blocks[1].ffn.down)
+    model.set_optimizations(replace(PLAIN, fp8=False))
+    assert not model.blocks[1].ffn.down.fp8 and torch.equal(run(model, inputs), wanted)
+    model.set_optimizations(PLAIN)
+    assert model.blocks[1].ffn.down.fp8
+    assert torch.equal(run(model, inputs), wanted)
+    assert model.said == ["fp8 gave NaN or a black picture at the first step; going on without it"]
+    assert model.optimizations == replace(PLAIN, fp8=False)
+
+
+def test_both_are_given_up_one_after_the_other(model, inputs, kernel):
+    wanted = run(model, inputs)
+    model.blocks[1].ffn.down = Quantised(model.blocks[1].ffn.down)
+    kernel.factor = float("inf")
+    model.set_optimizations(replace(PLAIN, attention="lossy"))
+    assert torch.equal(run(model, inputs), wanted)
+    assert len(model.said) == 2 and model.optimizations == replace(PLAIN, attention="auto", fp8=False)
