@@ -48,9 +48,9 @@ def chosen(optimizations: Optimizations, options: dict[str, Any]) -> str:
     return f"ComfyUI's --{flag.replace('_', '-')}" if flag and optimizations.attention == "auto" else ""
 
 
-def user_kernels(optimizations: Optimizations, options: dict[str, Any]) -> Kernels | None:
-    """Kernels for what `chosen` names, or None.
+def user_kernels(optimizations: Optimizations, options: dict[str, Any], own: Kernels) -> Kernels:
+    """`own`, with self-attention by what `chosen` names.
 
     Cross-attention keeps its own: padding is one key with a raised logit, which few kernels know.
     """
-    return Kernels(ComfyAttention(options), None) if chosen(optimizations, options) else None
+    return own._replace(attend=ComfyAttention(options)) if chosen(optimizations, options) else own

@@ -7,6 +7,7 @@ and that the network's x0 - noise is the negative of the velocity that ComfyUI's
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,10 +31,10 @@ from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
 from ..longcat_core.model.backends import Kernels
-from ..longcat_core.model.config import ModelConfig, Optimizations
+from ..longcat_core.model.config import ModelConfig, Optimizations, TextMode
 from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.model.kv_cache import KVCache
-from ..longcat_core.model.memory import activation_bytes
+from ..longcat_core.model.memory import activation_bytes, text_bytes
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.sampling.schedules import SHIFT
 from .comfy_attention import user_kernels
@@ -43,6 +44,7 @@ IMAGE_MODEL = "longcat_video"
 # Keys of transformer_options that the pack's nodes set and the network reads.
 OPTIMIZATIONS_KEY = "longcat_optimizations"
 CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
+TEXT_CACHE_KEY = "longcat_text_cache"
 
 # Measured peak over counted peak of one forward (see longcat_core.model.memory); 1 until measured on a GPU.
 MEMORY_FIT = 1.0
@@ -104,6 +106,29 @@ class ConditioningCache:
         return known[1]
 
 
+class TextCache:
+    """Texts of one generation with their keys and values in every block, for a LongCat Guider's sampling.
+
+    ComfyUI hands over the same text at every step as another tensor: it is known by its content.
+    """
+
+    SIZE = 4
+
+    def __init__(self) -> None:
+        self.texts: list[tuple[Tensor, TextMode, TextTokens]] = []
+
+    def get(self, network: DiffusionModel, context: Tensor) -> TextTokens:
+        """What `network` makes of text [B, L, caption]."""
+        mode = network.optimizations.text_mode
+        for known, known_mode, text in self.texts:
+            same = known.shape == context.shape and known.device == context.device and known.dtype == context.dtype
+            if same and known_mode == mode and torch.equal(known, context):
+                return text
+        text = network.read_text(context)
+        self.texts = [*self.texts[1 - self.SIZE :], (context.clone(), mode, text)]
+        return text
+
+
 class DiffusionModel(LongCatTransformer):
     """The network as ComfyUI builds and calls it."""
 
@@ -119,6 +144,7 @@ class DiffusionModel(LongCatTransformer):
         for layer in self._fp32_layers():
             # fp32 input on a layer that does not cast raises; these must take it.
             layer.comfy_cast_weights = True
+        self.announce = lambda sentence: logging.warning("LongCat: %s", sentence)
 
     def _fp32_layers(self) -> list[torch.nn.Module]:
         final = [self.final_layer.modulation, self.final_layer.linear]
@@ -136,20 +162,21 @@ class DiffusionModel(LongCatTransformer):
         control: Any = None,
         transformer_options: dict[str, Any] | None = None,
         num_cond_latents: int = 0,
+        shared_timestep: bool = False,
         kernels: Kernels | None = None,
         **unused: Any,
     ) -> Tensor:
         """Latents x [B, 16, T, H, W] -> flow velocity (noise - x0), the same shape, fp32.
 
         timestep [B] or [B, T] in 0..1000; context [B, L, caption], padded with zero rows; num_cond_latents: clean
-        frames at the front of x.
+        frames at the front of x; shared_timestep: all rows of timestep are the same.
         """
         options = {} if transformer_options is None else transformer_options
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
         # A copy: EasyCache writes into the input, which in fp32 is the sampler's own tensor.
-        return executor.execute(x.clone(), timestep, context, num_cond_latents, kernels, options)
+        return executor.execute(x.clone(), timestep, context, num_cond_latents, shared_timestep, kernels, options)
 
     def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Kernels:
         """Set the switches of the MODEL that is about to run, and choose its kernels.
@@ -159,11 +186,12 @@ class DiffusionModel(LongCatTransformer):
         """
         self.compute_dtype = dtype
         optimizations = options.get(OPTIMIZATIONS_KEY, Optimizations())
-        if optimizations != self.optimizations:
+        if optimizations != self.asked:
             self.set_optimizations(optimizations)
-        return user_kernels(optimizations, options) or self.choose_kernels(device)
+        return user_kernels(optimizations, options, self.choose_kernels(device))
 
-    def _text(self, context: Tensor) -> TextTokens:
+    def read_text(self, context: Tensor) -> TextTokens:
+        """Text [B, L, caption], padded with zero rows, as `embed_text` arranges it."""
         real, length = real_tokens(context), max(MAX_LENGTH, context.shape[1])
         exact = self.optimizations.text_mode == "exact" and self.config.text_tokens_zero_pad
         if exact and torch.compiler.is_compiling():
@@ -177,11 +205,15 @@ class DiffusionModel(LongCatTransformer):
         timestep: Tensor,
         context: Tensor,
         num_cond: int,
+        shared: bool,
         kernels: Kernels | None,
         options: dict[str, Any],
     ) -> Tensor:
-        text = self._text(context)
+        texts = options.get(TEXT_CACHE_KEY)
+        known = texts is not None and self.optimizations.reuse_text and not torch.compiler.is_compiling()
+        text = texts.get(self, context) if known else self.read_text(context)
         around = self._around_block(x, timestep, context, options)
+        timestep = timestep[:1] if shared else timestep
         cache, holder = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and holder is not None:
             room = int(activation_bytes(self.config, x.shape, x.element_size()) * MEMORY_FIT)
@@ -271,7 +303,9 @@ class LongCatVideo(comfy.model_base.BaseModel):
     ) -> Tensor:
         # Counted here and not in the network, where reading a value back would break a compiled graph in two.
         mask = kwargs.get("denoise_mask")
-        kwargs["num_cond_latents"] = 0 if mask is None else count_clean(noisy_frames(mask))
+        noisy = None if mask is None else noisy_frames(mask)
+        kwargs["num_cond_latents"] = 0 if noisy is None else count_clean(noisy)
+        kwargs["shared_timestep"] = bool((t == t[:1]).all()) and (noisy is None or bool((noisy == noisy[:1]).all()))
         options = {} if transformer_options is None else transformer_options
         network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
         kwargs["kernels"] = network.prepare(x.device, self.manual_cast_dtype or self.get_dtype(), options)
@@ -298,11 +332,15 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return cond_value if cond_key == "c_crossattn" else None
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
-        """Bytes of activations of one forward on latents of this shape; weights are ComfyUI's to count."""
+        """Bytes of one forward on latents of this shape, keys and values of the text included; weights are ComfyUI's to
+        count."""
         if len(input_shape) != 5:
             return 0.0  # no video: refused in a sentence as soon as sampling begins
         size = comfy.model_management.dtype_size(self.manual_cast_dtype or self.get_dtype())
-        return activation_bytes(self.diffusion_model.config, input_shape, size) * MEMORY_FIT
+        config = self.diffusion_model.config
+        tokens = max((shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())), default=0)
+        text = text_bytes(config, input_shape[0], tokens + 1, size)
+        return activation_bytes(config, input_shape, size) * MEMORY_FIT + text
 
 
 def _check_latents(latents: Tensor | None, config: ModelConfig) -> None:

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.request import MAX_GUIDANCE, MAX_STEPS, check_number
+from ..longcat_core.model.config import Optimizations
 from ..longcat_core.model.frames import count_clean, noisy_frames
-from ..longcat_core.sampling.guidance import cfg_zero
 from ..longcat_core.sampling.schedules import MODES, make_schedule
-from .comfy_model import CONDITIONING_CACHE_KEY, ConditioningCache, LongCatVideo
+from ..longcat_core.sampling.step import guide
+from .comfy_model import (
+    CONDITIONING_CACHE_KEY,
+    OPTIMIZATIONS_KEY,
+    TEXT_CACHE_KEY,
+    ConditioningCache,
+    LongCatVideo,
+    TextCache,
+)
 from .loaders import CATEGORY
 
 MODE_TOOLTIP = (
@@ -45,7 +53,7 @@ def _has_hooks(conds: dict[str, list[dict]]) -> bool:
 
 
 class Guider(comfy.samplers.CFGGuider):
-    """CFG-zero guidance (arXiv 2503.18886), and the cache of given frames for the length of a sampling."""
+    """CFG-zero guidance (arXiv 2503.18886), and caches of texts and given frames for the length of a sampling."""
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher, kv_cache: bool = True) -> None:
         super().__init__(model)
@@ -53,16 +61,23 @@ class Guider(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
         # ComfyUI hands over x - x0 = sigma * velocity and takes the same back; guidance is homogeneous in it.
-        guided = {"sampler_cfg_function": lambda args: cfg_zero(args["cond"], args["uncond"], args["cond_scale"])}
-        options = {**(model_options or {}), **(guided if self.cfg != 1 else {})}
+        options = dict(model_options or {})
+        switches = options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
+        if self.cfg != 1:
+            options["sampler_cfg_function"] = lambda args: guide(
+                switches, args["cond"], args["uncond"], args["cond_scale"]
+            )
         return super().predict_noise(x, timestep, options, seed)
 
     def sample(self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shared = self.model_options
         self.model_options = comfy.model_patcher.create_model_options_clone(shared)
+        options = self.model_options.setdefault("transformer_options", {})
         # With hooks, each prompt may have other weights, hence other keys and values.
-        if self.kv_cache and not _has_hooks(self.original_conds):
-            self.model_options.setdefault("transformer_options", {})[CONDITIONING_CACHE_KEY] = ConditioningCache()
+        if not _has_hooks(self.original_conds):
+            options[TEXT_CACHE_KEY] = TextCache()
+            if self.kv_cache:
+                options[CONDITIONING_CACHE_KEY] = ConditioningCache()
         try:
             return super().sample(noise, latent_image, *args, **kwargs)
         finally:

@@ -26,3 +26,8 @@ def activation_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int)
     rope = dim * (8 * itemsize + (4 if itemsize < 4 else 3))
     tables = tokens * config.head_dim * 4
     return batch * tokens * rope + tables + 6 * dim * config.adaln_dim * 4
+
+
+def text_bytes(config: ModelConfig, batch: int, tokens: int, itemsize: int) -> int:
+    """Keys and values of the text in every block, which `reuse_text` keeps."""
+    return 2 * config.depth * batch * tokens * config.hidden_size * itemsize

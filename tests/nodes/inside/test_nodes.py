@@ -208,6 +208,7 @@ SWITCHES = {
     "explicit_fp32": True,
     "gradient_checkpointing": False,
 }
+ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +220,7 @@ SWITCHES = {
         ("attention", "sdpa-math"),
         ("explicit_fp32", False),
         ("gradient_checkpointing", True),
+        *((name, False) for name in ADDED),
     ],
 )
 def test_exact_switches_change_nothing(comfy, model, sample, empty, switch, value):
@@ -246,6 +248,37 @@ def test_switches_reach_the_network(comfy, model, sample, empty, monkeypatch):
     assert fused and all(fused), "the model that went in is as it was"
 
 
+def test_text_is_read_once_under_the_guider(comfy, model, sample, prompts, empty, monkeypatch):
+    """Keys of the text: once for all steps of a sampling, then forgotten; stock samplers compute them at each."""
+    key = comfy.node("comfy_model").TEXT_CACHE_KEY
+    calls = []
+    layer = model.model.diffusion_model.blocks[0].cross_attn
+    keys_values = layer.keys_values
+    monkeypatch.setattr(layer, "keys_values", lambda *args: calls.append(1) or keys_values(*args))
+    out = sample(empty, steps=3, guidance=4.0)
+    assert len(calls) == 1 and key not in model.model_options["transformer_options"]
+    sample(empty, steps=3, guidance=4.0)
+    assert len(calls) == 2, "another sampling may have other weights"
+    switched, _ = comfy("LongCatOptimizations", model=model, **SWITCHES | {"reuse_text": False})
+    calls.clear()
+    assert (out - sample(empty, switched, steps=3, guidance=4.0)).abs().max() <= 1e-4 * out.std()
+    assert len(calls) == 3
+    calls.clear()
+    settings = {"seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    comfy("KSampler", model=model, latent_image=empty, **settings, **prompts)
+    assert len(calls) == 3
+
+
+def test_timesteps_are_worked_up_once(comfy, model, sample, empty, image_latent, monkeypatch):
+    rows = []
+    network = model.model.diffusion_model
+    embed = network._embed_time
+    monkeypatch.setattr(network, "_embed_time", lambda *args: rows.append(embed(*args).shape[:2]) or embed(*args))
+    sample(empty, steps=1, guidance=4.0)
+    sample(image_latent, steps=1, guidance=4.0, kv_cache=False)
+    assert rows == [(1, 1), (1, 9)], "one for both halves of guidance"
+
+
 def test_packed_text_changes_the_result(comfy, model, sample, empty):
     switched, _ = comfy("LongCatOptimizations", model=model, **SWITCHES | {"text_mode": "packed"})
     assert not torch.allclose(sample(empty), sample(empty, switched), atol=1e-2)
@@ -265,6 +298,7 @@ def test_compiled_blocks_side_by_side_with_plain_ones(comfy, one_block, sample, 
     assert torch.equal(plain, sample(empty, one_block, steps=2, guidance=1.0))
     assert torch.equal(out, sample(empty, compiled, steps=2, guidance=1.0))
     assert counters["stats"]["unique_graphs"] == graphs
+    assert not comfy.core("model.transformer").LongCatTransformer.compiled_block._failed
 
 
 def test_compile_without_a_compiler_is_said(comfy, model, monkeypatch):
