@@ -97,7 +97,7 @@ def test_partial_masks_are_painted_over_alone(ksample, empty):
     mask[..., :6] = 0
     out = ksample({"samples": latents, "noise_mask": mask}, seed=2)
     assert difference(latents[..., :6], out[..., :6]) <= 1e-4
-    assert difference(latents[..., 6:], out[..., 6:]) > 0.5
+    assert difference(latents[..., 6:], out[..., 6:]) > 0.1
 
 
 # --- model patches ---------------------------------------------------------------------------------------------------
