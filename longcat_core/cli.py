@@ -119,6 +119,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--attention", default="auto", metavar="NAME", help="see longcat backends")
+    group.add_argument(
+        "--compile",
+        choices=("auto", "off", "blocks"),
+        default="auto",
+        help="torch.compile of the transformer blocks: slower first step, faster others (auto: large models on a GPU)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o",
@@ -176,7 +182,7 @@ def generate(args: argparse.Namespace) -> int:
             paths,
             dtype=_dtype(args.dtype, device),
             device=device,
-            optimizations=Optimizations(attention=args.attention),
+            optimizations=Optimizations(attention=args.attention, compile=_compile(args.compile, device, paths)),
         )
         with _progress() as callback:
             generation = pipeline.generate(request, callback)
@@ -291,6 +297,17 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def _compile(mode: str, device: torch.device, paths: Any) -> str:
+    from .optimize.compilation import why_not
+
+    if mode == "auto":
+        # Nano is done before its blocks would be compiled.
+        return "off" if paths.is_nano or device.type != "cuda" or why_not(device) else "blocks"
+    if mode == "blocks" and (reason := why_not(device)):
+        raise LongCatError(f"--compile blocks does not work here: {reason}; leave it out, or use --compile off")
+    return mode
 
 
 def _free_name(path: Path) -> Path:

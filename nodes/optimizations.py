@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -12,6 +10,7 @@ from comfy_api.latest import io
 
 from ..longcat_core.model import backends
 from ..longcat_core.model.config import Optimizations
+from ..longcat_core.optimize.compilation import why_not
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY
 from .loaders import CATEGORY
@@ -44,15 +43,6 @@ def _input(name: str, kind: Any, default: Any) -> io.Input:
     return io.Combo.Input(name, options=list(options), default=default, tooltip=tooltip)
 
 
-def _why_no_compile(device: torch.device) -> str:
-    """Why torch.compile cannot work here, or ""."""
-    if device.type == "cuda":
-        return "" if importlib.util.find_spec("triton") else "the triton package is not installed"
-    if device.type != "cpu":
-        return f"it is not tried on {device.type}"
-    return "" if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")) else "there is no C++ compiler"
-
-
 def report(optimizations: Optimizations, asked: Optimizations, device: torch.device, options: dict, casts: bool) -> str:
     """What is in force, one line a switch, and why what was asked for is not.
 
@@ -63,7 +53,7 @@ def report(optimizations: Optimizations, asked: Optimizations, device: torch.dev
         value, wanted = getattr(optimizations, name), getattr(asked, name)
         line = f"{name}: {('on' if value else 'off') if kind is bool else value}"
         if name == "compile" and value != wanted:
-            line += f" ({wanted} is not available: {_why_no_compile(device)})"
+            line += f" ({wanted} is not available: {why_not(device)})"
         if name in ("fused_qkv", "fused_ffn") and not value and casts:
             line += " (but the layers run fused here: ComfyUI casts or streams their weights, whole)"
         if name == "explicit_fp32" and not value and device.type != "cuda":
@@ -106,7 +96,7 @@ class OptimizationsNode(io.ComfyNode):
         backends.check(asked.attention)
         device = model.load_device
         optimizations = asked
-        if asked.compile != "off" and _why_no_compile(device):
+        if asked.compile != "off" and why_not(device):
             optimizations = replace(asked, compile="off")
         if optimizations.compile != "off" and getattr(model, "is_dynamic", lambda: False)():
             # Weights that are faulted in at use do not compile.

@@ -21,6 +21,7 @@ from longcat_core.errors import LongCatError
 from longcat_core.generate import media, pipeline
 from longcat_core.generate.pipeline import Generation, ModelPaths
 from longcat_core.generate.request import GenerateRequest
+from longcat_core.optimize import compilation
 from longcat_core.sampling.sampler import Step
 
 PROMPT = "a red circle moves right on a blue background"
@@ -272,6 +273,25 @@ def test_files_are_written_and_named(folder: Path, capsys: pytest.CaptureFixture
     frames, fps = media.read_video("a.webp")
     assert frames.shape == (33, 64, 96, 3) and (frames[7] == 7).all() and fps == pytest.approx(15, abs=0.1)
     assert sorted(os.listdir()) == ["a.png", "a.webp"]
+
+
+def test_blocks_are_compiled_on_request(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def load(*_: Any, optimizations: Any, **__: Any) -> StandIn:
+        compiled.append(optimizations.compile)
+        return StandIn()
+
+    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(compilation, "why_not", lambda device: "")
+    for i, options in enumerate(([], ["--compile", "off"], ["--compile", "blocks"])):
+        assert cli.main(["generate", PROMPT, "-o", f"{i}.webp", "--steps", "1", "--device", "cpu", *options]) == 0
+    assert compiled == ["off", "off", "blocks"]
+    capsys.readouterr()
+    monkeypatch.setattr(compilation, "why_not", lambda device: "there is no C++ compiler")
+    assert cli.main(["generate", PROMPT, "-o", "3.webp", "--device", "cpu", "--compile", "blocks"]) == 2
+    err = capsys.readouterr().err
+    assert "no C++ compiler" in err and "--compile off" in err and err.count("\n") == 1 and len(compiled) == 3
 
 
 def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

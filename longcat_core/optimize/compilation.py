@@ -6,6 +6,8 @@ Knows nothing of the network, which stands on it: a function over tensors comes 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import shutil
 from collections.abc import Callable, Hashable, Iterable
 from functools import cache
 from typing import Any
@@ -17,6 +19,15 @@ NOTICE = "compiling {}; this takes about a minute the first time"
 
 # Batch with and without guidance, given frames with and without a cache, sizes, precisions: more than PyTorch's 8.
 GRAPHS = 64
+
+
+def why_not(device: torch.device) -> str:
+    """Why torch.compile cannot work for tensors on `device`, or ""."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "the triton package is not installed"
+    if device.type != "cpu":
+        return f"it is not tried on {device.type}"
+    return "" if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")) else "there is no C++ compiler"
 
 
 class Regional:

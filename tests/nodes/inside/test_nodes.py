@@ -302,7 +302,7 @@ def test_compiled_blocks_side_by_side_with_plain_ones(comfy, one_block, sample, 
 
 
 def test_compile_without_a_compiler_is_said(comfy, model, monkeypatch):
-    monkeypatch.setattr(comfy.node("optimizations").shutil, "which", lambda name: None)
+    monkeypatch.setattr(comfy.core("optimize.compilation").shutil, "which", lambda name: None)
     switched, report = comfy("LongCatOptimizations", model=model, **SWITCHES | {"compile": "blocks"})
     assert "compile: off (blocks is not available: there is no C++ compiler)" in report
     key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
