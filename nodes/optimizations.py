@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..longcat_core.model import backends
 from ..longcat_core.model.config import Optimizations
+from ..longcat_core.optimize import kernels
 from ..longcat_core.optimize.compilation import why_not
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY
@@ -30,9 +31,10 @@ TOOLTIPS = {
     "reuse_modulation": "Timesteps are worked up once for all frames and both halves of guidance. Same result.",
     "fused_step": "Guidance compiled into one function, where compile is on, under LongCat Sampler and LongCat Guider.",
     "fp8": "8-bit matrix products in layers that were quantised to fp8; off: the same weights in 16-bit products.",
+    "fused_kernels": "Norms, RoPE, gates and activations by the pack's own Triton kernels, on CUDA and in 16 bits.",
 }
 # Later than the first workflows that were saved with this node, which lack them.
-ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8")
+ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels")
 
 
 def _input(name: str, kind: Any, default: Any) -> io.Input:
@@ -58,6 +60,8 @@ def report(optimizations: Optimizations, asked: Optimizations, device: torch.dev
             line += " (but the layers run fused here: ComfyUI casts or streams their weights, whole)"
         if name == "explicit_fp32" and not value and device.type != "cuda":
             line += f" (without effect: autocast to fp32 exists on CUDA only, this is {device.type})"
+        if name == "fused_kernels" and value and (why := kernels.missing()):
+            line += f" (without effect: {why})"
         if name == "gradient_checkpointing" and value:
             line += " (acts in training only)"
         if name == "attention" and (other := chosen(optimizations, options)):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LongCatError
+from ..optimize.kernels import norm_rope
 from .backends import AttendVarlen, Kernels, Varlen
 from .config import TextMode
 from .rope import apply_rope
@@ -40,7 +41,7 @@ def sliceable(layer: nn.Module, x: Tensor) -> bool:
     return type(layer) is nn.Linear
 
 
-def project(layer: nn.Module, x: Tensor, parts: int, fused: bool) -> tuple[Tensor, ...]:
+def project(layer: nn.Module, x: Any, parts: int, fused: bool) -> tuple[Tensor, ...]:
     """`parts` equal slices of a fused projection of x [..., C_in], each [..., C_out/parts].
 
     Unfused runs one GEMM per slice of the same weight, so the switch needs no other weights.
@@ -215,28 +216,35 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        inputs: list[Any],
         rope: tuple[Tensor, Tensor],
         num_cond_tokens: int,
         cached: tuple[Tensor, Tensor] | None,
-        fused: bool,
+        how: Any,
         kernels: Kernels,
         keep: Any = None,
     ) -> Tensor:
-        """x [B, N, C] -> [B, N, C].
+        """inputs: a list of x [B, T, S, C] alone, which is taken out of it -> [B, N, C] with N = T*S.
 
         rope: tables for these N tokens. num_cond_tokens: how many of x's first tokens are conditioning tokens.
-        cached: rotated keys and the values of conditioning tokens that stand in front of x, or None. fused: one GEMM.
+        cached: rotated keys and the values of conditioning tokens that stand in front of x, or None. how: the block's.
         keep: called with k (before RoPE) and v, each [B, N, heads, head_dim], to fill a cache.
         """
-        fused = fused or not self.sliceable(self.qkv, x)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.qkv, x, 3, fused))
+        x = inputs.pop()
+        fused = how.fused_qkv or not self.sliceable(self.qkv, x)
+        q, k, v = (part.flatten(1, 2).unflatten(-1, (self.num_heads, -1)) for part in project(self.qkv, x, 3, fused))
         del x
-        q = apply_rope(self.q_norm(q), *rope)
-        k = self.k_norm(k)
-        if keep is not None:
-            keep(k, v)
-        k = apply_rope(k, *rope)
+        if how.fused_kernels and keep is None:
+            q, k = (
+                norm_rope(part, norm.weight.to(part.device), rope)
+                for part, norm in ((q, self.q_norm), (k, self.k_norm))
+            )
+        else:
+            q = apply_rope(self.q_norm(q), *rope)
+            k = self.k_norm(k)
+            if keep is not None:
+                keep(k, v)
+            k = apply_rope(k, *rope)
         attend = kernels.attend
         if cached is not None:
             out = attend(q, torch.cat((cached[0], k), dim=1), torch.cat((cached[1], v), dim=1))
@@ -272,10 +280,11 @@ class CrossAttention(nn.Module):
         k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.kv, tokens, 2, fused))
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, text: BlockText, fused: bool, kernels: Kernels) -> Tensor:
-        """x [B, N, C] attends to text; returns [B, N, C]. fused: one GEMM for k and v."""
-        q = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
-        k, v = self.keys_values(text.tokens, fused) if text.keys is None else text.keys
+    def forward(self, x: Any, text: BlockText, how: Any, kernels: Kernels) -> Tensor:
+        """x [B, T, S, C] attends to text; returns [B, T*S, C]. how: the block's."""
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        q = norm_rope(q, self.q_norm.weight.to(q.device), None) if how.fused_kernels else self.q_norm(q)
+        k, v = self.keys_values(text.tokens, how.fused_qkv) if text.keys is None else text.keys
         if text.packing is not None:
             out = attend_packed(kernels.varlen, q, k, v, text.packing)
         elif text.bias is not None:
@@ -299,7 +308,7 @@ def attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, packing
     batch, tokens, heads, dim = q.shape
     ends = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device, dtype=torch.int32)
     # The longest text has every row but the padding's.
-    longest = k.shape[1] - (packing.log_counts is not None)
+    longest = k.shape[1] - (0 if packing.log_counts is None else 1)
     real = (x.flatten(0, 1)[packing.rows] for x in (k, v))
     out, lse = varlen(q.flatten(0, 1), *real, Varlen(ends, packing.ends, tokens, longest))
     out = out.view(batch, tokens, heads, dim)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..optimize import kernels as fused_kernels
+from ..optimize.kernels import Quantised
 from . import backends
 from .attention import BlockText, CrossAttention, SelfAttention, project, sliceable
 from .config import ModelConfig
@@ -27,6 +29,25 @@ def fp32_region(x: Tensor, explicit: bool) -> AbstractContextManager:
     return nullcontext() if explicit or x.device.type != "cuda" else torch.autocast("cuda", dtype=torch.float32)
 
 
+class How(NamedTuple):
+    """The constants of a block's forward pass: each set of them is a graph where blocks are compiled.
+
+    pieces: into how many runs of frames the FFN and the final layer cut each sample; 0: all samples at once.
+    fused_kernels: element-wise work by `optimize.kernels`; the tensors must be such as these take.
+    """
+
+    fused_qkv: bool = True
+    fused_ffn: bool = True
+    explicit_fp32: bool = True
+    pieces: int = 0
+    fused_kernels: bool = False
+
+
+def takes_quantised(layer: nn.Module) -> bool:
+    """Whether the layer's input may come as e4m3 already, row by row."""
+    return getattr(layer, "takes_quantised", False)
+
+
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate x) * (up x)), no biases; gate and up are one weight."""
 
@@ -36,8 +57,11 @@ class FeedForward(nn.Module):
         self.down = operations.Linear(hidden, dim, bias=False, dtype=dtype, device=device)
         self.sliceable = getattr(operations, "sliceable", sliceable)
 
-    def forward(self, x: Tensor, fused: bool = True) -> Tensor:
-        gate, up = project(self.gate_up, x, 2, fused or not self.sliceable(self.gate_up, x))
+    def forward(self, x: Tensor | Quantised, how: How) -> Tensor:
+        whole = how.fused_ffn or not self.sliceable(self.gate_up, x)
+        if how.fused_kernels and whole:
+            return self.down(fused_kernels.gated_product(self.gate_up(x), fp8=takes_quantised(self.down)))
+        gate, up = project(self.gate_up, x, 2, whole)
         return self.down(F.silu(gate) * up)
 
 
@@ -68,18 +92,6 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return (x.float() + gate * update.float()).to(x.dtype)
 
 
-class How(NamedTuple):
-    """The constants of a block's forward pass: each set of them is a graph where blocks are compiled.
-
-    pieces: into how many runs of frames the FFN and the final layer cut each sample; 0: all samples at once.
-    """
-
-    fused_qkv: bool = True
-    fused_ffn: bool = True
-    explicit_fp32: bool = True
-    pieces: int = 0
-
-
 # FFN intermediates of less than this are not worth cutting.
 _WHOLE_FFN_BYTES = 1 << 28
 # gate and up are 5.4 times the width of a token: a quarter of them at a time needs less than self-attention does.
@@ -100,8 +112,10 @@ def cut(x: Tensor, pieces: int) -> list[tuple[int, int, int]]:
     return [(b, *bound) for b in range(x.shape[0]) for bound in bounds]
 
 
-def part(x: Tensor, sample: int, start: int, stop: int) -> Tensor:
+def part(x: Tensor | Quantised, sample: int, start: int, stop: int) -> Tensor | Quantised:
     """One piece of tokens, or of a modulation [B or 1, T or 1, 1, C] that is shared by samples or frames."""
+    if isinstance(x, Quantised):
+        return Quantised(*(part(tensor, sample, start, stop) for tensor in x))
     x = x[sample : sample + 1] if x.shape[0] > 1 else x
     return x[:, start:stop] if x.shape[1] > 1 else x
 
@@ -140,38 +154,72 @@ class Block(nn.Module):
         with fp32_region(x, how.explicit_fp32):
             modulation = self.linear_fp32(self.modulation, F.silu(temb))[:, :, None]
             shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
-            h = modulate(x, shift_a, scale_a)
-        num_cond_tokens = num_cond_latents * x.shape[2]
-        h = self.attn(h.flatten(1, 2), rope, num_cond_tokens, cached, how.fused_qkv, kernels, keep).view_as(x)
-        with fp32_region(x, how.explicit_fp32):
-            x = gated(x, h, gate_a)
-        del h
+        x, h = self._normed(x, None, None, scale_a, shift_a, self.attn.qkv, how)
+        # In a list, from which the last owner takes it: it is not needed beside the keys.
+        h = self.attn([h], rope, num_cond_latents * x.shape[2], cached, how, kernels, keep).view_as(x)
+        gate = gate_a
         if text is not None:
-            x = x + self._cross(x, text, num_cond_latents, how.fused_qkv, kernels)
-        with fp32_region(x, how.explicit_fp32):
-            h = modulate(x, shift_f, scale_f)
+            x, h = self._cross(x, h, gate_a, text, num_cond_latents, how, kernels)
+            gate = None
+        x, h = self._normed(x, h, gate, scale_f, shift_f, self.ffn.gate_up, how)
         return self._feed_forward(x, h, gate_f, how)
 
-    def _cross(self, x: Tensor, text: BlockText, num_cond_latents: int, fused: bool, kernels: Any) -> Tensor:
+    def _normed(
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        layer: nn.Module,
+        how: How,
+    ) -> tuple[Tensor, Tensor | Quantised]:
+        """x + gate * update, and its modulated norm as `layer` takes it. No update: x stays; no gate: 1."""
+        if how.fused_kernels:
+            quantised = takes_quantised(layer)
+            return fused_kernels.residual_norm(x, update, gate, scale, shift, one_plus=True, fp8=quantised)
+        if update is not None:
+            with fp32_region(x, how.explicit_fp32):
+                x = x + update if gate is None else gated(x, update, gate)
+        with fp32_region(x, how.explicit_fp32):
+            return x, modulate(x, shift, scale)
+
+    def _cross(
+        self, x: Tensor, update: Tensor, gate: Tensor, text: BlockText, num_cond_latents: int, how: How, kernels: Any
+    ) -> tuple[Tensor, Tensor]:
+        """x + gate * update, and what its noisy frames take from the text; conditioning frames know nothing of it."""
+        if how.fused_kernels and not num_cond_latents:
+            norm, layer = self.cross_norm, self.cross_attn.q
+            weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
+            x, h = fused_kernels.residual_norm(x, update, gate, weight, bias, fp8=takes_quantised(layer))
+            return x, self.cross_attn(h, text, how, kernels).view_as(x)
+        with fp32_region(x, how.explicit_fp32):
+            x = gated(x, update, gate)
         noisy = x[:, num_cond_latents:]
-        out = self.cross_attn(self.cross_norm(noisy).flatten(1, 2), text, fused, kernels).view_as(noisy)
-        # Conditioning frames know nothing of the prompt: their update is zero.
-        return F.pad(out, (0, 0, 0, 0, num_cond_latents, 0)) if num_cond_latents else out
+        out = self.cross_attn(self.cross_norm(noisy), text, how, kernels).view_as(noisy)
+        return x, F.pad(out, (0, 0, 0, 0, num_cond_latents, 0)) if num_cond_latents else out
 
     def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor, how: How) -> Tensor:
         """x + gate * ffn(h). Without gradients and outside of graphs the result is written into x."""
         if not how.pieces:
-            h = self.ffn(h, how.fused_ffn)
-            with fp32_region(x, how.explicit_fp32):
-                return gated(x, h, gate)
+            return self._gated(x, self.ffn(h, how), gate, how)
         outs = []
         for piece in cut(x, how.pieces):
-            own, update = part(x, *piece), self.ffn(part(h, *piece), how.fused_ffn)
+            own, update = part(x, *piece), self.ffn(part(h, *piece), how)
+            if how.fused_kernels and not torch.compiler.is_compiling():
+                fused_kernels.residual_(own, update, part(gate, *piece))
+                continue
             with fp32_region(x, how.explicit_fp32):
                 out = gated(own, update, part(gate, *piece))
             # A graph must not write into slices; its compiler makes the pieces where they belong.
             outs.append(out.flatten(0, 2) if torch.compiler.is_compiling() else own.copy_(out))
         return torch.cat(outs).view_as(x) if torch.compiler.is_compiling() else x
+
+    def _gated(self, x: Tensor, update: Tensor, gate: Tensor, how: How) -> Tensor:
+        if how.fused_kernels and not torch.compiler.is_compiling():
+            return fused_kernels.residual_(x, update.view_as(x), gate)
+        with fp32_region(x, how.explicit_fp32):
+            return gated(x, update, gate)
 
 
 def run_block(block: Block, *args: Any) -> Tensor:

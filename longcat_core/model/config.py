@@ -136,6 +136,10 @@ class Optimizations:
     fp8
         8-bit GEMMs in layers whose weights were quantised to fp8; off: the same weights, multiplied out, in 16-bit
         GEMMs. Without effect on other layers. Lossy, and checked as a lossy attention is.
+    fused_kernels
+        The element-wise work of a block (norm with modulation or RoPE, residual with gate, silu(gate) * up) by Triton
+        kernels of our own, on CUDA and in 16 bits; off, and elsewhere: by PyTorch or its compiler. Same mathematics,
+        other rounding.
     """
 
     fused_qkv: bool = True
@@ -149,6 +153,7 @@ class Optimizations:
     reuse_modulation: bool = True
     fused_step: bool = True
     fp8: bool = True
+    fused_kernels: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import LongCatError
 from ..optimize.compilation import Regional
+from ..optimize.kernels import usable as kernels_usable
 from . import backends
 from .attention import BlockText, TextTokens, arrange_text, unfold_padding
 from .block import Block, FinalLayer, How, ffn_pieces, fp32_region, linear_fp32, run_block
@@ -234,7 +235,9 @@ class LongCatTransformer(nn.Module):
         recompute = optimizations.gradient_checkpointing and grad
         spatial = grid[1] * grid[2]
         pieces = 0 if grad else ffn_pieces(config, batch, frames, spatial, tokens.element_size())
-        how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces)
+        # Kernels of our own are explicit fp32 throughout: they cannot stand for autocast regions.
+        own = optimizations.fused_kernels and optimizations.explicit_fp32 and not grad and kernels_usable(tokens)
+        how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces, own)
         block_text = self._block_texts(text, context is text and not grad, batch, kernels)
         call = self._compiled_call(kernels, grid) if optimizations.compile == "blocks" and fill is None else run_block
         for i, block in enumerate(self.blocks):

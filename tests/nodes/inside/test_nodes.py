@@ -208,7 +208,7 @@ SWITCHES = {
     "explicit_fp32": True,
     "gradient_checkpointing": False,
 }
-ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8")
+ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels")
 
 
 @pytest.mark.parametrize(

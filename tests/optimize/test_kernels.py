@@ -1,0 +1,210 @@
+"""The Triton kernels against their twins in PyTorch, in Triton's interpreter where there is no GPU.
+
+In fp16: the interpreter rounds bf16 towards zero. Rounding to e4m3 it loses the carry of what rounds up to a power of
+two, and below 2^-6 it rounds in its own way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core.checkpoints.load import load_transformer
+from longcat_core.model import backends, transformer
+from longcat_core.model.attention import RMSNorm
+from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.rope import apply_rope, rope_table
+from longcat_core.optimize import kernels
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = (2, 3, 11, 192)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def check_quantised(found: kernels.Quantised, wanted: Tensor) -> None:
+    values, scales = kernels.quantise_rows(wanted)
+    assert found.values.dtype == torch.float8_e4m3fn and found.values.shape == wanted.shape
+    torch.testing.assert_close(found.scales, scales, rtol=1e-4, atol=1e-12)
+    values, found = values.float(), found.values.float()
+    off = found != values
+    if DEVICE.type == "cpu":
+        interpreted = (values.abs().log2() % 1 == 0) | (values.abs() < 2**-6)
+        assert (off & interpreted).float().mean() < 0.1
+        off &= ~interpreted
+    # A scale that differs in its last bit moves what lies between two numbers.
+    assert off.float().mean() < 1e-3
+
+
+GATES = {
+    "no gate": None,
+    "own gates": (2, 3),
+    "shared by samples": (1, 3),
+    "shared by frames": (2, 1),
+    "shared by all": (1, 1),
+}
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+@pytest.mark.parametrize("norm", ["modulation", "shared modulation", "weights"])
+def test_residual_norm(gate, norm, fp8):
+    x, update = randn(*SHAPE), randn(*SHAPE, seed=1)
+    # Slices of one modulation, as a block has them.
+    parts = randn(2, 3, 1, 6 * SHAPE[-1], seed=2, dtype=torch.float32).chunk(6, dim=-1)
+    gate = None if gate is None else parts[0][: gate[0], : gate[1]]
+    weight, bias = {
+        "modulation": parts[1:3],
+        "shared modulation": [part[:1, :1] for part in parts[1:3]],
+        "weights": [randn(SHAPE[-1], seed=seed) for seed in (3, 4)],
+    }[norm]
+    total, out = kernels.residual_norm(x, update, gate, weight, bias, one_plus=norm != "weights", fp8=fp8)
+    wanted_total, wanted = kernels.plain_norm(x, update, gate, weight, bias, norm != "weights")
+    torch.testing.assert_close(total, wanted_total, rtol=1e-3, atol=1e-3)
+    if fp8:
+        check_quantised(out, wanted)
+    else:
+        torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_without_an_update_the_sum_is_x_itself():
+    x, weight = randn(*SHAPE), randn(SHAPE[-1], seed=1)
+    total, out = kernels.residual_norm(x, None, None, weight, weight)
+    assert total is x
+    torch.testing.assert_close(
+        out.float(), kernels.plain_norm(x, None, None, weight, weight, False)[1], rtol=2e-3, atol=2e-3
+    )
+
+
+def test_residual_is_written_into_x():
+    x, update, gate = randn(*SHAPE), randn(*SHAPE, seed=1), randn(2, 3, 1, SHAPE[-1], seed=2, dtype=torch.float32)
+    wanted = (x.float() + gate * update.float()).half()
+    assert kernels.residual_(x, update, gate) is x
+    torch.testing.assert_close(x, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("heads, dim", [(3, 64), (4, 128)])
+def test_norm_rope_in_a_slice_of_a_projection(heads, dim, rope):
+    tokens = 12
+    whole = randn(2, tokens, 3 * heads * dim)
+    before = whole.clone()
+    q, k, v = (part.unflatten(-1, (heads, dim)) for part in whole.chunk(3, dim=-1))
+    norm = RMSNorm(dim, device=DEVICE)
+    norm.weight.data = randn(dim, seed=1, dtype=torch.float32)
+    table = rope_table(dim, 2, 2, 3, 0, DEVICE) if rope else None
+    with torch.no_grad():
+        wanted = norm(k.float())
+        wanted = apply_rope(wanted, *table) if rope else wanted
+        found = kernels.norm_rope(k, norm.weight, table)
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-3, atol=2e-3)
+    assert found.data_ptr() == k.data_ptr(), "written in place"
+    for part, old in zip((q, v), (before.chunk(3, dim=-1)[i].unflatten(-1, (heads, dim)) for i in (0, 2)), strict=True):
+        assert torch.equal(part, old), "its neighbours stay"
+
+
+@pytest.mark.parametrize("width", [64, 100])
+def test_gated_product(width):
+    gate_up = randn(2, 7, 2 * width) * 4
+    wanted = kernels.plain_gated_product(gate_up)
+    torch.testing.assert_close(kernels.gated_product(gate_up).float(), wanted, rtol=2e-3, atol=2e-3)
+    check_quantised(kernels.gated_product(gate_up, fp8=True), wanted)
+
+
+def test_quantise_keeps_zeros_outliers_and_tiny_rows():
+    x = randn(5, 96)
+    x[1], x[3] = 0, x[3] * 1e-4
+    x[2, 7] = 3e4
+    found = kernels.quantise(x)
+    check_quantised(found, x)
+    found = found if DEVICE.type == "cuda" else kernels.Quantised(*kernels.quantise_rows(x))
+    assert not found.values[1].float().any()
+    restored = found.values.float() * found.scales
+    assert (restored - x.float()).norm() / x.float().norm() < 0.04
+    for row in (0, 3, 4):
+        assert (restored[row] - x[row].float()).norm() / x[row].float().norm() < 0.05
+
+
+class Runs:
+    """The small model in fp16 with and without the kernels, which are told to be usable here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transformer, "kernels_usable", lambda x: x.dtype == torch.float16)
+        self.switches = Optimizations(attention="sdpa")
+        self.model = load_transformer(GOLDEN / "dit.safetensors", config=CONFIG, dtype=torch.float16, device=DEVICE)
+
+    @torch.no_grad()
+    def __call__(self, fused: bool, cond: int = 0, cached: bool = False, **switches: object) -> Tensor:
+        self.model.set_optimizations(replace(self.switches, fused_kernels=fused, **switches))
+        latents = randn(2, 16, 3, 4, 6, dtype=torch.float32)
+        context = randn(2, 8, CONFIG.caption_channels, seed=1)
+        mask = torch.tensor([[1] * 5 + [0] * 3, [1] * 8], device=DEVICE)
+        steps = torch.tensor([[500.0]], device=DEVICE).repeat(2, 3)
+        steps[:, :cond] = 0
+        cache = self.model.fill_kv_cache(randn(1, 16, 2, 4, 6, seed=4, dtype=torch.float32)) if cached else None
+        return self.model(latents, steps, context, mask, num_cond_latents=cond, kv_cache=cache)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"cond": 1}, {"cached": True}, {"text_mode": "padded"}, {"reuse_modulation": False}, {"fused_ffn": False}],
+    ids=lambda case: next(iter(case), "plain"),
+)
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_the_network_is_the_same_with_them(case, pieces, monkeypatch):
+    monkeypatch.setattr(transformer, "ffn_pieces", lambda *_: pieces)
+    run = Runs(monkeypatch)
+    used = []
+    launch = kernels._launch_residual_norm
+    monkeypatch.setattr(kernels, "_launch_residual_norm", lambda *args: used.append(1) or launch(*args))
+    plain = run(False, **case)
+    assert not used
+    fused = run(True, **case)
+    assert len(used) >= 3 * CONFIG.depth
+    assert (fused - plain).norm() / plain.norm() < 3e-3
+
+
+def test_gradients_and_other_precisions_go_around_them():
+    x = randn(2, 4)
+    assert kernels.missing() or kernels.usable(x)
+    assert not kernels.usable(x.float())
+    assert not kernels.usable(x.requires_grad_())
+    with torch.no_grad():
+        assert kernels.usable(x) == (not kernels.missing())
+    if DEVICE.type == "cpu":
+        assert kernels.missing() == "no CUDA device"
+
+
+def test_they_stand_in_a_graph_as_operators(monkeypatch):
+    """Nothing breaks the graph, and the operators' shapes are those of their results."""
+    x, weight = randn(*SHAPE), randn(SHAPE[-1], seed=1)
+    gate = randn(1, 1, 1, SHAPE[-1], seed=2, dtype=torch.float32)
+    heads = SHAPE[-1] // 64
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        total, out = kernels.residual_norm(x, x, gate, gate, gate, one_plus=True)
+        _, eight = kernels.residual_norm(x, None, None, weight, weight, fp8=True)
+        q = kernels.norm_rope(out.clone().flatten(1, 2).unflatten(-1, (heads, 64)), weight[:64], None)
+        return total, out, *eight, q, *kernels.gated_product(out, fp8=True), *kernels.quantise(out)
+
+    wanted = function(x.clone())
+    found = torch.compile(function, fullgraph=True, backend="eager")(x)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0)
+    checks = ("test_schema", "test_faketensor")
+    for fp8 in (False, True):
+        for args in ((x, x, gate, gate, gate, True, fp8), (x, None, None, weight, weight, False, fp8)):
+            torch.library.opcheck(kernels._residual_norm_op, args, test_utils=checks)
+        torch.library.opcheck(kernels._gated_product_op, (x, fp8), test_utils=checks)
+    q = x.flatten(1, 2).unflatten(-1, (heads, 64))
+    torch.library.opcheck(kernels._norm_rope_op, (q, weight[:64], None, None), test_utils=checks)
+    torch.library.opcheck(kernels._quantise_op, (x,), test_utils=checks)
+    assert backends.HALF == kernels.HALF
