@@ -227,7 +227,8 @@ class LongCatTransformer(nn.Module):
         if kv_cache is not None:
             kv_cache.rotate()
             start = kv_cache.num_latents
-        rope = rope_table(config.head_dim, *grid, start, tokens.device)
+        # Views, since what the compiler is told of a tensor's sizes sticks to it, and these are shared.
+        rope = tuple(table[:] for table in rope_table(config.head_dim, *grid, start, tokens.device))
 
         own_kernels = kernels is None
         kernels = kernels or self.choose_kernels(x.device)

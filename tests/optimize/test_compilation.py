@@ -128,6 +128,13 @@ def test_given_frames_are_one_graph_more(way):
         assert run.step(cached=3, grid=(4, 4, 6)) == 3, "symbolic by now"
 
 
+def test_sizes_that_one_kind_has_met_are_new_to_another():
+    run = Run()
+    other = (5, 4, 6)
+    steps = [{}, {"cond": 1, "grid": other}, {"grid": other}, {"cond": 1, "grid": other}, {"grid": other}]
+    assert [run.step(**step) for step in steps] == [1, 2, 3, 3, 3]
+
+
 def test_lora_is_none(tmp_path):
     run = Run()
     assert run.step() == 1
