@@ -74,6 +74,8 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("--prompts", type=_whole, default=64, metavar="N", help="how many prompts (default: 64)")
     sub.add_argument("--steps", type=_whole, default=50, metavar="N", help="denoising steps (default: 50)")
     sub.add_argument("--guidance", type=_number, default=4.0, metavar="X", help="CFG scale (default: 4)")
+    sub = command("bench", bench, "Measure the network: what each optimization is worth, memory, kernels, exactness.")
+    _add_bench(sub)
     sub = command("train-nano", train_nano, "Train the embedded model anew.")
     if argv[:1] == ["train-nano"]:
         from .nano.train import add_arguments
@@ -117,6 +119,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="folder or file (default: text_encoder/ and tokenizer/ in the model's folder)",
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    group.add_argument("--fp8", action="store_true", help="large layers in 8 bits: faster, half the memory, lossy")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--attention", default="auto", metavar="NAME", help="see longcat backends")
     group.add_argument(
@@ -135,6 +138,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write a .png of frames and prompt")
     group.add_argument("--fps", type=_number, default=15.0, metavar="X", help="frames per second (default: 15)")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from .benchmark.bench import add_arguments
+
+    add_arguments(parser, size=_size, whole=_whole, number=_number, dtypes=DTYPES)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -183,6 +192,7 @@ def generate(args: argparse.Namespace) -> int:
             dtype=_dtype(args.dtype, device),
             device=device,
             optimizations=Optimizations(attention=args.attention, compile=_compile(args.compile, device, paths)),
+            fp8=args.fp8,
         )
         with _progress() as callback:
             generation = pipeline.generate(request, callback)
@@ -219,6 +229,18 @@ def backends(args: argparse.Namespace) -> int:
     for name, available, reason in rows:
         print(f"{name:<{width}}  {'yes' if available else 'no ':<3}  {reason}")
     return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """`longcat bench`."""
+    if args.part == "report":
+        from .benchmark.report import write_page
+
+        return write_page(args.folders, args.output)
+    from .benchmark.bench import run
+
+    device = _device(args.device)
+    return run(args, device, _dtype(args.dtype, device))
 
 
 def score_nano(args: argparse.Namespace) -> int:

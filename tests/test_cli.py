@@ -275,6 +275,19 @@ def test_files_are_written_and_named(folder: Path, capsys: pytest.CaptureFixture
     assert sorted(os.listdir()) == ["a.png", "a.webp"]
 
 
+def test_8_bit_layers_come_on_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*_: Any, fp8: bool, **__: Any) -> StandIn:
+        asked.append(fp8)
+        return StandIn()
+
+    monkeypatch.setattr(cli, "load_pipeline", load)
+    for i, options in enumerate(([], ["--fp8"])):
+        assert cli.main(["generate", PROMPT, "-o", f"{i}.webp", "--steps", "1", "--device", "cpu", *options]) == 0
+    assert asked == [False, True]
+
+
 def test_blocks_are_compiled_on_request(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 

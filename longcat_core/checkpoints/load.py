@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import CheckpointError, LongCatError
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
+from ..optimize.kernels import quantise_rows
+from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from .formats import Format, detect
 from .safetensors_io import read_header, read_metadata
 
@@ -208,9 +210,11 @@ def load_transformer(
     device: torch.device | str = "cpu",
     optimizations: Optimizations | None = None,
     config: ModelConfig | None = None,
+    fp8: Policy | None = None,
 ) -> LongCatTransformer:
     """A network with the weights at `path`, in eval mode, every parameter in `dtype` on `device`.
 
+    fp8: which layers become 8-bit ones as they arrive, so that the whole never lies on the device in 16 bits.
     All headers are checked against the network before any weight is read: a missing, extra or wrongly shaped tensor
     is named in a CheckpointError. One tensor at a time is held besides the network itself.
     """
@@ -220,6 +224,9 @@ def load_transformer(
     pairs = _check(checkpoint, model)
     handles = {file: safe_open(file, framework="pt") for file in set(checkpoint.where.values())}
     parameters = dict(model.named_parameters())
+    eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth))
+    for name in eight_bit:
+        check_sizes(*parameters[f"{name}.weight"].shape)
     state = {}
     for name, stored in pairs:
         target = torch.empty(parameters[name].shape, dtype=dtype, device=device)
@@ -227,8 +234,19 @@ def load_transformer(
         for tensor in _read(checkpoint, stored, handles):
             target[row : row + len(tensor)] = tensor.to(device=device, dtype=dtype)
             row += len(tensor)
-        state[name] = target
+        layer, _, kind = name.rpartition(".")
+        if layer in eight_bit and kind == "weight":
+            state[name], state[f"{layer}.weight_scale"] = quantise_rows(target)
+        else:
+            state[name] = target
+    for name in eight_bit:
+        parent, _, child = name.rpartition(".")
+        weight, scale = (state.pop(f"{name}.{kind}") for kind in ("weight", "weight_scale"))
+        new = Fp8Linear(weight, scale, state.pop(f"{name}.bias", None), dtype)
+        setattr(model.get_submodule(parent), child, new)
+        state |= new.state_dict(prefix=f"{name}.")
     model.load_state_dict(state, assign=True)
+    model.set_optimizations(model.optimizations)
     return model.eval().requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LongCatError
 from ..model.transformer import LongCatTransformer
 from .formats import OFFICIAL, Format
 from .safetensors_io import read_tensors
@@ -84,6 +84,11 @@ def merge_lora(
         raise CheckpointError(
             f"{path} targets modules that the model lacks: {', '.join(unknown[:_SHOWN])}{more}; "
             "it belongs to another model"
+        )
+    eight_bit = [module for module in targets if model.get_parameter(f"{rows[module][0]}.weight").itemsize == 1]
+    if eight_bit:
+        raise LongCatError(
+            f"{path} cannot be merged into 8-bit weights ({eight_bit[0]}); merge it before the network is quantised"
         )
     changes = []
     for module, parts in targets.items():

@@ -16,6 +16,7 @@ from ..checkpoints.load import load_transformer, open_checkpoint
 from ..errors import CheckpointError, LongCatError
 from ..model.backends import check as check_attention
 from ..model.config import Optimizations
+from ..optimize.quantization import Policy
 from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Step, sample
 from ..sampling.schedules import make_schedule
@@ -121,8 +122,12 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         optimizations: Optimizations | None = None,
+        fp8: bool = False,
     ) -> Pipeline:
-        """Load all three parts. Raises LongCatError for files that do not fit the network or each other."""
+        """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy).
+
+        Raises LongCatError for files that do not fit the network or each other.
+        """
         paths = paths or ModelPaths()
         paths.check()
         optimizations = optimizations or Optimizations()
@@ -136,7 +141,8 @@ class Pipeline:
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
                 f"{config.caption_channels}; give the text encoder that belongs to it"
             )
-        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
+        policy = Policy() if fp8 else None
+        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations, fp8=policy)
         return cls(model, vae, text_encoder, paths.defaults)
 
     def generate(self, request: GenerateRequest, callback: Callable[[Step], None] | None = None) -> Generation:

@@ -1,0 +1,257 @@
+"""8-bit linear layers: weights in e4m3 with a scale for each row, activations quantised row by row as they come.
+
+y[m, n] = sx[m] * sw[n] * sum_k x8[m, k] * w8[n, k] + bias[n], the scales chosen so that the largest value of a row is
+448, e4m3's largest. Lossy; `quantization_error` measures how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import LongCatError
+from . import kernels
+from .kernels import Quantised, quantise_rows
+
+# The layers of a block that hold its work. Modulation, embeddings and the final layer are fp32 islands, and the text's
+# keys and values are computed once.
+LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.proj", "ffn.gate_up", "ffn.down")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes 8-bit: `layers` of every block, but for the first and last blocks that are kept as they are."""
+
+    layers: Sequence[str] = LAYERS
+    keep_first: int = 0
+    keep_last: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.layers) - set(LAYERS))
+        if unknown:
+            raise LongCatError(f"no layers {', '.join(unknown)} to quantise; choose from {', '.join(LAYERS)}")
+        if self.keep_first < 0 or self.keep_last < 0:
+            raise LongCatError(f"cannot keep {self.keep_first} first and {self.keep_last} last blocks; give 0 or more")
+
+    def names(self, depth: int) -> list[str]:
+        """Full names of the layers in a network of `depth` blocks."""
+        return [f"blocks.{i}.{layer}" for i in range(self.keep_first, depth - self.keep_last) for layer in self.layers]
+
+
+@cache
+def missing(device: torch.device) -> str:
+    """Why `device` has no 8-bit products of rows with scales, or "": then they are computed in wider precision."""
+    if device.type != "cuda":
+        return f"8-bit products run on CUDA, not on {device.type}"
+    have = torch.cuda.get_device_capability(device)
+    if have < (8, 9):
+        return f"8-bit products need compute capability 8.9, this GPU has {have[0]}.{have[1]}"
+    one = torch.ones(16, 16, device=device, dtype=torch.float8_e4m3fn)
+    scale = torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(one, one.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"this PyTorch multiplies no rows with scales here: {' '.join(str(error).split())[:120]}"
+    return ""
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer with e4m3 weights. x [.., in] in 16 bits or fp32, or quantised already -> [.., out] in its dtype.
+
+    weight [out, in] e4m3; weight_scale [out, 1] fp32; bias [out] or None. `fp8` off: the same weights, multiplied out,
+    in a product of x's own precision. `dtype` is that of the output where x comes quantised. No backward pass.
+    """
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype or torch.get_default_dtype()
+        self.fp8 = True
+        # Asked for here and not in a graph, which must not run what answers it.
+        self.native = not missing(weight.device)
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Fp8Linear:
+        """A plain linear layer quantised. Raises LongCatError for sizes that 8-bit products do not take."""
+        check_sizes(*layer.weight.shape)
+        with torch.no_grad():
+            bias = None if layer.bias is None else layer.bias.detach()
+            return cls(*quantise_rows(layer.weight.detach()), bias, layer.weight.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
+        # Weights and scales move, but are no numbers to be cast: .to(dtype) casts the bias and the output.
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
+        for name in ("weight", "weight_scale"):
+            moved = getattr(self, name).data.to(probe.device)
+            setattr(self, name, nn.Parameter(moved, requires_grad=False))
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
+        self.dtype = probe.dtype
+        self.native = not missing(probe.device)
+        return self
+
+    @property
+    def takes_quantised(self) -> bool:
+        """Whether x may come quantised: otherwise that would lose precision for nothing."""
+        return self.fp8
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], multiplied out."""
+        return (self.weight.float() * self.weight_scale).to(dtype)
+
+    def forward(self, x: Tensor | Quantised) -> Tensor:
+        if not isinstance(x, Quantised):
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise LongCatError("8-bit layers have no backward pass; train the network in bf16, without fp8")
+            if not self.fp8:
+                bias = None if self.bias is None else self.bias.to(x.dtype)
+                return F.linear(x, self.dequantised(x.dtype), bias)
+            dtype = x.dtype
+            # In a compiled graph quantising is fused with whatever made x.
+            own = not torch.compiler.is_compiling() and kernels.usable(x)
+            x = kernels.quantise(x) if own else Quantised(*quantise_rows(x))
+        else:
+            dtype = self.dtype
+        return scaled_product(x, self.weight, self.weight_scale, self.bias, dtype, self.native)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, fp8={self.fp8}"
+
+
+def check_sizes(rows: int, columns: int) -> None:
+    """Raise LongCatError unless 8-bit products take a weight [rows, columns]."""
+    if rows % 16 or columns % 16:
+        raise LongCatError(
+            f"a weight of {rows}x{columns} cannot be quantised to fp8, both must be multiples of 16; load without fp8"
+        )
+
+
+def scaled_product(
+    x: Quantised, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, native: bool
+) -> Tensor:
+    """x [.., in] times weight [out, in] e4m3 with weight_scale [out, 1] fp32, plus bias [out] -> [.., out] in dtype.
+
+    native: by the GPU's 8-bit product; otherwise the same numbers in fp32.
+    """
+    shape = (*x.values.shape[:-1], weight.shape[0])
+    values, scales = x.values.flatten(0, -2), x.scales.reshape(-1, 1)
+    if not native:
+        # Products of two e4m3 numbers are exact in fp32.
+        out = F.linear(values.float(), weight.float()) * scales * weight_scale.t()
+        return (out if bias is None else out + bias.float()).to(dtype).view(shape)
+    # Rows with scales come out in bf16 only.
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    out = torch._scaled_mm(
+        *(values, weight.t(), scales, weight_scale.t()), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return out.to(dtype).view(shape)
+
+
+def quantise_model(model: nn.Module, policy: Policy | None = None) -> int:
+    """Turn the layers that `policy` names into 8-bit ones, in place; returns how many bytes of weights that saved.
+
+    Layer by layer, so that besides the network one layer is held twice at most. What is 8-bit already stays. Raises
+    LongCatError for layers that are no plain linear ones (LoRAs must be merged before) and for sizes that do not fit;
+    the model is as it was then.
+    """
+    names = (policy or Policy()).names(len(model.blocks))
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        if isinstance(layer, Fp8Linear):
+            continue
+        if type(layer) is not nn.Linear:
+            raise LongCatError(f"{name} is a {type(layer).__name__} and cannot be quantised; merge LoRAs before")
+        check_sizes(*layer.weight.shape)
+    saved = 0
+    for name, layer in layers.items():
+        if isinstance(layer, Fp8Linear):
+            continue
+        parent, _, child = name.rpartition(".")
+        new = Fp8Linear.of(layer)
+        saved += layer.weight.nbytes - new.weight.nbytes - new.weight_scale.nbytes
+        setattr(model.get_submodule(parent), child, new)
+        layer.weight = None
+    return saved
+
+
+def quantised_layers(model: nn.Module) -> list[str]:
+    """Names of the 8-bit layers of a network."""
+    return [name for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far `found` is from `wanted`: relative is |found - wanted| / |wanted|; psnr in dB over the wanted range."""
+
+    relative: float
+    psnr: float
+
+    @classmethod
+    def between(cls, found: Tensor, wanted: Tensor) -> Error:
+        found, wanted = found.float(), wanted.float()
+        off = (found - wanted).square().mean().item()
+        span = (wanted.max() - wanted.min()).item()
+        relative = math.sqrt(off / max(wanted.square().mean().item(), 1e-30))
+        return cls(relative, 10 * math.log10(span**2 / off) if off > 0 else math.inf)
+
+
+@contextmanager
+def _block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, args, out: outputs.append(out.clone())) for block in model.blocks]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def quantization_error(exact: nn.Module, lossy: nn.Module, *inputs: Tensor) -> tuple[Error, list[Error]]:
+    """The error of `lossy`'s output and of every block's, against `exact`'s on the same inputs of the network.
+
+    A block's error is what has gathered up to it. Blocks must not be compiled.
+    """
+    with _block_outputs(exact) as wanted:
+        whole = exact(*inputs)
+    with _block_outputs(lossy) as found:
+        out = lossy(*inputs)
+    return Error.between(out, whole), [Error.between(a, b) for a, b in zip(found, wanted, strict=True)]
+
+
+def policies(depth: int) -> dict[str, Policy]:
+    """Policies to compare: all layers, each kind alone, all but one kind, and all but the outer blocks."""
+    found = {"all": Policy()}
+    for layer in LAYERS:
+        found[f"only {layer}"] = Policy((layer,))
+    for layer in LAYERS:
+        found[f"all but {layer}"] = Policy(tuple(other for other in LAYERS if other != layer))
+    if depth > 2:
+        found["all but the first and last block"] = Policy(keep_first=1, keep_last=1)
+    return found
+
+
+def compare_policies(
+    exact: nn.Module, copy: Callable[[], nn.Module], *inputs: Tensor, which: Iterable[str] | None = None
+) -> dict[str, Error]:
+    """The error of the network's output under each of `policies`; `copy` makes another network with exact's weights."""
+    table = policies(len(exact.blocks))
+    errors = {}
+    for name in table if which is None else which:
+        lossy = copy()
+        quantise_model(lossy, table[name])
+        errors[name] = quantization_error(exact, lossy, *inputs)[0]
+    return errors

@@ -1,0 +1,235 @@
+"""8-bit layers: their numbers, what becomes one, how they move, and what they cost the network."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longcat_core.checkpoints.load import load_transformer
+from longcat_core.checkpoints.lora import merge_lora
+from longcat_core.checkpoints.safetensors_io import write_safetensors
+from longcat_core.errors import LongCatError
+from longcat_core.generate.pipeline import NANO_MODEL
+from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.kernels import Quantised, quantise_rows
+from longcat_core.optimize.quantization import (
+    LAYERS,
+    Error,
+    Fp8Linear,
+    Policy,
+    check_sizes,
+    compare_policies,
+    missing,
+    quantise_model,
+    quantised_layers,
+    quantization_error,
+)
+
+CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+SWITCHES = Optimizations(attention="sdpa")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def model() -> LongCatTransformer:
+    torch.manual_seed(0)
+    return LongCatTransformer(CONFIG, SWITCHES).eval().requires_grad_(False)
+
+
+def inputs(caption: int = CONFIG.caption_channels) -> tuple[Tensor, ...]:
+    mask = torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
+    return randn(2, 16, 3, 4, 6), torch.tensor([700.0, 700.0]), randn(2, 8, caption, seed=1), mask
+
+
+def test_rows_are_scaled_to_the_largest_number_of_e4m3():
+    x = randn(6, 64)
+    x[1] *= 1e4
+    x[2] *= 1e-6
+    x[3] = 0
+    x[4, 5] = 300
+    values, scales = quantise_rows(x)
+    assert values.dtype == torch.float8_e4m3fn and scales.shape == (6, 1)
+    assert values.float().abs().amax(-1).tolist() == [448, 448, 448, 0, 448, 448]
+    torch.testing.assert_close(scales[:, 0], x.abs().amax(-1).clamp(min=1e-12) / 448)
+    restored = values.float() * scales
+    assert not restored[3].any()
+    # Half a step of e4m3 is a sixteenth of a number, or 2^-10 of the scale near zero.
+    assert ((restored - x).abs() <= x.abs() / 16 + scales * 2**-10 * 1.01).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_is_close_and_exactly_what_its_definition_says(dtype, bias):
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 80, bias=bias).to(dtype).requires_grad_(False)
+    eight, x = Fp8Linear.of(layer), randn(3, 5, 128).to(dtype)
+    out = eight(x)
+    assert out.dtype == dtype and out.shape == (3, 5, 80)
+    (x8, sx), (w8, sw) = quantise_rows(x), quantise_rows(layer.weight)
+    wanted = (x8.double() * sx.double()) @ (w8.double() * sw.double()).T
+    wanted = wanted + layer.bias.double() if bias else wanted
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    assert 0.01 < Error.between(out, layer(x)).relative < 0.05
+    torch.testing.assert_close(eight(Quantised(x8, sx)), out, rtol=0, atol=0)
+
+
+def test_switched_off_it_multiplies_the_same_weights_in_wider_precision():
+    layer = nn.Linear(128, 80).requires_grad_(False)
+    eight, x = Fp8Linear.of(layer), randn(7, 128)
+    eight.fp8 = False
+    assert not eight.takes_quantised
+    torch.testing.assert_close(eight(x), nn.functional.linear(x, eight.dequantised(x.dtype), layer.bias))
+    weights_alone = Error.between(eight(x), layer(x)).relative
+    eight.fp8 = True
+    assert weights_alone < 0.9 * Error.between(eight(x), layer(x)).relative
+
+
+def test_it_moves_and_casts_but_its_numbers_stay():
+    eight = Fp8Linear.of(nn.Linear(64, 32))
+    weight, scale = eight.weight.clone(), eight.weight_scale.clone()
+    eight.to(torch.bfloat16)
+    assert (eight.weight.dtype, eight.weight_scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert eight.bias.dtype == eight.dtype == torch.bfloat16
+    assert torch.equal(eight.weight.float(), weight.float()) and torch.equal(eight.weight_scale, scale)
+    assert eight(randn(2, 64).bfloat16()).dtype == torch.bfloat16
+    assert eight.to("meta").weight.is_meta
+
+
+def test_gradients_are_refused_in_a_sentence():
+    eight = Fp8Linear.of(nn.Linear(64, 32))
+    with pytest.raises(LongCatError, match="no backward pass; train the network in bf16"):
+        eight(randn(2, 64).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "policy, count",
+    [(Policy(), 18), (Policy(("ffn.down", "attn.qkv")), 6), (Policy(keep_first=1, keep_last=1), 6), (Policy(()), 0)],
+)
+def test_policy(model, policy, count):
+    names = policy.names(CONFIG.depth)
+    assert len(names) == count
+    plain = sum(p.nbytes for p in model.parameters())
+    saved = quantise_model(model, policy)
+    assert sorted(quantised_layers(model)) == sorted(names)
+    assert plain - sum(p.nbytes for p in model.parameters()) == saved
+    again = {name: id(model.get_submodule(name)) for name in names}
+    assert quantise_model(model, policy) == 0
+    assert again == {name: id(model.get_submodule(name)) for name in names}
+
+
+@pytest.mark.parametrize(
+    "bad, sentence",
+    [
+        (lambda: Policy(("attn.kqv",)), "no layers attn.kqv to quantise; choose from attn.qkv"),
+        (lambda: Policy(keep_first=-1), "cannot keep -1 first"),
+        (lambda: check_sizes(96, 40), "96x40 cannot be quantised to fp8, both must be multiples of 16"),
+    ],
+)
+def test_bad_policies_and_sizes(bad, sentence):
+    with pytest.raises(LongCatError, match=sentence):
+        bad()
+
+
+def test_what_cannot_be_quantised_leaves_the_network_as_it_was(model):
+    class Patched(nn.Linear):
+        pass
+
+    model.blocks[2].ffn.down = Patched(96, 64, bias=False)
+    with pytest.raises(LongCatError, match=r"blocks\.2\.ffn\.down is a Patched and cannot be quantised; merge LoRAs"):
+        quantise_model(model)
+    assert not quantised_layers(model)
+
+
+def test_half_the_memory(model):
+    model.to(torch.bfloat16)
+    layers = [model.get_submodule(name) for name in Policy().names(CONFIG.depth)]
+    before = sum(layer.weight.nbytes for layer in layers)
+    scales = sum(4 * layer.weight.shape[0] for layer in layers)
+    assert quantise_model(model) == before // 2 - scales
+
+
+def test_the_network_with_it_and_its_switch(model):
+    eight = copy.deepcopy(model)
+    quantise_model(eight)
+    whole, blocks = quantization_error(model, eight, *inputs())
+    assert 1e-3 < whole.relative < 0.1 and len(blocks) == CONFIG.depth
+    assert all(1e-4 < block.relative < 0.1 and block.psnr > 20 for block in blocks)
+    eight.set_optimizations(Optimizations(attention="sdpa", fp8=False))
+    weights_alone, _ = quantization_error(model, eight, *inputs())
+    assert weights_alone.relative < whole.relative
+    eight.set_optimizations(SWITCHES)
+    assert quantization_error(model, eight, *inputs())[0] == whole
+
+
+def test_fused_and_unfused_are_one_product(model):
+    quantise_model(model)
+    fused = model(*inputs())
+    model.set_optimizations(Optimizations(attention="sdpa", fused_qkv=False, fused_ffn=False))
+    # Cross-attention's keys are not quantised, so unfused they are two products.
+    torch.testing.assert_close(model(*inputs()), fused, rtol=1e-5, atol=1e-5)
+
+
+def test_policies_are_compared(model):
+    errors = compare_policies(model, lambda: copy.deepcopy(model), *inputs(), which=["all", "only ffn.down"])
+    assert 0 < errors["only ffn.down"].relative < errors["all"].relative
+
+
+def test_error_of_equals_is_none():
+    x = randn(9)
+    assert Error.between(x, x) == Error(0.0, float("inf"))
+    assert Error.between(1.1 * x, x).relative == pytest.approx(0.1, rel=1e-4)
+
+
+def test_loaded_as_quantised_after_loading():
+    plain = load_transformer(NANO_MODEL, dtype=torch.bfloat16)
+    loaded = load_transformer(NANO_MODEL, dtype=torch.bfloat16, fp8=Policy())
+    assert quantise_model(plain) > 0
+    assert quantised_layers(loaded) == quantised_layers(plain) and len(quantised_layers(plain)) == 6 * len(LAYERS)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    for (name, a), (_, b) in zip(loaded.named_parameters(), plain.named_parameters(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a.float(), b.float()), name
+    off = load_transformer(NANO_MODEL, optimizations=Optimizations(fp8=False), fp8=Policy())
+    assert not off.blocks[0].attn.qkv.fp8
+
+
+def test_a_lora_does_not_go_into_8_bit_weights(model, tmp_path):
+    module = "blocks.0.attn.proj"
+    key = "lora___lorahyphen___" + module.replace(".", "___lorahyphen___")
+    tensors = {
+        f"{key}.lora_down.weight": randn(4, 64),
+        f"{key}.lora_up.blocks.0.weight": randn(64, 4),
+        f"{key}.alpha_scale": torch.tensor(1.0),
+    }
+    write_safetensors(tmp_path / "lora.safetensors", tensors)
+    merge_lora(copy.deepcopy(model), tmp_path / "lora.safetensors")
+    quantise_model(model)
+    with pytest.raises(LongCatError, match=r"cannot be merged into 8-bit weights .*before the network is quantised"):
+        merge_lora(model, tmp_path / "lora.safetensors")
+
+
+def test_a_block_of_8_bit_layers_is_one_graph(model):
+    quantise_model(model)
+    plain = model(*inputs())
+    layer = model.blocks[0].ffn.gate_up
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = randn(2, 3, 64)
+    torch.testing.assert_close(compiled(x), layer(x))
+    model.set_optimizations(Optimizations(attention="sdpa", compile="blocks"))
+    model.compiled_block.backend = "aot_eager"
+    said: list[str] = []
+    model.announce = said.append
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(*inputs()), plain, rtol=1e-4, atol=1e-4)
+    assert not [sentence for sentence in said if "does not compile" in sentence]
+
+
+def test_this_machine_says_why_it_has_no_8_bit_products():
+    assert missing(torch.device("cpu")) == "8-bit products run on CUDA, not on cpu"
