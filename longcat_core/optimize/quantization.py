@@ -157,7 +157,7 @@ def scaled_product(
     return out.to(dtype).view(shape)
 
 
-def quantise_model(model: nn.Module, policy: Policy | None = None) -> int:
+def quantize(model: nn.Module, policy: Policy | None = None) -> int:
     """Turn the layers that `policy` names into 8-bit ones, in place; returns how many bytes of weights that saved.
 
     Layer by layer, so that besides the network one layer is held twice at most. What is 8-bit already stays. Raises
@@ -252,6 +252,6 @@ def compare_policies(
     errors = {}
     for name in table if which is None else which:
         lossy = copy()
-        quantise_model(lossy, table[name])
+        quantize(lossy, table[name])
         errors[name] = quantization_error(exact, lossy, *inputs)[0]
     return errors

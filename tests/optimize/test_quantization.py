@@ -24,9 +24,9 @@ from longcat_core.optimize.quantization import (
     check_sizes,
     compare_policies,
     missing,
-    quantise_model,
     quantised_layers,
     quantization_error,
+    quantize,
 )
 
 CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
@@ -117,11 +117,11 @@ def test_policy(model, policy, count):
     names = policy.names(CONFIG.depth)
     assert len(names) == count
     plain = sum(p.nbytes for p in model.parameters())
-    saved = quantise_model(model, policy)
+    saved = quantize(model, policy)
     assert sorted(quantised_layers(model)) == sorted(names)
     assert plain - sum(p.nbytes for p in model.parameters()) == saved
     again = {name: id(model.get_submodule(name)) for name in names}
-    assert quantise_model(model, policy) == 0
+    assert quantize(model, policy) == 0
     assert again == {name: id(model.get_submodule(name)) for name in names}
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_quantised_leaves_the_network_as_it_was(model):
 
     model.blocks[2].ffn.down = Patched(96, 64, bias=False)
     with pytest.raises(LongCatError, match=r"blocks\.2\.ffn\.down is a Patched and cannot be quantised; merge LoRAs"):
-        quantise_model(model)
+        quantize(model)
     assert not quantised_layers(model)
 
 
@@ -153,12 +153,12 @@ def test_half_the_memory(model):
     layers = [model.get_submodule(name) for name in Policy().names(CONFIG.depth)]
     before = sum(layer.weight.nbytes for layer in layers)
     scales = sum(4 * layer.weight.shape[0] for layer in layers)
-    assert quantise_model(model) == before // 2 - scales
+    assert quantize(model) == before // 2 - scales
 
 
 def test_the_network_with_it_and_its_switch(model):
     eight = copy.deepcopy(model)
-    quantise_model(eight)
+    quantize(eight)
     whole, blocks = quantization_error(model, eight, *inputs())
     assert 1e-3 < whole.relative < 0.1 and len(blocks) == CONFIG.depth
     assert all(1e-4 < block.relative < 0.1 and block.psnr > 20 for block in blocks)
@@ -170,7 +170,7 @@ def test_the_network_with_it_and_its_switch(model):
 
 
 def test_fused_and_unfused_are_one_product(model):
-    quantise_model(model)
+    quantize(model)
     fused = model(*inputs())
     model.set_optimizations(Optimizations(attention="sdpa", fused_qkv=False, fused_ffn=False))
     # Cross-attention's keys are not quantised, so unfused they are two products.
@@ -191,7 +191,7 @@ def test_error_of_equals_is_none():
 def test_loaded_as_quantised_after_loading():
     plain = load_transformer(NANO_MODEL, dtype=torch.bfloat16)
     loaded = load_transformer(NANO_MODEL, dtype=torch.bfloat16, fp8=Policy())
-    assert quantise_model(plain) > 0
+    assert quantize(plain) > 0
     assert quantised_layers(loaded) == quantised_layers(plain) and len(quantised_layers(plain)) == 6 * len(LAYERS)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     for (name, a), (_, b) in zip(loaded.named_parameters(), plain.named_parameters(), strict=True):
@@ -210,13 +210,13 @@ def test_a_lora_does_not_go_into_8_bit_weights(model, tmp_path):
     }
     write_safetensors(tmp_path / "lora.safetensors", tensors)
     merge_lora(copy.deepcopy(model), tmp_path / "lora.safetensors")
-    quantise_model(model)
+    quantize(model)
     with pytest.raises(LongCatError, match=r"cannot be merged into 8-bit weights .*before the network is quantised"):
         merge_lora(model, tmp_path / "lora.safetensors")
 
 
 def test_a_block_of_8_bit_layers_is_one_graph(model):
-    quantise_model(model)
+    quantize(model)
     plain = model(*inputs())
     layer = model.blocks[0].ffn.gate_up
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
