@@ -113,9 +113,7 @@ class PlainSelfAttention(nn.Module):
         self.angles: dict[Grid, Tensor] = {}
 
     def forward(self, x: Tensor, grid: Grid, attend: backends.Attend) -> Tensor:
-        q, k, v = (
-            layer(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         angles = self.angles[grid].to(x.device)
         cos, sin = angles.cos()[None, None], angles.sin()[None, None]
@@ -219,7 +217,7 @@ class BaselineTransformer(nn.Module):
         return latents[2], latents[3] // ph, latents[4] // pw
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Latents x [B, C_in, T, H, W], timestep [B] or [B, T], text [B, L, caption], mask [B, L] -> x0 - noise fp32."""
+        """Latents x [B, C_in, T, H, W], timestep [B] or [B, T], text [B, L, caption] and mask [B, L] -> x0 - noise."""
         grid, batch = self._grid(x.shape), x.shape[0]
         if timestep.ndim == 1:
             timestep = timestep.unsqueeze(1).expand(-1, grid[0])

@@ -1,0 +1,249 @@
+"""What each optimization is worth: added one after the other to the plain network, and taken alone from the full set.
+
+Rows are made from tables of data. A switch that this version of `Optimizations` lacks is left out.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import LongCatError
+from ..model.config import Optimizations
+from ..model.transformer import LongCatTransformer
+from . import workload
+from .baseline import BaselineTransformer
+from .measure import Budget, attempt, clean_up, measure
+from .results import Report, say
+
+EAGER, COMPILED, EXACT, FP8, FP8_SAGE = (
+    "baseline, eager",
+    "baseline, compiled whole",
+    "exact",
+    "fp8",
+    "fp8 and 8-bit attention",
+)
+# Where our own kernels do not pay, or do not run, the compiler's stand in for them.
+NO_KERNELS = ", without own kernels"
+# Seconds of a whole 480p video that the published guesses are shares of.
+GUESSED_OF_S = 475.0
+
+
+class Switch(NamedTuple):
+    """name: a field of `Optimizations`; plain and full: its values without and with the optimization; guess_s: the
+    published guess in seconds of `GUESSED_OF_S`; None: there is none."""
+
+    name: str
+    plain: Any
+    full: Any
+    what: str
+    guess_s: float | None = None
+
+
+# In this order they are added. `attention` of the plain network is FlashAttention-2 where there is CUDA.
+SWITCHES = (
+    Switch("fused_qkv", False, True, "fused q, k, v", 20.0),
+    Switch("fused_ffn", False, True, "fused gate and up", 15.0),
+    Switch("explicit_fp32", False, True, "explicit casts, no autocast", 2.0),
+    Switch("text_mode", "padded", "exact", "text padding folded", 5.0),
+    Switch("reuse_text", False, True, "text keys once per prompt"),
+    Switch("reuse_modulation", False, True, "modulation once per timestep"),
+    Switch("attention", "sdpa-flash", "auto", "fastest exact attention"),
+    Switch("compile", "off", "blocks", "blocks compiled", 5.0),
+    Switch("fused_step", False, True, "fused sampler step"),
+    Switch("fused_kernels", False, True, "own Triton kernels"),
+)
+LAYOUT = Switch("layout", None, None, "one token layout", 3.0)
+
+
+def switches() -> list[Switch]:
+    known = {f.name for f in fields(Optimizations)}
+    return [switch for switch in SWITCHES if switch.name in known]
+
+
+@dataclass
+class Bench:
+    """What all variants share: the model, its inputs, how long and how often."""
+
+    model: LongCatTransformer
+    size: workload.Size
+    device: torch.device
+    repeats: int
+    budget: Budget
+    attention: str = "auto"
+    say: Callable[[str], None] = say
+    _inputs: dict[int, workload.Inputs] = field(default_factory=dict)
+
+    def inputs(self, batch: int | None = None) -> workload.Inputs:
+        size = self.size if batch is None else workload.Size(self.size.height, self.size.width, self.size.frames, batch)
+        if size.batch not in self._inputs:
+            self._inputs[size.batch] = workload.Inputs(self.model.config, size, self.device)
+        return self._inputs[size.batch]
+
+    def plain(self) -> dict[str, Any]:
+        values = {switch.name: switch.plain for switch in switches()}
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
+        if self.device.type != "cuda" or not half:
+            values["attention"] = "sdpa"
+        return values
+
+    def full(self) -> dict[str, Any]:
+        return {switch.name: switch.full for switch in switches()} | {"attention": self.attention}
+
+    # --- one variant ---
+
+    def run_baseline(self, name: str, compiled: bool, **row: Any) -> dict[str, Any]:
+        def run() -> dict[str, Any]:
+            baseline = BaselineTransformer(self.model)
+            torch._dynamo.reset()
+            forward = workload.baseline_forward(baseline, self.inputs(), compiled)
+            step = workload.step_of(forward, self.inputs(), workload.optimizations(fused_step=False))
+            return measure(step, self.device, self.repeats, self.budget, warm_up=int(compiled)).as_row()
+
+        return self._attempt({"name": name, "compiled": compiled} | row, run)
+
+    def run_network(self, name: str, values: dict[str, Any], batch: int | None = None, **row: Any) -> dict[str, Any]:
+        chosen = workload.optimizations(**values)
+        compiled = chosen.compile != "off"
+
+        def run() -> dict[str, Any]:
+            with workload.notes_of(self.model) as notes:
+                workload.exactly(self.model, chosen)
+                inputs = self.inputs(batch)
+                step = workload.step_of(workload.network_forward(self.model, inputs), inputs, chosen)
+                timing = measure(step, self.device, self.repeats, self.budget, warm_up=int(compiled))
+                kernels = self.model.choose_kernels(self.device)
+                out = timing.as_row() | {"notes": notes, "attention": kernel_name(kernels.attend)}
+                # Then the network ran as it is, and said so.
+                out["compiled"] = compiled and not any("uncompiled" in note for note in notes)
+            in_force = self.model.optimizations
+            if in_force != chosen:
+                raise LongCatError(f"{name} was given up at its first step: {'; '.join(notes) or in_force}")
+            return out
+
+        batch = batch or self.size.batch
+        head = {"name": name, "compiled": compiled, "batch": batch, "optimizations": asdict(chosen)}
+        return self._attempt(head | row, run)
+
+    def _attempt(self, row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        row = attempt(row, self.budget, run)
+        gc.collect()
+        clean_up(self.device)
+        figure = f"{row['ms']:.1f} ms, first call {row['first_s']:.1f} s" if row["status"] == "ok" else row["reason"]
+        self.say(f"{row['name']}: {row['status']}: {figure}")
+        return row
+
+    def quantize(self) -> dict[str, Any]:
+        """The model's weights in fp8, in place; a row that says how long that took."""
+
+        def run() -> dict[str, Any]:
+            function = workload.quantized()
+            torch._dynamo.reset()
+            with torch.no_grad():
+                timing = measure(lambda: function(self.model), self.device, 0, Budget(0.0))
+            clean_up(self.device)
+            return {"first_s": timing.first_s, "ms": timing.ms, "peak_gib": timing.peak_gib}
+
+        return self._attempt({"name": "quantising the weights", "phase": "preparation"}, run)
+
+
+def kernel_name(attend: Any) -> str:
+    from ..model.backends import BACKENDS
+
+    return next((backend.name for backend in BACKENDS if backend.attend is attend), "?")
+
+
+# --- the lists of variants -------------------------------------------------------------------------------------------
+
+
+def ablation(bench: Bench, report: Report, fp8: bool = True) -> None:
+    """Rows of the phases baseline, added, removed and, last, since they change the weights, fp8."""
+    first = report.add(bench.run_baseline(EAGER, False, phase="baseline"))
+    report.add(bench.run_baseline(COMPILED, True, phase="baseline"))
+    values, before = bench.plain(), first
+    row = bench.run_network(LAYOUT.what, values, phase="added", switch=LAYOUT.name, guess_s=LAYOUT.guess_s)
+    before = report.add(_compared(row, first, before))
+    for switch, values in added(bench):
+        row = bench.run_network(switch.what, values, phase="added", switch=switch.name, guess_s=switch.guess_s)
+        row = _compared(row, first, before)
+        report.add(row)
+        before = row if row["status"] == "ok" else before
+    full = before
+    for switch, values in removed(bench):
+        row = bench.run_network(f"without {switch.what}", values, phase="removed", switch=switch.name)
+        report.add(_compared(row, first, full, removed=True) | {"guess_s": switch.guess_s})
+    if fp8:
+        lossy(bench, report, first, full)
+
+
+def added(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
+    """Each switch with the values of it and all before it."""
+    values, full = bench.plain(), bench.full()
+    for switch in switches():
+        values = values | {switch.name: full[switch.name]}
+        yield switch, values
+
+
+def removed(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
+    """Each switch with the full set but for it."""
+    plain, full = bench.plain(), bench.full()
+    for switch in switches():
+        if plain[switch.name] != full[switch.name]:
+            yield switch, full | {switch.name: plain[switch.name]}
+
+
+def paths(bench: Bench, report: Report, part: str = "all") -> None:
+    """The baselines, the exact path, fp8, and each as the distilled model runs it: batch 1, without guidance.
+
+    part: `exact` stops before the weights are quantised, `fp8` begins there, on a report that has the first rows.
+    """
+    if part != "fp8":
+        first = report.add(bench.run_baseline(EAGER, False, phase="baseline"))
+        report.add(bench.run_baseline(COMPILED, True, phase="baseline"))
+        report.add(_compared(bench.run_network(EXACT, bench.full(), phase="path"), first, None))
+        report.add(bench.run_network(f"{EXACT}, distilled", bench.full(), 1, phase="distilled"))
+        if (values := without_kernels(bench.full())) is not None:
+            report.add(_compared(bench.run_network(f"{EXACT}{NO_KERNELS}", values, phase="path"), first, None))
+    if part != "exact":
+        by_name = {row["name"]: row for row in report.rows}
+        lossy(bench, report, by_name.get(EAGER, {}), by_name.get(EXACT, {}), distilled=True)
+
+
+def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool = False) -> None:
+    """fp8 weights: with 8-bit GEMMs, with 16-bit ones, with 8-bit attention."""
+    if report.add(bench.quantize())["status"] != "ok":
+        return
+    values = bench.full() | {"fp8": True}
+    row = report.add(_compared(bench.run_network(FP8, values, phase="fp8"), first, full))
+    if distilled:
+        report.add(bench.run_network(f"{FP8}, distilled", values, 1, phase="distilled"))
+    if distilled and (other := without_kernels(values)) is not None:
+        report.add(_compared(bench.run_network(f"{FP8}{NO_KERNELS}", other, phase="fp8"), first, full))
+    sage = bench.run_network(FP8_SAGE, values | {"attention": "sage"}, phase="fp8")
+    report.add(_compared(sage, first, row))
+    if not distilled:
+        row = bench.run_network("fp8 weights, 16-bit GEMMs", values | {"fp8": False}, phase="fp8")
+        report.add(_compared(row, first, full))
+
+
+def without_kernels(values: dict[str, Any]) -> dict[str, Any] | None:
+    """The same set without our own kernels, or None where there is no such switch."""
+    return values | {"fused_kernels": False} if "fused_kernels" in values else None
+
+
+def _compared(row: dict[str, Any], first: dict, before: dict | None, removed: bool = False) -> dict[str, Any]:
+    """With the ratio to the eager baseline and, over the row before (or the full set), what this one is worth.
+
+    worth_ms: faster by so much for having the optimization; share: of the eager baseline's time.
+    """
+    if row.get("status") != "ok" or first.get("status") != "ok":
+        return row
+    row = row | {"ratio": first["ms"] / row["ms"]}
+    if before is None or before.get("status") != "ok":
+        return row
+    worth = row["ms"] - before["ms"] if removed else before["ms"] - row["ms"]
+    return row | {"worth_ms": worth, "share": worth / first["ms"], "over": before["name"]}

@@ -1,0 +1,237 @@
+"""`longcat bench`: its options, its parts, and the tables that they print. PyTorch is imported when a part runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LongCatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .ablation import Bench
+    from .results import Report
+
+# Each with what it measures; `all` runs them in this order on as few models as it can.
+PARTS = {
+    "backends": "Every attention backend at the model's shapes.",
+    "paths": "The baselines, the exact path and fp8, side by side; the distilled model's steps.",
+    "profile": "Kernels of one step by family, and the profiler's trace.",
+    "exactness": "Error of every path against fp32, on the first blocks.",
+    "memory": "Measured peak of a forward over the counted.",
+    "ablation": "Each optimization added one at a time, and taken alone from the full set.",
+    "training": "A training step with and without gradient checkpointing.",
+    "scale": "Tokens against time and memory.",
+}
+# Parts of `all` that need no whole model run on so many of its blocks.
+FEW_BLOCKS = 4
+COLUMNS = {
+    "ablation": ("name", "ms", "first_s", "peak_gib", "ratio", "worth_ms", "share", "guess_s", "status"),
+    "paths": ("name", "ms", "first_s", "peak_gib", "ratio", "attention", "status"),
+    "profile": ("name", "ms", "calls", "share", "status"),
+    "exactness": ("name", "error", "ratio", "psnr", "status"),
+    "memory": ("name", "counted_gib", "measured_gib", "fit", "status"),
+    "training": ("name", "ms", "peak_gib", "gradient_difference", "status"),
+    "scale": ("size", "tokens", "ms", "peak_gib", "status"),
+    "backends": ("name", "attention", "ms", "tflops", "error", "status"),
+}
+
+Kind = Callable[[str], Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, number: Kind, dtypes: Any) -> None:
+    """Options of every part. size, whole, number: how the command reads such values."""
+    parts = parser.add_subparsers(metavar="PART", required=True, dest="part")
+    for name, summary in (*PARTS.items(), ("all", "All of these on one model, until the budget is used up.")):
+        sub = parts.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.add_argument("--size", type=size, metavar="HxW", help="pixels (default: 480x832; on a CPU 32x48)")
+        sub.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 93; on a CPU 5)")
+        sub.add_argument(
+            "--batch", type=whole, default=2, choices=(1, 2), help="2: with guidance (default), 1: without"
+        )
+        sub.add_argument("--steps", type=whole, default=50, metavar="N", help="of a whole video (default: 50)")
+        sub.add_argument(
+            "--repeats", type=whole, default=3, metavar="N", help="calls to take the median of (default: 3)"
+        )
+        sub.add_argument("--blocks", type=whole, metavar="N", help="blocks of the model (default: all)")
+        sub.add_argument("--few-blocks", type=whole, default=FEW_BLOCKS, metavar="N",
+                         help="blocks where few will do: exactness, training; in `all` also memory, ablation, scale "
+                         f"(default: {FEW_BLOCKS})")  # fmt: skip
+        sub.add_argument("--model", metavar="NAME", help="nano, full-random or a checkpoint's path (default: "
+                         "full-random; on a CPU nano)")  # fmt: skip
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        sub.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+        sub.add_argument("--attention", default="auto", metavar="NAME", help="of the full set (see longcat backends)")
+        sub.add_argument("--variant", default="exact", help="for profile: exact (default), plain or baseline")
+        sub.add_argument("--no-fp8", action="store_true", help="leave fp8 out")
+        sub.add_argument("--no-plots", action="store_true", help="numbers only; `report` draws the plots later")
+        sub.add_argument(
+            "--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s"
+        )
+        sub.add_argument("--budget", type=number, metavar="S", help="seconds after which nothing new is begun")
+    sub = parts.add_parser("report", help="Write the page of performance from results.", allow_abbrev=False)
+    sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what --output of bench named")
+    sub.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the page, for instance docs/performance.md"
+    )
+
+
+@dataclass
+class Settings:
+    """The options, checked, and what the parts share."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    budget: Any
+    known: dict[str, Any]
+
+
+def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
+    """One part, or all. Bad input is told before a model is made; a part that fails is a row of its results."""
+    from ..model import backends
+    from . import results
+    from .measure import Budget
+    from .plots import require_matplotlib
+    from .workload import FULL_RANDOM, NANO, Size
+
+    cuda = device.type == "cuda"
+    args.model = args.model or (FULL_RANDOM if cuda else NANO)
+    args.size = args.size or ((480, 832) if cuda else (32, 48))
+    args.frames = args.frames or (93 if cuda else 5)
+    for name in ("repeats", "steps", "blocks", "few_blocks"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise LongCatError(f"--{name.replace('_', '-')} {value} is too small; give at least 1")
+    if args.budget is not None and not args.budget > 0:
+        raise LongCatError(f"--budget {args.budget} is no time; give seconds above 0")
+    backends.check(args.attention)
+    size = Size(*args.size, args.frames, args.batch)
+    size.latents()
+    if args.model not in (FULL_RANDOM, NANO) and not Path(args.model).exists():
+        raise LongCatError(f"--model {args.model} does not exist; give nano, full-random or a checkpoint's path")
+    if not args.no_plots:
+        require_matplotlib(", or give --no-plots and draw them elsewhere with longcat bench report")
+    known = {"machine": results.machine(device), "commit": results.commit()}
+    settings = Settings(args, device, dtype, Budget(args.budget), known)
+    _everything(settings, size) if args.part == "all" else _part(settings, size)
+    return 0
+
+
+def _bench(settings: Settings, size: Any, blocks: int | None) -> Bench:
+    from .ablation import Bench
+    from .measure import clean_up
+    from .workload import load_model
+
+    args = settings.args
+    clean_up(settings.device)
+    model = load_model(args.model, settings.device, settings.dtype, blocks)
+    size.check(model.config)
+    return Bench(model, size, settings.device, args.repeats, settings.budget, args.attention)
+
+
+def _report(kind: str, bench: Bench, settings: Settings) -> Report:
+    from .results import Report
+
+    args, config = settings.args, bench.model.config
+    inputs = bench.inputs().describe() | {
+        "size": str(bench.size),
+        "model": args.model,
+        "blocks": config.depth,
+        "hidden_size": config.hidden_size,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "steps": args.steps,
+        "repeats": args.repeats,
+        "attention": args.attention,
+    }
+    return Report(kind, args.output, settings.device, inputs, settings.known)
+
+
+def _measure(kind: str, bench: Bench, settings: Settings) -> None:
+    """One part on a model that is there; its table and its plots."""
+    from . import ablation, exactness, gradients, kernels, profiling, scale
+
+    args = settings.args
+    report = _report(kind, bench, settings)
+    if kind == "ablation":
+        ablation.ablation(bench, report, fp8=not args.no_fp8)
+    elif kind == "paths":
+        ablation.paths(bench, report, "exact" if args.no_fp8 else "all")
+    elif kind == "exactness":
+        exactness.exactness(bench, report, args.few_blocks, fp8=not args.no_fp8)
+        if not args.no_fp8:
+            exactness.generation(report, bench.device, settings.dtype, 16, bench.budget, bench.say)
+    elif kind == "profile":
+        profiling.profile_step(bench, report, args.variant)
+    elif kind == "training":
+        gradients.training(bench, report, args.few_blocks)
+    else:
+        {"backends": kernels.kernels, "memory": scale.memory, "scale": scale.scale}[kind](bench, report)
+    finish(report, args.no_plots)
+
+
+def finish(report: Report, no_plots: bool) -> None:
+    """The table on the screen, the file and the pictures on disk."""
+    from ..generate.media import atomic_path
+    from .plots import pictures
+    from .results import say, table
+
+    report.write()
+    columns = COLUMNS[report.content["kind"]]
+    say(f"\n{report.content['kind']}")
+    say(table(columns, [[row.get(name) for name in columns] for row in report.rows]))
+    for row in report.rows:
+        for sentence in (row.get("reason"), *row.get("notes", ())):
+            if sentence:
+                say(f"  {row['name']}: {sentence}")
+    say(str(report.path))
+    if not no_plots:
+        for name, data in pictures(report.content).items():
+            with atomic_path(report.path.with_name(name)) as temporary:
+                temporary.write_bytes(data)
+
+
+def _part(settings: Settings, size: Any) -> None:
+    _measure(settings.args.part, _bench(settings, size, settings.args.blocks), settings)
+
+
+def _everything(settings: Settings, size: Any) -> None:
+    """One whole model for what needs it, quantised last of all; then its first blocks alone."""
+    from . import ablation
+    from .results import say
+
+    args = settings.args
+    bench = _bench(settings, size, args.blocks)
+    depth = bench.model.config.depth
+    _guarded("backends", bench, settings)
+    report = _report("paths", bench, settings)
+    ablation.paths(bench, report, "exact")
+    finish(report, args.no_plots)
+    _guarded("profile", bench, settings)
+    if not args.no_fp8:
+        ablation.paths(bench, report, "fp8")
+        finish(report, args.no_plots)
+    del bench
+    bench = _bench(settings, size, min(args.few_blocks, depth))
+    for kind in ("exactness", "memory", "training", "scale", "ablation"):
+        _guarded(kind, bench, settings)
+    say(f"results are in {args.output}")
+
+
+def _guarded(kind: str, bench: Bench, settings: Settings) -> None:
+    """A part that fails as a whole must not end the others."""
+    from .measure import clean_up
+    from .results import say
+
+    if settings.budget.used_up:
+        say(f"{kind}: not run: the budget was used up")
+        return
+    try:
+        _measure(kind, bench, settings)
+    except Exception as error:
+        say(f"{kind} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    clean_up(bench.device)

@@ -1,0 +1,63 @@
+"""Attention kernels at the model's shapes: time, rate, and error against fp32 on a slice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LongCatError
+from ..model.backends import BACKENDS, Backend, Inputs
+from .ablation import Bench
+from .measure import attempt, clean_up, measure, relative_error
+from .results import Report
+from .workload import SEED, TEXT_LENGTH
+
+# The slice that is computed in fp32: queries of some heads over all keys.
+QUERIES, HEADS = 256, 4
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in fp32 of a slice of q [B, N, H, D]: [1, queries, heads, D]."""
+    q, k, v = (x[:1, :, :HEADS].float().transpose(1, 2) for x in (q[:, :QUERIES], k, v))
+    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def _qkv(bench: Bench, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    config, inputs = bench.model.config, bench.inputs()
+    generator = torch.Generator(bench.device).manual_seed(SEED)
+    tokens = inputs.size.tokens(config)
+
+    def random(rows: int) -> Tensor:
+        shape = inputs.size.batch, rows, config.num_heads, config.head_dim
+        return torch.randn(shape, generator=generator, device=bench.device, dtype=bench.model.dtype)
+
+    return random(tokens), random(keys or tokens), random(keys or tokens)
+
+
+@torch.no_grad()
+def kernels(bench: Bench, report: Report) -> None:
+    """A row for every backend, over the video's own tokens and over the text's."""
+    for what, keys in (("self", 0), ("cross", TEXT_LENGTH)):
+        q, k, v = _qkv(bench, keys)
+        expected = reference(q, k, v)
+        flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
+        for backend in BACKENDS:
+            row = {"name": backend.name, "attention": what, "exact": backend.exact, "shape": [*q.shape, k.shape[1]]}
+
+            def run(backend: Backend = backend, q=q, k=k, v=v, expected=expected, flops=flops) -> dict[str, Any]:
+                refused = backend.missing() or backend.refuses(Inputs(q.device, q.dtype, q.shape[-1], False))
+                if refused:
+                    raise LongCatError(refused)
+                out = backend.attend(q, k, v)
+                error = relative_error(out[:1, :QUERIES, :HEADS], expected)
+                del out
+                timing = measure(lambda: backend.attend(q, k, v), bench.device, max(5, bench.repeats), bench.budget)
+                return timing.as_row() | {"error": error, "tflops": flops / timing.ms / 1e9}
+
+            row = report.add(attempt(row, bench.budget, run))
+            clean_up(bench.device)
+            figure = f"{row['ms']:.2f} ms, {row['tflops']:.0f} TFLOP/s" if row["status"] == "ok" else row["reason"]
+            bench.say(f"{what}-attention, {backend.name}: {figure}")

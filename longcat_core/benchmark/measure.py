@@ -1,0 +1,164 @@
+"""Time and memory of a function on a device, within a budget; what fails is a result like any other."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LongCatError
+
+GIB = 1 << 30
+# What a row of results says of how it came about.
+OK, FAILED, NOT_RUN, UNAVAILABLE = "ok", "failed", "not run", "unavailable"
+
+
+class Budget:
+    """Seconds that a run may take; nothing new begins once they are used up."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.ends = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return float("inf") if self.ends is None else self.ends - time.monotonic()
+
+    @property
+    def used_up(self) -> bool:
+        return self.left <= 0
+
+
+@dataclass
+class Timing:
+    """first_s: the first call, with whatever compiles; times_ms: each later call; peak_gib: of those calls, weights
+    included, and first_peak_gib of the first; None where the device does not tell."""
+
+    first_s: float
+    times_ms: list[float] = field(default_factory=list)
+    peak_gib: float | None = None
+    first_peak_gib: float | None = None
+
+    @property
+    def ms(self) -> float:
+        """Median of the later calls, or the first where the budget allowed no other."""
+        return statistics.median(self.times_ms) if self.times_ms else 1000 * self.first_s
+
+    def as_row(self) -> dict[str, Any]:
+        return {
+            "ms": self.ms,
+            "times_ms": self.times_ms,
+            "first_s": self.first_s,
+            "peak_gib": self.peak_gib,
+            "first_peak_gib": self.first_peak_gib,
+        }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    peak = peak_bytes(device)
+    return None if peak is None else peak / GIB
+
+
+def clean_up(device: torch.device) -> None:
+    """Give back what the last variant left behind, its compiled graphs included."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, from an idle device to an idle device. CUDA's own clock where there is one."""
+    synchronize(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def measure(
+    function: Callable[[], Any], device: torch.device, repeats: int, budget: Budget, warm_up: int = 1
+) -> Timing:
+    """Call `function` 1 + warm_up + repeats times; fewer where the budget ends, but once after the first if it can."""
+    reset_peak(device)
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    timing = Timing(time.perf_counter() - started, first_peak_gib=_peak_gib(device))
+    if budget.used_up:
+        timing.peak_gib = timing.first_peak_gib
+        return timing
+    reset_peak(device)
+    for _ in range(warm_up):
+        if budget.left < 3 * timing.first_s:
+            break
+        function()
+    for _ in range(repeats):
+        if timing.times_ms and budget.used_up:
+            break
+        timing.times_ms.append(1000 * timed(function, device))
+    timing.peak_gib = _peak_gib(device)
+    return timing
+
+
+def attempt(row: dict[str, Any], budget: Budget, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`row` filled by `run`, or with why there is nothing: one variant that fails must not end the others."""
+    if budget.used_up:
+        return row | {"status": NOT_RUN, "reason": "the budget was used up"}
+    try:
+        return row | {"status": OK} | run()
+    except LongCatError as error:
+        # A backend or module that this machine lacks, told in a sentence.
+        return row | {"status": UNAVAILABLE, "reason": str(error)}
+    except Exception as error:  # a compiler or a kernel may raise anything
+        sentence = " ".join(str(error).split())[:500]
+        if is_out_of_memory(error):
+            sentence = f"out of memory: {sentence}"
+        return row | {"status": FAILED, "reason": f"{type(error).__name__}: {sentence}"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
+
+
+def relative_error(given: Tensor, expected: Tensor) -> float:
+    """|given - expected| / |expected|, of tensors of one shape, in fp32."""
+    given, expected = given.float(), expected.float()
+    return ((given - expected).norm() / expected.norm()).item()
+
+
+def psnr(given: Tensor, expected: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB; the peak is the range of `expected`."""
+    given, expected = given.float(), expected.float()
+    mse = (given - expected).square().mean().item()
+    span = (expected.max() - expected.min()).item()
+    return float("inf") if mse == 0 else 10 * torch.log10(torch.tensor(span * span / mse)).item()

@@ -1,0 +1,105 @@
+"""Where the time of one step goes: kernels of the PyTorch profiler, by family, and the trace."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..errors import LongCatError
+from ..generate.media import atomic_path
+from . import workload
+from .ablation import EXACT, Bench
+from .baseline import BaselineTransformer
+from .measure import attempt, clean_up, timed
+from .results import Report
+
+# First match wins. What Triton fuses is element-wise work, whatever words its name is made of.
+FAMILIES = (
+    ("attention", r"flash|fmha|attention|sdpa|sage|qk_int8|attn"),
+    ("element-wise", r"^triton_|_kernel_0d1d|norm_|rope_"),
+    ("GEMM", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|scaled_mm|^aten::(add)?mm$|^aten::b?mm$|conv|mkl"),
+    ("copies", r"memcpy|memset|copy|^aten::(cat|clone|contiguous|to)$|catarray"),
+    ("element-wise", r"elementwise|vectorized|reduce|norm|softmax|silu|gelu|triton|^aten::|^graph_|cpp_fused"),
+)
+OTHER = "other"
+SHOWN = 25
+ANNOTATIONS = ("ProfilerStep", "## Call", "Torch-Compiled Region", "TorchDynamo", "CompiledFunction")
+
+
+def family(kernel: str) -> str:
+    """Which family a kernel (or, without a GPU, an operator) belongs to."""
+    name = kernel.lower()
+    return next((what for what, pattern in FAMILIES if re.search(pattern, name)), OTHER)
+
+
+def _kernels(prof: Any, cuda: bool) -> list[tuple[str, float, int]]:
+    """(name, ms, calls) of everything that took time, longest first."""
+    found = []
+    for event in prof.key_averages():
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if cuda != on_device:
+            continue
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        # Annotations span kernels, which would count twice.
+        spans = getattr(event, "is_user_annotation", False) or event.key.startswith(ANNOTATIONS)
+        if us > 0 and not spans:
+            found.append((event.key, us / 1000, event.count))
+    return sorted(found, key=lambda item: -item[1])
+
+
+def profile_step(bench: Bench, report: Report, variant: str = EXACT) -> None:
+    """Rows of kernel families of one step, after warm-up; the longest kernels and the trace's name in `inputs`.
+
+    variant: `exact`, `plain` or `baseline` (eager).
+    """
+
+    def run() -> dict[str, Any]:
+        chosen = workload.optimizations(**(bench.plain() if variant == "plain" else bench.full()))
+        workload.exactly(bench.model, chosen)
+        inputs = bench.inputs()
+        if variant == "baseline":
+            forward = workload.baseline_forward(BaselineTransformer(bench.model), inputs)
+            chosen = workload.optimizations(fused_step=False)
+        elif variant in (EXACT, "plain"):
+            forward = workload.network_forward(bench.model, inputs)
+        else:
+            raise LongCatError(f"--variant {variant} is unknown; choose exact, plain or baseline")
+        step = workload.step_of(forward, inputs, chosen)
+        with workload.notes_of(bench.model) as notes:
+            step()
+            step()
+            ms = 1000 * timed(step, bench.device)
+        cuda = bench.device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with profile(activities=activities) as prof:
+            step()
+            if cuda:
+                torch.cuda.synchronize(bench.device)
+        kernels = _kernels(prof, cuda)
+        trace = report.path.with_name(f"trace-{variant}.json.gz")
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(trace) as temporary:
+            prof.export_chrome_trace(str(temporary))
+        return {"ms": ms, "kernels": kernels, "trace": trace.name, "notes": notes}
+
+    row = attempt({"name": variant, "phase": "total"}, bench.budget, run)
+    clean_up(bench.device)
+    kernels = row.pop("kernels", [])
+    report.content["inputs"]["variant"] = variant
+    report.content["kernels"] = [
+        {"name": name[:200], "family": family(name), "ms": ms, "calls": calls} for name, ms, calls in kernels[:SHOWN]
+    ]
+    busy = sum(ms for _, ms, _ in kernels)
+    sums: dict[str, list[float]] = {}
+    for name, ms, calls in kernels:
+        total = sums.setdefault(family(name), [0.0, 0])
+        total[0] += ms
+        total[1] += calls
+    for what, (ms, calls) in sorted(sums.items(), key=lambda item: -item[1][0]):
+        found = {"name": what, "phase": "family", "ms": ms, "calls": calls, "share": ms / busy, "status": "ok"}
+        report.rows.append(found)
+    report.add(row | {"busy_ms": busy})
+    bench.say(f"profile of {variant}: {row['status']}: {row.get('ms') or row.get('reason')}")

@@ -1,0 +1,181 @@
+"""Results: what a file of them holds, the machine they come from, and tables of them as text."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LongCatError
+from ..generate.media import atomic_path
+
+SCHEMA = 1
+PACKAGES = ("triton", "flash-attn", "flash-attn-4", "sageattention", "xformers")
+
+
+def _command(*words: str) -> str:
+    try:
+        run = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a measurement depends on besides its inputs."""
+    found: dict[str, Any] = {
+        "device": str(device),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": _versions(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = _command("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / (1 << 30), 1),
+            "driver": query.splitlines()[0] if query else "",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def commit() -> str:
+    """The commit that runs, with a + where files differ from it; empty outside of a checkout."""
+    found = _command("git", "rev-parse", "--short=12", "HEAD")
+    return found + ("+" if found and _command("git", "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def say(sentence: str) -> None:
+    """A line on the screen, at once: a run that is cut off must have told how far it came."""
+    print(sentence, flush=True)
+
+
+class Report:
+    """One file of results, written anew after every row, so that an end at any time loses nothing."""
+
+    def __init__(
+        self, kind: str, folder: Path, device: torch.device, inputs: dict[str, Any], known: dict[str, Any] | None = None
+    ) -> None:
+        """known: machine and commit, where they were asked for before."""
+        known = known or {"machine": machine(device), "commit": commit()}
+        self.path = folder / f"{kind}.json"
+        self.content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": "longcat " + shlex.join(sys.argv[1:]),
+            **known,
+            "inputs": inputs,
+            "rows": [],
+        }
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.content["rows"]
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows.append(row)
+        self.write()
+        return row
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain(self.content), indent=1, allow_nan=False) + "\n"
+        with atomic_path(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One file of results. Raises LongCatError for any other file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LongCatError(f"{path} is no readable file of results ({error}); run longcat bench again") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("rows"), list):
+        raise LongCatError(f"{path} is no file of results of this version; run longcat bench again")
+    return content
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def shown(value: Any, digits: int = 2) -> str:
+    """A cell of a table; what is not known is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "-"
+        if 0 < abs(value) < 10**-digits:
+            return f"{value:.2e}"
+        return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns for a terminal: the first left, the rest right."""
+    cells = [list(header), *([shown(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
+        lines.append("  ".join((first, *rest)).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The same for a page."""
+    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+    for row in rows:
+        lines.append(f"| {' | '.join(shown(value).replace('|', '/') for value in row)} |")
+    return "\n".join(lines)

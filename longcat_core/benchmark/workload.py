@@ -1,0 +1,205 @@
+"""What is measured: a model (embedded, from disk, or of random weights), its inputs, and one denoising step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LongCatError
+from ..model.attention import TextTokens
+from ..model.config import ModelConfig, Optimizations
+from ..model.transformer import LongCatTransformer
+from ..sampling.conditioning import latent_shape
+from ..sampling.step import take_step
+from .baseline import BaselineTransformer
+
+NANO, FULL_RANDOM = "nano", "full-random"
+# Tokens of an unconditional and a conditional prompt: the default negative prompt's, and a sentence or two.
+TEXT_TOKENS = (126, 77)
+TEXT_LENGTH = 512
+# Some step in the middle: its numbers do not matter to speed.
+TIMESTEP, SIGMA, SIGMA_CHANGE, GUIDANCE = 800.0, 0.8, -0.02, 4.0
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """A video in pixels. batch 2: both halves of guidance; 1: the distilled model's steps."""
+
+    height: int
+    width: int
+    frames: int
+    batch: int = 2
+
+    def latents(self, channels: int = 16) -> tuple[int, ...]:
+        """[batch, C, T, H/8, W/8]."""
+        return self.batch, *latent_shape(self.frames, self.height, self.width, channels)
+
+    def tokens(self, config: ModelConfig) -> int:
+        """Tokens of one sample."""
+        _, _, frames, height, width = self.latents()
+        return frames * (height // config.patch_size[1]) * (width // config.patch_size[2])
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises LongCatError for sides or a frame count that the network cannot take."""
+        latent_shape(self.frames, self.height, self.width)
+        for name, side, patch in (
+            ("height", self.height, config.patch_size[1]),
+            ("width", self.width, config.patch_size[2]),
+        ):
+            if side < 8 * patch or side % (8 * patch):
+                raise LongCatError(f"{name} {side} is no multiple of {8 * patch}; give sides that are, in --size HxW")
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.frames}"
+
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LongCatTransformer:
+    """A network of random weights, made on the device: projections normal of deviation 0.02, norms 1."""
+    model = LongCatTransformer(config, dtype=dtype, device="meta").to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(SEED)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=0.02, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int | None = None) -> LongCatTransformer:
+    """`nano`, `full-random` (13.58 B parameters unless `blocks` are fewer) or a checkpoint's path."""
+    if name == FULL_RANDOM:
+        config = ModelConfig() if blocks is None else replace(ModelConfig(), depth=blocks)
+        return random_model(config, device, dtype)
+    from ..checkpoints.load import load_transformer
+    from ..generate.pipeline import NANO_MODEL
+
+    model = load_transformer(NANO_MODEL if name == NANO else Path(name), dtype=dtype, device=device)
+    model = model.eval().requires_grad_(False)
+    if blocks is None:
+        return model
+    if blocks > model.config.depth:
+        raise LongCatError(f"--blocks {blocks} is more than the {model.config.depth} blocks of the model; give fewer")
+    return first_blocks(model, blocks)
+
+
+def first_blocks(model: LongCatTransformer, depth: int) -> LongCatTransformer:
+    """The network with its first `depth` blocks alone; the modules are the same ones."""
+    config = replace(model.config, depth=depth)
+    small = LongCatTransformer(config, model.optimizations, dtype=model.dtype, device="meta")
+    for name in ("patch_embed", "time_embed", "text_embed", "final_layer"):
+        setattr(small, name, getattr(model, name))
+    small.blocks = torch.nn.ModuleList(list(model.blocks)[:depth])
+    return small.eval()
+
+
+def optimizations(**values: Any) -> Optimizations:
+    """`Optimizations`, without the switches that this version does not have."""
+    known = {field.name for field in fields(Optimizations)}
+    return Optimizations(**{name: value for name, value in values.items() if name in known})
+
+
+class Inputs:
+    """Latents [1, C, T, H, W], timestep, and text of one denoising step, the same ones for all variants."""
+
+    def __init__(self, config: ModelConfig, size: Size, device: torch.device) -> None:
+        size.check(config)
+        self.size, self.config, self.device = size, config, device
+        generator = torch.Generator(device).manual_seed(SEED)
+        shape = size.latents(config.in_channels)
+        self.latents = torch.randn((1, *shape[1:]), generator=generator, device=device)
+        lengths = [TEXT_TOKENS[(b + 2 - size.batch) % 2] for b in range(size.batch)]
+        self.mask = (torch.arange(TEXT_LENGTH)[None] < torch.tensor(lengths)[:, None]).to(device).long()
+        self.context = torch.randn(
+            (size.batch, TEXT_LENGTH, config.caption_channels), generator=generator, device=device
+        )
+        self.context *= self.mask[..., None]
+        self.numbers = [torch.tensor(n, device=device) for n in (SIGMA, SIGMA_CHANGE)]
+        self.scale = torch.tensor(GUIDANCE, device=device) if size.batch == 2 else None
+
+    def describe(self) -> dict[str, Any]:
+        tokens = self.size.tokens(self.config)
+        return asdict(self.size) | {"tokens": tokens, "text_tokens": self.mask.sum(1).tolist(), "seed": SEED}
+
+    def given(self) -> Tensor:
+        return self.latents.expand(self.size.batch, -1, -1, -1, -1).contiguous()
+
+
+def exactly(model: LongCatTransformer, chosen: Optimizations) -> None:
+    """Switch the model, and let nothing of an earlier variant serve this one."""
+    torch._dynamo.reset()
+    model.set_optimizations(chosen)
+    if hasattr(model.compiled_block, "forget"):
+        model.compiled_block.forget()
+
+
+def network_forward(model: LongCatTransformer, inputs: Inputs) -> Callable[[], Tensor]:
+    """One forward as the sampler makes it: [batch, C, T, H, W] fp32. Call under no_grad."""
+    text: TextTokens | None = None
+    timestep = torch.full((1, 1), TIMESTEP, device=inputs.device)
+
+    def forward() -> Tensor:
+        nonlocal text
+        if not getattr(model.optimizations, "reuse_text", False):
+            return model(inputs.given(), timestep, inputs.context, inputs.mask)
+        # In the first call, since that is when a sampler embeds its text.
+        text = model.embed_text(inputs.context, inputs.mask) if text is None else text
+        return model(inputs.given(), timestep, text)
+
+    return forward
+
+
+def baseline_forward(baseline: BaselineTransformer, inputs: Inputs, compiled: bool = False) -> Callable[[], Tensor]:
+    """The same of the baseline; compiled: the whole of it."""
+    baseline.prepare(inputs.size.latents())
+    network = torch.compile(baseline) if compiled else baseline
+    timestep = torch.full((inputs.size.batch,), TIMESTEP, device=inputs.device)
+    return lambda: network(inputs.given(), timestep, inputs.context, inputs.mask)
+
+
+def step_of(forward: Callable[[], Tensor], inputs: Inputs, chosen: Optimizations) -> Callable[[], Tensor]:
+    """A whole denoising step: the forward, guidance and Euler. Returns the latents after it."""
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return take_step(chosen, inputs.latents, forward(), *inputs.numbers, inputs.scale, 0)[0]
+
+    return step
+
+
+def quantized() -> Callable[[LongCatTransformer], Any]:
+    """The function that quantises a model in place; raises LongCatError where this version has none."""
+    try:
+        from ..optimize.quantization import quantize
+    except ImportError as error:
+        raise LongCatError(f"fp8 is not there: {error}; update the pack") from error
+    return quantize
+
+
+def notes_of(model: LongCatTransformer) -> AbstractContextManager:
+    """Collects what the model announces, as a list."""
+    return _Notes(model) if model is not None else nullcontext([])
+
+
+class _Notes:
+    def __init__(self, model: LongCatTransformer) -> None:
+        self.model, self.sentences = model, []
+
+    def __enter__(self) -> list[str]:
+        self.before, self.model.announce = self.model.announce, self._note
+        return self.sentences
+
+    def _note(self, sentence: str) -> None:
+        # That compiling begins is no news here.
+        if not sentence.startswith("compiling"):
+            self.sentences.append(sentence)
+
+    def __exit__(self, *error: object) -> None:
+        self.model.announce = self.before
