@@ -257,7 +257,8 @@ class LongCatTransformer(nn.Module):
         pattern = "b t (h w) (ph pw c) -> b c t (h ph) (w pw)"
         out = rearrange(out, pattern, h=grid[1], w=grid[2], ph=ph, pw=pw)
         if not (self._trusted or grad or torch.compiler.is_compiling()):
-            self._trusted = True
+            # A cache that is being filled is checked by itself, and does not stand for the first step.
+            self._trusted = fill is None
             del tokens
             if self._give_up(out):
                 return LongCatTransformer.forward(
@@ -321,7 +322,8 @@ class LongCatTransformer(nn.Module):
         """Keys and values of every block, kept with the text until the weights that make them change."""
         layers = [block.cross_attn for block in self.blocks]
         fused = self.optimizations.fused_qkv
-        stamp = (text.tokens.device, text.tokens.dtype, fused, *(_version(p) for m in layers for p in m.parameters()))
+        how = text.tokens.device, text.tokens.dtype, fused, self.optimizations.fp8
+        stamp = (*how, *(_version(p) for m in layers for p in m.parameters()))
         if text.kept is None or text.kept[0] != stamp:
             text.kept = stamp, [layer.keys_values(text.tokens, fused) for layer in layers]
         return text.kept[1]

@@ -85,6 +85,23 @@ def test_a_lossy_kernel_that_works_stays(model, inputs, kernel):
     assert run(model, inputs).isnan().any() and not model.said
 
 
+def test_a_spoilt_cache_of_given_frames_is_filled_anew(model, inputs, kernel):
+    x = inputs[0]
+    wanted = model.fill_kv_cache(x[:, :, :2])
+    model.set_optimizations(replace(PLAIN, attention="lossy"))
+    kernel.factor = float("nan")
+    cache = model.fill_kv_cache(x[:, :, :2])
+    assert torch.equal(cache.k, wanted.k) and torch.equal(cache.v, wanted.v) and len(model.said) == 1
+
+
+def test_filling_a_cache_is_not_the_first_step(model, inputs, kernel):
+    x, t, *text = inputs
+    model.set_optimizations(replace(PLAIN, attention="lossy"))
+    cache = model.fill_kv_cache(x[:, :, :2])
+    kernel.factor = float("nan")
+    assert run(model, (x[:, :, 2:], t, *text), kv_cache=cache).isfinite().all() and len(model.said) == 1
+
+
 def test_a_black_picture(model, inputs, kernel):
     model.set_optimizations(replace(PLAIN, attention="lossy"))
     with torch.no_grad():

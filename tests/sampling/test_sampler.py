@@ -259,3 +259,17 @@ def test_text_and_timesteps_are_worked_up_once(model, text, monkeypatch):
     for block in model.blocks:
         block.cross_attn.kv._forward_hooks.clear()
     assert error(latents[True], latents[False]) <= 1e-5
+
+
+def test_kept_keys_are_those_of_the_weights(model, text):
+    """A LoRA merged in, other switches, another dtype: keys and values of a text are computed anew."""
+    read = model.embed_text(text["context"], text["mask"])
+    layer = model.blocks[0].cross_attn.kv
+    first = [pair[0] for pair in model._text_keys(read)]
+    assert all(a is b for a, b in zip(first, (pair[0] for pair in model._text_keys(read)), strict=True))
+    with torch.no_grad():
+        layer.weight += 1
+        changed = model._text_keys(read)[0][0]
+        layer.weight -= 1
+    assert not torch.allclose(changed, first[0])
+    torch.testing.assert_close(model._text_keys(read)[0][0], first[0], atol=1e-4, rtol=1e-4)
