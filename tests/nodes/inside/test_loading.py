@@ -122,7 +122,7 @@ def test_bf16_weights_and_activations(comfy, sample, empty, monkeypatch):
     assert not loaded.model.diffusion_model.blocks[0].attn.qkv.comfy_cast_weights
     seen = []
     network = loaded.model.diffusion_model
-    hook = network.blocks[0].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    hook = network.blocks[0].attn.qkv.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     out = sample(empty, loaded)
     hook.remove()
     assert set(seen) == {torch.bfloat16} and network.dtype == torch.bfloat16
