@@ -24,6 +24,7 @@ PARTS = {
     "exactness": "Error of every path against fp32, on the first blocks.",
     "memory": "Measured peak of a forward over the counted.",
     "ablation": "Each optimization added one at a time, and taken alone from the full set.",
+    "policies": "What fp8 costs by which layers are in it.",
     "training": "A training step with and without gradient checkpointing.",
     "scale": "Tokens against time and memory.",
 }
@@ -34,6 +35,7 @@ COLUMNS = {
     "paths": ("name", "ms", "first_s", "peak_gib", "ratio", "attention", "status"),
     "profile": ("name", "ms", "calls", "share", "status"),
     "exactness": ("name", "error", "ratio", "psnr", "status"),
+    "policies": ("name", "error", "psnr", "status"),
     "memory": ("name", "counted_gib", "measured_gib", "fit", "status"),
     "training": ("name", "ms", "peak_gib", "gradient_difference", "status"),
     "scale": ("size", "tokens", "ms", "peak_gib", "status"),
@@ -165,6 +167,8 @@ def _measure(kind: str, bench: Bench, settings: Settings) -> None:
         exactness.exactness(bench, report, args.few_blocks, fp8=not args.no_fp8)
         if not args.no_fp8:
             exactness.generation(report, bench.device, settings.dtype, 16, bench.budget, bench.say)
+    elif kind == "policies":
+        exactness.policies(bench, report, args.few_blocks)
     elif kind == "profile":
         profiling.profile_step(bench, report, args.variant)
     elif kind == "training":
@@ -217,8 +221,9 @@ def _everything(settings: Settings, size: Any) -> None:
         finish(report, args.no_plots)
     del bench
     bench = _bench(settings, size, min(args.few_blocks, depth))
-    for kind in ("exactness", "memory", "training", "scale", "ablation"):
-        _guarded(kind, bench, settings)
+    for kind in ("exactness", "memory", "policies", "training", "scale", "ablation"):
+        if kind != "policies" or not args.no_fp8:
+            _guarded(kind, bench, settings)
     say(f"results are in {args.output}")
 
 

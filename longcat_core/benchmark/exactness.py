@@ -165,3 +165,33 @@ def generation(report: Report, device: torch.device, dtype: torch.dtype, steps: 
                             ("nano video, fp8", True)):  # fmt: skip
         row = report.add(attempt({"name": name, "phase": "generation"}, budget, path(quantised)))
         say(f"{name}: {row['status']}: {row.get('error', row.get('reason'))}")
+
+
+@torch.no_grad()
+def policies(bench: Bench, report: Report, depth: int = DEPTH) -> None:
+    """A row for every choice of layers in fp8: error of the output against the 16-bit network, on the first blocks."""
+    model = workload.first_blocks(bench.model, min(depth, bench.model.config.depth))
+    inputs, eager = bench.inputs(), workload.optimizations(**(bench.full() | {"compile": "off", "fp8": True}))
+
+    def output(network: LongCatTransformer) -> Tensor:
+        workload.exactly(network, eager)
+        return _forward(network, inputs, None)
+
+    try:
+        from ..optimize.quantization import policies as choices
+        from ..optimize.quantization import quantize
+    except ImportError as error:
+        report.add({"name": "fp8", "status": "unavailable", "reason": f"fp8 is not there: {error}"})
+        return
+    expected = output(model)
+    for name, policy in choices(model.config.depth).items():
+
+        def run(policy: Any = policy) -> dict[str, Any]:
+            lossy = copy.deepcopy(model)
+            quantize(lossy, policy)
+            out = output(lossy)
+            return {"error": relative_error(out, expected), "psnr": psnr(out, expected)}
+
+        row = report.add(attempt({"name": name}, bench.budget, run))
+        clean_up(bench.device)
+        bench.say(f"fp8, {name}: {row.get('error', row.get('reason'))}")

@@ -131,7 +131,7 @@ def _fits(results: dict[str, Any]) -> bytes:
 
 def _errors(results: dict[str, Any]) -> bytes:
     rows = [(r["name"], r["error"], GREY if "baseline" in r["name"] else BLUE) for r in _ok(results, "error")]
-    return bars([r for r in rows if r[1] > 0], "relative error", "Error against fp32, same weights", "{:.4f}")
+    return bars([r for r in rows if r[1] > 0], "relative error", "Error against the reference, same weights", "{:.4f}")
 
 
 def _training(results: dict[str, Any]) -> bytes:
@@ -147,6 +147,7 @@ PICTURES: dict[str, tuple[tuple[str, Callable[[dict], bytes], tuple[str, ...]], 
     "backends": (("backends", _rates, ("tflops",)),),
     "memory": (("memory", _fits, ("fit",)),),
     "exactness": (("exactness", _errors, ("error",)),),
+    "policies": (("policies", _errors, ("error",)),),
     "training": (("training", _training, ("ms",)),),
 }
 
