@@ -29,6 +29,7 @@ EAGER, COMPILED, EXACT, FP8, FP8_SAGE = (
 )
 # Where our own kernels do not pay, or do not run, the compiler's stand in for them.
 NO_KERNELS = ", without own kernels"
+NOT_COMPILED = ", not compiled"
 # Seconds of a whole 480p video that the published guesses are shares of.
 GUESSED_OF_S = 475.0
 
@@ -206,6 +207,8 @@ def paths(bench: Bench, report: Report, part: str = "all") -> None:
         report.add(bench.run_baseline(COMPILED, True, phase="baseline"))
         report.add(_compared(bench.run_network(EXACT, bench.full(), phase="path"), first, None))
         report.add(bench.run_network(f"{EXACT}, distilled", bench.full(), 1, phase="distilled"))
+        values = bench.full() | {"compile": "off"}
+        report.add(_compared(bench.run_network(f"{EXACT}{NOT_COMPILED}", values, phase="path"), first, None))
         if (values := without_kernels(bench.full())) is not None:
             report.add(_compared(bench.run_network(f"{EXACT}{NO_KERNELS}", values, phase="path"), first, None))
     if part != "exact":

@@ -16,7 +16,7 @@ from ..model.attention import TextTokens
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..sampling.conditioning import latent_shape
-from ..sampling.step import take_step
+from ..sampling.step import STEP, take_step
 from .baseline import BaselineTransformer
 
 NANO, FULL_RANDOM = "nano", "full-random"
@@ -136,8 +136,8 @@ def exactly(model: LongCatTransformer, chosen: Optimizations) -> None:
     """Switch the model, and let nothing of an earlier variant serve this one."""
     torch._dynamo.reset()
     model.set_optimizations(chosen)
-    if hasattr(model.compiled_block, "forget"):
-        model.compiled_block.forget()
+    for function in (model.compiled_block, STEP):
+        function.forget()
 
 
 def network_forward(model: LongCatTransformer, inputs: Inputs) -> Callable[[], Tensor]:

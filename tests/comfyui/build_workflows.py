@@ -256,11 +256,12 @@ The test model runs on a CPU; put the real files into the loaders to try a GPU."
     graph = base(title, NANO, NANO_PROMPT, note)
     graph.nodes[0] |= {"pos": [0, 650], "size": [770, 260]}
     text_latent(graph, 96, 64, 33)
-    plain = {"fused_qkv": False, "fused_ffn": False, "text_mode": "padded", "explicit_fp32": False}
-    for i, (name, switches) in enumerate((("A", {}), ("B", {**plain, "attention": "sdpa"}))):
-        y, x = 740 * i, COLUMNS["sample"]
-        graph.add(f"opt{name}", "LongCatOptimizations", x, y, (320, 220), f"Optimizations {name}", **switches)
-        graph.add(f"report{name}", "PreviewAny", x, y + 290, (320, 330), f"In force in {name}")
+    off = ("fused_qkv", "fused_ffn", "explicit_fp32", "reuse_text", "reuse_modulation", "fused_step", "fused_kernels")
+    plain = {**dict.fromkeys(off, False), "text_mode": "padded", "attention": "sdpa"}
+    for i, (name, switches) in enumerate((("A", {}), ("B", plain))):
+        y, x = 860 * i, COLUMNS["sample"]
+        graph.add(f"opt{name}", "LongCatOptimizations", x, y, (320, 340), f"Optimizations {name}", **switches)
+        graph.add(f"report{name}", "PreviewAny", x, y + 410, (320, 330), f"In force in {name}")
         graph.add(f"sampler{name}", "LongCatSampler", x + 360, y, SAMPLER, f"Sampler {name}", seed=1, **FIXED)
         graph.add(f"decode{name}", "VAEDecode", x + 360, y + 570, (300, 50), f"Decode {name}")
         graph.link(
