@@ -1,0 +1,315 @@
+"""longcat bench on the embedded model: every part, its files and pictures, the page, the budget, what fails."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import fields
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+from longcat_core import cli
+from longcat_core.benchmark import ablation, bench, plots, report, results, workload
+from longcat_core.benchmark.measure import Budget, attempt, measure, psnr, relative_error
+from longcat_core.benchmark.profiling import family
+from longcat_core.errors import LongCatError
+from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.transformer import LongCatTransformer
+
+SMALL = ["--size", "32x48", "--frames", "5", "--blocks", "1", "--few-blocks", "1", "--repeats", "1"]
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    """Graphs are captured and run as they are: their code is another test's matter."""
+    monkeypatch.setattr(LongCatTransformer.compiled_block, "backend", "eager")
+    monkeypatch.setattr(workload.STEP, "backend", "eager")
+    compile_ = torch.compile
+
+    def captured(function, **options):
+        return compile_(function, **options | {"backend": "eager", "options": None})
+
+    monkeypatch.setattr(torch, "compile", captured)
+    yield
+    LongCatTransformer.compiled_block.forget()
+    workload.STEP.forget()
+    torch._dynamo.reset()
+
+
+def run(part, folder, *more):
+    assert cli.main(["bench", part, *SMALL, "--device", "cpu", "--output", str(folder), *more]) == 0
+
+
+def rows_of(folder, kind):
+    return {row["name"]: row for row in results.read(folder / f"{kind}.json")["rows"]}
+
+
+def is_picture(data):
+    """More than one colour, and not only a frame around nothing."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    counts = sorted((count for count, _ in image.getcolors(1 << 24)), reverse=True)
+    return min(image.size) > 100 and sum(counts[1:]) > 0.01 * sum(counts)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """One run of all parts."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LongCatTransformer.compiled_block, "backend", "eager")
+        patch.setattr(workload.STEP, "backend", "eager")
+        compile_ = torch.compile
+        patch.setattr(torch, "compile", lambda f, **o: compile_(f, **o | {"backend": "eager", "options": None}))
+        run("all", folder)
+    LongCatTransformer.compiled_block.forget()
+    torch._dynamo.reset()
+    return folder
+
+
+@pytest.mark.parametrize("kind", bench.PARTS)
+def test_every_part_leaves_a_file_that_says_where_it_comes_from(everything, kind):
+    content = json.loads((everything / f"{kind}.json").read_text(encoding="utf-8"))
+    assert content["schema"] == results.SCHEMA and content["kind"] == kind
+    assert content["command"].startswith("longcat ") and content["date"].endswith("+00:00")
+    assert {"cpu", "torch", "python", "packages", "device"} <= content["machine"].keys()
+    assert content["inputs"]["size"] == "32x48x5" and content["inputs"]["blocks"] == 1
+    assert content["inputs"]["tokens"] == 2 * 2 * 3
+    assert content["rows"] and all(row["name"] and row["status"] for row in content["rows"])
+    assert [row for row in content["rows"] if row["status"] == "ok"]
+    for row in content["rows"]:
+        assert row["status"] != "failed", row
+        assert (row["status"] == "ok") != ("reason" in row)
+
+
+def test_pictures_show_something(everything):
+    drawn = sorted(path.name for path in everything.glob("*.png"))
+    # A processor does not tell its peak, so memory has no picture.
+    wanted = {f"{name}.png" for kind, found in plots.PICTURES.items() if kind != "memory" for name, _, _ in found}
+    assert drawn == sorted(wanted)
+    assert all(is_picture((everything / name).read_bytes()) for name in drawn)
+
+
+def test_paths_hold_the_baselines_and_fp8(everything):
+    rows = rows_of(everything, "paths")
+    for name in (ablation.EAGER, ablation.COMPILED, ablation.EXACT, ablation.FP8, "exact, distilled", "fp8, distilled",
+                 "exact, not compiled"):  # fmt: skip
+        assert rows[name]["status"] == "ok" and rows[name]["ms"] > 0 and rows[name]["first_s"] > 0
+    eager, exact = rows[ablation.EAGER], rows[ablation.EXACT]
+    assert exact["ratio"] == pytest.approx(eager["ms"] / exact["ms"])
+    assert exact["compiled"] and exact["optimizations"]["compile"] == "blocks" and exact["batch"] == 2
+    assert rows["exact, distilled"]["batch"] == 1
+    assert rows[ablation.FP8_SAGE]["status"] == "unavailable" and "sage" in rows[ablation.FP8_SAGE]["reason"]
+
+
+def test_every_switch_is_added_once_and_removed_once(everything):
+    rows = list(rows_of(everything, "ablation").values())
+    known = {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "fp8"}
+    added = [row for row in rows if row.get("phase") == "added"]
+    assert {row["switch"] for row in added} == known | {"layout"}
+    for before, row in pairwise(added):
+        changed = {name for name, value in row["optimizations"].items() if value != before["optimizations"][name]}
+        assert changed <= {row["switch"]}
+        assert row["worth_ms"] == pytest.approx(before["ms"] - row["ms"]) and row["over"] == before["name"]
+    full = added[-1]["optimizations"]
+    removed = {row["switch"]: row for row in rows if row.get("phase") == "removed"}
+    assert removed.keys() == known
+    for name, row in removed.items():
+        assert [key for key, value in row["optimizations"].items() if value != full[key]] == [name]
+
+
+def test_exactness_is_measured_against_fp32(everything):
+    rows = rows_of(everything, "exactness")
+    assert rows["fp32"]["error"] == 0 and rows[ablation.EAGER]["error"] < 1e-5
+    assert rows[ablation.EXACT]["error"] < 1e-5 < rows[ablation.FP8]["error"] < 0.1
+    assert len(rows[ablation.FP8]["per_block"]) == 1 and rows[ablation.FP8]["psnr"] > 20
+    assert rows["nano video, fp8"]["error"] > rows["nano video"]["error"]
+
+
+def test_gradients_are_the_same_with_checkpointing(everything):
+    row = rows_of(everything, "training")["with gradient checkpointing"]
+    assert row["equal"] and row["gradient_difference"] < 1e-5
+
+
+def test_16_bit_errors(tmp_path):
+    run("exactness", tmp_path, "--dtype", "bfloat16", "--no-fp8", "--no-plots")
+    rows = rows_of(tmp_path, "exactness")
+    plain = rows[ablation.EAGER]["error"]
+    assert 1e-4 < plain < 0.1 and rows[ablation.EXACT]["ratio"] == pytest.approx(rows[ablation.EXACT]["error"] / plain)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_page_comes_from_results_alone(everything, tmp_path, capsys):
+    page = tmp_path / "docs" / "performance.md"
+    assert cli.main(["bench", "report", str(everything), "--output", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    for title in ("Targets", "What each optimization is worth", "Memory", "Exactness", "Gradient checkpointing"):
+        assert f"## {title}\n" in text
+    exact = rows_of(everything, "paths")[ablation.EXACT]
+    assert f"| {results.shown(exact['ms'])} |" in text and results.machine(torch.device("cpu"))["cpu"] in text
+    # Not of the size that the targets are for.
+    assert "this run was another" in text and "| met |" not in text
+    images = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert len(images) == len(list(everything.glob("*.png")))
+    assert all(is_picture((page.parent / name).read_bytes()) for name in images)
+
+
+def sample_paths(**changes):
+    head = {
+        "schema": results.SCHEMA,
+        "kind": "paths",
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": "longcat bench all",
+    }
+    machine = {"cpu": "C", "gpu": "G", "gpu_memory_gib": 80, "torch": "2", "packages": {}}
+    inputs = {"size": "480x832x93", "batch": 2, "blocks": 48, "steps": 50}
+    numbers = {"first_s": 11.0, "peak_gib": 29.0, "times_ms": [1.0], "status": "ok"}
+    rows = [
+        {"name": ablation.EAGER, "ms": 11900.0, "phase": "baseline", **numbers},
+        {"name": ablation.COMPILED, "ms": 9500.0, "phase": "baseline", **numbers},
+        {"name": ablation.EXACT, "ms": 6100.0, "phase": "path", "ratio": 1.95, **numbers},
+        {"name": f"{ablation.EXACT}, distilled", "ms": 3000.0, "phase": "distilled", **numbers},
+        {"name": ablation.FP8, "phase": "fp8", "status": "failed", "reason": "RuntimeError: no"},
+    ]
+    return {**head, "machine": machine, "commit": "abc", "inputs": inputs | changes, "rows": rows}
+
+
+def test_targets_are_met_or_missed():
+    text = report.page({"paths": sample_paths()}, {})
+    assert "| exact | step with guidance | <= 6 s | 6.10 s | missed |" in text
+    assert "| exact | against the compiled baseline | >= 1.55 x | 1.56 x | met |" in text
+    assert "| exact, distilled | 16 steps, no guidance | <= 50 s | 48.00 s | met |" in text
+    assert "| fp8 | step with guidance | <= 5 s | - | not measured (failed) |" in text
+    assert "- fp8: RuntimeError: no" in text and "11.88 s | 11.90 s | +0.2% | within 5%" in text
+    assert "| met |" not in report.page({"paths": sample_paths(blocks=4)}, {})
+
+
+def test_files_that_are_no_results_are_named(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(LongCatError, match="no file of results"):
+        report.write_page([tmp_path], tmp_path / "page.md")
+    (tmp_path / "other.json").unlink()
+    with pytest.raises(LongCatError, match="run longcat bench"):
+        report.write_page([tmp_path], tmp_path / "page.md")
+
+
+def test_nothing_begins_once_the_budget_is_used_up(tmp_path):
+    run("ablation", tmp_path, "--budget", "1e-9", "--no-plots")
+    rows = rows_of(tmp_path, "ablation")
+    assert len(rows) > 10 and {row["status"] for row in rows.values()} == {"not run"}
+
+
+def test_a_variant_that_raises_is_told_and_the_others_run(tmp_path, monkeypatch):
+    original = LongCatTransformer.set_optimizations
+
+    def broken(self, optimizations):
+        if not optimizations.fused_ffn and optimizations.compile == "blocks":
+            raise RuntimeError("kernel\n exploded")
+        original(self, optimizations)
+
+    monkeypatch.setattr(LongCatTransformer, "set_optimizations", broken)
+    run("ablation", tmp_path, "--no-fp8", "--no-plots")
+    rows = rows_of(tmp_path, "ablation")
+    failed = [row for row in rows.values() if row["status"] == "failed"]
+    assert [row["name"] for row in failed] == ["without fused gate and up"]
+    assert failed[0]["reason"] == "RuntimeError: kernel exploded"
+
+
+def test_results_survive_an_interrupt(tmp_path, monkeypatch):
+    original = ablation.Bench.run_network
+
+    def interrupted(self, name, values, *args, **row):
+        if name == ablation.EXACT:
+            raise KeyboardInterrupt
+        return original(self, name, values, *args, **row)
+
+    monkeypatch.setattr(ablation.Bench, "run_network", interrupted)
+    arguments = ["bench", "paths", *SMALL, "--device", "cpu", "--output", str(tmp_path), "--no-plots"]
+    assert cli.main(arguments) == cli.INTERRUPTED
+    assert list(rows_of(tmp_path, "paths")) == [ablation.EAGER, ablation.COMPILED]
+
+
+def test_a_size_that_does_not_fit_ends_the_scale(tmp_path, monkeypatch):
+    original = workload.network_forward
+
+    def full(model, inputs):
+        if inputs.size.frames == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, inputs)
+
+    monkeypatch.setattr(workload, "network_forward", full)
+    run("scale", tmp_path, "--no-plots")
+    rows = list(rows_of(tmp_path, "scale").values())
+    assert [row["status"] for row in rows] == ["ok", "failed", "not run", "not run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--frames", "6"], "4k+1"),
+        (["--size", "30x48"], "multiple"),
+        (["--repeats", "0"], "--repeats"),
+        (["--budget", "0"], "--budget"),
+        (["--attention", "nothing"], "attention backend"),
+        (["--model", "/no/such/model"], "--model"),
+        (["--blocks", "99"], "--blocks 99"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, word, tmp_path, capsys):
+    assert (
+        cli.main(["bench", "paths", *SMALL, "--device", "cpu", "--output", str(tmp_path), *arguments]) == cli.BAD_INPUT
+    )
+    told = capsys.readouterr().err.strip()
+    assert word in told and "\n" not in told and not list(tmp_path.iterdir())
+
+
+def test_missing_matplotlib_is_told_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert cli.main(["bench", "paths", *SMALL, "--device", "cpu", "--output", str(tmp_path)]) == cli.BAD_INPUT
+    assert "pip install 'matplotlib" in capsys.readouterr().err
+
+
+def test_random_weights_are_made_in_their_dtype():
+    config = ModelConfig(hidden_size=64, depth=1, num_heads=2, caption_channels=16, ffn_hidden=256, adaln_dim=16)
+    model = workload.random_model(config, torch.device("cpu"), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not any(p.is_meta for p in model.parameters())
+    assert bool((model.blocks[0].attn.q_norm.weight == 1).all())
+    assert model.blocks[0].ffn.gate_up.weight.float().std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_measuring_counts_calls_and_stops_with_the_budget():
+    calls = []
+    timing = measure(lambda: calls.append(1), torch.device("cpu"), 3, Budget(None))
+    assert len(calls) == 5 and len(timing.times_ms) == 3 and timing.peak_gib is None
+    calls.clear()
+    timing = measure(lambda: calls.append(1), torch.device("cpu"), 3, Budget(0))
+    assert len(calls) == 1 and timing.ms == 1000 * timing.first_s
+    assert attempt({"name": "a"}, Budget(0), lambda: calls.append(1))["status"] == "not run" and len(calls) == 1
+
+
+def test_errors():
+    a = torch.tensor([3.0, 4.0])
+    assert relative_error(a, a) == 0 and relative_error(2 * a, a) == pytest.approx(1)
+    assert psnr(torch.tensor([0.0, 1.1]), torch.tensor([0.0, 1.0])) == pytest.approx(10 * 2.30103, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "what"),
+    [
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90", "attention"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_bias_TNT", "GEMM"),
+        ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal>", "GEMM"),
+        ("triton_red_fused__to_copy_add_mul_native_layer_norm_3", "element-wise"),
+        ("void at::native::vectorized_elementwise_kernel<4, silu>", "element-wise"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy", "copies"),
+        ("ncclKernel", "other"),
+    ],
+)
+def test_families_of_kernels(kernel, what):
+    assert family(kernel) == what
