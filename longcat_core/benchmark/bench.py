@@ -27,6 +27,7 @@ PARTS = {
     "policies": "What fp8 costs by which layers are in it.",
     "training": "A training step with and without gradient checkpointing.",
     "scale": "Tokens against time and memory.",
+    "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
 }
 # Parts of `all` that need no whole model run on so many of its blocks.
 FEW_BLOCKS = 4
@@ -39,6 +40,7 @@ COLUMNS = {
     "memory": ("name", "counted_gib", "measured_gib", "fit", "status"),
     "training": ("name", "ms", "peak_gib", "gradient_difference", "status"),
     "scale": ("size", "tokens", "ms", "peak_gib", "status"),
+    "recompiles": ("name", "graphs", "at_most", "first_s", "status"),
     "backends": ("name", "attention", "ms", "tflops", "error", "status"),
 }
 
@@ -61,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, n
         )
         sub.add_argument("--blocks", type=whole, metavar="N", help="blocks of the model (default: all)")
         sub.add_argument("--few-blocks", type=whole, default=FEW_BLOCKS, metavar="N",
-                         help="blocks where few will do: exactness, training; in `all` also memory, ablation, scale "
-                         f"(default: {FEW_BLOCKS})")  # fmt: skip
+                         help="blocks where few will do: exactness, policies, training; in `all` all parts but "
+                         f"backends, paths and profile (default: {FEW_BLOCKS})")  # fmt: skip
         sub.add_argument("--model", metavar="NAME", help="nano, full-random or a checkpoint's path (default: "
                          "full-random; on a CPU nano)")  # fmt: skip
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -155,7 +157,7 @@ def _report(kind: str, bench: Bench, settings: Settings) -> Report:
 
 def _measure(kind: str, bench: Bench, settings: Settings) -> None:
     """One part on a model that is there; its table and its plots."""
-    from . import ablation, exactness, gradients, kernels, profiling, scale
+    from . import ablation, exactness, gradients, kernels, profiling, recompiles, scale
 
     args = settings.args
     report = _report(kind, bench, settings)
@@ -174,7 +176,8 @@ def _measure(kind: str, bench: Bench, settings: Settings) -> None:
     elif kind == "training":
         gradients.training(bench, report, args.few_blocks)
     else:
-        {"backends": kernels.kernels, "memory": scale.memory, "scale": scale.scale}[kind](bench, report)
+        parts = {"backends": kernels.kernels, "memory": scale.memory, "scale": scale.scale}
+        (parts | {"recompiles": recompiles.recompiles})[kind](bench, report)
     finish(report, args.no_plots)
 
 
@@ -221,7 +224,7 @@ def _everything(settings: Settings, size: Any) -> None:
         finish(report, args.no_plots)
     del bench
     bench = _bench(settings, size, min(args.few_blocks, depth))
-    for kind in ("exactness", "memory", "policies", "training", "scale", "ablation"):
+    for kind in ("exactness", "memory", "recompiles", "training", "ablation", "policies", "scale"):
         if kind != "policies" or not args.no_fp8:
             _guarded(kind, bench, settings)
     say(f"results are in {args.output}")

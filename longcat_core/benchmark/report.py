@@ -13,7 +13,10 @@ from .plots import pictures, require_matplotlib
 from .results import markdown, read, shown
 
 # Order of the page.
-KINDS = ("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "training")
+KINDS = (
+    *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
+    "training",
+)
 DISTILLED_STEPS = 16
 # What the public implementations take on an H100 80GB at 480x832x93 with guidance, in seconds a step.
 PUBLIC = {EAGER: 11.88, COMPILED: 9.45}
@@ -100,6 +103,9 @@ have {EXACT_LIMIT}.""",
 Peak of a forward over what the model holds, beside what `longcat_core.model.memory.activation_bytes` counts. The
 largest ratio is what ComfyUI's estimate has to be multiplied by (`MEMORY_FIT`).""",
     "scale": "## By number of tokens\n\nThe exact path, without guidance.",
+    "recompiles": """## Compiling
+
+One model, its blocks compiled; one change after the other. *Graphs*: how many were compiled anew for it.""",
     "training": "## Gradient checkpointing\n\nOne loss and its gradients, with and without recomputing each block.",
 }
 
@@ -329,6 +335,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "policies": _columns(name="in fp8", error="relative error", psnr="PSNR dB", status=""),
     "memory": _memory,
     "scale": _columns(size="", tokens="tokens", ms="ms", peak_gib="peak GiB", first_s="first call s", status=""),
+    "recompiles": _columns(
+        name="", graphs="graphs", at_most="at most", held="held", first_s="first forward s", status=""
+    ),
     "training": _columns(
         name="", ms="ms", peak_gib="peak GiB", gradient_difference="difference of gradients", equal="equal", status=""
     ),

@@ -1,0 +1,109 @@
+"""How many graphs the compiler makes of a block over everything that changes between and within videos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from . import workload
+from .ablation import Bench
+from .measure import attempt, clean_up, synchronize
+from .results import Report
+
+FRAMES = 13
+
+
+class Change(NamedTuple):
+    """What of a forward is other than in the first; at_most: graphs that this may add to those before it."""
+
+    name: str
+    at_most: int
+    batch: int = 2
+    timestep: float = workload.TIMESTEP
+    tokens: tuple[int, int] = workload.TEXT_TOKENS
+    cond: int = 0
+    cached: int = 0
+    merged: float = 0.0
+    wider: int = 0
+
+
+CHANGES = (
+    Change("first step", 1),
+    Change("another timestep", 0, timestep=300.0),
+    Change("another prompt, longer", 0, tokens=(300, 512)),
+    Change("another prompt, of one word", 0, tokens=(2, 1)),
+    Change("LoRA merged", 0, merged=1.0),
+    Change("LoRA at another strength", 0, merged=-0.5),
+    Change("without guidance", 1, batch=1),
+    Change("one given frame", 1, cond=1),
+    Change("more given frames", 1, cond=2),
+    Change("given frames from a cache", 1, cached=1),
+    Change("another resolution", 1, wider=2),
+    Change("a third resolution", 0, wider=4),
+    Change("the first again", 0),
+)
+
+
+def _text(inputs: workload.Inputs, tokens: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor(tokens[:batch], device=inputs.device)
+    mask = (torch.arange(workload.TEXT_LENGTH, device=inputs.device)[None] < lengths[:, None]).long()
+    shape = batch, workload.TEXT_LENGTH, inputs.config.caption_channels
+    generator = torch.Generator(inputs.device).manual_seed(sum(tokens))
+    return torch.randn(shape, generator=generator, device=inputs.device) * mask[..., None], mask
+
+
+def _merge(model: Any, strength: float) -> None:
+    """As merging a LoRA does: other numbers in the same tensors."""
+    for block in model.blocks:
+        weight = block.ffn.down.weight
+        weight.add_(torch.sign(weight), alpha=1e-4 * strength)
+
+
+@torch.no_grad()
+def recompiles(bench: Bench, report: Report) -> None:
+    """Rows of `CHANGES`, one after the other on the bench's model: new graphs, and the first forward's seconds."""
+    model, size = bench.model, bench.size
+    # Room for given frames.
+    size = workload.Size(size.height, size.width, max(size.frames, FRAMES), 2)
+    inputs = workload.Inputs(model.config, size, bench.device)
+    latents = torch.cat([inputs.latents, inputs.latents], -1)
+    report.content["inputs"] |= inputs.describe() | {"size": str(size)}
+    workload.exactly(model, workload.optimizations(**bench.full() | {"compile": "blocks"}))
+
+    def forward(change: Change) -> None:
+        x = latents[..., : inputs.latents.shape[-1] + change.wider * model.config.patch_size[2]]
+        cache = model.fill_kv_cache(x[:, :, : change.cached].contiguous()) if change.cached else None
+        x = x.expand(change.batch, -1, -1, -1, -1).contiguous()
+        context, mask = _text(inputs, change.tokens, change.batch)
+        frames = x.shape[2] if change.cond else 1
+        timestep = torch.full((1, frames), change.timestep, device=inputs.device)
+        timestep[:, : change.cond] = 0
+        text = model.embed_text(context, mask)
+        model(x, timestep, text, num_cond_latents=change.cond, kv_cache=cache)
+
+    def run(change: Change) -> Iterator[tuple[str, Any]]:
+        before, started = counters["stats"]["unique_graphs"], time.perf_counter()
+        if change.merged:
+            _merge(model, change.merged)
+        with workload.notes_of(model) as notes:
+            forward(change)
+        synchronize(bench.device)
+        yield "first_s", time.perf_counter() - started
+        yield "graphs", counters["stats"]["unique_graphs"] - before
+        yield "notes", notes
+
+    for change in CHANGES:
+        head = {"name": change.name, "at_most": change.at_most, "depth": model.config.depth}
+        row = attempt(head, bench.budget, lambda change=change: dict(run(change)))
+        if row["status"] == "ok":
+            row["held"] = row["graphs"] <= change.at_most
+        report.add(row)
+        told = f"{row['graphs']} graphs, {row['first_s']:.1f} s" if row["status"] == "ok" else row["reason"]
+        bench.say(f"recompiles, {change.name}: {told}")
+    _merge(model, -sum(change.merged for change in CHANGES))
+    clean_up(bench.device)
