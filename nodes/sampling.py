@@ -105,6 +105,14 @@ def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_
     return callback
 
 
+def starting_latents(model: comfy.model_patcher.ModelPatcher, latent_image: dict[str, Any]) -> Tensor:
+    """The latents that a sampling of `model` begins from, an empty latent of other channels or scale made to fit."""
+    ratios = (latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal"))
+    # Only from ComfyUI 0.33 on does a latent tell its ratios, and the function take them.
+    known = ratios if any(ratio is not None for ratio in ratios) else ()
+    return comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *known)
+
+
 class Sampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -161,10 +169,7 @@ class Sampler(io.ComfyNode):
         guider = make_guider(model, positive, negative, guidance, kv_cache, "LongCat Sampler")
         sigmas = make_schedule(mode, steps).sigmas
         out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
-        ratios = (latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal"))
-        # Only from ComfyUI 0.33 on does a latent tell its ratios, and the function take them.
-        known = ratios if any(ratio is not None for ratio in ratios) else ()
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *known)
+        samples = starting_latents(model, latent_image)
         if mode == "refine" and not samples.any():
             raise LongCatError(
                 "mode refine got an empty latent; give it the latent of a video (VAE Encode), or use base"

@@ -66,6 +66,14 @@ def switches() -> list[Switch]:
     return [switch for switch in SWITCHES if switch.name in known]
 
 
+def plain(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Values of all switches without the optimizations, for a network on `device` in `dtype`."""
+    values = {switch.name: switch.plain for switch in switches()}
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        values["attention"] = "sdpa"
+    return values
+
+
 @dataclass
 class Bench:
     """What all variants share: the model, its inputs, how long and how often."""
@@ -86,11 +94,7 @@ class Bench:
         return self._inputs[size.batch]
 
     def plain(self) -> dict[str, Any]:
-        values = {switch.name: switch.plain for switch in switches()}
-        half = self.model.dtype in (torch.bfloat16, torch.float16)
-        if self.device.type != "cuda" or not half:
-            values["attention"] = "sdpa"
-        return values
+        return plain(self.device, self.model.dtype)
 
     def full(self) -> dict[str, Any]:
         return {switch.name: switch.full for switch in switches()} | {"attention": self.attention}

@@ -248,7 +248,7 @@ def side_by_side() -> Graph:
     note = """## Optimizations, A against B
 
 Two samplers with the same seed and prompt, the model of each with other switches. Left in the video is A, right is B;
-the reports say what was in force on this machine, ComfyUI's log how long each step took.
+the reports say what was in force on this machine, the benchmark how long a step takes.
 
 As it comes, A has the defaults and B everything off and plain padded text. Both are exact: the videos should look the
 same.
@@ -286,6 +286,15 @@ The test model runs on a CPU; put the real files into the loaders to try a GPU."
         "video.VIDEO save.video",
     )
     graph.group("Compare", "stitch", "video", "save")
+    graph.add("benchmark", "LongCatBenchmark", x, 1000, (420, 620), "A against B, timed", steps=2)
+    graph.link(
+        "optA.MODEL benchmark.model",
+        "optB.MODEL benchmark.model_b",
+        "latent.LATENT benchmark.latent_image",
+        "positive.CONDITIONING benchmark.positive",
+        "negative.CONDITIONING benchmark.negative",
+    )
+    graph.group("Time", "benchmark")
     return graph
 
 

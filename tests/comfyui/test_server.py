@@ -22,6 +22,7 @@ NODES = {
     "LongCatGuider",
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
+    "LongCatBenchmark",
 }
 # Packages that the headless core or faster kernels use and that ComfyUI does not bring.
 OPTIONAL = ("diffusers", "ftfy", "flash_attn", "flash_attn_interface", "sageattention", "xformers")

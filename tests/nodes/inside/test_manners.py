@@ -53,5 +53,6 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatSampler",
         "LongCatScheduler",
         "LongCatGuider",
+        "LongCatBenchmark",
     }
     assert "the nodes of conditioning are left out" in caplog.text

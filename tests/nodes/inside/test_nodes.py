@@ -19,6 +19,7 @@ IDS = (
     "LongCatGuider",
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
+    "LongCatBenchmark",
 )
 SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "length": cases.FRAMES}
 

@@ -1,0 +1,197 @@
+"""LongCat Benchmark: two settings of the model on the user's own machine, timed under ComfyUI's sampling machinery."""
+
+from __future__ import annotations
+
+import time
+from datetime import date
+from typing import Any
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..longcat_core.benchmark import comparison
+from ..longcat_core.benchmark.ablation import kernel_name, plain
+from ..longcat_core.benchmark.comparison import Side
+from ..longcat_core.benchmark.measure import GIB, peak_bytes, psnr, relative_error, reset_peak, synchronize
+from ..longcat_core.benchmark.results import machine, shown
+from ..longcat_core.benchmark.workload import SEED, TEXT_TOKENS
+from ..longcat_core.errors import LongCatError
+from ..longcat_core.generate.request import MAX_GUIDANCE
+from ..longcat_core.model.config import Optimizations
+from ..longcat_core.sampling.schedules import make_schedule
+from .comfy_attention import chosen
+from .comfy_model import OPTIMIZATIONS_KEY
+from .loaders import CATEGORY
+from .sampling import _require_longcat, make_guider, starting_latents
+
+NODE = "LongCat Benchmark"
+MAX_TIMED = 20
+# Steps of the schedule whose first ones are run.
+SCHEDULE_STEPS = 50
+
+
+class _Clock:
+    """Euler, with the seconds of every step and the last estimate."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.x0 = device, [], None
+
+    def sampler(self, model: Any, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
+        synchronize(self.device)
+        started = time.perf_counter()
+
+        def stepped(state: dict[str, Any]) -> None:
+            nonlocal started
+            synchronize(self.device)
+            self.seconds.append(time.perf_counter() - started)
+            self.x0 = state["denoised"]
+            if len(self.seconds) == 1:
+                reset_peak(self.device)
+            if callback is not None:
+                callback(state)
+            started = time.perf_counter()
+
+        return comfy.k_diffusion.sampling.sample_euler(model, x, sigmas, extra_args, stepped, disable)
+
+
+def _switches(model: comfy.model_patcher.ModelPatcher) -> Optimizations:
+    return model.model_options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
+
+
+def without_optimizations(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """The same MODEL with every switch off."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    model = model.clone()
+    options = model.model_options.setdefault("transformer_options", {})
+    options[OPTIMIZATIONS_KEY] = Optimizations(**plain(model.load_device, dtype) | {"fp8": False})
+    return model
+
+
+def _random_text(model: comfy.model_patcher.ModelPatcher, tokens: int) -> list:
+    """A conditioning [1, tokens, caption] of random numbers: what the text says makes no difference to speed."""
+    generator = torch.Generator().manual_seed(SEED + tokens)
+    width = model.model.diffusion_model.config.caption_channels
+    return [[torch.randn(1, tokens, width, generator=generator), {}]]
+
+
+class Benchmark(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatBenchmark",
+            display_name="LongCat Benchmark",
+            category=CATEGORY,
+            description="Times some denoising steps of two settings of LongCat-Video on this machine, one after the "
+            "other, and shows them as a plot.",
+            inputs=[
+                io.Model.Input("model", tooltip="A: LongCat-Video, with or without LongCat Optimizations."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The video's size, for instance of EmptyHunyuanLatentVideo; frames that a "
+                    "LongCat conditioning node gives are kept.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=3,
+                    min=1,
+                    max=MAX_TIMED,
+                    tooltip="Timed steps of each, after a first one that also compiles; their median counts.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=4.0,
+                    min=0.0,
+                    max=MAX_GUIDANCE,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="1 is without guidance, which halves the work.",
+                ),
+                io.Model.Input(
+                    "model_b",
+                    optional=True,
+                    tooltip="B: the same model with other LongCat Optimizations, another dtype or other patches. Left "
+                    "open: A with every optimization off.",
+                ),
+                io.Conditioning.Input("positive", optional=True, tooltip="Left open: random text of usual length."),
+                io.Conditioning.Input("negative", optional=True, tooltip="Left open: random text of usual length."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot"),
+                io.String.Output(display_name="report", tooltip="The figures, and in which switches A and B differ."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, latent_image, steps, guidance, model_b=None, positive=None, negative=None) -> io.NodeOutput:
+        named = {"A": model, "B": without_optimizations(model) if model_b is None else model_b}
+        for patcher in named.values():
+            _require_longcat(patcher, NODE)
+        if model_b is not None and model_b.model.diffusion_model.config != model.model.diffusion_model.config:
+            raise LongCatError(f"{NODE} got two models of different sizes as A and B; connect one model twice")
+        sides, estimates = [], []
+        for name, patcher in named.items():
+            side, x0 = _run(name, patcher, latent_image, steps, guidance, positive, negative)
+            sides.append(side)
+            estimates.append(x0)
+        heading = _heading(model.load_device, latent_image["samples"].shape, guidance)
+        closing = _closing(estimates, model_b is None)
+        picture = comparison.draw(sides, heading, closing)
+        image = torch.from_numpy(np.asarray(picture).copy())[None].float() / 255
+        return io.NodeOutput(image, comparison.text(sides, heading, closing), ui=ui.PreviewImage(image, cls=cls))
+
+
+def _run(
+    name: str, model: Any, latent_image: dict, steps: int, guidance: float, positive: Any, negative: Any
+) -> tuple[Side, Tensor]:
+    """The first 1 + `steps` steps of a sampling, timed, and the last estimate of the clean latents."""
+    text = [_random_text(model, tokens) for tokens in reversed(TEXT_TOKENS)]
+    guider = make_guider(model, positive or text[0], negative or text[1], guidance, True, NODE)
+    samples = starting_latents(model, latent_image)
+    noise = comfy.sample.prepare_noise(samples, SEED)
+    device, clock = model.load_device, _Clock(model.load_device)
+    bar = comfy.utils.ProgressBar(1 + steps)
+    guider.sample(
+        noise,
+        samples,
+        comfy.samplers.KSAMPLER(clock.sampler),
+        make_schedule("base", SCHEDULE_STEPS).sigmas[: 2 + steps],
+        denoise_mask=latent_image.get("noise_mask"),
+        callback=lambda step, x0, x, total: bar.update_absolute(step + 1, total),
+        disable_pbar=True,
+        seed=SEED,
+    )
+    peak = peak_bytes(device)
+    switches = _switches(model)
+    kernel = chosen(switches, model.model_options.get("transformer_options", {}))
+    kernel = kernel or kernel_name(model.model.diffusion_model.choose_kernels(device).attend)
+    first, *later = clock.seconds
+    times = tuple(1000 * seconds for seconds in later)
+    return Side(name, switches, kernel, first, times, None if peak is None else peak / GIB), clock.x0
+
+
+def _heading(device: torch.device, shape: Any, guidance: float) -> str:
+    here = machine(device)
+    size = f"{8 * shape[4]}x{8 * shape[3]}, {4 * (shape[2] - 1) + 1} frames"
+    half = "without guidance" if guidance == 1 else "with guidance"
+    return f"{here.get('gpu') or here['cpu']}, PyTorch {here['torch']}; {size}, {half}; {date.today()}"
+
+
+def _closing(estimates: list[Tensor], plain_b: bool) -> str:
+    one, other = (x0.float().cpu() for x0 in estimates)
+    error = relative_error(one, other)
+    said = "A and B give the same numbers."
+    if error:
+        said = f"After these steps A and B differ by {shown(100 * error)} % (PSNR {shown(psnr(one, other))} dB)."
+    return f"{said} B is A with every optimization off." if plain_b else said
+
+
+NODES = [Benchmark]

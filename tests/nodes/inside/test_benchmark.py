@@ -1,0 +1,56 @@
+"""LongCat Benchmark: what it times, what it shows, what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def small(empty):
+    return {"samples": empty["samples"][:, :, :3]}
+
+
+def test_a_against_everything_off(comfy, model, prompts, small):
+    seen = []
+    network = model.model.diffusion_model
+    original = network.prepare
+    network.prepare = lambda device, dtype, options: seen.append(dict(options)) or original(device, dtype, options)
+    try:
+        plot, report = comfy("LongCatBenchmark", model=model, latent_image=small, steps=2, guidance=4.0, **prompts)
+    finally:
+        del network.prepare
+    assert plot.ndim == 4 and plot.shape[0] == 1 and plot.shape[3] == 3 and 0 <= plot.min() < plot.max() <= 1
+    # Bars of both colours.
+    flat = (plot * 255).round().int().reshape(-1, 3)
+    for colour in comfy.core("benchmark.comparison").COLOURS:
+        assert (flat == torch.tensor(colour)).all(1).sum() > 500
+    key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
+    ran = [options.get(key) for options in seen]
+    config = comfy.core("model.config")
+    assert len(ran) == 6 and ran[:3] == [None] * 3 and len(set(ran[3:])) == 1
+    assert ran[3] == config.Optimizations(
+        **comfy.core("benchmark.ablation").plain(torch.device("cpu"), torch.float32), fp8=False
+    )
+    assert "| a step (ms) |" in report and "| fused_qkv | on | off |" in report and "96x64, 9 frames" in report
+    assert "B is A with every optimization off" in report and "peak memory" not in report, "no peak on a CPU"
+
+
+def test_two_models_of_other_switches_and_random_text(comfy, model, small):
+    other, _ = comfy("LongCatOptimizations", model=model, text_mode="packed")
+    plot, report = comfy("LongCatBenchmark", model=model, model_b=other, latent_image=small, steps=1, guidance=1.0)
+    assert "| text_mode | exact | packed |" in report and "without guidance" in report
+    assert "everything" not in report and "fused_qkv" not in report
+    same = comfy("LongCatBenchmark", model=model, model_b=model, latent_image=small, steps=1, guidance=1.0)[1]
+    assert "A and B give the same numbers" in same and plot.shape[1] > 300
+
+
+def test_given_frames_are_kept(comfy, model, image_latent):
+    _, report = comfy("LongCatBenchmark", model=model, model_b=model, latent_image=image_latent, steps=1, guidance=1.0)
+    assert "96x64, 33 frames" in report and "give the same numbers" in report
+
+
+def test_bad_input(comfy, model, one_block, small):
+    error = comfy.core("errors").LongCatError
+    with pytest.raises(error, match="different sizes as A and B"):
+        comfy("LongCatBenchmark", model=model, model_b=one_block, latent_image=small, steps=1, guidance=1.0)
