@@ -213,8 +213,6 @@ def paths(bench: Bench, report: Report, part: str = "all") -> None:
         report.add(bench.run_network(f"{EXACT}, distilled", bench.full(), 1, phase="distilled"))
         values = bench.full() | {"compile": "off"}
         report.add(_compared(bench.run_network(f"{EXACT}{NOT_COMPILED}", values, phase="path"), first, None))
-        if (values := without_kernels(bench.full())) is not None:
-            report.add(_compared(bench.run_network(f"{EXACT}{NO_KERNELS}", values, phase="path"), first, None))
     if part != "exact":
         by_name = {row["name"]: row for row in report.rows}
         lossy(bench, report, by_name.get(EAGER, {}), by_name.get(EXACT, {}), distilled=True)
@@ -228,13 +226,13 @@ def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool
     row = report.add(_compared(bench.run_network(FP8, values, phase="fp8"), first, full))
     if distilled:
         report.add(bench.run_network(f"{FP8}, distilled", values, 1, phase="distilled"))
-    if distilled and (other := without_kernels(values)) is not None:
-        report.add(_compared(bench.run_network(f"{FP8}{NO_KERNELS}", other, phase="fp8"), first, full))
     sage = bench.run_network(FP8_SAGE, values | {"attention": "sage"}, phase="fp8")
     report.add(_compared(sage, first, row))
     if not distilled:
         row = bench.run_network("fp8 weights, 16-bit GEMMs", values | {"fp8": False}, phase="fp8")
         report.add(_compared(row, first, full))
+        if (other := without_kernels(values)) is not None:
+            report.add(_compared(bench.run_network(f"{FP8}{NO_KERNELS}", other, phase="fp8"), first, full))
 
 
 def without_kernels(values: dict[str, Any]) -> dict[str, Any] | None:
