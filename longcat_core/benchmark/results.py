@@ -76,7 +76,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that runs, with a + where files differ from it; empty outside of a checkout."""
+    """The commit that runs, with a + where files differ from it; empty outside of a checkout.
+
+    LONGCAT_COMMIT in the environment goes first: for a copy that was laid on another machine without its history.
+    """
+    if told := os.environ.get("LONGCAT_COMMIT"):
+        return told
     found = _command("git", "rev-parse", "--short=12", "HEAD")
     return found + ("+" if found and _command("git", "status", "--porcelain", "--untracked-files=no") else "")
 
