@@ -156,7 +156,9 @@ class Block(nn.Module):
             shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
         x, h = self._normed(x, None, None, scale_a, shift_a, self.attn.qkv, how)
         # In a list, from which the last owner takes it: it is not needed beside the keys.
-        h = self.attn([h], rope, num_cond_latents * x.shape[2], cached, how, kernels, keep).view_as(x)
+        inputs = [h]
+        del h
+        h = self.attn(inputs, rope, num_cond_latents * x.shape[2], cached, how, kernels, keep).view_as(x)
         gate = gate_a
         if text is not None:
             x, h = self._cross(x, h, gate_a, text, num_cond_latents, how, kernels)

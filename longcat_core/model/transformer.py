@@ -46,6 +46,21 @@ def _version(parameter: Tensor) -> tuple[int, int]:
     return id(parameter), 0 if parameter.is_inference() else parameter._version
 
 
+class _Patches:
+    """Put before an nn.Conv3d whose kernels do not overlap: one matrix product, its output in the order of tokens.
+
+    The convolution kernels want other orders and copy everything two times over.
+    """
+
+    kernel_size: tuple[int, int, int]
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """x [B, C_in, T, H, W] -> [B, C, t, h, w] as a view of [B, t, h, w, C]."""
+        t, h, w = self.kernel_size
+        patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=t, ph=h, pw=w)
+        return F.linear(patches, weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+
+
 class LongCatTransformer(nn.Module):
     """LongCat-Video: latents, timesteps and text in, x0 - noise out (the negative of the flow velocity).
 
@@ -69,7 +84,7 @@ class LongCatTransformer(nn.Module):
         self.config = config
         kwargs = {"dtype": dtype, "device": device}
         dim = config.hidden_size
-        self.patch_embed = operations.Conv3d(
+        self.patch_embed = type("PatchEmbed", (_Patches, operations.Conv3d), {})(
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size, **kwargs
         )
         self.time_embed = nn.ModuleList(
@@ -220,8 +235,10 @@ class LongCatTransformer(nn.Module):
         temb = self._embed_time(timestep, batch, frames)
         patches = self.patch_embed(x.to(self.compute_dtype))
         grid = patches.shape[2:]
-        # Contiguous after the last view: a compiled block takes its first and its later inputs for the same then.
+        # Contiguous in this order, unless an owner's layer made the patches. The strides of a single video are set by
+        # the last view: a compiled block takes its first and its later inputs for the same then.
         tokens = patches.flatten(3).permute(0, 2, 3, 1).contiguous()
+        tokens = tokens.view(-1).view(tokens.shape)
         del patches
         start = 0
         if kv_cache is not None:

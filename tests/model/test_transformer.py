@@ -178,7 +178,7 @@ def test_only_real_tokens_are_kept(model, data):
 def test_one_text_serves_a_batch(model, data):
     text = model.embed_text(data["context"][:1], data["mask"][:1]).expand(2)
     twice = {"context": data["context"][:1].expand(2, -1, -1), "mask": data["mask"][:1].expand(2, -1)}
-    assert error(model(data["x"], data["t"], text), t2v(model, data, **twice)) <= 1e-6
+    assert error(model(data["x"], data["t"], text), t2v(model, data, **twice)) <= 5e-6
 
 
 @pytest.mark.parametrize("mode", ["exact", "packed", "padded"])
@@ -364,7 +364,7 @@ def test_operations_are_used_for_every_layer(loaded, data, fused):
     owned = LongCatTransformer(CONFIG, switches, operations=Operations, dtype=torch.float32, device="cpu")
     owned.load_state_dict(loaded.state_dict())
     assert all(type(m) is Operations.Linear for m in owned.modules() if isinstance(m, nn.Linear))
-    assert type(owned.patch_embed) is Operations.Conv3d
+    assert isinstance(owned.patch_embed, Operations.Conv3d)
     Operations.calls = Operations.fp32_calls = 0
     with torch.no_grad():
         out = t2v(owned, data)
