@@ -18,6 +18,7 @@ from torch import Tensor
 from ..longcat_core.checkpoints.formats import OFFICIAL
 from ..longcat_core.checkpoints.lora import PREFIX, SEPARATOR
 from ..longcat_core.errors import LongCatError
+from . import comfy_fp8
 from .comfy_model import LongCatVideo
 
 # What other trainers write in front of a module's name.
@@ -101,7 +102,8 @@ def _official_names(model: LongCatVideo, key_map: dict) -> KeyMap:
     key_map.shapes = {}
     for canonical, sources in OFFICIAL.modules(model.diffusion_model.config.depth):
         weight = f"diffusion_model.{canonical}.weight"
-        key_map.shapes[weight] = model.diffusion_model.get_submodule(canonical).weight.shape
+        layer = model.diffusion_model.get_submodule(canonical)
+        key_map.shapes[weight] = layer.shape if isinstance(layer, comfy_fp8.Linear) else layer.weight.shape
         rows = key_map.shapes[weight][0] // len(sources)
         for i, source in enumerate(sources):
             target = weight if len(sources) == 1 else (weight, (0, i * rows, rows))

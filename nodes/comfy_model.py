@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.conds
@@ -36,7 +36,10 @@ from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.model.kv_cache import KVCache
 from ..longcat_core.model.memory import activation_bytes, text_bytes
 from ..longcat_core.model.transformer import LongCatTransformer
+from ..longcat_core.optimize.kernels import HALF
+from ..longcat_core.optimize.kernels import missing as kernels_missing
 from ..longcat_core.sampling.schedules import SHIFT
+from . import comfy_fp8
 from .comfy_attention import user_kernels
 from .comfy_weights import from_official, to_official
 
@@ -46,8 +49,10 @@ OPTIMIZATIONS_KEY = "longcat_optimizations"
 CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
 TEXT_CACHE_KEY = "longcat_text_cache"
 
-# Measured peak over counted peak of one forward (see longcat_core.model.memory); 1 until measured on a GPU.
-MEMORY_FIT = 1.0
+# Measured peak over counted peak of one forward (longcat_core.model.memory), and 3 % for what the allocator wastes:
+# 1.02 to 1.15 by PyTorch's kernels, the smaller the video the more, 0.70 by the pack's own (`longcat bench memory`;
+# 480p and 720p with and without guidance, H100, 2026-11-23).
+MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.72
 
 
 def _replaced(layer: torch.nn.Module) -> bool:
@@ -136,11 +141,21 @@ class DiffusionModel(LongCatTransformer):
     compute_dtype: torch.dtype = torch.float32
 
     def __init__(
-        self, *, image_model: str, dtype: torch.dtype | None = None, device: Any = None, operations: Any, **config: Any
+        self,
+        *,
+        image_model: str,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        operations: Any,
+        fp8: bool = False,
+        **config: Any,
     ) -> None:
         hooks = {"linear_fp32": staticmethod(_linear_fp32), "sliceable": staticmethod(_sliceable)}
         operations = type("Operations", (operations,), hooks)
         super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
+        if fp8:
+            comfy_fp8.install(self, self.config)
+            self.set_optimizations(self.optimizations)
         for layer in self._fp32_layers():
             # fp32 input on a layer that does not cast raises; these must take it.
             layer.comfy_cast_weights = True
@@ -185,10 +200,17 @@ class DiffusionModel(LongCatTransformer):
         graph of the whole network holds neither the switching nor the look-ups.
         """
         self.compute_dtype = dtype
+        comfy_fp8.prepare(self, device, dtype)
         optimizations = options.get(OPTIMIZATIONS_KEY, Optimizations())
         if optimizations != self.asked:
             self.set_optimizations(optimizations)
         return user_kernels(optimizations, options, self.choose_kernels(device))
+
+    def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype) -> int:
+        """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
+        own = self.asked.fused_kernels and self.asked.explicit_fp32 and dtype in HALF and not kernels_missing()
+        fit = MEMORY_FIT_OWN if own else MEMORY_FIT
+        return int(activation_bytes(self.config, latents, dtype.itemsize) * fit)
 
     def read_text(self, context: Tensor) -> TextTokens:
         """Text [B, L, caption], padded with zero rows, as `embed_text` arranges it."""
@@ -216,7 +238,7 @@ class DiffusionModel(LongCatTransformer):
         timestep = timestep[:1] if shared else timestep
         cache, holder = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and holder is not None:
-            room = int(activation_bytes(self.config, x.shape, x.element_size()) * MEMORY_FIT)
+            room = self.forward_bytes(x.shape, x.dtype)
             cache = holder.get(self, x[:, :, :num_cond], room, kernels)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
         out = super().forward(
@@ -336,11 +358,11 @@ class LongCatVideo(comfy.model_base.BaseModel):
         count."""
         if len(input_shape) != 5:
             return 0.0  # no video: refused in a sentence as soon as sampling begins
-        size = comfy.model_management.dtype_size(self.manual_cast_dtype or self.get_dtype())
-        config = self.diffusion_model.config
+        dtype = self.manual_cast_dtype or self.get_dtype()
+        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
         tokens = max((shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())), default=0)
-        text = text_bytes(config, input_shape[0], tokens + 1, size)
-        return activation_bytes(config, input_shape, size) * MEMORY_FIT + text
+        text = text_bytes(network.config, input_shape[0], tokens + 1, dtype.itemsize)
+        return network.forward_bytes(input_shape, dtype) + text
 
 
 def _check_latents(latents: Tensor | None, config: ModelConfig) -> None:
@@ -370,6 +392,10 @@ class LongCatConfig(comfy.supported_models_base.BASE):
     text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
 
     def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> LongCatVideo:
+        if self.custom_operations is comfy_fp8.Rowwise:
+            # Not operations of all layers: which layers become 8-bit ones, the network says.
+            self.custom_operations = None
+            self.unet_config = {**self.unet_config, "fp8": True}
         # ComfyUI runs nodes in inference mode, whose tensors no gradient may pass: training nodes need others.
         with torch.inference_mode(False):
             return LongCatVideo(self, device=device)

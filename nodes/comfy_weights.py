@@ -9,6 +9,7 @@ from ..longcat_core.checkpoints.formats import OFFICIAL
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.transformer import LongCatTransformer
+from ..longcat_core.optimize.quantization import dequantised, without_scales
 
 _SHOWN = 5
 
@@ -68,12 +69,21 @@ def _take(state: dict[str, Tensor], source: str, kind: str, *, fused: bool) -> T
 
 
 def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The other way: stacked weights split into the rows that the official form keeps apart, without a copy."""
-    table = dict(OFFICIAL.modules(config.depth))
+    """The other way: stacked weights split into the rows that the official form keeps apart, without a copy.
+
+    Layers in 8 bits are multiplied out to bf16, on the CPU.
+    """
+    table, shapes = dict(OFFICIAL.modules(config.depth)), _parameters(config)
     out = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
         sources = table.get(module, (module,))
+        if len(sources) > 1 and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            # ComfyUI's stand-in for a weight whose LoRAs are merged when it is moved; its rows would be bare.
+            tensor = tensor.to("cpu")
+        if tensor.dtype == torch.float8_e4m3fn and kind == "weight" and tuple(tensor.shape) != shapes.get(name):
+            packed = tensor.to("cpu")
+            tensor = dequantised(*without_scales(packed, shapes[name][0]), torch.bfloat16)
         for source, part in zip(sources, tensor.chunk(len(sources)) if len(sources) > 1 else (tensor,), strict=True):
             out[f"{source}.{kind}"] = part
     return out

@@ -12,6 +12,8 @@ from ..longcat_core.model import backends
 from ..longcat_core.model.config import Optimizations
 from ..longcat_core.optimize import kernels
 from ..longcat_core.optimize.compilation import why_not
+from ..longcat_core.optimize.quantization import missing
+from . import comfy_fp8
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY
 from .loaders import CATEGORY
@@ -45,10 +47,13 @@ def _input(name: str, kind: Any, default: Any) -> io.Input:
     return io.Combo.Input(name, options=list(options), default=default, tooltip=tooltip)
 
 
-def report(optimizations: Optimizations, asked: Optimizations, device: torch.device, options: dict, casts: bool) -> str:
+def report(
+    optimizations: Optimizations, asked: Optimizations, device: torch.device, options: dict, casts: bool, eight: int
+) -> str:
     """What is in force, one line a switch, and why what was asked for is not.
 
-    casts: whether ComfyUI casts or streams the weights, so that fused layers run whole.
+    casts: whether ComfyUI casts or streams the weights, so that fused layers run whole. eight: how many layers were
+    quantised to fp8 row by row.
     """
     lines = []
     for name, kind in get_type_hints(Optimizations).items():
@@ -62,6 +67,8 @@ def report(optimizations: Optimizations, asked: Optimizations, device: torch.dev
             line += f" (without effect: autocast to fp32 exists on CUDA only, this is {device.type})"
         if name == "fused_kernels" and value and (why := kernels.missing()):
             line += f" (without effect: {why})"
+        if name == "fp8":
+            line += _fp8(value, device, eight)
         if name == "gradient_checkpointing" and value:
             line += " (acts in training only)"
         if name == "attention" and (other := chosen(optimizations, options)):
@@ -71,6 +78,14 @@ def report(optimizations: Optimizations, asked: Optimizations, device: torch.dev
     if missing:
         lines += ["attention backends that this machine lacks:", *(f"  {line}" for line in missing)]
     return "\n".join(lines)
+
+
+def _fp8(value: bool, device: torch.device, eight: int) -> str:
+    if not eight:
+        return " (without effect: no layer is in fp8; LongCat Model Loader makes them with weight_dtype fp8 rowwise)"
+    if value and (why := missing(device)):
+        return f" ({eight} layers, by the same numbers in wider precision: {why})"
+    return f" ({eight} layers)"
 
 
 class OptimizationsNode(io.ComfyNode):
@@ -110,7 +125,8 @@ class OptimizationsNode(io.ComfyNode):
         options = model.model_options.setdefault("transformer_options", {})
         options[OPTIMIZATIONS_KEY] = optimizations
         casts = model.model.manual_cast_dtype is not None or getattr(model, "is_dynamic", lambda: False)()
-        return io.NodeOutput(model, report(optimizations, asked, device, options, casts))
+        eight = len(comfy_fp8.layers(model.model.diffusion_model))
+        return io.NodeOutput(model, report(optimizations, asked, device, options, casts, eight))
 
 
 NODES = [OptimizationsNode]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
@@ -248,6 +248,22 @@ def load_transformer(
     model.load_state_dict(state, assign=True)
     model.set_optimizations(model.optimizations)
     return model.eval().requires_grad_(False)
+
+
+def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One parameter of the network off the disk, as it is stored: fused of its parts, INT8 multiplied out to fp32.
+
+    Raises CheckpointError where the files are not there any more.
+    """
+    module, _, kind = name.rpartition(".")
+    sources = dict(checkpoint.form.modules(checkpoint.config.depth))[module]
+    stored = [_stored_name(checkpoint.where, source, kind) for source in sources]
+    try:
+        handles = {checkpoint.where[tensor]: safe_open(checkpoint.where[tensor], framework="pt") for tensor in stored}
+        parts = list(_read(checkpoint, stored, handles))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.source} cannot be read again ({error}); put the file back") from error
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def official_state(model: LongCatTransformer, form: Format) -> dict[str, Tensor]:

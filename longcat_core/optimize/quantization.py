@@ -105,27 +105,72 @@ class Fp8Linear(nn.Module):
         """Whether x may come quantised: otherwise that would lose precision for nothing."""
         return self.fp8
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in], multiplied out."""
-        return (self.weight.float() * self.weight_scale).to(dtype)
-
     def forward(self, x: Tensor | Quantised) -> Tensor:
-        if not isinstance(x, Quantised):
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise LongCatError("8-bit layers have no backward pass; train the network in bf16, without fp8")
-            if not self.fp8:
-                bias = None if self.bias is None else self.bias.to(x.dtype)
-                return F.linear(x, self.dequantised(x.dtype), bias)
-            dtype = x.dtype
-            # In a compiled graph quantising is fused with whatever made x.
-            own = not torch.compiler.is_compiling() and kernels.usable(x)
-            x = kernels.quantise(x) if own else Quantised(*quantise_rows(x))
-        else:
-            dtype = self.dtype
-        return scaled_product(x, self.weight, self.weight_scale, self.bias, dtype, self.native)
+        dtype = self.dtype if isinstance(x, Quantised) else x.dtype
+        return quantised_linear(x, self.weight, self.weight_scale, self.bias, dtype, fp8=self.fp8, native=self.native)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, fp8={self.fp8}"
+
+
+def dequantised(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """An e4m3 weight [out, in] with weight_scale [out, 1], multiplied out."""
+    return (weight.float() * weight_scale).to(dtype)
+
+
+def quantised_linear(
+    x: Tensor | Quantised,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    fp8: bool,
+    native: bool,
+) -> Tensor:
+    """x [.., in], quantised here unless it is already, times weight [out, in] e4m3 -> [.., out] in `dtype`.
+
+    weight_scale [out, 1] fp32; bias [out] or None. fp8 off: a product in x's precision, of the weight multiplied out.
+    Raises LongCatError where gradients should flow.
+    """
+    if not isinstance(x, Quantised):
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise LongCatError("8-bit layers have no backward pass; train the network in bf16, without fp8")
+        if not fp8:
+            return F.linear(x, dequantised(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))
+        # In a compiled graph quantising is fused with whatever made x.
+        own = not torch.compiler.is_compiling() and kernels.usable(x)
+        x = kernels.quantise(x) if own else Quantised(*quantise_rows(x))
+    return scaled_product(x, weight, weight_scale, bias, dtype, native)
+
+
+# Scales in numbers of e4m3 that survive a cast to any other float: four bits each.
+_DIGITS = 8
+
+
+def scale_rows(rows: int, columns: int) -> int:
+    """How many rows `with_scales` adds to a weight [rows, columns]."""
+    return math.ceil(_DIGITS * rows / columns)
+
+
+def with_scales(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """weight [out, in] e4m3 and its scales [out, 1] fp32 as one e4m3 tensor [out + `scale_rows`, in].
+
+    For an owner that moves, keeps and puts back one tensor a layer. It may also be cast to a wider float and back.
+    """
+    rows, columns = weight.shape
+    shifts = torch.arange(0, 32, 32 // _DIGITS, device=weight.device, dtype=torch.int32)
+    digits = (weight_scale.contiguous().view(torch.int32) >> shifts) & 15
+    room = scale_rows(rows, columns) * columns
+    tail = F.pad(digits.flatten(), (0, room - digits.numel())).view(-1, columns)
+    return torch.cat((weight, tail.float().to(weight.dtype)))
+
+
+def without_scales(packed: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The weight [rows, in], as it is kept in `packed`, and its scales [rows, 1] fp32, out of `with_scales`."""
+    digits = packed[rows:].flatten()[: _DIGITS * rows].view(rows, _DIGITS).to(torch.int32)
+    shifts = torch.arange(0, 32, 32 // _DIGITS, device=packed.device, dtype=torch.int32)
+    return packed[:rows], (digits << shifts).sum(1, keepdim=True, dtype=torch.int32).view(torch.float32)
 
 
 def check_sizes(rows: int, columns: int) -> None:

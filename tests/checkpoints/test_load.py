@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from longcat_core.checkpoints.formats import OFFICIAL, detect
-from longcat_core.checkpoints.load import load_transformer, official_state, open_checkpoint, require_finite
+from longcat_core.checkpoints.load import (
+    load_transformer,
+    official_state,
+    open_checkpoint,
+    read_parameter,
+    require_finite,
+)
 from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.model.config import ModelConfig
@@ -58,6 +64,15 @@ def assert_same(model: torch.nn.Module, wanted: State) -> None:
 
 
 # Forms
+
+
+def test_one_parameter_off_the_disk(folder, wanted):
+    checkpoint = open_checkpoint(folder)
+    for name in ("blocks.0.ffn.gate_up.weight", "blocks.1.attn.qkv.bias", "patch_embed.weight"):
+        assert torch.equal(read_parameter(checkpoint, name), wanted[name])
+    (folder / SHARDS[0]).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read again.*put the file back"):
+        read_parameter(checkpoint, "blocks.0.ffn.gate_up.weight")
 
 
 def test_single_file(state, wanted):

@@ -23,10 +23,14 @@ from longcat_core.optimize.quantization import (
     Policy,
     check_sizes,
     compare_policies,
+    dequantised,
     missing,
     quantised_layers,
     quantization_error,
     quantize,
+    scale_rows,
+    with_scales,
+    without_scales,
 )
 
 CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
@@ -86,7 +90,9 @@ def test_switched_off_it_multiplies_the_same_weights_in_wider_precision():
     eight, x = Fp8Linear.of(layer), randn(7, 128)
     eight.fp8 = False
     assert not eight.takes_quantised
-    torch.testing.assert_close(eight(x), nn.functional.linear(x, eight.dequantised(x.dtype), layer.bias))
+    torch.testing.assert_close(
+        eight(x), nn.functional.linear(x, dequantised(eight.weight, eight.weight_scale, x.dtype), layer.bias)
+    )
     weights_alone = Error.between(eight(x), layer(x)).relative
     eight.fp8 = True
     assert weights_alone < 0.9 * Error.between(eight(x), layer(x)).relative
@@ -233,3 +239,17 @@ def test_a_block_of_8_bit_layers_is_one_graph(model):
 
 def test_this_machine_says_why_it_has_no_8_bit_products():
     assert missing(torch.device("cpu")) == "8-bit products run on CUDA, not on cpu"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(96, 32), (32, 96), (16, 16), (48, 4096)])
+def test_scales_travel_with_the_weight(rows, columns):
+    weight, scales = quantise_rows(randn(rows, columns) * torch.logspace(-8, 8, rows)[:, None])
+    packed = with_scales(weight, scales)
+    assert packed.shape == (rows + scale_rows(rows, columns), columns) and packed.dtype == torch.float8_e4m3fn
+    # Through any float, as an owner casts what it patches.
+    for dtype in (torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32):
+        values, found = without_scales(packed.to(dtype).to(torch.float8_e4m3fn), rows)
+        assert torch.equal(found, scales) and values.is_contiguous()
+        assert torch.equal(values.view(torch.uint8), weight.view(torch.uint8))
+    full = dequantised(weight, scales, torch.float32)
+    assert torch.equal(full, weight.float() * scales)

@@ -1,0 +1,181 @@
+"""8-bit linear layers inside ComfyUI's MODEL: loaded, streamed, patched by LoRAs, saved. Arithmetic is the core's.
+
+ComfyUI moves, keeps and puts back one weight a layer, so the scales of its rows travel in the same tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor
+
+from ..longcat_core.checkpoints.load import Checkpoint, read_parameter
+from ..longcat_core.checkpoints.safetensors_io import read_header
+from ..longcat_core.errors import CheckpointError
+from ..longcat_core.model.config import ModelConfig
+from ..longcat_core.optimize.kernels import Quantised, quantise_rows
+from ..longcat_core.optimize.quantization import (
+    Policy,
+    check_sizes,
+    dequantised,
+    missing,
+    quantised_linear,
+    scale_rows,
+    with_scales,
+    without_scales,
+)
+
+E4M3 = torch.float8_e4m3fn
+WIDE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Rowwise:
+    """Given to ComfyUI's loader as `custom_operations`: LongCat-Video's config takes it for what it asks for."""
+
+
+class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+    """x [.., in] in 16 bits or fp32, or quantised already -> [.., out]; see `quantization.Fp8Linear`.
+
+    weight: e4m3 rows with their scales below them, `with_scales` of the core. bias [out] or None. `original` reads the
+    weight as the checkpoint has it, for a LoRA to be merged into before it is quantised.
+    """
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        check_sizes(self.out_features, self.in_features)
+        rows = self.out_features + scale_rows(self.out_features, self.in_features)
+        # ComfyUI may leave a layer empty until its weights come.
+        device = torch.device("cpu") if layer.weight is None else layer.weight.device
+        weight = torch.empty(rows, self.in_features, dtype=E4M3, device=device)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.bias = layer.bias
+        if layer.bias is None and getattr(layer, "comfy_need_lazy_init_bias", False):
+            bias = torch.empty(self.out_features, dtype=layer.bias_comfy_model_dtype, device=device)
+            self.bias = torch.nn.Parameter(bias, requires_grad=False)
+        self.weight_function, self.bias_function = [], []
+        self.fp8, self.native, self.dtype = True, False, torch.bfloat16
+        self.original: Callable[[], Tensor] | None = None
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        weight = state.get(f"{prefix}weight")
+        if weight is not None and weight.shape == self.shape:
+            # On the GPU where there is one: that takes a hundredth of the time.
+            device = comfy.model_management.get_torch_device()
+            state = {**state, f"{prefix}weight": with_scales(*quantise_rows(weight.to(device)))}
+        super()._load_from_state_dict(state, prefix, *args)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight without its scales."""
+        return torch.Size((self.out_features, self.in_features))
+
+    @property
+    def takes_quantised(self) -> bool:
+        return self.fp8 and not self.weight_function
+
+    def _bare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """The packed weight and the bias on x's device, streamed there if they are not, and what to release after."""
+        here = self.weight.device == x.device and not self.bias_function
+        if here and (self.bias is None or self.bias.device == x.device):
+            return self.weight, self.bias, None
+        # Without the functions of the weight, which are for numbers and not for e4m3 with scales.
+        layer = SimpleNamespace(
+            weight=self.weight, bias=self.bias, weight_function=[], bias_function=self.bias_function
+        )
+        options = {"dtype": E4M3, "bias_dtype": self.dtype, "offloadable": True}
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, **options)
+        return weight, bias, (layer, weight, bias, stream)
+
+    def forward(self, x: Tensor | Quantised) -> Tensor:
+        comfy.ops.run_every_op()
+        given = x.values if isinstance(x, Quantised) else x
+        dtype = self.dtype if isinstance(x, Quantised) else x.dtype
+        packed, bias, streamed = self._bare(given)
+        weight, scales = without_scales(packed, self.out_features)
+        if self.weight_function:
+            # A LoRA on a layer that is streamed: merged here, and multiplied in 16 bits.
+            full = dequantised(weight, scales, dtype)
+            for function in self.weight_function:
+                full = function(full)
+            out = torch.nn.functional.linear(x, full, None if bias is None else bias.to(dtype))
+        else:
+            out = quantised_linear(x, weight, scales, bias, dtype, fp8=self.fp8, native=self.native)
+        if streamed is not None:
+            comfy.ops.uncast_bias_weight(*streamed)
+        return out
+
+    # --- what ComfyUI calls to merge LoRAs ---
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **unused: Any) -> Tensor:
+        """The weight [out, in] to merge a LoRA into: the checkpoint's own, or, without its file, what is kept of it.
+
+        weight: the packed one, cast to any float.
+        """
+        dtype = self.dtype if weight.dtype == E4M3 else weight.dtype
+        if self.original is not None:
+            try:
+                return self.original().to(weight.device, dtype)
+            except CheckpointError as error:
+                logging.warning("LongCat: a LoRA is merged into quantised weights: %s", error)
+        return dequantised(*without_scales(weight.to(E4M3), self.out_features), dtype)
+
+    def set_weight(
+        self, weight: Tensor, inplace_update: bool = False, seed: Any = None, return_weight: bool = False, **unused: Any
+    ) -> Tensor | None:
+        """Take the merged weight [out, in], quantised anew."""
+        packed = with_scales(*quantise_rows(weight))
+        if return_weight:
+            return packed
+        if inplace_update:
+            self.weight.data.copy_(packed)
+        else:
+            self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, fp8={self.fp8}"
+
+
+def install(model: torch.nn.Module, config: ModelConfig) -> None:
+    """Put 8-bit layers in place of the network's linear ones, before weights are loaded."""
+    for name in Policy().names(config.depth):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Linear(model.get_submodule(name)))
+
+
+def layers(model: torch.nn.Module) -> dict[str, Linear]:
+    """The 8-bit layers of a network by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def remember(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Let every 8-bit layer find its weight in the checkpoint's files again."""
+    for name, layer in layers(model).items():
+        layer.original = lambda name=name: read_parameter(checkpoint, f"{name}.weight")
+
+
+def prepare(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Tell the 8-bit layers what they run on. Not a part of a forward, whose graph must not look for it."""
+    native = not missing(device)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.native, module.dtype = native, dtype
+
+
+def require_wide(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a checkpoint whose layers are in 8 bits already."""
+    for file in set(checkpoint.where.values()):
+        for name, (dtype, shape) in read_header(file).items():
+            if len(shape) == 2 and dtype not in WIDE and dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{Path(file).name} holds {name} as {str(dtype).removeprefix('torch.')} already; load it with "
+                    "weight_dtype default, or give a bf16 file"
+                )

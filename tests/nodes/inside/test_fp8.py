@@ -1,0 +1,214 @@
+"""Weights in fp8 row by row: as the headless pipeline has them, under LoRAs, streaming, switches, compiling, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import cases
+from .conftest import MODEL, version
+from .test_lora import STRENGTH, error, official
+
+
+@pytest.fixture(scope="module")
+def loaded(comfy):
+    return comfy("LongCatModelLoader", model_name=MODEL, weight_dtype="fp8 rowwise")
+
+
+def weights(comfy, model) -> dict[str, torch.Tensor]:
+    layers = comfy.node("comfy_fp8").layers(model.model.diffusion_model)
+    return {name: layer.weight.detach().clone().view(torch.uint8) for name, layer in layers.items()}
+
+
+def test_equals_the_headless_network(comfy, loaded, model, sample, empty, prompts):
+    """On the same text, to the last digits: one that differs makes numbers of e4m3 fall the other way."""
+    quantization, load = comfy.core("optimize.quantization"), comfy.core("checkpoints.load")
+    network = load.load_transformer(comfy.core("generate.pipeline").NANO_MODEL, fp8=quantization.Policy())
+    context = prompts["positive"][0][0]
+    noise = comfy.core("sampling.conditioning").seeded_noise(tuple(empty["samples"].shape), 3)
+    schedule = comfy.core("sampling.schedules").make_schedule("base", 1)
+    text = context, (context != 0).any(-1)
+    expected = comfy.core("sampling.sampler").sample(network, noise, schedule, *text, guidance_scale=1.0)
+    one = {"steps": 1, "guidance": 1.0, "seed": 3}
+    out, plain = (m.model.process_latent_in(sample(empty, m, **one)) for m in (loaded, model))
+    assert (out - expected).abs().max() <= 1e-4
+    assert (out - plain).abs().max() > 1e-2, "and fp8 is something else than 16 bits"
+
+
+def test_is_as_far_from_16_bits_as_the_headless_pipeline(loaded, sample, empty, headless):
+    case = cases.CASES["text"]
+    settings = {"seed": case["seed"], "steps": 1, "guidance": 1.0, "mode": case["schedule"]}
+    out = loaded.model.process_latent_in(sample(empty, loaded, **settings))
+    here, there = ((fp8 - headless["not fp8"]).norm() for fp8 in (out, headless["fp8"]))
+    assert 0.8 < here / there < 1.25
+
+
+def test_layers_and_their_numbers(comfy, loaded, model):
+    quantization = comfy.core("optimize.quantization")
+    layers = comfy.node("comfy_fp8").layers(loaded.model.diffusion_model)
+    config = loaded.model.diffusion_model.config
+    assert list(layers) == quantization.Policy().names(config.depth)
+    plain = dict(model.model.diffusion_model.named_parameters())
+    for name, layer in layers.items():
+        values, scales = quantization.without_scales(layer.weight, layer.out_features)
+        full = quantization.dequantised(values, scales, torch.float32)
+        assert error(plain[f"{name}.weight"], full) < 0.5
+        assert (values.float().abs().amax(1) == 448).all()
+        assert layer.bias is None or torch.equal(layer.bias.float(), plain[f"{name}.bias"])
+    assert loaded.model_size() < 0.6 * model.model_size()
+
+
+@pytest.fixture(scope="module")
+def lora(comfy) -> str:
+    modules = {"blocks.0.attn.qkv": 3, "blocks.1.cross_attn.q_linear": 1, "blocks.1.ffn.w1": 1, "blocks.2.ffn.w2": 1}
+    return comfy.save("loras", "for_fp8.safetensors", official(comfy, modules))
+
+
+@pytest.fixture(scope="module")
+def merged(comfy, lora) -> str:
+    """The LoRA merged headless, at full precision, as a file."""
+    load, formats = comfy.core("checkpoints.load"), comfy.core("checkpoints.formats")
+    network = load.load_transformer(comfy.core("generate.pipeline").NANO_MODEL)
+    comfy.core("checkpoints.lora").merge_lora(network, comfy.folder / "models" / "loras" / lora, STRENGTH)
+    return comfy.save("diffusion_models", "merged_for_fp8.safetensors", load.official_state(network, formats.OFFICIAL))
+
+
+def test_lora_is_merged_before_quantising(comfy, loaded, sample, empty, lora, merged):
+    before, plain = weights(comfy, loaded), sample(empty, loaded)
+    patched = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
+    one = {"steps": 1, "guidance": 1.0}
+    out = sample(empty, patched, **one)
+    expected = comfy("LongCatModelLoader", model_name=merged, weight_dtype="fp8 rowwise")
+    assert error(sample(empty, loaded, **one), sample(empty, expected, **one)) > 0.1
+    assert error(sample(empty, expected, **one), out) < 1e-4
+    for strength in (0.3, 0.0):
+        other = comfy("LoraLoaderModelOnly", model=patched, lora_name=lora, strength_model=strength)
+        assert sample(empty, other).isfinite().all()
+    assert torch.equal(plain, sample(empty, loaded))
+    after = weights(comfy, loaded)
+    assert all(torch.equal(after[name], before[name]) for name in before), "the very same bytes"
+
+
+def test_without_its_file_a_lora_goes_into_what_is_kept(comfy, loaded, sample, empty, lora, monkeypatch, caplog):
+    broken = comfy.core("errors").CheckpointError("the file is gone; put it back")
+
+    def gone() -> torch.Tensor:
+        raise broken
+
+    plain = sample(empty, loaded)
+    for layer in comfy.node("comfy_fp8").layers(loaded.model.diffusion_model).values():
+        monkeypatch.setattr(layer, "original", gone)
+    patched = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
+    out = sample(empty, patched)
+    assert error(plain, out) > 0.1 and "the file is gone" in caplog.text
+    assert torch.equal(plain, sample(empty, loaded))
+
+
+def test_layers_that_are_streamed_and_patched_at_use(comfy, loaded, sample, empty, lora, monkeypatch):
+    """As where GPU memory is short; forced here on the CPU."""
+    from comfy import model_management
+
+    patched = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
+    one = {"steps": 1, "guidance": 1.0}
+    expected = sample(empty, patched, **one)
+    loading, functions = type(patched).load, []
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        if type(self.model).__name__ != "LongCatVideo":
+            return loading(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+        out = loading(self, device_to, 64 * 1024, force_patch_weights, False)
+        functions.append(sum(bool(m.weight_function) for m in comfy.node("comfy_fp8").layers(self.model).values()))
+        return out
+
+    monkeypatch.setattr(type(patched), "load", load)
+    model_management.unload_all_models()
+    out = sample(empty, patched.clone(), **one)
+    model_management.unload_all_models()
+    assert functions and functions[-1] >= 3
+    # Those layers multiply in wider precision.
+    assert 0 < error(expected, out) < 0.2
+
+
+def test_the_switch_and_what_is_said_of_it(comfy, loaded, model, sample, empty):
+    on, report = comfy("LongCatOptimizations", model=loaded)
+    layers = len(comfy.node("comfy_fp8").layers(loaded.model.diffusion_model))
+    assert f"fp8: on ({layers} layers, by the same numbers in wider precision: 8-bit products run on CUDA" in report
+    off, report = comfy("LongCatOptimizations", model=loaded, fp8=False)
+    assert f"fp8: off ({layers} layers)" in report
+    _, report = comfy("LongCatOptimizations", model=model)
+    assert "fp8: on (without effect: no layer is in fp8" in report
+    eight, sixteen, plain = sample(empty, on), sample(empty, off), sample(empty, model)
+    assert torch.equal(eight, sample(empty, loaded))
+    assert error(plain, sixteen) > 1e-3 and error(plain, sixteen) < error(plain, eight) < 0.5
+
+
+def test_compiled_blocks(comfy, loaded, sample, empty, monkeypatch):
+    network = type(loaded.model.diffusion_model).__mro__[1]
+    monkeypatch.setattr(network.compiled_block, "backend", "aot_eager")
+    network.compiled_block.forget()
+    compiled, _ = comfy("LongCatOptimizations", model=loaded, compile="blocks")
+    try:
+        assert error(sample(empty, loaded, steps=1), sample(empty, compiled, steps=1)) < 1e-3
+        assert not network.compiled_block._failed
+    finally:
+        network.compiled_block.forget()
+        torch._dynamo.reset()
+
+
+def test_saved_as_bf16_and_loaded_again(comfy, loaded, sample, empty, tmp_path):
+    import folder_paths
+
+    comfy("ModelSave", model=loaded, filename_prefix="diffusion_models/eight")
+    (path,) = Path(folder_paths.get_output_directory(), "diffusion_models").glob("eight*.safetensors")
+    header = comfy.core("checkpoints.safetensors_io").read_header(path)
+    assert header["model.diffusion_model.blocks.0.attn.qkv.weight"][0] == torch.bfloat16
+    (comfy.folder / "models" / "diffusion_models" / path.name).symlink_to(path)
+    again = comfy("LongCatModelLoader", model_name=path.name, weight_dtype="fp8 rowwise")
+    # Scales are rounded to bf16 on the way.
+    assert error(sample(empty, loaded), sample(empty, again)) < 0.05
+
+
+def test_clones_and_independent_copies(comfy, loaded, sample, empty):
+    expected = sample(empty, loaded)
+    assert torch.equal(sample(empty, loaded.clone()), expected)
+    load, arguments = loaded.cached_patcher_init[:2]
+    assert torch.equal(sample(empty, load(*arguments)), expected)
+    if version() >= (0, 30):
+        assert not loaded.is_dynamic()
+
+
+def test_weights_that_are_8_bit_already_are_refused(comfy):
+    from safetensors.torch import load_file
+
+    tensors = load_file(comfy.core("generate.pipeline").NANO_MODEL)
+    name = "blocks.0.attn.qkv.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    file = comfy.save("diffusion_models", "eight_already.safetensors", tensors)
+    with pytest.raises(comfy.core("errors").LongCatError, match=r"eight_already.*blocks.0.attn.qkv.weight as float8"):
+        comfy("LongCatModelLoader", model_name=file, weight_dtype="fp8 rowwise")
+
+
+def test_bypass_lora(comfy, loaded, sample, empty, lora):
+    one = {"steps": 1, "guidance": 1.0}
+    plain = sample(empty, loaded, **one)
+    bypass = comfy("LoraLoaderBypassModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
+    merged = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
+    out = sample(empty, bypass, **one)
+    assert error(plain, out) > 0.1 and error(sample(empty, merged, **one), out) < 0.2
+    assert torch.equal(plain, sample(empty, loaded, **one))
+
+
+def test_torch_compile_model(comfy, one_block, sample, empty):
+    from torch._dynamo.utils import counters
+
+    eight = comfy("LongCatModelLoader", model_name="one_block.safetensors", weight_dtype="fp8 rowwise")
+    one = {"steps": 1, "guidance": 1.0}
+    plain = sample(empty, eight, **one)
+    torch._dynamo.reset()
+    counters.clear()
+    patched = comfy("TorchCompileModel", model=eight, backend="inductor")
+    assert error(plain, sample(empty, patched, **one)) < 0.05
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()
