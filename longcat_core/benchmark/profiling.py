@@ -19,7 +19,7 @@ from .results import Report
 # First match wins. What Triton fuses is element-wise work, whatever words its name is made of.
 FAMILIES = (
     ("attention", r"flash|fmha|attention|sdpa|sage|qk_int8|attn"),
-    ("element-wise", r"^triton_|_kernel_0d1d|norm_|rope_"),
+    ("element-wise", r"^triton_|_kernel_0d1d|norm_|rope_|^_(residual_norm|norm_rope|gated_product|quantise)"),
     ("GEMM", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|scaled_mm|^aten::(add)?mm$|^aten::b?mm$|conv|mkl"),
     ("copies", r"memcpy|memset|copy|^aten::(cat|clone|contiguous|to)$|catarray"),
     ("element-wise", r"elementwise|vectorized|reduce|norm|softmax|silu|gelu|triton|^aten::|^graph_|cpp_fused"),

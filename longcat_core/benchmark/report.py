@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,32 +142,44 @@ def write_page(folders: Sequence[Path], output: Path) -> int:
 
 def page(found: dict[str, dict[str, Any]], plots: dict[str, bytes], stem: str = "performance") -> str:
     """The page's text from results by kind."""
-    sections = [INTRODUCTION]
+    places = {hardware(results) for results in found.values()}
+    shared = places.pop() if len(places) == 1 else ""
+    sections = [INTRODUCTION, *([f"Machine: {shared}"] if shared else [])]
     if "paths" in found:
-        sections.append(_targets(found["paths"], found.get("exactness")))
+        sections.append(_targets(found["paths"], found.get("exactness"), shared))
     for kind in KINDS:
         if kind not in found:
             continue
         results = found[kind]
         names = [name for name in plots if name.split(".")[0] == kind or name.startswith(f"{kind}-")]
         images = [f"![{name.removesuffix('.png')}]({stem}-{name})" for name in names]
-        parts = [TEXTS[kind], origin(results), TABLES[kind](results), *images, _reasons(results)]
+        parts = [TEXTS[kind], origin(results, shared), TABLES[kind](results), *images, _reasons(results)]
         sections.append("\n\n".join(part for part in parts if part))
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
-def origin(results: dict[str, Any]) -> str:
-    """One paragraph: where, when, on what and by which command these results were made."""
-    machine, inputs = results["machine"], results["inputs"]
-    hardware = machine.get("gpu") or machine["cpu"]
+def hardware(results: dict[str, Any]) -> str:
+    """What these results were made on: machine and software."""
+    machine = results["machine"]
+    name = machine.get("gpu") or machine["cpu"]
     if machine.get("gpu"):
-        hardware += f" ({machine['gpu_memory_gib']} GiB, driver {machine.get('driver') or 'unknown'})"
+        name += f" ({machine['gpu_memory_gib']} GiB, driver {machine.get('driver') or 'unknown'})"
     packages = [f"{name} {number}" for name, number in machine.get("packages", {}).items()]
     software = [f"PyTorch {machine['torch']}", *([f"CUDA {machine['cuda']}"] if machine.get("cuda") else []), *packages]
+    return f"{name}; {', '.join(software)}."
+
+
+def origin(results: dict[str, Any], shared: str = "") -> str:
+    """One paragraph: where (unless that is `shared`), when, on what and by which command these results were made."""
+    inputs = results["inputs"]
+    where = hardware(results)
     sized = f"{inputs.get('model')}, {inputs.get('blocks')} blocks, {inputs.get('dtype')}, {inputs.get('size')} "
     sized += f"({inputs.get('tokens')} tokens), batch {inputs.get('batch')}"
-    where = f" at commit {results['commit']}" if results.get("commit") else ""
-    return f"{hardware}; {', '.join(software)}. {sized}. {results['date']}{where}, by `{results['command']}`."
+    at = f" at commit {results['commit']}" if results.get("commit") else ""
+    # Where the results went says nothing of them.
+    command = re.sub(r" --output \S+", "", results["command"])
+    told = "" if where == shared else f"{where} "
+    return f"{told}{sized}. {results['date'][:16].replace('T', ' ')} UTC{at}, by `{command}`."
 
 
 def _reasons(results: dict[str, Any]) -> str:
@@ -177,7 +190,7 @@ def _reasons(results: dict[str, Any]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _targets(results: dict[str, Any], exactness: dict[str, Any] | None) -> str:
+def _targets(results: dict[str, Any], exactness: dict[str, Any] | None, shared: str) -> str:
     rows = {row["name"]: row for row in results["rows"]}
     inputs = results["inputs"]
     same = inputs.get("size") == PUBLIC_SIZE and inputs.get("batch") == 2 and inputs.get("blocks") == 48
@@ -203,7 +216,7 @@ def _targets(results: dict[str, Any], exactness: dict[str, Any] | None) -> str:
     if not same:
         notes = f"\n\nThe targets are for {PUBLIC_SIZE}, 48 blocks, batch 2 on an H100; this run was another."
     head = ("path", "what", "target", "measured", "")
-    return f"## Targets\n\n{origin(results)}\n\n{markdown(head, lines)}{notes}\n\n{_anchors(rows)}"
+    return f"## Targets\n\n{origin(results, shared)}\n\n{markdown(head, lines)}{notes}\n\n{_anchors(rows)}"
 
 
 def _anchors(rows: dict[str, dict]) -> str:

@@ -319,6 +319,8 @@ def test_errors():
         ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_bias_TNT", "GEMM"),
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal>", "GEMM"),
         ("triton_red_fused__to_copy_add_mul_native_layer_norm_3", "element-wise"),
+        ("_gated_product", "element-wise"),
+        ("_quantise", "element-wise"),
         ("void at::native::vectorized_elementwise_kernel<4, silu>", "element-wise"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy", "copies"),

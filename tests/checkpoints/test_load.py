@@ -71,7 +71,7 @@ def test_one_parameter_off_the_disk(folder, wanted):
     for name in ("blocks.0.ffn.gate_up.weight", "blocks.1.attn.qkv.bias", "patch_embed.weight"):
         assert torch.equal(read_parameter(checkpoint, name), wanted[name])
     (folder / SHARDS[0]).unlink()
-    with pytest.raises(CheckpointError, match="cannot be read again.*put the file back"):
+    with pytest.raises(CheckpointError, match=r"cannot be read again.*put the file back"):
         read_parameter(checkpoint, "blocks.0.ffn.gate_up.weight")
 
 
