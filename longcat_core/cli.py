@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT, INTERRUPTED = 2, 130
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE = ("exact", "official", "off")
 OUTPUT = "longcat.mp4"
 
 
@@ -109,7 +110,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance", type=_number, metavar="X", help="CFG scale, 1 is off (default: 4, distilled 1)")
     group.add_argument("--schedule", metavar="NAME", help="base, distilled or enhance_hf (default: by task)")
     group.add_argument("--distilled", action="store_true", help="short for --schedule distilled: 16 steps, guidance 1")
-    group.add_argument("--no-kv-cache", action="store_true", help="compute given frames anew in each step")
+    group.add_argument(
+        "--kv-cache",
+        choices=KV_CACHE,
+        default="exact",
+        help="given frames once (exact; official: and left out of guidance's sums), or anew in each step (off)",
+    )
     group = parser.add_argument_group("model (default: the embedded LongCat-nano)")
     group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a safetensors file")
     group.add_argument("--vae", metavar="PATH", help="VAE folder or file (default: vae/ in the model's folder)")
@@ -169,7 +175,7 @@ def generate(args: argparse.Namespace) -> int:
         image=args.image,
         video=args.video,
         num_cond_frames=args.cond_frames,
-        kv_cache=not args.no_kv_cache,
+        kv_cache=args.kv_cache,
         fps=args.fps,
     ).filled(paths.defaults)
     output = args.output or _free_name(Path(OUTPUT))

@@ -154,7 +154,7 @@ def _run(
 ) -> tuple[Side, Tensor]:
     """The first 1 + `steps` steps of a sampling, timed, and the last estimate of the clean latents."""
     text = [_random_text(model, tokens) for tokens in reversed(TEXT_TOKENS)]
-    guider = make_guider(model, positive or text[0], negative or text[1], guidance, True, NODE)
+    guider = make_guider(model, positive or text[0], negative or text[1], guidance, "exact", NODE)
     samples = starting_latents(model, latent_image)
     noise = comfy.sample.prepare_noise(samples, SEED)
     device, clock = model.load_device, _Clock(model.load_device)

@@ -50,9 +50,9 @@ CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
 TEXT_CACHE_KEY = "longcat_text_cache"
 
 # Measured peak over counted peak of one forward (longcat_core.model.memory), and 3 % for what the allocator wastes:
-# 1.02 to 1.15 by PyTorch's kernels, the smaller the video the more, 0.70 by the pack's own (`longcat bench memory`;
-# 480p and 720p with and without guidance, H100, 2026-11-23).
-MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.72
+# 1.02 to 1.15 by PyTorch's kernels, the smaller the video the more, 0.78 by the pack's own (480p and 720p with and
+# without guidance, H100, 2026-11-23; `longcat bench memory` measures it).
+MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.8
 
 
 def _replaced(layer: torch.nn.Module) -> bool:
@@ -93,7 +93,9 @@ class ConditioningCache:
     further on) are computed anew; several GPUs have one each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool) -> None:
+        """exact: whether guidance's sums run over the clean frames too, as they do without a cache."""
+        self.exact = exact
         self.caches: dict[torch.device, tuple[Tensor, KVCache]] = {}
 
     def get(self, network: DiffusionModel, latents: Tensor, room: int, kernels: Kernels | None) -> KVCache:
@@ -250,8 +252,12 @@ class DiffusionModel(LongCatTransformer):
             kernels=kernels,
             around_block=around,
         )
-        # The sampler puts the clean frames back itself; a velocity of 0 keeps them out of guidance's sums.
-        return F.pad(-out, (0, 0, 0, 0, num_cond, 0)) if cache else -out
+        if not cache:
+            return -out
+        # The sampler puts the clean frames back itself. What the network returns for them is in guidance's sums, or
+        # not where it is 0.
+        known = cache.out if holder.exact else torch.zeros_like(cache.out)
+        return -torch.cat((known.to(out).repeat(len(out) // len(known), 1, 1, 1, 1), out), dim=2)
 
     def _around_block(self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any]) -> Any:
         """The blocks under ComfyUI's `patches_replace` hooks, or None where there is none."""

@@ -18,6 +18,7 @@ from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.request import MAX_GUIDANCE, MAX_STEPS, check_number
 from ..longcat_core.model.config import Optimizations
 from ..longcat_core.model.frames import count_clean, noisy_frames
+from ..longcat_core.model.kv_cache import KV_MODES, KVMode, check_mode
 from ..longcat_core.sampling.schedules import MODES, make_schedule
 from ..longcat_core.sampling.step import guide
 from .comfy_model import (
@@ -35,8 +36,8 @@ MODE_TOOLTIP = (
     "late steps, for continuation. refine: starts half-way from the latent, with the refinement LoRA, guidance 1."
 )
 KV_CACHE_TOOLTIP = (
-    "Compute the given frames (image, clip) once instead of at every step: faster, and guidance then leaves them out "
-    "of its sums, as LongCat-Video's own cached pipeline does."
+    "exact: given frames (image, clip) are computed once instead of at every step, with the same result. official: as "
+    "well, but guidance leaves them out of its sums, as LongCat-Video's own cached pipeline does. off: at every step."
 )
 
 
@@ -55,7 +56,7 @@ def _has_hooks(conds: dict[str, list[dict]]) -> bool:
 class Guider(comfy.samplers.CFGGuider):
     """CFG-zero guidance (arXiv 2503.18886), and caches of texts and given frames for the length of a sampling."""
 
-    def __init__(self, model: comfy.model_patcher.ModelPatcher, kv_cache: bool = True) -> None:
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, kv_cache: KVMode = "exact") -> None:
         super().__init__(model)
         self.kv_cache = kv_cache
 
@@ -76,16 +77,17 @@ class Guider(comfy.samplers.CFGGuider):
         # With hooks, each prompt may have other weights, hence other keys and values.
         if not _has_hooks(self.original_conds):
             options[TEXT_CACHE_KEY] = TextCache()
-            if self.kv_cache:
-                options[CONDITIONING_CACHE_KEY] = ConditioningCache()
+            if self.kv_cache != "off":
+                options[CONDITIONING_CACHE_KEY] = ConditioningCache(self.kv_cache == "exact")
         try:
             return super().sample(noise, latent_image, *args, **kwargs)
         finally:
             self.model_options = shared
 
 
-def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_cache: bool, node: str) -> Guider:
+def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_cache: KVMode, node: str) -> Guider:
     _require_longcat(model, node)
+    check_mode(kv_cache)
     check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
     guider = Guider(model, kv_cache)
     guider.set_conds(positive, negative)
@@ -157,14 +159,16 @@ class Sampler(io.ComfyNode):
                     tooltip="CFG-zero scale. 1 is without guidance, twice as fast: for distilled and refine.",
                 ),
                 io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
-                io.Boolean.Input("kv_cache", default=True, optional=True, tooltip=KV_CACHE_TOOLTIP),
+                io.Combo.Input(
+                    "kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="For VAE Decode with the Wan 2.1 VAE.")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache=True
+        cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache="exact"
     ) -> io.NodeOutput:
         guider = make_guider(model, positive, negative, guidance, kv_cache, "LongCat Sampler")
         sigmas = make_schedule(mode, steps).sigmas
@@ -239,13 +243,15 @@ class GuiderNode(io.ComfyNode):
                     round=0.01,
                     tooltip="Scale. 1 is without guidance, twice as fast.",
                 ),
-                io.Boolean.Input("kv_cache", default=True, optional=True, tooltip=KV_CACHE_TOOLTIP),
+                io.Combo.Input(
+                    "kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP
+                ),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, guidance, kv_cache=True) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, guidance, kv_cache="exact") -> io.NodeOutput:
         return io.NodeOutput(make_guider(model, positive, negative, guidance, kv_cache, "LongCat Guider"))
 
 

@@ -312,7 +312,7 @@ def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch
     clip = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
     media.write_video("clip.webp", clip, 15)
     line = "--video clip.webp --cond-frames 5 --size 32x48 --frames 9 --steps 2 --guidance 3.5 --seed 4 --fps 12"
-    options = [*line.split(), "--no-kv-cache", "--schedule", "enhance_hf", "--negative-prompt", "fog"]
+    options = [*line.split(), "--kv-cache", "official", "--schedule", "enhance_hf", "--negative-prompt", "fog"]
     assert cli.main(["generate", PROMPT, "-o", "a.mp4", *options]) == 0
     wanted = GenerateRequest(
         PROMPT,
@@ -326,7 +326,7 @@ def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch
         "enhance_hf",
         video=Path("clip.webp"),
         num_cond_frames=5,
-        kv_cache=False,
+        kv_cache="official",
         fps=12,
     )
     assert model.request == wanted

@@ -21,6 +21,7 @@ from ..checkpoints.lora import merge_lora
 from ..checkpoints.safetensors_io import read_tensors
 from ..errors import LongCatError
 from ..model.config import ModelConfig
+from ..model.kv_cache import KVMode
 from ..model.transformer import LongCatTransformer
 from ..sampling.conditioning import to_pixels
 from ..sampling.guidance import cfg_zero, cfg_zero_scale
@@ -139,7 +140,7 @@ def _schedule(name: str, steps: int, kind: str) -> Callable[[Golden], Result]:
 
 
 def _generation(
-    out: str, mode: str, steps: int, cond: str | None = None, cache: bool = False, guided: bool = True
+    out: str, mode: str, steps: int, cond: str | None = None, cache: KVMode = "off", guided: bool = True
 ) -> Callable[[Golden], Result]:
     def run(golden: Golden) -> Result:
         data = golden.generate
@@ -153,7 +154,7 @@ def _generation(
             negative_mask=data["neg.mask"],
             guidance_scale=GUIDANCE_SCALE if guided else 1.0,
             cond_latents=None if cond is None else data[cond],
-            use_kv_cache=cache,
+            kv_cache=cache,
         )
         return latents, data[out]
 
@@ -215,13 +216,15 @@ def cases(depth: int) -> Iterator[Case]:
     yield Case("cfg.scale", _cfg_scale)
     yield Case("generate t2v", _generation("t2v.latents", "base", STEPS))
     yield Case("generate t2v_distill", _generation("t2v_distill.latents", "distilled", DISTILLED_STEPS, guided=False))
-    yield Case("generate i2v", _generation("i2v.latents", "base", STEPS, "i2v.cond_latents"))
-    for cache in (0, 1):
+    # The golden data without a cache holds for the exact one too.
+    for cache, told in (("off", ""), ("exact", ", exact cache")):
+        yield Case(f"generate i2v{told}", _generation("i2v.latents", "base", STEPS, "i2v.cond_latents", cache))
+    for number, cache, told in ((0, "off", ""), (0, "exact", ", exact cache"), (1, "official", "")):
         for hf in (0, 1):
             mode = "enhance_hf" if hf else "base"
-            out = f"vc.cache{cache}.hf{hf}.latents"
-            run = _generation(out, mode, STEPS, "vc.cond_latents", cache=bool(cache))
-            yield Case(f"generate {out.removesuffix('.latents')}", run)
+            out = f"vc.cache{number}.hf{hf}.latents"
+            run = _generation(out, mode, STEPS, "vc.cond_latents", cache)
+            yield Case(f"generate {out.removesuffix('.latents')}{told}", run)
     yield Case("vae decode", _decoded)
     yield Case("vae encode image", _encoded("image", "i2v.cond_latents"))
     yield Case("vae encode clip", _encoded("clip", "vc.cond_latents"))

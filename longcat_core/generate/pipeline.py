@@ -167,7 +167,7 @@ class Pipeline:
             negative_mask=negative[1],
             guidance_scale=request.guidance_scale,
             cond_latents=self._cond_latents(request),
-            use_kv_cache=request.kv_cache,
+            kv_cache=request.kv_cache,
             callback=callback,
         )
         if not latents.isfinite().all():

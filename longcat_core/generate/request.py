@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LongCatError
+from ..model.kv_cache import KVMode, check_mode
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
@@ -49,7 +50,8 @@ class GenerateRequest:
     height, width: pixels, multiples of 16. frames: 4k+1, given frames included. fps: of the file, no model input.
     guidance_scale: 1 is without guidance. image: the first frame. video: a clip whose last `num_cond_frames` frames
     (4k+1) are continued. given: the frames of either, uint8 [F, H, W, 3]; read from the files by `filled`, or handed
-    in directly instead of a file: one frame is an image, more are a clip.
+    in directly instead of a file: one frame is an image, more are a clip. kv_cache: how given frames are computed, see
+    `sample`.
     """
 
     prompt: str
@@ -64,7 +66,7 @@ class GenerateRequest:
     image: Path | None = None
     video: Path | None = None
     num_cond_frames: int = 13
-    kv_cache: bool = True
+    kv_cache: KVMode = "exact"
     fps: float = 15
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
 
@@ -145,6 +147,7 @@ class GenerateRequest:
         most = DISTILLED_GRID if self.schedule == "distilled" else MAX_STEPS
         if not _is_whole(self.steps) or not 1 <= self.steps <= most:
             raise LongCatError(f"{self.steps} steps are out of range; the {self.schedule} schedule takes 1 to {most}")
+        check_mode(self.kv_cache)
         check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
         check_number("fps", self.fps, 1.0, MAX_FPS)
         if not _is_whole(self.seed) or not 0 <= self.seed <= MAX_SEED:

@@ -84,12 +84,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     x [B, T, S, C]; shift, scale [B or 1, T or 1, 1, C] fp32.
     """
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-    return (normed * (1 + scale) + shift).to(x.dtype)
+    # In one operation, since each in between would be another copy of the tokens in fp32.
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update, summed in fp32, back in x's dtype. x, update [B, T, S, C]; gate as `modulate` has it."""
-    return (x.float() + gate * update.float()).to(x.dtype)
+    return torch.addcmul(x.float(), gate, update.float()).to(x.dtype)
 
 
 # FFN intermediates of less than this are not worth cutting.

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
+from ..errors import LongCatError
 from .config import ModelConfig
 from .rope import apply_rope, rope_table
+
+KVMode = Literal["exact", "official", "off"]
+KV_MODES: tuple[KVMode, ...] = get_args(KVMode)
+
+
+def check_mode(mode: str) -> None:
+    """Raise LongCatError for a mode that is not one of KV_MODES."""
+    if mode not in KV_MODES:
+        raise LongCatError(f"unknown KV cache mode {mode!r}; choose one of {', '.join(KV_MODES)}")
 
 
 class KVCache:
@@ -16,7 +28,11 @@ class KVCache:
     k_norm and before RoPE; `rotate` applies RoPE once, in place, since conditioning frames always stand at
     positions 0..n-1. A batch-1 cache serves any batch (both halves of classifier-free guidance).
 
-    k, v: [depth, batch, tokens, heads, head_dim] in the network's dtype.
+    k, v: [depth, batch, tokens, heads, head_dim] in the network's dtype. out: what the network returned for these
+    frames, [batch, C, n, H, W] fp32, the same at every step and for every prompt: guidance sums over all frames need
+    it.
+
+    In CPU memory the buffers are pinned where there is CUDA, and reading a block begins to fetch the next one.
     """
 
     def __init__(
@@ -37,6 +53,9 @@ class KVCache:
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.rotated = False
+        self.out: Tensor | None = None
+        self._fetched: tuple[int, Tensor, Tensor, torch.cuda.Event] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def num_latents(self) -> int:
@@ -62,17 +81,45 @@ class KVCache:
         A batch-1 cache is expanded without a copy; one of b videos serves m*b samples in the order of
         torch.cat([latents] * m), which is how guidance stacks its halves.
         """
-        k = self.k[block].to(like.device, non_blocking=True)
-        v = self.v[block].to(like.device, non_blocking=True)
+        k, v = self._on(like.device, block)
         if k.shape[0] == 1:
             return k.expand(like.shape[0], -1, -1, -1), v.expand(like.shape[0], -1, -1, -1)
         repeats = (like.shape[0] // k.shape[0], 1, 1, 1)
         return k.repeat(repeats), v.repeat(repeats)
 
+    def _on(self, device: torch.device, block: int) -> tuple[Tensor, Tensor]:
+        if self.k.device == device:
+            return self.k[block], self.v[block]
+        if device.type != "cuda":
+            return self.k[block].to(device), self.v[block].to(device)
+        fetched = self._fetched if self._fetched and self._fetched[0] == block else self._fetch(block, device)
+        _, k, v, arrived = fetched
+        now = torch.cuda.current_stream(device)
+        now.wait_event(arrived)
+        for tensor in (k, v):
+            # Made on another stream: its memory may be given away only once this one is done with it.
+            tensor.record_stream(now)
+        # The next step begins with the first block again.
+        self._fetched = self._fetch((block + 1) % len(self.k), device)
+        return k, v
+
+    def _fetch(self, block: int, device: torch.device) -> tuple[int, Tensor, Tensor, torch.cuda.Event]:
+        """Begin to copy a block's keys and values to the device, beside what runs there."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            k, v = (buffer[block].to(device, non_blocking=True) for buffer in (self.k, self.v))
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        return block, k, v, arrived
+
     def to(self, device: torch.device | str) -> KVCache:
         """Move the buffers, for instance to "cpu" to free GPU memory; `read` fetches a block at a time."""
-        self.k = self.k.to(device)
-        self.v = self.v.to(device)
+        self._fetched = None
+        self.k, self.v = self.k.to(device), self.v.to(device)
+        if self.k.device.type == "cpu" and torch.cuda.is_available():
+            # Only pinned memory is copied beside other work.
+            self.k, self.v = self.k.pin_memory(), self.v.pin_memory()
         return self
 
     @property

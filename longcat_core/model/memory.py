@@ -11,11 +11,11 @@ from .config import ModelConfig
 def activation_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int) -> int:
     """Peak bytes that live at once in a forward over latents of shape [B, C, T, H, W], without the weights.
 
-    itemsize: bytes of an activation (2 for bf16). Counted for blocks that are not compiled, without gradients (compiled
-    ones need 7 values of C a token). Per token and in units of C values these live at the worst moment, RoPE on the
-    keys: the block's input, its modulated copy, q, k and v fused, q normed and rotated, k normed, k rotated: 8 in the
-    activations' dtype; a quarter of the keys in fp32, two products and a swapped copy: 4 quarters in fp32, of which
-    fp32 keys save the first. The FFN, cut into pieces, needs less.
+    itemsize: bytes of an activation (2 for bf16). Counted for blocks that are not compiled, without gradients and
+    without own kernels (compiled ones, and those of own kernels, need 7 values of C a token at most). Per token and in
+    units of C values these live at the worst moment, RoPE on the keys: the block's input, q, k and v fused, q normed
+    and rotated, k normed, k rotated: 7 in the activations' dtype; a quarter of the keys in fp32, two products and a
+    swapped copy: 4 quarters in fp32, of which fp32 keys save the first. The FFN, cut into pieces, needs less.
 
     To that come the RoPE tables, in fp32, and the largest weight that is cast to fp32. Self-attention is taken to need
     nothing beyond its output, which holds for flash kernels. What the allocator wastes is not in it.
@@ -23,7 +23,7 @@ def activation_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int)
     batch, _, frames, height, width = latents
     tokens = frames * math.ceil(height / config.patch_size[1]) * math.ceil(width / config.patch_size[2])
     dim = config.hidden_size
-    rope = dim * (8 * itemsize + (4 if itemsize < 4 else 3))
+    rope = dim * (7 * itemsize + (4 if itemsize < 4 else 3))
     tables = tokens * config.head_dim * 4
     return batch * tokens * rope + tables + 6 * dim * config.adaln_dim * 4
 

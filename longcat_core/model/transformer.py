@@ -187,12 +187,14 @@ class LongCatTransformer(nn.Module):
     ) -> KVCache:
         """One pass over clean latents [B, C, n, H, W] at timestep 0 and without text; returns the filled cache.
 
+        What the network returns for these frames is kept in it as `out`.
+
         device: where the cache shall live; None: beside the latents. kernels: see `forward`.
         """
         cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0], device=cond_latents.device)
         timesteps = cond_latents.new_zeros(cond_latents.shape[0])
         # By name: an owner's `forward` may take other arguments.
-        LongCatTransformer.forward(self, cond_latents, timesteps, None, fill=cache, kernels=kernels)
+        cache.out = LongCatTransformer.forward(self, cond_latents, timesteps, None, fill=cache, kernels=kernels)
         cache.rotate()
         return cache if device is None else cache.to(device)
 

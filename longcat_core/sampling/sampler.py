@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..model.attention import TextTokens
+from ..model.kv_cache import KVMode, check_mode
 from ..model.transformer import LongCatTransformer
 from .schedules import Schedule
 from .step import take_step
@@ -51,7 +52,7 @@ def sample(
     negative_mask: Tensor | None = None,
     guidance_scale: float = 4.0,
     cond_latents: Tensor | None = None,
-    use_kv_cache: bool = True,
+    kv_cache: KVMode = "exact",
     offload_kv_cache: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -59,10 +60,12 @@ def sample(
 
     context [B or 1, L, caption] with its mask; the negative ones are used when guidance_scale is not 1.
     cond_latents [B or 1, C, n, H, W]: clean latents that replace the first n frames (image: 1, continuation: more).
-    use_kv_cache: compute their keys and values once instead of at every step; the guidance sums then leave them
-    out, as the public cached path does. offload_kv_cache keeps the cache in CPU memory.
+    kv_cache: `exact` computes their keys and values once instead of at every step; `official` as well, but leaves them
+    out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at every
+    step. Without guidance all are the same. offload_kv_cache keeps the cache in CPU memory.
     Errors: LongCatError where shapes do not fit; whatever `callback` raises.
     """
+    check_mode(kv_cache)
     guided = guidance_scale != 1.0
     if guided and negative_context is None:
         raise LongCatError(f"guidance scale {guidance_scale} needs a negative prompt; give one or set guidance to 1")
@@ -83,11 +86,16 @@ def sample(
         latents[:, :, :num_cond] = cond_latents.to(latents)
 
     text = _text(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask)
-    cache = None
-    head = latents[:, :, :0]
-    if num_cond and use_kv_cache:
+    cache = known = None
+    head, count = latents[:, :, :0], num_cond
+    if num_cond and kv_cache != "off":
         cache = model.fill_kv_cache(cond_latents.to(latents), "cpu" if offload_kv_cache else None)
-        head, latents = latents[:, :, :num_cond], latents[:, :, num_cond:].contiguous()
+        if kv_cache == "exact" and guided:
+            # What the network would return for the given frames, at every step and for both halves.
+            known = cache.out.repeat(2 * len(latents) // len(cache.out), 1, 1, 1, 1)
+        else:
+            head, latents = latents[:, :, :num_cond], latents[:, :, num_cond:].contiguous()
+            count = 0
         num_cond = 0
 
     frames, optimizations = latents.shape[2], model.optimizations
@@ -100,9 +108,11 @@ def sample(
         # Once for all videos and both halves of guidance, and for all frames unless some are given.
         t = torch.full((1, frames if num_cond else 1), timestep, device=device)
         t[:, :num_cond] = 0
-        given = torch.cat((latents, latents)) if guided else latents
+        given = latents if known is None else latents[:, :, count:]
+        given = torch.cat((given, given)) if guided else given
         out = model(given, t, text, num_cond_latents=num_cond, kv_cache=cache)
-        latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, num_cond)
+        out = out if known is None else torch.cat((known, out), dim=2)
+        latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, count)
         if callback is not None:
             whole = torch.cat((head, latents), dim=2), torch.cat((head, denoised), dim=2)
             callback(Step(i, len(schedule), timestep, sigmas[i], *whole))

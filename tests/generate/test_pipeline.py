@@ -19,6 +19,7 @@ from longcat_core.generate import pipeline as pipeline_module
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.generate.request import NANO, GenerateRequest
 from longcat_core.generate.vae import load_vae
+from longcat_core.model.kv_cache import KV_MODES, KVMode
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 SIZE = {"height": 64, "width": 96, "frames": 17}
@@ -91,17 +92,18 @@ class TestGolden:
 
     def test_image_to_video(self, tiny: Pipeline, golden: dict[str, Tensor]) -> None:
         # The public pipeline has no key-value cache for images.
-        result = tiny.generate(request(given=golden["image"][None].numpy(), kv_cache=False))
-        assert_near(result.latents[:, :, :1], golden["i2v.cond_latents"])
-        assert_near(result.latents, golden["i2v.latents"])
+        for cache in ("off", "exact"):
+            result = tiny.generate(request(given=golden["image"][None].numpy(), kv_cache=cache))
+            assert_near(result.latents[:, :, :1], golden["i2v.cond_latents"])
+            assert_near(result.latents, golden["i2v.latents"])
 
-    @pytest.mark.parametrize("cache", [False, True])
+    @pytest.mark.parametrize("cache", KV_MODES)
     @pytest.mark.parametrize("schedule", ["base", "enhance_hf"])
-    def test_continuation(self, tiny: Pipeline, golden: dict[str, Tensor], cache: bool, schedule: str) -> None:
+    def test_continuation(self, tiny: Pipeline, golden: dict[str, Tensor], cache: KVMode, schedule: str) -> None:
         clip = golden["clip"].numpy()
         longer = np.concatenate([255 - clip, clip])
         result = tiny.generate(request(given=longer, num_cond_frames=5, kv_cache=cache, schedule=schedule))
-        wanted = golden[f"vc.cache{int(cache)}.hf{int(schedule == 'enhance_hf')}.latents"]
+        wanted = golden[f"vc.cache{int(cache == 'official')}.hf{int(schedule == 'enhance_hf')}.latents"]
         assert_near(result.latents[:, :, :2], golden["vc.cond_latents"])
         assert_near(result.latents, wanted)
 

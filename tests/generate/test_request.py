@@ -36,7 +36,7 @@ def test_text_to_video_defaults() -> None:
 
 def test_what_is_given_stays() -> None:
     given = GenerateRequest(
-        "x", "", 32, 48, 5, 7, 1.5, seed=MAX_SEED, schedule="enhance_hf", num_cond_frames=5, kv_cache=False, fps=24
+        "x", "", 32, 48, 5, 7, 1.5, seed=MAX_SEED, schedule="enhance_hf", num_cond_frames=5, kv_cache="off", fps=24
     )
     assert given.filled(NANO) == given and given.filled(RELEASED) == given
 

@@ -15,6 +15,7 @@ from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import LongCatError
 from longcat_core.model.block import linear_fp32, run_block
 from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.kv_cache import KV_MODES
 from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize.compilation import Regional
 from longcat_core.sampling import step as steps
@@ -64,7 +65,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.std()).item()
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", KV_MODES)
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 @pytest.mark.parametrize("cond", [0, GIVEN])
 def test_callback_after_every_step(model, text, given, cond, guidance, cache):
@@ -75,7 +76,7 @@ def test_callback_after_every_step(model, text, given, cond, guidance, cache):
         text,
         cond_latents=given if cond else None,
         guidance_scale=guidance,
-        use_kv_cache=cache,
+        kv_cache=cache,
         callback=lambda step: seen.append((step, step.latents.clone())),
     )
     schedule = make_schedule("base", STEPS)
@@ -132,7 +133,7 @@ def test_a_seed_is_a_result_bit_for_bit(model, text, given, cond):
     assert not torch.equal(run(model, seeded_noise(SHAPE, 6), text, **options), first)
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", KV_MODES)
 @pytest.mark.parametrize("shared", [True, False], ids=["one clip", "a clip each"])
 def test_two_videos_at_once_are_two_videos(model, text, given, cache, shared):
     noise = torch.cat([seeded_noise(SHAPE, seed) for seed in (1, 2)])
@@ -143,12 +144,24 @@ def test_two_videos_at_once_are_two_videos(model, text, given, cache, shared):
         "negative_context": text["negative_context"],
         "negative_mask": text["negative_mask"],
     }
-    both = run(model, noise, both_text, cond_latents=clips, use_kv_cache=cache)
+    both = run(model, noise, both_text, cond_latents=clips, kv_cache=cache)
     for i in range(2):
         row = slice(i, i + 1)
         one = {k: v[row] if len(v) == 2 else v for k, v in both_text.items()}
-        alone = run(model, noise[row], one, cond_latents=clips[row] if not shared else given, use_kv_cache=cache)
+        alone = run(model, noise[row], one, cond_latents=clips[row] if not shared else given, kv_cache=cache)
         assert error(both[row], alone) <= 1e-5
+
+
+def test_the_exact_cache_is_the_uncached_result_and_the_official_one_another(model, text, given):
+    exact, official, off = (
+        run(model, seeded_noise(SHAPE, 0), text, cond_latents=given, kv_cache=cache) for cache in KV_MODES
+    )
+    assert error(exact, off) <= 1e-5 < 1e-3 < error(official, off)
+
+
+def test_an_unknown_cache_is_named(model, text, given):
+    with pytest.raises(LongCatError, match="unknown KV cache mode 'on'; choose one of exact, official, off"):
+        run(model, seeded_noise(SHAPE, 0), text, cond_latents=given, kv_cache="on")
 
 
 def test_cache_in_cpu_memory_gives_the_same(model, text, given):
@@ -161,10 +174,10 @@ def test_cache_in_cpu_memory_gives_the_same(model, text, given):
 
 def test_without_guidance_the_cache_changes_nothing(model, text, given):
     outputs = [
-        run(model, seeded_noise(SHAPE, 0), text, cond_latents=given, guidance_scale=1.0, use_kv_cache=cache)
-        for cache in (False, True)
+        run(model, seeded_noise(SHAPE, 0), text, cond_latents=given, guidance_scale=1.0, kv_cache=cache)
+        for cache in KV_MODES
     ]
-    assert error(*outputs) <= 1e-5
+    assert max(error(outputs[-1], other) for other in outputs[:-1]) <= 1e-5
 
 
 def test_without_guidance_the_negative_prompt_is_not_asked(model, text):

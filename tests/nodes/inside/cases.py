@@ -20,7 +20,7 @@ CASES = {
         "guidance_scale": 4.0,
         "schedule": "base",
         "given": 1,
-        "kv_cache": False,
+        "kv_cache": "off",
     },
     "clip": {"seed": 5, "steps": 4, "guidance_scale": 3.0, "schedule": "enhance_hf", "given": 17},
     "clip_uncached": {
@@ -29,7 +29,15 @@ CASES = {
         "guidance_scale": 3.0,
         "schedule": "enhance_hf",
         "given": 17,
-        "kv_cache": False,
+        "kv_cache": "off",
+    },
+    "clip_official": {
+        "seed": 5,
+        "steps": 4,
+        "guidance_scale": 3.0,
+        "schedule": "enhance_hf",
+        "given": 17,
+        "kv_cache": "official",
     },
 }
 

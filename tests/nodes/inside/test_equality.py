@@ -24,15 +24,17 @@ def test_sampler_equals_the_headless_pipeline(comfy, model, sample, latents, hea
         steps=case["steps"],
         guidance=case["guidance_scale"],
         mode=case["schedule"],
-        kv_cache=case.get("kv_cache", True),
+        kv_cache=case.get("kv_cache", "exact"),
     )
     normalised = model.model.process_latent_in(out)
     assert normalised.std() > 0.3
     assert (normalised - headless[name]).abs().max() <= TOLERANCE
 
 
-def test_cached_and_uncached_conditioning_differ_as_they_do_headless(headless):
-    assert (headless["clip"] - headless["clip_uncached"]).abs().max() > 10 * TOLERANCE
+def test_the_exact_cache_changes_nothing_and_the_official_one_does(headless):
+    for name in ("image", "clip"):
+        assert (headless[name] - headless[f"{name}_uncached"]).abs().max() <= TOLERANCE
+    assert (headless["clip"] - headless["clip_official"]).abs().max() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("given", [None, 1, 17])

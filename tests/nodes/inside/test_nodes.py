@@ -157,7 +157,7 @@ def test_given_frames_are_computed_once(comfy, model, sample, clip_latent, forwa
     shapes = [shape[2] for shape in forwards]
     assert shapes == [4, 5, 5, 5], "4 given latent frames once, then the other 5 at every step"
     forwards.clear()
-    sample(clip_latent, steps=3, kv_cache=False)
+    sample(clip_latent, steps=3, kv_cache="off")
     assert [shape[2] for shape in forwards] == [9, 9, 9]
 
 
@@ -276,7 +276,7 @@ def test_timesteps_are_worked_up_once(comfy, model, sample, empty, image_latent,
     embed = network._embed_time
     monkeypatch.setattr(network, "_embed_time", lambda *args: rows.append(embed(*args).shape[:2]) or embed(*args))
     sample(empty, steps=1, guidance=4.0)
-    sample(image_latent, steps=1, guidance=4.0, kv_cache=False)
+    sample(image_latent, steps=1, guidance=4.0, kv_cache="off")
     assert rows == [(1, 1), (1, 9)], "one for both halves of guidance"
 
 
