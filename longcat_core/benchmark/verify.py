@@ -277,12 +277,12 @@ def run_verify(directory: Path) -> int:
         raise LongCatError(f"{directory} is no folder; give a folder of golden data with its config.json")
     golden = Golden(directory)
     rows = []
-    print(f"{'case':24} {'max error / std':>16} {'tolerance':>10}  result")
+    print(f"{'case':36} {'max error / std':>16} {'tolerance':>10}  result")
     for case in cases(golden.config.depth):
         row = check(case, golden)
         rows.append(row)
         error = "-" if math.isnan(row.error) else f"{row.error:.2e}"
-        print(f"{row.name:24} {error:>16} {row.tolerance:>10.0e}  {row.verdict}", flush=True)
+        print(f"{row.name:36} {error:>16} {row.tolerance:>10.0e}  {row.verdict}", flush=True)
     failed = sum(row.failed for row in rows)
     not_run = sum(row.verdict.startswith("needs") for row in rows)
     print(f"{len(rows) - failed - not_run} passed, {failed} failed, {not_run} not run")
