@@ -1,0 +1,194 @@
+"""The second stage: a finished video to 720p, and to twice the frame rate, by five more evaluations of the network.
+
+As the public pipeline does it: frames are resized (bilinear, corners aligned) and doubled in time (linear), encoded,
+mixed half and half with noise, and denoised from timestep 500 by the network with `refinement_lora` merged in, without
+guidance. Frames are repeated at both ends so that latent frames come in fours, the chunks of block-sparse attention;
+what was repeated is cut from the result. Long videos go piece by piece, each given the end of the one before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import LongCatError
+from ..sampling.buckets import nearest_bucket
+from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, seeded_noise, to_pixels, video_frames
+from ..sampling.sampler import Step, sample
+from ..sampling.schedules import TAIL_START, make_schedule
+from .pipeline import Pipeline
+from .request import MAX_SEED, check_number, check_side
+
+# Latent frames come in groups of so many.
+GROUP = 4
+DIVISOR = 64
+# Share of noise in what denoising starts from.
+NOISE = TAIL_START / 1000
+
+
+@dataclass(frozen=True)
+class RefineRequest:
+    """How to refine. prompt: the video's own, or "", which the released model takes for long videos.
+
+    doubled: twice the frame rate as well as a larger picture. height, width: pixels, multiples of 16; None: the 720p
+    size nearest in shape, or twice the size where the model is not made for that one. steps: of the base schedule,
+    whose part below timestep 500 is run. piece, overlap: frames of the given video in one go, and how many of them the
+    next piece is given refined. fps: of the given video.
+    """
+
+    prompt: str = ""
+    seed: int = 0
+    doubled: bool = True
+    height: int | None = None
+    width: int | None = None
+    steps: int = 50
+    piece: int = 93
+    overlap: int = 13
+    fps: float = 15
+
+    def check(self) -> None:
+        """Raises LongCatError for values that no video can be refined with."""
+        make_schedule("refine", self.steps)
+        check_number("fps", self.fps, 1.0, 120.0)
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
+            raise LongCatError(f"seed {self.seed} is out of range; give a whole number from 0 to 2^63 - 1")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_side(name, side)
+        if (self.height is None) != (self.width is None):
+            raise LongCatError("one of height and width is given for refining; give both or neither")
+        if self.overlap < 1 or self.piece <= self.overlap:
+            raise LongCatError(
+                f"pieces of {self.piece} frames with {self.overlap} in common leave nothing new; give an overlap of at "
+                "least 1 and longer pieces"
+            )
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How many frames are repeated in front and at the end of `frames` (of which `given` are known already)."""
+
+    front: int
+    back: int
+    given: int
+    frames: int
+
+    @classmethod
+    def of(cls, frames: int, given: int = 0) -> Padding:
+        """For a piece of `frames`, the first `given` of them refined before."""
+        front = 0
+        if given:
+            latents = _whole_groups(1 + math.ceil((given - 1) / TEMPORAL_FACTOR))
+            front = video_frames(latents) - given
+        total = given + front + frames - given
+        # With given frames the first latent, which stands for one frame, is among them.
+        noisy = math.ceil((frames - given - (0 if given else 1)) / TEMPORAL_FACTOR) + (0 if given else 1)
+        known = latent_frames(given + front) if given else 0
+        back = video_frames(known + _whole_groups(noisy)) - total
+        return cls(front, back, given, frames)
+
+    @property
+    def total(self) -> int:
+        return self.front + self.frames + self.back
+
+    @property
+    def given_latents(self) -> int:
+        return latent_frames(self.front + self.given) if self.given else 0
+
+    def pad(self, video: Tensor) -> Tensor:
+        """[1, 3, frames, H, W] to [1, 3, total, H, W]."""
+        parts = video[:, :, :1].expand(-1, -1, self.front, -1, -1), video, video[:, :, -1:]
+        return torch.cat((*parts[:2], parts[2].expand(-1, -1, self.back, -1, -1)), dim=2)
+
+
+def _whole_groups(latents: int) -> int:
+    return math.ceil(latents / GROUP) * GROUP
+
+
+def enlarge(frames: np.ndarray, height: int, width: int, count: int) -> Tensor:
+    """uint8 [F, H, W, 3] -> [1, 3, count, height, width] fp32 in -1..1: bilinear in the picture, linear in time.
+
+    Corners are aligned: the first and last frames and the outermost pixels stay what they are.
+    """
+    video = to_pixels(torch.from_numpy(np.ascontiguousarray(frames)))[0].transpose(0, 1)
+    video = F.interpolate(video, size=(height, width), mode="bilinear", align_corners=True)
+    if count != len(frames):
+        places = torch.linspace(0, len(frames) - 1, count, dtype=torch.float64)
+        below = places.floor().long().clamp(max=max(0, len(frames) - 2))
+        share = (places - below).float().view(-1, 1, 1, 1)
+        above = (below + 1).clamp(max=len(frames) - 1)
+        video = torch.lerp(video[below], video[above], share)
+    return video.transpose(0, 1)[None]
+
+
+def pieces(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
+    """(first, one after the last) frame of every piece of a video; each but the first begins `overlap` earlier."""
+    found, start = [], 0
+    while True:
+        found.append((start, min(start + piece, frames)))
+        if found[-1][1] == frames:
+            return found
+        start += piece - overlap
+
+
+def target_size(height: int, width: int, bucketed: bool) -> tuple[int, int]:
+    """(height, width) in pixels to refine a video of this size to."""
+    if bucketed:
+        return nearest_bucket(height, width, "720p", DIVISOR)
+    return 2 * height, 2 * width
+
+
+def refine(
+    pipeline: Pipeline,
+    video: np.ndarray,
+    request: RefineRequest,
+    callback: Callable[[int, int, Step], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """The refined frames of `video` (uint8 [F, H, W, 3]) piece by piece: uint8 [f, height, width, 3], none twice.
+
+    callback: called after each step with the piece's number, how many there are, and the step. The same request gives
+    the same frames on one machine, bit for bit. Raises LongCatError for input that does not fit.
+    """
+    request.check()
+    if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not video.size:
+        raise LongCatError(f"the video to refine is {video.dtype} {list(video.shape)}; give uint8 frames [F, H, W, 3]")
+    size = target_size(*video.shape[1:3], pipeline.defaults.bucketed)
+    if request.height is not None:
+        size = request.height, request.width
+    context, mask = pipeline.text_encoder.encode([request.prompt])
+    factor = 2 if request.doubled else 1
+    parts = pieces(len(video), request.piece, request.overlap)
+    before: np.ndarray | None = None
+    for number, (start, stop) in enumerate(parts):
+        count = factor * (stop - start)
+        given = factor * request.overlap if number else 0
+        padding = Padding.of(count, given)
+        pixels = padding.pad(enlarge(video[start:stop], *size, count))
+        clean = pipeline.vae.encode(pixels)
+        del pixels
+        noise = seeded_noise(tuple(clean.shape), (request.seed + number) % (MAX_SEED + 1)).to(clean.device)
+        known = None
+        if before is not None:
+            last = to_pixels(torch.from_numpy(before[-given:].copy()))
+            known = pipeline.vae.encode(Padding(padding.front, 0, given, given).pad(last))
+        latents = sample(
+            pipeline.model,
+            (1 - NOISE) * clean + NOISE * noise,
+            make_schedule("refine", request.steps),
+            context,
+            mask,
+            guidance_scale=1.0,
+            cond_latents=known,
+            callback=None if callback is None else lambda step, n=number: callback(n, len(parts), step),
+        )
+        if not latents.isfinite().all():
+            raise LongCatError("the refined video is not finite: it overflows in this precision; use float32 or bf16")
+        frames = pipeline.vae.decode(latents)[0, padding.front : padding.front + count]
+        before = frames.mul(255).round().to("cpu", torch.uint8).numpy()
+        yield before[given:]
