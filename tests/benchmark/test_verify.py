@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_core.benchmark.verify import SCHEDULES, Golden, cases, check, run_verify
+from longcat_core.benchmark.verify import SCHEDULES, Golden, cases, check, half_units, run_verify
 from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
 from longcat_core.errors import LongCatError
 
@@ -34,11 +34,11 @@ def change(file: Path, name: str, value: torch.Tensor | None) -> None:
     write_safetensors(file, tensors)
 
 
-@pytest.mark.parametrize("case", [c for c in cases(2) if not c.needs], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases(2)), ids=lambda case: case.name)
 def test_golden_case(case, golden):
     row = check(case, golden)
     assert row.verdict == "pass"
-    assert row.error <= case.tolerance == 2e-5
+    assert row.error <= case.tolerance == (2e-2 if case.name.startswith("bsa") else 2e-5)
 
 
 def test_every_tensor_of_the_folder_is_a_case_or_an_input():
@@ -54,7 +54,7 @@ def test_table_and_exit_code(capsys):
     assert run_verify(GOLDEN) == 0
     table = capsys.readouterr().out
     assert all(f"{name} " in table for name in NAMES)
-    assert table.splitlines()[-1] == f"{len(NAMES) - 4} passed, 0 failed, 4 not run"
+    assert table.splitlines()[-1] == f"{len(NAMES)} passed, 0 failed"
 
 
 def test_wrong_output_fails(copy, capsys):
@@ -79,7 +79,31 @@ def test_missing_tensor_and_missing_file_fail(copy, capsys):
     assert run_verify(copy) == 1
     table = capsys.readouterr().out
     assert "fail: no tensor vc_cached.out in the folder" in table
-    assert sum("fail" in line and line.startswith("bsa") for line in table.splitlines()) == 4
+    lines = [line for line in table.splitlines() if line.startswith("bsa")]
+    assert len(lines) >= 4 and all("fail" in line for line in lines)
+
+
+def test_one_wrong_block_of_attention_fails(copy):
+    """One of 64 tokens in one head is not what it should be, by what another choice of keys would change."""
+    file = copy / "bsa.safetensors"
+    wrong = read_tensors(file)["a.o"].clone()
+    wrong[0, 0, 5] += wrong.float().std() / 10
+    change(file, "a.o", wrong)
+    case = next(c for c in cases(2) if c.name == "bsa a")
+    row = check(case, Golden(copy))
+    assert row.verdict == "fail" and row.error > 0.05
+
+
+def test_rounding_is_no_error():
+    numbers = torch.tensor([0.0, 1.0, 1.5, -3.0, 0.1, 300.0])
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = numbers.to(dtype)
+        units = half_units(rounded)
+        up = torch.nextafter(rounded, torch.tensor(torch.inf, dtype=dtype)).float() - rounded.float()
+        assert torch.equal(units[1:], up[1:].abs() / 2)
+        assert ((numbers - rounded.float()).abs() <= units).all()
+        assert units[0] == 0
+    assert not half_units(numbers).any() and not half_units(torch.tensor([5])).any()
 
 
 def test_wrong_shape_fails(copy):

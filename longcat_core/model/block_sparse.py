@@ -1,0 +1,383 @@
+"""Block-sparse attention: every chunk of the video attends to the few chunks that matter most to it.
+
+Tokens of a grid (frames, rows, columns) are laid out chunk after chunk, a chunk being a small box of the grid. Queries
+and keys are averaged over chunks, the products of the averages are scores, and each query chunk attends in full to the
+key chunks of the best scores. Grids that the chunks do not divide are padded: padding comes last in its chunk, is never
+a key and counts in no average.
+
+The layout is made once per grid. Tokens, RoPE tables and cached keys that are laid out by it before the first block
+need no permutation in any block: `ChunkLayout` tells how such tokens look to the rest of the network.
+
+Here is the plain PyTorch version, which runs anywhere and defines what `optimize.block_sparse_kernel` computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import BackendUnavailable, LongCatError
+from ..optimize import block_sparse_kernel as kernels
+from .rope import rope_table
+
+Shape = tuple[int, int, int]
+Kernel = Literal["auto", "triton", "fa4", "plain"]
+KERNELS = ("auto", "triton", "fa4", "plain")
+# Keys and values that the plain version gathers at a time.
+_GATHERED_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class BlockSparse:
+    """What block-sparse attention keeps. The defaults are the released model's at 720p.
+
+    sparsity
+        The share of key chunks that are left out: a query chunk keeps int((1 - sparsity) * n) of n, at least one.
+    cdf_threshold
+        Keep the best chunks while the softmax over all of them (of score * head_dim^-0.5) sums up to no more than
+        this. With a sparsity too, the larger of both numbers; without, this alone.
+    chunk
+        Frames, rows and columns of a key chunk, in tokens.
+    query_chunk
+        The same of a query chunk, multiples of `chunk`; None: the same. All tokens of a query chunk attend to the same
+        keys; 128 of them run faster than 64.
+    kernel
+        `triton`, `fa4` (FlashAttention-4), `plain` (PyTorch), or `auto`: Triton where it runs, else plain.
+    """
+
+    sparsity: float | None = 0.9375
+    cdf_threshold: float | None = None
+    chunk: Shape = (4, 4, 4)
+    query_chunk: Shape | None = None
+    kernel: Kernel = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sparsity is None and self.cdf_threshold is None:
+            raise LongCatError("block-sparse attention has neither a sparsity nor a cdf_threshold; give one of them")
+        for name, low in (("sparsity", 0.0), ("cdf_threshold", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= 1:
+                raise LongCatError(f"block-sparse {name} is {value}; it must lie between 0 and 1")
+        for name in ("chunk", "query_chunk"):
+            value = getattr(self, name)
+            if value is None and name == "query_chunk":
+                continue
+            if len(value) != 3 or not all(isinstance(n, int) and n >= 1 for n in value):
+                raise LongCatError(f"block-sparse {name} is {value}; it must be three whole numbers of at least 1")
+            object.__setattr__(self, name, tuple(value))
+        if any(q % k for q, k in zip(self.queries, self.chunk, strict=True)):
+            raise LongCatError(f"block-sparse query_chunk {self.queries} is no multiple of the chunk {self.chunk}")
+        if self.kernel not in KERNELS:
+            raise LongCatError(f"block-sparse kernel is {self.kernel!r}; choose one of {', '.join(KERNELS)}")
+
+    @property
+    def queries(self) -> Shape:
+        """The query chunk in force."""
+        return self.query_chunk or self.chunk
+
+    @staticmethod
+    def applies(frames: int) -> bool:
+        """Whether a video of so many latent frames, conditioning frames included, is attended to block by block."""
+        return frames > 1
+
+    def kept(self, chunks: int) -> int:
+        """How many of so many key chunks a sparsity keeps; 0 without one."""
+        return 0 if self.sparsity is None else max(1, int((1 - self.sparsity) * chunks))
+
+
+# --- the layout ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkLayout:
+    """Where the tokens of a grid lie, chunk after chunk; `chunk_layout` makes and keeps it.
+
+    Conditioning frames come first and share no chunk with the noise frames. Query chunks follow each other by frames,
+    rows, columns, and hold their key chunks in this order. Slots of padding repeat a token of their chunk.
+
+    All query chunks of the same frames are a slab: tokens [B, slots, C] are [B, slabs, slots/slabs, C] to the rest of
+    the network, which then takes slabs for frames. All frames of a slab have one timestep where the conditioning frames
+    have theirs and the noise frames theirs: that of `slab_frames`.
+
+    grid: tokens in frames, rows, columns. order: [slots] int64, the token in each slot. places: [N] int64, the slot of
+    each token. sizes: [key chunks] int32, how many real tokens each has. used: how many key chunks have any; cond_used,
+    cond_slots, cond_slabs: what the conditioning frames have of these. q_chunk, k_chunk: slots of a query and of a key
+    chunk. slab_frames: [slabs] int64, the first frame of each. padded: whether any slot is padding.
+    """
+
+    grid: Shape
+    order: Tensor
+    places: Tensor
+    sizes: Tensor
+    slab_frames: Tensor
+    used: int
+    q_chunk: int
+    k_chunk: int
+    cond_used: int
+    cond_slots: int
+    cond_slabs: int
+    padded: bool
+
+    @property
+    def slots(self) -> int:
+        return self.order.shape[0]
+
+    @property
+    def slabs(self) -> int:
+        return self.slab_frames.shape[0]
+
+    def arrange(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Tokens in (frames, rows, columns) order along `dim`, laid out: N becomes slots. A copy."""
+        return x.index_select(dim, self.order)
+
+    def restore(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The reverse: slots become N, padding goes. A copy."""
+        return x.index_select(dim, self.places)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a layout made while sampling serves training too
+def chunk_layout(
+    grid: Shape, chunk: Shape, query_chunk: Shape | None = None, cond_frames: int = 0, device: Any = "cpu"
+) -> ChunkLayout:
+    """The layout of a grid (frames, rows, columns) of tokens whose first `cond_frames` are conditioning frames."""
+    frames, height, width = grid
+    query = query_chunk or chunk
+    if not 0 <= cond_frames <= frames:
+        raise LongCatError(f"{cond_frames} conditioning frames in a grid of {frames} frames; give at most that many")
+    k_chunk, q_chunk = math.prod(chunk), math.prod(query)
+    orders, sizes, firsts, per_part = [], [], [], []
+    for start, stop in ((0, cond_frames), (cond_frames, frames)):
+        if start == stop:
+            per_part.append((0, 0, 0))
+            continue
+        tokens = torch.arange(start * height * width, stop * height * width).view(stop - start, height, width)
+        short = [-size % step for size, step in zip(tokens.shape, query, strict=True)]
+        boxes = F.pad(tokens, (0, short[2], 0, short[1], 0, short[0]), value=-1)
+        # Each axis into query chunks, key chunks within them, tokens within these.
+        for axis in (0, 1, 2):
+            boxes = boxes.unflatten(3 * axis, (-1, query[axis] // chunk[axis], chunk[axis]))
+        boxes = boxes.permute(0, 3, 6, 1, 4, 7, 2, 5, 8).reshape(-1, k_chunk)
+        missing = boxes < 0
+        boxes = boxes.gather(1, missing.to(torch.int8).argsort(dim=1, stable=True))
+        # The first slot of a query chunk always holds a token.
+        spare = boxes.view(-1, q_chunk)[:, :1].repeat_interleave(q_chunk // k_chunk, 0)
+        boxes = torch.where(boxes < 0, torch.where(boxes[:, :1] < 0, spare, boxes[:, :1]), boxes)
+        size = (~missing).sum(1)
+        orders.append(boxes.flatten())
+        sizes.append(size)
+        firsts.append(torch.arange(start, stop, query[0]))
+        per_part.append((int((size > 0).sum()), boxes.numel(), len(firsts[-1])))
+    order, sizes = torch.cat(orders), torch.cat(sizes).to(torch.int32)
+    real = torch.arange(k_chunk)[None] < sizes[:, None]
+    slots = real.flatten().nonzero()[:, 0]
+    places = torch.empty(math.prod(grid), dtype=torch.int64).scatter_(0, order[slots], slots)
+    (cond_used, cond_slots, cond_slabs), (used, _, _) = per_part
+    return ChunkLayout(
+        grid=grid,
+        order=order.to(device),
+        places=places.to(device),
+        sizes=sizes.to(device),
+        slab_frames=torch.cat(firsts).to(device),
+        used=cond_used + used,
+        q_chunk=q_chunk,
+        k_chunk=k_chunk,
+        cond_used=cond_used,
+        cond_slots=cond_slots,
+        cond_slabs=cond_slabs,
+        padded=bool((sizes < k_chunk).any()),
+    )
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def chunked_rope_table(head_dim: int, layout: ChunkLayout, start_frame: int, device: Any) -> tuple[Tensor, Tensor]:
+    """`rope_table` of the layout's grid, laid out: cosines and sines, each [slots, head_dim/2] fp32."""
+    tables = rope_table(head_dim, *layout.grid, start_frame, torch.device(device))
+    return tuple(layout.arrange(table, 0) for table in tables)
+
+
+# --- which chunks ----------------------------------------------------------------------------------------------------
+
+
+def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
+    """Means over the real tokens of chunks: x [B, N, heads, head_dim] -> [B, heads, N/chunk, head_dim], same dtype.
+
+    sizes [n] int32: real tokens of every N/n slots, which a chunk is made of and which come first in them.
+    """
+    part = x.shape[1] // len(sizes)
+    real = torch.arange(part, device=x.device) < sizes[:, None]
+    summed = x.unflatten(1, (-1, part)).float() * real[..., None, None]
+    summed = summed.sum(2).unflatten(1, (-1, chunk // part)).sum(2)
+    counts = sizes.view(-1, chunk // part).sum(1).clamp(min=1)
+    return (summed / counts[:, None, None]).to(x.dtype).transpose(1, 2)
+
+
+def chunk_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Products of means: q [B, heads, nq, D], k [B, heads, nk, D] -> [B, heads, nq, nk], rounded to their dtype."""
+    if q.is_cuda:
+        return q @ k.transpose(-1, -2)
+    return (q.float() @ k.float().transpose(-1, -2)).to(q.dtype)
+
+
+def select_chunks(
+    scores: Tensor, settings: BlockSparse, sizes: Tensor, used: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The key chunks of every query chunk, ascending: scores [.., nk] -> indices [.., w] and counts [..], int32.
+
+    Entries behind a row's count mean nothing. Of equal scores the first chunk counts as the better. sizes [nk]: chunks
+    of none are passed over; used: how many have any; scale: of the softmax that cdf_threshold speaks of.
+    """
+    scores = scores.masked_fill(sizes == 0, -math.inf)
+    ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
+    keep = settings.kept(used)
+    if settings.cdf_threshold is None:
+        indices = ranked.indices[..., :keep].sort(dim=-1).values
+        return indices.to(torch.int32), torch.full(scores.shape[:-1], keep, dtype=torch.int32, device=scores.device)
+    mass = (ranked.values.float() * scale).softmax(-1).cumsum(-1)
+    counts = (mass <= settings.cdf_threshold).sum(-1).clamp(min=max(1, keep), max=used)
+    behind = torch.arange(scores.shape[-1], device=scores.device) >= counts[..., None]
+    indices = ranked.indices.masked_fill(behind, scores.shape[-1]).sort(dim=-1).values
+    return indices.clamp(max=scores.shape[-1] - 1).to(torch.int32), counts.to(torch.int32)
+
+
+# --- attention over them ---------------------------------------------------------------------------------------------
+
+
+def attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
+) -> Tensor:
+    """`optimize.block_sparse_kernel.attend_chunks` in PyTorch, for any dtype and with gradients.
+
+    Keys and values are gathered for some query chunks at a time, so that memory stays bounded.
+    """
+    batch, _, heads, dim = q.shape
+    k_chunk = k.shape[1] // len(sizes)
+    queries = q.unflatten(1, (-1, q_chunk)).permute(0, 3, 1, 2, 4)
+    keys, values = (x.unflatten(1, (-1, k_chunk)).permute(0, 3, 1, 2, 4) for x in (k, v))
+    width = indices.shape[-1]
+    step = max(1, _GATHERED_BYTES // (2 * width * k_chunk * dim * q.element_size() * heads))
+    slot = torch.arange(k_chunk, device=q.device)
+    head = torch.arange(heads, device=q.device)[:, None, None]
+    samples = []
+    for b in range(batch):
+        outs = []
+        for first in range(0, queries.shape[2], step):
+            some = indices[b, :, first : first + step].long()
+            picked_k, picked_v = (x[b][head, some].flatten(2, 3) for x in (keys, values))
+            mask = (torch.arange(width, device=q.device) < counts[b, :, first : first + step, None])[..., None]
+            if padded:
+                mask = mask & (slot < sizes[some][..., None])
+            mask = mask.expand(*mask.shape[:-1], k_chunk).flatten(2)[:, :, None]
+            outs.append(F.scaled_dot_product_attention(queries[b, :, first : first + step], picked_k, picked_v, mask))
+        samples.append(torch.cat(outs, dim=1))
+    return torch.stack(samples).permute(0, 2, 3, 1, 4).flatten(1, 2)
+
+
+def choose_kernel(settings: BlockSparse, q: Tensor, q_chunk: int, k_chunk: int, padded: bool) -> str:
+    """`triton`, `fa4` or `plain` for such queries. Raises BackendUnavailable if a kernel asked for by name cannot."""
+    if settings.kernel == "plain":
+        return "plain"
+    name = "triton" if settings.kernel == "auto" else settings.kernel
+    reason = "" if q.is_cuda else f"it runs on CUDA, the tensors are on {q.device.type}"
+    reason = reason or kernels.missing(name) or kernels.refuses(name, q, q_chunk, k_chunk, padded)
+    if not reason:
+        return name
+    if settings.kernel == "auto":
+        return "plain"
+    raise BackendUnavailable(f"block-sparse kernel {name!r} cannot run here: {reason}; choose 'auto' or 'plain'")
+
+
+def attend_arranged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    settings: BlockSparse,
+    *,
+    sizes: Tensor,
+    used: int,
+    q_sizes: Tensor,
+    q_chunk: int,
+    padded: bool,
+) -> Tensor:
+    """Block-sparse attention of tokens that are laid out: q [B, Nq, heads, head_dim], k and v [B, Nk, ..] -> as q.
+
+    sizes [nk] int32: real tokens of each key chunk; used: how many chunks have any; q_sizes: the same of the parts that
+    query chunks are made of; q_chunk: slots of a query chunk; padded: whether any slot is padding.
+    """
+    kernel = choose_kernel(settings, q, q_chunk, k.shape[1] // len(sizes), padded)
+    fused = kernel != "plain"
+    pool = kernels.pool_chunks if fused else pool_chunks
+    # Choosing has no gradient.
+    with torch.no_grad():
+        scores = chunk_scores(pool(q, q_sizes, q_chunk), pool(k, sizes, k.shape[1] // len(sizes)))
+        if fused and settings.cdf_threshold is None and scores.shape[-1] <= kernels.MAX_CHUNKS:
+            indices = kernels.top_chunks(scores, sizes, settings.kept(used), padded)
+            counts = torch.full(indices.shape[:-1], indices.shape[-1], dtype=torch.int32, device=q.device)
+        else:
+            indices, counts = select_chunks(scores, settings, sizes, used, q.shape[-1] ** -0.5)
+        del scores
+    if fused:
+        return kernels.attend_chunks(q, k, v, indices, counts, sizes, q_chunk, padded, kernel)
+    return attend_plain(q, k, v, indices, counts, sizes, q_chunk, padded)
+
+
+def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Block-sparse attention as a kernel under the signature of `backends`, for tokens that `layout` has laid out.
+
+    Which tokens q and k [B, N, heads, head_dim] are is told from how many there are: with as many keys as conditioning
+    frames have slots, both are of these; otherwise keys are all slots and queries the last ones of them.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n_q, n_k = q.shape[1], k.shape[1]
+        cond = layout.cond_slots > 0 and n_q == n_k == layout.cond_slots != layout.slots
+        if n_k != (layout.cond_slots if cond else layout.slots) or n_q % layout.q_chunk or n_q > n_k:
+            raise LongCatError(
+                f"{n_q} queries and {n_k} keys do not fit a layout of {layout.slots} slots in chunks of "
+                f"{layout.q_chunk}; lay the tokens out with `arrange`"
+            )
+        sizes = layout.sizes[: n_k // layout.k_chunk]
+        return attend_arranged(
+            *(q, k, v, settings),
+            sizes=sizes,
+            used=layout.cond_used if cond else layout.used,
+            q_sizes=sizes[len(sizes) - n_q // layout.k_chunk :],
+            q_chunk=layout.q_chunk,
+            padded=layout.padded,
+        )
+
+    return attend
+
+
+def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSparse, cond_frames: int = 0) -> Tensor:
+    """Block-sparse attention of tokens in (frames, rows, columns) order, for callers that know nothing of layouts.
+
+    q [B, Nq, heads, head_dim], k and v [B, Nk, heads, head_dim]: all tokens of the grid, or queries of its last frames
+    alone -> as q. cond_frames: the first frames, whose queries see only their own keys.
+    """
+    frames, height, width = grid
+    if k.shape[1] != math.prod(grid) or q.shape[1] % (height * width):
+        raise LongCatError(f"{q.shape[1]} queries and {k.shape[1]} keys do not fit a grid of {grid} tokens")
+    layout = chunk_layout(tuple(grid), settings.chunk, settings.query_chunk, cond_frames, q.device)
+    attend = block_sparse_attend(layout, settings)
+    k, v = layout.arrange(k), layout.arrange(v)
+    skipped = frames - q.shape[1] // (height * width)
+    if skipped not in (0, cond_frames):
+        raise LongCatError(f"queries of the last {frames - skipped} frames; give those of all or of the noise frames")
+    cond, n = layout.cond_slots, cond_frames * height * width
+    own = layout.order if not skipped else layout.order[cond:] - n
+    q = q.index_select(1, own)
+    if skipped:
+        return attend(q, k, v).index_select(1, layout.places[n:] - cond)
+    if not cond or cond_frames == frames:
+        return layout.restore(attend(q, k, v))
+    out = torch.cat((attend(q[:, :cond], k[:, :cond], v[:, :cond]), attend(q[:, cond:], k, v)), dim=1)
+    return layout.restore(out)

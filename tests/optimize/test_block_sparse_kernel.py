@@ -1,0 +1,165 @@
+"""The kernels of block-sparse attention against the plain version, in Triton's interpreter where there is no GPU.
+
+In fp16: the interpreter rounds bf16 towards zero.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core.model import block_sparse as plain
+from longcat_core.model.block_sparse import BlockSparse, chunk_layout
+from longcat_core.optimize import block_sparse_kernel as kernels
+from longcat_core.optimize.block_sparse_kernel import Tiles
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DIVIDED, PADDED = (4, 8, 8), (5, 6, 5)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.float16)
+
+
+def projected(layout: plain.ChunkLayout, batch: int = 2, heads: int = 3, dim: int = 64) -> tuple[Tensor, ...]:
+    """q, k and v as slices of one projection, laid out."""
+    tokens = randn(batch, len(layout.places), 3 * heads * dim)
+    return tuple(x.unflatten(-1, (heads, dim)) for x in layout.arrange(tokens).chunk(3, dim=-1))
+
+
+@pytest.mark.parametrize("grid", [DIVIDED, PADDED])
+@pytest.mark.parametrize("query", [None, (4, 4, 8)])
+def test_pool(grid, query):
+    layout = chunk_layout(grid, (4, 4, 4), query, 0, DEVICE)
+    _, k, _ = projected(layout)
+    found = kernels.pool_chunks(k, layout.sizes, layout.q_chunk)
+    wanted = plain.pool_chunks(k, layout.sizes, layout.q_chunk)
+    assert found.shape == wanted.shape == (2, 3, layout.slots // layout.q_chunk, 64)
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)
+
+
+def test_pool_of_chunks_that_are_no_multiple_of_16():
+    layout = chunk_layout((3, 7, 8), (3, 3, 3), None, 0, DEVICE)
+    _, k, _ = projected(layout, heads=1)
+    torch.testing.assert_close(
+        kernels.pool_chunks(k, layout.sizes, 27), plain.pool_chunks(k, layout.sizes, 27), rtol=2e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("keep", [1, 5, 21])
+@pytest.mark.parametrize("padded", [False, True])
+def test_top_chunks_with_ties_and_zeros(dtype, keep, padded):
+    scores = (randn(2, 2, 9, 27) * 3).round().div(3).to(dtype)  # many equal ones
+    scores[0, 0, 0] = 0
+    scores[0, 0, 0, ::2] = -0.0
+    scores[0, 0, 1] = -scores[0, 0, 1].abs()
+    scores[1, 1, 2, 3], scores[1, 1, 2, 4] = torch.inf, -torch.inf
+    sizes = torch.full((27,), 64, dtype=torch.int32, device=DEVICE)
+    if padded:
+        sizes[[0, 5, 11, 26]] = 0
+    used = int((sizes > 0).sum())
+    settings = BlockSparse(sparsity=1 - (keep + 0.5) / used)
+    wanted, counts = plain.select_chunks(scores, settings, sizes, used, 1.0)
+    assert wanted.shape[-1] == keep and (counts == keep).all()
+    found = kernels.top_chunks(scores, sizes, keep, padded)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, wanted)
+    assert (found.diff(dim=-1) > 0).all()
+    if padded:
+        assert not torch.isin(found, torch.tensor([0, 5, 11, 26], device=DEVICE)).any()
+
+
+TILES = {
+    "as on other GPUs": None,
+    "two at a time": Tiles(64, 64, 2, 4, 2, False),
+    "half chunks": Tiles(32, 32, 1, 4, 2, False),
+    "half chunks, two at a time": Tiles(64, 32, 2, 4, 2, False),
+    "fetched by TMA": Tiles(64, 64, 1, 4, 2, True),
+    "fetched by TMA, two at a time": Tiles(64, 32, 2, 4, 2, True),
+}
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("grid", [DIVIDED, PADDED])
+def test_attend(tiles, grid):
+    """Lists of different lengths, two videos, several heads, scores that need a running maximum."""
+    layout = chunk_layout(grid, (4, 4, 4), None, 0, DEVICE)
+    q, k, v = projected(layout, heads=2)
+    q = q * 4
+    n, generator = len(layout.sizes), torch.Generator().manual_seed(3)
+    indices = torch.rand(2, 2, n, n, generator=generator).argsort(-1).to(DEVICE, torch.int32)
+    counts = torch.randint(1, n + 1, (2, 2, n), generator=generator).to(DEVICE, torch.int32)
+    assert len(counts.unique()) > 2
+    wanted = plain.attend_plain(*(x.float() for x in (q, k, v)), indices, counts, layout.sizes, 64, layout.padded)
+    args = (q, k, v, indices, counts, layout.sizes, 64, layout.padded)
+    found = kernels.attend_chunks(*args) if tiles is None else kernels.launch_attend(*args, tiles)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.float(), wanted, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    "chunk, query, dim",
+    [((4, 4, 8), None, 128), ((4, 4, 4), (4, 4, 8), 64), ((8, 4, 4), None, 64), ((2, 4, 6), None, 64)],
+)
+def test_chunks_of_other_sizes(chunk, query, dim):
+    """The whole of it, on a padded grid: means, choice and attention by kernels and by the plain version."""
+    settings = BlockSparse(sparsity=0.5, chunk=chunk, query_chunk=query)
+    layout = chunk_layout(PADDED, chunk, query, 0, DEVICE)
+    q, k, v = projected(layout, batch=1, heads=2, dim=dim)
+    scores = plain.chunk_scores(
+        kernels.pool_chunks(q, layout.sizes, layout.q_chunk), kernels.pool_chunks(k, layout.sizes, layout.k_chunk)
+    )
+    indices = kernels.top_chunks(scores, layout.sizes, settings.kept(layout.used), layout.padded)
+    counts = torch.full(indices.shape[:-1], indices.shape[-1], dtype=torch.int32, device=DEVICE)
+    found = kernels.attend_chunks(q, k, v, indices, counts, layout.sizes, layout.q_chunk, layout.padded)
+    plainly = BlockSparse(sparsity=0.5, chunk=chunk, query_chunk=query, kernel="plain")
+    wanted = plain.block_sparse_attend(layout, plainly)(q, k, v)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("q_chunk, k_chunk", [(64, 64), (128, 128), (128, 64), (256, 256), (96, 48)])
+def test_tiles_fit_the_chunks_and_the_shared_memory(capability, q_chunk, k_chunk):
+    tiles = kernels.choose_tiles(capability, q_chunk, k_chunk)
+    assert q_chunk % tiles.rows == 0 and k_chunk % tiles.columns == 0
+    limit = 227 << 10 if capability in ((9, 0), (10, 0)) else kernels.CONSUMER_SHARED_BYTES
+    assert tiles.shared_bytes(128) <= limit
+    assert not tiles.tma or capability >= (9, 0)
+
+
+def test_reasons():
+    q = randn(1, 64, 1, 64)
+    assert kernels.refuses("triton", q, 64, 64, True) == ""
+    assert "bfloat16" in kernels.refuses("triton", q.float(), 64, 64, False)
+    assert "head dims" in kernels.refuses("triton", q[..., :32], 64, 64, False)
+    assert "16" in kernels.refuses("triton", q, 27, 27, False)
+    assert "backward" in kernels.refuses("triton", q.clone().requires_grad_(), 64, 64, False)
+    assert kernels.refuses("fa4", q, 64, 64, False) == kernels.refuses("fa4", q, 128, 128, False) == ""
+    assert "mask" in kernels.refuses("fa4", q, 64, 64, True)
+    assert "multiples of 64" in kernels.refuses("fa4", q, 32, 32, False)
+    if DEVICE.type == "cpu":
+        assert kernels.missing("triton") == kernels.missing("fa4") == "no CUDA device"
+
+
+def test_they_stand_in_a_graph_as_operators():
+    """Nothing breaks the graph, and the operators' shapes are those of their results."""
+    layout = chunk_layout(DIVIDED, (4, 4, 4), None, 0, DEVICE)
+    q, k, v = projected(layout, batch=1, heads=1)
+    sizes = layout.sizes
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        scores = kernels.pool_chunks(q, sizes, 64) @ kernels.pool_chunks(k, sizes, 64).transpose(-1, -2)
+        indices = kernels.top_chunks(scores, sizes, 2, False)
+        counts = torch.full(indices.shape[:-1], 2, dtype=torch.int32, device=q.device)
+        return indices, kernels.attend_chunks(q, k, v, indices, counts, sizes, 64, False)
+
+    indices, wanted = function(q, k, v)
+    found = torch.compile(function, fullgraph=True, backend="eager")(q, k, v)
+    assert torch.equal(found[0], indices) and torch.equal(found[1], wanted)
+    checks = ("test_schema", "test_faketensor")
+    counts = torch.full(indices.shape[:-1], 2, dtype=torch.int32, device=q.device)
+    torch.library.opcheck(kernels._pool_op, (k, sizes, 64), test_utils=checks)
+    torch.library.opcheck(kernels._top_k_op, (randn(2, 5), sizes, 2, False), test_utils=checks)
+    torch.library.opcheck(kernels._attend_op, (q, k, v, indices, counts, sizes, 64, False), test_utils=checks)
