@@ -163,9 +163,11 @@ if triton is not None:
     @triton.jit
     def _load_tile(x, row, column, stride, ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
         if TMA:
-            return x.load([row, column])
-        rows = (row + tl.arange(0, ROWS)).to(tl.int64)
-        return tl.load(x + rows[:, None] * stride + column + tl.arange(0, DIM)[None, :])
+            tile = x.load([row, column])
+        else:
+            rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+            tile = tl.load(x + rows[:, None] * stride + column + tl.arange(0, DIM)[None, :])
+        return tile
 
     @triton.jit
     def _scores(
