@@ -56,15 +56,20 @@ def _size_inputs() -> list[Any]:
     ]
 
 
-def conditioned_latent(
-    vae: comfy.sd.VAE, frames: Tensor, resolution: str, width: int, height: int, length: int, batch_size: int
-) -> dict[str, Tensor]:
-    """frames [F, H, W, 3] in 0..1 at the front of an empty video latent, marked as given in its noise_mask."""
+def require_wan_vae(vae: comfy.sd.VAE) -> None:
+    """Raises LongCatError for a VAE that makes other latents."""
     if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE):
         raise LongCatError(
             f"the VAE is a {type(vae.first_stage_model).__name__}; connect the Wan 2.1 VAE (Load VAE: wan_2.1_vae, or "
             "longcat_nano_vae for the test model)"
         )
+
+
+def conditioned_latent(
+    vae: comfy.sd.VAE, frames: Tensor, resolution: str, width: int, height: int, length: int, batch_size: int
+) -> dict[str, Tensor]:
+    """frames [F, H, W, 3] in 0..1 at the front of an empty video latent, marked as given in its noise_mask."""
+    require_wan_vae(vae)
     check_frames(length)
     if length <= len(frames):
         raise LongCatError(

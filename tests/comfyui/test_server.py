@@ -22,6 +22,7 @@ NODES = {
     "LongCatGuider",
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
+    "LongCatRefine",
     "LongCatBenchmark",
 }
 # Packages that the headless core or faster kernels use and that ComfyUI does not bring.

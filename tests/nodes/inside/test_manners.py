@@ -53,6 +53,7 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatSampler",
         "LongCatScheduler",
         "LongCatGuider",
+        "LongCatRefine",
         "LongCatBenchmark",
     }
     assert "the nodes of conditioning are left out" in caplog.text

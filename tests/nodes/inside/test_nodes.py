@@ -19,6 +19,7 @@ IDS = (
     "LongCatGuider",
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
+    "LongCatRefine",
     "LongCatBenchmark",
 )
 SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "length": cases.FRAMES}
