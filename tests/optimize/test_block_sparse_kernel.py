@@ -5,6 +5,12 @@ In fp16: the interpreter rounds bf16 towards zero.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -163,3 +169,22 @@ def test_they_stand_in_a_graph_as_operators():
     torch.library.opcheck(kernels._pool_op, (k, sizes, 64), test_utils=checks)
     torch.library.opcheck(kernels._top_k_op, (randn(2, 5), sizes, 2, False), test_utils=checks)
     torch.library.opcheck(kernels._attend_op, (q, k, v, indices, counts, sizes, 64, False), test_utils=checks)
+
+
+def test_they_compile_without_a_gpu(tmp_path):
+    """To machine code of several GPUs within their shared memory; on Hopper with its own instructions."""
+    program = Path(__file__).with_name("compile_block_sparse.py")
+    run = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(program.parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == 11 and all(row["bytes"] for row in rows)
+    for row in rows:
+        hopper = row["capability"] == [9, 0]
+        assert row["shared"] <= (227 << 10 if hopper else kernels.CONSUMER_SHARED_BYTES)
+        if row["kernel"] == "_attend":
+            assert row["tma"] == row["wgmma"] == hopper
