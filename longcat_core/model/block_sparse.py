@@ -14,7 +14,6 @@ Here is the plain PyTorch version, which runs anywhere and defines what `optimiz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, LongCatError
 from ..optimize import block_sparse_kernel as kernels
+from .backends import Attend, Kernels
 from .rope import rope_table
 
 Shape = tuple[int, int, int]
@@ -329,7 +329,7 @@ def attend_arranged(
     return attend_plain(q, k, v, indices, counts, sizes, q_chunk, padded)
 
 
-def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Attend:
     """Block-sparse attention as a kernel under the signature of `backends`, for tokens that `layout` has laid out.
 
     Which tokens q and k [B, N, heads, head_dim] are is told from how many there are: with as many keys as conditioning
@@ -355,6 +355,14 @@ def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Callable[
         )
 
     return attend
+
+
+def with_block_sparse(kernels: Kernels, layout: ChunkLayout, settings: BlockSparse) -> Kernels:
+    """The kernels of a forward pass with block-sparse self-attention; attention to the text stays as it is.
+
+    layout: of all keys, those of cached conditioning frames included.
+    """
+    return kernels._replace(attend=block_sparse_attend(layout, settings), text=kernels.text or kernels.attend)
 
 
 def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSparse, cond_frames: int = 0) -> Tensor:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+from longcat_core.checkpoints.load import load_transformer
+from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import BackendUnavailable, LongCatError
 from longcat_core.model import block_sparse
+from longcat_core.model.block import How
 from longcat_core.model.block_sparse import (
     BlockSparse,
     attend_grid,
@@ -19,9 +24,12 @@ from longcat_core.model.block_sparse import (
     chunked_rope_table,
     pool_chunks,
     select_chunks,
+    with_block_sparse,
 )
+from longcat_core.model.config import ModelConfig
 from longcat_core.model.rope import rope_table
 
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CPU = torch.device("cpu")
 
 
@@ -191,6 +199,59 @@ def test_a_network_may_stay_laid_out():
     tables = chunked_rope_table(16, layout, 3, CPU)
     for table, plain in zip(tables, rope_table(16, *grid, 3, CPU), strict=True):
         assert torch.equal(layout.restore(table, 0), plain)
+
+
+class LaidOut:
+    """The small network with its tokens laid out from the first block to the last."""
+
+    def __init__(self, settings: BlockSparse) -> None:
+        self.settings = settings
+        self.model = load_transformer(GOLDEN / "dit.safetensors", config=ModelConfig.from_json(GOLDEN / "config.json"))
+        self.data = read_tensors(GOLDEN / "forward.safetensors")
+
+    def __call__(self, x: Tensor, timestep: Tensor, cond: int = 0, cached_frames: int = 0) -> Tensor:
+        model, settings = self.model, self.settings
+        patches = model.patch_embed(x)
+        grid = tuple(patches.shape[2:])
+        tokens = patches.flatten(2).transpose(1, 2)
+        layout = chunk_layout(grid, settings.chunk, settings.query_chunk, cond)
+        keys, cache, cache_layout = layout, None, None
+        if cached_frames:
+            clean = self.data["x"][:1, :, :cached_frames]
+            cache = model.fill_kv_cache(clean)
+            keys = chunk_layout(
+                (cached_frames + grid[0], *grid[1:]), settings.chunk, settings.query_chunk, cached_frames
+            )
+            cache_layout = chunk_layout((cached_frames, *grid[1:]), settings.chunk, settings.query_chunk)
+        tokens = layout.arrange(tokens).unflatten(1, (layout.slabs, -1))
+        temb = model._embed_time(timestep, *tokens.shape[:1], grid[0])
+        temb = temb if temb.shape[1] == 1 else temb[:, layout.slab_frames]
+        rope = chunked_rope_table(model.config.head_dim, layout, cached_frames, CPU)
+        kernels = with_block_sparse(model.choose_kernels(CPU), keys, settings)
+        text = model.embed_text(self.data["context"], self.data["mask"])
+        text = model._block_texts(text, False, len(x), kernels)
+        for i, block in enumerate(model.blocks):
+            cached = None if cache is None else tuple(map(cache_layout.arrange, cache.read(i, tokens)))
+            tokens = block(tokens, temb, text(i), rope, cached, kernels, How(), layout.cond_slabs)
+        tokens = layout.restore(tokens.flatten(1, 2)).unflatten(1, (grid[0], -1))
+        out = model.final_layer(tokens, model._embed_time(timestep, len(x), grid[0]), How())
+        return rearrange(out, "b t (h w) (p q c) -> b c t (h p) (w q)", h=grid[1], w=grid[2], p=2, q=2)
+
+
+@pytest.mark.parametrize("settings", [BlockSparse(0.0, chunk=(2, 3, 2)), BlockSparse(0.0, None, (2, 2, 2), (2, 2, 4))])
+@pytest.mark.parametrize("case", ["t2v", "i2v", "vc", "vc_cached"])
+@torch.no_grad()
+def test_the_network_laid_out(case, settings):
+    """With no chunk left out it gives the goldens: modulation, RoPE, conditioning frames and cached keys fit."""
+    run = LaidOut(settings)
+    x, steps = run.data["x"], run.data["t" if case in ("t2v", "vc_cached") else f"{case}.t"]
+    cond = int((run.data["vc.t"][0] == 0).sum())
+    if case == "vc_cached":
+        found = run(x[:, :, cond:], steps, cached_frames=cond)
+    else:
+        found = run(x, steps, cond={"t2v": 0, "i2v": 1, "vc": cond}[case])
+    wanted = run.data[f"{case}.out"]
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.std()
 
 
 def test_padding_is_never_a_key_and_counts_in_no_mean():
