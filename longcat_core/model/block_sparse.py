@@ -32,6 +32,7 @@ Kernel = Literal["auto", "triton", "fa4", "plain"]
 KERNELS = ("auto", "triton", "fa4", "plain")
 # Keys and values that the plain version gathers at a time.
 _GATHERED_BYTES = 1 << 27
+_SORTED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,9 @@ def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
     """
     part = x.shape[1] // len(sizes)
     real = torch.arange(part, device=x.device) < sizes[:, None]
-    summed = x.unflatten(1, (-1, part)).float() * real[..., None, None]
-    summed = summed.sum(2).unflatten(1, (-1, chunk // part)).sum(2)
+    # Summed in fp32 without a copy in fp32.
+    summed = torch.where(real[..., None, None], x.unflatten(1, (-1, part)), 0).sum(2, dtype=torch.float32)
+    summed = summed.unflatten(1, (-1, chunk // part)).sum(2)
     counts = sizes.view(-1, chunk // part).sum(1).clamp(min=1)
     return (summed / counts[:, None, None]).to(x.dtype).transpose(1, 2)
 
@@ -235,17 +237,22 @@ def select_chunks(
     Entries behind a row's count mean nothing. Of equal scores the first chunk counts as the better. sizes [nk]: chunks
     of none are passed over; used: how many have any; scale: of the softmax that cdf_threshold speaks of.
     """
-    scores = scores.masked_fill(sizes == 0, -math.inf)
-    ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
-    keep = settings.kept(used)
-    if settings.cdf_threshold is None:
-        indices = ranked.indices[..., :keep].sort(dim=-1).values
-        return indices.to(torch.int32), torch.full(scores.shape[:-1], keep, dtype=torch.int32, device=scores.device)
-    mass = (ranked.values.float() * scale).softmax(-1).cumsum(-1)
-    counts = (mass <= settings.cdf_threshold).sum(-1).clamp(min=max(1, keep), max=used)
-    behind = torch.arange(scores.shape[-1], device=scores.device) >= counts[..., None]
-    indices = ranked.indices.masked_fill(behind, scores.shape[-1]).sort(dim=-1).values
-    return indices.clamp(max=scores.shape[-1] - 1).to(torch.int32), counts.to(torch.int32)
+    keep, width = settings.kept(used), scores.shape[-1]
+    found = []
+    # Sorting takes some forty bytes for each score: some rows at a time.
+    for rows in scores.flatten(0, -2).split(max(1, _SORTED_BYTES // (40 * width))):
+        ranked = torch.sort(rows.masked_fill(sizes == 0, -math.inf), dim=-1, descending=True, stable=True)
+        if settings.cdf_threshold is None:
+            counts = torch.full(rows.shape[:1], keep, dtype=torch.int32, device=rows.device)
+            indices = ranked.indices[:, :keep].sort(dim=-1).values
+        else:
+            mass = (ranked.values.float() * scale).softmax(-1).cumsum(-1)
+            counts = (mass <= settings.cdf_threshold).sum(-1, dtype=torch.int32).clamp(min=max(1, keep), max=used)
+            behind = torch.arange(width, device=rows.device) >= counts[:, None]
+            indices = ranked.indices.masked_fill(behind, width).sort(dim=-1).values.clamp(max=width - 1)
+        found.append((indices.to(torch.int32), counts))
+    indices, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return indices.view(*scores.shape[:-1], -1), counts.view(scores.shape[:-1])
 
 
 # --- attention over them ---------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_it_is_what_the_definition_says(settings, grid, cond):
     torch.testing.assert_close(found, wanted[:, n:], rtol=1e-5, atol=1e-5)
 
 
-def test_cdf_keeps_different_numbers():
+def test_cdf_keeps_different_numbers(monkeypatch):
     grid, settings = (6, 6, 6), SETTINGS["cdf"]
     layout = chunk_layout(grid, settings.chunk)
     q, k, _ = (layout.arrange(x) for x in tokens(grid, dim=64))
@@ -108,6 +108,11 @@ def test_cdf_keeps_different_numbers():
     assert len(counts.unique()) > 2 and counts.min() >= 1
     for row, count in zip(indices.flatten(0, -2), counts.flatten(), strict=True):
         assert (row[:count].diff() > 0).all()
+    monkeypatch.setattr(block_sparse, "_SORTED_BYTES", 1 << 13)  # a few rows at a time
+    for found, whole in zip(
+        select_chunks(scores, settings, layout.sizes, layout.used, 0.5), (indices, counts), strict=True
+    ):
+        assert torch.equal(found, whole)
     nearly_all, counts = select_chunks(scores, BlockSparse(None, 1.0), layout.sizes, layout.used, 0.5)
     assert (counts >= layout.used - 1).all() and nearly_all.max() < layout.used
 
