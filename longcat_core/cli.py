@@ -132,7 +132,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("auto", "off", "blocks"),
         default="auto",
-        help="torch.compile of the transformer blocks: slower first step, faster others (auto: large models on a GPU)",
+        help="torch.compile of the transformer blocks: slower first step, faster others (auto: large models on a GPU where the pack's own kernels do not run)",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -197,7 +197,7 @@ def generate(args: argparse.Namespace) -> int:
             paths,
             dtype=_dtype(args.dtype, device),
             device=device,
-            optimizations=Optimizations(attention=args.attention, compile=_compile(args.compile, device, paths)),
+            optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
             fp8=args.fp8,
         )
         with _progress() as callback:
@@ -327,12 +327,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _compile(mode: str, device: torch.device, paths: Any) -> str:
+def _compile(args: argparse.Namespace, device: torch.device, paths: Any) -> str:
+    from .optimize import kernels
     from .optimize.compilation import why_not
 
+    mode = args.compile
     if mode == "auto":
-        # Nano is done before its blocks would be compiled.
-        return "off" if paths.is_nano or device.type != "cuda" or why_not(device) else "blocks"
+        # Nano is done before its blocks would be compiled, and own kernels leave next to nothing to be gained.
+        own = not kernels.missing() and _dtype(args.dtype, device) in kernels.HALF
+        return "off" if paths.is_nano or device.type != "cuda" or own or why_not(device) else "blocks"
     if mode == "blocks" and (reason := why_not(device)):
         raise LongCatError(f"--compile blocks does not work here: {reason}; leave it out, or use --compile off")
     return mode

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, n
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         sub.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
         sub.add_argument("--attention", default="auto", metavar="NAME", help="of the full set (see longcat backends)")
-        sub.add_argument("--variant", default="exact", help="for profile: exact (default), plain or baseline")
+        sub.add_argument("--variant", default="exact", help="for profile: exact (default), fp8, plain or baseline")
         sub.add_argument("--no-fp8", action="store_true", help="leave fp8 out")
         sub.add_argument("--no-plots", action="store_true", help="numbers only; `report` draws the plots later")
         sub.add_argument(

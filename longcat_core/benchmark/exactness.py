@@ -83,7 +83,8 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
 
     first = _add(bench, report, EAGER, baseline, None)
     full = bench.full()
-    variants = {"plain, eager": bench.plain(), "exact, eager": full | {"compile": "off"}, EXACT: full}
+    name, values = bench.other_way(EXACT)
+    variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT), name: values}
     if (values := without_kernels(full)) is not None:
         variants[f"{EXACT}{NO_KERNELS}"] = values
     for name, values in variants.items():
@@ -105,7 +106,7 @@ def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: 
 
         _add(bench, report, FP8, failed, first)
         return
-    values = bench.full() | {"fp8": True}
+    values = bench.path(FP8)
     for name, chosen in ((FP8, values), ("fp8 weights, 16-bit GEMMs", values | {"fp8": False})):
         _add(bench, report, name, _network(bench, model, chosen, inputs, expected), first)
     sage = values | {"attention": "sage"}

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..errors import LongCatError
 from ..generate.media import atomic_path
 from . import workload
-from .ablation import EXACT, Bench
+from .ablation import EXACT, FP8, Bench
 from .baseline import BaselineTransformer
 from .measure import attempt, clean_up, timed
 from .results import Report
@@ -53,20 +53,21 @@ def _kernels(prof: Any, cuda: bool) -> list[tuple[str, float, int]]:
 def profile_step(bench: Bench, report: Report, variant: str = EXACT) -> None:
     """Rows of kernel families of one step, after warm-up; the longest kernels and the trace's name in `inputs`.
 
-    variant: `exact`, `plain` or `baseline` (eager).
+    variant: `exact`, `fp8` (on a model that is quantised), `plain` or `baseline` (eager).
     """
 
     def run() -> dict[str, Any]:
-        chosen = workload.optimizations(**(bench.plain() if variant == "plain" else bench.full()))
+        values = bench.path(variant) if variant in (EXACT, FP8) else bench.plain()
+        chosen = workload.optimizations(**values)
         workload.exactly(bench.model, chosen)
         inputs = bench.inputs()
         if variant == "baseline":
             forward = workload.baseline_forward(BaselineTransformer(bench.model), inputs)
             chosen = workload.optimizations(fused_step=False)
-        elif variant in (EXACT, "plain"):
+        elif variant in (EXACT, FP8, "plain"):
             forward = workload.network_forward(bench.model, inputs)
         else:
-            raise LongCatError(f"--variant {variant} is unknown; choose exact, plain or baseline")
+            raise LongCatError(f"--variant {variant} is unknown; choose exact, fp8, plain or baseline")
         step = workload.step_of(forward, inputs, chosen)
         with workload.notes_of(bench.model) as notes:
             step()

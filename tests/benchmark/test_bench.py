@@ -96,11 +96,13 @@ def test_pictures_show_something(everything):
 def test_paths_hold_the_baselines_and_fp8(everything):
     rows = rows_of(everything, "paths")
     for name in (ablation.EAGER, ablation.COMPILED, ablation.EXACT, ablation.FP8, "exact, distilled", "fp8, distilled",
-                 "exact, not compiled"):  # fmt: skip
+                 "exact, compiled", "fp8, compiled"):  # fmt: skip
         assert rows[name]["status"] == "ok" and rows[name]["ms"] > 0 and rows[name]["first_s"] > 0
     eager, exact = rows[ablation.EAGER], rows[ablation.EXACT]
     assert exact["ratio"] == pytest.approx(eager["ms"] / exact["ms"])
-    assert exact["compiled"] and exact["optimizations"]["compile"] == "blocks" and exact["batch"] == 2
+    for name, way in (("exact", "off"), ("exact, compiled", "blocks"), ("fp8", "off"), ("fp8, compiled", "blocks")):
+        row = rows[name]
+        assert (row["compiled"], row["optimizations"]["compile"], row["batch"]) == (way == "blocks", way, 2)
     assert rows["exact, distilled"]["batch"] == 1
     assert rows[ablation.FP8_SAGE]["status"] == "unavailable" and "sage" in rows[ablation.FP8_SAGE]["reason"]
 

@@ -56,13 +56,14 @@ def brute_force(q, k, v, grid, settings, cond=0) -> Tensor:
     out = torch.empty_like(q)
     ends = [cond * grid[1] * grid[2]] * (cond > 0) + [k.shape[1]] * (cond < grid[0])
     key_boxes, query_boxes = (boxes(grid, chunk, cond) for chunk in (settings.chunk, settings.queries))
+    means = torch.stack([k[:, box].mean(1) for box in key_boxes])
     for own in query_boxes:
         end = next(end for end in ends if own[-1] < end)
         seen = [box for box in key_boxes if box[-1] < end]
         for b in range(q.shape[0]):
             for h in range(q.shape[2]):
                 mean = q[b, own, h].mean(0)
-                scores = torch.stack([mean @ k[b, box, h].mean(0) for box in seen])
+                scores = means[: len(seen), b, h] @ mean
                 order = scores.argsort(descending=True).tolist()
                 keep = settings.kept(len(seen))
                 if settings.cdf_threshold is not None:
@@ -85,10 +86,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("cond", [0, 1, 2])
-@pytest.mark.parametrize("grid", [(4, 4, 4), (5, 3, 5)])
+@pytest.mark.parametrize("grid", [(4, 4, 2), (5, 3, 5)])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_it_is_what_the_definition_says(settings, grid, cond):
-    q, k, v = tokens(grid)
+    q, k, v = tokens(grid, batch=1)
     wanted = brute_force(q, k, v, grid, settings, cond)
     found = attend_grid(q, k, v, grid, settings, cond)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
