@@ -30,6 +30,8 @@ from .rope import rope_table
 Shape = tuple[int, int, int]
 Kernel = Literal["auto", "triton", "fa4", "plain"]
 KERNELS = ("auto", "triton", "fa4", "plain")
+# Fastest first.
+_AUTO = ("triton",)
 # Keys and values that the plain version gathers at a time.
 _GATHERED_BYTES = 1 << 27
 _SORTED_BYTES = 1 << 28
@@ -292,11 +294,12 @@ def choose_kernel(settings: BlockSparse, q: Tensor, q_chunk: int, k_chunk: int, 
     """`triton`, `fa4` or `plain` for such queries. Raises BackendUnavailable if a kernel asked for by name cannot."""
     if settings.kernel == "plain":
         return "plain"
-    name = "triton" if settings.kernel == "auto" else settings.kernel
-    reason = "" if q.is_cuda else f"it runs on CUDA, the tensors are on {q.device.type}"
-    reason = reason or kernels.missing(name) or kernels.refuses(name, q, q_chunk, k_chunk, padded)
-    if not reason:
-        return name
+    reason = ""
+    for name in _AUTO if settings.kernel == "auto" else (settings.kernel,):
+        reason = "" if q.is_cuda else f"it runs on CUDA, the tensors are on {q.device.type}"
+        reason = reason or kernels.missing(name) or kernels.refuses(name, q, q_chunk, k_chunk, padded)
+        if not reason:
+            return name
     if settings.kernel == "auto":
         return "plain"
     raise BackendUnavailable(f"block-sparse kernel {name!r} cannot run here: {reason}; choose 'auto' or 'plain'")

@@ -41,7 +41,7 @@ def build(kernel, capability: tuple[int, int], types: dict[str, str], warps: int
 def main() -> None:
     half = "*bf16"
     lists = dict.fromkeys(("indices", "counts", "sizes"), "*i32")
-    for capability in ((8, 0), (8, 9), (9, 0)):
+    for capability in ((8, 9), (9, 0)):
         for q_chunk, k_chunk, padded in ((64, 64, True), (128, 128, False), (128, 64, False)):
             tiles = kernels.choose_tiles(capability, q_chunk, k_chunk)
             tile = f"tensordesc<bf16[{tiles.columns}, 128]>" if tiles.tma else half

@@ -149,6 +149,17 @@ def test_reasons():
         assert kernels.missing("triton") == kernels.missing("fa4") == "no CUDA device"
 
 
+def test_all_of_it_in_a_graph(monkeypatch):
+    """Means, scores, choice and attention in one graph that nothing breaks, on a padded grid."""
+    monkeypatch.setattr(plain, "choose_kernel", lambda *_: "triton")
+    layout = chunk_layout(PADDED, (4, 4, 4), None, 0, DEVICE)
+    q, k, v = projected(layout, batch=1, heads=1)
+    for settings in (BlockSparse(sparsity=0.6), BlockSparse(sparsity=None, cdf_threshold=0.5)):
+        attend = plain.block_sparse_attend(layout, settings)
+        found = torch.compile(attend, fullgraph=True, backend="eager")(q, k, v)
+        assert torch.equal(found, attend(q, k, v))
+
+
 def test_they_stand_in_a_graph_as_operators():
     """Nothing breaks the graph, and the operators' shapes are those of their results."""
     layout = chunk_layout(DIVIDED, (4, 4, 4), None, 0, DEVICE)
@@ -182,7 +193,7 @@ def test_they_compile_without_a_gpu(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 11 and all(row["bytes"] for row in rows)
+    assert len(rows) == 8 and all(row["bytes"] for row in rows)
     for row in rows:
         hopper = row["capability"] == [9, 0]
         assert row["shared"] <= (227 << 10 if hopper else kernels.CONSUMER_SHARED_BYTES)
