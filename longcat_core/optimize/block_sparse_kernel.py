@@ -40,8 +40,12 @@ CONSUMER_SHARED_BYTES = 101_376
 
 
 class Tiles(NamedTuple):
-    """How the attention kernel runs. rows: of a query tile; columns: of a key tile; pair: key tiles in one iteration,
-    which then share a maximum; tma: key tiles are fetched by the tensor memory accelerator (9.0 and newer).
+    """How the attention kernel runs.
+
+    rows, columns: of a query and of a key tile. pair: key tiles in one iteration, which then share a maximum. stages:
+    Triton's; since the lists are loaded ahead as well, (stages + 1) // 2 key tiles are there at a time, at least two.
+    tma: key tiles are fetched by the tensor memory accelerator (9.0 and newer). registers: at most so many a thread,
+    so that more programs share a multiprocessor; 0: no limit.
     """
 
     rows: int
@@ -50,10 +54,12 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     tma: bool
+    registers: int = 0
 
     def shared_bytes(self, dim: int) -> int:
         """Shared memory for the query tile and the key and value tiles under way, in 16 bits."""
-        return 2 * dim * (self.rows + 2 * self.stages * self.pair * self.columns)
+        buffers = max(2, (self.stages + 1) // 2)
+        return 2 * dim * (self.rows + 2 * buffers * self.pair * self.columns)
 
 
 def _divisor(tokens: int, most: int) -> int:
@@ -63,11 +69,12 @@ def _divisor(tokens: int, most: int) -> int:
 
 def choose_tiles(capability: tuple[int, int], q_chunk: int, k_chunk: int) -> Tiles:
     """Tiles for chunks of so many tokens; every set but those of 9.0 and 10.x fits consumer cards."""
-    rows, columns = _divisor(q_chunk, 128), _divisor(k_chunk, 128)
+    rows, columns = _divisor(q_chunk, 128), _divisor(k_chunk, 64)
     warps = 8 if rows == 128 else 4
     if capability[0] in (9, 10):
-        return Tiles(rows, columns, 1, warps, 2 if columns == 128 else 3, True)
-    return Tiles(rows, min(columns, 64), 1, warps, 2, False)
+        # Two programs share a multiprocessor, by shared memory the one way and by registers the other.
+        return Tiles(rows, columns, 1, 8, 3, True, 128) if rows == 128 else Tiles(rows, columns, 1, 4, 5, True)
+    return Tiles(rows, columns, 1, warps, 2, False)
 
 
 @cache
@@ -304,6 +311,7 @@ def launch_attend(
         TMA=tiles.tma,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers or None,
     )
     return out
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from longcat_core.optimize import block_sparse_kernel as kernels
 
 
-def build(kernel, capability: tuple[int, int], types: dict[str, str], warps: int, stages: int, **constants) -> None:
+def build(kernel, capability: tuple[int, int], types: dict[str, str], tiles: kernels.Tiles, **constants) -> None:
     names = kernel.arg_names
     wide = ("pointer", "tokens", "stride", "heads")
     source = ASTSource(
@@ -32,8 +32,10 @@ def build(kernel, capability: tuple[int, int], types: dict[str, str], warps: int
         },
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    built = compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers or None}
+    built = compile(source, target=target, options=options)
     row = {"kernel": kernel.fn.__name__, "capability": capability, "shared": built.metadata.shared}
+    row["wanted"] = tiles.shared_bytes(128)
     row |= {"tma": "cp.async.bulk.tensor" in built.asm["ptx"], "wgmma": "wgmma" in built.asm["ptx"]}
     print(json.dumps(row | {"bytes": len(built.asm["cubin"])}), flush=True)
 
@@ -49,7 +51,7 @@ def main() -> None:
                 kernels._attend,
                 capability,
                 {"q": half, "k": tile, "v": tile, "out": half, **lists, "scale": "fp32"},
-                *(tiles.warps, tiles.stages),
+                tiles,
                 Q_CHUNK=q_chunk,
                 K_CHUNK=k_chunk,
                 ROWS=tiles.rows,
@@ -60,8 +62,8 @@ def main() -> None:
                 TMA=tiles.tma,
             )
     types = {"x": half, "sizes": "*i32", "out": half}
-    build(kernels._pool, (9, 0), types, 2, 3, CHUNK=128, PART=64, DIM=128)
-    build(kernels._top_k, (9, 0), {"scores": "*i16", "sizes": "*i32", "out": "*i32"}, 8, 3, PADDED=True, WIDTH=4096)
+    build(kernels._pool, (9, 0), types, tiles, CHUNK=128, PART=64, DIM=128)
+    build(kernels._top_k, (9, 0), {"scores": "*i16", "sizes": "*i32", "out": "*i32"}, tiles, PADDED=True, WIDTH=4096)
 
 
 if __name__ == "__main__":
