@@ -68,6 +68,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         return sub
 
     _add_generate(command("generate", generate, "Generate a video from a prompt, with the embedded model by default."))
+    _add_refine(command("refine", refine, "Make a finished video larger and its frame rate double: the second stage."))
     sub = command("verify", verify, "Run the golden cases of a folder through this code and print a table.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="folder of golden data")
     command("backends", backends, "List the attention backends, and why one cannot be used.")
@@ -116,24 +117,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="given frames once (exact; official: and left out of guidance's sums), or anew in each step (off)",
     )
-    group = parser.add_argument_group("model (default: the embedded LongCat-nano)")
-    group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a safetensors file")
-    group.add_argument("--vae", metavar="PATH", help="VAE folder or file (default: vae/ in the model's folder)")
-    group.add_argument(
-        "--text-encoder",
-        metavar="PATH",
-        help="folder or file (default: text_encoder/ and tokenizer/ in the model's folder)",
-    )
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
-    group.add_argument("--fp8", action="store_true", help="large layers in 8 bits: faster, half the memory, lossy")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--attention", default="auto", metavar="NAME", help="see longcat backends")
-    group.add_argument(
-        "--compile",
-        choices=("auto", "off", "blocks"),
-        default="auto",
-        help="torch.compile of the transformer blocks: slower first step, faster others (auto: large models on a GPU where the pack's own kernels do not run)",
-    )
+    _add_model(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o",
@@ -144,6 +128,48 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write a .png of frames and prompt")
     group.add_argument("--fps", type=_number, default=15.0, metavar="X", help="frames per second (default: 15)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model (default: the embedded LongCat-nano)")
+    group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a safetensors file")
+    group.add_argument("--vae", metavar="PATH", help="VAE folder or file (default: vae/ in the model's folder)")
+    group.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="folder or file (default: text_encoder/ and tokenizer/ in the model's folder)",
+    )
+    group.add_argument("--lora", type=Path, metavar="FILE", help="an official LoRA, merged into the weights")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    group.add_argument("--fp8", action="store_true", help="large layers in 8 bits: faster, half the memory, lossy")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--attention", default="auto", metavar="NAME", help="see longcat backends")
+    group.add_argument(
+        "--compile",
+        choices=("auto", "off", "blocks"),
+        default="auto",
+        help="torch.compile of the transformer blocks: slower first step, faster others (auto: large models on a GPU "
+        "where own kernels do not run)",
+    )
+
+
+def _add_refine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", type=Path, metavar="VIDEO", help="the finished video")
+    group = parser.add_argument_group("what is made of it")
+    group.add_argument("--prompt", default="", metavar="TEXT", help="the video's own (default: none)")
+    group.add_argument("--size", type=_size, metavar="HxW", help="pixels, multiples of 16 (default: nearest 720p size)")
+    group.add_argument("--spatial-only", action="store_true", help="keep the frame rate; otherwise it is doubled")
+    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--steps", type=_whole, default=50, metavar="N", help="of which 5 are run (default: %(default)s)"
+    )
+    group.add_argument("--piece", type=_whole, default=93, metavar="N", help="frames at a time (default: %(default)s)")
+    group.add_argument("--overlap", type=_whole, default=13, metavar="N", help="of pieces (default: %(default)s)")
+    _add_model(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help=".mp4, .webp or .gif (default: VIDEO-720p.mp4)"
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +225,7 @@ def generate(args: argparse.Namespace) -> int:
             device=device,
             optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
             fp8=args.fp8,
+            lora=args.lora,
         )
         with _progress() as callback:
             generation = pipeline.generate(request, callback)
@@ -208,6 +235,64 @@ def generate(args: argparse.Namespace) -> int:
     print(
         f"{output}: {request.frames} frames of {request.height}x{request.width} at {request.fps:g} fps, "
         f"seed {request.seed}, in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def refine(args: argparse.Namespace) -> int:
+    """`longcat refine`: like `generate`, piece by piece."""
+    from .generate.media import check_output, estimate_bytes, read_video, write_video
+    from .generate.pipeline import ModelPaths
+    from .generate.refine import RefineRequest, pieces, refine, target_size
+    from .model.backends import check as check_attention
+    from .model.config import Optimizations
+
+    paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
+    height, width = args.size or (None, None)
+    video, fps = read_video(args.video)
+    request = RefineRequest(
+        args.prompt,
+        args.seed,
+        not args.spatial_only,
+        height,
+        width,
+        args.steps,
+        args.piece,
+        args.overlap,
+        fps,
+    )
+    request.check()
+    output = args.output or _free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
+    if output.resolve() == args.video.resolve():
+        raise LongCatError(f"output {output} is the input itself; give another name to --output")
+    rate = 2 if request.doubled else 1
+    height, width = args.size or target_size(*video.shape[1:3], paths.defaults.bucketed)
+    check_output(output, estimate_bytes(output, rate * len(video), height, width))
+    paths.check()
+    check_attention(args.attention)
+    device = _device(args.device)
+    if args.lora is None and not paths.is_nano:
+        _note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
+
+    started = time.monotonic()
+    with _notes_from_warnings():
+        pipeline = load_pipeline(
+            paths,
+            dtype=_dtype(args.dtype, device),
+            device=device,
+            optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
+            fp8=args.fp8,
+            lora=args.lora,
+        )
+        with _progress(len(pieces(len(video), request.piece, request.overlap))) as callback:
+            parts = list(refine(pipeline, video, request, lambda number, of, step: callback(step)))
+    import numpy as np
+
+    frames = np.concatenate(parts)
+    write_video(output, frames, rate * fps)
+    print(
+        f"{output}: {len(frames)} frames of {height}x{width} at {rate * fps:g} fps, seed {request.seed}, "
+        f"in {time.monotonic() - started:.1f} s"
     )
     return 0
 
@@ -355,7 +440,7 @@ def _free_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Step], None]]:
+def _progress(pieces: int = 1) -> Iterator[Callable[[Step], None]]:
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -364,7 +449,7 @@ def _progress() -> Iterator[Callable[[Step], None]]:
     with tqdm(unit="step", desc="sampling", dynamic_ncols=True) as bar:
 
         def callback(step: Step) -> None:
-            bar.total = step.total
+            bar.total = pieces * step.total
             bar.update()
 
         yield callback

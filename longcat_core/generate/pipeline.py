@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.load import load_transformer, open_checkpoint
+from ..checkpoints.lora import merge_lora, read_lora
 from ..errors import CheckpointError, LongCatError
 from ..model.backends import check as check_attention
 from ..model.config import Optimizations
-from ..optimize.quantization import Policy
+from ..optimize.quantization import Policy, quantize
 from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Step, sample
 from ..sampling.schedules import make_schedule
@@ -123,8 +124,10 @@ class Pipeline:
         device: str | torch.device = "cpu",
         optimizations: Optimizations | None = None,
         fp8: bool = False,
+        lora: str | Path | None = None,
     ) -> Pipeline:
-        """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy).
+        """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: an official LoRA file,
+        merged before that.
 
         Raises LongCatError for files that do not fit the network or each other.
         """
@@ -141,8 +144,16 @@ class Pipeline:
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
                 f"{config.caption_channels}; give the text encoder that belongs to it"
             )
-        policy = Policy() if fp8 else None
+        if lora is not None:
+            # Read, and so checked, before the large file is.
+            read_lora(lora)
+        policy = Policy() if fp8 and lora is None else None
         model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations, fp8=policy)
+        if lora is not None:
+            merge_lora(model, lora)
+            if fp8:
+                quantize(model)
+                model.set_optimizations(optimizations)
         return cls(model, vae, text_encoder, paths.defaults)
 
     def generate(self, request: GenerateRequest, callback: Callable[[Step], None] | None = None) -> Generation:

@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from longcat_core import cli
 from longcat_core.checkpoints.load import load_transformer
+from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError
 from longcat_core.generate import refine as refining
-from longcat_core.generate.pipeline import Pipeline
+from longcat_core.generate.media import read_video, write_video
+from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
 from longcat_core.generate.refine import Padding, RefineRequest, enlarge, pieces, refine, target_size
 from longcat_core.generate.request import NANO, GenerateRequest
 from longcat_core.generate.vae import load_vae
 from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
+from longcat_core.optimize.kernels import quantise_rows
 from longcat_core.sampling.conditioning import latent_frames
 from longcat_core.sampling.sampler import Interrupted
 
@@ -184,3 +188,68 @@ def test_bad_frames(tiny):
     for video in (clip(5).astype(np.float32), clip(5)[..., :1], clip(5)[:0]):
         with pytest.raises(LongCatError, match="give uint8 frames"):
             run(tiny, video)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch):
+    """`longcat refine` in a folder with a clip, on the tiny model."""
+    loaded = []
+
+    def load(paths, **options):
+        loaded.append(options)
+        return tiny
+
+    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.webp", clip(9), 10)
+    return lambda *options: (cli.main(["refine", *options, "--device", "cpu"]), loaded)
+
+
+def test_the_command_doubles_the_rate(command, tmp_path, capsys):
+    code, loaded = command("clip.webp", "--steps", "12", "--piece", "5", "--overlap", "1", "--seed", "2")
+    assert code == 0 and len(loaded) == 1
+    frames, fps = read_video(tmp_path / "clip-720p.mp4")
+    assert frames.shape == (18, 64, 96, 3) and fps == 20
+    assert "18 frames of 64x96 at 20 fps, seed 2" in capsys.readouterr().out
+    code, _ = command("clip.webp", "--steps", "12", "--spatial-only", "--size", "32x48", "-o", "small.webp")
+    frames, fps = read_video(tmp_path / "small.webp")
+    assert code == 0 and frames.shape == (9, 32, 48, 3) and fps == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["none.mp4"], "none.mp4 does not exist"),
+        (["clip.webp", "-o", "clip.webp"], "is the input itself"),
+        (["clip.webp", "--size", "33x48"], "height 33"),
+        (["clip.webp", "--piece", "3", "--overlap", "3"], "leave nothing new"),
+        (["clip.webp", "-o", "x.avi"], "x.avi"),
+        (["clip.webp", "--compile", "never"], "--compile"),
+    ],
+)
+def test_the_command_says_what_is_wrong(command, tmp_path, capsys, options, said):
+    code, loaded = command(*options)
+    told = capsys.readouterr().err
+    assert code == cli.BAD_INPUT and said in told and told.count("\n") == 1 and not loaded
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.webp"]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_lora_is_merged_before_anything_is_quantised(tmp_path, fp8):
+    name = "lora___lorahyphen___blocks___lorahyphen___0___lorahyphen___attn___lorahyphen___proj"
+    rows = load_transformer(NANO_MODEL).blocks[0].attn.proj.weight.shape[0]
+    lora = {f"{name}.lora_down.weight": torch.ones(2, rows) * 0.1, f"{name}.lora_up.weight": torch.ones(rows, 2) * 0.1}
+    save_file({**lora, f"{name}.alpha_scale": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+    wanted = load_transformer(NANO_MODEL)
+    merge_lora(wanted, tmp_path / "lora.safetensors")
+    layer = Pipeline.load(lora=tmp_path / "lora.safetensors", fp8=fp8).model.blocks[0].attn.proj
+    weight = wanted.blocks[0].attn.proj.weight
+    if fp8:
+        values, scales = quantise_rows(weight)
+        assert torch.equal(layer.weight.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(layer.weight_scale, scales)
+    else:
+        assert torch.equal(layer.weight, weight)
