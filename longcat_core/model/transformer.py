@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from ..optimize.kernels import usable as kernels_usable
 from . import backends
 from .attention import BlockText, TextTokens, arrange_text, unfold_padding
 from .block import Block, FinalLayer, How, ffn_pieces, fp32_region, linear_fp32, run_block
+from .block_sparse import BlockSparse, ChunkLayout, chunk_layout, chunked_rope_table, with_block_sparse
 from .config import ModelConfig, Optimizations
 from .kv_cache import KVCache
 from .rope import rope_table
@@ -102,6 +103,8 @@ class LongCatTransformer(nn.Module):
         # Told what a user should know: that compiling begins, that a lossy setting was given up.
         self.announce: Callable[[str], None] = _warn
         self.dtype = dtype or self.patch_embed.weight.dtype
+        # Self-attention of videos block by block, which changes the output; None: in full.
+        self.block_sparse: BlockSparse | None = None
         self.set_optimizations(optimizations or Optimizations())
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LongCatTransformer:
@@ -218,7 +221,8 @@ class LongCatTransformer(nn.Module):
         or the result of `embed_text`; None leaves cross-attention out. num_cond_latents: clean frames at the front of
         x (they carry timestep 0). kv_cache: of clean frames that stand in front of x and are not part of it.
         fill: a cache that receives this pass's keys (before RoPE) and values. kernels: instead of those that the
-        optimizations name. around_block: called in place of every block.
+        optimizations name. around_block: called in place of every block. With `block_sparse` set, blocks see tokens
+        chunk after chunk, in slabs instead of frames.
         """
         config, optimizations = self.config, self.optimizations
         batch, channels, frames, height, width = x.shape
@@ -246,25 +250,43 @@ class LongCatTransformer(nn.Module):
         if kv_cache is not None:
             kv_cache.rotate()
             start = kv_cache.num_latents
-        # Views, since what the compiler is told of a tensor's sizes sticks to it, and these are shared.
-        rope = tuple(table[:] for table in rope_table(config.head_dim, *grid, start, tokens.device))
-
         own_kernels = kernels is None
         kernels = kernels or self.choose_kernels(x.device)
+        layout = cached_layout = None
+        block_temb, num_cond = temb, num_cond_latents
+        # A cache is filled for noise frames to come, so the frames are more than one then.
+        if self.block_sparse is not None and BlockSparse.applies(start + frames + (fill is not None)):
+            layout, keys, cached_layout = self._layouts(tuple(grid), num_cond_latents, start, tokens.device)
+            tokens = layout.arrange(tokens.flatten(1, 2)).unflatten(1, (layout.slabs, -1))
+            tables = chunked_rope_table(config.head_dim, layout, start, tokens.device)
+            block_temb = temb if temb.shape[1] == 1 else temb[:, layout.slab_frames]
+            kernels, num_cond = with_block_sparse(kernels, keys, self.block_sparse), layout.cond_slabs
+        else:
+            tables = rope_table(config.head_dim, *grid, start, tokens.device)
+        # Views, since what the compiler is told of a tensor's sizes sticks to it, and these are shared.
+        rope = tuple(table[:] for table in tables)
+
         grad = self._learns(tokens, *(() if text is None else (text.tokens,)))
         recompute = optimizations.gradient_checkpointing and grad
-        spatial = grid[1] * grid[2]
-        pieces = 0 if grad else ffn_pieces(config, batch, frames, spatial, tokens.element_size())
+        pieces = 0 if grad else ffn_pieces(config, batch, *tokens.shape[1:3], tokens.element_size())
         # Kernels of our own are explicit fp32 throughout: they cannot stand for autocast regions.
         own = optimizations.fused_kernels and optimizations.explicit_fp32 and not grad and kernels_usable(tokens)
         how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces, own)
         block_text = self._block_texts(text, context is text and not grad, batch, kernels)
-        call = self._compiled_call(kernels, grid) if optimizations.compile == "blocks" and fill is None else run_block
+        call = (
+            self._compiled_call(kernels, tokens.shape[1:3])
+            if optimizations.compile == "blocks" and fill is None
+            else run_block
+        )
         for i, block in enumerate(self.blocks):
             cached = None if kv_cache is None else kv_cache.read(i, tokens)
-            args = (temb, block_text(i), rope, cached, kernels, how, num_cond_latents)
+            if cached is not None and cached_layout is not None:
+                cached = tuple(map(cached_layout.arrange, cached))
+            args = (block_temb, block_text(i), rope, cached, kernels, how, num_cond)
             if fill is not None:
-                args = (*args, lambda k, v, i=i: fill.store(i, k, v))
+                # A cache is in the order of frames, whatever reads it.
+                plain = (lambda x: x) if layout is None else layout.restore
+                args = (*args, lambda k, v, i=i, plain=plain: fill.store(i, plain(k), plain(v)))
 
             def run(x: Tensor, block: Block = block, args: tuple = args) -> Tensor:
                 return checkpoint(call, block, x, *args, use_reentrant=False) if recompute else call(block, x, *args)
@@ -272,6 +294,8 @@ class LongCatTransformer(nn.Module):
             tokens = run(tokens) if around_block is None else around_block(i, run, tokens)
             del run, args, cached
 
+        if layout is not None:
+            tokens = layout.restore(tokens.flatten(1, 2)).unflatten(1, (frames, -1))
         out = self.final_layer(tokens, temb, how)
         pattern = "b t (h w) (ph pw c) -> b c t (h ph) (w pw)"
         out = rearrange(out, pattern, h=grid[1], w=grid[2], ph=ph, pw=pw)
@@ -293,6 +317,17 @@ class LongCatTransformer(nn.Module):
                     around_block=around_block,
                 )
         return out
+
+    def _layouts(
+        self, grid: tuple[int, int, int], num_cond: int, start: int, device: torch.device
+    ) -> tuple[ChunkLayout, ChunkLayout, ChunkLayout | None]:
+        """How tokens of this grid are laid out, all keys with `start` cached frames in front, and those alone."""
+        shapes = self.block_sparse.chunk, self.block_sparse.query_chunk
+        layout = chunk_layout(grid, *shapes, num_cond, device)
+        if not start:
+            return layout, layout, None
+        whole = chunk_layout((start + grid[0], *grid[1:]), *shapes, start, device)
+        return layout, whole, chunk_layout((start, *grid[1:]), *shapes, 0, device)
 
     def _embed_time(self, timestep: Tensor, batch: int, frames: int) -> Tensor:
         """Timesteps [B or 1] or [B or 1, T or 1] -> [B or 1, T or 1, adaLN] fp32; [B, T, ..] without reuse."""
@@ -347,7 +382,7 @@ class LongCatTransformer(nn.Module):
             text.kept = stamp, [layer.keys_values(text.tokens, fused) for layer in layers]
         return text.kept[1]
 
-    def _compiled_call(self, kernels: backends.Kernels, grid: torch.Size) -> Callable[..., Tensor]:
+    def _compiled_call(self, kernels: backends.Kernels, grid: Sequence[int]) -> Callable[..., Tensor]:
         """`run_block` compiled, for tokens of this grid."""
         if torch.compiler.is_compiling():
             return run_block
