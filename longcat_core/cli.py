@@ -158,6 +158,9 @@ def _add_refine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is made of it")
     group.add_argument("--prompt", default="", metavar="TEXT", help="the video's own (default: none)")
     group.add_argument("--size", type=_size, metavar="HxW", help="pixels, multiples of 16 (default: nearest 720p size)")
+    group.add_argument(
+        "--sparsity", type=_number, metavar="X", help="of block-sparse attention; 0: none (default: 0.9375, nano 0)"
+    )
     group.add_argument("--spatial-only", action="store_true", help="keep the frame rate; otherwise it is doubled")
     group.add_argument("--seed", type=_whole, default=0, metavar="N", help="default: %(default)s")
     group.add_argument(
@@ -245,10 +248,14 @@ def refine(args: argparse.Namespace) -> int:
     from .generate.pipeline import ModelPaths
     from .generate.refine import RefineRequest, pieces, refine, target_size
     from .model.backends import check as check_attention
+    from .model.block_sparse import BlockSparse
     from .model.config import Optimizations
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     height, width = args.size or (None, None)
+    sparse = BlockSparse() if args.sparsity is None else BlockSparse(args.sparsity)
+    if args.sparsity == 0 or (args.sparsity is None and paths.is_nano):
+        sparse = None
     video, fps = read_video(args.video)
     request = RefineRequest(
         args.prompt,
@@ -260,6 +267,7 @@ def refine(args: argparse.Namespace) -> int:
         args.piece,
         args.overlap,
         fps,
+        sparse,
     )
     request.check()
     output = args.output or _free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))

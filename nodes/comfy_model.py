@@ -48,6 +48,7 @@ IMAGE_MODEL = "longcat_video"
 OPTIMIZATIONS_KEY = "longcat_optimizations"
 CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
 TEXT_CACHE_KEY = "longcat_text_cache"
+BLOCK_SPARSE_KEY = "longcat_block_sparse"
 
 # Measured peak over counted peak of one forward (longcat_core.model.memory), and 3 % for what the allocator wastes:
 # 1.02 to 1.15 by PyTorch's kernels, the smaller the video the more, 0.78 by the pack's own (480p and 720p with and
@@ -203,6 +204,7 @@ class DiffusionModel(LongCatTransformer):
         """
         self.compute_dtype = dtype
         comfy_fp8.prepare(self, device, dtype)
+        self.block_sparse = options.get(BLOCK_SPARSE_KEY)
         optimizations = options.get(OPTIMIZATIONS_KEY, Optimizations())
         if optimizations != self.asked:
             self.set_optimizations(optimizations)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..model.block_sparse import BlockSparse
+from ..model.transformer import LongCatTransformer
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, seeded_noise, to_pixels, video_frames
 from ..sampling.sampler import Step, sample
@@ -39,7 +42,8 @@ class RefineRequest:
     doubled: twice the frame rate as well as a larger picture. height, width: pixels, multiples of 16; None: the 720p
     size nearest in shape, or twice the size where the model is not made for that one. steps: of the base schedule,
     whose part below timestep 500 is run. piece, overlap: frames of the given video in one go, and how many of them the
-    next piece is given refined. fps: of the given video.
+    next piece is given refined. fps: of the given video. block_sparse: attention block by block, as the released model
+    refines; None: in full.
     """
 
     prompt: str = ""
@@ -51,6 +55,7 @@ class RefineRequest:
     piece: int = 93
     overlap: int = 13
     fps: float = 15
+    block_sparse: BlockSparse | None = None
 
     def check(self) -> None:
         """Raises LongCatError for values that no video can be refined with."""
@@ -144,6 +149,14 @@ def target_size(height: int, width: int, bucketed: bool) -> tuple[int, int]:
     return 2 * height, 2 * width
 
 
+def _sample(sparse: BlockSparse | None, model: LongCatTransformer, *args: Any, **kwargs: Any) -> Tensor:
+    before, model.block_sparse = model.block_sparse, sparse
+    try:
+        return sample(model, *args, **kwargs)
+    finally:
+        model.block_sparse = before
+
+
 def refine(
     pipeline: Pipeline,
     video: np.ndarray,
@@ -177,7 +190,8 @@ def refine(
         if before is not None:
             last = to_pixels(torch.from_numpy(before[-given:].copy()))
             known = pipeline.vae.encode(Padding(padding.front, 0, given, given).pad(last))
-        latents = sample(
+        latents = _sample(
+            request.block_sparse,
             pipeline.model,
             (1 - NOISE) * clean + NOISE * noise,
             make_schedule("refine", request.steps),

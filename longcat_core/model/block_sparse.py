@@ -249,7 +249,9 @@ def select_chunks(
             indices = ranked.indices[:, :keep].sort(dim=-1).values
         else:
             mass = (ranked.values.float() * scale).softmax(-1).cumsum(-1)
-            counts = (mass <= settings.cdf_threshold).sum(-1, dtype=torch.int32).clamp(min=max(1, keep), max=used)
+            # A sum of all may come out above 1.
+            limit = settings.cdf_threshold if settings.cdf_threshold < 1 else math.inf
+            counts = (mass <= limit).sum(-1, dtype=torch.int32).clamp(min=max(1, keep), max=used)
             behind = torch.arange(width, device=rows.device) >= counts[:, None]
             indices = ranked.indices.masked_fill(behind, width).sort(dim=-1).values.clamp(max=width - 1)
         found.append((indices.to(torch.int32), counts))

@@ -23,6 +23,7 @@ NODES = {
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
     "LongCatRefine",
+    "LongCatBlockSparseAttention",
     "LongCatBenchmark",
 }
 # Packages that the headless core or faster kernels use and that ComfyUI does not bring.

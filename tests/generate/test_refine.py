@@ -21,6 +21,7 @@ from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
 from longcat_core.generate.refine import Padding, RefineRequest, enlarge, pieces, refine, target_size
 from longcat_core.generate.request import NANO, GenerateRequest
 from longcat_core.generate.vae import load_vae
+from longcat_core.model.block_sparse import BlockSparse
 from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
 from longcat_core.optimize.kernels import quantise_rows
@@ -184,6 +185,15 @@ def test_bad_requests(tiny, changes, said):
         run(tiny, clip(5), **changes)
 
 
+def test_attention_is_block_sparse_while_refining_alone(tiny, monkeypatch):
+    seen, forward = [], tiny.model.forward
+    monkeypatch.setattr(tiny.model, "forward", lambda *a, **k: seen.append(tiny.model.block_sparse) or forward(*a, **k))
+    sparse = BlockSparse(0.5, chunk=(2, 2, 2))
+    full, half = (np.concatenate(run(tiny, clip(9), block_sparse=s)) for s in (None, sparse))
+    assert seen == [None] * 2 + [sparse] * 2 and tiny.model.block_sparse is None
+    assert not np.array_equal(full, half)
+
+
 def test_bad_frames(tiny):
     for video in (clip(5).astype(np.float32), clip(5)[..., :1], clip(5)[:0]):
         with pytest.raises(LongCatError, match="give uint8 frames"):
@@ -227,6 +237,7 @@ def test_the_command_doubles_the_rate(command, tmp_path, capsys):
         (["clip.webp", "--size", "33x48"], "height 33"),
         (["clip.webp", "--piece", "3", "--overlap", "3"], "leave nothing new"),
         (["clip.webp", "-o", "x.avi"], "x.avi"),
+        (["clip.webp", "--sparsity", "1.5"], "sparsity is 1.5"),
         (["clip.webp", "--compile", "never"], "--compile"),
     ],
 )

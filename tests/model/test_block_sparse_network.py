@@ -52,6 +52,12 @@ def forward(model: LongCatTransformer, data: dict[str, Tensor], case: str, **mor
     return model(data["x"], t, *text, num_cond_latents={"t2v": 0, "i2v": 1, "vc": cond}[case], **more)
 
 
+@torch.no_grad()
+def test_a_threshold_of_all_is_full_attention(model, data):
+    model.block_sparse = BlockSparse(None, 1.0, chunk=(2, 2, 2))
+    assert error(forward(model, data, "t2v"), data["t2v.out"]) <= 2e-5
+
+
 @pytest.mark.parametrize("case", ["t2v", "i2v", "vc", "vc_cached"])
 @torch.no_grad()
 def test_with_nothing_left_out_it_is_full_attention(model, data, case):

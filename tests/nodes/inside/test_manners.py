@@ -54,6 +54,7 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatScheduler",
         "LongCatGuider",
         "LongCatRefine",
+        "LongCatBlockSparseAttention",
         "LongCatBenchmark",
     }
     assert "the nodes of conditioning are left out" in caplog.text

@@ -20,6 +20,7 @@ IDS = (
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
     "LongCatRefine",
+    "LongCatBlockSparseAttention",
     "LongCatBenchmark",
 )
 SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "length": cases.FRAMES}
