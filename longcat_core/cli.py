@@ -187,7 +187,6 @@ def generate(args: argparse.Namespace) -> int:
     from .generate.pipeline import ModelPaths
     from .generate.request import GenerateRequest
     from .model.backends import check as check_attention
-    from .model.config import Optimizations
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     height, width = _sides(args)
@@ -208,9 +207,7 @@ def generate(args: argparse.Namespace) -> int:
         fps=args.fps,
     ).filled(paths.defaults)
     output = args.output or _free_name(Path(OUTPUT))
-    for source in (args.image, args.video):
-        if source is not None and output.resolve() == source.resolve():
-            raise LongCatError(f"output {output} is the input itself; give another name to --output")
+    _check_distinct(output, args.image, args.video)
     check_output(output, estimate_bytes(output, request.frames, request.height, request.width))
     if args.contact_sheet is not None:
         check_output(args.contact_sheet, 1 << 22, sheet=True)
@@ -222,14 +219,7 @@ def generate(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     with _notes_from_warnings():
-        pipeline = load_pipeline(
-            paths,
-            dtype=_dtype(args.dtype, device),
-            device=device,
-            optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
-            fp8=args.fp8,
-            lora=args.lora,
-        )
+        pipeline = _load(args, paths, device)
         with _progress() as callback:
             generation = pipeline.generate(request, callback)
     write_video(output, generation.frames, request.fps)
@@ -249,7 +239,6 @@ def refine(args: argparse.Namespace) -> int:
     from .generate.refine import RefineRequest, pieces, refine, target_size
     from .model.backends import check as check_attention
     from .model.block_sparse import BlockSparse
-    from .model.config import Optimizations
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     height, width = args.size or (None, None)
@@ -271,8 +260,7 @@ def refine(args: argparse.Namespace) -> int:
     )
     request.check()
     output = args.output or _free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
-    if output.resolve() == args.video.resolve():
-        raise LongCatError(f"output {output} is the input itself; give another name to --output")
+    _check_distinct(output, args.video)
     rate = 2 if request.doubled else 1
     height, width = args.size or target_size(*video.shape[1:3], paths.defaults.bucketed)
     check_output(output, estimate_bytes(output, rate * len(video), height, width))
@@ -284,14 +272,7 @@ def refine(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     with _notes_from_warnings():
-        pipeline = load_pipeline(
-            paths,
-            dtype=_dtype(args.dtype, device),
-            device=device,
-            optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
-            fp8=args.fp8,
-            lora=args.lora,
-        )
+        pipeline = _load(args, paths, device)
         with _progress(len(pieces(len(video), request.piece, request.overlap))) as callback:
             parts = list(refine(pipeline, video, request, lambda number, of, step: callback(step)))
     import numpy as np
@@ -303,6 +284,20 @@ def refine(args: argparse.Namespace) -> int:
         f"in {time.monotonic() - started:.1f} s"
     )
     return 0
+
+
+def _load(args: argparse.Namespace, paths: Any, device: torch.device) -> Any:
+    """The models as the options of `_add_model` ask for them."""
+    from .model.config import Optimizations
+
+    return load_pipeline(
+        paths,
+        dtype=_dtype(args.dtype, device),
+        device=device,
+        optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
+        fp8=args.fp8,
+        lora=args.lora,
+    )
 
 
 def load_pipeline(paths: Any, **options: Any) -> Any:
@@ -432,6 +427,11 @@ def _compile(args: argparse.Namespace, device: torch.device, paths: Any) -> str:
     if mode == "blocks" and (reason := why_not(device)):
         raise LongCatError(f"--compile blocks does not work here: {reason}; leave it out, or use --compile off")
     return mode
+
+
+def _check_distinct(output: Path, *sources: Path | None) -> None:
+    if any(source is not None and output.resolve() == source.resolve() for source in sources):
+        raise LongCatError(f"output {output} is the input itself; give another name to --output")
 
 
 def _free_name(path: Path) -> Path:

@@ -24,13 +24,12 @@ from ..longcat_core.benchmark.measure import GIB, peak_bytes, psnr, relative_err
 from ..longcat_core.benchmark.results import machine, shown
 from ..longcat_core.benchmark.workload import SEED, TEXT_TOKENS
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.generate.request import MAX_GUIDANCE
 from ..longcat_core.model.config import Optimizations
 from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY
 from .loaders import CATEGORY
-from .sampling import _require_longcat, make_guider, starting_latents
+from .sampling import _require_longcat, guidance_input, make_guider, starting_latents
 
 NODE = "LongCat Benchmark"
 MAX_TIMED = 20
@@ -105,15 +104,7 @@ class Benchmark(io.ComfyNode):
                     max=MAX_TIMED,
                     tooltip="Timed steps of each, after a first one that also compiles; their median counts.",
                 ),
-                io.Float.Input(
-                    "guidance",
-                    default=4.0,
-                    min=0.0,
-                    max=MAX_GUIDANCE,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="1 is without guidance, which halves the work.",
-                ),
+                guidance_input("1 is without guidance, which halves the work."),
                 io.Model.Input(
                     "model_b",
                     optional=True,

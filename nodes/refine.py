@@ -125,7 +125,7 @@ class Refine(io.ComfyNode):
         latent = {"samples": samples}
         if given:
             known = enlarge(_bytes(refined_before[-given:]), height, width, given)
-            known = _encode(vae, Padding(padding.front, 0, given, given).pad(known)).to(samples)
+            known = _encode(vae, padding.known.pad(known)).to(samples)
             samples[:, :, : known.shape[2]] = known
             mask = torch.ones((1, 1, *samples.shape[2:]), device=samples.device)
             mask[:, :, : known.shape[2]] = 0

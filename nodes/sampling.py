@@ -49,6 +49,10 @@ def _require_longcat(model: comfy.model_patcher.ModelPatcher, node: str) -> None
         )
 
 
+def guidance_input(tooltip: str) -> io.Input:
+    return io.Float.Input("guidance", default=4.0, min=0.0, max=MAX_GUIDANCE, step=0.1, round=0.01, tooltip=tooltip)
+
+
 def _has_hooks(conds: dict[str, list[dict]]) -> bool:
     return any(cond.get("hooks") is not None for group in conds.values() for cond in group)
 
@@ -149,15 +153,7 @@ class Sampler(io.ComfyNode):
                     tooltip="Denoising steps: 50, or 16 for distilled. enhance_hf and refine evaluate the model "
                     "another number of times (56 and 5 for 50 steps).",
                 ),
-                io.Float.Input(
-                    "guidance",
-                    default=4.0,
-                    min=0.0,
-                    max=MAX_GUIDANCE,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="CFG-zero scale. 1 is without guidance, twice as fast: for distilled and refine.",
-                ),
+                guidance_input("CFG-zero scale. 1 is without guidance, twice as fast: for distilled and refine."),
                 io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
                 io.Combo.Input(
                     "kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP
@@ -234,15 +230,7 @@ class GuiderNode(io.ComfyNode):
                 io.Model.Input("model", tooltip="LongCat-Video."),
                 io.Conditioning.Input("positive", tooltip="What the video shows."),
                 io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
-                io.Float.Input(
-                    "guidance",
-                    default=4.0,
-                    min=0.0,
-                    max=MAX_GUIDANCE,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Scale. 1 is without guidance, twice as fast.",
-                ),
+                guidance_input("Scale. 1 is without guidance, twice as fast."),
                 io.Combo.Input(
                     "kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP
                 ),

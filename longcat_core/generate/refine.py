@@ -26,7 +26,7 @@ from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, seeded_noise
 from ..sampling.sampler import Step, sample
 from ..sampling.schedules import TAIL_START, make_schedule
 from .pipeline import Pipeline
-from .request import MAX_SEED, check_number, check_side
+from .request import MAX_FPS, MAX_SEED, check_number, check_seed, check_side
 
 # Latent frames come in groups of so many.
 GROUP = 4
@@ -60,9 +60,8 @@ class RefineRequest:
     def check(self) -> None:
         """Raises LongCatError for values that no video can be refined with."""
         make_schedule("refine", self.steps)
-        check_number("fps", self.fps, 1.0, 120.0)
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
-            raise LongCatError(f"seed {self.seed} is out of range; give a whole number from 0 to 2^63 - 1")
+        check_number("fps", self.fps, 1.0, MAX_FPS)
+        check_seed(self.seed)
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None:
                 check_side(name, side)
@@ -87,16 +86,18 @@ class Padding:
     @classmethod
     def of(cls, frames: int, given: int = 0) -> Padding:
         """For a piece of `frames`, the first `given` of them refined before."""
-        front = 0
-        if given:
-            latents = _whole_groups(1 + math.ceil((given - 1) / TEMPORAL_FACTOR))
-            front = video_frames(latents) - given
-        total = given + front + frames - given
-        # With given frames the first latent, which stands for one frame, is among them.
-        noisy = math.ceil((frames - given - (0 if given else 1)) / TEMPORAL_FACTOR) + (0 if given else 1)
-        known = latent_frames(given + front) if given else 0
-        back = video_frames(known + _whole_groups(noisy)) - total
+        known = _whole_groups(1 + math.ceil((given - 1) / TEMPORAL_FACTOR)) if given else 0
+        front = video_frames(known) - given if given else 0
+        # The first latent stands for one frame; with given frames it is among theirs.
+        single = 0 if given else 1
+        noisy = single + math.ceil((frames - given - single) / TEMPORAL_FACTOR)
+        back = video_frames(known + _whole_groups(noisy)) - front - frames
         return cls(front, back, given, frames)
+
+    @property
+    def known(self) -> Padding:
+        """The same for the given frames alone."""
+        return Padding(self.front, 0, self.given, self.given)
 
     @property
     def total(self) -> int:
@@ -108,8 +109,9 @@ class Padding:
 
     def pad(self, video: Tensor) -> Tensor:
         """[1, 3, frames, H, W] to [1, 3, total, H, W]."""
-        parts = video[:, :, :1].expand(-1, -1, self.front, -1, -1), video, video[:, :, -1:]
-        return torch.cat((*parts[:2], parts[2].expand(-1, -1, self.back, -1, -1)), dim=2)
+        first, last = video[:, :, :1], video[:, :, -1:]
+        ends = first.expand(-1, -1, self.front, -1, -1), last.expand(-1, -1, self.back, -1, -1)
+        return torch.cat((ends[0], video, ends[1]), dim=2)
 
 
 def _whole_groups(latents: int) -> int:
@@ -189,7 +191,7 @@ def refine(
         known = None
         if before is not None:
             last = to_pixels(torch.from_numpy(before[-given:].copy()))
-            known = pipeline.vae.encode(Padding(padding.front, 0, given, given).pad(last))
+            known = pipeline.vae.encode(padding.known.pad(last))
         latents = _sample(
             request.block_sparse,
             pipeline.model,

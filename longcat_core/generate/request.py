@@ -150,8 +150,7 @@ class GenerateRequest:
         check_mode(self.kv_cache)
         check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
         check_number("fps", self.fps, 1.0, MAX_FPS)
-        if not _is_whole(self.seed) or not 0 <= self.seed <= MAX_SEED:
-            raise LongCatError(f"seed {self.seed} is out of range; give a whole number from 0 to 2^63 - 1")
+        check_seed(self.seed)
         if self.given is None:
             return
         if len(self.given) < self.cond_frames:
@@ -195,6 +194,12 @@ def check_number(name: str, value: float, least: float, most: float) -> None:
     """Raise LongCatError unless `value` is a finite number from `least` to `most`."""
     if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
         raise LongCatError(f"{name} {value} is out of range; give a number from {least:g} to {most:g}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise LongCatError unless `seed` is a whole number from 0 to 2^63 - 1."""
+    if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
+        raise LongCatError(f"seed {seed} is out of range; give a whole number from 0 to 2^63 - 1")
 
 
 def _check_given(frames: np.ndarray | None) -> None:
