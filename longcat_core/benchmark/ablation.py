@@ -1,13 +1,13 @@
 """What each optimization is worth: added one after the other to the plain network, and taken alone from the full set.
 
-Rows are made from tables of data. A switch that this version of `Optimizations` lacks is left out.
+Rows are made from tables of data.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from ..errors import LongCatError
 from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
+from ..optimize.quantization import quantize
 from . import workload
 from .baseline import BaselineTransformer
 from .measure import Budget, attempt, clean_up, measure
@@ -64,14 +65,9 @@ SWITCHES = (
 LAYOUT = Switch("layout", None, None, "one token layout", 3.0)
 
 
-def switches() -> list[Switch]:
-    known = {f.name for f in fields(Optimizations)}
-    return [switch for switch in SWITCHES if switch.name in known]
-
-
 def plain(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Values of all switches without the optimizations, for a network on `device` in `dtype`."""
-    values = {switch.name: switch.plain for switch in switches()}
+    values = {switch.name: switch.plain for switch in SWITCHES}
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         values["attention"] = "sdpa"
     return values
@@ -100,7 +96,7 @@ class Bench:
         return plain(self.device, self.model.dtype)
 
     def full(self) -> dict[str, Any]:
-        return {switch.name: switch.full for switch in switches()} | {"attention": self.attention}
+        return {switch.name: switch.full for switch in SWITCHES} | {"attention": self.attention}
 
     def path(self, name: str) -> dict[str, Any]:
         """Values of the path EXACT or FP8."""
@@ -118,17 +114,17 @@ class Bench:
             baseline = BaselineTransformer(self.model)
             torch._dynamo.reset()
             forward = workload.baseline_forward(baseline, self.inputs(), compiled)
-            step = workload.step_of(forward, self.inputs(), workload.optimizations(fused_step=False))
+            step = workload.step_of(forward, self.inputs(), Optimizations(fused_step=False))
             return measure(step, self.device, self.repeats, self.budget, warm_up=int(compiled)).as_row()
 
         return self._attempt({"name": name, "compiled": compiled} | row, run)
 
     def run_network(self, name: str, values: dict[str, Any], batch: int | None = None, **row: Any) -> dict[str, Any]:
-        chosen = workload.optimizations(**values)
+        chosen = Optimizations(**values)
         compiled = chosen.compile != "off"
 
         def run() -> dict[str, Any]:
-            with workload.notes_of(self.model) as notes:
+            with workload.Notes(self.model) as notes:
                 workload.exactly(self.model, chosen)
                 inputs = self.inputs(batch)
                 step = workload.step_of(workload.network_forward(self.model, inputs), inputs, chosen)
@@ -158,10 +154,9 @@ class Bench:
         """The model's weights in fp8, in place; a row that says how long that took."""
 
         def run() -> dict[str, Any]:
-            function = workload.quantized()
             torch._dynamo.reset()
             with torch.no_grad():
-                timing = measure(lambda: function(self.model), self.device, 0, Budget(0.0))
+                timing = measure(lambda: quantize(self.model), self.device, 0, Budget(0.0))
             clean_up(self.device)
             return {"first_s": timing.first_s, "ms": timing.ms, "peak_gib": timing.peak_gib}
 
@@ -200,7 +195,7 @@ def ablation(bench: Bench, report: Report, fp8: bool = True) -> None:
 def added(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
     """Each switch with the values of it and all before it."""
     values, full = bench.plain(), bench.full()
-    for switch in switches():
+    for switch in SWITCHES:
         values = values | {switch.name: full[switch.name]}
         yield switch, values
 
@@ -208,7 +203,7 @@ def added(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
 def removed(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
     """Each switch with the full set but for it."""
     plain, full = bench.plain(), bench.full()
-    for switch in switches():
+    for switch in SWITCHES:
         if plain[switch.name] != full[switch.name]:
             yield switch, full | {switch.name: plain[switch.name]}
 
@@ -245,13 +240,8 @@ def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool
     if not distilled:
         row = bench.run_network("fp8 weights, 16-bit GEMMs", values | {"fp8": False}, phase="fp8")
         report.add(_compared(row, first, full))
-        if (other := without_kernels(bench.full())) is not None:
-            report.add(_compared(bench.run_network(f"{FP8}{NO_KERNELS}", other, phase="fp8"), first, full))
-
-
-def without_kernels(values: dict[str, Any]) -> dict[str, Any] | None:
-    """The same set without our own kernels, or None where there is no such switch."""
-    return values | {"fused_kernels": False} if "fused_kernels" in values else None
+        other = bench.full() | {"fused_kernels": False}
+        report.add(_compared(bench.run_network(f"{FP8}{NO_KERNELS}", other, phase="fp8"), first, full))
 
 
 def _compared(row: dict[str, Any], first: dict, before: dict | None, removed: bool = False) -> dict[str, Any]:

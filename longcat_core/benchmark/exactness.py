@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
+from ..optimize.quantization import policies as choices
+from ..optimize.quantization import quantize
 from . import workload
-from .ablation import EAGER, EXACT, FP8, FP8_SAGE, NO_KERNELS, Bench, without_kernels
+from .ablation import EAGER, EXACT, FP8, FP8_SAGE, NO_KERNELS, Bench
 from .baseline import BaselineTransformer
 from .measure import attempt, clean_up, psnr, relative_error
 from .results import Report
@@ -63,7 +66,7 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
 
     def reference() -> dict[str, Any]:
         wide = copy.deepcopy(model).float()
-        workload.exactly(wide, workload.optimizations(attention="sdpa", fp8=False))
+        workload.exactly(wide, Optimizations(attention="sdpa", fp8=False))
         captured.out = _forward(wide, inputs, captured.around)
         return {"error": 0.0, "dtype": "float32"}
 
@@ -82,11 +85,9 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
         return _errors(out, seen.blocks, expected)
 
     first = _add(bench, report, EAGER, baseline, None)
-    full = bench.full()
     name, values = bench.other_way(EXACT)
     variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT), name: values}
-    if (values := without_kernels(full)) is not None:
-        variants[f"{EXACT}{NO_KERNELS}"] = values
+    variants[f"{EXACT}{NO_KERNELS}"] = bench.full() | {"fused_kernels": False}
     for name, values in variants.items():
         _add(bench, report, name, _network(bench, model, values, inputs, expected), first)
     if fp8:
@@ -95,7 +96,6 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
 
 def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: Any, expected: Any, first: Any) -> None:
     try:
-        quantize = workload.quantized()
         model = copy.deepcopy(model)
         quantize(model)
     except Exception as error:  # told as the row of fp8
@@ -115,8 +115,8 @@ def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: 
 
 def _network(bench: Bench, model: LongCatTransformer, values: dict, inputs: Any, expected: Any) -> Callable[[], dict]:
     def run() -> dict[str, Any]:
-        seen, chosen = _Captured(), workload.optimizations(**values)
-        with workload.notes_of(model) as notes:
+        seen, chosen = _Captured(), Optimizations(**values)
+        with workload.Notes(model) as notes:
             workload.exactly(model, chosen)
             out = _forward(model, inputs, seen.around)
         if model.optimizations != chosen:
@@ -156,7 +156,7 @@ def generation(report: Report, device: torch.device, dtype: torch.dtype, steps: 
         def run() -> dict[str, Any]:
             model = workload.load_model(workload.NANO, device, dtype)
             if quantised:
-                workload.quantized()(model)
+                quantize(model)
             given = latents(model)
             return {"error": relative_error(given, expected), "psnr": psnr(given, expected), "steps": steps}
 
@@ -172,18 +172,12 @@ def generation(report: Report, device: torch.device, dtype: torch.dtype, steps: 
 def policies(bench: Bench, report: Report, depth: int = DEPTH) -> None:
     """A row for every choice of layers in fp8: error of the output against the 16-bit network, on the first blocks."""
     model = workload.first_blocks(bench.model, min(depth, bench.model.config.depth))
-    inputs, eager = bench.inputs(), workload.optimizations(**(bench.full() | {"compile": "off", "fp8": True}))
+    inputs, eager = bench.inputs(), Optimizations(**(bench.full() | {"compile": "off", "fp8": True}))
 
     def output(network: LongCatTransformer) -> Tensor:
         workload.exactly(network, eager)
         return _forward(network, inputs, None)
 
-    try:
-        from ..optimize.quantization import policies as choices
-        from ..optimize.quantization import quantize
-    except ImportError as error:
-        report.add({"name": "fp8", "status": "unavailable", "reason": f"fp8 is not there: {error}"})
-        return
     expected = output(model)
     for name, policy in choices(model.config.depth).items():
 

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..errors import LongCatError
 from ..generate.media import atomic_path
+from ..model.config import Optimizations
 from . import workload
 from .ablation import EXACT, FP8, Bench
 from .baseline import BaselineTransformer
@@ -58,18 +59,18 @@ def profile_step(bench: Bench, report: Report, variant: str = EXACT) -> None:
 
     def run() -> dict[str, Any]:
         values = bench.path(variant) if variant in (EXACT, FP8) else bench.plain()
-        chosen = workload.optimizations(**values)
+        chosen = Optimizations(**values)
         workload.exactly(bench.model, chosen)
         inputs = bench.inputs()
         if variant == "baseline":
             forward = workload.baseline_forward(BaselineTransformer(bench.model), inputs)
-            chosen = workload.optimizations(fused_step=False)
+            chosen = Optimizations(fused_step=False)
         elif variant in (EXACT, FP8, "plain"):
             forward = workload.network_forward(bench.model, inputs)
         else:
             raise LongCatError(f"--variant {variant} is unknown; choose exact, fp8, plain or baseline")
         step = workload.step_of(forward, inputs, chosen)
-        with workload.notes_of(bench.model) as notes:
+        with workload.Notes(bench.model) as notes:
             step()
             step()
             ms = 1000 * timed(step, bench.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from ..model.config import Optimizations
 from . import workload
 from .ablation import Bench
 from .measure import attempt, clean_up, synchronize
@@ -73,7 +74,7 @@ def recompiles(bench: Bench, report: Report) -> None:
     inputs = workload.Inputs(model.config, size, bench.device)
     latents = torch.cat([inputs.latents, inputs.latents], -1)
     report.content["inputs"] |= inputs.describe() | {"size": str(size)}
-    workload.exactly(model, workload.optimizations(**bench.full() | {"compile": "blocks"}))
+    workload.exactly(model, Optimizations(**bench.full() | {"compile": "blocks"}))
 
     def forward(change: Change) -> None:
         x = latents[..., : inputs.latents.shape[-1] + change.wider * model.config.patch_size[2]]
@@ -90,7 +91,7 @@ def recompiles(bench: Bench, report: Report) -> None:
         before, started = counters["stats"]["unique_graphs"], time.perf_counter()
         if change.merged:
             _merge(model, change.merged)
-        with workload.notes_of(model) as notes:
+        with workload.Notes(model) as notes:
             forward(change)
         synchronize(bench.device)
         yield "first_s", time.perf_counter() - started

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..model.config import Optimizations
 from ..model.memory import activation_bytes
 from . import workload
 from .ablation import Bench
@@ -67,8 +68,8 @@ def memory(bench: Bench, report: Report, sizes: Any = None) -> None:
             row |= {"compiled": name == "compiled", "counted_gib": counted / GIB, "tokens": size.tokens(config)}
 
             def run(size: Size = size, values: dict = values, counted: int = counted) -> dict[str, Any]:
-                workload.exactly(bench.model, workload.optimizations(**values))
-                with workload.notes_of(bench.model) as notes:
+                workload.exactly(bench.model, Optimizations(**values))
+                with workload.Notes(bench.model) as notes:
                     forward = workload.network_forward(bench.model, workload.Inputs(config, size, bench.device))
                     forward()
                     gc.collect()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +99,6 @@ def first_blocks(model: LongCatTransformer, depth: int) -> LongCatTransformer:
     return small.eval()
 
 
-def optimizations(**values: Any) -> Optimizations:
-    """`Optimizations`, without the switches that this version does not have."""
-    known = {field.name for field in fields(Optimizations)}
-    return Optimizations(**{name: value for name, value in values.items() if name in known})
-
-
 class Inputs:
     """Latents [1, C, T, H, W], timestep, and text of one denoising step, the same ones for all variants."""
 
@@ -147,7 +140,7 @@ def network_forward(model: LongCatTransformer, inputs: Inputs) -> Callable[[], T
 
     def forward() -> Tensor:
         nonlocal text
-        if not getattr(model.optimizations, "reuse_text", False):
+        if not model.optimizations.reuse_text:
             return model(inputs.given(), timestep, inputs.context, inputs.mask)
         # In the first call, since that is when a sampler embeds its text.
         text = model.embed_text(inputs.context, inputs.mask) if text is None else text
@@ -174,21 +167,9 @@ def step_of(forward: Callable[[], Tensor], inputs: Inputs, chosen: Optimizations
     return step
 
 
-def quantized() -> Callable[[LongCatTransformer], Any]:
-    """The function that quantises a model in place; raises LongCatError where this version has none."""
-    try:
-        from ..optimize.quantization import quantize
-    except ImportError as error:
-        raise LongCatError(f"fp8 is not there: {error}; update the pack") from error
-    return quantize
+class Notes:
+    """Collects what a model announces while this is entered, as a list."""
 
-
-def notes_of(model: LongCatTransformer) -> AbstractContextManager:
-    """Collects what the model announces, as a list."""
-    return _Notes(model) if model is not None else nullcontext([])
-
-
-class _Notes:
     def __init__(self, model: LongCatTransformer) -> None:
         self.model, self.sentences = model, []
 
