@@ -24,8 +24,8 @@ from .results import Report
 DEPTH = 4
 
 
-class _Captured:
-    """Tokens after every block, in fp32."""
+class Captured:
+    """Tokens after every block, in fp32: `around` for a network's `around_block`, `hook` for a forward hook."""
 
     def __init__(self) -> None:
         self.blocks: list[Tensor] = []
@@ -62,7 +62,7 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
     """
     model = workload.first_blocks(bench.model, min(depth, bench.model.config.depth))
     inputs, device = bench.inputs(), bench.device
-    captured = _Captured()
+    captured = Captured()
 
     def reference() -> dict[str, Any]:
         wide = copy.deepcopy(model).float()
@@ -78,7 +78,7 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
     expected = captured.out, captured.blocks
 
     def baseline() -> dict[str, Any]:
-        plain, seen = BaselineTransformer(model), _Captured()
+        plain, seen = BaselineTransformer(model), Captured()
         for block in plain.blocks:
             block.register_forward_hook(seen.hook)
         out = workload.baseline_forward(plain, inputs)()
@@ -115,7 +115,7 @@ def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: 
 
 def _network(bench: Bench, model: LongCatTransformer, values: dict, inputs: Any, expected: Any) -> Callable[[], dict]:
     def run() -> dict[str, Any]:
-        seen, chosen = _Captured(), Optimizations(**values)
+        seen, chosen = Captured(), Optimizations(**values)
         with workload.Notes(model) as notes:
             workload.exactly(model, chosen)
             out = _forward(model, inputs, seen.around)

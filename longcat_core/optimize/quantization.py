@@ -1,14 +1,13 @@
 """8-bit linear layers: weights in e4m3 with a scale for each row, activations quantised row by row as they come.
 
 y[m, n] = sx[m] * sw[n] * sum_k x8[m, k] * w8[n, k] + bias[n], the scales chosen so that the largest value of a row is
-448, e4m3's largest. Lossy; `quantization_error` measures how much.
+448, e4m3's largest. Lossy; `longcat bench exactness` and `policies` measure how much.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -234,49 +233,6 @@ def quantised_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
 
 
-# --- what it costs ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Error:
-    """How far `found` is from `wanted`: relative is |found - wanted| / |wanted|; psnr in dB over the wanted range."""
-
-    relative: float
-    psnr: float
-
-    @classmethod
-    def between(cls, found: Tensor, wanted: Tensor) -> Error:
-        found, wanted = found.float(), wanted.float()
-        off = (found - wanted).square().mean().item()
-        span = (wanted.max() - wanted.min()).item()
-        relative = math.sqrt(off / max(wanted.square().mean().item(), 1e-30))
-        return cls(relative, 10 * math.log10(span**2 / off) if off > 0 else math.inf)
-
-
-@contextmanager
-def _block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, args, out: outputs.append(out.clone())) for block in model.blocks]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def quantization_error(exact: nn.Module, lossy: nn.Module, *inputs: Tensor) -> tuple[Error, list[Error]]:
-    """The error of `lossy`'s output and of every block's, against `exact`'s on the same inputs of the network.
-
-    A block's error is what has gathered up to it. Blocks must not be compiled.
-    """
-    with _block_outputs(exact) as wanted:
-        whole = exact(*inputs)
-    with _block_outputs(lossy) as found:
-        out = lossy(*inputs)
-    return Error.between(out, whole), [Error.between(a, b) for a, b in zip(found, wanted, strict=True)]
-
-
 def policies(depth: int) -> dict[str, Policy]:
     """Policies to compare: all layers, each kind alone, all but one kind, and all but the outer blocks."""
     found = {"all": Policy()}
@@ -287,16 +243,3 @@ def policies(depth: int) -> dict[str, Policy]:
     if depth > 2:
         found["all but the first and last block"] = Policy(keep_first=1, keep_last=1)
     return found
-
-
-def compare_policies(
-    exact: nn.Module, copy: Callable[[], nn.Module], *inputs: Tensor, which: Iterable[str] | None = None
-) -> dict[str, Error]:
-    """The error of the network's output under each of `policies`; `copy` makes another network with exact's weights."""
-    table = policies(len(exact.blocks))
-    errors = {}
-    for name in table if which is None else which:
-        lossy = copy()
-        quantize(lossy, table[name])
-        errors[name] = quantization_error(exact, lossy, *inputs)[0]
-    return errors

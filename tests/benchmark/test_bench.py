@@ -131,6 +131,11 @@ def test_exactness_is_measured_against_fp32(everything):
     assert rows["nano video, fp8"]["error"] > rows["nano video"]["error"]
 
 
+def test_fewer_layers_in_fp8_cost_less(everything):
+    rows = rows_of(everything, "policies")
+    assert 0 < rows["only ffn.down"]["error"] < rows["all"]["error"] and rows["all"]["psnr"] > 20
+
+
 def test_a_graph_more_only_where_it_may_be(everything):
     rows = rows_of(everything, "recompiles")
     assert {name: row["graphs"] for name, row in rows.items() if row["graphs"]} == {
