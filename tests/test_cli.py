@@ -18,7 +18,7 @@ from PIL import Image
 
 from longcat_core import cli
 from longcat_core.errors import LongCatError
-from longcat_core.generate import media, pipeline
+from longcat_core.generate import commands, media, pipeline
 from longcat_core.generate.pipeline import Generation, ModelPaths
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.optimize import compilation
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(commands, "load_pipeline", load)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -259,7 +259,7 @@ class StandIn:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **options: Any) -> StandIn:
     model = StandIn(**options)
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_, **__: model)
+    monkeypatch.setattr(commands, "load_pipeline", lambda *_, **__: model)
     return model
 
 
@@ -282,7 +282,7 @@ def test_8_bit_layers_come_on_request(folder: Path, monkeypatch: pytest.MonkeyPa
         asked.append(fp8)
         return StandIn()
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(commands, "load_pipeline", load)
     for i, options in enumerate(([], ["--fp8"])):
         assert cli.main(["generate", PROMPT, "-o", f"{i}.webp", "--steps", "1", "--device", "cpu", *options]) == 0
     assert asked == [False, True]
@@ -295,7 +295,7 @@ def test_blocks_are_compiled_on_request(folder: Path, capsys: Any, monkeypatch: 
         compiled.append(optimizations.compile)
         return StandIn()
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(commands, "load_pipeline", load)
     monkeypatch.setattr(compilation, "why_not", lambda device: "")
     for i, options in enumerate(([], ["--compile", "off"], ["--compile", "blocks"])):
         assert cli.main(["generate", PROMPT, "-o", f"{i}.webp", "--steps", "1", "--device", "cpu", *options]) == 0

@@ -15,6 +15,7 @@ from longcat_core import cli
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError
+from longcat_core.generate import commands
 from longcat_core.generate import refine as refining
 from longcat_core.generate.media import read_video, write_video
 from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
@@ -212,7 +213,7 @@ def command(tiny, tmp_path, monkeypatch):
         loaded.append(options)
         return tiny
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(commands, "load_pipeline", load)
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "clip.webp", clip(9), 10)
     return lambda *options: (cli.main(["refine", *options, "--device", "cpu"]), loaded)

@@ -1,0 +1,101 @@
+"""What the `longcat` commands share: values of options, notes, the progress bar. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from .errors import LongCatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .sampling.sampler import Step
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# --- values of options -----------------------------------------------------------------------------------------------
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number") from None
+
+
+def size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no height x width, such as 64x96")
+    return whole(height), whole(width)
+
+
+def device_of(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LongCatError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise LongCatError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LongCatError(
+            f"device {name!r} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+# --- what is said on the way -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress(pieces: int = 1) -> Iterator[Callable[[Step], None]]:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
+
+    with tqdm(unit="step", desc="sampling", dynamic_ncols=True) as bar:
+
+        def callback(step: Step) -> None:
+            bar.total = pieces * step.total
+            bar.update()
+
+        yield callback
+
+
+@contextlib.contextmanager
+def notes_from_warnings() -> Iterator[None]:
+    """Our own warnings as notes of one line; those of libraries are for developers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"longcat_core\b")
+        warnings.showwarning = lambda message, *_, **__: note(str(message))
+        yield
+
+
+def note(sentence: str) -> None:
+    print(f"longcat: note: {sentence}", file=sys.stderr)

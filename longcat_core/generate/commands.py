@@ -1,0 +1,280 @@
+"""The `longcat` commands that make videos: their options and what they do. PyTorch is imported when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..console import DTYPES, device_of, dtype_of, note, notes_from_warnings, number, progress, size, whole
+from ..errors import LongCatError
+
+if TYPE_CHECKING:
+    import torch
+
+KV_CACHE = ("exact", "official", "off")
+OUTPUT = "longcat.mp4"
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="what the video shows")
+    group = parser.add_argument_group("what is generated")
+    group.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what it should not show (default: the model card's list)"
+    )
+    group.add_argument("--size", type=size, metavar="HxW", help="height x width in pixels, multiples of 16")
+    group.add_argument("--height", type=whole, metavar="N", help="default: 64, real model 480")
+    group.add_argument("--width", type=whole, metavar="N", help="default: 96, real model 832")
+    group.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 33, real model 93)")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="default: %(default)s")
+    group.add_argument("--image", type=Path, metavar="FILE", help="begin with this picture")
+    group.add_argument("--video", type=Path, metavar="FILE", help="continue this clip")
+    group.add_argument(
+        "--cond-frames",
+        type=whole,
+        default=13,
+        metavar="N",
+        help="frames of the clip's end, 4k+1 (default: %(default)s)",
+    )
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=whole, metavar="N", help="default: 50, distilled 16")
+    group.add_argument("--guidance", type=number, metavar="X", help="CFG scale, 1 is off (default: 4, distilled 1)")
+    group.add_argument("--schedule", metavar="NAME", help="base, distilled or enhance_hf (default: by task)")
+    group.add_argument("--distilled", action="store_true", help="short for --schedule distilled: 16 steps, guidance 1")
+    group.add_argument(
+        "--kv-cache",
+        choices=KV_CACHE,
+        default="exact",
+        help="given frames once (exact; official: and left out of guidance's sums), or anew in each step (off)",
+    )
+    _add_model(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f".mp4, .webp or .gif (default: {OUTPUT}, or the next free name)",
+    )
+    group.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write a .png of frames and prompt")
+    group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model (default: the embedded LongCat-nano)")
+    group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a safetensors file")
+    group.add_argument("--vae", metavar="PATH", help="VAE folder or file (default: vae/ in the model's folder)")
+    group.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="folder or file (default: text_encoder/ and tokenizer/ in the model's folder)",
+    )
+    group.add_argument("--lora", type=Path, metavar="FILE", help="an official LoRA, merged into the weights")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    group.add_argument("--fp8", action="store_true", help="large layers in 8 bits: faster, half the memory, lossy")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--attention", default="auto", metavar="NAME", help="see longcat backends")
+    group.add_argument(
+        "--compile",
+        choices=("auto", "off", "blocks"),
+        default="auto",
+        help="torch.compile of the transformer blocks: slower first step, faster others (auto: large models on a GPU "
+        "where own kernels do not run)",
+    )
+
+
+def add_refine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", type=Path, metavar="VIDEO", help="the finished video")
+    group = parser.add_argument_group("what is made of it")
+    group.add_argument("--prompt", default="", metavar="TEXT", help="the video's own (default: none)")
+    group.add_argument("--size", type=size, metavar="HxW", help="pixels, multiples of 16 (default: nearest 720p size)")
+    group.add_argument(
+        "--sparsity", type=number, metavar="X", help="of block-sparse attention; 0: none (default: 0.9375, nano 0)"
+    )
+    group.add_argument("--spatial-only", action="store_true", help="keep the frame rate; otherwise it is doubled")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="default: %(default)s")
+    group.add_argument("--steps", type=whole, default=50, metavar="N", help="of which 5 are run (default: %(default)s)")
+    group.add_argument("--piece", type=whole, default=93, metavar="N", help="frames at a time (default: %(default)s)")
+    group.add_argument("--overlap", type=whole, default=13, metavar="N", help="of pieces (default: %(default)s)")
+    _add_model(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help=".mp4, .webp or .gif (default: VIDEO-720p.mp4)"
+    )
+
+
+def generate(args: argparse.Namespace) -> int:
+    """`longcat generate`: everything is checked before a model is loaded, and files appear whole or not at all."""
+    from ..model.backends import check as check_attention
+    from .media import check_output, contact_sheet, estimate_bytes, write_video
+    from .pipeline import ModelPaths
+    from .request import GenerateRequest
+
+    paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
+    height, width = _sides(args)
+    request = GenerateRequest(
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        height=height,
+        width=width,
+        frames=args.frames,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        schedule=_schedule(args),
+        image=args.image,
+        video=args.video,
+        num_cond_frames=args.cond_frames,
+        kv_cache=args.kv_cache,
+        fps=args.fps,
+    ).filled(paths.defaults)
+    output = args.output or _free_name(Path(OUTPUT))
+    _check_distinct(output, args.image, args.video)
+    check_output(output, estimate_bytes(output, request.frames, request.height, request.width))
+    if args.contact_sheet is not None:
+        check_output(args.contact_sheet, 1 << 22, sheet=True)
+    paths.check()
+    check_attention(args.attention)
+    device = device_of(args.device)
+    for sentence in request.notes():
+        note(sentence)
+
+    started = time.monotonic()
+    with notes_from_warnings():
+        pipeline = _load(args, paths, device)
+        with progress() as callback:
+            generation = pipeline.generate(request, callback)
+    write_video(output, generation.frames, request.fps)
+    if args.contact_sheet is not None:
+        contact_sheet(args.contact_sheet, generation.frames, request.prompt, fps=request.fps)
+    print(
+        f"{output}: {request.frames} frames of {request.height}x{request.width} at {request.fps:g} fps, "
+        f"seed {request.seed}, in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def refine(args: argparse.Namespace) -> int:
+    """`longcat refine`: like `generate`, piece by piece."""
+    from ..model.backends import check as check_attention
+    from ..model.block_sparse import BlockSparse
+    from .media import check_output, estimate_bytes, read_video, write_video
+    from .pipeline import ModelPaths
+    from .refine import RefineRequest, pieces, refine, target_size
+
+    paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
+    height, width = args.size or (None, None)
+    sparse = BlockSparse() if args.sparsity is None else BlockSparse(args.sparsity)
+    if args.sparsity == 0 or (args.sparsity is None and paths.is_nano):
+        sparse = None
+    video, fps = read_video(args.video)
+    request = RefineRequest(
+        args.prompt,
+        args.seed,
+        not args.spatial_only,
+        height,
+        width,
+        args.steps,
+        args.piece,
+        args.overlap,
+        fps,
+        sparse,
+    )
+    request.check()
+    output = args.output or _free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
+    _check_distinct(output, args.video)
+    rate = 2 if request.doubled else 1
+    height, width = args.size or target_size(*video.shape[1:3], paths.defaults.bucketed)
+    check_output(output, estimate_bytes(output, rate * len(video), height, width))
+    paths.check()
+    check_attention(args.attention)
+    device = device_of(args.device)
+    if args.lora is None and not paths.is_nano:
+        note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
+
+    started = time.monotonic()
+    with notes_from_warnings():
+        pipeline = _load(args, paths, device)
+        with progress(len(pieces(len(video), request.piece, request.overlap))) as callback:
+            parts = list(refine(pipeline, video, request, lambda number, of, step: callback(step)))
+    import numpy as np
+
+    frames = np.concatenate(parts)
+    write_video(output, frames, rate * fps)
+    print(
+        f"{output}: {len(frames)} frames of {height}x{width} at {rate * fps:g} fps, seed {request.seed}, "
+        f"in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def _load(args: argparse.Namespace, paths: Any, device: torch.device) -> Any:
+    """The models as the options of `_add_model` ask for them."""
+    from ..model.config import Optimizations
+
+    return load_pipeline(
+        paths,
+        dtype=dtype_of(args.dtype, device),
+        device=device,
+        optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
+        fp8=args.fp8,
+        lora=args.lora,
+    )
+
+
+def load_pipeline(paths: Any, **options: Any) -> Any:
+    """Load the models: the one place where `generate` becomes heavy."""
+    from .pipeline import Pipeline
+
+    return Pipeline.load(paths, **options)
+
+
+def _sides(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    if args.size is None:
+        return args.height, args.width
+    if args.height is not None or args.width is not None:
+        raise LongCatError("--size is given beside --height or --width; give one or the other")
+    return args.size
+
+
+def _schedule(args: argparse.Namespace) -> str | None:
+    if args.distilled and args.schedule not in (None, "distilled"):
+        raise LongCatError(f"--distilled and --schedule {args.schedule} exclude each other; give one of them")
+    return "distilled" if args.distilled else args.schedule
+
+
+def _compile(args: argparse.Namespace, device: torch.device, paths: Any) -> str:
+    from ..optimize import kernels
+    from ..optimize.compilation import why_not
+
+    mode = args.compile
+    if mode == "auto":
+        # Nano is done before its blocks would be compiled, and own kernels leave next to nothing to be gained.
+        own = not kernels.missing() and dtype_of(args.dtype, device) in kernels.HALF
+        return "off" if paths.is_nano or device.type != "cuda" or own or why_not(device) else "blocks"
+    if mode == "blocks" and (reason := why_not(device)):
+        raise LongCatError(f"--compile blocks does not work here: {reason}; leave it out, or use --compile off")
+    return mode
+
+
+def _check_distinct(output: Path, *sources: Path | None) -> None:
+    if any(source is not None and output.resolve() == source.resolve() for source in sources):
+        raise LongCatError(f"output {output} is the input itself; give another name to --output")
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number where that exists: a default name must not overwrite what one did not name."""
+    number = 1
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+# Name -> options, what runs, and a line of help.
+TASKS = {
+    "generate": (add_generate, generate, "Generate a video from a prompt, with the embedded model by default."),
+    "refine": (add_refine, refine, "Make a finished video larger and its frame rate double: the second stage."),
+}
