@@ -150,8 +150,8 @@ BAD = [
     bad(PROMPT, "--image", "good.png", "--frames", "1", said=("1 frames", "at least 5"), name="no room after image"),
     bad(PROMPT, "--image", "good.png", "--video", "short.mp4", said=("image", "video", "give the one"), name="both"),
     # outputs
-    option("--output", "a.avi", "'a.avi'", ".mp4, .webp, .gif"),
-    option("--output", "a", "'a'", ".mp4, .webp, .gif"),
+    option("--output", "a.avi", "'a.avi'", ".mp4, .mkv, .webp, .gif"),
+    option("--output", "a", "'a'", ".mp4, .mkv, .webp, .gif"),
     option("--output", "missing/a.mp4", "missing", "does not exist", "create it"),
     option("--output", "good.png/a.mp4", "good.png", "does not exist"),
     option("--output", "folder.mp4", "folder.mp4 is a folder"),
@@ -372,11 +372,11 @@ def test_interrupt_while_sampling(folder: Path, capsys: pytest.CaptureFixture[st
 def test_interrupt_while_writing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
 
-    def half(path: Path, *_: Any) -> None:
+    def half(path: Path, *_: Any, **__: Any) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(media, "_write_mp4", half)
+    monkeypatch.setattr(media, "_write_stream", half)
     assert cli.main(["generate", PROMPT, "-o", "a.mp4", "--steps", "1"]) == 130
     assert os.listdir() == []
 

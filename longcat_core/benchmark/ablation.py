@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.quantization import quantize
 from . import workload
 from .baseline import BaselineTransformer
-from .measure import Budget, attempt, clean_up, measure
+from .measure import GIB, Budget, attempt, clean_up, measure
 from .results import Report, say
 
 EAGER, COMPILED, EXACT, FP8, FP8_SAGE = (
@@ -92,6 +92,10 @@ class Bench:
             self._inputs[size.batch] = workload.Inputs(self.model.config, size, self.device)
         return self._inputs[size.batch]
 
+    def sized(self, size: workload.Size) -> Bench:
+        """The same model and budget at another size."""
+        return replace(self, size=size, _inputs={})
+
     def plain(self) -> dict[str, Any]:
         return plain(self.device, self.model.dtype)
 
@@ -99,7 +103,9 @@ class Bench:
         return {switch.name: switch.full for switch in SWITCHES} | {"attention": self.attention}
 
     def path(self, name: str) -> dict[str, Any]:
-        """Values of the path EXACT or FP8."""
+        """Values of the path EXACT, FP8 or FP8_SAGE."""
+        if name == FP8_SAGE:
+            return self.path(FP8) | {"attention": "sage"}
         return self.full() | {"compile": PATH_COMPILE[name]}
 
     def other_way(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -131,6 +137,8 @@ class Bench:
                 timing = measure(step, self.device, self.repeats, self.budget, warm_up=int(compiled))
                 kernels = self.model.choose_kernels(self.device)
                 out = timing.as_row() | {"notes": notes, "attention": kernel_name(kernels.attend)}
+                out["text_attention"] = kernel_name(kernels.text or kernels.attend)
+                out["weights_gib"] = sum(p.nbytes for p in self.model.parameters()) / GIB
                 # Then the network ran as it is, and said so.
                 out["compiled"] = compiled and not any("uncompiled" in note for note in notes)
             in_force = self.model.optimizations
@@ -178,16 +186,16 @@ def ablation(bench: Bench, report: Report, fp8: bool = True) -> None:
     report.add(bench.run_baseline(COMPILED, True, phase="baseline"))
     values, before = bench.plain(), first
     row = bench.run_network(LAYOUT.what, values, phase="added", switch=LAYOUT.name, guess_s=LAYOUT.guess_s)
-    before = report.add(_compared(row, first, before))
+    before = report.add(compared(row, first, before))
     for switch, values in added(bench):
         row = bench.run_network(switch.what, values, phase="added", switch=switch.name, guess_s=switch.guess_s)
-        row = _compared(row, first, before)
+        row = compared(row, first, before)
         report.add(row)
         before = row if row["status"] == "ok" else before
     full = before
     for switch, values in removed(bench):
         row = bench.run_network(f"without {switch.what}", values, phase="removed", switch=switch.name)
-        report.add(_compared(row, first, full, removed=True) | {"guess_s": switch.guess_s})
+        report.add(compared(row, first, full, removed=True) | {"guess_s": switch.guess_s})
     if fp8:
         lossy(bench, report, first, full)
 
@@ -216,10 +224,10 @@ def paths(bench: Bench, report: Report, part: str = "all") -> None:
     if part != "fp8":
         first = report.add(bench.run_baseline(EAGER, False, phase="baseline"))
         report.add(bench.run_baseline(COMPILED, True, phase="baseline"))
-        report.add(_compared(bench.run_network(EXACT, bench.path(EXACT), phase="path"), first, None))
+        report.add(compared(bench.run_network(EXACT, bench.path(EXACT), phase="path"), first, None))
         report.add(bench.run_network(f"{EXACT}, distilled", bench.path(EXACT), 1, phase="distilled"))
         name, values = bench.other_way(EXACT)
-        report.add(_compared(bench.run_network(name, values, phase="path"), first, None))
+        report.add(compared(bench.run_network(name, values, phase="path"), first, None))
     if part != "exact":
         by_name = {row["name"]: row for row in report.rows}
         lossy(bench, report, by_name.get(EAGER, {}), by_name.get(EXACT, {}), distilled=True)
@@ -230,21 +238,21 @@ def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool
     if report.add(bench.quantize())["status"] != "ok":
         return
     values = bench.path(FP8)
-    row = report.add(_compared(bench.run_network(FP8, values, phase="fp8"), first, full))
+    row = report.add(compared(bench.run_network(FP8, values, phase="fp8"), first, full))
     if distilled:
         report.add(bench.run_network(f"{FP8}, distilled", values, 1, phase="distilled"))
         name, other = bench.other_way(FP8)
-        report.add(_compared(bench.run_network(name, other, phase="fp8"), first, full))
-    sage = bench.run_network(FP8_SAGE, values | {"attention": "sage"}, phase="fp8")
-    report.add(_compared(sage, first, row))
+        report.add(compared(bench.run_network(name, other, phase="fp8"), first, full))
+    sage = bench.run_network(FP8_SAGE, bench.path(FP8_SAGE), phase="fp8")
+    report.add(compared(sage, first, row))
     if not distilled:
         row = bench.run_network("fp8 weights, 16-bit GEMMs", values | {"fp8": False}, phase="fp8")
-        report.add(_compared(row, first, full))
+        report.add(compared(row, first, full))
         other = bench.full() | {"fused_kernels": False}
-        report.add(_compared(bench.run_network(f"{FP8}{NO_KERNELS}", other, phase="fp8"), first, full))
+        report.add(compared(bench.run_network(f"{FP8}{NO_KERNELS}", other, phase="fp8"), first, full))
 
 
-def _compared(row: dict[str, Any], first: dict, before: dict | None, removed: bool = False) -> dict[str, Any]:
+def compared(row: dict[str, Any], first: dict, before: dict | None, removed: bool = False) -> dict[str, Any]:
     """With the ratio to the eager baseline and, over the row before (or the full set), what this one is worth.
 
     worth_ms: faster by so much for having the optimization; share: of the eager baseline's time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,15 @@ PARTS = {
     "policies": "What fp8 costs by which layers are in it.",
     "training": "A training step with and without gradient checkpointing.",
     "scale": "Tokens against time and memory.",
+    "continuation": "A step with given frames: their keys and values at every step, or from a cache.",
+    "refine": "One evaluation of the refinement to 720p: attention in full and block-sparse, exact and fp8.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
 }
 # Parts of `all` that need no whole model run on so many of its blocks.
 FEW_BLOCKS = 4
+# Height, width and frames on a GPU and on a CPU: of a video, and of what refining makes of it.
+VIDEO = (480, 832, 93), (32, 48, 5)
+REFINED = (704, 1280, 189), (64, 96, 29)
 COLUMNS = {
     "ablation": ("name", "ms", "first_s", "peak_gib", "ratio", "worth_ms", "share", "guess_s", "status"),
     "paths": ("name", "ms", "first_s", "peak_gib", "ratio", "attention", "status"),
@@ -40,6 +45,8 @@ COLUMNS = {
     "memory": ("name", "counted_gib", "measured_gib", "fit", "status"),
     "training": ("name", "ms", "peak_gib", "gradient_difference", "status"),
     "scale": ("size", "tokens", "ms", "peak_gib", "status"),
+    "continuation": ("name", "ms", "ratio", "once_ms", "cache_gib", "peak_gib", "difference", "status"),
+    "refine": ("name", "ms", "peak_gib", "ratio", "attention", "status"),
     "recompiles": ("name", "graphs", "at_most", "first_s", "status"),
     "backends": ("name", "attention", "ms", "tflops", "error", "status"),
 }
@@ -52,8 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, n
     parts = parser.add_subparsers(metavar="PART", required=True, dest="part")
     for name, summary in (*PARTS.items(), ("all", "All of these on one model, until the budget is used up.")):
         sub = parts.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        sub.add_argument("--size", type=size, metavar="HxW", help="pixels (default: 480x832; on a CPU 32x48)")
-        sub.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 93; on a CPU 5)")
+        sub.add_argument("--size", type=size, metavar="HxW", help="pixels (default: 480x832, for refine 704x1280; "
+                         "on a CPU 32x48 and 64x96)")  # fmt: skip
+        sub.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 93, for refine 189; on a CPU 5 "
+                         "and 29)")  # fmt: skip
         sub.add_argument(
             "--batch", type=whole, default=2, choices=(1, 2), help="2: with guidance (default), 1: without"
         )
@@ -70,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, n
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         sub.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
         sub.add_argument("--attention", default="auto", metavar="NAME", help="of the full set (see longcat backends)")
-        sub.add_argument("--variant", default="exact", help="for profile: exact (default), fp8, plain or baseline")
+        sub.add_argument("--variant", default="exact", metavar="NAME",
+                         help="for profile: exact (default), fp8, fp8+sage, plain or baseline")  # fmt: skip
         sub.add_argument("--no-fp8", action="store_true", help="leave fp8 out")
         sub.add_argument("--no-plots", action="store_true", help="numbers only; `report` draws the plots later")
         sub.add_argument(
@@ -98,15 +108,15 @@ class Settings:
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
     """One part, or all. Bad input is told before a model is made; a part that fails is a row of its results."""
     from ..model import backends
-    from . import results
+    from . import profiling, results
     from .measure import Budget
     from .plots import require_matplotlib
     from .workload import FULL_RANDOM, NANO, Size
 
     cuda = device.type == "cuda"
     args.model = args.model or (FULL_RANDOM if cuda else NANO)
-    args.size = args.size or ((480, 832) if cuda else (32, 48))
-    args.frames = args.frames or (93 if cuda else 5)
+    *sides, frames = (REFINED if args.part == "refine" else VIDEO)[not cuda]
+    args.size, args.frames = args.size or tuple(sides), args.frames or frames
     for name in ("repeats", "steps", "blocks", "few_blocks"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -114,6 +124,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     if args.budget is not None and not args.budget > 0:
         raise LongCatError(f"--budget {args.budget} is no time; give seconds above 0")
     backends.check(args.attention)
+    profiling.check(args.variant)
     size = Size(*args.size, args.frames, args.batch)
     size.latents()
     if args.model not in (FULL_RANDOM, NANO) and not Path(args.model).exists():
@@ -138,7 +149,7 @@ def _bench(settings: Settings, size: Any, blocks: int | None) -> Bench:
     return Bench(model, size, settings.device, args.repeats, settings.budget, args.attention)
 
 
-def _report(kind: str, bench: Bench, settings: Settings) -> Report:
+def _report(kind: str, bench: Bench, settings: Settings, name: str = "") -> Report:
     from .results import Report
 
     args, config = settings.args, bench.model.config
@@ -152,15 +163,19 @@ def _report(kind: str, bench: Bench, settings: Settings) -> Report:
         "repeats": args.repeats,
         "attention": args.attention,
     }
-    return Report(kind, args.output, settings.device, inputs, settings.known)
+    return Report(kind, args.output, settings.device, inputs, settings.known, name)
 
 
-def _measure(kind: str, bench: Bench, settings: Settings) -> None:
-    """One part on a model that is there; its table and its plots."""
-    from . import ablation, exactness, gradients, kernels, profiling, recompiles, scale
+def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact") -> None:
+    """One part on a model that is there; its table and its plots. variant: of `profile`."""
+    from . import ablation, continuation, exactness, gradients, kernels, profiling, recompiles, refine_step, scale
 
     args = settings.args
-    report = _report(kind, bench, settings)
+    if kind == "continuation":
+        bench = bench.sized(continuation.with_room(bench.size))
+    elif kind == "refine":
+        bench = bench.sized(replace(bench.size, batch=1))
+    report = _report(kind, bench, settings, profiling.file_name(variant) if kind == "profile" else "")
     if kind == "ablation":
         ablation.ablation(bench, report, fp8=not args.no_fp8)
     elif kind == "paths":
@@ -172,12 +187,14 @@ def _measure(kind: str, bench: Bench, settings: Settings) -> None:
     elif kind == "policies":
         exactness.policies(bench, report, args.few_blocks)
     elif kind == "profile":
-        profiling.profile_step(bench, report, args.variant)
+        profiling.profile_step(bench, report, variant)
+    elif kind == "refine":
+        refine_step.refine(bench, report, fp8=not args.no_fp8)
     elif kind == "training":
         gradients.training(bench, report, args.few_blocks)
     else:
         parts = {"backends": kernels.kernels, "memory": scale.memory, "scale": scale.scale}
-        (parts | {"recompiles": recompiles.recompiles})[kind](bench, report)
+        (parts | {"recompiles": recompiles.recompiles, "continuation": continuation.continuation})[kind](bench, report)
     finish(report, args.no_plots)
 
 
@@ -189,7 +206,7 @@ def finish(report: Report, no_plots: bool) -> None:
 
     report.write()
     columns = COLUMNS[report.content["kind"]]
-    say(f"\n{report.content['kind']}")
+    say(f"\n{report.content['name']}")
     say(table(columns, [[row.get(name) for name in columns] for row in report.rows]))
     for row in report.rows:
         for sentence in (row.get("reason"), *row.get("notes", ())):
@@ -203,12 +220,14 @@ def finish(report: Report, no_plots: bool) -> None:
 
 
 def _part(settings: Settings, size: Any) -> None:
-    _measure(settings.args.part, _bench(settings, size, settings.args.blocks), settings)
+    args = settings.args
+    _measure(args.part, _bench(settings, size, args.blocks), settings, args.variant)
 
 
 def _everything(settings: Settings, size: Any) -> None:
     """One whole model for what needs it, quantised last of all; then its first blocks alone."""
-    from . import ablation
+    from . import ablation, workload
+    from .profiling import VARIANTS
     from .results import say
 
     args = settings.args
@@ -222,16 +241,24 @@ def _everything(settings: Settings, size: Any) -> None:
     if not args.no_fp8:
         ablation.paths(bench, report, "fp8")
         finish(report, args.no_plots)
+        ran = {row["name"] for row in report.rows if row["status"] == "ok"}
+        for variant in ("fp8", "fp8+sage"):
+            if VARIANTS[variant] in ran:
+                _guarded("profile", bench, settings, variant)
     _guarded("backends", bench, settings)
     del bench
     bench = _bench(settings, size, min(args.few_blocks, depth))
-    for kind in ("exactness", "memory", "recompiles", "training", "ablation", "policies", "scale"):
+    for kind in ("exactness", "memory", "recompiles", "training", "continuation", "policies", "scale", "ablation"):
         if kind != "policies" or not args.no_fp8:
             _guarded(kind, bench, settings)
+    # On weights that `ablation` may have left in fp8, the exact path would not be one.
+    del bench
+    bench = _bench(settings, workload.Size(*REFINED[settings.device.type != "cuda"], 1), min(args.few_blocks, depth))
+    _guarded("refine", bench, settings)
     say(f"results are in {args.output}")
 
 
-def _guarded(kind: str, bench: Bench, settings: Settings) -> None:
+def _guarded(kind: str, bench: Bench, settings: Settings, variant: str = "exact") -> None:
     """A part that fails as a whole must not end the others."""
     from .measure import clean_up
     from .results import say
@@ -240,7 +267,7 @@ def _guarded(kind: str, bench: Bench, settings: Settings) -> None:
         say(f"{kind}: not run: the budget was used up")
         return
     try:
-        _measure(kind, bench, settings)
+        _measure(kind, bench, settings, variant)
     except Exception as error:
         say(f"{kind} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
     clean_up(bench.device)

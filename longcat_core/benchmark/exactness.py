@@ -107,10 +107,9 @@ def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: 
         _add(bench, report, FP8, failed, first)
         return
     values = bench.path(FP8)
-    for name, chosen in ((FP8, values), ("fp8 weights, 16-bit GEMMs", values | {"fp8": False})):
+    wide = "fp8 weights, 16-bit GEMMs", values | {"fp8": False}
+    for name, chosen in ((FP8, values), wide, (FP8_SAGE, bench.path(FP8_SAGE))):
         _add(bench, report, name, _network(bench, model, chosen, inputs, expected), first)
-    sage = values | {"attention": "sage"}
-    _add(bench, report, FP8_SAGE, _network(bench, model, sage, inputs, expected), first)
 
 
 def _network(bench: Bench, model: LongCatTransformer, values: dict, inputs: Any, expected: Any) -> Callable[[], dict]:

@@ -25,7 +25,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2)
 
 
-def _qkv(bench: Bench, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_qkv(bench: Bench, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, N, heads, head_dim] of the bench's size and dtype, and `keys` keys and values (0: as many)."""
     config, inputs = bench.model.config, bench.inputs()
     generator = torch.Generator(bench.device).manual_seed(SEED)
     tokens = inputs.size.tokens(config)
@@ -41,7 +42,7 @@ def _qkv(bench: Bench, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 def kernels(bench: Bench, report: Report) -> None:
     """A row for every backend, over the video's own tokens and over the text's."""
     for what, keys in (("self", 0), ("cross", TEXT_LENGTH)):
-        q, k, v = _qkv(bench, keys)
+        q, k, v = random_qkv(bench, keys)
         expected = reference(q, k, v)
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         for backend in BACKENDS:

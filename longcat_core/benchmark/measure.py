@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _peak_gib(device: torch.device) -> float | None:
+def peak_gib(device: torch.device) -> float | None:
     peak = peak_bytes(device)
     return None if peak is None else peak / GIB
 
@@ -113,7 +114,7 @@ def measure(
     started = time.perf_counter()
     function()
     synchronize(device)
-    timing = Timing(time.perf_counter() - started, first_peak_gib=_peak_gib(device))
+    timing = Timing(time.perf_counter() - started, first_peak_gib=peak_gib(device))
     if budget.used_up:
         timing.peak_gib = timing.first_peak_gib
         return timing
@@ -126,8 +127,31 @@ def measure(
         if timing.times_ms and budget.used_up:
             break
         timing.times_ms.append(1000 * timed(function, device))
-    timing.peak_gib = _peak_gib(device)
+    timing.peak_gib = peak_gib(device)
     return timing
+
+
+class Laps:
+    """Times between calls of `mark`, by CUDA's own clock where there is one: nothing waits for it then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self, *_: Any) -> None:
+        """End a lap, or begin the first. Takes whatever a callback is given."""
+        if not self.cuda:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def times_ms(self) -> list[float]:
+        """Milliseconds of every lap, one less than there were marks."""
+        if self.cuda and self._marks:
+            self._marks[-1].synchronize()
+        return [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairwise(self._marks)]
 
 
 def attempt(row: dict[str, Any], budget: Budget, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

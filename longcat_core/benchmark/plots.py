@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import LongCatError
+from .results import name_of
 
 BLUE, ORANGE, GREEN, GREY, RED = "#3b6fb6", "#d9822b", "#4c9f70", "#9aa3ad", "#c44e52"
 PHASE_COLOURS = {"baseline": GREY, "added": BLUE, "removed": ORANGE, "fp8": GREEN, "path": BLUE, "distilled": ORANGE}
@@ -64,7 +65,7 @@ def bars(rows: list[tuple[str, float, str]], label: str, title: str, form: str =
 
 
 def _steps(results: dict[str, Any]) -> bytes:
-    rows = [r for r in _ok(results, "ms") if r.get("phase") != "preparation"]
+    rows = [r for r in _ok(results, "ms") if r.get("phase") not in ("preparation", "attention")]
     size = results["inputs"].get("size", "")
     title = f"One denoising step, {size}, {results['inputs'].get('blocks', '?')} blocks"
     return bars([(r["name"], r["ms"], PHASE_COLOURS.get(r.get("phase"), BLUE)) for r in rows], "ms", title)
@@ -138,24 +139,31 @@ def _training(results: dict[str, Any]) -> bytes:
     return bars([(r["name"], r["ms"], BLUE) for r in _ok(results, "ms")], "ms", "A training step", "{:.1f}")
 
 
-# The pictures of every kind of results: (name of the file, what draws it, what rows must have).
+# The pictures of every kind of results: (what the file's name ends in, what draws it, what rows must have).
 PICTURES: dict[str, tuple[tuple[str, Callable[[dict], bytes], tuple[str, ...]], ...]] = {
-    "paths": (("paths", _steps, ("ms",)),),
-    "ablation": (("ablation", _steps, ("ms",)), ("ablation-worth", _worth, ("share",))),
-    "profile": (("profile", _families, ("ms", "share")),),
-    "scale": (("scale", _growth, ("ms", "tokens")),),
-    "backends": (("backends", _rates, ("tflops",)),),
-    "memory": (("memory", _fits, ("fit",)),),
-    "exactness": (("exactness", _errors, ("error",)),),
-    "policies": (("policies", _errors, ("error",)),),
-    "training": (("training", _training, ("ms",)),),
+    "paths": (("", _steps, ("ms",)),),
+    "ablation": (("", _steps, ("ms",)), ("-worth", _worth, ("share",))),
+    "profile": (("", _families, ("ms", "share")),),
+    "scale": (("", _growth, ("ms", "tokens")),),
+    "backends": (("", _rates, ("tflops",)),),
+    "memory": (("", _fits, ("fit",)),),
+    "exactness": (("", _errors, ("error",)),),
+    "policies": (("", _errors, ("error",)),),
+    "training": (("", _training, ("ms",)),),
+    "continuation": (("", _steps, ("ms",)),),
+    "refine": (("", _steps, ("ms",)),),
 }
+
+
+def picture_names(results: dict[str, Any]) -> list[str]:
+    """The files that `pictures` may make."""
+    return [f"{name_of(results)}{end}.png" for end, _, _ in PICTURES.get(results["kind"], ())]
 
 
 def pictures(results: dict[str, Any]) -> dict[str, bytes]:
     """PNG files of one file of results, by name; none where no row has what a picture shows."""
     found = {}
-    for name, draw, needed in PICTURES.get(results["kind"], ()):
+    for name, (_, draw, needed) in zip(picture_names(results), PICTURES.get(results["kind"], ()), strict=True):
         if any(math.isfinite(row[needed[0]]) for row in _ok(results, *needed)):
-            found[f"{name}.png"] = draw(results)
+            found[name] = draw(results)
     return found

@@ -11,15 +11,22 @@ from torch.profiler import ProfilerActivity, profile
 from ..errors import LongCatError
 from ..generate.media import atomic_path
 from ..model.config import Optimizations
+from ..optimize.quantization import quantised_layers, quantize
 from . import workload
-from .ablation import EXACT, FP8, Bench
+from .ablation import EXACT, FP8, FP8_SAGE, Bench
 from .baseline import BaselineTransformer
 from .measure import attempt, clean_up, timed
 from .results import Report
 
-# First match wins. What Triton fuses is element-wise work, whatever words its name is made of.
+# What --variant names, with the names of the paths; each leaves files of its own.
+PLAIN, BASELINE = "plain", "baseline"
+VARIANTS = {"exact": EXACT, "fp8": FP8, "fp8+sage": FP8_SAGE, "plain": PLAIN, "baseline": BASELINE}
+# First match wins. What Triton fuses is element-wise work, whatever words its name is made of. The third line of
+# attention is what SageAttention does to its inputs, the second what block-sparse attention is made of.
 FAMILIES = (
     ("attention", r"flash|fmha|attention|sdpa|sage|qk_int8|attn"),
+    ("attention", r"^_(attend|pool|top_k)$"),
+    ("attention", r"(thread|warp|block)_int8|quantint8|submean|meanscale|transposepadpermute"),
     ("element-wise", r"^triton_|_kernel_0d1d|norm_|rope_|^_(residual_norm|norm_rope|gated_product|quantise)"),
     ("GEMM", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|scaled_mm|^aten::(add)?mm$|^aten::b?mm$|conv|mkl"),
     ("copies", r"memcpy|memset|copy|^aten::(cat|clone|contiguous|to)$|catarray"),
@@ -51,29 +58,41 @@ def _kernels(prof: Any, cuda: bool) -> list[tuple[str, float, int]]:
     return sorted(found, key=lambda item: -item[1])
 
 
-def profile_step(bench: Bench, report: Report, variant: str = EXACT) -> None:
-    """Rows of kernel families of one step, after warm-up; the longest kernels and the trace's name in `inputs`.
+def check(variant: str) -> None:
+    """Raise LongCatError for a variant that is not one of VARIANTS."""
+    if variant not in VARIANTS:
+        raise LongCatError(f"--variant {variant} is unknown; choose one of {', '.join(VARIANTS)}")
 
-    variant: `exact`, `fp8` (on a model that is quantised), `plain` or `baseline` (eager).
+
+def file_name(variant: str) -> str:
+    """What the results of a variant are called, without suffix: `profile` for the exact path."""
+    return "profile" if VARIANTS[variant] == EXACT else f"profile-{variant.replace('+', '-')}"
+
+
+def profile_step(bench: Bench, report: Report, variant: str = "exact") -> None:
+    """Rows of kernel families of one step, after warm-up; the longest kernels and the variant's name in the results.
+
+    variant: one of VARIANTS. For fp8 the weights are quantised, in place, unless they are already.
     """
+    name = VARIANTS[variant]
 
     def run() -> dict[str, Any]:
-        values = bench.path(variant) if variant in (EXACT, FP8) else bench.plain()
-        chosen = Optimizations(**values)
+        if name in (FP8, FP8_SAGE) and not quantised_layers(bench.model):
+            quantize(bench.model)
+        chosen = Optimizations(**(bench.plain() if name in (PLAIN, BASELINE) else bench.path(name)))
         workload.exactly(bench.model, chosen)
         inputs = bench.inputs()
-        if variant == "baseline":
+        if name == BASELINE:
             forward = workload.baseline_forward(BaselineTransformer(bench.model), inputs)
-            chosen = Optimizations(fused_step=False)
-        elif variant in (EXACT, FP8, "plain"):
-            forward = workload.network_forward(bench.model, inputs)
+            step = workload.step_of(forward, inputs, Optimizations(fused_step=False))
         else:
-            raise LongCatError(f"--variant {variant} is unknown; choose exact, fp8, plain or baseline")
-        step = workload.step_of(forward, inputs, chosen)
+            step = workload.step_of(workload.network_forward(bench.model, inputs), inputs, chosen)
         with workload.Notes(bench.model) as notes:
             step()
             step()
             ms = 1000 * timed(step, bench.device)
+        if bench.model.optimizations != chosen:
+            raise LongCatError(f"{name} was given up at its first step: {'; '.join(notes)}")
         cuda = bench.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as prof:
@@ -81,27 +100,28 @@ def profile_step(bench: Bench, report: Report, variant: str = EXACT) -> None:
             if cuda:
                 torch.cuda.synchronize(bench.device)
         kernels = _kernels(prof, cuda)
-        trace = report.path.with_name(f"trace-{variant}.json.gz")
+        trace = report.path.with_name(f"trace-{variant.replace('+', '-')}.json.gz")
         trace.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(trace) as temporary:
             prof.export_chrome_trace(str(temporary))
         return {"ms": ms, "kernels": kernels, "trace": trace.name, "notes": notes}
 
-    row = attempt({"name": variant, "phase": "total"}, bench.budget, run)
+    row = attempt({"name": name, "phase": "total"}, bench.budget, run)
     clean_up(bench.device)
     kernels = row.pop("kernels", [])
-    report.content["inputs"]["variant"] = variant
+    report.content["inputs"]["variant"] = name
     report.content["kernels"] = [
-        {"name": name[:200], "family": family(name), "ms": ms, "calls": calls} for name, ms, calls in kernels[:SHOWN]
+        {"name": kernel[:200], "family": family(kernel), "ms": ms, "calls": calls}
+        for kernel, ms, calls in kernels[:SHOWN]
     ]
     busy = sum(ms for _, ms, _ in kernels)
     sums: dict[str, list[float]] = {}
-    for name, ms, calls in kernels:
-        total = sums.setdefault(family(name), [0.0, 0])
+    for kernel, ms, calls in kernels:
+        total = sums.setdefault(family(kernel), [0.0, 0])
         total[0] += ms
         total[1] += calls
     for what, (ms, calls) in sorted(sums.items(), key=lambda item: -item[1][0]):
         found = {"name": what, "phase": "family", "ms": ms, "calls": calls, "share": ms / busy, "status": "ok"}
         report.rows.append(found)
     report.add(row | {"busy_ms": busy})
-    bench.say(f"profile of {variant}: {row['status']}: {row.get('ms') or row.get('reason')}")
+    bench.say(f"profile of {name}: {row['status']}: {row.get('ms') or row.get('reason')}")

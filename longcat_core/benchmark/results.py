@@ -95,14 +95,22 @@ class Report:
     """One file of results, written anew after every row, so that an end at any time loses nothing."""
 
     def __init__(
-        self, kind: str, folder: Path, device: torch.device, inputs: dict[str, Any], known: dict[str, Any] | None = None
+        self,
+        kind: str,
+        folder: Path,
+        device: torch.device,
+        inputs: dict[str, Any],
+        known: dict[str, Any] | None = None,
+        name: str = "",
     ) -> None:
-        """known: machine and commit, where they were asked for before."""
+        """known: machine and commit, where they were asked for before. name: of the files, where not the kind."""
         known = known or {"machine": machine(device), "commit": commit()}
-        self.path = folder / f"{kind}.json"
+        name = name or kind
+        self.path = folder / f"{name}.json"
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": kind,
+            "name": name,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "longcat " + shlex.join(sys.argv[1:]),
             **known,
@@ -146,6 +154,11 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("rows"), list):
         raise LongCatError(f"{path} is no file of results of this version; run longcat bench again")
     return content
+
+
+def name_of(results: dict[str, Any]) -> str:
+    """What tells results of one kind apart, such as profiles of several paths: the name of their files."""
+    return results.get("name", results["kind"])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

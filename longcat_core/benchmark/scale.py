@@ -33,10 +33,6 @@ FIT_SIZES = ((480, 832, 93, 2), (480, 832, 93, 1), (720, 1280, 93, 1), (720, 128
 SMALL_FIT_SIZES = ((32, 48, 5, 2), (64, 96, 9, 1))
 
 
-def _sized(bench: Bench, size: Size) -> Bench:
-    return Bench(bench.model, size, bench.device, bench.repeats, bench.budget, bench.attention, bench.say)
-
-
 def scale(bench: Bench, report: Report, sizes: Any = None) -> None:
     """A row for every size, smallest first; after the first that does not fit, the rest is left out."""
     chosen = bench.full()
@@ -48,7 +44,7 @@ def scale(bench: Bench, report: Report, sizes: Any = None) -> None:
         if full:
             report.add({"name": str(size), **row, "status": "not run", "reason": "a smaller one did not fit"})
             continue
-        row = report.add(_sized(bench, size).run_network(str(size), chosen, **row))
+        row = report.add(bench.sized(size).run_network(str(size), chosen, **row))
         full = row["status"] == "failed" and "out of memory" in row["reason"].lower()
 
 

@@ -8,11 +8,11 @@ import secrets
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from importlib import import_module
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..errors import LongCatError
 
 Frames = np.ndarray
 
-VIDEO_SUFFIXES = (".mp4", ".webp", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webp", ".gif")
 CRF = 16  # of H.264: visually lossless
 
 # BT.709, limited range: what players assume of H.264 at any size once the stream says so.
@@ -61,51 +61,70 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_video(path: str | Path, frames: Frames, fps: float) -> None:
-    """Write frames as .mp4 (H.264, yuv420p, BT.709), .webp (animated, lossless) or .gif (256 colours a frame).
+def write_video(path: str | Path, frames: Frames | Iterable[Frames], fps: float) -> None:
+    """Write frames as .mp4 (H.264, yuv420p, BT.709), .mkv (FFV1, lossless), .webp (animated, lossless) or .gif (256
+    colours a frame).
 
-    The form follows the suffix. fps: frames per second; .gif and .webp round each frame's end to 10 ms and 1 ms.
-    Raises LongCatError for an unknown suffix, frames of another form, or odd sides in an .mp4.
+    The form follows the suffix. frames: uint8 [F, H, W, 3], or clips of that form one after the other, of which .mp4
+    and .mkv keep one at a time in memory. fps: frames per second; .gif and .webp round each frame's end to 10 ms and
+    1 ms. Raises LongCatError for an unknown suffix, frames of another form, or odd sides in an .mp4.
     """
     path = Path(path)
     suffix = _video_suffix(path)
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise LongCatError(f"frames are {frames.dtype} {list(frames.shape)}; a video takes uint8 [F, H, W, 3]")
-    if suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
-        raise LongCatError(f"{path.name}: H.264 needs even sides, not {frames.shape[1]}x{frames.shape[2]}; use .webp")
+    clips = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first = next(clips, np.empty((0, 0, 0, 3), np.uint8))
+    if not len(first):
+        raise LongCatError(f"there are no frames to write to {path.name}")
+    if suffix == ".mp4" and first.ndim == 4 and (first.shape[1] % 2 or first.shape[2] % 2):
+        raise LongCatError(f"{path.name}: H.264 needs even sides, not {first.shape[1]}x{first.shape[2]}; use .webp")
+    pictures = _pictures(chain([first], clips), first.shape[1:])
     with atomic_path(path) as temporary:
-        if suffix == ".mp4":
-            _write_mp4(temporary, frames, fps)
+        if suffix in (".mp4", ".mkv"):
+            _write_stream(temporary, pictures, first.shape[1:3], fps, lossless=suffix == ".mkv")
         else:
-            _write_animation(temporary, frames, fps)
+            _write_animation(temporary, pictures, fps)
 
 
-def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
+def _pictures(clips: Iterable[Frames], shape: tuple[int, ...]) -> Iterator[Frames]:
+    for clip in clips:
+        if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8 or clip.shape[1:] != shape:
+            raise LongCatError(
+                f"frames are {clip.dtype} {list(clip.shape)}; a video takes uint8 [F, H, W, 3], all of one size"
+            )
+        yield from clip
+
+
+def _write_stream(path: Path, pictures: Iterable[Frames], size: tuple[int, int], fps: float, *, lossless: bool) -> None:
     av = _package("av")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    form, codec = ("matroska", "ffv1") if lossless else ("mp4", "libx264")
+    # Equal frames make equal files: no date, no version of the writer.
+    options = {"fflags": "+bitexact"} if lossless else {"movflags": "+faststart"}
+    with av.open(str(path), "w", format=form, options=options) as container:
         try:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         except ValueError as error:
-            raise LongCatError(f"this build of av has no H.264 encoder ({error}); write a .webp instead") from error
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(CRF)}
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = _LIMITED_RANGE
-        for picture in frames:
+            raise LongCatError(f"this build of av has no encoder {codec} ({error}); write a .webp instead") from error
+        stream.height, stream.width = size
+        stream.pix_fmt = "bgr0" if lossless else "yuv420p"
+        if not lossless:
+            stream.options = {"crf": str(CRF)}
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _LIMITED_RANGE
+        for picture in pictures:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            if not lossless:
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def _write_animation(path: Path, frames: Frames, fps: float) -> None:
+def _write_animation(path: Path, frames: Iterable[Frames], fps: float) -> None:
     image = _package("PIL.Image")
     pictures = [image.fromarray(frame) for frame in frames]
     # Ends are rounded, not durations, so that no error adds up.
     unit = 10 if path.suffix.lower() == ".gif" else 1
-    ends = [unit * round(1000 * i / fps / unit) for i in range(len(frames) + 1)]
+    ends = [unit * round(1000 * i / fps / unit) for i in range(len(pictures) + 1)]
     durations = [max(unit, b - a) for a, b in pairwise(ends)]
     form = {"lossless": True, "quality": 50, "method": 4} if unit == 1 else {"disposal": 1, "optimize": False}
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **form)

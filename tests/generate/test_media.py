@@ -59,6 +59,26 @@ def test_webp_is_exact(tmp_path: Path) -> None:
     assert fps == pytest.approx(15, abs=0.1)
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (17, 31)])
+def test_mkv_is_exact_and_equal_frames_make_equal_files(tmp_path: Path, height: int, width: int) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (9, height, width, 3), dtype=np.uint8)
+    media.write_video(tmp_path / "a.mkv", video, 15)
+    read, fps = media.read_video(tmp_path / "a.mkv")
+    np.testing.assert_array_equal(read, video)
+    assert fps == pytest.approx(15)
+    media.write_video(tmp_path / "b.mkv", (video[i : i + 4] for i in range(0, 9, 4)), 15)
+    assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".gif"])
+def test_clips_in_a_row_are_one_video(tmp_path: Path, suffix: str) -> None:
+    video = moving_bar()
+    for name, frames in (("whole", video), ("clips", iter([video[:5], video[5:]]))):
+        media.write_video(tmp_path / f"{name}{suffix}", frames, 15)
+    whole, clips = (media.read_video(tmp_path / f"{name}{suffix}")[0] for name in ("whole", "clips"))
+    np.testing.assert_array_equal(clips, whole)
+
+
 def test_gif_round_trip(tmp_path: Path) -> None:
     video = moving_bar()
     media.write_video(tmp_path / "a.gif", video, 15)
@@ -98,11 +118,11 @@ def test_broken_off_writing_leaves_the_old_file(
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"old")
 
-    def broken(file: Path, *_: object) -> None:
+    def broken(file: Path, *_: object, **__: object) -> None:
         file.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(media, "_write_mp4", broken)
+    monkeypatch.setattr(media, "_write_stream", broken)
     monkeypatch.setattr(media, "_write_animation", broken)
     expected = LongCatError if isinstance(error, OSError) else error
     with pytest.raises(expected):
@@ -140,10 +160,14 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "video", "said"),
     [
-        ("a.avi", moving_bar(), ".mp4, .webp, .gif"),
+        ("a.avi", moving_bar(), ".mp4, .mkv, .webp, .gif"),
         ("a.mp4", moving_bar(height=31), "even sides, not 31x48"),
         ("a.mp4", moving_bar().astype(np.float32), "float32"),
-        ("a.mp4", moving_bar()[:0], "0, 32, 48, 3"),
+        ("a.mp4", moving_bar()[0], r"\[32, 48, 3\]"),
+        ("a.mp4", moving_bar()[:0], "no frames"),
+        ("a.mkv", [], "no frames"),
+        ("a.mkv", [moving_bar(), moving_bar(height=34)], "34, 48, 3.*all of one size"),
+        ("a.webp", [moving_bar(), moving_bar(height=34)], "34, 48, 3.*all of one size"),
     ],
 )
 def test_what_cannot_be_written(tmp_path: Path, name: str, video: np.ndarray, said: str) -> None:
