@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
 
     cuda = device.type == "cuda"
     args.model = args.model or (FULL_RANDOM if cuda else NANO)
-    *sides, frames = (REFINED if args.part == "refine" else VIDEO)[not cuda]
+    *sides, frames = _default(REFINED if args.part == "refine" else VIDEO, device)
     args.size, args.frames = args.size or tuple(sides), args.frames or frames
     for name in ("repeats", "steps", "blocks", "few_blocks"):
         value = getattr(args, name)
@@ -135,6 +135,10 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     settings = Settings(args, device, dtype, Budget(args.budget), known)
     _everything(settings, size) if args.part == "all" else _part(settings, size)
     return 0
+
+
+def _default(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[int, ...]:
+    return sizes[0 if device.type == "cuda" else 1]
 
 
 def _bench(settings: Settings, size: Any, blocks: int | None) -> Bench:
@@ -226,6 +230,7 @@ def _part(settings: Settings, size: Any) -> None:
 
 def _everything(settings: Settings, size: Any) -> None:
     """One whole model for what needs it, quantised last of all; then its first blocks alone."""
+    from ..optimize.quantization import quantised_layers
     from . import ablation, workload
     from .profiling import VARIANTS
     from .results import say
@@ -247,14 +252,18 @@ def _everything(settings: Settings, size: Any) -> None:
                 _guarded("profile", bench, settings, variant)
     _guarded("backends", bench, settings)
     del bench
-    bench = _bench(settings, size, min(args.few_blocks, depth))
-    for kind in ("exactness", "memory", "recompiles", "training", "continuation", "policies", "scale", "ablation"):
-        if kind != "policies" or not args.no_fp8:
-            _guarded(kind, bench, settings)
-    # On weights that `ablation` may have left in fp8, the exact path would not be one.
-    del bench
-    bench = _bench(settings, workload.Size(*REFINED[settings.device.type != "cuda"], 1), min(args.few_blocks, depth))
-    _guarded("refine", bench, settings)
+    few = min(args.few_blocks, depth)
+    bench = _bench(settings, size, few)
+    kinds = ("exactness", "memory", "recompiles", "training", "ablation", "policies", "scale", "continuation", "refine")
+    for kind in kinds:
+        if kind == "policies" and args.no_fp8:
+            continue
+        if quantised_layers(bench.model):
+            # A part left them so, and the exact path would be none.
+            bench = _bench(settings, size, few)
+        if kind == "refine":
+            bench = bench.sized(workload.Size(*_default(REFINED, settings.device)))
+        _guarded(kind, bench, settings)
     say(f"results are in {args.output}")
 
 
