@@ -3,73 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import LongCatError
 from ..generate.media import atomic_path
-from .ablation import COMPILED, EAGER, EXACT, FP8, FP8_SAGE, GUESSED_OF_S
-from .plots import pictures, require_matplotlib
-from .results import markdown, read, shown
+from . import floor, targets
+from .ablation import COMPILED, GUESSED_OF_S
+from .plots import picture_names, pictures, require_matplotlib
+from .results import markdown, name_of, read, shown
+from .targets import DISTILLED_STEPS, EXACT_LIMIT
 
 # Order of the page.
 KINDS = (
     *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
-    "training",
-)
-DISTILLED_STEPS = 16
-# What the public implementations take on an H100 80GB at 480x832x93 with guidance, in seconds a step.
-PUBLIC = {EAGER: 11.88, COMPILED: 9.45}
-PUBLIC_SIZE, PUBLIC_TOLERANCE = "480x832x93", 0.05
-EXACT_LIMIT = 1.1
-
-
-class Target(NamedTuple):
-    """name: of the row in `paths`; limit and value in `unit`; below: whether smaller is better."""
-
-    name: str
-    what: str
-    limit: float
-    unit: str
-    below: bool
-    value: Callable[[dict[str, Any], dict[str, dict]], float | None]
-
-
-def _ratio(to: str) -> Callable[[dict[str, Any], dict[str, dict]], float | None]:
-    return lambda row, rows: rows[to]["ms"] / row["ms"] if rows.get(to, {}).get("status") == "ok" else None
-
-
-def _seconds(row: dict[str, Any], rows: dict[str, dict]) -> float:
-    return row["ms"] / 1000
-
-
-def _peak(row: dict[str, Any], rows: dict[str, dict]) -> float | None:
-    return row["peak_gib"]
-
-
-def _first(row: dict[str, Any], rows: dict[str, dict]) -> float:
-    return row["first_s"]
-
-
-def _whole(row: dict[str, Any], rows: dict[str, dict]) -> float:
-    return DISTILLED_STEPS * row["ms"] / 1000
-
-
-TARGETS = (
-    Target(EXACT, "step with guidance", 6.0, "s", True, _seconds),
-    Target(EXACT, "against the compiled baseline", 1.55, "x", False, _ratio(COMPILED)),
-    Target(EXACT, "against the eager baseline", 1.95, "x", False, _ratio(EAGER)),
-    Target(EXACT, "peak memory", 30.0, "GiB", True, _peak),
-    Target(EXACT, "first call", 12.0, "s", True, _first),
-    Target(FP8, "step with guidance", 5.0, "s", True, _seconds),
-    Target(FP8, "against the compiled baseline", 1.9, "x", False, _ratio(COMPILED)),
-    Target(FP8, "against the eager baseline", 2.35, "x", False, _ratio(EAGER)),
-    Target(FP8, "peak memory", 19.0, "GiB", True, _peak),
-    Target(FP8, "first call", 15.0, "s", True, _first),
-    Target(FP8_SAGE, "step with guidance", 4.2, "s", True, _seconds),
-    Target(f"{EXACT}, distilled", f"{DISTILLED_STEPS} steps, no guidance", 50.0, "s", True, _whole),
-    Target(f"{FP8}, distilled", f"{DISTILLED_STEPS} steps, no guidance", 42.0, "s", True, _whole),
+    *("training", "continuation", "refine"),
 )
 
 INTRODUCTION = """# Performance
@@ -91,7 +40,7 @@ TEXTS = {
 *Added*: one after the other to the plain network, in this order, each compared with the row before. *Taken alone*: the
 full set without it, compared with the full set. Worth and guess are shares of the eager baseline's time; the published
 guesses were seconds of {GUESSED_OF_S:.0f}.""",
-    "profile": "## Where the time goes\n\nKernels of one step under the PyTorch profiler, summed by family.",
+    "profile": "## Where the time goes: {variant}\n\nKernels of one step under the PyTorch profiler, by family.",
     "backends": "## Attention kernels\n\nAt the model's shapes; the error is relative, against fp32 on a slice.",
     "exactness": f"""## Exactness
 
@@ -107,6 +56,17 @@ largest ratio is what ComfyUI's estimate has to be multiplied by (`MEMORY_FIT_OW
     "recompiles": """## Compiling
 
 One model, its blocks compiled; one change after the other. *Graphs*: how many were compiled anew for it.""",
+    "continuation": """## Given frames from a cache
+
+Steps of the sampler with clean latents in front: one of an image, four of a clip's end. *Off*: their keys and values
+are computed at every step. *Exact* keeps them, and what guidance takes of these frames; *official* leaves that out.
+*Once*: filling the cache, once a generation, memory pinned for an offloaded one included. Peaks are of the whole
+generation. *Difference*: of the frames after these steps from those without a cache, relative.""",
+    "refine": f"""## Refining to 720p
+
+One evaluation of the network without guidance, attention in full and block-sparse. *Attention alone* is one layer's, of
+block-sparse attention with its choice of chunks. The public code takes {targets.PUBLIC_REFINE} s, block-sparse and
+eager, on an H100 for {targets.REFINE_SIZE}.""",
     "training": "## Gradient checkpointing\n\nOne loss and its gradients, with and without recomputing each block.",
 }
 
@@ -114,7 +74,7 @@ One model, its blocks compiled; one change after the other. *Graphs*: how many w
 def write_page(folders: Sequence[Path], output: Path) -> int:
     """Write the page `output` and its plots beside it, from all results in `folders` (or files named one by one).
 
-    Of two results of one kind, the later one counts. Raises LongCatError where there are none, or matplotlib is not.
+    Of two results of one name, the later one counts. Raises LongCatError where there are none, or matplotlib is not.
     """
     require_matplotlib()
     found: dict[str, dict[str, Any]] = {}
@@ -123,12 +83,13 @@ def write_page(folders: Sequence[Path], output: Path) -> int:
             raise LongCatError(f"{folder} does not exist; give a folder that longcat bench wrote to")
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else [folder]:
             results = read(path)
-            kind = results["kind"]
-            if kind not in found or results["date"] > found[kind]["date"]:
-                found[kind] = results
-    if not any(kind in found for kind in KINDS):
+            name = name_of(results)
+            if name not in found or results["date"] > found[name]["date"]:
+                found[name] = results
+    told = list(_in_order(found))
+    if not told:
         raise LongCatError(f"no results in {', '.join(map(str, folders))}; run longcat bench with --output there first")
-    plots = {name: data for kind in KINDS if kind in found for name, data in pictures(found[kind]).items()}
+    plots = {name: data for results in told for name, data in pictures(results).items()}
     text = page(found, plots)
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, data in plots.items():
@@ -136,26 +97,34 @@ def write_page(folders: Sequence[Path], output: Path) -> int:
             temporary.write_bytes(data)
     with atomic_path(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"{output}: {', '.join(kind for kind in KINDS if kind in found)}; {len(plots)} plots beside it")
+    print(f"{output}: {', '.join(map(name_of, told))}; {len(plots)} plots beside it")
     return 0
 
 
+def _in_order(found: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Results in the order of the page."""
+    for kind in KINDS:
+        yield from (found[name] for name in sorted(found) if found[name]["kind"] == kind)
+
+
 def page(found: dict[str, dict[str, Any]], plots: dict[str, bytes], stem: str = "performance") -> str:
-    """The page's text from results by kind."""
+    """The page's text from results by name."""
     places = {hardware(results) for results in found.values()}
     shared = places.pop() if len(places) == 1 else ""
     sections = [INTRODUCTION, *([f"Machine: {shared}"] if shared else [])]
     if "paths" in found:
-        sections.append(_targets(found["paths"], found.get("exactness"), shared))
-    for kind in KINDS:
-        if kind not in found:
-            continue
-        results = found[kind]
-        names = [name for name in plots if name.split(".")[0] == kind or name.startswith(f"{kind}-")]
+        results = found["paths"]
+        table = targets.table(results, found.get("exactness"))
+        sections.append(f"## Targets\n\n{origin(results, shared)}\n\n{table}")
+    sections.append(floor.section(found))
+    for results in _in_order(found):
+        kind, variant = results["kind"], results["inputs"].get("variant", "")
+        names = [name for name in picture_names(results) if name in plots]
         images = [f"![{name.removesuffix('.png')}]({stem}-{name})" for name in names]
-        parts = [TEXTS[kind], origin(results, shared), TABLES[kind](results), *images, _reasons(results)]
+        text = TEXTS[kind].replace("{variant}", variant)
+        parts = [text, origin(results, shared), TABLES[kind](results), *images, _reasons(results)]
         sections.append("\n\n".join(part for part in parts if part))
-    return "\n\n".join(section.strip() for section in sections) + "\n"
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def hardware(results: dict[str, Any]) -> str:
@@ -188,53 +157,6 @@ def _reasons(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         lines += [f"- {row['name']}: {text}" for text in (row.get("reason"), *row.get("notes", ())) if text]
     return "\n".join(dict.fromkeys(lines))
-
-
-def _targets(results: dict[str, Any], exactness: dict[str, Any] | None, shared: str) -> str:
-    rows = {row["name"]: row for row in results["rows"]}
-    inputs = results["inputs"]
-    same = inputs.get("size") == PUBLIC_SIZE and inputs.get("batch") == 2 and inputs.get("blocks") == 48
-    lines = []
-    for target in TARGETS:
-        row = rows.get(target.name, {"status": "not run"})
-        value = target.value(row, rows) if row["status"] == "ok" else None
-        met = None if value is None else (value <= target.limit if target.below else value >= target.limit)
-        sign = "<=" if target.below else ">="
-        verdict = {None: f"not measured ({row['status']})", True: "met", False: "missed"}[met]
-        if met is not None and not same:
-            verdict = "of another run"
-        measured = "-" if value is None else f"{shown(value)} {target.unit}"
-        lines.append((target.name, target.what, f"{sign} {target.limit:g} {target.unit}", measured, verdict))
-    # In fp32 there is no 16-bit path to compare with.
-    rounded = exactness is not None and exactness["inputs"].get("dtype") != "float32"
-    for row in exactness["rows"] if rounded else ():
-        if row["name"] == EXACT and row.get("ratio") is not None:
-            verdict = "met" if row["ratio"] <= EXACT_LIMIT else "missed"
-            told = f"{shown(row['ratio'])} x"
-            lines.append((EXACT, "error over the plain 16-bit path's", f"<= {EXACT_LIMIT} x", told, verdict))
-    notes = ""
-    if not same:
-        notes = f"\n\nThe targets are for {PUBLIC_SIZE}, 48 blocks, batch 2 on an H100; this run was another."
-    head = ("path", "what", "target", "measured", "")
-    return f"## Targets\n\n{origin(results, shared)}\n\n{markdown(head, lines)}{notes}\n\n{_anchors(rows)}"
-
-
-def _anchors(rows: dict[str, dict]) -> str:
-    """The baseline beside the public implementations' figures, which were measured elsewhere and are constants here."""
-    lines = []
-    for name, public in PUBLIC.items():
-        row = rows.get(name, {})
-        if row.get("status") != "ok":
-            lines.append((name, f"{public} s", "-", "-", "not measured"))
-            continue
-        seconds = row["ms"] / 1000
-        off = seconds / public - 1
-        verdict = (
-            f"within {PUBLIC_TOLERANCE:.0%}" if abs(off) <= PUBLIC_TOLERANCE else f"not within {PUBLIC_TOLERANCE:.0%}"
-        )
-        lines.append((name, f"{public} s", f"{shown(seconds)} s", f"{off:+.1%}", verdict))
-    head = ("", "public LongCat-Video, H100", "measured", "difference", "")
-    return markdown(head, lines)
 
 
 # --- one table a kind ------------------------------------------------------------------------------------------------
@@ -271,6 +193,25 @@ def _paths(results: dict[str, Any]) -> str:
 def _prepared(results: dict[str, Any]) -> str:
     rows = [r for r in results["rows"] if r.get("phase") == "preparation" and r["status"] == "ok"]
     return "".join(f"\n\nBefore that, {row['name']} took {shown(row['first_s'])} s." for row in rows)
+
+
+def _refine(results: dict[str, Any]) -> str:
+    """Rows, and at the size that they are for the targets and the public figure beside them."""
+    judged = targets.comparable(results)
+    asked = {target.name: target for target in targets.REFINE_TARGETS}
+    lines = []
+    for row in results["rows"]:
+        if row.get("phase") == "preparation":
+            continue
+        line, ms, target = [row["name"], row.get("ms"), _spread(row), row.get("ratio")], row.get("ms"), None
+        if judged:
+            target = asked.get(row["name"])
+            verdict = None if target is None or ms is None else "met" if target.met(ms / 1000) else "missed"
+            public = targets.PUBLIC_REFINE * 1000 / ms if ms and row.get("phase") != "attention" else None
+            line += [target and target.asked, verdict, public]
+        lines.append((*line, row.get("peak_gib"), row.get("first_s"), row.get("attention"), row["status"]))
+    head = ("", "ms", "from, to", "x dense", *(("target", "reached", "x public") if judged else ()))
+    return markdown((*head, "peak GiB", "first call s", "attention", ""), lines) + _prepared(results)
 
 
 def _worth(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -351,6 +292,17 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "recompiles": _columns(
         name="", graphs="graphs", at_most="at most", held="held", first_s="first forward s", status=""
     ),
+    "continuation": _columns(
+        name="",
+        ms="ms a step",
+        ratio="x off",
+        once_ms="once ms",
+        cache_gib="cache GiB",
+        peak_gib="peak GiB",
+        difference="difference",
+        status="",
+    ),
+    "refine": _refine,
     "training": _columns(
         name="", ms="ms", peak_gib="peak GiB", gradient_difference="difference of gradients", equal="equal", status=""
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import fields
 from itertools import pairwise
 
@@ -12,12 +13,14 @@ import torch
 from PIL import Image
 
 from longcat_core import cli
-from longcat_core.benchmark import ablation, bench, plots, report, results, workload
+from longcat_core.benchmark import ablation, bench, plots, refine_step, report, results, workload
 from longcat_core.benchmark.measure import Budget, attempt, measure, psnr, relative_error
 from longcat_core.benchmark.profiling import family
 from longcat_core.errors import LongCatError
+from longcat_core.model.block_sparse import BlockSparse
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.quantization import quantised_layers
 
 SMALL = ["--size", "32x48", "--frames", "5", "--blocks", "1", "--few-blocks", "1", "--repeats", "1"]
 
@@ -75,9 +78,11 @@ def test_every_part_leaves_a_file_that_says_where_it_comes_from(everything, kind
     assert content["schema"] == results.SCHEMA and content["kind"] == kind
     assert content["command"].startswith("longcat ") and content["date"].endswith("+00:00")
     assert {"cpu", "torch", "python", "packages", "device"} <= content["machine"].keys()
-    frames = 13 if kind == "recompiles" else 5  # room for given frames
-    assert content["inputs"]["size"] == f"32x48x{frames}" and content["inputs"]["blocks"] == 1
-    assert content["inputs"]["tokens"] == (1 + (frames - 1) // 4) * 2 * 3
+    # Room for given frames, and what refining makes of a video.
+    sizes = {"recompiles": (32, 48, 13), "continuation": (32, 48, 17), "refine": (64, 96, 29)}
+    size = workload.Size(*sizes.get(kind, (32, 48, 5)))
+    assert content["inputs"]["size"] == str(size) and content["inputs"]["blocks"] == 1
+    assert content["inputs"]["tokens"] == size.tokens(ModelConfig())
     assert content["rows"] and all(row["name"] and row["status"] for row in content["rows"])
     assert [row for row in content["rows"] if row["status"] == "ok"]
     for row in content["rows"]:
@@ -88,8 +93,10 @@ def test_every_part_leaves_a_file_that_says_where_it_comes_from(everything, kind
 def test_pictures_show_something(everything):
     drawn = sorted(path.name for path in everything.glob("*.png"))
     # A processor does not tell its peak, so memory has no picture.
-    wanted = {f"{name}.png" for kind, found in plots.PICTURES.items() if kind != "memory" for name, _, _ in found}
-    assert drawn == sorted(wanted)
+    found = [results.read(path) for path in everything.glob("*.json")]
+    assert {content["kind"] for content in found} >= plots.PICTURES.keys()
+    wanted = [name for content in found if content["kind"] != "memory" for name in plots.picture_names(content)]
+    assert drawn == sorted(wanted) and "profile-fp8.png" in drawn
     assert all(is_picture((everything / name).read_bytes()) for name in drawn)
 
 
@@ -131,6 +138,12 @@ def test_exactness_is_measured_against_fp32(everything):
     assert rows["nano video, fp8"]["error"] > rows["nano video"]["error"]
 
 
+def test_no_part_is_left_the_8_bit_weights_of_another(everything):
+    weights = rows_of(everything, "paths")[ablation.EXACT]["weights_gib"]
+    assert {row["weights_gib"] for row in rows_of(everything, "scale").values()} == {weights}
+    assert rows_of(everything, "refine")[refine_step.DENSE_EXACT]["weights_gib"] == weights
+
+
 def test_fewer_layers_in_fp8_cost_less(everything):
     rows = rows_of(everything, "policies")
     assert 0 < rows["only ffn.down"]["error"] < rows["all"]["error"] and rows["all"]["psnr"] > 20
@@ -147,6 +160,67 @@ def test_a_graph_more_only_where_it_may_be(everything):
         "another resolution": 1,
     }
     assert len(rows) == 13 and all(row["held"] for row in rows.values())
+
+
+def test_a_cache_of_given_frames_gives_what_none_gives(everything):
+    rows = rows_of(everything, "continuation")
+    ways = ("off", "exact", "official", "exact, offloaded")
+    assert list(rows) == [f"{n} given, {way}" for n in (1, 4) for way in ways]
+    for n in (1, 4):
+        off, exact, official, offloaded = (rows[f"{n} given, {way}"] for way in ways)
+        assert "cache_gib" not in off and "ratio" not in off
+        # Keys and values of 6 tokens a latent, in every channel of the one block, in fp32.
+        width = workload.load_model(workload.NANO, torch.device("cpu"), torch.float32, 1).config.hidden_size
+        for row in (exact, official, offloaded):
+            assert row["cache_gib"] * 2**30 == 2 * 4 * 6 * n * width
+            assert 0 < row["once_ms"] < math.inf and row["ratio"] == pytest.approx(off["ms"] / row["ms"])
+        assert exact["difference"] < 1e-5 and offloaded["difference"] < 1e-5
+        # Its guidance sums lack the given frames.
+        assert 1e-4 < official["difference"] < 1
+
+
+def test_refining_ends_in_fp8(everything):
+    names = [row["name"] for row in results.read(everything / "refine.json")["rows"]]
+    alone = [refine_step.ALONE["dense"], refine_step.ALONE["block-sparse"]]
+    exact = [refine_step.DENSE_EXACT, refine_step.SPARSE_EXACT]
+    assert names == [*exact, *alone, "quantising the weights", refine_step.SPARSE_FP8, refine_step.DENSE_FP8]
+    rows = rows_of(everything, "refine")
+    for name in (*exact, refine_step.SPARSE_FP8, refine_step.DENSE_FP8):
+        row = rows[name]
+        assert 0 < row["ms"] < math.inf and row["batch"] == 1
+        assert row["attention"] == ("sdpa" if "dense" in name else "block-sparse, plain")
+    assert rows[exact[1]]["ratio"] == pytest.approx(rows[exact[0]]["ms"] / rows[exact[1]]["ms"])
+    assert rows[alone[1]]["ratio"] == pytest.approx(rows[alone[0]]["ms"] / rows[alone[1]]["ms"])
+    assert rows[exact[1]]["weights_gib"] > 1.5 * rows[refine_step.SPARSE_FP8]["weights_gib"]
+
+
+def test_refining_attends_block_by_block_only_where_it_says_so(tmp_path, monkeypatch):
+    seen = []
+    original = workload.network_forward
+
+    def watched(model, inputs):
+        seen.append((model.block_sparse, bool(quantised_layers(model))))
+        return original(model, inputs)
+
+    monkeypatch.setattr(workload, "network_forward", watched)
+    run("refine", tmp_path, "--no-plots")
+    assert [(sparse is not None, fp8) for sparse, fp8 in seen] == [
+        (False, False), (True, False), (True, True), (False, True)
+    ]  # fmt: skip
+    assert seen[1][0] == BlockSparse()
+    assert results.read(tmp_path / "refine.json")["inputs"]["size"] == "32x48x5"
+
+
+def test_profiles_of_several_paths_do_not_meet(everything, tmp_path):
+    for name, variant in (("profile", "exact"), ("profile-fp8", "fp8")):
+        content = results.read(everything / f"{name}.json")
+        assert (content["kind"], content["name"], content["inputs"]["variant"]) == ("profile", name, variant)
+        assert (everything / f"trace-{variant}.json.gz").stat().st_size
+    # Not where its path did not run.
+    assert not (everything / "profile-fp8-sage.json").exists()
+    run("profile", tmp_path, "--variant", "fp8+sage", "--no-plots")
+    content = results.read(tmp_path / "profile-fp8-sage.json")
+    assert content["inputs"]["variant"] == ablation.FP8_SAGE and "sage" in content["rows"][0]["reason"]
 
 
 def test_gradients_are_the_same_with_checkpointing(everything):
@@ -185,7 +259,7 @@ def sample_paths(**changes):
         "command": "longcat bench all",
     }
     machine = {"cpu": "C", "gpu": "G", "gpu_memory_gib": 80, "torch": "2", "packages": {}}
-    inputs = {"size": "480x832x93", "batch": 2, "blocks": 48, "steps": 50}
+    inputs = {"size": "480x832x93", "tokens": 37440, "batch": 2, "blocks": 48, "steps": 50}
     numbers = {"first_s": 11.0, "peak_gib": 29.0, "times_ms": [1.0], "status": "ok"}
     rows = [
         {"name": ablation.EAGER, "ms": 11900.0, "phase": "baseline", **numbers},
@@ -274,6 +348,7 @@ def test_a_size_that_does_not_fit_ends_the_scale(tmp_path, monkeypatch):
         (["--repeats", "0"], "--repeats"),
         (["--budget", "0"], "--budget"),
         (["--attention", "nothing"], "attention backend"),
+        (["--variant", "fp9"], "fp8+sage"),
         (["--model", "/no/such/model"], "--model"),
         (["--blocks", "99"], "--blocks 99"),
     ],
