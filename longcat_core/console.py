@@ -7,7 +7,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import LongCatError
 
@@ -71,20 +71,38 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 # --- what is said on the way -----------------------------------------------------------------------------------------
 
 
+class Progress:
+    """A bar on stderr that counts the steps of one sampling after the other; sentences go above it, to stdout."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make, self.bar = make, None
+
+    def __call__(self, step: Step, label: str = "sampling") -> None:
+        if self.bar is None:
+            self.bar = self.make()
+        if step.index == 0:
+            self.bar.set_description(label, refresh=False)
+            self.bar.reset(total=step.total)
+        self.bar.update()
+
+    def say(self, sentence: str) -> None:
+        print(sentence, flush=True) if self.bar is None else self.bar.write(sentence)
+
+
 @contextlib.contextmanager
-def progress(pieces: int = 1) -> Iterator[Callable[[Step], None]]:
+def progress() -> Iterator[Progress]:
+    """Shown from the first step on."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
 
-    with tqdm(unit="step", desc="sampling", dynamic_ncols=True) as bar:
-
-        def callback(step: Step) -> None:
-            bar.total = pieces * step.total
-            bar.update()
-
-        yield callback
+    bar = Progress(lambda: tqdm(unit="step", dynamic_ncols=True))
+    try:
+        yield bar
+    finally:
+        if bar.bar is not None:
+            bar.bar.close()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,62 @@ from ..console import DTYPES, device_of, dtype_of, note, notes_from_warnings, nu
 from ..errors import LongCatError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 KV_CACHE = ("exact", "official", "off")
+HAND_OFFS = ("frames", "latents")
 OUTPUT = "longcat.mp4"
+LONG_OUTPUT = "longcat-long.mp4"
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what the video shows")
+    group = _add_what(parser)
+    group.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 33, real model 93)")
+    _add_sampling(parser)
+    _add_model(parser)
+    group = _add_output(parser, f"default: {OUTPUT}, or the next free name")
+    group.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write a .png of frames and prompt")
+    group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
+
+
+def add_long(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="what the video shows: one for all segments, or one for each"
+    )
+    group = _add_what(parser)
+    group.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts from a text file, one a line")
+    group.add_argument(
+        "--segments", type=whole, metavar="N", help="default: as many as prompts; the last prompt serves all beyond it"
+    )
+    group.add_argument("--frames", type=whole, metavar="N", help="of a segment, 4k+1 (default: 33, real model 93)")
+    group.add_argument(
+        "--overlap",
+        type=whole,
+        default=13,
+        metavar="N",
+        help="frames of a segment's end that the next begins with, 4k+1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--hand-off",
+        choices=HAND_OFFS,
+        default=HAND_OFFS[0],
+        help="what the next segment is given: frames, decoded and encoded anew (default), or their latents as they are",
+    )
+    _add_sampling(parser)
+    _add_model(parser)
+    group = _add_output(parser, f"default: {LONG_OUTPUT}")
+    group.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="keeps the finished segments; the same command goes on from them (default: FILE's name and -segments)",
+    )
+    group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
+
+
+def _add_what(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("what is generated")
     group.add_argument(
         "--negative-prompt", metavar="TEXT", help="what it should not show (default: the model card's list)"
@@ -26,7 +75,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", type=size, metavar="HxW", help="height x width in pixels, multiples of 16")
     group.add_argument("--height", type=whole, metavar="N", help="default: 64, real model 480")
     group.add_argument("--width", type=whole, metavar="N", help="default: 96, real model 832")
-    group.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 33, real model 93)")
     group.add_argument("--seed", type=whole, default=0, metavar="N", help="default: %(default)s")
     group.add_argument("--image", type=Path, metavar="FILE", help="begin with this picture")
     group.add_argument("--video", type=Path, metavar="FILE", help="continue this clip")
@@ -37,6 +85,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames of the clip's end, 4k+1 (default: %(default)s)",
     )
+    return group
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=whole, metavar="N", help="default: 50, distilled 16")
     group.add_argument("--guidance", type=number, metavar="X", help="CFG scale, 1 is off (default: 4, distilled 1)")
@@ -48,17 +100,13 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="given frames once (exact; official: and left out of guidance's sums), or anew in each step (off)",
     )
-    _add_model(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> Any:
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help=f".mp4, .webp or .gif (default: {OUTPUT}, or the next free name)",
-    )
-    group.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write a .png of frames and prompt")
-    group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
+    suffixes = ".mp4, .mkv (lossless), .webp or .gif"
+    group.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"{suffixes} ({default})")
+    return group
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -98,9 +146,9 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--piece", type=whole, default=93, metavar="N", help="frames at a time (default: %(default)s)")
     group.add_argument("--overlap", type=whole, default=13, metavar="N", help="of pieces (default: %(default)s)")
     _add_model(parser)
-    group = parser.add_argument_group("output")
+    group = _add_output(parser, "default: VIDEO-720p.mp4")
     group.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help=".mp4, .webp or .gif (default: VIDEO-720p.mp4)"
+        "--folder", type=Path, metavar="DIR", help="keeps the finished pieces; the same command goes on from them"
     )
 
 
@@ -109,26 +157,9 @@ def generate(args: argparse.Namespace) -> int:
     from ..model.backends import check as check_attention
     from .media import check_output, contact_sheet, estimate_bytes, write_video
     from .pipeline import ModelPaths
-    from .request import GenerateRequest
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
-    height, width = _sides(args)
-    request = GenerateRequest(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
-        height=height,
-        width=width,
-        frames=args.frames,
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        seed=args.seed,
-        schedule=_schedule(args),
-        image=args.image,
-        video=args.video,
-        num_cond_frames=args.cond_frames,
-        kv_cache=args.kv_cache,
-        fps=args.fps,
-    ).filled(paths.defaults)
+    request = _request(args, args.prompt).filled(paths.defaults)
     output = args.output or _free_name(Path(OUTPUT))
     _check_distinct(output, args.image, args.video)
     check_output(output, estimate_bytes(output, request.frames, request.height, request.width))
@@ -143,8 +174,8 @@ def generate(args: argparse.Namespace) -> int:
     started = time.monotonic()
     with notes_from_warnings():
         pipeline = _load(args, paths, device)
-        with progress() as callback:
-            generation = pipeline.generate(request, callback)
+        with progress() as bar:
+            generation = pipeline.generate(request, bar)
     write_video(output, generation.frames, request.fps)
     if args.contact_sheet is not None:
         contact_sheet(args.contact_sheet, generation.frames, request.prompt, fps=request.fps)
@@ -155,13 +186,72 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def long(args: argparse.Namespace) -> int:
+    """`longcat long`: segment by segment, each kept in a folder, from which the same command goes on."""
+    from dataclasses import replace
+
+    from ..model.backends import check as check_attention
+    from .long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
+    from .media import check_output, estimate_bytes, write_video
+    from .pipeline import ModelPaths
+
+    paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
+    prompts = spread_prompts(_prompts(args), args.segments)
+    request = LongVideoRequest(
+        _request(args, prompts[0]), prompts, args.overlap, _schedule(args), args.hand_off
+    ).filled(paths.defaults)
+    output = args.output or Path(LONG_OUTPUT)
+    folder = segment_folder(args.folder or output.with_name(f"{output.stem}-segments"))
+    if args.output is None and output.exists() and not folder.path.exists():
+        raise LongCatError(f"{output} exists, and not from this command; name another file with --output")
+    _check_distinct(output, args.image, args.video)
+    first = request.first
+    check_output(output, estimate_bytes(output, request.total_frames, first.height, first.width))
+    paths.check()
+    check_attention(args.attention)
+    device = device_of(args.device)
+    request = replace(request, model=_model_settings(args, paths, device))
+    for sentence in first.notes():
+        note(sentence)
+
+    started = time.monotonic()
+    finished = []
+    with notes_from_warnings(), progress() as bar:
+
+        def callback(number: int, of: int, step: Any) -> None:
+            bar(step, f"segment {number + 1}/{of}")
+
+        for segment in long_video(lambda: _load(args, paths, device), request, folder, callback):
+            finished.append(segment)
+            bar.say(_told(segment, folder.path))
+    write_video(output, new_frames(folder, finished), first.fps)
+    print(
+        f"{output}: {request.total_frames} frames of {first.height}x{first.width} at {first.fps:g} fps, "
+        f"{len(finished)} segments, seed {first.seed}, in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def _told(segment: Any, folder: Path) -> str:
+    sentence = f"segment {segment.number + 1} of {segment.of}: " + (
+        f"is in {folder} already" if segment.reused else f"finished, kept in {folder}"
+    )
+    if segment.join is None:
+        return sentence
+    join = segment.join
+    return (
+        f"{sentence}; at its join the mean colour changes by {join.step:.2f} of 255 and the brightness by "
+        f"{join.brightness:+.2f}, where neighbouring frames do by {join.usual:.2f}"
+    )
+
+
 def refine(args: argparse.Namespace) -> int:
     """`longcat refine`: like `generate`, piece by piece."""
     from ..model.backends import check as check_attention
     from ..model.block_sparse import BlockSparse
     from .media import check_output, estimate_bytes, read_video, write_video
     from .pipeline import ModelPaths
-    from .refine import RefineRequest, pieces, refine, target_size
+    from .refine import RefineRequest, check_video, piece_folder, refine, refine_in_folder
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     height, width = args.size or (None, None)
@@ -182,10 +272,12 @@ def refine(args: argparse.Namespace) -> int:
         sparse,
     )
     request.check()
+    check_video(video)
     output = args.output or _free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
+    folder = None if args.folder is None else piece_folder(args.folder)
     _check_distinct(output, args.video)
     rate = 2 if request.doubled else 1
-    height, width = args.size or target_size(*video.shape[1:3], paths.defaults.bucketed)
+    height, width = request.size(video, paths.defaults)
     check_output(output, estimate_bytes(output, rate * len(video), height, width))
     paths.check()
     check_attention(args.attention)
@@ -193,20 +285,89 @@ def refine(args: argparse.Namespace) -> int:
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 
-    started = time.monotonic()
-    with notes_from_warnings():
-        pipeline = _load(args, paths, device)
-        with progress(len(pieces(len(video), request.piece, request.overlap))) as callback:
-            parts = list(refine(pipeline, video, request, lambda number, of, step: callback(step)))
-    import numpy as np
+    count, started = 0, time.monotonic()
+    with notes_from_warnings(), progress() as bar:
 
-    frames = np.concatenate(parts)
-    write_video(output, frames, rate * fps)
+        def callback(number: int, of: int, step: Any) -> None:
+            bar(step, f"piece {number + 1}/{of}")
+
+        def load() -> Any:
+            return _load(args, paths, device)
+
+        def clips() -> Iterator[np.ndarray]:
+            nonlocal count
+            for clip in refine(load(), video, request, callback) if folder is None else kept():
+                count += len(clip)
+                yield clip
+
+        def kept() -> Iterator[np.ndarray]:
+            # All of them first: a piece that fails must not leave an encoder waiting.
+            model = _model_settings(args, paths, device)
+            done = []
+            for number, skip, reused in refine_in_folder(load, paths.defaults, video, request, folder, model, callback):
+                done.append((number, skip))
+                bar.say(f"piece {number + 1}: {'is in' if reused else 'finished, kept in'} {folder.path}")
+            for number, skip in done:
+                yield folder.frames(number, skip)
+
+        write_video(output, clips(), rate * fps)
     print(
-        f"{output}: {len(frames)} frames of {height}x{width} at {rate * fps:g} fps, seed {request.seed}, "
+        f"{output}: {count} frames of {height}x{width} at {rate * fps:g} fps, seed {request.seed}, "
         f"in {time.monotonic() - started:.1f} s"
     )
     return 0
+
+
+def _request(args: argparse.Namespace, prompt: str) -> Any:
+    """What the options of `_add_what` and `_add_sampling` ask for, not yet filled in."""
+    from .request import GenerateRequest
+
+    height, width = _sides(args)
+    return GenerateRequest(
+        prompt,
+        negative_prompt=args.negative_prompt,
+        height=height,
+        width=width,
+        frames=args.frames,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        schedule=_schedule(args),
+        image=args.image,
+        video=args.video,
+        num_cond_frames=args.cond_frames,
+        kv_cache=args.kv_cache,
+        fps=args.fps,
+    )
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts_file is None:
+        return args.prompts
+    if args.prompts:
+        raise LongCatError("prompts are given and --prompts-file too; give one or the other")
+    try:
+        lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise LongCatError(f"{args.prompts_file} is no text in UTF-8; save it as such, one prompt a line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise LongCatError(f"{args.prompts_file} holds no prompts; write one a line")
+    return prompts
+
+
+def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) -> dict[str, Any]:
+    """What of the model and its options decides the result."""
+    from ..checkpoints.safetensors_io import fingerprint
+
+    return paths.fingerprints() | {
+        "lora": None if args.lora is None else fingerprint(args.lora),
+        "dtype": str(dtype_of(args.dtype, device)).removeprefix("torch."),
+        "fp8": args.fp8,
+        "attention": args.attention,
+        "compile": _compile(args, device, paths),
+        "device": device.type,
+    }
 
 
 def _load(args: argparse.Namespace, paths: Any, device: torch.device) -> Any:
@@ -276,5 +437,6 @@ def _free_name(path: Path) -> Path:
 # Name -> options, what runs, and a line of help.
 TASKS = {
     "generate": (add_generate, generate, "Generate a video from a prompt, with the embedded model by default."),
+    "long": (add_long, long, "Generate a long video segment by segment; run again, it goes on where it was."),
     "refine": (add_refine, refine, "Make a finished video larger and its frame rate double: the second stage."),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from ..checkpoints.load import load_transformer, open_checkpoint
 from ..checkpoints.lora import merge_lora, read_lora
+from ..checkpoints.safetensors_io import fingerprint
 from ..errors import CheckpointError, LongCatError
 from ..model.backends import check as check_attention
+from ..model.block_sparse import BlockSparse
 from ..model.config import Optimizations
+from ..model.kv_cache import KVMode
 from ..optimize.quantization import Policy, quantize
 from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
-from ..sampling.sampler import Step, sample
-from ..sampling.schedules import make_schedule
+from ..sampling.sampler import Callback, sample
+from ..sampling.schedules import Schedule, make_schedule
 from .media import resize_and_crop
 from .request import NANO, RELEASED, Defaults, GenerateRequest
 from .text import TextEncoder, load_text_encoder
@@ -76,6 +79,17 @@ class ModelPaths:
             remedy = "reinstall, or run longcat train-nano" if self.is_nano else "give a file or LongCat-Video's folder"
             raise CheckpointError(f"{what} {path} does not exist; {remedy}")
 
+    def fingerprints(self) -> dict[str, str]:
+        """What tells these models from others, by part."""
+        folders = {"model": ("dit",), "vae": (), "text_encoder": ("text_encoder",)}
+        found = {}
+        for part, names in folders.items():
+            path = getattr(self, part)
+            # The official root stands for more than one part.
+            inner = next((path / name for name in names if (path / name).is_dir()), path)
+            found[part] = fingerprint(inner)
+        return found
+
     @property
     def is_nano(self) -> bool:
         return self.model.resolve() == NANO_MODEL.resolve()
@@ -102,13 +116,86 @@ class Generation:
         return self.request.fps
 
 
-@dataclass
-class Pipeline:
-    """A loaded model with its VAE and text encoder.
+class Engine(ABC):
+    """What every task is made of: a VAE both ways, and denoising. Here by own models (`Pipeline`), in ComfyUI by its.
 
     The noise is drawn on the CPU in fp32, so a seed means the same noise on every device; on one machine it gives the
     same video bit for bit.
     """
+
+    defaults: Defaults
+    channels = 16
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Video [1, 3, F, H, W] in -1..1 -> normalised latents [1, C, T, H/8, W/8]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Normalised latents [1, C, T, h, w] -> uint8 frames [F, 8h, 8w, 3]."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        start: Tensor,
+        schedule: Schedule,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        guidance_scale: float = 1.0,
+        cond_latents: Tensor | None = None,
+        kv_cache: KVMode = "exact",
+        block_sparse: BlockSparse | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Latents from where the schedule begins, [1, C, T, h, w] -> clean ones of the same shape; see `sample`."""
+
+    def generate(
+        self, request: GenerateRequest, callback: Callback | None = None, handed: Tensor | None = None
+    ) -> Generation:
+        """Run one request; `callback` is called after each step and may raise to stop.
+
+        handed: latents [1, C, n, H/8, W/8] for the given frames but the first, n more latent frames, used instead of
+        encoding those. Warns (UserWarning) where the text is longer than the model reads. Raises LongCatError for bad
+        requests.
+        """
+        request = request.filled(self.defaults)
+        shape = latent_shape(request.frames, request.height, request.width, self.channels)
+        latents = self.denoise(
+            seeded_noise((1, *shape), request.seed),
+            make_schedule(request.schedule, request.steps),
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            guidance_scale=request.guidance_scale,
+            cond_latents=self._cond_latents(request, handed),
+            kv_cache=request.kv_cache,
+            callback=callback,
+        )
+        check_finite(latents)
+        return Generation(self.decode(latents), latents.cpu(), request)
+
+    def _cond_latents(self, request: GenerateRequest, handed: Tensor | None) -> Tensor | None:
+        if request.given is None:
+            return None
+        frames = last_frames(request.given, request.cond_frames)
+        if handed is not None:
+            frames = frames[:1]
+        frames = resize_and_crop(frames, request.height, request.width)
+        latents = self.encode(to_pixels(torch.from_numpy(frames.copy())))
+        return latents if handed is None else torch.cat((latents, handed.to(latents)), dim=2)
+
+
+def check_finite(latents: Tensor) -> None:
+    """Raise LongCatError for latents with NaN or infinity in them."""
+    if not latents.isfinite().all():
+        raise LongCatError(
+            "the result is not finite: this checkpoint overflows in the chosen precision; try --dtype float32"
+        )
+
+
+@dataclass
+class Pipeline(Engine):
+    """A loaded model with its VAE and text encoder."""
 
     model: LongCatTransformer
     vae: VideoVAE
@@ -156,47 +243,53 @@ class Pipeline:
                 model.set_optimizations(optimizations)
         return cls(model, vae, text_encoder, paths.defaults)
 
-    def generate(self, request: GenerateRequest, callback: Callable[[Step], None] | None = None) -> Generation:
-        """Run one request; `callback` is called after each step and may raise to stop.
+    @property
+    def channels(self) -> int:
+        return self.model.config.in_channels
 
-        Warns (UserWarning) where the text is longer than the model reads. Raises LongCatError for bad requests.
-        """
-        request = request.filled(self.defaults)
-        schedule = make_schedule(request.schedule, request.steps)
-        guided = request.guidance_scale != 1
-        context, mask = self._encode("prompt", request.prompt)
-        negative = self._encode("negative prompt", request.negative_prompt) if guided else (None, None)
-        channels = self.model.config.in_channels
-        noise = seeded_noise((1, *latent_shape(request.frames, request.height, request.width, channels)), request.seed)
-        latents = sample(
-            self.model,
-            noise,
-            schedule,
-            context,
-            mask,
-            negative_context=negative[0],
-            negative_mask=negative[1],
-            guidance_scale=request.guidance_scale,
-            cond_latents=self._cond_latents(request),
-            kv_cache=request.kv_cache,
-            callback=callback,
-        )
-        if not latents.isfinite().all():
-            raise LongCatError(
-                "the result is not finite: this checkpoint overflows in the chosen precision; try --dtype float32"
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        return self.vae.decode(latents)[0].mul(255).round().to("cpu", torch.uint8).numpy()
+
+    def denoise(
+        self,
+        start: Tensor,
+        schedule: Schedule,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        guidance_scale: float = 1.0,
+        cond_latents: Tensor | None = None,
+        kv_cache: KVMode = "exact",
+        block_sparse: BlockSparse | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        context, mask = self._text("prompt", prompt)
+        negative = (None, None)
+        if guidance_scale != 1:
+            negative = self._text("negative prompt", negative_prompt)
+        before, self.model.block_sparse = self.model.block_sparse, block_sparse
+        try:
+            return sample(
+                self.model,
+                start,
+                schedule,
+                context,
+                mask,
+                negative_context=negative[0],
+                negative_mask=negative[1],
+                guidance_scale=guidance_scale,
+                cond_latents=cond_latents,
+                kv_cache=kv_cache,
+                callback=callback,
             )
-        frames = self.vae.decode(latents)[0].mul(255).round().to("cpu", torch.uint8).numpy()
-        return Generation(frames, latents.cpu(), request)
+        finally:
+            self.model.block_sparse = before
 
-    def _encode(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
+    def _text(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
         context, mask = self.text_encoder.encode([prompt])
         if bool(mask.all()):
-            warnings.warn(f"the {name} fills all {mask.shape[1]} tokens; what is beyond is not read", stacklevel=3)
+            warnings.warn(f"the {name} fills all {mask.shape[1]} tokens; what is beyond is not read", stacklevel=4)
         return context, mask
-
-    def _cond_latents(self, request: GenerateRequest) -> Tensor | None:
-        if request.given is None:
-            return None
-        frames = last_frames(request.given, request.cond_frames)
-        frames = resize_and_crop(frames, request.height, request.width)
-        return self.vae.encode(to_pixels(torch.from_numpy(frames.copy())))

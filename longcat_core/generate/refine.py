@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..model.block_sparse import BlockSparse
-from ..model.transformer import LongCatTransformer
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, seeded_noise, to_pixels, video_frames
-from ..sampling.sampler import Step, sample
+from ..sampling.sampler import Step
 from ..sampling.schedules import TAIL_START, make_schedule
-from .pipeline import Pipeline
-from .request import MAX_FPS, MAX_SEED, check_number, check_seed, check_side
+from .pipeline import Engine, check_finite
+from .request import MAX_FPS, MAX_SEED, Defaults, check_number, check_seed, check_side
+from .segments import SegmentFolder, Settings, checksum
 
 # Latent frames come in groups of so many.
 GROUP = 4
@@ -56,6 +56,32 @@ class RefineRequest:
     overlap: int = 13
     fps: float = 15
     block_sparse: BlockSparse | None = None
+
+    def size(self, video: np.ndarray, defaults: Defaults) -> tuple[int, int]:
+        """(height, width) in pixels of the refined video."""
+        if self.height is not None:
+            return self.height, self.width
+        return target_size(*video.shape[1:3], defaults.bucketed)
+
+    def seed_of(self, number: int) -> int:
+        return (self.seed + number) % (MAX_SEED + 1)
+
+    def settings(self, video: np.ndarray, number: int, defaults: Defaults) -> Settings:
+        """Everything that decides what a piece looks like but the model and the piece before."""
+        start, stop = pieces(len(video), self.piece, self.overlap)[number]
+        height, width = self.size(video, defaults)
+        return {
+            "prompt": self.prompt,
+            "height": height,
+            "width": width,
+            "doubled": self.doubled,
+            "seed": self.seed_of(number),
+            "steps": self.steps,
+            "piece": self.piece,
+            "overlap": self.overlap,
+            "block_sparse": None if self.block_sparse is None else asdict(self.block_sparse),
+            "source": checksum(video[start:stop]),
+        }
 
     def check(self) -> None:
         """Raises LongCatError for values that no video can be refined with."""
@@ -151,16 +177,26 @@ def target_size(height: int, width: int, bucketed: bool) -> tuple[int, int]:
     return 2 * height, 2 * width
 
 
-def _sample(sparse: BlockSparse | None, model: LongCatTransformer, *args: Any, **kwargs: Any) -> Tensor:
-    before, model.block_sparse = model.block_sparse, sparse
-    try:
-        return sample(model, *args, **kwargs)
-    finally:
-        model.block_sparse = before
+@dataclass(frozen=True)
+class Piece:
+    """One piece, refined. number counts from 0; frames: uint8 [f, height, width, 3]; skip: frames at its front that
+    the piece before has too; latents: [1, C, T, h, w] fp32, with what is repeated at both ends."""
+
+    number: int
+    of: int
+    frames: np.ndarray
+    skip: int
+    latents: Tensor
+
+
+def check_video(video: np.ndarray) -> None:
+    """Raise LongCatError unless `video` is uint8 [F, H, W, 3]."""
+    if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not video.size:
+        raise LongCatError(f"the video to refine is {video.dtype} {list(video.shape)}; give uint8 frames [F, H, W, 3]")
 
 
 def refine(
-    pipeline: Pipeline,
+    engine: Engine,
     video: np.ndarray,
     request: RefineRequest,
     callback: Callable[[int, int, Step], None] | None = None,
@@ -171,40 +207,102 @@ def refine(
     the same frames on one machine, bit for bit. Raises LongCatError for input that does not fit.
     """
     request.check()
-    if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not video.size:
-        raise LongCatError(f"the video to refine is {video.dtype} {list(video.shape)}; give uint8 frames [F, H, W, 3]")
-    size = target_size(*video.shape[1:3], pipeline.defaults.bucketed)
-    if request.height is not None:
-        size = request.height, request.width
-    context, mask = pipeline.text_encoder.encode([request.prompt])
-    factor = 2 if request.doubled else 1
-    parts = pieces(len(video), request.piece, request.overlap)
+    check_video(video)
     before: np.ndarray | None = None
-    for number, (start, stop) in enumerate(parts):
-        count = factor * (stop - start)
-        given = factor * request.overlap if number else 0
-        padding = Padding.of(count, given)
-        pixels = padding.pad(enlarge(video[start:stop], *size, count))
-        clean = pipeline.vae.encode(pixels)
-        del pixels
-        noise = seeded_noise(tuple(clean.shape), (request.seed + number) % (MAX_SEED + 1)).to(clean.device)
-        known = None
-        if before is not None:
-            last = to_pixels(torch.from_numpy(before[-given:].copy()))
-            known = pipeline.vae.encode(padding.known.pad(last))
-        latents = _sample(
-            request.block_sparse,
-            pipeline.model,
-            (1 - NOISE) * clean + NOISE * noise,
-            make_schedule("refine", request.steps),
-            context,
-            mask,
-            guidance_scale=1.0,
-            cond_latents=known,
-            callback=None if callback is None else lambda step, n=number: callback(n, len(parts), step),
-        )
-        if not latents.isfinite().all():
-            raise LongCatError("the refined video is not finite: it overflows in this precision; use float32 or bf16")
-        frames = pipeline.vae.decode(latents)[0, padding.front : padding.front + count]
-        before = frames.mul(255).round().to("cpu", torch.uint8).numpy()
-        yield before[given:]
+    for number in range(len(pieces(len(video), request.piece, request.overlap))):
+        piece = refine_piece(engine, video, request, number, before, callback)
+        before = piece.frames
+        yield before[piece.skip :]
+
+
+def refine_piece(
+    engine: Engine,
+    video: np.ndarray,
+    request: RefineRequest,
+    number: int,
+    before: np.ndarray | None,
+    callback: Callable[[int, int, Step], None] | None = None,
+) -> Piece:
+    """One piece of a checked request; before: the refined frames of the one before, None for the first."""
+    parts = pieces(len(video), request.piece, request.overlap)
+    start, stop = parts[number]
+    size = request.size(video, engine.defaults)
+    factor = 2 if request.doubled else 1
+    count = factor * (stop - start)
+    given = factor * request.overlap if number else 0
+    padding = Padding.of(count, given)
+    pixels = padding.pad(enlarge(video[start:stop], *size, count))
+    clean = engine.encode(pixels)
+    del pixels
+    noise = seeded_noise(tuple(clean.shape), request.seed_of(number)).to(clean.device)
+    known = None
+    if given:
+        last = to_pixels(torch.from_numpy(before[-given:].copy()))
+        known = engine.encode(padding.known.pad(last))
+    latents = engine.denoise(
+        (1 - NOISE) * clean + NOISE * noise,
+        make_schedule("refine", request.steps),
+        request.prompt,
+        cond_latents=known,
+        block_sparse=request.block_sparse,
+        callback=None if callback is None else lambda step: callback(number, len(parts), step),
+    )
+    check_finite(latents)
+    frames = engine.decode(latents)[padding.front : padding.front + count]
+    return Piece(number, len(parts), frames, given, latents.cpu())
+
+
+def refine_in_folder(
+    load: Callable[[], Engine],
+    defaults: Defaults,
+    video: np.ndarray,
+    request: RefineRequest,
+    folder: SegmentFolder,
+    model: Settings,
+    callback: Callable[[int, int, Step], None] | None = None,
+) -> Iterator[tuple[int, int, bool]]:
+    """Like `refine`, but every finished piece is kept in a folder of `piece_folder`, and what is there is not made
+    again, unless the frames that it was made from are others now.
+
+    load: called when the first piece has to be made. model: what decides the result beside the request, plain JSON.
+    Yields the piece's number, the frames at its front that the one before has too, and whether it was there already.
+    """
+    request.check()
+    check_video(video)
+    parts = pieces(len(video), request.piece, request.overlap)
+    settings = [request.settings(video, number, defaults) | model for number in range(len(parts))]
+    folder.check(settings)
+    factor = 2 if request.doubled else 1
+    height, width = request.size(video, defaults)
+    engine: Engine | None = None
+    before: np.ndarray | None = None
+    content = ""
+    with folder.open():
+        for number, (start, stop) in enumerate(parts):
+            record = folder.find(number, settings[number], content)
+            reused = record is not None
+            if record is None:
+                folder.check_room(number, 4 * factor * (stop - start) * height * width)
+                engine = engine or load()
+                if number and before is None:
+                    before = folder.load(number - 1).frames
+                piece = refine_piece(engine, video, request, number, before, callback)
+                record = folder.save(
+                    number,
+                    piece.frames,
+                    piece.latents,
+                    settings=settings[number],
+                    before=content,
+                    fps=factor * request.fps,
+                    notes={},
+                )
+                before = piece.frames
+            else:
+                before = None
+            content = record.content
+            yield number, factor * request.overlap if number else 0, reused
+
+
+def piece_folder(path: Any) -> SegmentFolder:
+    """The folder of a video's refined pieces."""
+    return SegmentFolder(path, changing=("source",))

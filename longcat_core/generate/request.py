@@ -72,9 +72,9 @@ class GenerateRequest:
 
     def filled(self, defaults: Defaults) -> GenerateRequest:
         """A checked request without any None: files read, the rest from `defaults`. Raises LongCatError."""
-        _check_text("prompt", self.prompt)
+        check_text("prompt", self.prompt)
         if self.negative_prompt is not None:
-            _check_text("negative prompt", self.negative_prompt)
+            check_text("negative prompt", self.negative_prompt)
         if not html.unescape(html.unescape(self.prompt)).strip():
             raise LongCatError('the prompt is empty; say what the video shows, such as "a red circle moves right"')
         if self.image is not None and self.video is not None:
@@ -215,7 +215,8 @@ def _check_cond_frames(count: int) -> None:
         raise LongCatError(f"{count} conditioning frames are not of the form 4k+1; the nearest are {below} and {above}")
 
 
-def _check_text(name: str, text: str) -> None:
+def check_text(name: str, text: str) -> None:
+    """Raise LongCatError unless `text` is text that can be encoded."""
     if not isinstance(text, str):
         raise LongCatError(f"the {name} is a {type(text).__name__}; give text")
     try:

@@ -16,7 +16,7 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError
 from longcat_core.generate import commands
-from longcat_core.generate import refine as refining
+from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate.media import read_video, write_video
 from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
 from longcat_core.generate.refine import Padding, RefineRequest, enlarge, pieces, refine, target_size
@@ -115,14 +115,14 @@ def test_sizes():
 def test_every_frame_once(tiny, doubled, monkeypatch):
     """Pieces of 9 frames with 5 in common; the later ones are given the refined frames of the one before."""
     known, starts = [], []
-    sample = refining.sample
+    sample = pipelines.sample
 
     def spy(model, noise, *args, **kwargs):
         known.append(kwargs["cond_latents"])
         starts.append(noise)
         return sample(model, noise, *args, **kwargs)
 
-    monkeypatch.setattr(refining, "sample", spy)
+    monkeypatch.setattr(pipelines, "sample", spy)
     video = clip(17)
     parts = run(tiny, video, doubled=doubled, piece=9, overlap=5)
     factor = 2 if doubled else 1
