@@ -119,6 +119,8 @@ class Generation:
 class Engine(ABC):
     """What every task is made of: a VAE both ways, and denoising. Here by own models (`Pipeline`), in ComfyUI by its.
 
+    Latents are the engine's own: its VAE's, of whatever scale, and nobody else looks at their values.
+
     The noise is drawn on the CPU in fp32, so a seed means the same noise on every device; on one machine it gives the
     same video bit for bit.
     """
@@ -128,19 +130,20 @@ class Engine(ABC):
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """Video [1, 3, F, H, W] in -1..1 -> normalised latents [1, C, T, H/8, W/8]."""
+        """Video [1, 3, F, H, W] in -1..1 -> latents [1, C, T, H/8, W/8]."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Normalised latents [1, C, T, h, w] -> uint8 frames [F, 8h, 8w, 3]."""
+        """Latents [1, C, T, h, w] -> uint8 frames [F, 8h, 8w, 3]."""
 
     @abstractmethod
     def denoise(
         self,
-        start: Tensor,
+        noise: Tensor,
         schedule: Schedule,
         prompt: str,
         *,
+        clean: Tensor | None = None,
         negative_prompt: str = "",
         guidance_scale: float = 1.0,
         cond_latents: Tensor | None = None,
@@ -148,7 +151,11 @@ class Engine(ABC):
         block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Latents from where the schedule begins, [1, C, T, h, w] -> clean ones of the same shape; see `sample`."""
+        """Standard normal noise [1, C, T, h, w] -> clean latents of the same shape; see `sample`.
+
+        clean: latents of the same shape that the noise is mixed with as the schedule's first timestep says; None: none.
+        cond_latents: as `sample` takes them.
+        """
 
     def generate(
         self, request: GenerateRequest, callback: Callback | None = None, handed: Tensor | None = None
@@ -255,10 +262,11 @@ class Pipeline(Engine):
 
     def denoise(
         self,
-        start: Tensor,
+        noise: Tensor,
         schedule: Schedule,
         prompt: str,
         *,
+        clean: Tensor | None = None,
         negative_prompt: str = "",
         guidance_scale: float = 1.0,
         cond_latents: Tensor | None = None,
@@ -266,6 +274,10 @@ class Pipeline(Engine):
         block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
+        start = noise
+        if clean is not None:
+            share = schedule.timesteps[0] / 1000
+            start = (1 - share) * clean + share * noise.to(clean)
         context, mask = self._text("prompt", prompt)
         negative = (None, None)
         if guidance_scale != 1:

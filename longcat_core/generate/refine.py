@@ -23,7 +23,7 @@ from ..model.block_sparse import BlockSparse
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, seeded_noise, to_pixels, video_frames
 from ..sampling.sampler import Step
-from ..sampling.schedules import TAIL_START, make_schedule
+from ..sampling.schedules import make_schedule
 from .pipeline import Engine, check_finite
 from .request import MAX_FPS, MAX_SEED, Defaults, check_number, check_seed, check_side
 from .segments import SegmentFolder, Settings, checksum
@@ -31,8 +31,6 @@ from .segments import SegmentFolder, Settings, checksum
 # Latent frames come in groups of so many.
 GROUP = 4
 DIVISOR = 64
-# Share of noise in what denoising starts from.
-NOISE = TAIL_START / 1000
 
 
 @dataclass(frozen=True)
@@ -234,15 +232,16 @@ def refine_piece(
     pixels = padding.pad(enlarge(video[start:stop], *size, count))
     clean = engine.encode(pixels)
     del pixels
-    noise = seeded_noise(tuple(clean.shape), request.seed_of(number)).to(clean.device)
+    noise = seeded_noise(tuple(clean.shape), request.seed_of(number))
     known = None
     if given:
         last = to_pixels(torch.from_numpy(before[-given:].copy()))
         known = engine.encode(padding.known.pad(last))
     latents = engine.denoise(
-        (1 - NOISE) * clean + NOISE * noise,
+        noise,
         make_schedule("refine", request.steps),
         request.prompt,
+        clean=clean,
         cond_latents=known,
         block_sparse=request.block_sparse,
         callback=None if callback is None else lambda step: callback(number, len(parts), step),
