@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.ldm.wan.vae
@@ -22,14 +23,19 @@ from .loaders import CATEGORY
 CUSTOM = "custom"
 
 
-def _size_inputs() -> list[Any]:
+def resolution_inputs(
+    options: Sequence[str], tooltip: str, width: int, height: int, nano: Sequence[int] = ()
+) -> list[Any]:
+    """The inputs resolution, width and height. The first option is the default; `custom` is added. nano: the width and
+    height that suit the test model."""
+    sides = {"width": width, "height": height}
+    told = {name: f" (the test model: {side})" for name, side in zip(sides, nano, strict=False)}
     return [
         io.Combo.Input(
             "resolution",
-            options=[*BUCKETS, CUSTOM],
-            default="480p",
-            tooltip="480p or 720p: the size LongCat-Video was trained at that comes nearest in shape; what overhangs "
-            "is cut off evenly. custom: width and height below.",
+            options=[*options, CUSTOM],
+            default=options[0],
+            tooltip=f"{tooltip} custom: width and height below.",
         ),
         *(
             io.Int.Input(
@@ -38,9 +44,22 @@ def _size_inputs() -> list[Any]:
                 min=SIDE_MULTIPLE,
                 max=MAX_SIDE,
                 step=SIDE_MULTIPLE,
-                tooltip=f"Pixels, a multiple of {SIDE_MULTIPLE}; only for resolution custom (the test model: {nano}).",
+                tooltip=f"Pixels, a multiple of {SIDE_MULTIPLE}; only for resolution custom{told.get(name, '')}.",
             )
-            for name, default, nano in (("width", 832, 96), ("height", 480, 64))
+            for name, default in sides.items()
+        ),
+    ]
+
+
+def _size_inputs() -> list[Any]:
+    return [
+        *resolution_inputs(
+            list(BUCKETS),
+            "480p or 720p: the size LongCat-Video was trained at that comes nearest in shape; what overhangs is cut "
+            "off evenly.",
+            832,
+            480,
+            (96, 64),
         ),
         io.Int.Input(
             "length",

@@ -5,27 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
-import numpy as np
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.refine import Padding, enlarge, target_size
-from ..longcat_core.generate.request import MAX_FPS, MAX_SIDE, SIDE_MULTIPLE, check_side
-from .conditioning import CUSTOM, _check_images, require_wan_vae
+from ..longcat_core.generate.request import MAX_FPS, check_side
+from .conditioning import CUSTOM, _check_images, require_wan_vae, resolution_inputs
+from .engine import encode_video, to_bytes
 from .loaders import CATEGORY
 
 TWICE = "twice the size"
 
 
-def _bytes(frames: Tensor) -> np.ndarray:
-    return frames[..., :3].mul(255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+def refined_size_inputs() -> list[Any]:
+    return resolution_inputs(
+        ["720p", TWICE],
+        "720p: the size LongCat-Video refines to that comes nearest in shape. twice the size: for the test model.",
+        1280,
+        704,
+    )
 
 
-def _encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Latents [1, 16, T, H/8, W/8] of video [1, 3, F, H, W] in -1..1."""
-    return vae.encode((pixels[0].permute(1, 2, 3, 0) + 1) / 2)
+def refined_size(video: Tensor, resolution: str, width: int, height: int) -> tuple[int, int]:
+    """(height, width) in pixels that `video`, an IMAGE, is refined to. Raises LongCatError for sides that cannot be."""
+    if resolution != CUSTOM:
+        height, width = target_size(*video.shape[1:3], resolution == "720p")
+    check_side("width", width)
+    check_side("height", height)
+    return height, width
 
 
 class Refine(io.ComfyNode):
@@ -47,24 +56,7 @@ class Refine(io.ComfyNode):
                     default=True,
                     tooltip="Twice as many frames as well, for twice the frame rate; off: a larger picture only.",
                 ),
-                io.Combo.Input(
-                    "resolution",
-                    options=["720p", TWICE, CUSTOM],
-                    default="720p",
-                    tooltip="720p: the size LongCat-Video refines to that comes nearest in shape. twice the size: for "
-                    "the test model. custom: width and height below.",
-                ),
-                *(
-                    io.Int.Input(
-                        name,
-                        default=default,
-                        min=SIDE_MULTIPLE,
-                        max=MAX_SIDE,
-                        step=SIDE_MULTIPLE,
-                        tooltip=f"Pixels, a multiple of {SIDE_MULTIPLE}; only for resolution custom.",
-                    )
-                    for name, default in (("width", 1280), ("height", 704))
-                ),
+                *refined_size_inputs(),
                 io.Float.Input(
                     "fps",
                     default=15.0,
@@ -103,10 +95,7 @@ class Refine(io.ComfyNode):
     ) -> io.NodeOutput:
         require_wan_vae(vae)
         _check_images("video", video)
-        if resolution != CUSTOM:
-            height, width = target_size(*video.shape[1:3], resolution == "720p")
-        check_side("width", width)
-        check_side("height", height)
+        height, width = refined_size(video, resolution, width, height)
         factor = 2 if double_rate else 1
         count, given = factor * len(video), 0
         if refined_before is not None:
@@ -120,12 +109,12 @@ class Refine(io.ComfyNode):
                     "overlap to the frames that both have"
                 )
         padding = Padding.of(count, given)
-        samples = _encode(vae, padding.pad(enlarge(_bytes(video), height, width, count)))
+        samples = encode_video(vae, padding.pad(enlarge(to_bytes(video), height, width, count)))
         samples = samples.to(comfy.model_management.intermediate_device())
         latent = {"samples": samples}
         if given:
-            known = enlarge(_bytes(refined_before[-given:]), height, width, given)
-            known = _encode(vae, padding.known.pad(known)).to(samples)
+            known = enlarge(to_bytes(refined_before[-given:]), height, width, given)
+            known = encode_video(vae, padding.known.pad(known)).to(samples)
             samples[:, :, : known.shape[2]] = known
             mask = torch.ones((1, 1, *samples.shape[2:]), device=samples.device)
             mask[:, :, : known.shape[2]] = 0

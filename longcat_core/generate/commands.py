@@ -223,26 +223,13 @@ def long(args: argparse.Namespace) -> int:
 
         for segment in long_video(lambda: _load(args, paths, device), request, folder, callback):
             finished.append(segment)
-            bar.say(_told(segment, folder.path))
+            bar.say(segment.told(folder.path))
     write_video(output, new_frames(folder, finished), first.fps)
     print(
         f"{output}: {request.total_frames} frames of {first.height}x{first.width} at {first.fps:g} fps, "
         f"{len(finished)} segments, seed {first.seed}, in {time.monotonic() - started:.1f} s"
     )
     return 0
-
-
-def _told(segment: Any, folder: Path) -> str:
-    sentence = f"segment {segment.number + 1} of {segment.of}: " + (
-        f"is in {folder} already" if segment.reused else f"finished, kept in {folder}"
-    )
-    if segment.join is None:
-        return sentence
-    join = segment.join
-    return (
-        f"{sentence}; at its join the mean colour changes by {join.step:.2f} of 255 and the brightness by "
-        f"{join.brightness:+.2f}, where neighbouring frames do by {join.usual:.2f}"
-    )
 
 
 def refine(args: argparse.Namespace) -> int:

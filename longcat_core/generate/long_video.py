@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -156,6 +157,17 @@ class Finished:
     skip: int
     reused: bool
     join: Join | None
+
+    def told(self, folder: Path) -> str:
+        """A sentence for people."""
+        state = f"is in {folder} already" if self.reused else f"finished, kept in {folder}"
+        sentence = f"segment {self.number + 1} of {self.of}: {state}"
+        if self.join is None:
+            return sentence
+        return (
+            f"{sentence}; at its join the mean colour changes by {self.join.step:.2f} of 255 and the brightness by "
+            f"{self.join.brightness:+.2f}, where neighbouring frames do by {self.join.usual:.2f}"
+        )
 
 
 def long_video(

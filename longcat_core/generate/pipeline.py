@@ -196,7 +196,7 @@ def check_finite(latents: Tensor) -> None:
     """Raise LongCatError for latents with NaN or infinity in them."""
     if not latents.isfinite().all():
         raise LongCatError(
-            "the result is not finite: this checkpoint overflows in the chosen precision; try --dtype float32"
+            "the result is not finite: the checkpoint overflows in this precision; load it as bf16 or fp32 (--dtype)"
         )
 
 

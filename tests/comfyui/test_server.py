@@ -23,6 +23,8 @@ NODES = {
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
     "LongCatRefine",
+    "LongCatLongVideo",
+    "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
     "LongCatBenchmark",
 }

@@ -144,7 +144,7 @@ def test_a_prompt_that_is_cut_gives_a_warning(tiny: Pipeline, golden: dict[str, 
 def test_overflow_is_an_error_not_a_black_video(tiny: Pipeline, golden: dict[str, Tensor]) -> None:
     broken = {**golden, "pos.embeds": torch.full_like(golden["pos.embeds"], float("nan"))}
     tiny.text_encoder = GoldenText(broken)
-    with pytest.raises(LongCatError, match=r"not finite.*--dtype float32"):
+    with pytest.raises(LongCatError, match=r"not finite.*--dtype"):
         tiny.generate(request(frames=5))
 
 

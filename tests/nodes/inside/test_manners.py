@@ -54,6 +54,8 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatScheduler",
         "LongCatGuider",
         "LongCatRefine",
+        "LongCatLongVideo",
+        "LongCatRefineLongVideo",
         "LongCatBlockSparseAttention",
         "LongCatBenchmark",
     }

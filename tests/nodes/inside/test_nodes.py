@@ -20,6 +20,8 @@ IDS = (
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
     "LongCatRefine",
+    "LongCatLongVideo",
+    "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
     "LongCatBenchmark",
 )

@@ -13,14 +13,14 @@ SAMPLING = {"steps": 12, "guidance": 1.0, "mode": "refine"}
 @pytest.fixture
 def headless_sample(comfy, monkeypatch):
     """Latents of every piece that headless refining samples."""
-    refining = comfy.core("generate.refine")
-    seen, sample = [], refining.sample
+    pipeline = comfy.core("generate.pipeline")
+    seen, sample = [], pipeline.sample
 
     def spy(*args, **kwargs):
         seen.append(sample(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(refining, "sample", spy)
+    monkeypatch.setattr(pipeline, "sample", spy)
     return seen
 
 
@@ -50,13 +50,12 @@ def test_equals_the_headless_refinement(comfy, model, vae, network, prompts, fra
         def encode(self, texts):
             return context, (context != 0).any(-1)
 
-    class Pipeline:
-        text_encoder, defaults = Text(), comfy.core("generate.request").NANO
-
-    Pipeline.model, Pipeline.vae = network, ComfyVAE(vae, model)
+    pipeline = comfy.core("generate.pipeline").Pipeline(
+        network, ComfyVAE(vae, model), Text(), comfy.core("generate.request").NANO
+    )
     request = refining.RefineRequest("x", seed=4, doubled=doubled, height=64, width=96, steps=12, piece=5, overlap=1)
     with torch.no_grad():
-        expected = list(refining.refine(Pipeline, pixels, request))
+        expected = list(refining.refine(pipeline, pixels, request))
     before, got = None, []
     for number, (start, stop) in enumerate(refining.pieces(9, 5, 1)):
         more = {} if before is None else {"refined_before": before, "overlap": 1}
