@@ -43,6 +43,8 @@ def _seed_input() -> io.Input:
         default=0,
         min=0,
         max=0x7FFFFFFFFFFFFFFF,
+        # Another seed at every run would never go on from what is there.
+        control_after_generate=False,
         tooltip="Of the first piece; the others count on from it. With another seed, name another folder.",
     )
 
@@ -238,7 +240,7 @@ class LongVideo(io.ComfyNode):
         shown, finished, told = _Shown(len(spread)), [], []
         for segment in long_video.long_video(lambda: engine, request, kept):
             finished.append(segment)
-            told.append(segment.told(kept.path))
+            told.append(segment.told(folder))
             shown.add(segment.number, kept.frames(segment.number, segment.skip))
         images = _gathered(long_video.new_frames(kept, finished), request.total_frames, height, width)
         return io.NodeOutput(images, "\n".join(told), ui=shown.ui(cls))

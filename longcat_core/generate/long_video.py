@@ -158,8 +158,8 @@ class Finished:
     reused: bool
     join: Join | None
 
-    def told(self, folder: Path) -> str:
-        """A sentence for people."""
+    def told(self, folder: str | Path) -> str:
+        """A sentence for people; folder: by the name that they gave it."""
         state = f"is in {folder} already" if self.reused else f"finished, kept in {folder}"
         sentence = f"segment {self.number + 1} of {self.of}: {state}"
         if self.join is None:

@@ -63,8 +63,21 @@ FILES_NOTE = """## {title}
 {files}
 {text}"""
 LORA_ROW = "| `cfg_step_lora.safetensors` (`lora` of LongCat-Video) | `models/loras` |\n"
+REFINEMENT_ROW = "| `refinement_lora.safetensors` (`lora` of LongCat-Video) | `models/loras` |\n"
+LONG_TEXT = """Segments of 93 frames, each begun with the last 13 of the one before: 3 segments are 16.9 seconds.
 
-# Prompt and label of each workflow's picture, in the order of `graphs`.
+Every finished segment is kept in ComfyUI's output folder, under the name in **folder**. Interrupted, or crashed? Queue
+again: it goes on where it was. Another seed or size wants another folder."""
+NANO_TEXT = """Press **Run**. The small test model that comes with the pack makes it on a CPU: no download, no GPU."""
+SAILS = """A small sailing boat leaves a quiet harbour at sunrise, gentle waves, camera follows from behind.
+The boat reaches the open sea, the wind freshens and the sails fill, spray over the bow.
+Dolphins appear beside the boat and leap through the waves in bright sunlight.
+The boat turns towards a rocky island with a white lighthouse, clouds gather on the horizon."""
+NANO_SCENES = """a red circle moves right on a blue background
+a red circle moves up on a blue background
+a red circle moves left on a blue background"""
+
+# Prompts (a segment each) and label of each workflow's picture, in the order of `graphs`.
 PICTURES = (
     (NANO_PROMPT, "nano: text to video"),
     ("a green square moves up on a black background", "text to video 480p"),
@@ -72,6 +85,17 @@ PICTURES = (
     ("a purple circle pulses on a gray background", "image to video"),
     ("an orange cross moves down on a blue background", "video continuation"),
     ("a cyan square moves in a circle on a black background", "optimizations A | B"),
+    ("a white triangle moves right on a green background", "long video"),
+    (
+        "a yellow circle moves right on a black background\na yellow circle moves up on a black background",
+        "interactive",
+    ),
+    ("a purple cross moves in a circle on a white background", "refine to 720p"),
+    ("a cyan circle moves right on a brown background", "long, then 720p"),
+    ("a red square moves right on a black background", "nano: long video"),
+    (NANO_SCENES, "nano: interactive"),
+    ("a yellow triangle pulses on a blue background", "nano: refine"),
+    ("a green circle moves down on a black background", "nano: long, refined"),
 )
 
 BUILD = """({nodes, links, groups}) => {
@@ -298,8 +322,191 @@ The test model runs on a CPU; put the real files into the loaders to try a GPU."
     return graph
 
 
+def long_base(title: str, files: dict[str, str], note: str, prompts: str, prefix: str, **settings: Any) -> Graph:
+    """Loaders and LongCat Long Video, with its report, still without what becomes of its frames."""
+    graph = Graph(title)
+    graph.add("note", "MarkdownNote", "note", 0, (370, 520), "Read me", text_=note)
+    graph.add("model", "LongCatModelLoader", "load", 0, (310, 90), model_name=files["model"])
+    graph.add("text", "LongCatTextEncoderLoader", "load", 160, (310, 90), text_encoder_name=files["text"])
+    graph.add("vae", "VAELoader", "load", 320, (310, 60), vae_name=files["vae"])
+    graph.group("1  Model files", "model", "text", "vae")
+    folder = {"folder": f"longcat/{prefix}"}
+    graph.add("long", "LongCatLongVideo", "prompt", 0, (420, 900), prompts=prompts, **folder | settings)
+    graph.link("model.MODEL long.model", "text.CLIP long.clip", "vae.VAE long.vae")
+    graph.group("2  What to make", "long")
+    graph.add("report", "PreviewAny", "load", 480, (310, 330), "Segments and joins")
+    graph.link("long.report report.source")
+    return graph
+
+
+def save(graph: Graph, images: str, x: float, prefix: str, fps: str = "", number: int = 3) -> Graph:
+    """Create Video and Save Video for `images`, a socket; fps: a socket, or "" for 15."""
+    graph.add("video", "CreateVideo", x, 0, (300, 80), fps=15)
+    graph.add("save", "SaveVideo", x, 150, (420, 440), filename_prefix=f"video/{prefix}")
+    graph.link(f"{images} video.images", "video.VIDEO save.video", *([f"{fps} video.fps"] if fps else ()))
+    graph.group(f"{number}  Save", "video", "save")
+    return graph
+
+
+NANO_LONG = {"width": 96, "height": 64, "length": 33, "mode": "base"}
+
+
+def long_video() -> Graph:
+    title = "LongCat-Video - long video 480p"
+    note = FILES_NOTE.format(title=title, files="", text=LONG_TEXT)
+    return save(long_base(title, REAL, note, CAT, "long-video"), "long.images", 830, "longcat_long")
+
+
+def interactive() -> Graph:
+    title = "LongCat-Video - interactive video 480p"
+    text = (
+        "A prompt a line, a line a segment. Change line k and queue again: only segment k and later ones are made anew."
+    )
+    text = f"{text}\n\n{LONG_TEXT}"
+    graph = long_base(
+        title, REAL, FILES_NOTE.format(title=title, files="", text=text), SAILS, "interactive", segments=0
+    )
+    return save(graph, "long.images", 830, "longcat_interactive")
+
+
+def refining() -> Graph:
+    title = "LongCat-Video - refine to 720p"
+    text = (
+        "Load a finished video of at most 93 frames: it becomes 1280x704 at twice the frame rate, in five evaluations "
+        "of the model.\nWhat *skip* and *length* cut off is padding. For longer videos: LongCat Refine Long Video."
+    )
+    graph = base(title, REAL, "", FILES_NOTE.format(title=title, files=REFINEMENT_ROW, text=text))
+    lora = {"lora_name": "refinement_lora.safetensors", "strength_model": 1}
+    graph.add("lora", "LoraLoaderModelOnly", "load", 450, (310, 80), **lora)
+    graph.add("sparse", "LongCatBlockSparseAttention", "load", 610, (310, 130))
+    graph.add("clip", "LoadVideo", "load", 820, (310, 300))
+    graph.groups[0][1].extend(("lora", "sparse", "clip"))
+    graph.add("frames", "GetVideoComponents", "prompt", 440, (420, 80))
+    graph.link("clip.VIDEO frames.video", "model.MODEL lora.model", "lora.MODEL sparse.model")
+    return refined(graph, "frames.images", "sparse.MODEL", "longcat_720p", "frames.fps")
+
+
+def refined(graph: Graph, images: str, model: str, prefix: str, fps: str = "", **size: Any) -> Graph:
+    """LongCat Refine, LongCat Sampler, VAE Decode, the padding cut off, saved."""
+    graph.add("latent", "LongCatRefine", "prompt", 600, (420, 250), **size)
+    graph.group("2  What to refine", "positive", "negative", "latent", *(["frames"] if fps else []))
+    graph.add("sampler", "LongCatSampler", "sample", 0, SAMPLER, guidance=1, mode="refine")
+    graph.add("decode", "VAEDecode", "save", 0, (300, 50))
+    graph.add("cut", "ImageFromBatch", "save", 120, (300, 90), "Without the padding")
+    graph.add("video", "CreateVideo", "save", 290, (300, 80), fps=30)
+    graph.add("save", "SaveVideo", "save", 440, (420, 440), filename_prefix=f"video/{prefix}")
+    graph.link(
+        "vae.VAE latent.vae",
+        f"{images} latent.video",
+        *([f"{fps} latent.fps"] if fps else ()),
+        f"{model} sampler.model",
+        "positive.CONDITIONING sampler.positive",
+        "negative.CONDITIONING sampler.negative",
+        "latent.LATENT sampler.latent_image",
+        "sampler.LATENT decode.samples",
+        "vae.VAE decode.vae",
+        "decode.IMAGE cut.image",
+        "latent.skip cut.batch_index",
+        "latent.length cut.length",
+        "cut.IMAGE video.images",
+        "latent.fps video.fps",
+        "video.VIDEO save.video",
+    )
+    graph.group("3  Sample", "sampler")
+    graph.group("4  Decode and save", "decode", "cut", "video", "save")
+    return graph
+
+
+def chain() -> Graph:
+    title = "LongCat-Video - long video, refined to 720p"
+    text = (
+        "The whole chain: text to video, continued segment by segment, then refined piece by piece to 1280x704 at 30 "
+        f"fps.\n\n{LONG_TEXT}"
+    )
+    note = FILES_NOTE.format(title=title, files=REFINEMENT_ROW, text=text)
+    graph = long_base(title, REAL, note, CAT, "long-video")
+    lora = {"lora_name": "refinement_lora.safetensors", "strength_model": 1}
+    graph.add("lora", "LoraLoaderModelOnly", 830, 0, (340, 80), **lora)
+    graph.add("sparse", "LongCatBlockSparseAttention", 830, 160, (340, 130))
+    graph.link("model.MODEL lora.model", "lora.MODEL sparse.model")
+    return refined_long(graph, "sparse.MODEL", "long-video-720p", "longcat_long_720p")
+
+
+def refined_long(graph: Graph, model: str, folder: str, prefix: str, **settings: Any) -> Graph:
+    settings = {"folder": f"longcat/{folder}"} | settings
+    above = [node["key"] for node in graph.nodes if node["key"] in ("lora", "sparse")]
+    graph.add("refine", "LongCatRefineLongVideo", 830, 380 if above else 0, (340, 700), **settings)
+    graph.link(f"{model} refine.model", "text.CLIP refine.clip", "vae.VAE refine.vae", "long.images refine.video")
+    graph.group("3  Refine", *above, "refine")
+    return save(graph, "refine.images", 1210, prefix, "refine.fps", 4)
+
+
+def nano_note(title: str, text: str) -> str:
+    return f"## {title.replace(' - ', ': ')}\n\n{NANO_TEXT}\n\n{text}"
+
+
+def nano_long() -> Graph:
+    title = "LongCat nano - long video"
+    note = nano_note(title, LONG_TEXT.replace("93 frames", "33 frames").replace("16.9", "4.9"))
+    prompt = "a red square moves right on a black background"
+    graph = long_base(title, NANO, note, prompt, "nano-long", steps=30, **NANO_LONG)
+    return save(graph, "long.images", 830, "longcat_nano_long")
+
+
+def nano_interactive() -> Graph:
+    title = "LongCat nano - interactive video"
+    text = "A prompt a line, a line a segment: the circle moves right, then up, then left."
+    settings = {"segments": 0, "steps": 30, "seed": 1, "hand_off": "latents"} | NANO_LONG
+    graph = long_base(title, NANO, nano_note(title, text), NANO_SCENES, "nano-interactive", **settings)
+    return save(graph, "long.images", 830, "longcat_nano_interactive")
+
+
+def nano_refine() -> Graph:
+    title = "LongCat nano - refine"
+    text = "Text to video, 96x64 at 15 fps, and its second stage: 192x128 at 30 fps, in five evaluations of the model."
+    graph = base(title, NANO, "a yellow triangle pulses on a blue background", nano_note(title, text))
+    graph.add("empty", "EmptyHunyuanLatentVideo", "load", 480, (310, 130), width=96, height=64, length=17)
+    graph.add("first", "LongCatSampler", "load", 700, SAMPLER, "First stage", seed=1, steps=30, **FIXED)
+    graph.add("frames", "VAEDecode", "prompt", 440, (420, 50), "Frames of the first stage")
+    graph.link(
+        "model.MODEL first.model",
+        "positive.CONDITIONING first.positive",
+        "negative.CONDITIONING first.negative",
+        "empty.LATENT first.latent_image",
+        "first.LATENT frames.samples",
+        "vae.VAE frames.vae",
+    )
+    graph.group("First stage", "empty", "first")
+    return refined(graph, "frames.IMAGE", "model.MODEL", "longcat_nano_refined", resolution="twice the size")
+
+
+def nano_chain() -> Graph:
+    title = "LongCat nano - long video, refined"
+    text = "The whole chain: text to video, continued, then refined piece by piece to 192x128 at 30 fps."
+    prompt = "a green circle moves down on a black background"
+    long = NANO_LONG | {"segments": 2, "length": 17, "overlap": 5, "steps": 30, "seed": 1}
+    graph = long_base(title, NANO, nano_note(title, text), prompt, "nano-chain", **long)
+    size = {"resolution": "twice the size", "piece": 17, "overlap": 5}
+    return refined_long(graph, "model.MODEL", "nano-chain-refined", "longcat_nano_chain", **size)
+
+
 def graphs() -> Iterator[Graph]:
-    for make in (nano, text_to_video, distilled, image_to_video, continuation, side_by_side):
+    for make in (
+        nano,
+        text_to_video,
+        distilled,
+        image_to_video,
+        continuation,
+        side_by_side,
+        long_video,
+        interactive,
+        refining,
+        chain,
+        nano_long,
+        nano_interactive,
+        nano_refine,
+        nano_chain,
+    ):
         yield make()
 
 
@@ -334,8 +541,12 @@ def picture(video: np.ndarray, label: str) -> Image.Image:
 def pictures(folder: Path) -> None:
     """Write the .jpg of every workflow: videos of the embedded model."""
     pipeline = Pipeline.load()
-    for i, (graph, (prompt, label)) in enumerate(zip(graphs(), PICTURES, strict=True)):
-        video = pipeline.generate(GenerateRequest(prompt, seed=i + 1)).frames
+    for i, (graph, (prompts, label)) in enumerate(zip(graphs(), PICTURES, strict=True)):
+        video = None
+        for prompt in prompts.splitlines():
+            given = None if video is None else video[-13:]
+            more = pipeline.generate(GenerateRequest(prompt, seed=i + 1, given=given)).frames
+            video = more if video is None else np.concatenate((video, more[13:]))
         picture(video, label).save(folder / f"{graph.name}.jpg", quality=88)
 
 

@@ -38,8 +38,29 @@ SMALL = {
     "LongCatImageToVideo": {"resolution": "custom", **SIZE},
     "LongCatVideoContinuation": {"resolution": "custom", **SIZE},
     "LongCatSampler": {"steps": 2},
+    "LongCatLongVideo": {**SIZE, "overlap": 5, "steps": 2, "mode": "base"},
+    "LongCatRefine": {"resolution": "custom", "width": 96, "height": 64},
+    "LongCatRefineLongVideo": {
+        "resolution": "custom",
+        "width": 96,
+        "height": 64,
+        "steps": 2,
+        "piece": LENGTH,
+        "overlap": 5,
+    },
     "LoadImage": {"image": "first.png"},
     "LoadVideo": {"file": "clip.mp4"},
+}
+# Frames and frame rate of what a workflow saves, where they are not those of one clip.
+MADE = {
+    "LongCat nano - long video": (73, 15),
+    "LongCat nano - interactive video": (73, 15),
+    "LongCat nano - refine": (34, 30),
+    "LongCat nano - long video, refined": (58, 30),
+    "LongCat-Video - long video 480p": (3 * LENGTH - 10, 15),
+    "LongCat-Video - interactive video 480p": (4 * LENGTH - 15, 15),
+    "LongCat-Video - refine to 720p": (2 * LENGTH, 30),
+    "LongCat-Video - long video, refined to 720p": (2 * (3 * LENGTH - 10), 30),
 }
 # What the page adds to a widget's values beside the schema's own.
 CONTROLS = {"fixed", "increment", "decrement", "randomize"}
@@ -58,7 +79,7 @@ def page(server):
 
 def test_every_task_has_a_workflow_and_a_square_picture():
     assert {file.stem for file in FILES} == {graph.name for graph in graphs()}
-    assert len(OUT_OF_THE_BOX) == 2
+    assert len(OUT_OF_THE_BOX) == 6
     for file in FILES:
         with Image.open(file.with_suffix(".jpg")) as picture:
             assert picture.format == "JPEG" and picture.width == picture.height >= 256
@@ -92,6 +113,8 @@ def test_nodes_and_widgets_are_those_of_the_server(file, client):
                 assert options["min"] <= value <= options["max"], name
             elif kind == "BOOLEAN":
                 assert isinstance(value, bool), name
+            elif kind == "STRING":
+                assert isinstance(value, str), name
             elif name not in ("model_name", "text_encoder_name"):
                 assert value in (kind if isinstance(kind, list) else options["options"]), name
 
@@ -158,8 +181,8 @@ def test_run_makes_the_video_and_shows_it(file, page, client, watch, artefacts):
     (saver,) = (node["id"] for node in page.nodes() if node["type"] == "SaveVideo")
     outputs = json.loads(page.tab.evaluate("() => JSON.stringify(window.app.nodeOutputs)"))
     (shown,) = outputs[str(saver)]["images"]
-    frames, _ = watch(client.video(shown), shown["filename"])
-    assert frames.shape[0] == 33 and frames.std() > 10
+    frames, fps = watch(client.video(shown), shown["filename"])
+    assert (len(frames), fps) == MADE.get(file.stem, (33, FPS)) and frames.std() > 10
     page.tab.wait_for_function("() => [...document.querySelectorAll('video')].some(v => v.videoWidth > 0)")
     page.screenshot(artefacts / f"{file.stem}, run.png")
 
@@ -179,7 +202,8 @@ def given(server) -> np.ndarray:
     }
     loras = server.base / "models" / "loras"
     loras.mkdir(exist_ok=True)
-    save_file(lora, loras / "cfg_step_lora.safetensors")
+    for name in ("cfg_step_lora", "refinement_lora"):
+        save_file(lora, loras / f"{name}.safetensors")
     return clip
 
 
@@ -194,7 +218,7 @@ def test_workflow_of_the_real_weights_runs_on_small_ones(file, page, client, wat
     (saver,) = (key for key, node in prompt.items() if node["class_type"] == "SaveVideo")
     (saved,) = run.files(saver)
     frames, fps = watch(client.video(saved), saved["filename"])
-    assert frames.shape == (LENGTH, 64, 96, 3) and fps == FPS
+    assert frames.shape[1:] == (64, 96, 3) and (len(frames), fps) == MADE.get(file.stem, (LENGTH, FPS))
     kinds = {node["class_type"] for node in prompt.values()}
     if kinds & {"LongCatImageToVideo", "LongCatVideoContinuation"}:
         # The last 13 frames of the clip, or the image, stand first.
@@ -210,7 +234,12 @@ def test_template_browser_lists_the_workflows_with_their_pictures(page, artefact
     dialog.get_by_text(PACK_NAME, exact=False).first.click()
     page.settle()
     page.screenshot(artefacts / "templates.png")
-    # The page shows pictures under names of its own, so their number tells that they were drawn.
+    # The page adds cards, and fetches their pictures, as one scrolls to the end.
+    seen = -1
+    while seen < (seen := dialog.locator("img").count()):
+        dialog.locator("img").last.scroll_into_view_if_needed()
+        page.settle()
+    # It shows them under names of its own, so their number tells that they were drawn.
     widths = dialog.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
     assert sum(width == 512 for width in widths) == len(FILES)
     for file in FILES:
