@@ -33,8 +33,8 @@ LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
 CONTINUATION = "base, then enhance_hf"
 # Name of a mode -> schedules of the first segment and of the others.
 LONG_MODES = {CONTINUATION: ("base", "enhance_hf"), "base": ("base", "base"), "distilled": ("distilled", "distilled")}
-# Of a segment's picture: frames side by side, and its width in pixels.
-STRIP, STRIP_WIDTH = 5, 1280
+# Of a segment's picture: frames side by side, and its width in pixels. Segments that are shown at once.
+STRIP, STRIP_WIDTH, STRIPS = 5, 1280, 8
 
 
 def _seed_input() -> io.Input:
@@ -67,18 +67,21 @@ def _strip(frames: np.ndarray) -> Image.Image:
 
 
 class _Shown:
-    """Progress over the segments, with a picture of each as it is finished; all of them under the node at the end."""
+    """Progress over the segments, with a picture of those that are finished, the last ones below each other."""
 
     def __init__(self, total: int) -> None:
         self.bar = comfy.utils.ProgressBar(total)
         self.strips: list[Image.Image] = []
 
     def add(self, number: int, frames: np.ndarray) -> None:
-        self.strips.append(_strip(frames))
-        self.bar.update_absolute(number + 1, preview=("JPEG", self.strips[-1], None))
+        self.strips = [*self.strips[1 - STRIPS :], _strip(frames)]
+        self.bar.update_absolute(number + 1, preview=("JPEG", self.picture(), None))
+
+    def picture(self) -> Image.Image:
+        return Image.fromarray(np.concatenate([np.asarray(strip) for strip in self.strips]))
 
     def ui(self, node: Any) -> Any:
-        return ui.PreviewImage(torch.cat([to_image(np.array(strip)[None]) for strip in self.strips]), cls=node)
+        return ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
 
 
 class LongVideo(io.ComfyNode):
