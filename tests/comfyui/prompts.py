@@ -43,3 +43,14 @@ def text_to_video(prompt: str, *, seed: int = 0, steps: int = 50, frames: int = 
         "video": node("CreateVideo", images=["decode", 0], fps=FPS),
         "save": node("SaveVideo", video=["video", 0], filename_prefix="video/longcat", format="mp4", codec="h264"),
     }
+
+
+def long_video(prompts: str, folder: str, *, steps: int, **settings: Any) -> dict[str, Any]:
+    """Node "long" makes segments of 9 frames in a folder of the output folder; they are saved by node "save"."""
+    whole = text_to_video("")
+    inputs = {"width": 96, "height": 64, "length": 9, "overlap": 5, "seed": 1, "steps": steps, "guidance": 4.0}
+    inputs |= {"segments": 0, "mode": "base", "hand_off": "frames", "negative_prompt": "", "folder": folder}
+    inputs |= {"prompts": prompts, "model": ["model", 0], "clip": ["text", 0], "vae": ["vae", 0], **settings}
+    kept = {name: whole[name] for name in ("model", "text", "vae", "video", "save")}
+    kept["video"]["inputs"]["images"] = ["long", 0]
+    return kept | {"long": node("LongCatLongVideo", **inputs)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import websocket
 
 from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
 
 from .client import Client, Refused
-from .prompts import FPS, text_to_video
+from .prompts import FPS, long_video, text_to_video
 from .server import PACK_NAME
 
 NODES = {
@@ -147,6 +148,39 @@ def test_nodes_stay_when_optional_packages_fail_and_after_a_restart(another_serv
             assert longcat_nodes(client).keys() == NODES
             assert client.run(text_to_video(caption(RED_CIRCLE), steps=2, frames=5)).status == "success"
     assert "IMPORT FAILED" not in server.log
+
+
+def test_a_killed_server_goes_on_with_the_same_prompt(another_server):
+    """Killed in its second segment, as by the power; queued again, only what is missing is made, and is the same."""
+    server = another_server()
+    output = server.base / "output" / "longcat"
+    prompts = "\n".join(f"a red circle moves {way} on a blue background" for way in ("right", "up", "left"))
+
+    def kept(folder: str) -> dict[str, bytes]:
+        """Latents and frames; records tell of the folder's settings, which are the same."""
+        return {
+            str(path.relative_to(output / folder)): path.read_bytes()
+            for path in sorted((output / folder).rglob("*"))
+            if path.suffix in (".safetensors", ".mkv", ".json")
+        }
+
+    def kill(run) -> None:
+        if (output / "killed" / "segment-001").exists() and run.progress[-1][2] == 40 and run.progress[-1][1] > 3:
+            server.process.kill()
+
+    with server, Client(server.url) as client:
+        assert client.run(long_video(prompts, "longcat/whole", steps=40)).status == "success"
+        with pytest.raises((OSError, websocket.WebSocketException)):
+            client.run(long_video(prompts, "longcat/killed", steps=40), on_progress=kill)
+    assert {path.name for path in (output / "killed").glob("segment-*")} == {"segment-001"}
+    before = (output / "killed" / "segment-001" / "frames.mkv").stat().st_mtime_ns
+    with server, Client(server.url) as client:
+        run = client.run(long_video(prompts, "longcat/killed", steps=40))
+        assert run.status == "success" and len(run.files("long")) == 1
+        steps = [value for node, value, total in run.progress if node == "long" and total == 40]
+        assert len(steps) == 80, "two segments of three"
+    assert kept("killed") == kept("whole") and len(kept("whole")) == 9
+    assert (output / "killed" / "segment-001" / "frames.mkv").stat().st_mtime_ns == before
 
 
 def test_import_says_nothing(another_server):
