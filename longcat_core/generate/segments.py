@@ -103,11 +103,10 @@ class SegmentFolder:
             if record is None:
                 continue
             kept = {name: value for name, value in record.settings.items() if name not in self.changing}
-            now = {name: value for name, value in now.items() if name not in self.changing}
+            now = {name: value for name, value in _as_read(now).items() if name not in self.changing}
             differing = [name for name in {**kept, **now} if kept.get(name) != now.get(name)]
             if differing:
-                told = "; ".join(f"{name} {_short(kept.get(name))} there, {_short(now.get(name))} now"
-                                 for name in differing)  # fmt: skip
+                told = "; ".join(f"{name} {_told(kept.get(name), now.get(name))}" for name in differing)
                 raise LongCatError(
                     f"{self.path} holds segments of other settings ({told}); give the same ones to go on, or another "
                     "folder to begin anew"
@@ -136,7 +135,7 @@ class SegmentFolder:
     def find(self, number: int, settings: Settings, before: str) -> Record | None:
         """The record of a segment that is there as wanted, made from the segment with content `before`, else None."""
         record = self._record(number)
-        if record is None or record.settings != settings or record.before != before:
+        if record is None or record.settings != _as_read(settings) or record.before != before:
             return None
         folder = self._folder(number)
         for name in (LATENTS, FRAMES):
@@ -202,7 +201,8 @@ class SegmentFolder:
             shutil.rmtree(old, ignore_errors=True)
         except (LongCatError, OSError) as error:
             shutil.rmtree(new, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            reason = cause.strerror if isinstance(cause, OSError) else str(cause)
             raise LongCatError(
                 f"segment {number + 1} could not be written to {self.path} ({reason}); what was finished before is "
                 "kept: make room and run the same again to go on"
@@ -247,6 +247,11 @@ def _plain(content: Settings) -> str:
     return json.dumps(content, sort_keys=True, ensure_ascii=True)
 
 
+def _as_read(settings: Settings) -> Settings:
+    """Settings as they come out of a file: tuples as lists, names as text."""
+    return json.loads(_plain(settings))
+
+
 def _dumps(record: Record) -> str:
     content = asdict(record)
     return json.dumps({"version": VERSION, "checksum": checksum(_plain(content)), **content}, indent=1) + "\n"
@@ -268,6 +273,11 @@ def _flush(path: Path) -> None:
         os.close(file)
 
 
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+def _told(there: Any, now: Any) -> str:
+    """Both values; of long ones what is around the first difference."""
+    texts = ["none" if value is None else str(value) for value in (there, now)]
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, same - 20)
+    cut = [f"{'...' * (start > 0)}{text[start : start + 60]}{'...' * (len(text) > start + 60)}" for text in texts]
+    first, second = cut if max(map(len, texts)) > 60 else texts
+    return f"{first} there, {second} now"

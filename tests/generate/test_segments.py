@@ -1,0 +1,483 @@
+"""The folder of segments: exact, damage is seen, other people's files are safe, a full disk costs one segment."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core.errors import LongCatError
+from longcat_core.generate import segments
+from longcat_core.generate.segments import FRAMES, LATENTS, RECORD, SPARE_BYTES, Record, SegmentFolder, checksum
+
+SETTINGS = {"prompt": "ein Kreis, größer", "seed": 3, "scale": 4.5, "lora": None, "chunk": (4, 4, 4), "fp8": False}
+FILES = (LATENTS, FRAMES, RECORD)
+
+
+def made(seed: int) -> tuple[np.ndarray, Tensor]:
+    """Frames that no lossy format keeps, and latents."""
+    frames = np.random.default_rng(seed).integers(0, 256, (5, 16, 32, 3), dtype=np.uint8)
+    return frames, torch.randn(1, 16, 2, 2, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def save(folder: SegmentFolder, number: int, before: str = "", seed: int | None = None, **changes: Any) -> Record:
+    frames, latents = made(number if seed is None else seed)
+    notes = changes.pop("notes", {"join": [0.5, -1.25]})
+    with folder.open():
+        return folder.save(number, frames, latents, settings=SETTINGS | changes, before=before, fps=12, notes=notes)
+
+
+def everything(path: Path) -> dict[str, tuple[int, bytes | None]]:
+    """Time of change and content of all that is under a folder, and of itself."""
+    return {
+        str(item.relative_to(path)): (item.lstat().st_mtime_ns, item.read_bytes() if item.is_file() else None)
+        for item in (path, *path.rglob("*"))
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SegmentFolder:
+    return SegmentFolder(tmp_path / "video" / "segments", changing=("prompt",))
+
+
+# --- kept exactly ----------------------------------------------------------------------------------------------------
+
+
+def test_a_segment_comes_back_as_it_was(folder):
+    record = save(folder, 0)
+    frames, latents = made(0)
+    again = SegmentFolder(folder.path)
+    found = again.find(0, SETTINGS, "")
+    assert found == Record(**(vars(record) | {"settings": SETTINGS | {"chunk": [4, 4, 4]}}))
+    assert (found.count, found.notes, found.before) == (5, {"join": [0.5, -1.25]}, "")
+    loaded = again.load(0)
+    assert np.array_equal(loaded.frames, frames) and torch.equal(loaded.latents, latents)
+    assert loaded.content == record.content == checksum(latents.numpy(), frames)
+    assert np.array_equal(again.frames(0, skip=3), frames[3:])
+    assert sorted(item.name for item in folder.path.iterdir()) == [".lock", "segment-001"]
+    assert sorted(item.name for item in (folder.path / "segment-001").iterdir()) == sorted(FILES)
+
+
+def test_settings_that_were_kept_are_the_same_settings(folder):
+    save(folder, 0)
+    folder.check([SETTINGS])
+
+
+def test_latents_of_any_type_and_place_are_kept_in_full(folder):
+    frames, latents = made(0)
+    strided = latents.to(torch.float64).transpose(3, 4).contiguous().transpose(3, 4).requires_grad_()
+    with folder.open():
+        folder.save(0, frames, strided, settings=SETTINGS, before="", fps=12, notes={})
+    kept = folder.load(0).latents
+    assert kept.dtype == torch.float32 and torch.equal(kept, latents)
+
+
+def test_equal_segments_make_equal_files(folder, tmp_path):
+    other = SegmentFolder(tmp_path / "other")
+    assert save(folder, 0) == save(other, 0)
+    for name in FILES:
+        assert (folder.path / "segment-001" / name).read_bytes() == (other.path / "segment-001" / name).read_bytes()
+
+
+def test_a_segment_counts_only_after_the_one_it_was_made_from(folder):
+    first, second = save(folder, 0), save(folder, 1, seed=8)
+    third = save(folder, 2, before=second.content)
+    assert folder.find(2, SETTINGS, second.content) == Record(
+        **(vars(third) | {"settings": SETTINGS | {"chunk": [4, 4, 4]}})
+    )
+    assert folder.find(2, SETTINGS, first.content) is None and folder.find(2, SETTINGS, "") is None
+    assert folder.find(3, SETTINGS, third.content) is None
+
+
+def test_loaded_latents_outlive_their_file(folder):
+    save(folder, 0)
+    latents = folder.load(0).latents
+    (folder.path / "segment-001" / LATENTS).write_bytes(b"\xff" * 10_000)
+    assert torch.equal(latents, made(0)[1])
+
+
+def test_checksums_tell_parts_shapes_and_types_apart():
+    rows = np.arange(6, dtype=np.int32)
+    found = {
+        checksum("ab", "c"),
+        checksum("a", "bc"),
+        checksum("abc"),
+        checksum(rows),
+        checksum(rows.reshape(2, 3)),
+        checksum(rows.view(np.float32)),
+        checksum(rows.reshape(2, 3).T),
+    }
+    assert len(found) == 7 and checksum("ä") == checksum("ä".encode())
+    assert checksum(rows.reshape(2, 3).T) == checksum(np.ascontiguousarray(rows.reshape(2, 3).T))
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(where: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(where * (len(content) - 1))] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def cut(count: int) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, path.stat().st_size - count)
+
+
+DAMAGES = {
+    "first byte": flip(0),
+    "a byte in the middle": flip(0.5),
+    "last byte": flip(1),
+    # The last byte of the record is the end of its line.
+    "two bytes short": cut(2),
+    "half of it": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "removed": Path.unlink,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_seen_and_repaired(folder, name, damage):
+    record = save(folder, 0)
+    whole = {file: (folder.path / "segment-001" / file).read_bytes() for file in FILES}
+    DAMAGES[damage](folder.path / "segment-001" / name)
+    assert folder.find(0, SETTINGS, "") is None
+    folder.check([SETTINGS])
+    assert save(folder, 0) == record
+    assert folder.find(0, SETTINGS, "") is not None
+    assert {file: (folder.path / "segment-001" / file).read_bytes() for file in FILES} == whole
+
+
+def test_any_byte_of_the_record_counts(folder):
+    save(folder, 0)
+    path = folder.path / "segment-001" / RECORD
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0x01, 0x80):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            assert folder.find(0, SETTINGS, "") is None, f"byte {place} of {whole!r}"
+    path.write_bytes(whole)
+    assert folder.find(0, SETTINGS, "") is not None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "7", '{"version": 1}', "[" * 100, "\ufeff{}"])
+def test_records_that_are_none(folder, text):
+    save(folder, 0)
+    (folder.path / "segment-001" / RECORD).write_text(text, encoding="utf-8")
+    assert folder.find(0, SETTINGS, "") is None
+    folder.check([SETTINGS])
+
+
+# --- other settings, other files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 4}, "seed 3 there, 4 now"),
+        ({"scale": 4.0}, "scale 4.5 there, 4.0 now"),
+        ({"lora": "abc"}, "lora none there, abc now"),
+        ({"chunk": (4, 4, 8)}, "chunk [4, 4, 4] there, [4, 4, 8] now"),
+        ({"size": 64}, "size none there, 64 now"),
+        ({"seed": 5, "prompt": "other", "fp8": True}, "(seed 3 there, 5 now; fp8 False there, True now)"),
+    ],
+)
+def test_other_settings_are_named_and_nothing_is_touched(folder, changes, said):
+    save(folder, 0)
+    save(folder, 1)
+    (folder.path / ".lock").unlink()
+    before = everything(folder.path)
+    with pytest.raises(LongCatError) as raised:
+        folder.check([SETTINGS, SETTINGS | changes])
+    told = str(raised.value)
+    assert said in told and str(folder.path) in told and "another folder" in told and "prompt" not in told
+    assert everything(folder.path) == before
+
+
+def test_a_setting_that_is_gone_is_named(folder):
+    save(folder, 0)
+    with pytest.raises(LongCatError, match=r"scale 4.5 there, none now"):
+        folder.check([{name: value for name, value in SETTINGS.items() if name != "scale"}])
+
+
+def test_of_long_settings_the_difference_is_told(folder):
+    text = "blurry, " * 40
+    save(folder, 0, negative=text + "gray" + text)
+    with pytest.raises(LongCatError) as raised:
+        folder.check([SETTINGS | {"negative": text + "grey" + text}])
+    told = str(raised.value)
+    assert "blurry, gray" in told and "blurry, grey" in told and len(told) < 500
+
+
+def test_changing_settings_may_differ(folder):
+    save(folder, 0)
+    other = SETTINGS | {"prompt": "another"}
+    folder.check([other])
+    assert folder.find(0, other, "") is None and folder.find(0, SETTINGS, "") is not None
+
+
+def test_only_wanted_segments_are_checked(folder):
+    save(folder, 2, seed=9)
+    folder.check([SETTINGS, SETTINGS])
+    folder.check({2: SETTINGS | {"seed": 3}})
+    with pytest.raises(LongCatError, match="seed 3 there, 4 now"):
+        folder.check({2: SETTINGS | {"seed": 4}})
+
+
+def theirs(path: Path) -> None:
+    path.mkdir()
+    (path / "holiday.jpg").write_bytes(b"precious")
+
+
+def among_ours(path: Path) -> None:
+    save(SegmentFolder(path.parent), 0)
+    (path / "notes.txt").write_text("precious")
+
+
+def a_file(path: Path) -> None:
+    path.write_bytes(b"precious")
+
+
+def a_link(path: Path) -> None:
+    theirs(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def a_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [theirs, among_ours, a_file, a_link, a_dangling_link])
+def test_what_is_not_ours_is_refused_and_stays(folder, make):
+    folder.path.mkdir(parents=True)
+    make(folder.path / "segment-001")
+    before = everything(folder.path)
+    with pytest.raises(LongCatError, match=r"segment-001 is no segment of a video .*; name another folder"):
+        folder.check([SETTINGS])
+    assert everything(folder.path) == before
+
+
+def test_a_file_is_no_folder(folder):
+    folder.path.parent.mkdir()
+    folder.path.write_bytes(b"precious")
+    with pytest.raises(LongCatError, match="segments is no folder; name a folder"):
+        folder.check([SETTINGS])
+    with pytest.raises(LongCatError, match="cannot be written to"), folder.open():
+        pytest.fail("opened")
+    assert folder.path.read_bytes() == b"precious"
+
+
+def test_a_folder_that_is_not_there_is_not_made_by_checking(folder):
+    folder.check([SETTINGS])
+    assert folder.find(0, SETTINGS, "") is None and not folder.path.parent.exists()
+
+
+@pytest.mark.parametrize("path", ["/proc/segments", "/dev/null/segments"])
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="these places are Linux's")
+def test_an_unwritable_place(path):
+    said = rf"{path} cannot be written to \(.+\); name another folder"
+    with pytest.raises(LongCatError, match=said), SegmentFolder(path).open():
+        pytest.fail("opened")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="another user's rights need a process of their own")
+def test_a_folder_of_somebody_else(folder, tmp_path):
+    """As root nothing is unwritable, so a process without root's rights tries."""
+    save(folder, 0)
+    for path in (folder.path, *folder.path.parents):
+        if tmp_path in (path, *path.parents):
+            path.chmod(0o555)
+    (folder.path / ".lock").chmod(0o444)
+    script = (
+        "import os, sys\n"
+        "from longcat_core.errors import LongCatError\n"
+        "from longcat_core.generate.segments import SegmentFolder\n"
+        "os.chdir(sys.argv[1])\n"
+        "os.geteuid() or os.setuid(65534)\n"
+        "try:\n"
+        "    with SegmentFolder('.').open():\n"
+        "        print('opened')\n"
+        "except LongCatError as error:\n"
+        "    print(error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(folder.path)], capture_output=True, text=True, timeout=60
+    )
+    folder.path.chmod(0o755)
+    assert result.stdout == ". cannot be written to (Permission denied); name another folder\n", result.stderr
+
+
+# --- one run at a time -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def another_run(path: Path) -> Iterator[subprocess.Popen]:
+    """A process that holds the folder until it is ended."""
+    script = (
+        "import sys\n"
+        "from longcat_core.generate.segments import SegmentFolder\n"
+        "with SegmentFolder(sys.argv[1]).open():\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(folder):
+    record = save(folder, 0)
+    with another_run(folder.path) as process:
+        half = folder.path / ".segment-002.new"
+        half.mkdir()
+        with pytest.raises(
+            LongCatError, match=r"another run is writing to .*; wait for its end or name another folder"
+        ):
+            save(folder, 1)
+        assert half.is_dir(), "what the other run is writing stays"
+        assert folder.find(0, SETTINGS, "").content == record.content, "reading needs no lock"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        save(folder, 1)
+    assert not half.exists() and folder.find(1, SETTINGS, "") is not None
+
+
+def test_an_error_while_it_is_open_gives_the_folder_back(folder):
+    with pytest.raises(KeyError), folder.open():
+        raise KeyError
+    with folder.open():
+        pass
+
+
+@pytest.mark.parametrize("suffix", ["new", "old"])
+def test_leftovers_are_removed(folder, suffix):
+    save(folder, 0)
+    leftover = folder.path / f".segment-001.{suffix}"
+    shutil.copytree(folder.path / "segment-001", leftover)
+    (folder.path / "notes.txt").touch()
+    with folder.open():
+        assert not leftover.exists()
+    assert sorted(item.name for item in folder.path.iterdir()) == [".lock", "notes.txt", "segment-001"]
+    assert folder.find(0, SETTINGS, "") is not None
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+REMEDY = "what was finished before is kept: make room and run the same again to go on"
+
+
+def test_no_room_is_told_before_a_segment_is_begun(folder, monkeypatch):
+    save(folder, 0)
+    usage = shutil.disk_usage(folder.path)
+    asked = []
+
+    def free(count: int) -> Callable[[Path], Any]:
+        return lambda path: asked.append(path) or usage._replace(free=count)
+
+    monkeypatch.setattr(segments.shutil, "disk_usage", free(SPARE_BYTES + 5_000_000))
+    folder.check_room(1, 5_000_000)
+    with pytest.raises(LongCatError, match=r"segment 2 may take 5.0 MB but .* has 21.8 MB free") as raised:
+        folder.check_room(1, 5_000_001)
+    assert str(raised.value).endswith(REMEDY) and asked == [folder.path] * 2
+
+
+@contextmanager
+def largest_file(count: int) -> Iterator[None]:
+    """The system writes no file beyond `count` bytes: writes fail as on a full disk, in whatever library."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_a_write_that_fails_leaves_what_was_there(folder, name, share):
+    """At the first byte, in the middle, and at the last byte of each of the three files."""
+    # Each file in turn is the largest.
+    notes = {"long": "x" * 100_000} if name == RECORD else {}
+    first = save(folder, 0)
+    old = save(folder, 1, seed=5, before=first.content)
+    with largest_file(10**6):
+        save(folder, 2, before="trial", notes=notes)
+    sizes = {file: (folder.path / "segment-003" / file).stat().st_size for file in FILES}
+    shutil.rmtree(folder.path / "segment-003")
+    limit = int((sizes[name] - 1) * share)
+    before = everything(folder.path)
+    with pytest.raises(LongCatError) as raised, largest_file(limit):
+        save(folder, 1, before=first.content, notes=notes)
+    told = str(raised.value)
+    assert told.startswith(f"segment 2 could not be written to {folder.path} (") and told.endswith(REMEDY)
+    assert "File too large" in told and "choose another place" not in told
+    after = everything(folder.path)
+    assert {name: content for name, (_, content) in after.items()} == {
+        name: content for name, (_, content) in before.items()
+    }
+    assert folder.find(1, SETTINGS, first.content).content == old.content
+    new = save(folder, 1, before=first.content, notes=notes)
+    assert folder.find(1, SETTINGS, first.content).content == new.content != old.content
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["write_video", "write_safetensors", "_flush"])
+def test_a_disk_that_fills_up(folder, monkeypatch, what):
+    first = save(folder, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, what, no_space)
+        with pytest.raises(LongCatError) as raised:
+            save(folder, 1, before=first.content)
+    assert str(raised.value) == f"segment 2 could not be written to {folder.path} (No space left on device); {REMEDY}"
+    assert sorted(item.name for item in folder.path.iterdir()) == [".lock", "segment-001"]
+    assert folder.find(0, SETTINGS, "") is not None
+    save(folder, 1, before=first.content)
+    assert folder.find(1, SETTINGS, first.content) is not None
+
+
+def test_frames_that_cannot_be_written_say_why(folder):
+    with folder.open(), pytest.raises(LongCatError, match="there are no frames"):
+        folder.save(0, made(0)[0][:0], made(0)[1], settings=SETTINGS, before="", fps=12, notes={})
+    assert [item.name for item in folder.path.iterdir()] == [".lock"]
+
+
+def test_an_interrupt_while_a_segment_is_written(folder, monkeypatch):
+    first = save(folder, 0)
+
+    def half(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "write_video", half)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, 1, before=first.content)
+    save(folder, 1, before=first.content)
+    assert sorted(item.name for item in folder.path.iterdir()) == [".lock", "segment-001", "segment-002"]
+    assert folder.find(1, SETTINGS, first.content) is not None
