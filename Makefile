@@ -14,7 +14,7 @@ demo: $(STAMP)
 
 # One thread a worker: two pools of threads on the same cores slow each other down several times.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore=tests/comfyui
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=12 --ignore=tests/comfyui
 
 # In the real ComfyUI program and, where there is a Chromium, its web page; -rs prints why a test does not run.
 test-comfyui: $(COMFYUI_STAMP)

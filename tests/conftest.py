@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one test that takes minutes comes first, so that the other workers have something to do meanwhile."""
+    items.sort(key=lambda item: item.name != "test_nodes_inside_comfyui")

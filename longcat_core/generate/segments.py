@@ -249,7 +249,7 @@ def _plain(content: Settings) -> str:
 
 def _as_read(settings: Settings) -> Settings:
     """Settings as they come out of a file: tuples as lists, names as text."""
-    return json.loads(_plain(settings))
+    return json.loads(json.dumps(settings))
 
 
 def _dumps(record: Record) -> str:
