@@ -1,0 +1,654 @@
+"""Long video on the golden model: what is made anew and what is not, what a segment is given, how joins are told."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from longcat_core.errors import LongCatError
+from longcat_core.generate import pipeline as pipelines
+from longcat_core.generate import segments
+from longcat_core.generate.long_video import (
+    MAX_SEGMENTS,
+    Finished,
+    Join,
+    LongVideoRequest,
+    long_video,
+    measure_join,
+    new_frames,
+    segment_folder,
+    spread_prompts,
+)
+from longcat_core.generate.media import write_video
+from longcat_core.generate.pipeline import Engine, Pipeline
+from longcat_core.generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
+from longcat_core.generate.request import MAX_SEED, NANO, RELEASED, GenerateRequest
+from longcat_core.generate.segments import FRAMES, LATENTS, RECORD, SegmentFolder
+from longcat_core.model.block_sparse import BlockSparse
+from longcat_core.sampling.conditioning import to_pixels
+from longcat_core.sampling.sampler import Interrupted
+
+from .tiny import tiny_pipeline
+
+PROMPTS = ("a", "b", "c", "d")
+FIRST = GenerateRequest("", height=16, width=32, frames=9, steps=2, seed=7)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Pipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[int]:
+    """Numbers of the segments and pieces that were generated or refined, in order; told by their seeds."""
+    numbers, seeded = [], pipelines.seeded_noise
+
+    def spy(shape: tuple[int, ...], seed: int) -> Tensor:
+        numbers.append((seed - FIRST.seed) % (MAX_SEED + 1))
+        return seeded(shape, seed)
+
+    monkeypatch.setattr(pipelines, "seeded_noise", spy)
+    monkeypatch.setattr("longcat_core.generate.refine.seeded_noise", spy)
+    return numbers
+
+
+def request(prompts: tuple[str, ...] = PROMPTS, first: GenerateRequest = FIRST, **changes: Any) -> LongVideoRequest:
+    return LongVideoRequest(first, prompts, **{"overlap": 5} | changes).filled(NANO)
+
+
+def run(engine: Pipeline, path: Path, *args: Any, **changes: Any) -> list[Finished]:
+    return list(long_video(lambda: engine, request(*args, **changes), segment_folder(path)))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {
+        str(item.relative_to(path)): item.read_bytes() for item in sorted(path.glob("segment-*/*")) if item.is_file()
+    }
+
+
+def of(number: int, found: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in found.items() if name.startswith(f"segment-{number + 1:03}/")}
+
+
+def state(path: Path) -> dict[str, tuple[int, bytes | None]]:
+    return {
+        str(item): (item.stat().st_mtime_ns, item.read_bytes() if item.is_file() else None)
+        for item in (path, *path.rglob("*"))
+    }
+
+
+def unwanted() -> Engine:
+    pytest.fail("a model was loaded")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run; not to be written to."""
+    path = tmp_path_factory.mktemp("whole")
+    run(tiny, path)
+    return path
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_segments_follow_each_other(tiny, tmp_path, made):
+    steps = []
+    folder = segment_folder(tmp_path / "v")
+    finished = []
+    for segment in long_video(lambda: tiny, request(), folder, lambda *step: steps.append(step)):
+        finished.append(segment)
+        kept = [item.name for item in sorted(folder.path.glob("segment-*"))]
+        assert kept == [f"segment-{n + 1:03}" for n in range(len(finished))], "kept before the next is begun"
+    assert made == [0, 1, 2, 3]
+    assert [(s.number, s.of, s.skip, s.reused) for s in finished] == [(n, 4, 5 if n else 0, False) for n in range(4)]
+    assert [(n, of, s.index, s.total) for n, of, s in steps] == [(n, 4, i, 2) for n in range(4) for i in range(2)]
+    parts = [folder.frames(number) for number in range(4)]
+    assert all(part.shape == (9, 16, 32, 3) and part.dtype == np.uint8 for part in parts)
+    assert not np.array_equal(parts[0], parts[1])
+    video = np.concatenate(list(new_frames(folder, finished)))
+    assert len(video) == request().total_frames == 9 + 3 * (9 - 5)
+    assert np.array_equal(video, np.concatenate([parts[0], *[part[5:] for part in parts[1:]]]))
+
+
+def test_one_segment_is_a_plain_video(tiny, tmp_path):
+    (finished,) = run(tiny, tmp_path / "v", ("a",))
+    frames = tiny.generate(replace(FIRST, prompt="a")).frames
+    assert np.array_equal(segment_folder(tmp_path / "v").frames(0), frames) and finished.join is None
+
+
+def test_a_request_is_a_video_bit_for_bit(tiny, whole, tmp_path):
+    run(tiny, tmp_path / "v")
+    assert contents(tmp_path / "v") == contents(whole) and len(contents(whole)) == 4 * 3
+
+
+def test_what_a_segment_is_made_of(tiny):
+    """Every segment by hand: its prompt, its seed, the end of the one before, the schedule of clips."""
+    wanted = request(schedule="enhance_hf")
+    assert wanted.segment(0) == wanted.first and wanted.first.schedule == "base"
+    given = np.zeros((5, 16, 32, 3), np.uint8)
+    second = wanted.segment(1, given)
+    assert (second.prompt, second.seed, second.schedule, second.num_cond_frames) == ("b", 8, "enhance_hf", 5)
+    assert second.given is given and second.steps == 2 and second.guidance_scale == 4.0
+    late = request(first=replace(FIRST, seed=MAX_SEED))
+    assert [late.segment(number).seed for number in range(3)] == [MAX_SEED, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("first", "schedule", "defaults", "wanted"),
+    [
+        ({}, None, NANO, ("base", "base", 2)),
+        ({}, None, RELEASED, ("base", "enhance_hf", 2)),
+        ({"schedule": "distilled", "steps": None}, None, RELEASED, ("distilled", "distilled", 16)),
+        ({"schedule": "enhance_hf"}, "base", RELEASED, ("enhance_hf", "base", 2)),
+    ],
+)
+def test_schedules_of_later_segments(first, schedule, defaults, wanted):
+    filled = LongVideoRequest(replace(FIRST, **first), PROMPTS, 5, schedule).filled(defaults)
+    assert (filled.first.schedule, filled.segment(1).schedule, filled.segment(1).steps) == wanted
+
+
+def test_the_released_model_goes_on_as_it_was_trained():
+    filled = LongVideoRequest(GenerateRequest(""), PROMPTS).filled(RELEASED)
+    assert (filled.first.frames, filled.overlap, filled.total_frames) == (93, 13, 93 + 3 * 80)
+
+
+# --- resumed ---------------------------------------------------------------------------------------------------------
+
+
+def flipped(name: str) -> Callable[[Path], None]:
+    def damage(segment: Path) -> None:
+        content = bytearray((segment / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (segment / name).write_bytes(content)
+
+    return damage
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("damage", [shutil.rmtree, flipped(FRAMES), flipped(LATENTS), flipped(RECORD)])
+def test_only_what_is_lost_or_damaged_is_made_again(tiny, whole, copy, made, number, damage):
+    damage(copy / f"segment-{number + 1:03}")
+    assert contents(copy) != contents(whole)
+    finished = run(tiny, copy)
+    assert made == [number]
+    assert [segment.reused for segment in finished] == [n != number for n in range(4)]
+    assert contents(copy) == contents(whole)
+
+
+def test_all_lost_but_the_last(tiny, whole, copy, made):
+    for number in (1, 3):
+        shutil.rmtree(copy / f"segment-{number:03}")
+    run(tiny, copy)
+    assert made == [0, 2] and contents(copy) == contents(whole)
+
+
+def test_where_all_is_there_no_model_is_loaded(whole, copy, made):
+    before = contents(copy)
+    finished = list(long_video(unwanted, request(), segment_folder(copy)))
+    assert made == [] and all(segment.reused for segment in finished) and contents(copy) == before
+    assert len(np.concatenate(list(new_frames(segment_folder(copy), finished)))) == request().total_frames
+
+
+def test_a_model_is_loaded_once_and_only_when_it_is_needed(tiny, copy):
+    for number in (2, 3):
+        shutil.rmtree(copy / f"segment-{number:03}")
+    loaded = []
+    segments = long_video(lambda: loaded.append(1) or tiny, request(), segment_folder(copy))
+    assert next(segments).reused and loaded == []
+    assert [segment.reused for segment in segments] == [False, False, True] and loaded == [1]
+
+
+def test_joins_are_told_again_from_the_folder(tiny, whole, tmp_path):
+    finished = run(tiny, tmp_path / "v")
+    again = list(long_video(unwanted, request(), segment_folder(tmp_path / "v")))
+    assert [segment.join for segment in again] == [segment.join for segment in finished]
+    frames = [segment_folder(whole).frames(number) for number in range(4)]
+    assert [segment.join for segment in again] == [None, *[measure_join(*frames[n : n + 2], 5) for n in range(3)]]
+    record = json.loads((whole / "segment-002" / RECORD).read_text())
+    assert tuple(record["notes"]["join"]["color"]) == again[1].join.color
+
+
+# --- other prompts, other numbers of segments ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_another_prompt_makes_the_video_anew_from_there(tiny, whole, copy, made, number):
+    before = contents(whole)
+    run(tiny, copy, tuple("x" if n == number else prompt for n, prompt in enumerate(PROMPTS)))
+    assert made == list(range(number, 4))
+    after = contents(copy)
+    for n in range(4):
+        same = [content == of(n, after)[name] for name, content in of(n, before).items()]
+        assert same == [n < number] * 3, n
+    made.clear()
+    run(tiny, copy)
+    assert made == list(range(number, 4)) and contents(copy) == before
+
+
+def test_two_prompts_changed(tiny, copy, made):
+    run(tiny, copy, ("a", "x", "c", "y"))
+    assert made == [1, 2, 3]
+
+
+def test_fewer_and_more_segments_use_what_is_there(tiny, whole, copy, made):
+    assert len(run(tiny, copy, PROMPTS[:2])) == 2 and made == [] and contents(copy) == contents(whole)
+    finished = run(tiny, copy, (*PROMPTS, "e"))
+    assert made == [4] and [segment.reused for segment in finished] == [True] * 4 + [False]
+    assert {name: content for name, content in contents(copy).items() if "005" not in name} == contents(whole)
+
+
+def test_segments_beyond_a_changed_end_are_not_taken_for_later_ones(tiny, whole, copy, made):
+    """Two segments of another prompt, then four again: the last two came from other frames."""
+    run(tiny, copy, ("a", "x"))
+    made.clear()
+    run(tiny, copy, ("a", "x", "c", "d"))
+    assert made == [2, 3]
+
+
+# --- other settings --------------------------------------------------------------------------------------------------
+
+OTHER = {
+    "seed": ({}, {"seed": 8}, "seed 7 there, 8 now"),
+    "steps": ({}, {"steps": 3}, "steps 2 there, 3 now"),
+    "height": ({}, {"height": 32}, "height 16 there, 32 now"),
+    "width": ({}, {"width": 16}, "width 32 there, 16 now"),
+    "frames": ({}, {"frames": 13}, "frames 9 there, 13 now"),
+    "guidance": ({}, {"guidance_scale": 3.0}, "guidance_scale 4.0 there, 3.0 now"),
+    "negative prompt": ({}, {"negative_prompt": "fog"}, "negative_prompt"),
+    "kv cache": ({}, {"kv_cache": "off"}, "kv_cache exact there, off now"),
+    "overlap": ({"overlap": 1}, {}, "overlap 5 there, 1 now"),
+    "hand-off": ({"hand_off": "latents"}, {}, "hand_off frames there, latents now"),
+    "model": ({"model": {"model": "f00"}}, {}, "model none there, f00 now"),
+    "schedule of clips": ({"schedule": "enhance_hf"}, {}, "schedule base there, enhance_hf now"),
+    "given frames": ({}, {"given": np.zeros((1, 16, 32, 3), np.uint8)}, "given frames none there"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_settings_are_refused_and_touch_nothing(copy, name):
+    changes, first, said = OTHER[name]
+    before = state(copy)
+    with pytest.raises(LongCatError, match="give the same ones to go on, or another folder") as raised:
+        next(long_video(unwanted, request(first=replace(FIRST, **first), **changes), segment_folder(copy)))
+    assert said in str(raised.value) and str(raised.value).count(" there, ") == 1
+    assert state(copy) == before
+
+
+def test_the_frame_rate_of_the_file_is_no_setting(copy):
+    finished = list(long_video(unwanted, request(first=replace(FIRST, fps=24)), segment_folder(copy)))
+    assert len(finished) == 4
+
+
+# --- hand-off --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(monkeypatch) -> list[Tensor | None]:
+    """Given latents of every segment that is generated."""
+    latents, sample = [], pipelines.sample
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        latents.append(kwargs["cond_latents"])
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(pipelines, "sample", spy)
+    return latents
+
+
+def encoded(engine: Pipeline, frames: np.ndarray) -> Tensor:
+    return engine.encode(to_pixels(torch.from_numpy(frames.copy())))
+
+
+LONGER = replace(FIRST, frames=13)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_frames_are_handed_on_by_encoding_them(tiny, tmp_path, given, resumed):
+    folder = segment_folder(tmp_path / "v")
+    run(tiny, folder.path, PROMPTS[:3], LONGER, overlap=9)
+    if resumed:
+        shutil.rmtree(folder.path / "segment-003")
+        run(tiny, folder.path, PROMPTS[:3], LONGER, overlap=9)
+    assert given[0] is None and len(given) == 3 + resumed
+    for number, latents in zip((1, 2, 2), given[1:], strict=False):
+        assert torch.equal(latents, encoded(tiny, folder.frames(number - 1)[-9:])), number
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_latents_are_handed_on_as_they_are(tiny, tmp_path, given, resumed):
+    folder = segment_folder(tmp_path / "v")
+    options = {"overlap": 9, "hand_off": "latents"}
+    run(tiny, folder.path, PROMPTS[:3], LONGER, **options)
+    if resumed:
+        shutil.rmtree(folder.path / "segment-003")
+        run(tiny, folder.path, PROMPTS[:3], LONGER, **options)
+    assert given[0] is None and len(given) == 3 + resumed
+    for number, latents in zip((1, 2, 2), given[1:], strict=False):
+        before = folder.load(number - 1)
+        assert latents.shape[2] == 3 and torch.equal(latents[:, :, 1:], before.latents[:, :, -2:]), number
+        assert torch.equal(latents[:, :, :1], encoded(tiny, before.frames[-9:-8])), number
+        # Which is not what encoding the frames would give.
+        assert not torch.equal(latents[:, :, 1:], encoded(tiny, before.frames[-9:])[:, :, 1:])
+
+
+def test_a_single_frame_is_handed_on_the_same_way_by_both(tiny, tmp_path, given):
+    for hand_off in ("frames", "latents"):
+        run(tiny, tmp_path / hand_off, PROMPTS[:2], overlap=1, hand_off=hand_off)
+    assert given[1].shape[2] == 1 and torch.equal(given[1], given[3])
+    assert len(segment_folder(tmp_path / "frames").frames(1, skip=1)) == 8
+
+
+# --- begun with an image or a clip -----------------------------------------------------------------------------------
+
+
+def pictures(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 16, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_begun_with_an_image_or_a_clip(tiny, tmp_path, given, made, count):
+    begin = replace(FIRST, given=pictures(count, 0), num_cond_frames=5)
+    folder = segment_folder(tmp_path / "v")
+    run(tiny, folder.path, PROMPTS[:2], begin)
+    assert torch.equal(given[0], encoded(tiny, begin.given))
+    assert torch.equal(given[1], encoded(tiny, folder.frames(0)[-5:]))
+    before = state(folder.path)
+    for other in (replace(begin, given=pictures(count, 1)), replace(begin, given=None)):
+        with pytest.raises(LongCatError, match=r"given frames .* there, .* now"):
+            run(tiny, folder.path, PROMPTS[:2], other)
+    assert state(folder.path) == before
+    made.clear()
+    assert all(segment.reused for segment in run(tiny, folder.path, PROMPTS[:2], begin)) and made == []
+
+
+def test_of_a_clip_only_its_end_counts(tiny, tmp_path, made):
+    clip = pictures(9, 0)
+    begin = replace(FIRST, given=clip, num_cond_frames=5)
+    run(tiny, tmp_path / "v", PROMPTS[:2], begin)
+    made.clear()
+    run(tiny, tmp_path / "v", PROMPTS[:2], replace(begin, given=np.concatenate([pictures(4, 1), clip[-5:]])))
+    assert made == []
+
+
+def test_image_and_clip_come_from_files_too(tiny, tmp_path, made):
+    Image.fromarray(pictures(1, 0)[0]).save(tmp_path / "a.png")
+    write_video(tmp_path / "a.webp", pictures(6, 0), 15)
+    run(tiny, tmp_path / "image", PROMPTS[:2], replace(FIRST, image=tmp_path / "a.png"))
+    run(tiny, tmp_path / "clip", PROMPTS[:2], replace(FIRST, video=tmp_path / "a.webp", num_cond_frames=5))
+    made.clear()
+    run(tiny, tmp_path / "image", PROMPTS[:2], replace(FIRST, given=pictures(1, 0)))
+    run(tiny, tmp_path / "clip", PROMPTS[:2], replace(FIRST, given=pictures(6, 0), num_cond_frames=5))
+    assert made == []
+
+
+# --- stopped ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_keeps_what_is_finished(tiny, whole, tmp_path, made):
+    def stop(number: int, of: int, step: Any) -> None:
+        if (number, step.index) == (2, 1):
+            raise Interrupted
+
+    folder = segment_folder(tmp_path / "v")
+    with pytest.raises(Interrupted):
+        list(long_video(lambda: tiny, request(), folder, stop))
+    assert {name: content for name, content in contents(whole).items() if name[:11] < "segment-003"} == contents(
+        folder.path
+    )
+    made.clear()
+    run(tiny, folder.path)
+    assert made == [2, 3] and contents(folder.path) == contents(whole)
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tiny, whole, tmp_path, made, monkeypatch):
+    path, usage = tmp_path / "v", shutil.disk_usage(tmp_path)
+    needed = segments.SPARE_BYTES + 4 * 9 * 16 * 32
+
+    def free(_: Path) -> Any:
+        return usage._replace(free=needed if len(list(path.glob("segment-*"))) < 2 else needed - 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.shutil, "disk_usage", free)
+        with pytest.raises(LongCatError, match=r"segment 3 may take .*: make room and run the same again to go on"):
+            run(tiny, path)
+    assert made == [0, 1], "nothing is computed that cannot be kept"
+    run(tiny, path)
+    assert made == [0, 1, 2, 3] and contents(path) == contents(whole)
+
+
+def test_a_run_that_another_would_disturb(tiny, copy, made):
+    shutil.rmtree(copy / "segment-004")
+    running = long_video(lambda: tiny, request(), segment_folder(copy))
+    next(running)
+    with pytest.raises(LongCatError, match="another run is writing"):
+        run(tiny, copy)
+    running.close()
+    run(tiny, copy)
+    assert made == [3]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "no prompt": ({"prompts": ()}, "0 segments are out of range; ask for 1 to 999"),
+    "too many": ({"prompts": ("a",) * 1000}, "1000 segments are out of range; ask for 1 to 999"),
+    "hand-off": ({"hand_off": "mail"}, "unknown hand-off 'mail'; choose one of frames, latents"),
+    "prompt not UTF-8": ({"prompts": ("a", "\udc80")}, "prompt of segment 2 is not valid UTF-8"),
+    "prompt no text": ({"prompts": ("a", 3)}, "prompt of segment 2 is a int; give text"),
+    "first prompt empty": ({"prompts": (" ", "b")}, "the prompt is empty"),
+    "later prompt empty": ({"prompts": ("a", "&nbsp;")}, "the prompt is empty"),
+    "overlap not 4k+1": ({"overlap": 12}, "12 frames are not 4k+1; the nearest counts are 9 and 13"),
+    "overlap 0": ({"overlap": 0}, "0 frames are not 4k+1"),
+    "overlap negative": ({"overlap": -3}, "-3 frames are not 4k+1"),
+    "overlap all": ({"overlap": 9}, "segments of 9 frames with 9 in common leave nothing new; ask for at least 13"),
+    "overlap more": ({"overlap": 13}, "ask for at least 17 frames or a smaller overlap"),
+    "schedule": ({"schedule": "refine"}, "unknown schedule 'refine'"),
+    "steps of clips": ({"first": replace(FIRST, steps=60), "schedule": "distilled"}, "60 steps are out of range"),
+    "first": ({"first": replace(FIRST, height=17)}, "height 17 is not divisible by 16"),
+    "frames": ({"first": replace(FIRST, frames=10)}, "10 frames are not of the form 4k+1; the nearest are 9 and 13"),
+    "short clip": (
+        {"first": replace(FIRST, given=pictures(4, 0), num_cond_frames=5)},
+        "4 frames are given, fewer than the 5 conditioning frames; give more",
+    ),
+    "whole clip": (
+        {"first": replace(FIRST, given=pictures(9, 0), num_cond_frames=9)},
+        "9 frames leave nothing to generate after 9 given ones",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests(name):
+    changes, said = BAD[name]
+    with pytest.raises(LongCatError, match=re.escape(said)):
+        LongVideoRequest(**{"first": FIRST, "prompts": ("a", "b"), "overlap": 5} | changes).filled(NANO)
+
+
+def test_prompts_are_spread():
+    assert spread_prompts(["a", "b"], None) == ("a", "b")
+    assert spread_prompts(["a", "b"], 4) == ("a", "b", "b", "b")
+    assert spread_prompts(["a"], MAX_SEGMENTS) == ("a",) * 999
+    for prompts, count, said in (
+        ([], None, "the prompt is empty"),
+        ([], 3, "the prompt is empty"),
+        (["a"], 0, "0 segments are out of range; ask for 1 to 999"),
+        (["a"], -1, "-1 segments"),
+        (["a"], 1000, "1000 segments"),
+        (["a"] * 1000, None, "1000 segments"),
+        (["a", "b"], 1, "2 prompts are given for 1 segments; give at most one a segment"),
+    ):
+        with pytest.raises(LongCatError, match=said):
+            spread_prompts(prompts, count)
+
+
+# --- joins -----------------------------------------------------------------------------------------------------------
+
+
+def plain(*colours: tuple[int, int, int]) -> np.ndarray:
+    return np.stack([np.broadcast_to(np.array(colour, np.uint8), (4, 6, 3)) for colour in colours])
+
+
+def test_a_join_is_measured_from_the_last_old_to_the_first_new_frame():
+    before = plain((100, 50, 10), (100, 50, 10), (102, 50, 10))
+    # The two frames in common are not looked at by the join: only the third is new.
+    after = plain((0, 0, 0), (0, 0, 4), (112, 45, 12), (112, 45, 12))
+    join = measure_join(before, after, 2)
+    assert join.color == (10.0, -5.0, 2.0) and join.step == 10.0
+    assert join.brightness == pytest.approx(0.2126 * 10 - 0.7152 * 5 + 0.0722 * 2, abs=1e-4)
+    assert join.usual == pytest.approx((0 + 2 + 4 + 112 + 0) / 5, abs=1e-4)
+
+
+def test_the_mean_over_the_picture_counts():
+    before, after = plain((100, 100, 100)), plain((100, 100, 100), (100, 100, 100))
+    after[1, :2] = 60
+    join = measure_join(before, after, 1)
+    assert join.color == (-20.0,) * 3 and join.step == 20.0 and join.brightness == pytest.approx(-20)
+    assert measure_join(before, before[[0, 0]], 1) == Join((0.0, 0.0, 0.0), 0.0, 0.0)
+
+
+def test_equal_parts_of_one_video_have_a_usual_join():
+    rising = plain(*[(10 + 3 * i, 20, 30 + i) for i in range(14)])
+    join = measure_join(rising[:9], rising[4:], 5)
+    assert join.color == (3.0, 0.0, 1.0) and join.usual == 3.0
+
+
+def test_joins_are_told(copy):
+    finished = list(long_video(unwanted, request(), segment_folder(copy)))
+    assert finished[0].told("here") == "segment 1 of 4: is in here already"
+    fresh = replace(finished[1], reused=False, join=Join((1.25, -7.5, 0.0), -2.345, 0.5))
+    assert fresh.told("here") == (
+        "segment 2 of 4: finished, kept in here; at its join the mean colour changes by 7.50 of 255 and the brightness "
+        "by -2.35, where neighbouring frames do by 0.50"
+    )
+
+
+# --- refined piece by piece in a folder ------------------------------------------------------------------------------
+
+REFINE = RefineRequest("a", seed=7, height=16, width=32, steps=12, piece=9, overlap=5, doubled=False)
+
+
+def refined(engine: Engine, path: Path, video: np.ndarray, model: dict | None = None, **changes: Any) -> list[tuple]:
+    asked = replace(REFINE, **changes)
+    return list(refine_in_folder(lambda: engine, NANO, video, asked, piece_folder(path), model or {}))
+
+
+@pytest.fixture(scope="module")
+def video() -> np.ndarray:
+    """17 frames: three pieces of 9 with 5 in common."""
+    rows, columns = np.mgrid[:8, :16]
+    return np.stack([np.stack([(rows * 9 + columns * 5 + 7 * i) % 256] * 3, -1) for i in range(17)]).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pieces(tiny, video, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pieces")
+    refined(tiny, path, video)
+    return path
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_pieces_in_a_folder_are_the_video_that_refining_gives(tiny, video, tmp_path, doubled):
+    folder: SegmentFolder = piece_folder(tmp_path / "v")
+    done = refined(tiny, folder.path, video, doubled=doubled)
+    factor = 1 + doubled
+    assert done == [(0, 0, False), (1, 5 * factor, False), (2, 5 * factor, False)]
+    kept = np.concatenate([folder.frames(number, skip) for number, skip, _ in done])
+    assert np.array_equal(kept, np.concatenate(list(refine(tiny, video, replace(REFINE, doubled=doubled)))))
+    assert kept.shape == (17 * factor, 16, 32, 3)
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("damage", [shutil.rmtree, flipped(FRAMES)])
+def test_a_lost_piece_alone_is_refined_again(tiny, video, pieces, tmp_path, made, number, damage):
+    path = Path(shutil.copytree(pieces, tmp_path / "v"))
+    damage(path / f"segment-{number + 1:03}")
+    done = refined(tiny, path, video)
+    assert made == [number] and [reused for *_, reused in done] == [n != number for n in range(3)]
+    assert contents(path) == contents(pieces)
+
+
+@pytest.mark.parametrize(("frame", "first"), [(0, 0), (3, 0), (4, 0), (9, 1), (13, 2), (16, 2)])
+def test_another_frame_is_refined_anew_from_its_first_piece_on(tiny, video, pieces, tmp_path, made, frame, first):
+    path = Path(shutil.copytree(pieces, tmp_path / "v"))
+    other = video.copy()
+    other[frame] ^= 255
+    refined(tiny, path, other)
+    assert made == list(range(first, 3))
+    made.clear()
+    refined(tiny, path, video)
+    assert made == list(range(first, 3)) and contents(path) == contents(pieces)
+
+
+def test_a_longer_video_goes_on_from_its_whole_pieces(tiny, video, pieces, tmp_path, made):
+    path = Path(shutil.copytree(pieces, tmp_path / "v"))
+    refined(tiny, path, np.concatenate([video, video[:6]]))
+    assert made == [3, 4]
+
+
+def test_where_all_pieces_are_there_no_model_is_loaded(video, pieces):
+    load = unwanted
+    done = list(refine_in_folder(load, NANO, video, REFINE, piece_folder(pieces), {}))
+    assert [reused for *_, reused in done] == [True] * 3
+
+
+def test_block_sparse_pieces_are_known_again(tiny, video, tmp_path, made):
+    sparse = BlockSparse(0.5, chunk=(2, 2, 2))
+    refined(tiny, tmp_path / "v", video, block_sparse=sparse)
+    made.clear()
+    refined(tiny, tmp_path / "v", video, block_sparse=sparse)
+    assert made == []
+    with pytest.raises(LongCatError, match=r"block_sparse .*'sparsity': 0.5.* there, .*'sparsity': 0.25"):
+        refined(tiny, tmp_path / "v", video, block_sparse=replace(sparse, sparsity=0.25))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 8}, "seed 7 there, 8 now"),
+        ({"prompt": "b"}, "prompt a there, b now"),
+        ({"steps": 13}, "steps 12 there, 13 now"),
+        ({"height": 32}, "height 16 there, 32 now"),
+        ({"doubled": True}, "doubled False there, True now"),
+        ({"piece": 13}, "piece 9 there, 13 now"),
+        ({"overlap": 1}, "overlap 5 there, 1 now"),
+        ({"block_sparse": BlockSparse()}, "block_sparse none there"),
+        ({"model": {"fp8": True}}, "fp8 none there, True now"),
+    ],
+)
+def test_pieces_of_other_settings_are_refused_and_stay(tiny, video, pieces, changes, said):
+    before = state(pieces)
+    with pytest.raises(LongCatError, match=said):
+        refined(tiny, pieces, video, **changes)
+    assert state(pieces) == before
+
+
+def test_refining_may_stop_and_go_on(tiny, video, pieces, tmp_path, made):
+    def stop(number: int, of: int, step: Any) -> None:
+        assert of == 3
+        if number == 1:
+            raise Interrupted
+
+    folder = piece_folder(tmp_path / "v")
+    with pytest.raises(Interrupted):
+        list(refine_in_folder(lambda: tiny, NANO, video, REFINE, folder, {}, stop))
+    made.clear()
+    refined(tiny, folder.path, video)
+    assert made == [1, 2] and contents(folder.path) == contents(pieces)
