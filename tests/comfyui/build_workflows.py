@@ -92,6 +92,8 @@ PICTURES = (
     ),
     ("a purple cross moves in a circle on a white background", "refine to 720p"),
     ("a cyan circle moves right on a brown background", "long, then 720p"),
+    ("a white cross moves down on a green background", "nano: image to video"),
+    ("a yellow square moves right on a gray background", "nano: continuation"),
     ("a red square moves right on a black background", "nano: long video"),
     (NANO_SCENES, "nano: interactive"),
     ("a yellow triangle pulses on a blue background", "nano: refine"),
@@ -441,6 +443,49 @@ def refined_long(graph: Graph, model: str, folder: str, prefix: str, **settings:
     return save(graph, "refine.images", 1210, prefix, "refine.fps", 4)
 
 
+def nano_given(title: str, text: str, prompt: str, prefix: str, kind: str, cond: dict[str, Any]) -> Graph:
+    """A clip, and a second one that begins with its last frame, or its last frames."""
+    graph = base(title, NANO, prompt, nano_note(title, text))
+    size = {"width": 96, "height": 64, "length": 17}
+    graph.add("empty", "EmptyHunyuanLatentVideo", "load", 480, (310, 130), **size)
+    graph.add("first", "LongCatSampler", "load", 700, SAMPLER, "A first clip", seed=3, steps=30, **FIXED)
+    graph.add("frames", "VAEDecode", "prompt", 440, (420, 50), "Its frames")
+    graph.link(
+        "model.MODEL first.model",
+        "positive.CONDITIONING first.positive",
+        "negative.CONDITIONING first.negative",
+        "empty.LATENT first.latent_image",
+        "first.LATENT frames.samples",
+        "vae.VAE frames.vae",
+    )
+    graph.group("A first clip", "empty", "first")
+    source = "frames.IMAGE"
+    if kind == "LongCatImageToVideo":
+        graph.add("last", "ImageFromBatch", "prompt", 560, (420, 90), "Its last frame", batch_index=16, length=1)
+        graph.link("frames.IMAGE last.image")
+        source = "last.IMAGE"
+    graph.add("latent", kind, "prompt", 740, (420, 220), resolution="custom", **size | {"length": 33} | cond)
+    image = "image" if kind == "LongCatImageToVideo" else "video"
+    graph.link("vae.VAE latent.vae", f"{source} latent.{image}", "model.MODEL sampler.model")
+    keys = [node["key"] for node in graph.nodes if node["key"] in ("positive", "negative", "frames", "last", "latent")]
+    graph.group("2  What to make", *keys)
+    return finish(graph, f"video/{prefix}", seed=4, steps=30, **FIXED)
+
+
+def nano_image() -> Graph:
+    title = "LongCat nano - image to video"
+    text = "A first clip is made, and its last frame is the image that the saved video begins with."
+    prompt = "a white cross moves down on a green background"
+    return nano_given(title, text, prompt, "longcat_nano_i2v", "LongCatImageToVideo", {})
+
+
+def nano_continuation() -> Graph:
+    title = "LongCat nano - video continuation"
+    text = "A first clip is made, and its last 13 frames are continued by 20 new ones."
+    prompt = "a yellow square moves right on a gray background"
+    return nano_given(title, text, prompt, "longcat_nano_continued", "LongCatVideoContinuation", {"cond_frames": 13})
+
+
 def nano_note(title: str, text: str) -> str:
     return f"## {title.replace(' - ', ': ')}\n\n{NANO_TEXT}\n\n{text}"
 
@@ -502,6 +547,8 @@ def graphs() -> Iterator[Graph]:
         interactive,
         refining,
         chain,
+        nano_image,
+        nano_continuation,
         nano_long,
         nano_interactive,
         nano_refine,
