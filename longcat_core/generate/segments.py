@@ -275,7 +275,7 @@ def _flush(path: Path) -> None:
 
 def _told(there: Any, now: Any) -> str:
     """Both values; of long ones what is around the first difference."""
-    texts = ["none" if value is None else str(value) for value in (there, now)]
+    texts = ["none" if value is None else str(value) or "empty" for value in (there, now)]
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, same - 20)
     cut = [f"{'...' * (start > 0)}{text[start : start + 60]}{'...' * (len(text) > start + 60)}" for text in texts]
