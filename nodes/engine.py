@@ -26,6 +26,7 @@ from ..longcat_core.sampling.schedules import Schedule
 from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae
 from .sampling import make_guider, preview_callback
+from .step_cache import THRESHOLD_KEY
 
 # Numbers of a tensor that a fingerprint looks at.
 SAMPLES = 64
@@ -34,7 +35,7 @@ SAMPLES = 64
 class ComfyEngine(Engine):
     """Latents are as in ComfyUI's LATENT. prompts: all that will be asked for, so that the text encoder is loaded once.
 
-    What is on the MODEL (LoRA, block-sparse attention, optimizations, wrappers) is in force.
+    What is on the MODEL (LoRA, block-sparse attention, step cache, optimizations, wrappers) is in force.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ComfyEngine(Engine):
         guidance_scale: float = 1.0,
         cond_latents: Tensor | None = None,
         kv_cache: KVMode = "exact",
+        step_cache: float = 0.0,
         block_sparse: None = None,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -114,6 +116,7 @@ class ComfyEngine(Engine):
             "dtype": str(self.model.model.diffusion_model.compute_dtype).removeprefix("torch."),
             "optimizations": "defaults" if switches is None else repr(switches),
             "block-sparse": None if sparse is None else repr(sparse),
+            "step cache": options.get(THRESHOLD_KEY),
             "wrappers": sorted(str(name) for kind in options.get("wrappers", {}).values() for name in kind),
             "injections": sorted(self.model.injections),
         }

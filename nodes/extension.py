@@ -12,7 +12,17 @@ from ..longcat_core.generate.pipeline import NANO_WEIGHTS
 from . import comfy_lora, comfy_model
 
 # One module a family of nodes; each lists its classes in NODES.
-FAMILIES = ("loaders", "optimizations", "sampling", "conditioning", "refine", "long_video", "block_sparse", "benchmark")
+FAMILIES = (
+    "loaders",
+    "optimizations",
+    "sampling",
+    "conditioning",
+    "refine",
+    "long_video",
+    "block_sparse",
+    "step_cache",
+    "benchmark",
+)
 
 
 class LongCatExtension(ComfyExtension):

@@ -212,6 +212,7 @@ def test_other_settings_mid_way_are_refused(
 ) -> None:
     arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
     assert cli.main(arguments) == 0 and len(loads) == 1
+    Path("a-segments", ".lock").unlink()
     capsys.readouterr()
     told = refused(capsys, *arguments, *options)
     assert said in told and "a-segments holds segments of other settings" in told and len(loads) == 1

@@ -100,6 +100,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="given frames once (exact; official: and left out of guidance's sums), or anew in each step (off)",
     )
+    group.add_argument(
+        "--step-cache",
+        type=number,
+        default=0.0,
+        metavar="X",
+        help="leave out steps whose output can be foretold: 0.03 to 0.12; faster, lossy (default: 0, none)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, default: str) -> Any:
@@ -324,6 +331,7 @@ def _request(args: argparse.Namespace, prompt: str) -> Any:
         video=args.video,
         num_cond_frames=args.cond_frames,
         kv_cache=args.kv_cache,
+        step_cache=args.step_cache,
         fps=args.fps,
     )
 

@@ -88,7 +88,7 @@ class LongVideoRequest:
         """Everything that decides what a segment looks like but the segment before."""
         request = self.segment(number)
         names = ("prompt", "negative_prompt", "height", "width", "frames", "steps", "guidance_scale", "seed",
-                 "schedule", "kv_cache")  # fmt: skip
+                 "schedule", "kv_cache", "step_cache")  # fmt: skip
         settings = {name: getattr(request, name) for name in names}
         settings |= {"overlap": self.overlap, "hand_off": self.hand_off}
         if number == 0 and request.given is not None:

@@ -148,6 +148,7 @@ class Engine(ABC):
         guidance_scale: float = 1.0,
         cond_latents: Tensor | None = None,
         kv_cache: KVMode = "exact",
+        step_cache: float = 0.0,
         block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -176,6 +177,7 @@ class Engine(ABC):
             guidance_scale=request.guidance_scale,
             cond_latents=self._cond_latents(request, handed),
             kv_cache=request.kv_cache,
+            step_cache=request.step_cache,
             callback=callback,
         )
         check_finite(latents)
@@ -271,6 +273,7 @@ class Pipeline(Engine):
         guidance_scale: float = 1.0,
         cond_latents: Tensor | None = None,
         kv_cache: KVMode = "exact",
+        step_cache: float = 0.0,
         block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -295,6 +298,7 @@ class Pipeline(Engine):
                 guidance_scale=guidance_scale,
                 cond_latents=cond_latents,
                 kv_cache=kv_cache,
+                step_cache=step_cache,
                 callback=callback,
             )
         finally:

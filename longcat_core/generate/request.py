@@ -23,6 +23,7 @@ MAX_SIDE = 4096
 MAX_FRAMES = 2001
 MAX_STEPS = 1000
 MAX_GUIDANCE = 30.0
+MAX_STEP_CACHE = 1.0
 MAX_FPS = 120.0
 MAX_SEED = 2**63 - 1
 SCHEDULES = ("base", "distilled", "enhance_hf")
@@ -50,8 +51,8 @@ class GenerateRequest:
     height, width: pixels, multiples of 16. frames: 4k+1, given frames included. fps: of the file, no model input.
     guidance_scale: 1 is without guidance. image: the first frame. video: a clip whose last `num_cond_frames` frames
     (4k+1) are continued. given: the frames of either, uint8 [F, H, W, 3]; read from the files by `filled`, or handed
-    in directly instead of a file: one frame is an image, more are a clip. kv_cache: how given frames are computed, see
-    `sample`.
+    in directly instead of a file: one frame is an image, more are a clip. kv_cache: how given frames are computed,
+    step_cache: what may be left out of the steps, 0 nothing; see `sample`.
     """
 
     prompt: str
@@ -67,6 +68,7 @@ class GenerateRequest:
     video: Path | None = None
     num_cond_frames: int = 13
     kv_cache: KVMode = "exact"
+    step_cache: float = 0.0
     fps: float = 15
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
 
@@ -148,6 +150,7 @@ class GenerateRequest:
         if not _is_whole(self.steps) or not 1 <= self.steps <= most:
             raise LongCatError(f"{self.steps} steps are out of range; the {self.schedule} schedule takes 1 to {most}")
         check_mode(self.kv_cache)
+        check_number("step cache", self.step_cache, 0.0, MAX_STEP_CACHE)
         check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
         check_number("fps", self.fps, 1.0, MAX_FPS)
         check_seed(self.seed)

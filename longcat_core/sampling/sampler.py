@@ -15,6 +15,7 @@ from ..model.kv_cache import KVMode, check_mode
 from ..model.transformer import LongCatTransformer
 from .schedules import Schedule
 from .step import take_step
+from .step_cache import StepCache
 
 
 class Interrupted(Exception):
@@ -26,7 +27,7 @@ class Step:
     """What a callback sees after a step. Tensors are live: clone what is kept.
 
     index counts from 0; timestep in 0..1000; latents [B, C, T, H, W] fp32 after the step, conditioning frames
-    included; denoised: the estimate of the clean latents, the same shape.
+    included; denoised: the estimate of the clean latents, the same shape. reused: not computed, see `StepCache`.
     """
 
     index: int
@@ -35,6 +36,7 @@ class Step:
     sigma: float
     latents: Tensor
     denoised: Tensor
+    reused: bool = False
 
 
 Callback = Callable[[Step], None]
@@ -54,6 +56,7 @@ def sample(
     cond_latents: Tensor | None = None,
     kv_cache: KVMode = "exact",
     offload_kv_cache: bool = False,
+    step_cache: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:
     """Denoise `noise` [B, C, T, H, W] to latents of the same shape, fp32.
@@ -63,6 +66,7 @@ def sample(
     kv_cache: `exact` computes their keys and values once instead of at every step; `official` as well, but leaves them
     out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at every
     step. Without guidance all are the same. offload_kv_cache keeps the cache in CPU memory.
+    step_cache: threshold of `StepCache`; 0 computes every step. Faster, and another result.
     Errors: LongCatError where shapes do not fit; whatever `callback` raises.
     """
     check_mode(kv_cache)
@@ -104,18 +108,23 @@ def sample(
     levels = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
     levels = torch.tensor(levels, dtype=torch.float32, device=device)
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=device) if guided else None
+    steps = StepCache(step_cache, len(schedule), count)
     for i, timestep in enumerate(schedule.timesteps.tolist()):
         # Once for all videos and both halves of guidance, and for all frames unless some are given.
         t = torch.full((1, frames if num_cond else 1), timestep, device=device)
         t[:, :num_cond] = 0
-        given = latents if known is None else latents[:, :, count:]
-        given = torch.cat((given, given)) if guided else given
-        out = model(given, t, text, num_cond_latents=num_cond, kv_cache=cache)
-        out = out if known is None else torch.cat((known, out), dim=2)
+        out = steps.find(i, latents, sigmas[i])
+        reused = out is not None
+        if not reused:
+            given = latents if known is None else latents[:, :, count:]
+            given = torch.cat((given, given)) if guided else given
+            out = model(given, t, text, num_cond_latents=num_cond, kv_cache=cache)
+            out = out if known is None else torch.cat((known, out), dim=2)
+            steps.keep(latents, out, sigmas[i])
         latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, count)
         if callback is not None:
             whole = torch.cat((head, latents), dim=2), torch.cat((head, denoised), dim=2)
-            callback(Step(i, len(schedule), timestep, sigmas[i], *whole))
+            callback(Step(i, len(schedule), timestep, sigmas[i], *whole, reused))
     return torch.cat((head, latents), dim=2)
 
 

@@ -27,6 +27,7 @@ NODES = {
     "LongCatLongVideo",
     "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
+    "LongCatStepCache",
     "LongCatBenchmark",
 }
 # Packages that the headless core or faster kernels use and that ComfyUI does not bring.

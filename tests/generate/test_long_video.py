@@ -103,7 +103,12 @@ def whole(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "copy"))
+    return copied(whole, tmp_path / "copy")
+
+
+def copied(source: Path, path: Path) -> Path:
+    """Without the lock, so that a test sees whether one was made."""
+    return Path(shutil.copytree(source, path, ignore=shutil.ignore_patterns(".lock")))
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
@@ -578,7 +583,7 @@ def test_pieces_in_a_folder_are_the_video_that_refining_gives(tiny, video, tmp_p
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("damage", [shutil.rmtree, flipped(FRAMES)])
 def test_a_lost_piece_alone_is_refined_again(tiny, video, pieces, tmp_path, made, number, damage):
-    path = Path(shutil.copytree(pieces, tmp_path / "v"))
+    path = copied(pieces, tmp_path / "v")
     damage(path / f"segment-{number + 1:03}")
     done = refined(tiny, path, video)
     assert made == [number] and [reused for *_, reused in done] == [n != number for n in range(3)]
@@ -587,7 +592,7 @@ def test_a_lost_piece_alone_is_refined_again(tiny, video, pieces, tmp_path, made
 
 @pytest.mark.parametrize(("frame", "first"), [(0, 0), (3, 0), (4, 0), (9, 1), (13, 2), (16, 2)])
 def test_another_frame_is_refined_anew_from_its_first_piece_on(tiny, video, pieces, tmp_path, made, frame, first):
-    path = Path(shutil.copytree(pieces, tmp_path / "v"))
+    path = copied(pieces, tmp_path / "v")
     other = video.copy()
     other[frame] ^= 255
     refined(tiny, path, other)
@@ -598,7 +603,7 @@ def test_another_frame_is_refined_anew_from_its_first_piece_on(tiny, video, piec
 
 
 def test_a_longer_video_goes_on_from_its_whole_pieces(tiny, video, pieces, tmp_path, made):
-    path = Path(shutil.copytree(pieces, tmp_path / "v"))
+    path = copied(pieces, tmp_path / "v")
     refined(tiny, path, np.concatenate([video, video[:6]]))
     assert made == [3, 4]
 
@@ -633,11 +638,12 @@ def test_block_sparse_pieces_are_known_again(tiny, video, tmp_path, made):
         ({"model": {"fp8": True}}, "fp8 none there, True now"),
     ],
 )
-def test_pieces_of_other_settings_are_refused_and_stay(tiny, video, pieces, changes, said):
-    before = state(pieces)
+def test_pieces_of_other_settings_are_refused_and_stay(tiny, video, pieces, tmp_path, changes, said):
+    path = copied(pieces, tmp_path / "v")
+    before = state(path)
     with pytest.raises(LongCatError, match=said):
-        refined(tiny, pieces, video, **changes)
-    assert state(pieces) == before
+        refined(tiny, path, video, **changes)
+    assert state(path) == before
 
 
 def test_refining_may_stop_and_go_on(tiny, video, pieces, tmp_path, made):

@@ -57,6 +57,7 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatLongVideo",
         "LongCatRefineLongVideo",
         "LongCatBlockSparseAttention",
+        "LongCatStepCache",
         "LongCatBenchmark",
     }
     assert "the nodes of conditioning are left out" in caplog.text

@@ -23,6 +23,7 @@ IDS = (
     "LongCatLongVideo",
     "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
+    "LongCatStepCache",
     "LongCatBenchmark",
 )
 SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "length": cases.FRAMES}
