@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,37 +30,17 @@ from longcat_core.generate.long_video import (
     spread_prompts,
 )
 from longcat_core.generate.media import write_video
-from longcat_core.generate.pipeline import Engine, Pipeline
-from longcat_core.generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import MAX_SEED, NANO, RELEASED, GenerateRequest
-from longcat_core.generate.segments import FRAMES, LATENTS, RECORD, SegmentFolder
-from longcat_core.model.block_sparse import BlockSparse
+from longcat_core.generate.segments import FRAMES, LATENTS, RECORD
 from longcat_core.sampling.conditioning import to_pixels
 from longcat_core.sampling.sampler import Interrupted
 
-from .tiny import tiny_pipeline
+from .folders import contents, copied, flipped, state
+from .tiny import SEED, unwanted
 
 PROMPTS = ("a", "b", "c", "d")
-FIRST = GenerateRequest("", height=16, width=32, frames=9, steps=2, seed=7)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Pipeline:
-    return tiny_pipeline()
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[int]:
-    """Numbers of the segments and pieces that were generated or refined, in order; told by their seeds."""
-    numbers, seeded = [], pipelines.seeded_noise
-
-    def spy(shape: tuple[int, ...], seed: int) -> Tensor:
-        numbers.append((seed - FIRST.seed) % (MAX_SEED + 1))
-        return seeded(shape, seed)
-
-    monkeypatch.setattr(pipelines, "seeded_noise", spy)
-    monkeypatch.setattr("longcat_core.generate.refine.seeded_noise", spy)
-    return numbers
+FIRST = GenerateRequest("", height=16, width=32, frames=9, steps=2, seed=SEED)
 
 
 def request(prompts: tuple[str, ...] = PROMPTS, first: GenerateRequest = FIRST, **changes: Any) -> LongVideoRequest:
@@ -72,25 +51,8 @@ def run(engine: Pipeline, path: Path, *args: Any, **changes: Any) -> list[Finish
     return list(long_video(lambda: engine, request(*args, **changes), segment_folder(path)))
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    return {
-        str(item.relative_to(path)): item.read_bytes() for item in sorted(path.glob("segment-*/*")) if item.is_file()
-    }
-
-
 def of(number: int, found: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if name.startswith(f"segment-{number + 1:03}/")}
-
-
-def state(path: Path) -> dict[str, tuple[int, bytes | None]]:
-    return {
-        str(item): (item.stat().st_mtime_ns, item.read_bytes() if item.is_file() else None)
-        for item in (path, *path.rglob("*"))
-    }
-
-
-def unwanted() -> Engine:
-    pytest.fail("a model was loaded")
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +66,6 @@ def whole(tiny, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
     return copied(whole, tmp_path / "copy")
-
-
-def copied(source: Path, path: Path) -> Path:
-    """Without the lock, so that a test sees whether one was made."""
-    return Path(shutil.copytree(source, path, ignore=shutil.ignore_patterns(".lock")))
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
@@ -176,15 +133,6 @@ def test_the_released_model_goes_on_as_it_was_trained():
 
 
 # --- resumed ---------------------------------------------------------------------------------------------------------
-
-
-def flipped(name: str) -> Callable[[Path], None]:
-    def damage(segment: Path) -> None:
-        content = bytearray((segment / name).read_bytes())
-        content[len(content) // 2] ^= 4
-        (segment / name).write_bytes(content)
-
-    return damage
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -279,6 +227,7 @@ OTHER = {
     "guidance": ({}, {"guidance_scale": 3.0}, "guidance_scale 4.0 there, 3.0 now"),
     "negative prompt": ({}, {"negative_prompt": "fog"}, "negative_prompt"),
     "kv cache": ({}, {"kv_cache": "off"}, "kv_cache exact there, off now"),
+    "step cache": ({}, {"step_cache": 0.1}, "step_cache 0.0 there, 0.1 now"),
     "overlap": ({"overlap": 1}, {}, "overlap 5 there, 1 now"),
     "hand-off": ({"hand_off": "latents"}, {}, "hand_off frames there, latents now"),
     "model": ({"model": {"model": "f00"}}, {}, "model none there, f00 now"),
@@ -543,118 +492,3 @@ def test_joins_are_told(copy):
         "segment 2 of 4: finished, kept in here; at its join the mean colour changes by 7.50 of 255 and the brightness "
         "by -2.35, where neighbouring frames do by 0.50"
     )
-
-
-# --- refined piece by piece in a folder ------------------------------------------------------------------------------
-
-REFINE = RefineRequest("a", seed=7, height=16, width=32, steps=12, piece=9, overlap=5, doubled=False)
-
-
-def refined(engine: Engine, path: Path, video: np.ndarray, model: dict | None = None, **changes: Any) -> list[tuple]:
-    asked = replace(REFINE, **changes)
-    return list(refine_in_folder(lambda: engine, NANO, video, asked, piece_folder(path), model or {}))
-
-
-@pytest.fixture(scope="module")
-def video() -> np.ndarray:
-    """17 frames: three pieces of 9 with 5 in common."""
-    rows, columns = np.mgrid[:8, :16]
-    return np.stack([np.stack([(rows * 9 + columns * 5 + 7 * i) % 256] * 3, -1) for i in range(17)]).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def pieces(tiny, video, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pieces")
-    refined(tiny, path, video)
-    return path
-
-
-@pytest.mark.parametrize("doubled", [False, True])
-def test_pieces_in_a_folder_are_the_video_that_refining_gives(tiny, video, tmp_path, doubled):
-    folder: SegmentFolder = piece_folder(tmp_path / "v")
-    done = refined(tiny, folder.path, video, doubled=doubled)
-    factor = 1 + doubled
-    assert done == [(0, 0, False), (1, 5 * factor, False), (2, 5 * factor, False)]
-    kept = np.concatenate([folder.frames(number, skip) for number, skip, _ in done])
-    assert np.array_equal(kept, np.concatenate(list(refine(tiny, video, replace(REFINE, doubled=doubled)))))
-    assert kept.shape == (17 * factor, 16, 32, 3)
-
-
-@pytest.mark.parametrize("number", range(3))
-@pytest.mark.parametrize("damage", [shutil.rmtree, flipped(FRAMES)])
-def test_a_lost_piece_alone_is_refined_again(tiny, video, pieces, tmp_path, made, number, damage):
-    path = copied(pieces, tmp_path / "v")
-    damage(path / f"segment-{number + 1:03}")
-    done = refined(tiny, path, video)
-    assert made == [number] and [reused for *_, reused in done] == [n != number for n in range(3)]
-    assert contents(path) == contents(pieces)
-
-
-@pytest.mark.parametrize(("frame", "first"), [(0, 0), (3, 0), (4, 0), (9, 1), (13, 2), (16, 2)])
-def test_another_frame_is_refined_anew_from_its_first_piece_on(tiny, video, pieces, tmp_path, made, frame, first):
-    path = copied(pieces, tmp_path / "v")
-    other = video.copy()
-    other[frame] ^= 255
-    refined(tiny, path, other)
-    assert made == list(range(first, 3))
-    made.clear()
-    refined(tiny, path, video)
-    assert made == list(range(first, 3)) and contents(path) == contents(pieces)
-
-
-def test_a_longer_video_goes_on_from_its_whole_pieces(tiny, video, pieces, tmp_path, made):
-    path = copied(pieces, tmp_path / "v")
-    refined(tiny, path, np.concatenate([video, video[:6]]))
-    assert made == [3, 4]
-
-
-def test_where_all_pieces_are_there_no_model_is_loaded(video, pieces):
-    load = unwanted
-    done = list(refine_in_folder(load, NANO, video, REFINE, piece_folder(pieces), {}))
-    assert [reused for *_, reused in done] == [True] * 3
-
-
-def test_block_sparse_pieces_are_known_again(tiny, video, tmp_path, made):
-    sparse = BlockSparse(0.5, chunk=(2, 2, 2))
-    refined(tiny, tmp_path / "v", video, block_sparse=sparse)
-    made.clear()
-    refined(tiny, tmp_path / "v", video, block_sparse=sparse)
-    assert made == []
-    with pytest.raises(LongCatError, match=r"block_sparse .*'sparsity': 0.5.* there, .*'sparsity': 0.25"):
-        refined(tiny, tmp_path / "v", video, block_sparse=replace(sparse, sparsity=0.25))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"seed": 8}, "seed 7 there, 8 now"),
-        ({"prompt": "b"}, "prompt a there, b now"),
-        ({"steps": 13}, "steps 12 there, 13 now"),
-        ({"height": 32}, "height 16 there, 32 now"),
-        ({"doubled": True}, "doubled False there, True now"),
-        ({"piece": 13}, "piece 9 there, 13 now"),
-        ({"overlap": 1}, "overlap 5 there, 1 now"),
-        ({"block_sparse": BlockSparse()}, "block_sparse none there"),
-        ({"model": {"fp8": True}}, "fp8 none there, True now"),
-    ],
-)
-def test_pieces_of_other_settings_are_refused_and_stay(tiny, video, pieces, tmp_path, changes, said):
-    path = copied(pieces, tmp_path / "v")
-    before = state(path)
-    with pytest.raises(LongCatError, match=said):
-        refined(tiny, path, video, **changes)
-    assert state(path) == before
-
-
-def test_refining_may_stop_and_go_on(tiny, video, pieces, tmp_path, made):
-    def stop(number: int, of: int, step: Any) -> None:
-        assert of == 3
-        if number == 1:
-            raise Interrupted
-
-    folder = piece_folder(tmp_path / "v")
-    with pytest.raises(Interrupted):
-        list(refine_in_folder(lambda: tiny, NANO, video, REFINE, folder, {}, stop))
-    made.clear()
-    refined(tiny, folder.path, video)
-    assert made == [1, 2] and contents(folder.path) == contents(pieces)

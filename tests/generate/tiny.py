@@ -21,6 +21,8 @@ from longcat_core.generate.vae import load_vae
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 # So large that the change of a few levels of 255 in a few given pixels shows in the frames that follow.
 GAIN = 100
+# Of the requests that tests make: segments are told by it.
+SEED = 7
 
 
 class PromptText:
@@ -46,3 +48,7 @@ def tiny_pipeline() -> TinyPipeline:
     return TinyPipeline(
         load_transformer(GOLDEN / "dit.safetensors"), load_vae(GOLDEN / "vae.safetensors"), PromptText(), NANO
     )
+
+
+def unwanted() -> TinyPipeline:
+    raise AssertionError("a model was loaded")

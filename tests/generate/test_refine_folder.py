@@ -1,0 +1,133 @@
+"""Refining piece by piece into a folder: the same video, and nothing is refined twice."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longcat_core.errors import LongCatError
+from longcat_core.generate.pipeline import Engine
+from longcat_core.generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
+from longcat_core.generate.request import NANO
+from longcat_core.generate.segments import FRAMES, SegmentFolder
+from longcat_core.model.block_sparse import BlockSparse
+from longcat_core.sampling.sampler import Interrupted
+
+from .folders import contents, copied, flipped, state
+from .tiny import SEED, unwanted
+
+REFINE = RefineRequest("a", seed=SEED, height=16, width=32, steps=12, piece=9, overlap=5, doubled=False)
+
+
+def refined(engine: Engine, path: Path, video: np.ndarray, model: dict | None = None, **changes: Any) -> list[tuple]:
+    asked = replace(REFINE, **changes)
+    return list(refine_in_folder(lambda: engine, NANO, video, asked, piece_folder(path), model or {}))
+
+
+@pytest.fixture(scope="module")
+def video() -> np.ndarray:
+    """17 frames: three pieces of 9 with 5 in common."""
+    rows, columns = np.mgrid[:8, :16]
+    return np.stack([np.stack([(rows * 9 + columns * 5 + 7 * i) % 256] * 3, -1) for i in range(17)]).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pieces(tiny, video, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pieces")
+    refined(tiny, path, video)
+    return path
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_pieces_in_a_folder_are_the_video_that_refining_gives(tiny, video, tmp_path, doubled):
+    folder: SegmentFolder = piece_folder(tmp_path / "v")
+    done = refined(tiny, folder.path, video, doubled=doubled)
+    factor = 1 + doubled
+    assert done == [(0, 0, False), (1, 5 * factor, False), (2, 5 * factor, False)]
+    kept = np.concatenate([folder.frames(number, skip) for number, skip, _ in done])
+    assert np.array_equal(kept, np.concatenate(list(refine(tiny, video, replace(REFINE, doubled=doubled)))))
+    assert kept.shape == (17 * factor, 16, 32, 3)
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("damage", [shutil.rmtree, flipped(FRAMES)])
+def test_a_lost_piece_alone_is_refined_again(tiny, video, pieces, tmp_path, made, number, damage):
+    path = copied(pieces, tmp_path / "v")
+    damage(path / f"segment-{number + 1:03}")
+    done = refined(tiny, path, video)
+    assert made == [number] and [reused for *_, reused in done] == [n != number for n in range(3)]
+    assert contents(path) == contents(pieces)
+
+
+@pytest.mark.parametrize(("frame", "first"), [(0, 0), (3, 0), (4, 0), (9, 1), (13, 2), (16, 2)])
+def test_another_frame_is_refined_anew_from_its_first_piece_on(tiny, video, pieces, tmp_path, made, frame, first):
+    path = copied(pieces, tmp_path / "v")
+    other = video.copy()
+    other[frame] ^= 255
+    refined(tiny, path, other)
+    assert made == list(range(first, 3))
+    made.clear()
+    refined(tiny, path, video)
+    assert made == list(range(first, 3)) and contents(path) == contents(pieces)
+
+
+def test_a_longer_video_goes_on_from_its_whole_pieces(tiny, video, pieces, tmp_path, made):
+    path = copied(pieces, tmp_path / "v")
+    refined(tiny, path, np.concatenate([video, video[:6]]))
+    assert made == [3, 4]
+
+
+def test_where_all_pieces_are_there_no_model_is_loaded(video, pieces):
+    done = list(refine_in_folder(unwanted, NANO, video, REFINE, piece_folder(pieces), {}))
+    assert [reused for *_, reused in done] == [True] * 3
+
+
+def test_block_sparse_pieces_are_known_again(tiny, video, tmp_path, made):
+    sparse = BlockSparse(0.5, chunk=(2, 2, 2))
+    refined(tiny, tmp_path / "v", video, block_sparse=sparse)
+    made.clear()
+    refined(tiny, tmp_path / "v", video, block_sparse=sparse)
+    assert made == []
+    with pytest.raises(LongCatError, match=r"block_sparse .*'sparsity': 0.5.* there, .*'sparsity': 0.25"):
+        refined(tiny, tmp_path / "v", video, block_sparse=replace(sparse, sparsity=0.25))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 8}, "seed 7 there, 8 now"),
+        ({"prompt": "b"}, "prompt a there, b now"),
+        ({"steps": 13}, "steps 12 there, 13 now"),
+        ({"height": 32}, "height 16 there, 32 now"),
+        ({"doubled": True}, "doubled False there, True now"),
+        ({"piece": 13}, "piece 9 there, 13 now"),
+        ({"overlap": 1}, "overlap 5 there, 1 now"),
+        ({"block_sparse": BlockSparse()}, "block_sparse none there"),
+        ({"model": {"fp8": True}}, "fp8 none there, True now"),
+    ],
+)
+def test_pieces_of_other_settings_are_refused_and_stay(tiny, video, pieces, tmp_path, changes, said):
+    path = copied(pieces, tmp_path / "v")
+    before = state(path)
+    with pytest.raises(LongCatError, match=said):
+        refined(tiny, path, video, **changes)
+    assert state(path) == before
+
+
+def test_refining_may_stop_and_go_on(tiny, video, pieces, tmp_path, made):
+    def stop(number: int, of: int, step: Any) -> None:
+        assert of == 3
+        if number == 1:
+            raise Interrupted
+
+    folder = piece_folder(tmp_path / "v")
+    with pytest.raises(Interrupted):
+        list(refine_in_folder(lambda: tiny, NANO, video, REFINE, folder, {}, stop))
+    made.clear()
+    refined(tiny, folder.path, video)
+    assert made == [1, 2] and contents(folder.path) == contents(pieces)
