@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Each of these takes minutes.
+LONG = ("test_nodes_inside_comfyui", "test_follows_64_fresh_prompts_and_shuffled_ones_are_at_chance")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one test that takes minutes comes first, so that the other workers have something to do meanwhile."""
-    items.sort(key=lambda item: item.name != "test_nodes_inside_comfyui")
+    """Long ones first, so that the other workers have something to do meanwhile."""
+    items.sort(key=lambda item: item.name not in LONG)

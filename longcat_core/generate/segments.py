@@ -34,6 +34,8 @@ from .media import read_video, write_video
 
 VERSION = 1
 LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.json", ".lock"
+# What file managers write into folders that are looked at.
+LEFT_BY_BROWSING = (".DS_Store", "Thumbs.db", "desktop.ini")
 # Room that must be left on the disk beside a segment's own.
 SPARE_BYTES = 16 << 20
 
@@ -227,7 +229,7 @@ class SegmentFolder:
         if not folder.exists() and not folder.is_symlink():
             return
         foreign = [folder.name] if not folder.is_dir() or folder.is_symlink() else [
-            item.name for item in folder.iterdir() if item.name not in (LATENTS, FRAMES, RECORD)
+            item.name for item in folder.iterdir() if item.name not in (LATENTS, FRAMES, RECORD, *LEFT_BY_BROWSING)
         ]  # fmt: skip
         if foreign:
             raise LongCatError(f"{folder} is no segment of a video ({foreign[0]} is in it); name another folder")

@@ -500,8 +500,12 @@ def nano_long() -> Graph:
 
 def nano_interactive() -> Graph:
     title = "LongCat nano - interactive video"
-    text = "A prompt a line, a line a segment: the circle moves right, then up, then left."
-    settings = {"segments": 0, "steps": 30, "seed": 1, "hand_off": "latents"} | NANO_LONG
+    text = (
+        "A prompt a line, a line a segment: the circle moves right, then up, then left. This small model follows a new "
+        "prompt at once with an *overlap* of 5."
+    )
+    # With 13 of 33 frames given, the old motion goes on for a segment before the model follows the new prompt.
+    settings = {"segments": 0, "steps": 30, "seed": 1, "overlap": 5, "hand_off": "latents"} | NANO_LONG
     graph = long_base(title, NANO, nano_note(title, text), NANO_SCENES, "nano-interactive", **settings)
     return save(graph, "long.images", 830, "longcat_nano_interactive")
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from longcat_core.checkpoints.safetensors_io import read_header
 from longcat_core.generate.media import write_video
 from longcat_core.generate.pipeline import NANO_MODEL
+from longcat_core.nano.scorer import analyse
 from longcat_core.nano.world import Actor, Scene, render_clip
 
 from .browser import find_chromium, open_page
@@ -54,7 +55,7 @@ SMALL = {
 # Frames and frame rate of what a workflow saves, where they are not those of one clip.
 MADE = {
     "LongCat nano - long video": (73, 15),
-    "LongCat nano - interactive video": (73, 15),
+    "LongCat nano - interactive video": (89, 15),
     "LongCat nano - refine": (34, 30),
     "LongCat nano - long video, refined": (58, 30),
     "LongCat-Video - long video 480p": (3 * LENGTH - 10, 15),
@@ -183,6 +184,9 @@ def test_run_makes_the_video_and_shows_it(file, page, client, watch, artefacts):
     (shown,) = outputs[str(saver)]["images"]
     frames, fps = watch(client.video(shown), shown["filename"])
     assert (len(frames), fps) == MADE.get(file.stem, (33, FPS)) and frames.std() > 10
+    if "interactive" in file.stem:
+        motions = [analyse(frames[start : start + 33], 1).actors[0].motion for start in (0, 28, 56)]
+        assert motions == ["right", "up", "left"]
     page.tab.wait_for_function("() => [...document.querySelectorAll('video')].some(v => v.videoWidth > 0)")
     page.screenshot(artefacts / f"{file.stem}, run.png")
 

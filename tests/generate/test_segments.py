@@ -326,6 +326,14 @@ def test_a_folder_of_somebody_else(folder, tmp_path):
     assert result.stdout == ". cannot be written to (Permission denied); name another folder\n", result.stderr
 
 
+def test_what_file_managers_leave_is_no_hindrance(folder):
+    save(folder, 0)
+    (folder.path / "segment-001" / ".DS_Store").write_bytes(b"seen")
+    folder.check([folder._record(0).settings])
+    save(folder, 0)
+    assert folder.find(0, folder._record(0).settings, "") is not None
+
+
 # --- one run at a time -----------------------------------------------------------------------------------------------
 
 
