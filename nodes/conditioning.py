@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.media import resize_and_crop
-from ..longcat_core.generate.request import MAX_FRAMES, MAX_SIDE, SIDE_MULTIPLE, check_frames, check_side
+from ..longcat_core.generate.request import MAX_FPS, MAX_FRAMES, MAX_SIDE, SIDE_MULTIPLE, check_frames, check_side
 from ..longcat_core.sampling.buckets import BUCKETS, nearest_bucket
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, last_frames, latent_frames, latent_shape
 from .loaders import CATEGORY
@@ -51,6 +51,12 @@ def resolution_inputs(
     ]
 
 
+def fps_input(tooltip: str, optional: bool = False) -> io.Input:
+    return io.Float.Input(
+        "fps", default=15.0, min=1.0, max=MAX_FPS, step=0.5, round=0.01, optional=optional, tooltip=tooltip
+    )
+
+
 def _size_inputs() -> list[Any]:
     return [
         *resolution_inputs(
@@ -84,6 +90,25 @@ def require_wan_vae(vae: comfy.sd.VAE) -> None:
         )
 
 
+def to_bytes(images: Tensor) -> np.ndarray:
+    """IMAGE [F, H, W, C] in 0..1 -> uint8 [F, H, W, 3]."""
+    return images[..., :3].mul(255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+
+
+def to_image(frames: np.ndarray) -> Tensor:
+    """uint8 [F, H, W, 3] -> IMAGE, fp32 in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).float() / 255
+
+
+def put_given(samples: Tensor, given: Tensor) -> Tensor:
+    """Put latents [1 or B, C, n, h, w] at the front of samples [B, C, T, h, w]; the noise_mask that marks them."""
+    count = given.shape[2]
+    samples[:, :, :count] = given.to(samples)
+    mask = torch.ones((1, 1, *samples.shape[2:]), device=samples.device)
+    mask[:, :, :count] = 0
+    return mask
+
+
 def conditioned_latent(
     vae: comfy.sd.VAE, frames: Tensor, resolution: str, width: int, height: int, length: int, batch_size: int
 ) -> dict[str, Tensor]:
@@ -99,16 +124,10 @@ def conditioned_latent(
         height, width = nearest_bucket(*frames.shape[1:3], resolution)
     check_side("width", width)
     check_side("height", height)
-    pixels = frames[..., :3].mul(255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
-    pixels = torch.from_numpy(np.ascontiguousarray(resize_and_crop(pixels, height, width)))
-    given = vae.encode(pixels.float() / 255)
+    given = vae.encode(to_image(resize_and_crop(to_bytes(frames), height, width)))
     shape = latent_shape(length, height, width)
     samples = torch.zeros((batch_size, *shape), device=comfy.model_management.intermediate_device())
-    mask = torch.ones((1, 1, *shape[1:]), device=samples.device)
-    count = latent_frames(len(frames))
-    samples[:, :, :count] = given.to(samples)
-    mask[:, :, :count] = 0
-    return {"samples": samples, "noise_mask": mask}
+    return {"samples": samples, "noise_mask": put_given(samples, given)}
 
 
 def _check_images(name: str, images: Tensor) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
@@ -24,7 +23,7 @@ from ..longcat_core.model.kv_cache import KVMode
 from ..longcat_core.sampling.sampler import Callback, Step
 from ..longcat_core.sampling.schedules import Schedule
 from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
-from .conditioning import require_wan_vae
+from .conditioning import put_given, require_wan_vae, to_bytes
 from .sampling import make_guider, preview_callback
 from .step_cache import THRESHOLD_KEY
 
@@ -74,12 +73,8 @@ class ComfyEngine(Engine):
         samples = torch.zeros_like(noise) if clean is None else clean.to(noise)
         mask = None
         if cond_latents is not None:
-            count = cond_latents.shape[2]
-            samples[:, :, :count] = cond_latents.to(samples)
-            mask = torch.ones((1, 1, *samples.shape[2:]))
-            mask[:, :, :count] = 0
-        steps = len(schedule)
-        show = preview_callback(self.model, steps, mask)
+            mask = put_given(samples, cond_latents)
+        show = preview_callback(self.model, len(schedule), mask)
 
         def after(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             show(step, x0, x, total)
@@ -125,16 +120,6 @@ class ComfyEngine(Engine):
 def encode_video(vae: comfy.sd.VAE, pixels: Tensor) -> Tensor:
     """LATENT samples [1, 16, T, H/8, W/8] of video [1, 3, F, H, W] in -1..1."""
     return vae.encode((pixels[0].permute(1, 2, 3, 0) + 1) / 2)
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """IMAGE [F, H, W, C] in 0..1 -> uint8 [F, H, W, 3]."""
-    return images[..., :3].mul(255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
-
-
-def to_image(frames: np.ndarray) -> Tensor:
-    """uint8 [F, H, W, 3] -> IMAGE, fp32 in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).float() / 255
 
 
 def fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:

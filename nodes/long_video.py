@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import comfy.utils
@@ -13,9 +12,10 @@ from PIL import Image
 
 from ..longcat_core.generate import long_video, refine
 from ..longcat_core.generate.request import (
-    MAX_FPS,
     MAX_FRAMES,
+    MAX_SEED,
     MAX_SIDE,
+    MAX_STEPS,
     RELEASED,
     SIDE_MULTIPLE,
     GenerateRequest,
@@ -23,8 +23,8 @@ from ..longcat_core.generate.request import (
 from ..longcat_core.model.kv_cache import KV_MODES
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
 from ..longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from .conditioning import _check_images
-from .engine import ComfyEngine, output_folder, to_bytes, to_image
+from .conditioning import _check_images, fps_input, to_bytes, to_image
+from .engine import ComfyEngine, output_folder
 from .loaders import CATEGORY
 from .refine import refined_size, refined_size_inputs
 from .sampling import KV_CACHE_TOOLTIP, _require_longcat, guidance_input
@@ -42,7 +42,7 @@ def _seed_input() -> io.Input:
         "seed",
         default=0,
         min=0,
-        max=0x7FFFFFFFFFFFFFFF,
+        max=MAX_SEED,
         # Another seed at every run would never go on from what is there.
         control_after_generate=False,
         tooltip="Of the first piece; the others count on from it. With another seed, name another folder.",
@@ -66,22 +66,28 @@ def _strip(frames: np.ndarray) -> Image.Image:
     return image.resize((STRIP_WIDTH, height), Image.Resampling.LANCZOS)
 
 
-class _Shown:
-    """Progress over the segments, with a picture of those that are finished, the last ones below each other."""
+class _Gathered:
+    """The frames of all segments as an IMAGE, each read once, and a picture of those that are finished on the way."""
 
-    def __init__(self, total: int) -> None:
-        self.bar = comfy.utils.ProgressBar(total)
+    def __init__(self, segments: int, frames: int, height: int, width: int) -> None:
+        self.bar = comfy.utils.ProgressBar(segments)
+        self.images = torch.empty((frames, height, width, 3))
+        self.count = 0
         self.strips: list[Image.Image] = []
 
     def add(self, number: int, frames: np.ndarray) -> None:
+        self.images[self.count : self.count + len(frames)] = to_image(frames)
+        self.count += len(frames)
         self.strips = [*self.strips[1 - STRIPS :], _strip(frames)]
         self.bar.update_absolute(number + 1, preview=("JPEG", self.picture(), None))
 
     def picture(self) -> Image.Image:
+        """The last segments' strips below each other."""
         return Image.fromarray(np.concatenate([np.asarray(strip) for strip in self.strips]))
 
-    def ui(self, node: Any) -> Any:
-        return ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
+    def output(self, node: Any, value: Any) -> io.NodeOutput:
+        shown = ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
+        return io.NodeOutput(self.images, value, ui=shown)
 
 
 class LongVideo(io.ComfyNode):
@@ -147,7 +153,7 @@ class LongVideo(io.ComfyNode):
                     "trained with 13.",
                 ),
                 _seed_input(),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="50, or 16 for distilled."),
+                io.Int.Input("steps", default=50, min=1, max=MAX_STEPS, tooltip="50, or 16 for distilled."),
                 guidance_input("CFG-zero scale. 1 is without guidance, twice as fast: for distilled."),
                 io.Combo.Input(
                     "mode",
@@ -173,16 +179,7 @@ class LongVideo(io.ComfyNode):
                     tooltip="One image: the first frame. A clip: its last frames, as many as overlap says, are "
                     "continued; it is fitted to width and height.",
                 ),
-                io.Float.Input(
-                    "fps",
-                    default=15.0,
-                    min=1.0,
-                    max=MAX_FPS,
-                    step=0.5,
-                    round=0.01,
-                    optional=True,
-                    tooltip="Of the files in the folder; it changes nothing else.",
-                ),
+                fps_input("Of the files in the folder; it changes nothing else.", optional=True),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="All frames; those in common are there once."),
@@ -240,23 +237,11 @@ class LongVideo(io.ComfyNode):
         request = long_video.LongVideoRequest(first, spread, overlap, later, hand_off, engine.settings())
         request = request.filled(RELEASED)
         kept = long_video.segment_folder(output_folder(folder))
-        shown, finished, told = _Shown(len(spread)), [], []
+        gathered, told = _Gathered(len(spread), request.total_frames, height, width), []
         for segment in long_video.long_video(lambda: engine, request, kept):
-            finished.append(segment)
             told.append(segment.told(folder))
-            shown.add(segment.number, kept.frames(segment.number, segment.skip))
-        images = _gathered(long_video.new_frames(kept, finished), request.total_frames, height, width)
-        return io.NodeOutput(images, "\n".join(told), ui=shown.ui(cls))
-
-
-def _gathered(clips: Iterator[np.ndarray], count: int, height: int, width: int) -> torch.Tensor:
-    """IMAGE of clips one after the other; only one of them is in memory beside it."""
-    images = torch.empty((count, height, width, 3))
-    start = 0
-    for clip in clips:
-        images[start : start + len(clip)] = to_image(clip)
-        start += len(clip)
-    return images
+            gathered.add(segment.number, kept.frames(segment.number, segment.skip))
+        return gathered.output(cls, "\n".join(told))
 
 
 class RefineLongVideo(io.ComfyNode):
@@ -284,7 +269,11 @@ class RefineLongVideo(io.ComfyNode):
                 ),
                 _seed_input(),
                 io.Int.Input(
-                    "steps", default=50, min=1, max=1000, tooltip="Of the base schedule, of which 50 leaves 5 to run."
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=MAX_STEPS,
+                    tooltip="Of the base schedule, of which 50 leaves 5 to run.",
                 ),
                 io.Boolean.Input(
                     "double_rate",
@@ -299,16 +288,7 @@ class RefineLongVideo(io.ComfyNode):
                     "overlap", default=13, min=1, max=MAX_FRAMES - 1, tooltip="How many of them two pieces share."
                 ),
                 _folder_input("longcat/refined"),
-                io.Float.Input(
-                    "fps",
-                    default=15.0,
-                    min=1.0,
-                    max=MAX_FPS,
-                    step=0.5,
-                    round=0.01,
-                    optional=True,
-                    tooltip="Frame rate of the video that comes in; only the output fps is made from it.",
-                ),
+                fps_input("Frame rate of the video that comes in; only the output fps is made from it.", optional=True),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="All refined frames."),
@@ -342,17 +322,15 @@ class RefineLongVideo(io.ComfyNode):
         engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
         kept = refine.piece_folder(output_folder(folder))
         frames = to_bytes(video)
-        shown = _Shown(len(refine.pieces(len(frames), piece, overlap)) if piece > overlap else 1)
-        done = []
+        request.check()
+        factor = 2 if double_rate else 1
+        count = len(refine.pieces(len(frames), piece, overlap))
+        gathered = _Gathered(count, factor * len(frames), height, width)
         for number, skip, _ in refine.refine_in_folder(
             lambda: engine, RELEASED, frames, request, kept, engine.settings()
         ):
-            done.append((number, skip))
-            shown.add(number, kept.frames(number, skip))
-        factor = 2 if double_rate else 1
-        clips = (kept.frames(number, skip) for number, skip in done)
-        images = _gathered(clips, factor * len(frames), height, width)
-        return io.NodeOutput(images, factor * fps, ui=shown.ui(cls))
+            gathered.add(number, kept.frames(number, skip))
+        return gathered.output(cls, factor * fps)
 
 
 NODES = [LongVideo, RefineLongVideo]

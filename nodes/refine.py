@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.refine import Padding, enlarge, target_size
-from ..longcat_core.generate.request import MAX_FPS, check_side
-from .conditioning import CUSTOM, _check_images, require_wan_vae, resolution_inputs
-from .engine import encode_video, to_bytes
+from ..longcat_core.generate.request import check_side
+from .conditioning import CUSTOM, _check_images, fps_input, put_given, require_wan_vae, resolution_inputs, to_bytes
+from .engine import encode_video
 from .loaders import CATEGORY
 
 TWICE = "twice the size"
@@ -57,15 +56,7 @@ class Refine(io.ComfyNode):
                     tooltip="Twice as many frames as well, for twice the frame rate; off: a larger picture only.",
                 ),
                 *refined_size_inputs(),
-                io.Float.Input(
-                    "fps",
-                    default=15.0,
-                    min=1.0,
-                    max=MAX_FPS,
-                    step=0.5,
-                    round=0.01,
-                    tooltip="Frame rate of the video that comes in; only the output fps is made from it.",
-                ),
+                fps_input("Frame rate of the video that comes in; only the output fps is made from it."),
                 io.Image.Input(
                     "refined_before",
                     optional=True,
@@ -114,11 +105,8 @@ class Refine(io.ComfyNode):
         latent = {"samples": samples}
         if given:
             known = enlarge(to_bytes(refined_before[-given:]), height, width, given)
-            known = encode_video(vae, padding.known.pad(known)).to(samples)
-            samples[:, :, : known.shape[2]] = known
-            mask = torch.ones((1, 1, *samples.shape[2:]), device=samples.device)
-            mask[:, :, : known.shape[2]] = 0
-            latent["noise_mask"] = mask
+            known = encode_video(vae, padding.known.pad(known))
+            latent["noise_mask"] = put_given(samples, known)
         return io.NodeOutput(latent, padding.front + given, count - given, fps * factor)
 
 

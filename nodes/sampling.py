@@ -99,12 +99,17 @@ def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_ca
     return guider
 
 
+def given_frames(noise_mask: Tensor | None) -> int:
+    """How many latent frames at the front a noise_mask [1, 1, T, h, w] marks as given."""
+    return 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
+
+
 def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
     """Progress and previews as stock nodes send them, showing one generated frame further at every step."""
     stock = latent_preview.prepare_callback(model, steps)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-        given = 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
+        given = given_frames(noise_mask)
         frame = given + step % (x0.shape[2] - given)
         stock(step, x0[:, :, frame : frame + 1], x, total)
 

@@ -12,10 +12,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..longcat_core.generate.request import MAX_STEP_CACHE
-from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.step_cache import StepCache
 from .loaders import CATEGORY
-from .sampling import _require_longcat
+from .sampling import _require_longcat, given_frames
 
 NAME = "LongCat Step Cache"
 # In a MODEL's transformer_options: the threshold; while a sampling runs, its cache.
@@ -26,10 +25,7 @@ class _Running:
     """The caches of one sampling, one for each set of conditionings that is asked for together. Any sampler may ask."""
 
     def __init__(self, threshold: float, sigmas: Tensor, denoise_mask: Tensor | None) -> None:
-        self.given = 0
-        if denoise_mask is not None and denoise_mask.ndim == 5:
-            self.given = count_clean(noisy_frames(denoise_mask))
-        self.threshold, self.sigmas = threshold, sigmas
+        self.threshold, self.sigmas, self.given = threshold, sigmas, given_frames(denoise_mask)
         self.caches: dict[tuple, StepCache] = {}
         self.asked = self.computed = 0
 

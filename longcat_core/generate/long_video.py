@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -183,48 +184,28 @@ def long_video(
     segments stay. The same request gives the same frames on one machine, bit for bit, however often it was cut off.
     Raises LongCatError for a folder of other settings or in use, and for a full disk.
     """
-    count = len(request.prompts)
+    count, first = len(request.prompts), request.first
+    engine = cache(load)
+
+    def make(number: int, before: Segment | None) -> tuple[np.ndarray, Tensor, Settings]:
+        given = None if before is None else before.frames[-request.overlap :]
+        result = engine().generate(
+            request.segment(number, given),
+            None if callback is None else lambda step: callback(number, count, step),
+            _handed(request, before),
+        )
+        if before is None:
+            return result.frames, result.latents, {}
+        join = measure_join(before.frames, result.frames, request.overlap)
+        return result.frames, result.latents, {"join": asdict(join)}
+
     settings = [request.settings(number) for number in range(count)]
-    folder.check(settings)
-    first = request.first
-    pixels = first.frames * first.height * first.width
     # Frames as if nothing could be compressed; latents are less than a tenth of that.
-    size = 4 * pixels
-    engine: Engine | None = None
-    with folder.open():
-        before: Segment | None = None
-        content = ""
-        for number in range(count):
-            record = folder.find(number, settings[number], content)
-            reused = record is not None
-            if record is None:
-                folder.check_room(number, size)
-                engine = engine or load()
-                if number and before is None:
-                    before = folder.load(number - 1)
-                given = None if before is None else before.frames[-request.overlap :]
-                result = engine.generate(
-                    request.segment(number, given),
-                    None if callback is None else lambda step, n=number: callback(n, count, step),
-                    _handed(request, before),
-                )
-                join = None if before is None else measure_join(before.frames, result.frames, request.overlap)
-                record = folder.save(
-                    number,
-                    result.frames,
-                    result.latents,
-                    settings=settings[number],
-                    before=content,
-                    fps=first.fps,
-                    notes={} if join is None else {"join": asdict(join)},
-                )
-                before = Segment(result.frames, result.latents, record.content)
-            else:
-                before = None
-            content = record.content
-            join = record.notes.get("join")
-            join = None if join is None else Join(tuple(join["color"]), join["brightness"], join["usual"])
-            yield Finished(number, count, record, request.overlap if number else 0, reused, join)
+    room = [4 * first.frames * first.height * first.width] * count
+    for number, record, reused in folder.fill(settings, make, fps=first.fps, room=room):
+        join = record.notes.get("join")
+        join = None if join is None else Join(tuple(join["color"]), join["brightness"], join["usual"])
+        yield Finished(number, count, record, request.overlap if number else 0, reused, join)
 
 
 def _handed(request: LongVideoRequest, before: Segment | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .pipeline import Engine, check_finite
 from .request import MAX_FPS, MAX_SEED, Defaults, check_number, check_seed, check_side
-from .segments import SegmentFolder, Settings, checksum
+from .segments import Segment, SegmentFolder, Settings, checksum
 
 # Latent frames come in groups of so many.
 GROUP = 4
@@ -270,36 +271,18 @@ def refine_in_folder(
     check_video(video)
     parts = pieces(len(video), request.piece, request.overlap)
     settings = [request.settings(video, number, defaults) | model for number in range(len(parts))]
-    folder.check(settings)
     factor = 2 if request.doubled else 1
     height, width = request.size(video, defaults)
-    engine: Engine | None = None
-    before: np.ndarray | None = None
-    content = ""
-    with folder.open():
-        for number, (start, stop) in enumerate(parts):
-            record = folder.find(number, settings[number], content)
-            reused = record is not None
-            if record is None:
-                folder.check_room(number, 4 * factor * (stop - start) * height * width)
-                engine = engine or load()
-                if number and before is None:
-                    before = folder.load(number - 1).frames
-                piece = refine_piece(engine, video, request, number, before, callback)
-                record = folder.save(
-                    number,
-                    piece.frames,
-                    piece.latents,
-                    settings=settings[number],
-                    before=content,
-                    fps=factor * request.fps,
-                    notes={},
-                )
-                before = piece.frames
-            else:
-                before = None
-            content = record.content
-            yield number, factor * request.overlap if number else 0, reused
+    engine = cache(load)
+
+    def make(number: int, before: Segment | None) -> tuple[np.ndarray, Tensor, Settings]:
+        known = None if before is None else before.frames
+        piece = refine_piece(engine(), video, request, number, known, callback)
+        return piece.frames, piece.latents, {}
+
+    room = [4 * factor * (stop - start) * height * width for start, stop in parts]
+    for number, _, reused in folder.fill(settings, make, fps=factor * request.fps, room=room):
+        yield number, factor * request.overlap if number else 0, reused
 
 
 def piece_folder(path: Any) -> SegmentFolder:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,6 +78,10 @@ def checksum(*parts: bytes | np.ndarray | str) -> str:
             data = part.encode() if isinstance(part, str) else part
             total.update(f"{len(data)}:".encode() + data)
     return total.hexdigest()
+
+
+# A segment's number and the one before -> frames, latents, notes.
+Make = Callable[[int, Segment | None], tuple[np.ndarray, Tensor, Settings]]
 
 
 class SegmentFolder:
@@ -210,6 +214,34 @@ class SegmentFolder:
                 "kept: make room and run the same again to go on"
             ) from error
         return record
+
+    def fill(
+        self, settings: Sequence[Settings], make: Make, *, fps: float, room: Sequence[int]
+    ) -> Iterator[tuple[int, Record, bool]]:
+        """Every segment in turn: what is there as wanted is kept, what is not is made of the one before and saved.
+
+        settings: of each; room: bytes that each may take; make: a segment's number and the one before (None for the
+        first) to its frames, latents and notes. Yields number, record, and whether it was there, once it is on the
+        disk. Raises LongCatError as `check`, `open`, `check_room` and `save` do, and what `make` raises.
+        """
+        self.check(list(settings))
+        with self.open():
+            before: Segment | None = None
+            content = ""
+            for number, wanted in enumerate(settings):
+                record = self.find(number, wanted, content)
+                reused = record is not None
+                if record is None:
+                    self.check_room(number, room[number])
+                    if number and before is None:
+                        before = self.load(number - 1)
+                    frames, latents, notes = make(number, before)
+                    record = self.save(number, frames, latents, settings=wanted, before=content, fps=fps, notes=notes)
+                    before = Segment(frames, latents, record.content)
+                else:
+                    before = None
+                content = record.content
+                yield number, record, reused
 
     def check_room(self, number: int, bytes_needed: int) -> None:
         """Raise LongCatError unless the disk has room for a segment of so many bytes."""
