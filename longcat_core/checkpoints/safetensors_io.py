@@ -42,7 +42,7 @@ FOREIGN_STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights; run `git lfs pull` or download the file"),
     (b"PK\x03\x04", "is a PyTorch pickle, which can run code when it is loaded; convert it to .safetensors"),
     (b"\x80\x02", "is a Python pickle, which can run code when it is loaded; convert it to .safetensors"),
-    (b"GGUF", "is a GGUF file, which is not supported; use the .safetensors form"),
+    (b"GGUF", "is a GGUF file, which only a LongCat-Video transformer may be; use the .safetensors form"),
     (b"<", "is a web page, not the weights; the download failed, so fetch the file again"),
 )
 
