@@ -354,7 +354,7 @@ def load_transformer(
     eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth))
     for name in eight_bit:
         check_sizes(*parameters[f"{name}.weight"].shape)
-    state, sums = {}, {}
+    state, extremes = {}, {}
     for name in parameters:
         layer, _, kind = name.rpartition(".")
         small, changed = kind == "weight" and layer in eight_bit, name in stack
@@ -365,15 +365,17 @@ def load_transformer(
             reader.into(target, parts[name])
             if changed:
                 target = stack.add(name, target).to(parameters[name].dtype)
-            sums[name] = target.sum(dtype=torch.float32)
+            # NaN is both; this is one pass, without a copy.
+            extremes[name] = torch.stack(target.aminmax()).float()
             kept = quantise_rows(target) if small else (target, None)
         else:
             # e4m3 has no infinity, and one NaN of either sign.
-            sums[name] = torch.where((kept[0].view(torch.uint8) & 0x7F == 0x7F).any(), torch.nan, kept[1].sum())
+            bad = (kept[0].view(torch.uint8) & 0x7F == 0x7F).any()
+            extremes[name] = torch.stack(kept[1].masked_fill(bad, torch.nan).aminmax())
         state[name] = kept[0]
         if small:
             state[f"{layer}.weight_scale"] = kept[1]
-    _require_finite(sums, checkpoint.source, dtype)
+    _require_finite(extremes, checkpoint.source, dtype)
     for name in eight_bit:
         parent, _, child = name.rpartition(".")
         weight, scale = (state.pop(f"{name}.{kind}") for kind in ("weight", "weight_scale"))
@@ -385,9 +387,10 @@ def load_transformer(
     return model.eval().requires_grad_(False)
 
 
-def _require_finite(sums: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:
-    """Raise CheckpointError for the first sum that is not finite; devices are asked once."""
-    for name, fine in zip(sums, torch.stack(list(sums.values())).isfinite().tolist(), strict=True):
+def _require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError for the first parameter whose least or largest is not finite; the device is asked once."""
+    finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
+    for name, fine in zip(extremes, finite, strict=True):
         if not fine:
             remedy = "load it as bfloat16 or float32" if dtype == torch.float16 else "download it again"
             raise CheckpointError(f"{source} has NaN or infinite values in {name}; {remedy}")
