@@ -25,7 +25,7 @@ FOLDERS = ("dit", "transformer")
 # Numbers that are made wider at a time: what a loader holds besides the network and one stored tensor.
 PIECE = 1 << 22
 _SHOWN = 5
-_QUANT_METADATA = "_quantization_metadata"
+QUANT_METADATA = "_quantization_metadata"
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
         stored = _json_metadata(metadata, CONFIG_KEY, path)
         zero_pad = bool(stored.get("text_tokens_zero_pad", config.text_tokens_zero_pad))
         config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
-    layers = dict(_json_metadata(metadata, _QUANT_METADATA, path).get("layers") or {})
+    layers = dict(_json_metadata(metadata, QUANT_METADATA, path).get("layers") or {})
     quantised = {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
     return Checkpoint(str(path), form, prefix, where, shapes, dtypes, config, quantised)
 

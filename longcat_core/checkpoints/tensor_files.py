@@ -97,6 +97,8 @@ class GgufFile:
             self.header = {name: self._entry(tensor) for name, tensor in self._tensors.items()}
         except CheckpointError:
             raise
+        except AttributeError as error:
+            raise CheckpointError(f"{path} needs a newer gguf package; run: pip install -U gguf") from error
         except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
             reason = " ".join(str(error).split())[:100]
             raise CheckpointError(
