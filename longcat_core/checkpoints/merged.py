@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -21,8 +22,7 @@ class MergedLoras:
 
     def __init__(self, model: LongCatTransformer, checkpoint: Checkpoint, loras: Iterable[Lora] = ()) -> None:
         """loras: those that are in the network already."""
-        self.model, self.checkpoint = model, checkpoint
-        self._stack = self._read(loras)
+        self.model, self.checkpoint, self._loras = model, checkpoint, tuple(loras)
 
     def _read(self, loras: Iterable[Lora]) -> LoraStack:
         # 8-bit layers keep the shapes of their weights.
@@ -35,8 +35,13 @@ class MergedLoras:
         8-bit layers are quantised anew from the merged weight. Everything is checked before any weight changes; raises
         CheckpointError as `LoraStack`, and where the checkpoint's files are gone.
         """
+        loras = tuple(loras)
         stack, reader = self._read(loras), Reader(self.checkpoint)
-        names = list(dict.fromkeys((*self._stack.weights, *stack.weights)))
+        with warnings.catch_warnings():
+            # What does not match was said when they were merged.
+            warnings.simplefilter("ignore")
+            before = self._read(self._loras)
+        names = list(dict.fromkeys((*before.weights, *stack.weights)))
         for name in names:
             # Asks for every file, so that none is missed halfway.
             for part in self.checkpoint.parts(name):
@@ -55,5 +60,5 @@ class MergedLoras:
             parameter.copy_(kept[0])
             if eight_bit:
                 layer.weight_scale.copy_(kept[1])
-        self._stack = stack
+        self._loras = loras
         return names

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoints.load import load_transformer, open_checkpoint
 from ..checkpoints.lora import Lora, read_lora
+from ..checkpoints.merged import MergedLoras
 from ..checkpoints.safetensors_io import fingerprint
 from ..errors import CheckpointError, LongCatError
 from ..model.backends import check as check_attention
@@ -209,6 +210,8 @@ class Pipeline(Engine):
     vae: VideoVAE
     text_encoder: TextEncoder
     defaults: Defaults = RELEASED
+    # Exchanges the transformer's LoRAs; None where it did not come from a checkpoint.
+    loras: MergedLoras | None = None
 
     @classmethod
     def load(
@@ -231,7 +234,8 @@ class Pipeline(Engine):
         optimizations = optimizations or Optimizations()
         check_attention(optimizations.attention)
         # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
-        config = open_checkpoint(paths.model).config
+        checkpoint = open_checkpoint(paths.model)
+        config = checkpoint.config
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype, device=device)
         if text_encoder.channels != config.caption_channels:
@@ -246,7 +250,7 @@ class Pipeline(Engine):
         policy = Policy() if fp8 else None
         options = {"dtype": dtype, "device": device, "optimizations": optimizations, "fp8": policy, "lora": loras}
         model = load_transformer(paths.model, **options)
-        return cls(model, vae, text_encoder, paths.defaults)
+        return cls(model, vae, text_encoder, paths.defaults, MergedLoras(model, checkpoint, loras))
 
     @property
     def channels(self) -> int:

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core import cli
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
 from longcat_core.checkpoints.lora import PREFIX, SEPARATOR, merge_lora, read_lora
 from longcat_core.checkpoints.merged import MergedLoras
-from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
+from longcat_core.checkpoints.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.errors import CheckpointError, LongCatError
+from longcat_core.generate import commands
+from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize.quantization import Policy, quantize
@@ -327,3 +330,48 @@ def test_8_bit_weights_and_strengths_that_are_none(model):
     quantize(model)
     with pytest.raises(LongCatError, match="cannot be merged into 8-bit weights"):
         merge_lora(model, LORA)
+
+
+# The option
+
+
+def test_the_option_takes_files_with_strengths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("b:0.5").touch()
+    given = ["a.safetensors", "a.safetensors:0.8", "a:-1", "C:\\a.safetensors", "b:0.5", ":2", "a:high"]
+    arguments = [argument for text in given for argument in ("--lora", text)]
+    loras = cli.build_parser().parse_args(["generate", "x", *arguments]).lora
+    wanted = [("a.safetensors", 1), ("a.safetensors", 0.8), ("a", -1), ("C:\\a.safetensors", 1)]
+    assert loras == [(Path(name), strength) for name, strength in (*wanted, ("b:0.5", 1), (":2", 1), ("a:high", 1))]
+    assert cli.build_parser().parse_args(["generate", "x"]).lora is None
+
+
+def test_strengths_are_settings_of_a_folder_of_segments(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "_compile", lambda *args: "off")
+    paths = ModelPaths(GOLDEN / "dit.safetensors", GOLDEN / "vae.safetensors", GOLDEN / "dit.safetensors")
+
+    def settings(*loras: str) -> str | None:
+        arguments = [argument for text in loras for argument in ("--lora", text)]
+        args = cli.build_parser().parse_args(["generate", "x", *arguments])
+        return commands._model_settings(args, paths, torch.device("cpu"))["lora"]
+
+    assert settings() is None
+    one = settings(str(LORA))
+    assert len({None, one, settings(f"{LORA}:0.5"), settings(str(LORA), str(LORA)), settings(f"{LORA}:2")}) == 5
+    assert one == settings(f"{LORA}:1") == fingerprint(LORA)
+
+
+def test_the_pipeline_takes_one_file_or_several(tmp_path):
+    name = PREFIX + SEPARATOR.join(("blocks", "0", "attn", "proj"))
+    size = Pipeline.load().model.config.hidden_size
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, size) * 0.1, f"{name}.alpha_scale": torch.tensor(1.0)}
+    path = saved(tmp_path, tensors | {f"{name}.lora_up.weight": torch.linspace(-0.1, 0.1, size * 2).view(size, 2)})
+    one, both, twice = (Pipeline.load(lora=lora) for lora in (path, [(path, 0.4), (path, 0.6)], [(path, 2.0)]))
+    weight, plain = one.model.blocks[0].attn.proj.weight, Pipeline.load().model.blocks[0].attn.proj.weight
+    torch.testing.assert_close(both.model.blocks[0].attn.proj.weight, weight)
+    torch.testing.assert_close(twice.model.blocks[0].attn.proj.weight - plain, 2 * (weight - plain))
+    # Exchanged without loading anew: a second LoRA, and none.
+    twice.loras.set([(path, 1.0)])
+    assert torch.equal(twice.model.blocks[0].attn.proj.weight, weight)
+    twice.loras.set()
+    assert torch.equal(twice.model.blocks[0].attn.proj.weight, plain)
