@@ -49,8 +49,9 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         check_sizes(self.out_features, self.in_features)
         rows = self.out_features + scale_rows(self.out_features, self.in_features)
-        # ComfyUI may leave a layer empty until its weights come.
-        device = torch.device("cpu") if layer.weight is None else layer.weight.device
+        # ComfyUI may leave a layer empty until its weights come, or without a weight at all.
+        weight = getattr(layer, "weight", None)
+        device = torch.device("cpu") if weight is None else weight.device
         weight = torch.empty(rows, self.in_features, dtype=E4M3, device=device)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias

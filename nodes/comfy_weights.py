@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import BESIDE, MARKERS, OFFICIAL, detect
+from ..longcat_core.checkpoints.formats import BESIDE, MARKERS, OFFICIAL, QUANT_FORMATS, detect
 from ..longcat_core.checkpoints.load import stored_part
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
@@ -41,7 +44,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
         if lost:
             missing += lost
             continue
-        if kind == "weight" and name not in eight_bit and len(parts) == 1 and f"{sources[0]}.comfy_quant" in state:
+        if kind == "weight" and name not in eight_bit and len(parts) == 1 and _comfyui_reads(state, sources[0]):
             out[name] = state.pop(parts[0].name)
             continue
         stored = [(state.pop(part.name), None if part.scale is None else state.pop(part.scale)) for part in parts]
@@ -75,6 +78,15 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
         source, _, kind = key.rpartition(".")
         out[f"{whole.get(source, source)}.{kind}" if source else kind] = state.pop(key)
     return out
+
+
+def _comfyui_reads(state: dict[str, Tensor], layer: str) -> bool:
+    """Whether a layer is described as quantised in a way that is left to ComfyUI: any but those that only we know."""
+    description = state.get(f"{layer}.comfy_quant")
+    if description is None:
+        return False
+    kind = json.loads(description.numpy().tobytes()).get("format")
+    return kind in QUANT_ALGOS or kind not in QUANT_FORMATS
 
 
 def _multiplied_out(tensor: Tensor, scale: Tensor) -> Tensor:

@@ -156,13 +156,13 @@ def stream_safetensors(
 
 
 def fingerprint(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that tell checkpoints apart: a file's, or that of all safetensors files in a folder.
+    """Sixteen hexadecimal digits that tell checkpoints apart: a file's, or that of all weights in a folder.
 
     Sizes, headers and samples throughout the weights are looked at, not every byte, so that 83 GB take no minute.
     """
     path = Path(path)
     total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+    for file in [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.gguf")]):
         size = file.stat().st_size
         total.update(f"{size}:".encode())
         with open(file, "rb") as stream:

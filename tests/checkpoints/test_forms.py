@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from longcat_core.checkpoints import load
 from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint, read_parameter
-from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
+from longcat_core.checkpoints.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.errors import CheckpointError
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.transformer import LongCatTransformer
@@ -290,6 +290,15 @@ def test_gguf_in_a_folder_with_its_config(tmp_path, golden, wanted):
     model = load_transformer(tmp_path)
     assert_same(model, wanted)
     assert not model.config.text_tokens_zero_pad
+
+
+def test_folders_of_gguf_are_told_apart(tmp_path, golden):
+    marks = set()
+    for i, kind in enumerate(("Q8_0", "F16")):
+        (tmp_path / str(i)).mkdir()
+        write_gguf(tmp_path / str(i) / "model.gguf", golden, {"blocks.0.ffn.w2.weight": kind})
+        marks.add(fingerprint(tmp_path / str(i)))
+    assert len(marks) == 2
 
 
 def test_gguf_without_its_package(tmp_path, golden, monkeypatch):

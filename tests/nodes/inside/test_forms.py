@@ -9,8 +9,10 @@ from ...checkpoints.written_forms import (
     COMFYUI,
     E4M3,
     comfyui,
+    described,
     fastvideo,
     fp8_scaled,
+    is_matrix,
     multiplied_out,
     renamed,
     write_gguf,
@@ -86,6 +88,36 @@ def test_rowwise_layers_keep_the_numbers_of_the_file(comfy, nano, sample, empty,
         assert torch.equal(values.view(torch.uint8), wanted.weight.view(torch.uint8))
         assert torch.equal(scales, wanted.weight_scale)
     assert sample(empty, loaded, steps=1).isfinite().all()
+
+
+def int8_tensorwise(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    out = {}
+    for name, tensor in state.items():
+        out[name] = tensor
+        if is_matrix(name, tensor):
+            scale = tensor.float().abs().max() / 127
+            out |= {name: (tensor.float() / scale).round().to(torch.int8), f"{name}_scale": scale}
+    return described(out, "int8_tensorwise")
+
+
+OTHERS = {
+    "described": lambda state: described(fp8_scaled(state, scale="weight_scale", marker=False), "float8_e4m3fn"),
+    "scales by rows": lambda state: fp8_scaled(state, rows=True),
+    "plain e5m2": lambda state: {n: t.to(torch.float8_e5m2) if is_matrix(n, t) else t for n, t in state.items()},
+    "int8_tensorwise": int8_tensorwise,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("dtype", ["default", "fp8 rowwise"])
+def test_other_ways_to_store_8_bits(comfy, nano, sample, empty, kind, dtype):
+    state = whole(OTHERS[kind](comfyui(nano)))
+    file = comfy.save("diffusion_models", f"other_{kind.replace(' ', '_')}.safetensors", state)
+    wide = comfy.save("diffusion_models", "other_wide.safetensors", whole(multiplied_out(state)))
+    wide = comfy("LongCatModelLoader", model_name=wide, weight_dtype="fp32")
+    loaded = comfy("LongCatModelLoader", model_name=file, weight_dtype=dtype)
+    assert error(sample(empty, wide, steps=1), sample(empty, loaded, steps=1)) < 0.3
+    assert error(sample(empty, steps=1), sample(empty, wide, steps=1)) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp8 rowwise"])
