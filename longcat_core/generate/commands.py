@@ -111,7 +111,7 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> Any:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (default: the embedded LongCat-nano)")
-    group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or one file of any form")
+    group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a file of any form")
     group.add_argument("--vae", metavar="PATH", help="VAE folder or file (default: vae/ in the model's folder)")
     group.add_argument(
         "--text-encoder",
