@@ -153,7 +153,7 @@ def convert(
         yield from target.markers.items()
         for name, parameter in parameters.items():
             whole = _wide(reader, parts[name], parameter)
-            if not whole.isfinite().all():
+            if not torch.stack(whole.aminmax()).isfinite().all():
                 raise CheckpointError(f"{source} has NaN or infinite values in {name}; download it again")
             yield from _stored(target, table, name, whole)
             step()
@@ -198,10 +198,15 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _errors(name: str, parts: list[Part], wanted: Tensor, given: Tensor) -> Iterator[LayerError]:
     kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
     for part, one, other in zip(parts, wanted.chunk(len(parts)), given.chunk(len(parts)), strict=True):
-        off = (other - one).float()
+        off = other.sub_(one)
         relative = off.norm() / one.norm().clamp(min=TINY)
-        largest = off.abs().max() / one.abs().max().clamp(min=TINY)
+        largest = _largest(off) / _largest(one).clamp(min=TINY)
         yield LayerError(part.name, kind, float(relative), float(largest))
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    # In one pass, without a copy.
+    return torch.stack(tensor.aminmax()).abs().max()
 
 
 def check_destination(destination: Path, checkpoint: Checkpoint, size: int) -> None:

@@ -85,7 +85,7 @@ def _read(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         alpha = parts.pop("alpha", None)
         if "alpha_scale" not in parts and _ups(parts):
             # An alpha counts for the rank of what it is the alpha of: of one slice.
-            rank = max(1, _ups(parts)[0].shape[-1])
+            rank = max((1, *_ups(parts)[0].shape[1:2]))
             parts["alpha_scale"] = torch.tensor(usual(rank) if alpha is None else float(alpha) / rank)
     return dict(found), strange
 
@@ -213,8 +213,10 @@ def _change(
     parts: Mapping[str, Tensor], module: str, path: str | Path, strength: float, target: tuple[str, int, int]
 ) -> Change:
     ups, down = _ups(parts), parts.get("lora_down.weight")
-    if not ups or down is None or "alpha_scale" not in parts or any(t.ndim != 2 for t in (down, *ups)):
+    if not ups or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
         raise CheckpointError(f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))})")
+    # That of a convolution has the sides of its kernel.
+    ups, down = [up.flatten(1) for up in ups], down.flatten(1)
     downs = down.chunk(len(ups))
     if len(downs) != len(ups) or any(up.shape[1] != down.shape[0] for up, down in zip(ups, downs, strict=True)):
         shapes = [list(up.shape) for up in ups]

@@ -212,6 +212,15 @@ def test_peft_keeps_its_alpha_beside_the_file(model, tmp_path, rank_root):
             merge_lora(model, path)
 
 
+def test_a_lora_of_the_patch_embedding(model, tmp_path):
+    up, down = torch.randn(64, 4, 1, 1, 1), torch.randn(4, 16, 1, 2, 2)
+    tensors = {"lora_unet_patch_embedding.lora_up.weight": up, "lora_unet_patch_embedding.lora_down.weight": down}
+    before = model.patch_embed.weight.clone()
+    merge_lora(model, saved(tmp_path, tensors | {"lora_unet_patch_embedding.alpha": torch.tensor(2.0)}), 0.5)
+    change = 0.25 * torch.einsum("or,ricpq->oicpq", up[..., 0, 0, 0], down)
+    torch.testing.assert_close(model.patch_embed.weight - before, change, atol=1e-5, rtol=1e-4)
+
+
 # Several at a time, and exchanging them
 
 
@@ -278,6 +287,13 @@ def test_exchanging_changes_nothing_where_the_checkpoint_is_gone(tmp_path):
             "mismatched ranks",
         ),
         (lambda t: {k: v for k, v in t.items() if "final" not in k or "down" not in k}, "broken LoRA for final"),
+        (
+            lambda t: {
+                "blocks.0.ffn.w2.lora_up.weight": torch.ones(64),
+                "blocks.0.ffn.w2.lora_down.weight": torch.ones(1, 256),
+            },
+            "broken LoRA for blocks.0.ffn.w2",
+        ),
         (lambda t: {k: v[:-2] if k.endswith("w2.lora_up.weight") else v for k, v in t.items()}, "another size"),
         (lambda t: {k: v[..., :3] if k.endswith("w3.lora_down.weight") else v for k, v in t.items()}, "another size"),
         (lambda t: {k: v * float("nan") if "w2.lora_up" in k else v for k, v in t.items()}, "NaN .*w2; download"),
