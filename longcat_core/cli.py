@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .checkpoints import commands as checkpoint_tasks
 from .console import DTYPES, device_of, dtype_of, number, size, whole
 from .errors import LongCatError
 from .generate import commands as tasks
@@ -59,7 +60,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         sub.set_defaults(run=run)
         return sub
 
-    for name, (add, run, summary) in tasks.TASKS.items():
+    for name, (add, run, summary) in (tasks.TASKS | checkpoint_tasks.TASKS).items():
         add(command(name, run, summary))
     sub = command("verify", verify, "Run the golden cases of a folder through this code and print a table.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="folder of golden data")

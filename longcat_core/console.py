@@ -7,6 +7,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LongCatError
@@ -40,6 +41,15 @@ def size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no height x width, such as 64x96")
     return whole(height), whole(width)
+
+
+def lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH."""
+    name, colon, strength = text.rpartition(":")
+    if name and colon and not Path(text).exists():
+        with contextlib.suppress(ValueError):
+            return Path(name), float(strength)
+    return Path(text), 1.0
 
 
 def device_of(name: str) -> torch.device:

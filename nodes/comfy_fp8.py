@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..longcat_core.checkpoints.load import Checkpoint, read_parameter
-from ..longcat_core.checkpoints.safetensors_io import read_header
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.optimize.kernels import Quantised, quantise_rows
@@ -33,7 +31,6 @@ from ..longcat_core.optimize.quantization import (
 )
 
 E4M3 = torch.float8_e4m3fn
-WIDE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rowwise:
@@ -52,8 +49,9 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         check_sizes(self.out_features, self.in_features)
         rows = self.out_features + scale_rows(self.out_features, self.in_features)
-        # ComfyUI may leave a layer empty until its weights come.
-        device = torch.device("cpu") if layer.weight is None else layer.weight.device
+        # ComfyUI may leave a layer empty until its weights come, or without a weight at all.
+        weight = getattr(layer, "weight", None)
+        device = torch.device("cpu") if weight is None else weight.device
         weight = torch.empty(rows, self.in_features, dtype=E4M3, device=device)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
@@ -68,8 +66,12 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         weight = state.get(f"{prefix}weight")
         if weight is not None and weight.shape == self.shape:
             # On the GPU where there is one: that takes a hundredth of the time.
-            device = comfy.model_management.get_torch_device()
-            state = {**state, f"{prefix}weight": with_scales(*quantise_rows(weight.to(device)))}
+            weight = weight.to(comfy.model_management.get_torch_device())
+            # e4m3 keeps its numbers and scales.
+            scale = state.get(f"{prefix}weight_scale")
+            rows = quantise_rows(weight) if scale is None else (weight, scale.to(weight.device))
+            state = {name: value for name, value in state.items() if name != f"{prefix}weight_scale"}
+            state[f"{prefix}weight"] = with_scales(*rows)
         super()._load_from_state_dict(state, prefix, *args)
 
     @property
@@ -168,14 +170,3 @@ def prepare(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) ->
     for module in model.modules():
         if isinstance(module, Linear):
             module.native, module.dtype = native, dtype
-
-
-def require_wide(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a checkpoint whose layers are in 8 bits already."""
-    for file in set(checkpoint.where.values()):
-        for name, (dtype, shape) in read_header(file).items():
-            if len(shape) == 2 and dtype not in WIDE and dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{Path(file).name} holds {name} as {str(dtype).removeprefix('torch.')} already; load it with "
-                    "weight_dtype default, or give a bf16 file"
-                )

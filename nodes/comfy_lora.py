@@ -15,7 +15,7 @@ import comfy.lora_convert
 import torch
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import OFFICIAL
+from ..longcat_core.checkpoints.formats import OFFICIAL, targets
 from ..longcat_core.checkpoints.lora import PREFIX, SEPARATOR
 from ..longcat_core.errors import LongCatError
 from . import comfy_fp8
@@ -94,24 +94,32 @@ def _slice_number(name: str) -> int:
 
 
 def _official_names(model: LongCatVideo, key_map: dict) -> KeyMap:
-    """The map with the official module names added, under the prefixes that trainers use.
+    """The map with the module names of every form added, under the prefixes that trainers use.
 
     A part of a stacked weight (w1, w3) is a range of its rows, which ComfyUI's bypass loader cannot take.
     """
     key_map = KeyMap(key_map)
     key_map.shapes = {}
-    for canonical, sources in OFFICIAL.modules(model.diffusion_model.config.depth):
+    for source, (canonical, i, count) in targets(model.diffusion_model.config.depth).items():
         weight = f"diffusion_model.{canonical}.weight"
-        layer = model.diffusion_model.get_submodule(canonical)
-        key_map.shapes[weight] = layer.shape if isinstance(layer, comfy_fp8.Linear) else layer.weight.shape
-        rows = key_map.shapes[weight][0] // len(sources)
-        for i, source in enumerate(sources):
-            target = weight if len(sources) == 1 else (weight, (0, i * rows, rows))
-            for name in (source, *(prefix + source for prefix in PREFIXES), "lora_unet_" + source.replace(".", "_")):
-                key_map.setdefault(name, target)
-        for prefix in PREFIXES:
-            key_map.setdefault(prefix + canonical, weight)
+        if weight not in key_map.shapes:
+            layer = model.diffusion_model.get_submodule(canonical)
+            key_map.shapes[weight] = layer.shape if isinstance(layer, comfy_fp8.Linear) else layer.weight.shape
+        rows = key_map.shapes[weight][0] // count
+        target = weight if count == 1 else (weight, (0, i * rows, rows))
+        for name in (source, *(prefix + source for prefix in PREFIXES), "lora_unet_" + source.replace(".", "_")):
+            key_map.setdefault(name, target)
     return key_map
+
+
+def convert_bare(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """FastVideo's names of a LoRA's parts, which end without `.weight`, as those that ComfyUI knows."""
+    endings = {".lora_A": ".lora_A.weight", ".lora_B": ".lora_B.weight", ".lora_alpha": ".alpha"}
+    out = {}
+    for key, tensor in lora.items():
+        ending = next((ending for ending in endings if key.endswith(ending)), "")
+        out[key.removesuffix(ending) + endings.get(ending, "")] = tensor
+    return out
 
 
 def _module(name: str) -> str:
@@ -159,7 +167,10 @@ def register() -> None:
         return _official_names(model, found) if isinstance(model, LongCatVideo) else found
 
     def convert_lora(lora, *args, **kwargs):
-        return convert_official(lora) if any(key.startswith(PREFIX) for key in lora) else convert(lora, *args, **kwargs)
+        if any(key.startswith(PREFIX) for key in lora):
+            return convert_official(lora)
+        bare = any(key.endswith(".lora_A") for key in lora)
+        return convert(convert_bare(lora) if bare else lora, *args, **kwargs)
 
     def load_lora(lora, to_load, log_missing=True):
         if not isinstance(to_load, KeyMap):

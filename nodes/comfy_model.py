@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import OFFICIAL
+from ..longcat_core.checkpoints.formats import FORMATS
+from ..longcat_core.checkpoints.formats import detect as detect_form
 from ..longcat_core.checkpoints.load import CONFIG_KEY, infer_config
-from ..longcat_core.errors import LongCatError
+from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
 from ..longcat_core.model.backends import Kernels
@@ -41,7 +42,7 @@ from ..longcat_core.optimize.kernels import missing as kernels_missing
 from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8
 from .comfy_attention import user_kernels
-from .comfy_weights import from_official, to_official
+from .comfy_weights import from_checkpoint, to_official
 
 IMAGE_MODEL = "longcat_video"
 # Keys of transformer_options that the pack's nodes set and the network reads.
@@ -416,7 +417,7 @@ class LongCatConfig(comfy.supported_models_base.BASE):
         return ModelConfig(**{name: value for name, value in self.unet_config.items() if name in names})
 
     def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        return from_official(state_dict, self.model_config())
+        return from_checkpoint(state_dict, self.model_config(), rowwise=bool(self.unet_config.get("fp8")))
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         named = to_official(state_dict, self.model_config())
@@ -426,23 +427,32 @@ class LongCatConfig(comfy.supported_models_base.BASE):
 def detect(
     state_dict: Mapping[str, Tensor], prefix: str = "", metadata: Mapping[str, str] | None = None
 ) -> dict | None:
-    """The unet_config of a LongCat-Video checkpoint in official names, or None for any other file.
+    """The unet_config of a LongCat-Video checkpoint of any form, or None for any other file.
 
-    PixArt has four of the five names that the headless loader looks for: here all must be there, and the patch
+    PixArt and Wan have some of the names that the headless loader looks for: here all must be there, and the patch
     embedding must be a video's.
     """
-    embedding = state_dict.get(f"{prefix}x_embedder.proj.weight")
-    if embedding is None or embedding.ndim != 5:
+    form = next((form for form in FORMATS if _is_video(state_dict, f"{prefix}{form.outer['patch_embed'][0]}")), None)
+    if form is None:
         return None
-    keys = [key for key in state_dict if key.startswith(prefix)]
-    if not all(any(key.startswith(prefix + mark) for key in keys) for mark in OFFICIAL.signature):
+    names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+    try:
+        known = detect_form(names, "the checkpoint")
+    except CheckpointError:
         return None
-    shapes = {key.removeprefix(prefix): tuple(state_dict[key].shape) for key in keys}
-    values = infer_config(OFFICIAL, shapes, "the checkpoint").to_dict()
+    if known != (form, "") or not all(any(name.startswith(mark) for name in names) for mark in form.signature):
+        return None
+    shapes = {name: tuple(state_dict[prefix + name].shape) for name in names}
+    values = infer_config(form, shapes, "the checkpoint").to_dict()
     stored = json.loads((metadata or {}).get(CONFIG_KEY) or "{}")
     if isinstance(stored, dict) and "text_tokens_zero_pad" in stored:
         values["text_tokens_zero_pad"] = bool(stored["text_tokens_zero_pad"])
     return {"image_model": IMAGE_MODEL, **values}
+
+
+def _is_video(state_dict: Mapping[str, Tensor], module: str) -> bool:
+    embedding = state_dict.get(f"{module}.weight")
+    return embedding is not None and embedding.ndim == 5
 
 
 def register() -> None:

@@ -1,15 +1,19 @@
-"""State dicts: official LongCat-Video names to the network's fused ones and back."""
+"""State dicts: a checkpoint's names to the network's fused ones, and to official ones."""
 
 from __future__ import annotations
 
+import json
+
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import OFFICIAL
+from ..longcat_core.checkpoints.formats import BESIDE, MARKERS, OFFICIAL, QUANT_FORMATS, detect
+from ..longcat_core.checkpoints.load import stored_part
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.transformer import LongCatTransformer
-from ..longcat_core.optimize.quantization import dequantised, without_scales
+from ..longcat_core.optimize.quantization import Policy, dequantised, without_scales
 
 _SHOWN = 5
 
@@ -19,32 +23,56 @@ def _parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in LongCatTransformer(config).state_dict().items()}
 
 
-def from_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The network's weights out of `state`, which is emptied on the way: w1 and w3 stacked, INT8 multiplied out.
+def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool = False) -> dict[str, Tensor]:
+    """The network's weights out of `state`, of any form, which is emptied on the way: what is split is stacked, INT8
+    and fp8 with scales are multiplied out to bf16.
 
-    What belongs to a layer besides its weight (ComfyUI's quantisation) goes along where the layer is stored whole.
+    What ComfyUI describes as quantised goes along as it is where its layer is stored whole: its layers have one scale.
+    rowwise: layers that become fp8 by rows keep e4m3 numbers, and have their scales as `weight_scale` [out, 1].
     Raises CheckpointError naming what is missing or has the wrong shape. Keys of nothing in the network are kept.
     """
-    table = dict(OFFICIAL.modules(config.depth))
+    form, _ = detect(state, "the LongCat-Video checkpoint")
+    table = dict(form.modules(config.depth))
+    eight_bit = {f"{module}.weight" for module in Policy().names(config.depth)} if rowwise else set()
     out, missing, wrong = {}, [], []
     for name, shape in _parameters(config).items():
         module, _, kind = name.rpartition(".")
         sources = table[module]
-        parts = [_take(state, source, kind, fused=len(sources) > 1) for source in sources]
-        if any(part is None for part in parts):
-            missing += [f"{s}.{kind}" for s, part in zip(sources, parts, strict=True) if part is None]
+        parts = [stored_part(state, source, kind) for source in sources]
+        lost = [f"{source}.{kind}" for source, part in zip(sources, parts, strict=True) if part is None]
+        lost += [part.scale for part in parts if part and part.scale and part.scale not in state]
+        if lost:
+            missing += lost
             continue
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        quantised = f"{sources[0]}.comfy_quant" in state
-        if tuple(tensor.shape) != shape and not (quantised and kind == "weight"):
-            wrong.append(f"{', '.join(sources)}: {list(tensor.shape)} instead of {list(shape)}")
-        out[name] = tensor
+        if kind == "weight" and name not in eight_bit and len(parts) == 1 and _comfyui_reads(state, sources[0]):
+            out[name] = state.pop(parts[0].name)
+            continue
+        stored = [(state.pop(part.name), None if part.scale is None else state.pop(part.scale)) for part in parts]
+        if kind == "weight":
+            for source in sources:
+                for suffix in BESIDE:
+                    state.pop(f"{source}.{suffix}", None)
+        want = (shape[0] // len(parts), *shape[1:])
+        given = {source: tuple(tensor.shape) for source, (tensor, _) in zip(sources, stored, strict=True)}
+        bad = [f"{source}: {list(size)} instead of {list(want)}" for source, size in given.items() if size != want]
+        if bad:
+            wrong += bad
+            continue
+        if name in eight_bit and all(tensor.dtype == torch.float8_e4m3fn for tensor, _ in stored):
+            scales = [torch.ones(1) if scale is None else scale.float().flatten() for _, scale in stored]
+            out[f"{module}.weight_scale"] = torch.cat([scale.expand(want[0]) for scale in scales])[:, None]
+            tensors = [tensor for tensor, _ in stored]
+        else:
+            tensors = [tensor if scale is None else _multiplied_out(tensor, scale) for tensor, scale in stored]
+        out[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     for problem, names in (("lacks", missing), ("does not fit its own sizes in", wrong)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             raise CheckpointError(
                 f"the LongCat-Video checkpoint {problem} {'; '.join(names[:_SHOWN])}{more}; download it again"
             )
+    for marker in MARKERS:
+        state.pop(marker, None)
     whole = {sources[0]: module for module, sources in table.items() if len(sources) == 1}
     for key in list(state):
         source, _, kind = key.rpartition(".")
@@ -52,24 +80,22 @@ def from_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     return out
 
 
-def _take(state: dict[str, Tensor], source: str, kind: str, *, fused: bool) -> Tensor | None:
-    """Remove one tensor of `source` from the state; in plain numbers where it is to be stacked or is official INT8."""
-    name = f"{source}.{kind}"
-    if f"{name}_int8" in state:
-        # One scale per output row.
-        scale = state.pop(f"{name}_scale").float()
-        return (state.pop(f"{name}_int8").float() * scale.view(-1, 1)).to(torch.bfloat16)
-    tensor = state.pop(name, None)
-    if tensor is None or kind != "weight" or not fused or f"{name}_scale" not in state:
-        return tensor
-    # Scaled fp8: two layers with a scale each do not stack as they are.
-    for extra in ("comfy_quant", "input_scale"):
-        state.pop(f"{source}.{extra}", None)
-    return (tensor.float() * state.pop(f"{name}_scale").float()).to(torch.bfloat16)
+def _comfyui_reads(state: dict[str, Tensor], layer: str) -> bool:
+    """Whether a layer is described as quantised in a way that is left to ComfyUI: any but those that only we know."""
+    description = state.get(f"{layer}.comfy_quant")
+    if description is None:
+        return False
+    kind = json.loads(description.numpy().tobytes()).get("format")
+    return kind in QUANT_ALGOS or kind not in QUANT_FORMATS
+
+
+def _multiplied_out(tensor: Tensor, scale: Tensor) -> Tensor:
+    """tensor [rows, ..] times one scale, or one for each row."""
+    return (tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))).to(torch.bfloat16)
 
 
 def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The other way: stacked weights split into the rows that the official form keeps apart, without a copy.
+    """Stacked weights split into the rows that the official form keeps apart, without a copy.
 
     Layers in 8 bits are multiplied out to bf16, on the CPU.
     """

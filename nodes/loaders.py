@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 from comfy_api.latest import io
 
 from ..longcat_core.checkpoints import umt5
-from ..longcat_core.checkpoints.load import CONFIG_KEY, open_checkpoint
+from ..longcat_core.checkpoints.load import CONFIG_KEY, QUANT_METADATA, open_checkpoint
 from ..longcat_core.checkpoints.safetensors_io import read_header
+from ..longcat_core.checkpoints.tensor_files import is_gguf, open_file
 from ..longcat_core.errors import CheckpointError, LongCatError
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
@@ -31,6 +33,8 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
 FP8_ROWWISE = "fp8 rowwise"
+# What ComfyUI's own loader takes off the names in a file.
+COMFYUI_PREFIXES = ("", "model.diffusion_model.")
 # Width of UMT5-XXL, which ComfyUI's own loader knows.
 XXL_WIDTH = 4096
 
@@ -38,8 +42,12 @@ XXL_WIDTH = 4096
 def _model_names() -> list[str]:
     """Single files and, instead of their shards, folders of the official form, as ComfyUI lists names."""
     names = {}
-    for name in folder_paths.get_filename_list("diffusion_models"):
-        if name.lower().endswith((".safetensors", ".sft")):
+    gguf = []
+    for root in folder_paths.get_folder_paths("diffusion_models"):
+        # ComfyUI lists only what it can load itself.
+        gguf += [name for name in folder_paths.recursive_search(root)[0] if name.lower().endswith(".gguf")]
+    for name in [*folder_paths.get_filename_list("diffusion_models"), *sorted(gguf)]:
+        if name.lower().endswith((".safetensors", ".sft", ".gguf")):
             names[os.path.dirname(name) if "-of-" in os.path.basename(name) else name] = None
     return [name for name in names if name]
 
@@ -55,16 +63,32 @@ def _find(kind: str, name: str) -> Path:
 
 
 def load_model(path: str, model_options: dict, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """A native MODEL from a folder of shards; ComfyUI calls this again where it needs an independent copy."""
+    """A native MODEL from a folder of shards, GGUF, or a file under a prefix that ComfyUI does not know.
+
+    ComfyUI calls this again where it needs an independent copy.
+    """
     checkpoint = open_checkpoint(path)
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(checkpoint.where.values()):
-        state |= comfy.utils.load_torch_file(str(file))
+        state |= _dequantised(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
+    state = {name: state[checkpoint.prefix + name] for name in checkpoint.where}
     metadata = {CONFIG_KEY: _json(checkpoint.config.text_tokens_zero_pad)}
+    if checkpoint.quantised:
+        metadata[QUANT_METADATA] = json.dumps({"layers": checkpoint.quantised})
     options = {"disable_dynamic": True} if disable_dynamic else {}
     patcher = comfy.sd.load_diffusion_model_state_dict(state, model_options, metadata=metadata, **options)
     patcher.cached_patcher_init = (load_model, (path, model_options))
     return patcher
+
+
+def _dequantised(path: Path) -> dict[str, torch.Tensor]:
+    """A GGUF file's tensors; those that it has in blocks of fewer bits as bf16."""
+    file, tensors = open_file(path), {}
+    for name, (dtype, shape) in file.header.items():
+        tensors[name] = file.rows(name)
+        if dtype == torch.float32 and len(shape) == 2:
+            tensors[name] = tensors[name].to(torch.bfloat16)
+    return tensors
 
 
 def load_rowwise(path: str, disable_dynamic: bool = True) -> comfy.model_patcher.ModelPatcher:
@@ -73,7 +97,6 @@ def load_rowwise(path: str, disable_dynamic: bool = True) -> comfy.model_patcher
     Never one whose weights ComfyUI faults in at use, which it can do with weights that it knows how to cast.
     """
     checkpoint = open_checkpoint(path)
-    comfy_fp8.require_wide(checkpoint)
     known = "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
     patcher = load_model(path, {"custom_operations": comfy_fp8.Rowwise}, disable_dynamic=known)
     if isinstance(patcher.model, LongCatVideo):
@@ -98,8 +121,8 @@ class ModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=_model_names(),
-                    tooltip="A LongCat-Video transformer in ComfyUI's diffusion_models folders: one safetensors file, "
-                    "or the official dit folder. longcat_nano is the small test model that comes with the pack.",
+                    tooltip="A LongCat-Video transformer in ComfyUI's diffusion_models folders: one safetensors or "
+                    "GGUF file, or the official dit folder. longcat_nano is the small test model that comes with it.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -117,13 +140,14 @@ class ModelLoader(io.ComfyNode):
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = _find("diffusion_models", model_name)
         # Headers only: tells in a sentence what the file is, if it is no LongCat-Video.
-        open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
         if weight_dtype == FP8_ROWWISE:
             model = load_rowwise(str(path))
         else:
             dtype = WEIGHT_DTYPES[weight_dtype]
             options = {} if dtype is None else {"dtype": dtype}
-            load = load_model if path.is_dir() else comfy.sd.load_diffusion_model
+            own = path.is_dir() or is_gguf(path) or checkpoint.prefix not in COMFYUI_PREFIXES
+            load = load_model if own else comfy.sd.load_diffusion_model
             model = load(str(path), options)
         if not isinstance(model.model, LongCatVideo):
             raise CheckpointError(f"{model_name} is not a whole LongCat-Video checkpoint; download it again")

@@ -71,21 +71,118 @@ OFFICIAL = Format(
     },
 )
 
-FORMATS: tuple[Format, ...] = (OFFICIAL,)
+# Single files for ComfyUI: the names of its Wan model where that has them, every projection by itself.
+COMFYUI = Format(
+    name="ComfyUI",
+    signature=(
+        "patch_embedding.",
+        "time_embedding.mlp.",
+        "blocks.0.modulation.1.",
+        "blocks.0.self_attn.q.",
+        "blocks.0.ffn.w1.",
+    ),
+    outer={
+        "patch_embed": ("patch_embedding",),
+        "time_embed.0": ("time_embedding.mlp.0",),
+        "time_embed.1": ("time_embedding.mlp.2",),
+        "text_embed.0": ("text_embedding.0",),
+        "text_embed.1": ("text_embedding.2",),
+        "final_layer.modulation": ("head.modulation.1",),
+        "final_layer.linear": ("head.head",),
+    },
+    block={
+        "modulation": ("modulation.1",),
+        "attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
+        "attn.q_norm": ("self_attn.norm_q",),
+        "attn.k_norm": ("self_attn.norm_k",),
+        "attn.proj": ("self_attn.o",),
+        "cross_norm": ("norm3",),
+        "cross_attn.q": ("cross_attn.q",),
+        "cross_attn.kv": ("cross_attn.k", "cross_attn.v"),
+        "cross_attn.q_norm": ("cross_attn.norm_q",),
+        "cross_attn.k_norm": ("cross_attn.norm_k",),
+        "cross_attn.proj": ("cross_attn.o",),
+        "ffn.gate_up": ("ffn.w1", "ffn.w3"),
+        "ffn.down": ("ffn.w2",),
+    },
+)
+
+FASTVIDEO = Format(
+    name="FastVideo",
+    signature=(
+        "patch_embed.proj.",
+        "time_embedder.linear_1.",
+        "blocks.0.adaln_linear_1.",
+        "blocks.0.self_attn.to_q.",
+        "blocks.0.ffn.w1.",
+    ),
+    outer={
+        "patch_embed": ("patch_embed.proj",),
+        "time_embed.0": ("time_embedder.linear_1",),
+        "time_embed.1": ("time_embedder.linear_2",),
+        "text_embed.0": ("caption_embedder.linear_1",),
+        "text_embed.1": ("caption_embedder.linear_2",),
+        "final_layer.modulation": ("final_layer.adaln_linear",),
+        "final_layer.linear": ("final_layer.proj",),
+    },
+    block={
+        "modulation": ("adaln_linear_1",),
+        "attn.qkv": ("self_attn.to_q", "self_attn.to_k", "self_attn.to_v"),
+        "attn.q_norm": ("self_attn.q_norm",),
+        "attn.k_norm": ("self_attn.k_norm",),
+        "attn.proj": ("self_attn.to_out",),
+        "cross_norm": ("norm_cross",),
+        "cross_attn.q": ("cross_attn.to_q",),
+        "cross_attn.kv": ("cross_attn.to_k", "cross_attn.to_v"),
+        "cross_attn.q_norm": ("cross_attn.q_norm",),
+        "cross_attn.k_norm": ("cross_attn.k_norm",),
+        "cross_attn.proj": ("cross_attn.to_out",),
+        "ffn.gate_up": ("ffn.w1", "ffn.w3"),
+        "ffn.down": ("ffn.w2",),
+    },
+)
+
+FORMATS: tuple[Format, ...] = (OFFICIAL, COMFYUI, FASTVIDEO)
 
 # Prefixes under which a whole network may stand in a file.
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
+PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "model.",
+    "module.",
+    "_orig_mod.",
+    "dit.",
+)
+
+# How a weight may be stored, in any form: what follows the module's name for its numbers, and for the scale that
+# multiplies them: one number, or one for each row.
+STORED_WEIGHTS: tuple[tuple[str, str | None], ...] = (
+    ("weight_int8", "weight_scale"),  # official INT8
+    ("weight", "scale_weight"),  # ComfyUI, fp8 "scaled"
+    ("weight", "weight_scale"),  # ComfyUI, with a description of its own for every layer
+    ("weight", None),
+)
+# What may stand beside a quantised weight: how its layer's input is quantised, which changes no weight.
+BESIDE = ("comfy_quant", "input_scale", "scale_input")
+MARKERS = ("scaled_fp8",)
+# Formats that such a description may name here. Others pack more than a number into a byte, or rotate the weight.
+QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+
+# Other models that have all of our names and more.
+LARGER: tuple[tuple[str, tuple[str, ...]], ...] = (("LongCat-Video-Avatar", ("blocks.0.audio_cross_attn.",)),)
 
 # Other models whose files are easily taken for LongCat-Video's: (name, key beginnings that all must be there).
 FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LongCat-Image", ("single_transformer_blocks.0.", "transformer_blocks.0.", "x_embedder.")),
     ("LongCat-Image or FLUX", ("single_blocks.0.", "double_blocks.0.")),
-    ("LongCat-Video in ComfyUI names", ("patch_embedding.", "blocks.0.self_attn.q.", "blocks.0.ffn.w1.")),
-    ("LongCat-Video in FastVideo names", ("patch_embed.", "blocks.0.self_attn.to_q.", "blocks.0.ffn.w1.")),
     ("PixArt", ("x_embedder.", "blocks.0.cross_attn.kv_linear.", "blocks.0.mlp.")),
     ("Wan", ("patch_embedding.", "blocks.0.self_attn.q.", "blocks.0.ffn.0.")),
     ("Wan (diffusers names)", ("patch_embedding.", "blocks.0.attn1.to_q.", "blocks.0.ffn.net.")),
     ("LoRA", ("lora___lorahyphen___",)),
+    ("LoRA", ("lora_unet_",)),
+    ("LoRA", ("base_model.model.",)),
     ("VAE", ("decoder.", "encoder.")),
     ("UMT5 text encoder", ("shared.weight", "encoder.block.0.")),
 )
@@ -98,6 +195,7 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
     """
     keys = list(keys)
     damaged: tuple[Format, str] | None = None
+    _refuse(keys, LARGER, source)
     for prefix in PREFIXES:
         for form in FORMATS:
             missing = sum(not _any_starts(keys, prefix + mark) for mark in form.signature)
@@ -105,21 +203,38 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
                 return form, prefix
             if missing == 1 and damaged is None:
                 damaged = form, prefix
-    for prefix in PREFIXES:
-        for name, marks in FOREIGN:
-            if all(_any_starts(keys, prefix + mark) for mark in marks):
-                raise CheckpointError(
-                    f"{source} holds {name}, not a LongCat-Video transformer in official names; "
-                    "give the dit folder of LongCat-Video or a single safetensors file with its names"
-                )
+    _refuse(keys, FOREIGN, source)
+    if any(".lora_" in key for key in keys):
+        raise CheckpointError(f"{source} holds LoRA, {_REMEDY}")
     if damaged is not None:
         return damaged  # the loader names the tensor that is missing
     sample = ", ".join(keys[:3]) or "no tensors"
-    raise CheckpointError(
-        f"{source} is no known LongCat-Video checkpoint (it holds {sample}); "
-        "give the dit folder of LongCat-Video or a single safetensors file with its names"
-    )
+    raise CheckpointError(f"{source} is no known LongCat-Video checkpoint (it holds {sample}); {_GIVE}")
+
+
+_GIVE = "give the dit folder of LongCat-Video or a single file of its transformer"
+_REMEDY = f"not a LongCat-Video transformer; {_GIVE}"
+
+
+def _refuse(keys: list[str], models: Iterable[tuple[str, tuple[str, ...]]], source: str) -> None:
+    for prefix in PREFIXES:
+        for name, marks in models:
+            if all(_any_starts(keys, prefix + mark) for mark in marks):
+                raise CheckpointError(f"{source} holds {name}, {_REMEDY}")
 
 
 def _any_starts(keys: list[str], beginning: str) -> bool:
     return any(key.startswith(beginning) for key in keys)
+
+
+def targets(depth: int) -> dict[str, tuple[str, int, int]]:
+    """Module by any form's name, or the network's -> (the network's module, which of its stacked parts, of how many).
+
+    For files that name single modules, as LoRAs do.
+    """
+    found = {}
+    for form in FORMATS:
+        for canonical, sources in form.modules(depth):
+            found[canonical] = canonical, 0, 1
+            found |= {source: (canonical, i, len(sources)) for i, source in enumerate(sources) if source != canonical}
+    return found

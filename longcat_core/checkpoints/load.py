@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
@@ -16,19 +15,34 @@ from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.kernels import quantise_rows
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
-from .formats import Format, detect
-from .safetensors_io import read_header, read_metadata
+from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
+from .lora import Lora, LoraStack
+from .tensor_files import TensorFile, is_gguf, open_file
 
 CONFIG_KEY = "config"
+# Where the transformer lies in a folder of all parts: the official one's, and that of Diffusers, which FastVideo has.
+FOLDERS = ("dit", "transformer")
+# Numbers that are made wider at a time: what a loader holds besides the network and one stored tensor.
+PIECE = 1 << 22
 _SHOWN = 5
+QUANT_METADATA = "_quantization_metadata"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor that makes up rows of a parameter. scale: the tensor that multiplies it, or None."""
+
+    name: str
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint's tensors by name, without its data.
 
-    where: tensor name (prefix stripped) -> file. shapes: tensor name -> shape. config: from config.json or the file's
-    metadata, else inferred from shapes.
+    where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, GGUF's quantised ones as fp32. config:
+    from config.json or the file's metadata, else inferred from shapes. quantised: modules that the file's metadata
+    describe -> their format.
     """
 
     source: str
@@ -36,24 +50,40 @@ class Checkpoint:
     prefix: str
     where: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
     config: ModelConfig
+    quantised: dict[str, dict]
+
+    def part(self, module: str, parameter: str) -> Part | None:
+        """What a parameter of a module (by its name in the file) is stored as; None: it is not there."""
+        return stored_part(self.where, module, parameter)
+
+    def parts(self, name: str) -> list[Part]:
+        """What a parameter of the network is made of, in the order of its rows. KeyError where one is missing."""
+        module, _, kind = name.rpartition(".")
+        sources = dict(self.form.modules(self.config.depth))[module]
+        found = [self.part(source, kind) for source in sources]
+        if None in found:
+            raise KeyError(f"{sources[found.index(None)]}.{kind}")
+        return found
 
 
-def _stored_name(names: Container[str], module: str, parameter: str) -> str | None:
-    """The stored tensor behind a module's parameter: itself, or its quantised form."""
-    for suffix in (parameter, f"{parameter}_int8"):
-        if f"{module}.{suffix}" in names:
-            return f"{module}.{suffix}"
-    return None
+def stored_part(names: Mapping[str, object], module: str, parameter: str) -> Part | None:
+    """Which of the stored tensors `names` make up a parameter of `module`."""
+    for suffix, scale in STORED_WEIGHTS if parameter == "weight" else ((parameter, None),):
+        if f"{module}.{suffix}" in names and (scale is None or f"{module}.{scale}" in names):
+            return Part(f"{module}.{suffix}", None if scale is None else f"{module}.{scale}")
+    # Quantised, and its scale is missing, which the check says.
+    return Part(f"{module}.weight_int8", f"{module}.weight_scale") if f"{module}.weight_int8" in names else None
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one file, or a folder's shards (its index tells, if there is one)."""
+    """The files of a checkpoint: one file, or a folder's shards (its index tells, if there is one)."""
     if path.is_file():
         return [path]
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a safetensors file or LongCat-Video's dit folder")
-    folder = path / "dit" if (path / "dit").is_dir() else path
+    folder = next((path / name for name in FOLDERS if (path / name).is_dir()), path)
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise CheckpointError(
@@ -77,6 +107,8 @@ def _files(path: Path) -> list[Path]:
         return files
     files = sorted(folder.glob("*.safetensors"))
     if not files:
+        files = sorted(file for file in folder.iterdir() if file.is_file() and is_gguf(file))
+    if not files:
         raise CheckpointError(
             f"{folder} holds no .safetensors file; give a safetensors file or LongCat-Video's dit folder"
         )
@@ -87,7 +119,7 @@ def _config_beside(path: Path) -> ModelConfig | None:
     folder = path if path.is_dir() else None
     if folder is None:
         return None
-    for candidate in (folder / "dit" / "config.json", folder / "config.json"):
+    for candidate in (*(folder / name / "config.json" for name in FOLDERS), folder / "config.json"):
         if candidate.is_file():
             return ModelConfig.from_json(candidate)
     return None
@@ -98,9 +130,9 @@ def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) 
     table = dict(form.modules(1))
 
     def shape(module: str, parameter: str = "weight") -> tuple[int, ...]:
-        name = _stored_name(shapes, table[module][0], parameter)
-        if name is not None:
-            return shapes[name]
+        part = stored_part(shapes, table[module][0], parameter)
+        if part is not None:
+            return shapes[part.name]
         raise CheckpointError(f"{source} lacks tensor {table[module][0]}.{parameter}; download it again")
 
     patch = shape("patch_embed")
@@ -125,62 +157,79 @@ def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) 
 def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Checkpoint:
     """Look at a checkpoint's headers: which form it is, which tensors it has, how the network is shaped.
 
-    path: a safetensors file, a folder of shards, or a folder that holds them in `dit`. Raises CheckpointError.
+    path: a safetensors or GGUF file, a folder of shards, or a folder that holds them in `dit`. Raises CheckpointError.
     """
     path = Path(path)
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
     metadata: dict[str, str] = {}
     for file in _files(path):
-        for name, (_, shape) in read_header(file).items():
+        opened = open_file(file)
+        for name, (dtype, shape) in opened.header.items():
             if name in where:
                 raise CheckpointError(f"tensor {name} stands in both {where[name].name} and {file.name}; keep one")
-            where[name], shapes[name] = file, tuple(shape)
-        metadata |= read_metadata(file)
+            where[name], shapes[name], dtypes[name] = file, tuple(shape), dtype
+        metadata |= opened.metadata
     form, prefix = detect(where, str(path))
-    where = {name.removeprefix(prefix): file for name, file in where.items() if name.startswith(prefix)}
-    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    where, shapes, dtypes = (
+        {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+        for named in (where, shapes, dtypes)
+    )
     if config is None:
         config = _config_beside(path)
     if config is None:
         config = infer_config(form, shapes, str(path))
-        stored = metadata.get(CONFIG_KEY)
-        if stored:
-            try:
-                zero_pad = bool(json.loads(stored).get("text_tokens_zero_pad", config.text_tokens_zero_pad))
-            except (ValueError, AttributeError) as error:
-                raise CheckpointError(f"{path} has unreadable config metadata ({error}); download it again") from error
-            config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
-    return Checkpoint(str(path), form, prefix, where, shapes, config)
+        stored = _json_metadata(metadata, CONFIG_KEY, path)
+        zero_pad = bool(stored.get("text_tokens_zero_pad", config.text_tokens_zero_pad))
+        config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
+    layers = dict(_json_metadata(metadata, QUANT_METADATA, path).get("layers") or {})
+    quantised = {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
+    return Checkpoint(str(path), form, prefix, where, shapes, dtypes, config, quantised)
 
 
-def _check(checkpoint: Checkpoint, model: LongCatTransformer) -> list[tuple[str, list[str]]]:
-    """Pairs of (parameter of the network, stored tensors that make it up); raises on anything that does not fit."""
+def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
+    try:
+        return dict(json.loads(metadata.get(key) or "{}"))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} has unreadable {key} metadata ({error}); download it again") from error
+
+
+def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> dict[str, list[Part]]:
+    """Parameter of the network -> the stored tensors that make it up, by headers alone.
+
+    Raises CheckpointError on anything that is missing, too much, wrongly shaped, or quantised as nobody here can read.
+    """
     table = dict(checkpoint.form.modules(checkpoint.config.depth))
-    pairs, used, missing, wrong = [], set(), [], []
-    for name, parameter in model.state_dict().items():
+    known, used = checkpoint.where, set()
+    # Beside such names, 8-bit weights mean nothing without their scales.
+    scaled = any(name in MARKERS or name.endswith((".scale_weight", ".weight_scale")) for name in known)
+    found: dict[str, list[Part]] = {}
+    missing, wrong = [], []
+    for name, parameter in parameters.items():
         module, _, kind = name.rpartition(".")
-        stored = []
-        rows = 0
+        found[name] = []
         for source in table[module]:
-            tensor = _stored_name(checkpoint.where, source, kind)
-            if tensor is None:
+            part = checkpoint.part(source, kind)
+            if part is None:
                 missing.append(f"{source}.{kind}")
                 continue
-            stored.append(tensor)
-            used.add(tensor)
-            if tensor.endswith("_int8"):
-                scale = f"{source}.{kind}_scale"
-                used.add(scale)
-                if scale not in checkpoint.where:
-                    missing.append(scale)
-            shape = checkpoint.shapes[tensor]
-            rows += shape[0] if shape else 0
+            found[name].append(part)
+            used |= {part.name, *(f"{source}.{suffix}" for suffix in BESIDE if kind == "weight")}
+            shape, dtype = checkpoint.shapes[part.name], checkpoint.dtypes[part.name]
             want = (parameter.shape[0] // len(table[module]), *parameter.shape[1:])
             if shape != want:
-                wrong.append(f"{tensor} has shape {list(shape)}, the network wants {list(want)}")
-        pairs.append((name, stored))
-    extra = sorted(set(checkpoint.where) - used)
+                wrong.append(f"{part.name} has shape {list(shape)}, the network wants {list(want)}")
+            if part.scale is not None:
+                used.add(part.scale)
+                if part.scale not in known:
+                    missing.append(part.scale)
+                elif _numbers(checkpoint.shapes[part.scale]) not in (1, want[0]):
+                    given = list(checkpoint.shapes[part.scale])
+                    wrong.append(f"{part.scale} has shape {given}, wanted is one number, or one for each row")
+            elif not dtype.is_floating_point or (scaled and dtype.itemsize == 1 and len(shape) == 2):
+                missing.append(f"{source}.{'scale_weight' if dtype.is_floating_point else 'weight_scale'}")
+    extra = sorted(set(known) - used - set(MARKERS))
     for problem, names, remedy in (
         ("lacks", missing, "download it again"),
         ("does not fit", wrong, "check that its config.json belongs to it"),
@@ -189,18 +238,92 @@ def _check(checkpoint: Checkpoint, model: LongCatTransformer) -> list[tuple[str,
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             raise CheckpointError(f"{checkpoint.source} {problem}: {'; '.join(names[:_SHOWN])}{more}; {remedy}")
-    return pairs
+    return found
 
 
-def _read(checkpoint: Checkpoint, stored: list[str], handles: dict[Path, safe_open]) -> Iterator[Tensor]:
-    for name in stored:
-        tensor = handles[checkpoint.where[name]].get_tensor(checkpoint.prefix + name)
-        if name.endswith("_int8"):
-            scale_name = name.removesuffix("_int8") + "_scale"
-            scale = handles[checkpoint.where[scale_name]].get_tensor(checkpoint.prefix + scale_name)
-            # Official INT8: one scale per output row.
-            tensor = tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))
-        yield tensor
+def _numbers(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+class Reader:
+    """A checkpoint's numbers. Raises CheckpointError where its files cannot be read any more."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._files: dict[Path, TensorFile] = {}
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a stored tensor on the CPU, as they are stored."""
+        return self._file(name).rows(self.checkpoint.prefix + name, start, stop)
+
+    def _file(self, name: str) -> TensorFile:
+        path = self.checkpoint.where[name]
+        if path not in self._files:
+            self._files[path] = open_file(path)
+        return self._files[path]
+
+    def check_formats(self) -> None:
+        """Raise CheckpointError for a layer that is quantised in a format other than numbers times scales."""
+        formats = dict(self.checkpoint.quantised)
+        for name in self.checkpoint.where:
+            if name.endswith(".comfy_quant"):
+                try:
+                    formats[name.removesuffix(".comfy_quant")] = dict(json.loads(self.rows(name).numpy().tobytes()))
+                except (ValueError, TypeError) as error:
+                    raise CheckpointError(
+                        f"{self.checkpoint.source} has an unreadable {name}; download it again"
+                    ) from error
+        for layer, conf in formats.items():
+            kind, more = conf.get("format"), conf.get("params")
+            rotated = conf.get("convrot") or (isinstance(more, dict) and more.get("convrot"))
+            if kind not in QUANT_FORMATS or rotated:
+                raise CheckpointError(
+                    f"{self.checkpoint.source} stores {layer} as {kind}{' with rotation' if rotated else ''}, which is "
+                    f"not supported; give a file in bf16, GGUF or {', '.join(QUANT_FORMATS)}"
+                )
+
+    def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of a stored tensor on `device`; where it has a scale, multiplied out to fp32."""
+        shape = self.checkpoint.shapes[part.name]
+        if part.scale is None and self._file(part.name).mapped:
+            yield 0, self.rows(part.name)
+            return
+        scale = None if part.scale is None else self.scale(part).to(device)
+        count = max(1, PIECE * shape[0] // max(1, _numbers(shape))) if shape else 1
+        for start in range(0, shape[0] if shape else 1, count):
+            rows = self.rows(part.name, start, start + count)
+            if scale is not None:
+                factor = scale if scale.numel() == 1 else scale[start : start + count]
+                rows = rows.to(device).float() * factor.view(-1, *[1] * (rows.ndim - 1))
+            yield start, rows
+
+    def scale(self, part: Part) -> Tensor:
+        """The scale of a part, fp32, one number or [rows]."""
+        return self.rows(part.scale).float().flatten()
+
+    def into(self, target: Tensor, parts: list[Part]) -> Tensor:
+        """Fill a parameter [rows, ..] with its parts, in the target's dtype and on its device."""
+        first = 0
+        for part in parts:
+            for start, rows in self.pieces(part, target.device):
+                target[first + start : first + start + len(rows)].copy_(rows)
+                # Before the next rows are read.
+                del rows
+            first += self.checkpoint.shapes[part.name][0]
+        return target
+
+    def e4m3(self, parts: list[Part], device: torch.device | str) -> tuple[Tensor, Tensor] | None:
+        """A parameter's own numbers [rows, columns] and scales [rows, 1] fp32, if all of it is stored as e4m3."""
+        if any(self.checkpoint.dtypes[part.name] != torch.float8_e4m3fn for part in parts):
+            return None
+        scales = []
+        for part in parts:
+            rows = self.checkpoint.shapes[part.name][0]
+            scale = torch.ones(1) if part.scale is None else self.scale(part)
+            scales.append(scale.expand(rows))
+        # Copied, as the file may go.
+        values = [self.rows(part.name).to(device, copy=True) for part in parts]
+        return torch.cat(values) if len(values) > 1 else values[0], torch.cat(scales)[:, None].to(device)
 
 
 def load_transformer(
@@ -211,34 +334,48 @@ def load_transformer(
     optimizations: Optimizations | None = None,
     config: ModelConfig | None = None,
     fp8: Policy | None = None,
+    lora: Sequence[Lora] = (),
 ) -> LongCatTransformer:
     """A network with the weights at `path`, in eval mode, every parameter in `dtype` on `device`.
 
-    fp8: which layers become 8-bit ones as they arrive, so that the whole never lies on the device in 16 bits.
+    fp8: which layers become 8-bit ones as they arrive, so that the whole never lies on the device in 16 bits; what the
+    file has in e4m3 already keeps its numbers and scales. lora: added to each weight as it arrives, before that.
     All headers are checked against the network before any weight is read: a missing, extra or wrongly shaped tensor
-    is named in a CheckpointError. One tensor at a time is held besides the network itself.
+    is named in a CheckpointError, as is a weight of NaN or infinity. One tensor at a time is held besides the network.
     """
     checkpoint = open_checkpoint(path, config)
     with torch.device("meta"):
         model = LongCatTransformer(checkpoint.config, optimizations, dtype=dtype)
-    pairs = _check(checkpoint, model)
-    handles = {file: safe_open(file, framework="pt") for file in set(checkpoint.where.values())}
     parameters = dict(model.named_parameters())
+    parts = match_parameters(checkpoint, parameters)
+    reader = Reader(checkpoint)
+    reader.check_formats()
+    stack = LoraStack(lora, {name: parameter.shape for name, parameter in parameters.items()})
     eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth))
     for name in eight_bit:
         check_sizes(*parameters[f"{name}.weight"].shape)
-    state = {}
-    for name, stored in pairs:
-        target = torch.empty(parameters[name].shape, dtype=dtype, device=device)
-        row = 0
-        for tensor in _read(checkpoint, stored, handles):
-            target[row : row + len(tensor)] = tensor.to(device=device, dtype=dtype)
-            row += len(tensor)
+    state, extremes = {}, {}
+    for name in parameters:
         layer, _, kind = name.rpartition(".")
-        if layer in eight_bit and kind == "weight":
-            state[name], state[f"{layer}.weight_scale"] = quantise_rows(target)
+        small, changed = kind == "weight" and layer in eight_bit, name in stack
+        kept = reader.e4m3(parts[name], device) if small and not changed else None
+        if kept is None:
+            # Not in dtype where a LoRA comes on top: the sum is rounded, not its parts.
+            target = torch.empty(parameters[name].shape, dtype=torch.float32 if changed else dtype, device=device)
+            reader.into(target, parts[name])
+            if changed:
+                target = stack.add(name, target).to(parameters[name].dtype)
+            # NaN is both; this is one pass, without a copy.
+            extremes[name] = torch.stack(target.aminmax()).float()
+            kept = quantise_rows(target) if small else (target, None)
         else:
-            state[name] = target
+            # e4m3 has no infinity, and one NaN of either sign.
+            bad = (kept[0].view(torch.uint8) & 0x7F == 0x7F).any()
+            extremes[name] = torch.stack(kept[1].masked_fill(bad, torch.nan).aminmax())
+        state[name] = kept[0]
+        if small:
+            state[f"{layer}.weight_scale"] = kept[1]
+    _require_finite(extremes, checkpoint.source, dtype)
     for name in eight_bit:
         parent, _, child = name.rpartition(".")
         weight, scale = (state.pop(f"{name}.{kind}") for kind in ("weight", "weight_scale"))
@@ -250,20 +387,26 @@ def load_transformer(
     return model.eval().requires_grad_(False)
 
 
+def _require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError for the first parameter whose least or largest is not finite; the device is asked once."""
+    finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
+    for name, fine in zip(extremes, finite, strict=True):
+        if not fine:
+            remedy = "load it as bfloat16 or float32" if dtype == torch.float16 else "download it again"
+            raise CheckpointError(f"{source} has NaN or infinite values in {name}; {remedy}")
+
+
 def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One parameter of the network off the disk, as it is stored: fused of its parts, INT8 multiplied out to fp32.
+    """One parameter of the network off the disk: fused of its parts, as it is stored, or multiplied out to fp32.
 
     Raises CheckpointError where the files are not there any more.
     """
-    module, _, kind = name.rpartition(".")
-    sources = dict(checkpoint.form.modules(checkpoint.config.depth))[module]
-    stored = [_stored_name(checkpoint.where, source, kind) for source in sources]
     try:
-        handles = {checkpoint.where[tensor]: safe_open(checkpoint.where[tensor], framework="pt") for tensor in stored}
-        parts = list(_read(checkpoint, stored, handles))
-    except (OSError, KeyError, SafetensorError) as error:
+        parts, reader = checkpoint.parts(name), Reader(checkpoint)
+        whole = [torch.cat([rows for _, rows in reader.pieces(part)]) for part in parts]
+    except (CheckpointError, OSError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.source} cannot be read again ({error}); put the file back") from error
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole[0] if len(whole) == 1 else torch.cat(whole)
 
 
 def official_state(model: LongCatTransformer, form: Format) -> dict[str, Tensor]:

@@ -1,12 +1,22 @@
-"""LoRA files in the official form, merged into a loaded network.
+"""LoRA files of every kind, merged into a network's weights.
 
-A fused layer (qkv, kv) is one module with a block-diagonal LoRA: `lora_down` [n*r, in] and one `lora_up.blocks.i`
-[out/n, r] per slice, so slice i changes by alpha_scale * up_i @ down_i; up and down are never multiplied whole.
+A file names modules as one of the checkpoint forms does, or as the network does; a module may be a whole fused weight
+or a part of one. Whatever its kind, a layer is down [n*r, in], n ups [out/n, r] and a scale here: slice i of its rows
+changes by scale * up_i @ down_i. Kinds differ in names, and in what their alpha means:
+
+    official    `alpha_scale` is the scale; n > 1 where the layer is fused (`lora_up.blocks.i`)
+    all others  scale = alpha / r, 1 without an alpha; PEFT keeps alpha in `adapter_config.json`
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,94 +24,236 @@ from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
 from ..model.transformer import LongCatTransformer
-from .formats import OFFICIAL, Format
+from .formats import targets
 from .safetensors_io import read_tensors
 
 PREFIX = "lora___lorahyphen___"
 SEPARATOR = "___lorahyphen___"
+# What trainers write in front of a module's name, one inside the other; after the second kind, "_" stands for ".".
+PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "unet.", "dit.")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_", "lycoris_")
+# What follows a module's name.
+_PART = re.compile(
+    r"\.(?:(?P<down>lora_down\.weight|lora\.down\.weight|lora_A(?:\.[^.]+)?\.weight|lora_A)"
+    r"|(?P<up>lora_up\.weight|lora\.up\.weight|lora_B(?:\.[^.]+)?\.weight|lora_B)"
+    r"|lora_up\.blocks\.(?P<slice>\d+)\.weight"
+    r"|(?P<scale>alpha_scale)|(?P<alpha>alpha|lora_alpha))$"
+)
+# Kinds of LoRA that change a weight by more than a product of two matrices.
+_OTHER_KINDS = re.compile(r"\.(dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|oft_\w+|lora_mid.*|diff|diff_b)$")
+_PEFT_CONFIG = "adapter_config.json"
 _SHOWN = 3
+
+# A file and its strength; 1 is the file's own.
+Lora = tuple[str | Path, float]
 
 
 def read_lora(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """An official LoRA file by target module: {module: {"lora_down.weight": ..., "alpha_scale": ...}}.
+    """A LoRA file by target module, as the file names it without prefixes, in the official parts.
 
-    Raises CheckpointError for a file that is none, or that also holds other tensors.
+    {module: {"lora_down.weight": [n*r, in], "lora_up.weight" or "lora_up.blocks.i.weight": [out/n, r],
+    "alpha_scale": []}}. Raises CheckpointError for a file that is none, or of a kind that cannot be merged.
     """
-    targets: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """`read_lora`, and the keys that are no part of a LoRA."""
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     strange = []
     for name, tensor in read_tensors(path).items():
-        if not name.startswith(PREFIX):
+        if _OTHER_KINDS.search(name):
+            raise CheckpointError(f"{path} holds {name}: a kind of LoRA that cannot be merged here; give a plain LoRA")
+        plain = name.removeprefix(PREFIX).replace(SEPARATOR, ".") if name.startswith(PREFIX) else name
+        match = _PART.search(plain)
+        if match is None:
             strange.append(name)
             continue
-        module, _, part = name.removeprefix(PREFIX).replace(SEPARATOR, ".").partition(".lora_")
-        if part:
-            targets[module][f"lora_{part}"] = tensor
-        else:
-            targets[module.removesuffix(".alpha_scale")]["alpha_scale"] = tensor
-    if strange or not targets:
-        found = ", ".join(strange[:_SHOWN]) or "nothing"
-        raise CheckpointError(f"{path} is no LongCat-Video LoRA in the official form (it holds {found})")
-    return dict(targets)
+        kind = match.lastgroup
+        part = {"down": "lora_down.weight", "up": "lora_up.weight", "scale": "alpha_scale"}.get(kind, kind)
+        if kind == "slice":
+            part = f"lora_up.blocks.{int(match['slice'])}.weight"
+        module = _bare(plain[: match.start()])
+        parts = found[module]
+        if part in parts:
+            raise CheckpointError(f"{path} changes {module} twice; give a file with one LoRA")
+        parts[part] = tensor
+    if not found:
+        raise CheckpointError(f"{path} is no LoRA (it holds {', '.join(strange[:_SHOWN]) or 'nothing'})")
+    usual = _peft_alpha(Path(path))
+    for parts in found.values():
+        alpha = parts.pop("alpha", None)
+        if "alpha_scale" not in parts and _ups(parts):
+            # An alpha counts for the rank of what it is the alpha of: of one slice.
+            rank = max((1, *_ups(parts)[0].shape[1:2]))
+            parts["alpha_scale"] = torch.tensor(usual(rank) if alpha is None else float(alpha) / rank)
+    return dict(found), strange
 
 
-def _deltas(parts: dict[str, Tensor], module: str, path: str | Path) -> Tensor:
-    """The change of a module's weight, [out, in] fp32, at strength 1."""
-    ups = [parts[k] for k in sorted(parts, key=_block_number) if k.startswith("lora_up.")]
-    if not ups or "lora_down.weight" not in parts or "alpha_scale" not in parts:
-        raise CheckpointError(f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))})")
-    downs = parts["lora_down.weight"].float().chunk(len(ups))
-    if len(downs) != len(ups) or any(up.shape[1] != down.shape[0] for up, down in zip(ups, downs, strict=True)):
-        shapes = [list(up.shape) for up in ups]
+def _bare(module: str) -> str:
+    """A module's name without the prefixes of trainers."""
+    while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), ""):
+        module = module.removeprefix(prefix)
+    return module
+
+
+def _peft_alpha(path: Path) -> Callable[[int], float]:
+    """Scale by rank for layers that have no alpha of their own: what a PEFT config beside the file says, else 1."""
+    config = path.with_name(_PEFT_CONFIG)
+    if not config.is_file():
+        return lambda rank: 1.0
+    try:
+        values = dict(json.loads(config.read_text(encoding="utf-8")))
+        alpha, root = values.get("lora_alpha"), bool(values.get("use_rslora"))
+        alpha = None if alpha is None else float(alpha)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{config} is no readable PEFT config ({error}); download it again") from error
+    if values.get("alpha_pattern") or values.get("use_dora"):
         raise CheckpointError(
-            f"{path} has mismatched ranks for {module}: up {shapes}, down {list(parts['lora_down.weight'].shape)}"
+            f"{config} asks for alpha_pattern or DoRA, which cannot be merged here; give a plain LoRA"
         )
-    scale = float(parts["alpha_scale"])
-    return torch.cat([scale * (up.float() @ down) for up, down in zip(ups, downs, strict=True)])
+    return lambda rank: 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
 
 
-def _block_number(name: str) -> int:
+def _ups(parts: Mapping[str, Tensor]) -> list[Tensor]:
+    return [parts[name] for name in sorted(parts, key=_slice_number) if name.startswith("lora_up.")]
+
+
+def _slice_number(name: str) -> int:
     pieces = name.split(".")
     return int(pieces[2]) if len(pieces) > 3 and pieces[1] == "blocks" else 0
 
 
-@torch.no_grad()
-def merge_lora(
-    model: LongCatTransformer, path: str | Path, strength: float = 1.0, form: Format = OFFICIAL
-) -> list[str]:
-    """Add a LoRA file to the network's weights, computed in fp32; returns the modules changed.
+@dataclass(frozen=True)
+class Change:
+    """What one layer of a file does to part `index` of the `count` stacked parts of a weight.
 
-    `strength` 1 is the file's own; -1 takes a merged LoRA out again, up to rounding. Everything is checked before
-    any weight changes: a target that the network lacks or of another shape raises CheckpointError.
+    downs [r, in] and ups [rows, r], slice by slice; factor: scale times strength.
     """
-    rows: dict[str, tuple[str, int, int]] = {}
-    for canonical, sources in form.modules(model.config.depth):
-        for i, source in enumerate(sources):
-            rows[source] = (canonical, i, len(sources))
-    targets = read_lora(path)
-    unknown = [module for module in targets if module not in rows]
-    if unknown:
-        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        raise CheckpointError(
-            f"{path} targets modules that the model lacks: {', '.join(unknown[:_SHOWN])}{more}; "
-            "it belongs to another model"
-        )
-    eight_bit = [module for module in targets if model.get_parameter(f"{rows[module][0]}.weight").itemsize == 1]
-    if eight_bit:
-        raise LongCatError(
-            f"{path} cannot be merged into 8-bit weights ({eight_bit[0]}); merge it before the network is quantised"
-        )
-    changes = []
-    for module, parts in targets.items():
-        canonical, i, count = rows[module]
-        weight = model.get_parameter(f"{canonical}.weight").chunk(count)[i]
-        delta = _deltas(parts, module, path)
-        if delta.shape != weight.flatten(1).shape:
+
+    source: str
+    index: int
+    count: int
+    downs: tuple[Tensor, ...]
+    ups: tuple[Tensor, ...]
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix that is added."""
+        return sum(up.shape[0] for up in self.ups), self.downs[0].shape[1]
+
+
+class LoraStack:
+    """LoRA files with strengths, ready to be added to the weights of one network."""
+
+    def __init__(self, loras: Iterable[Lora], shapes: Mapping[str, Sequence[int]]) -> None:
+        """shapes: of the network's parameters by name.
+
+        Everything is checked here. Raises CheckpointError for a file that matches nothing, does not fit or is broken;
+        warns (UserWarning) where only some of a file's modules match.
+        """
+        self._changes: dict[str, list[Change]] = defaultdict(list)
+        depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+        known = targets(depth)
+        flat = {name.replace(".", "_"): target for name, target in known.items()}
+        # The modules of all files that are in the network, as the files name them.
+        self.modules: list[str] = []
+        for path, strength in loras:
+            if not math.isfinite(strength):
+                raise LongCatError(f"strength {strength} of {path} is no number; give one such as 0.8")
+            layers, missed = _read(path)
+            matched = 0
+            for module, parts in layers.items():
+                target = known.get(module) or flat.get(_flat(module))
+                weight = None if target is None else f"{target[0]}.weight"
+                if weight not in shapes:
+                    missed.append(module)
+                    continue
+                matched += 1
+                self.modules.append(module)
+                self._add(weight, _change(parts, module, path, strength, target), module, path, shapes)
+            _report(path, matched, missed)
+
+    def _add(self, weight: str, change: Change, module: str, path: str | Path, shapes: Mapping[str, Sequence[int]]):
+        rows, columns = shapes[weight][0] // change.count, math.prod(shapes[weight][1:])
+        if change.shape != (rows, columns):
             raise CheckpointError(
-                f"{path} changes {module} by {list(delta.shape)}, the model has {list(weight.shape)}; "
+                f"{path} changes {module} by {list(change.shape)}, the model has {[rows, columns]}; "
                 "it belongs to a model of another size"
             )
-        changes.append((weight, delta))
-    for weight, delta in changes:
-        merged = weight.float() + strength * delta.to(weight.device).view(weight.shape)
-        weight.copy_(merged.to(weight.dtype))
-    return list(targets)
+        self._changes[weight].append(change)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._changes
+
+    @property
+    def weights(self) -> list[str]:
+        """Parameters of the network that change."""
+        return list(self._changes)
+
+    @torch.no_grad()
+    def add(self, name: str, weight: Tensor) -> Tensor:
+        """Add what changes parameter `name` to `weight`, fp32, contiguous, in place; returns it."""
+        for change in self._changes.get(name, ()):
+            part = weight.flatten(1).chunk(change.count)[change.index]
+            first = 0
+            for up, down in zip(change.ups, change.downs, strict=True):
+                rows = part[first : first + len(up)]
+                rows.addmm_(up.to(weight), down.to(weight), alpha=change.factor)
+                first += len(up)
+        return weight
+
+
+def _flat(module: str) -> str:
+    return next((module.removeprefix(prefix) for prefix in FLAT_PREFIXES if module.startswith(prefix)), "")
+
+
+def _change(
+    parts: Mapping[str, Tensor], module: str, path: str | Path, strength: float, target: tuple[str, int, int]
+) -> Change:
+    ups, down = _ups(parts), parts.get("lora_down.weight")
+    if not ups or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
+        raise CheckpointError(f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))})")
+    # That of a convolution has the sides of its kernel.
+    ups, down = [up.flatten(1) for up in ups], down.flatten(1)
+    downs = down.chunk(len(ups))
+    if len(downs) != len(ups) or any(up.shape[1] != down.shape[0] for up, down in zip(ups, downs, strict=True)):
+        shapes = [list(up.shape) for up in ups]
+        raise CheckpointError(f"{path} has mismatched ranks for {module}: up {shapes}, down {list(down.shape)}")
+    if not all(torch.isfinite(tensor.float()).all() for tensor in parts.values()):
+        raise CheckpointError(f"{path} has NaN or infinite values in {module}; download it again")
+    _, index, count = target
+    return Change(str(path), index, count, downs, tuple(ups), float(parts["alpha_scale"]) * strength)
+
+
+def _report(path: str | Path, matched: int, missed: list[str]) -> None:
+    if not missed:
+        return
+    total = matched + len(missed)
+    examples = ", ".join(missed[:_SHOWN]) + (f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else "")
+    if not matched:
+        raise CheckpointError(
+            f"{path} matches nothing in LongCat-Video: 0 of its {total} modules; it has for instance {examples}; "
+            "it belongs to another model"
+        )
+    warnings.warn(f"{path} matches {matched} of its {total} modules; not matched: {examples}", stacklevel=3)
+
+
+@torch.no_grad()
+def merge_lora(model: LongCatTransformer, path: str | Path, strength: float = 1.0) -> list[str]:
+    """Add a LoRA file to the network's weights, computed in fp32; returns the modules changed, as the file names them.
+
+    `strength` 1 is the file's own; -1 takes a merged LoRA out again, up to rounding; `MergedLoras` does so exactly.
+    Errors and warnings as `LoraStack`, before any weight changes.
+    """
+    stack = LoraStack([(path, strength)], {name: parameter.shape for name, parameter in model.named_parameters()})
+    for name in stack.weights:
+        if model.get_parameter(name).itemsize == 1:
+            raise LongCatError(
+                f"{path} cannot be merged into 8-bit weights ({name}); merge it before the network is quantised"
+            )
+    for name in stack.weights:
+        weight = model.get_parameter(name)
+        weight.copy_(stack.add(name, weight.float().contiguous()).to(weight.dtype))
+    return stack.modules

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ FOREIGN_STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights; run `git lfs pull` or download the file"),
     (b"PK\x03\x04", "is a PyTorch pickle, which can run code when it is loaded; convert it to .safetensors"),
     (b"\x80\x02", "is a Python pickle, which can run code when it is loaded; convert it to .safetensors"),
-    (b"GGUF", "is a GGUF file, which is not supported; use the .safetensors form"),
+    (b"GGUF", "is a GGUF file, which only a LongCat-Video transformer may be; use the .safetensors form"),
     (b"<", "is a web page, not the weights; the download failed, so fetch the file again"),
 )
 
@@ -111,14 +111,58 @@ def write_safetensors(
         temporary.unlink(missing_ok=True)
 
 
+def stream_safetensors(
+    path: str | Path,
+    header: Header,
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] = lambda path: None,
+) -> None:
+    """`write_safetensors` for more than memory holds: `tensors` come one by one, in any order, as `header` announces.
+
+    check: called with the finished file before it takes its name; what it raises leaves `path` as it was. Raises
+    CheckpointError where the file cannot be written.
+    """
+    path = Path(path)
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    entries, end = {}, 0
+    # Wide numbers first, so that every tensor begins at a multiple of its numbers' size.
+    for name, (dtype, shape) in sorted(header.items(), key=lambda item: -item[1][0].itemsize):
+        size = math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps({"__metadata__": dict(metadata or {}), **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    waiting = set(entries)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+            for name, tensor in tensors:
+                if (tensor.dtype, tuple(tensor.shape)) != header[name] or name not in waiting:
+                    raise ValueError(f"{name} comes as {tensor.dtype} {tuple(tensor.shape)}, announced: {header[name]}")
+                waiting.remove(name)
+                file.seek(8 + len(text) + entries[name]["data_offsets"][0])
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if waiting:
+            raise ValueError(f"{sorted(waiting)[0]} was announced and did not come")
+        check(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def fingerprint(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that tell checkpoints apart: a file's, or that of all safetensors files in a folder.
+    """Sixteen hexadecimal digits that tell checkpoints apart: a file's, or that of all weights in a folder.
 
     Sizes, headers and samples throughout the weights are looked at, not every byte, so that 83 GB take no minute.
     """
     path = Path(path)
     total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+    for file in [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.gguf")]):
         size = file.stat().st_size
         total.update(f"{size}:".encode())
         with open(file, "rb") as stream:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import DTYPES, device_of, dtype_of, note, notes_from_warnings, number, progress, size, whole
+from ..console import DTYPES, device_of, dtype_of, lora, note, notes_from_warnings, number, progress, size, whole
 from ..errors import LongCatError
 
 if TYPE_CHECKING:
@@ -118,14 +118,20 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> Any:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (default: the embedded LongCat-nano)")
-    group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a safetensors file")
+    group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a file of any form")
     group.add_argument("--vae", metavar="PATH", help="VAE folder or file (default: vae/ in the model's folder)")
     group.add_argument(
         "--text-encoder",
         metavar="PATH",
         help="folder or file (default: text_encoder/ and tokenizer/ in the model's folder)",
     )
-    group.add_argument("--lora", type=Path, metavar="FILE", help="an official LoRA, merged into the weights")
+    group.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of any form, merged into the weights; may be given several times (default strength: 1)",
+    )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     group.add_argument("--fp8", action="store_true", help="large layers in 8 bits: faster, half the memory, lossy")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -356,7 +362,9 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
     from ..checkpoints.safetensors_io import fingerprint
 
     return paths.fingerprints() | {
-        "lora": None if args.lora is None else fingerprint(args.lora),
+        "lora": None
+        if args.lora is None
+        else "+".join(fingerprint(path) + ("" if strength == 1 else f":{strength:g}") for path, strength in args.lora),
         "dtype": str(dtype_of(args.dtype, device)).removeprefix("torch."),
         "fp8": args.fp8,
         "attention": args.attention,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.load import load_transformer, open_checkpoint
-from ..checkpoints.lora import merge_lora, read_lora
+from ..checkpoints.lora import Lora, read_lora
+from ..checkpoints.merged import MergedLoras
 from ..checkpoints.safetensors_io import fingerprint
 from ..errors import CheckpointError, LongCatError
 from ..model.backends import check as check_attention
 from ..model.block_sparse import BlockSparse
 from ..model.config import Optimizations
 from ..model.kv_cache import KVMode
-from ..optimize.quantization import Policy, quantize
+from ..optimize.quantization import Policy
 from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback, sample
 from ..sampling.schedules import Schedule, make_schedule
@@ -210,6 +212,8 @@ class Pipeline(Engine):
     vae: VideoVAE
     text_encoder: TextEncoder
     defaults: Defaults = RELEASED
+    # Exchanges the transformer's LoRAs; None where it did not come from a checkpoint.
+    loras: MergedLoras | None = None
 
     @classmethod
     def load(
@@ -220,10 +224,10 @@ class Pipeline(Engine):
         device: str | torch.device = "cpu",
         optimizations: Optimizations | None = None,
         fp8: bool = False,
-        lora: str | Path | None = None,
+        lora: str | Path | Sequence[Lora] | None = None,
     ) -> Pipeline:
-        """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: an official LoRA file,
-        merged before that.
+        """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: a LoRA file, or files
+        with strengths, merged before that.
 
         Raises LongCatError for files that do not fit the network or each other.
         """
@@ -232,7 +236,8 @@ class Pipeline(Engine):
         optimizations = optimizations or Optimizations()
         check_attention(optimizations.attention)
         # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
-        config = open_checkpoint(paths.model).config
+        checkpoint = open_checkpoint(paths.model)
+        config = checkpoint.config
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype, device=device)
         if text_encoder.channels != config.caption_channels:
@@ -240,17 +245,14 @@ class Pipeline(Engine):
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
                 f"{config.caption_channels}; give the text encoder that belongs to it"
             )
-        if lora is not None:
+        loras = [(lora, 1.0)] if isinstance(lora, str | Path) else list(lora or ())
+        for path, _ in loras:
             # Read, and so checked, before the large file is.
-            read_lora(lora)
-        policy = Policy() if fp8 and lora is None else None
-        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations, fp8=policy)
-        if lora is not None:
-            merge_lora(model, lora)
-            if fp8:
-                quantize(model)
-                model.set_optimizations(optimizations)
-        return cls(model, vae, text_encoder, paths.defaults)
+            read_lora(path)
+        policy = Policy() if fp8 else None
+        options = {"dtype": dtype, "device": device, "optimizations": optimizations, "fp8": policy, "lora": loras}
+        model = load_transformer(paths.model, **options)
+        return cls(model, vae, text_encoder, paths.defaults, MergedLoras(model, checkpoint, loras))
 
     @property
     def channels(self) -> int:

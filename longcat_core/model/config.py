@@ -68,6 +68,8 @@ class ModelConfig:
         names = {
             "adaln_tembed_dim": "adaln_dim",
             "frequency_embedding_size": "frequency_dim",
+            # FastVideo's word.
+            "num_attention_heads": "num_heads",
         }
         known = {f.name for f in fields(cls)}
         kwargs = {names.get(k, k): v for k, v in values.items() if names.get(k, k) in known}

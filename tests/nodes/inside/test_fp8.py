@@ -179,17 +179,6 @@ def test_clones_and_independent_copies(comfy, loaded, sample, empty):
         assert not loaded.is_dynamic()
 
 
-def test_weights_that_are_8_bit_already_are_refused(comfy):
-    from safetensors.torch import load_file
-
-    tensors = load_file(comfy.core("generate.pipeline").NANO_MODEL)
-    name = "blocks.0.attn.qkv.weight"
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    file = comfy.save("diffusion_models", "eight_already.safetensors", tensors)
-    with pytest.raises(comfy.core("errors").LongCatError, match=r"eight_already.*blocks.0.attn.qkv.weight as float8"):
-        comfy("LongCatModelLoader", model_name=file, weight_dtype="fp8 rowwise")
-
-
 def test_bypass_lora(comfy, loaded, sample, empty, lora):
     one = {"steps": 1, "guidance": 1.0}
     plain = sample(empty, loaded, **one)

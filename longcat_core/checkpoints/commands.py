@@ -1,0 +1,86 @@
+"""The `longcat` commands that work on checkpoint files. PyTorch is imported when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import LongCatError
+
+if TYPE_CHECKING:
+    from .convert import LayerError
+
+FORMS = ("bf16", "comfyui-fp8", "int8")
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint of any form: file or folder")
+    parser.add_argument("destination", type=Path, metavar="DST", help="the .safetensors file that is written")
+    parser.add_argument(
+        "--to",
+        choices=FORMS,
+        required=True,
+        help="bf16: official names, for ComfyUI and this program; comfyui-fp8: ComfyUI's names, projections in e4m3 "
+        "with a scale each; int8: the official INT8 form",
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the error of every tensor, as .json")
+
+
+def convert(args: argparse.Namespace) -> int:
+    """`longcat convert`: what was written is read back and measured before it takes its name."""
+    from . import convert as conversion
+
+    if args.report is not None and args.report.suffix != ".json":
+        raise LongCatError(f"{args.report} is not called .json; give a file name that ends so")
+    if args.report is not None and not args.report.resolve().parent.is_dir():
+        raise LongCatError(f"{args.report}: its folder does not exist; create it or choose another place")
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
+
+    # A small model is done before a bar would be read.
+    with tqdm(unit="tensor", dynamic_ncols=True, delay=1, leave=False) as bar:
+
+        def progress(done: int, of: int) -> None:
+            bar.total = of
+            bar.set_description("writing" if done <= of // 2 else "checking", refresh=False)
+            bar.update()
+
+        errors = conversion.convert(args.source, args.destination, args.to, progress)
+    if args.report is not None:
+        _write_report(args.report, errors)
+    print_errors(errors)
+    size = args.destination.stat().st_size
+    print(f"{args.destination}: {args.to}, {size / 1e9:.3g} GB, {len(errors)} tensors read back and equal")
+    return 0
+
+
+def print_errors(errors: list[LayerError]) -> None:
+    """A line for each kind of tensor that lost something, the blocks' together; the worst of them by name."""
+    kinds: dict[str, list[LayerError]] = {}
+    for error in errors:
+        kinds.setdefault(error.kind, []).append(error)
+    lossy = {kind: rows for kind, rows in kinds.items() if any(row.largest for row in rows)}
+    if not lossy:
+        print("every number is as in the source")
+        return
+    width = max(len(kind) for kind in lossy)
+    print(f"{'':<{width}}  relative error  largest  worst")
+    for kind, rows in lossy.items():
+        worst = max(rows, key=lambda row: row.relative)
+        mean = sum(row.relative for row in rows) / len(rows)
+        largest = max(row.largest for row in rows)
+        print(f"{kind:<{width}}  {mean:>14.2e}  {largest:.1e}  {worst.relative:.2e} {worst.name}")
+
+
+def _write_report(path: Path, errors: list[LayerError]) -> None:
+    from dataclasses import asdict
+
+    path.write_text(json.dumps([asdict(error) for error in errors], indent=1) + "\n", encoding="utf-8")
+
+
+# Name -> options, what runs, and a line of help.
+TASKS = {"convert": (add_convert, convert, "Write a checkpoint of any form as bf16, ComfyUI fp8 or INT8.")}

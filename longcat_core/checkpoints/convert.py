@@ -1,0 +1,231 @@
+"""A checkpoint of any form written as one file of another, and measured against what it was made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, LongCatError
+from ..model.transformer import LongCatTransformer
+from ..optimize.kernels import E4M3_MAX, TINY
+from ..optimize.quantization import LAYERS
+from .formats import COMFYUI, OFFICIAL, Format, Table
+from .load import CONFIG_KEY, Checkpoint, Part, Reader, match_parameters, open_checkpoint
+from .safetensors_io import Header, stream_safetensors
+
+INT8_MAX = 127
+
+# Stored tensors by what follows the module's name.
+Stored = dict[str, Tensor]
+Shape = tuple[int, ...]
+
+
+def as_bf16(weight: Tensor) -> Stored:
+    """A parameter of any shape."""
+    return {"weight": weight.bfloat16()}
+
+
+def as_scaled_fp8(weight: Tensor) -> Stored:
+    """weight [out, in] as e4m3 with one scale, []."""
+    scale = (weight.abs().amax().clamp(min=TINY) / E4M3_MAX).float()
+    values = (weight / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return {"weight": values, "scale_weight": scale}
+
+
+def as_int8(weight: Tensor) -> Stored:
+    """weight [out, in] as whole numbers with a scale for each row, [out]."""
+    scale = weight.abs().amax(1).clamp(min=TINY) / INT8_MAX
+    return {"weight_int8": (weight / scale[:, None]).round().to(torch.int8), "weight_scale": scale.float()}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is written. small: whether a module's weight is stored by `encode`; all else is bf16.
+
+    small_header: what `encode` makes of a weight of this shape.
+    """
+
+    form: Format
+    small: Callable[[str], bool] = lambda module: False
+    encode: Callable[[Tensor], Stored] = as_bf16
+    small_header: Callable[[Shape], Header] = lambda shape: {"weight": (torch.bfloat16, shape)}
+    markers: Stored = field(default_factory=dict)
+
+    def header(self, module: str, kind: str, shape: Shape) -> Header:
+        """What `stored` makes of a parameter of this shape."""
+        if kind == "weight" and self.small(module):
+            return self.small_header(shape)
+        return {kind: (torch.bfloat16, shape)}
+
+    def stored(self, module: str, kind: str, tensor: Tensor) -> Stored:
+        """A parameter of a module, by the network's name, as it is stored."""
+        if kind == "weight" and self.small(module):
+            return self.encode(tensor)
+        return {kind: tensor.bfloat16()}
+
+
+def _fp8_layer(module: str) -> bool:
+    # Embeddings, modulation and the final layer are fp32 islands.
+    return module.startswith("blocks.") and module.split(".", 2)[2] in (*LAYERS, "cross_attn.kv")
+
+
+def _int8_layer(module: str) -> bool:
+    # Every linear layer but the last, as official files have it.
+    return not module.endswith(("norm", "patch_embed", "final_layer.linear"))
+
+
+TARGETS = {
+    "bf16": Target(OFFICIAL),
+    # Two numbers in the marker ask ComfyUI for products in 16 bits, so that only weights are quantised.
+    "comfyui-fp8": Target(
+        COMFYUI,
+        _fp8_layer,
+        as_scaled_fp8,
+        lambda shape: {"weight": (torch.float8_e4m3fn, shape), "scale_weight": (torch.float32, ())},
+        {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+    ),
+    "int8": Target(
+        OFFICIAL,
+        _int8_layer,
+        as_int8,
+        lambda shape: {"weight_int8": (torch.int8, shape), "weight_scale": (torch.float32, shape[:1])},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What a tensor of the written file has lost.
+
+    relative: norm of the difference over the source's norm. largest: largest difference over the source's largest
+    number. kind: the module's name without its block.
+    """
+
+    name: str
+    kind: str
+    relative: float
+    largest: float
+
+
+def convert(
+    source: str | Path, destination: str | Path, to: str, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[LayerError]:
+    """Write the checkpoint `source` to the file `destination` in the form `to`, one of TARGETS; returns the errors.
+
+    One parameter at a time is held. The written file is read back as any checkpoint is, compared with what should be
+    in it number by number and measured against the source, before it takes its name. progress: called with how many
+    parameters of how many are done, twice over. Raises LongCatError for bad input, with `destination` as it was.
+    """
+    target, destination = TARGETS[to], Path(destination)
+    checkpoint = open_checkpoint(source)
+    table = dict(target.form.modules(checkpoint.config.depth))
+    with torch.device("meta"):
+        model = LongCatTransformer(checkpoint.config)
+        parameters = dict(model.named_parameters())
+    parts = match_parameters(checkpoint, parameters)
+    header: Header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in target.markers.items()}
+    for name, parameter in parameters.items():
+        module, _, kind = name.rpartition(".")
+        shape = parameter.shape[0] // len(table[module]), *parameter.shape[1:]
+        for source_name in table[module]:
+            for suffix, entry in target.header(module, kind, shape).items():
+                header[f"{source_name}.{suffix}"] = entry
+    reader = Reader(checkpoint)
+    reader.check_formats()
+    size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in header.values())
+    check_destination(destination, checkpoint, size)
+    errors: list[LayerError] = []
+    done, of = 0, 2 * len(parameters)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, of)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from target.markers.items()
+        for name, parameter in parameters.items():
+            whole = _wide(reader, parts[name], parameter)
+            if not torch.stack(whole.aminmax()).isfinite().all():
+                raise CheckpointError(f"{source} has NaN or infinite values in {name}; download it again")
+            yield from _stored(target, table, name, whole)
+            step()
+
+    def check(written: Path) -> None:
+        again = open_checkpoint(written)
+        if again.config != checkpoint.config or again.form != target.form:
+            raise CheckpointError(f"{destination} reads back as another model; nothing was written")
+        found, other = match_parameters(again, parameters), Reader(again)
+        other.check_formats()
+        for name, parameter in parameters.items():
+            whole = _wide(reader, parts[name], parameter)
+            for stored, tensor in _stored(target, table, name, whole):
+                if not torch.equal(_bytes(tensor), _bytes(other.rows(stored))):
+                    raise CheckpointError(
+                        f"{destination} reads back with another {stored} than was written; the disk or memory is faulty"
+                    )
+            errors.extend(_errors(name, found[name], whole, _wide(other, found[name], parameter)))
+            step()
+
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(checkpoint.config.to_dict())}
+    stream_safetensors(destination, header, tensors(), metadata, check)
+    return errors
+
+
+def _wide(reader: Reader, parts: list[Part], parameter: Tensor) -> Tensor:
+    return reader.into(torch.empty(parameter.shape, dtype=torch.float32), parts)
+
+
+def _stored(target: Target, table: Table, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that a parameter of the network is in the target's form."""
+    module, _, kind = name.rpartition(".")
+    for source, part in zip(table[module], tensor.chunk(len(table[module])), strict=True):
+        for suffix, value in target.stored(module, kind, part).items():
+            yield f"{source}.{suffix}", value
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _errors(name: str, parts: list[Part], wanted: Tensor, given: Tensor) -> Iterator[LayerError]:
+    kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
+    for part, one, other in zip(parts, wanted.chunk(len(parts)), given.chunk(len(parts)), strict=True):
+        off = other.sub_(one)
+        relative = off.norm() / one.norm().clamp(min=TINY)
+        largest = _largest(off) / _largest(one).clamp(min=TINY)
+        yield LayerError(part.name, kind, float(relative), float(largest))
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    # In one pass, without a copy.
+    return torch.stack(tensor.aminmax()).abs().max()
+
+
+def check_destination(destination: Path, checkpoint: Checkpoint, size: int) -> None:
+    """Raise LongCatError unless `size` bytes can be written to `destination` and spoil nothing of the checkpoint."""
+    folder = destination.resolve().parent
+    if destination.suffix != ".safetensors":
+        raise LongCatError(f"{destination} is not called .safetensors; give a file name that ends so")
+    if destination.is_dir():
+        raise LongCatError(f"{destination} is a folder; give the name of a file in it")
+    if not folder.is_dir():
+        raise LongCatError(f"{destination}: the folder {folder} does not exist; create it or choose another place")
+    for file in set(checkpoint.where.values()):
+        if destination.exists() and os.path.samefile(file, destination):
+            raise LongCatError(f"{destination} is the source itself; give another name")
+        if Path(checkpoint.source).is_dir() and file.resolve().parent == folder:
+            raise LongCatError(f"{destination} would lie among the source's own files; choose another folder")
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise LongCatError(
+            f"{destination} takes {size / 1e9:.1f} GB but {folder} has {free / 1e9:.1f} GB free; make room or choose "
+            "another place"
+        )
