@@ -149,16 +149,11 @@ def contact_sheet(
     image, draw_on, fonts = _package("PIL.Image"), _package("PIL.ImageDraw"), _package("PIL.ImageFont")
     picked = sorted({round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))})
     columns = min(columns, len(picked))
-    height, width = frames.shape[1:3]
-    if width <= cell_width:
-        factor = max(1, round(cell_width / width))
-        size, filter_ = (width * factor, height * factor), image.Resampling.NEAREST
-    else:
-        size, filter_ = (cell_width, max(1, round(height * cell_width / width))), image.Resampling.LANCZOS
+    size, filter_ = cell_form(*frames.shape[1:3], cell_width)
     margin, label, gap = 20, 24, 14
     font, prompt_font = fonts.load_default(size=14), fonts.load_default(size=24)
     sheet_width = 2 * margin + columns * size[0] + (columns - 1) * gap
-    lines = _wrap(prompt, prompt_font.getlength, sheet_width - 2 * margin)
+    lines = wrap(prompt, prompt_font.getlength, sheet_width - 2 * margin)
     rows = -(-len(picked) // columns)
     top = margin + rows * (size[1] + label + gap)
     sheet = image.new("RGB", (sheet_width, top + 32 * len(lines) + margin), (250, 250, 250))
@@ -174,7 +169,16 @@ def contact_sheet(
         sheet.save(temporary)
 
 
-def _wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
+def cell_form(height: int, width: int, cell_width: int) -> tuple[tuple[int, int], Any]:
+    """(width, height) in pixels of a frame in a picture, and Pillow's filter for it: see `contact_sheet`."""
+    resampling = _package("PIL.Image").Resampling
+    if width <= cell_width:
+        factor = max(1, round(cell_width / width))
+        return (width * factor, height * factor), resampling.NEAREST
+    return (cell_width, max(1, round(height * cell_width / width))), resampling.LANCZOS
+
+
+def wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
     """Lines of `text` at most `width` wide; words break only where one alone is too long."""
     lines, line = [], ""
     for word in text.split():

@@ -217,7 +217,7 @@ def test_long_prompt_is_wrapped(tmp_path: Path) -> None:
 
 def test_wrapping_loses_nothing() -> None:
     text = "a wonderful  sentence with averyveryverylongword in it"
-    lines = media._wrap(text, len, 10)
+    lines = media.wrap(text, len, 10)
     assert all(len(line) <= 10 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
