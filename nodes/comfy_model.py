@@ -35,7 +35,7 @@ from ..longcat_core.model.backends import Kernels
 from ..longcat_core.model.config import ModelConfig, Optimizations, TextMode
 from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.model.kv_cache import KVCache
-from ..longcat_core.model.memory import activation_bytes, text_bytes
+from ..longcat_core.model.memory import forward_bytes, text_bytes
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.kernels import HALF
 from ..longcat_core.optimize.kernels import missing as kernels_missing
@@ -50,11 +50,6 @@ OPTIMIZATIONS_KEY = "longcat_optimizations"
 CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
 TEXT_CACHE_KEY = "longcat_text_cache"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
-
-# Measured peak over counted peak of one forward (longcat_core.model.memory), and 3 % for what the allocator wastes:
-# 1.02 to 1.15 by PyTorch's kernels, the smaller the video the more, 0.78 by the pack's own (480p and 720p with and
-# without guidance, H100, 2026-11-23; `longcat bench memory` measures it).
-MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.8
 
 
 def _replaced(layer: torch.nn.Module) -> bool:
@@ -214,8 +209,7 @@ class DiffusionModel(LongCatTransformer):
     def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype) -> int:
         """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
         own = self.asked.fused_kernels and self.asked.explicit_fp32 and dtype in HALF and not kernels_missing()
-        fit = MEMORY_FIT_OWN if own else MEMORY_FIT
-        return int(activation_bytes(self.config, latents, dtype.itemsize) * fit)
+        return forward_bytes(self.config, latents, dtype.itemsize, own)
 
     def read_text(self, context: Tensor) -> TextTokens:
         """Text [B, L, caption], padded with zero rows, as `embed_text` arranges it."""

@@ -51,7 +51,7 @@ have {EXACT_LIMIT}.""",
     "memory": """## Memory
 
 Peak of a forward over what the model holds, beside what `longcat_core.model.memory.activation_bytes` counts. The
-largest ratio is what ComfyUI's estimate has to be multiplied by (`MEMORY_FIT_OWN` in `nodes/comfy_model.py`).""",
+largest ratio is what estimates have to be multiplied by (`MEMORY_FIT_OWN` there).""",
     "scale": "## By number of tokens\n\nThe exact path, without guidance.",
     "recompiles": """## Compiling
 

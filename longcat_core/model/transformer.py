@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -141,6 +141,17 @@ class LongCatTransformer(nn.Module):
         # `asked` stays where a lossy setting is given up.
         self.asked = self.optimizations = optimizations
         self._trusted = False
+
+    def stream_blocks(self, device: torch.device | str, streamed: Iterable[int]) -> None:
+        """Have these blocks' weights wait in CPU memory until they run on `device`; more of them than did before.
+
+        No gradients from then on. The other weights must lie on the device.
+        """
+        if self.stream is None:
+            # Keys of the text are made once for a prompt.
+            self.stream = BlockStream(self.blocks, device, streamed, lambda name: name.startswith("cross_attn.kv."))
+        else:
+            self.stream.extend(streamed)
 
     def _lossy(self) -> list[tuple[str, Optimizations]]:
         """What in force may spoil the output, in words, and the optimizations without it."""

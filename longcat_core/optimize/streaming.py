@@ -100,22 +100,28 @@ class BlockStream:
         late: of a block's parameters, by name, those that most runs can do without (see `running`).
         """
         self.blocks, self.device = blocks, torch.device(device)
+        self._late = late
         self._waiting: dict[int, _Waiting] = {}
-        for i in sorted(streamed):
-            self._waiting[i] = _Waiting(blocks[i], late)
-            _run_on(blocks[i], self.device)
+        self._slots: list[_Slot] = []
+        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.extend(streamed)
         for i, block in enumerate(blocks):
             if i not in self._waiting:
                 block.to(self.device)
-        order = list(self._waiting)
+
+    def extend(self, streamed: Iterable[int]) -> None:
+        """Have these blocks wait as well. Not while one runs."""
+        self.rest()
+        for i in sorted(set(streamed) - set(self._waiting)):
+            self._waiting[i] = _Waiting(self.blocks[i], self._late)
+            _run_on(self.blocks[i], self.device)
+        order = sorted(self._waiting)
         self._after = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-        self._slots: list[_Slot] = []
-        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def streamed(self) -> tuple[int, ...]:
         """Indexes of the blocks that wait in CPU memory."""
-        return tuple(self._waiting)
+        return tuple(sorted(self._waiting))
 
     @property
     def nbytes(self) -> int:
