@@ -25,7 +25,7 @@ from ..model.config import ModelConfig, Optimizations
 from ..model.kv_cache import KVMode
 from ..optimize.kernels import HALF
 from ..optimize.kernels import missing as kernels_missing
-from ..optimize.plan import GIB, Plan, Weights, Work, choose_plan, free_bytes, smaller
+from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, free_bytes, smaller
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
 from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
@@ -353,13 +353,7 @@ class Pipeline(Engine):
         plan = smaller(before, self.model.config.depth, guided)
         if plan is None:
             return False
-        if plan.split_guidance != before.split_guidance:
-            self.model.set_optimizations(replace(self.model.optimizations, split_guidance=True))
-        if plan.streamed != before.streamed:
-            waiting = () if self.model.stream is None else self.model.stream.streamed
-            resident = [i for i in range(self.model.config.depth) if i not in waiting]
-            more = spread(len(resident), plan.streamed - len(waiting))
-            self.model.stream_blocks(self.model.patch_embed.weight.device, [resident[i] for i in more])
+        apply_plan(self.model, plan)
         self.plan = plan
         _empty_cache()
         warnings.warn(f"out of memory; going on with less: {plan.told(self.model.config.depth)}", stacklevel=3)

@@ -12,7 +12,7 @@ from ..model.config import ModelConfig
 from ..model.memory import forward_bytes, kv_cache_bytes, text_bytes
 from ..model.transformer import LongCatTransformer
 from .quantization import Policy
-from .streaming import SLOTS
+from .streaming import SLOTS, spread
 
 GIB = 1 << 30
 # What libraries take for themselves, and what an allocator cannot use of what it has.
@@ -157,3 +157,17 @@ def free_bytes(device: torch.device) -> int:
     free += own - used
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
     return min(free, int(fraction * total) - used)
+
+
+def apply_plan(model: LongCatTransformer, plan: Plan) -> None:
+    """Have a network that lies on the device, or streams already, run as `plan` says; nothing comes back to the device.
+
+    Blocks that begin to wait are spread among those that did not.
+    """
+    if plan.split_guidance != model.optimizations.split_guidance:
+        model.set_optimizations(replace(model.optimizations, split_guidance=plan.split_guidance))
+    waiting = () if model.stream is None else model.stream.streamed
+    resident = [i for i in range(model.config.depth) if i not in waiting]
+    more = spread(len(resident), max(0, plan.streamed - len(waiting)))
+    if more:
+        model.stream_blocks(model.patch_embed.weight.device, [resident[i] for i in more])
