@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.conds
@@ -32,6 +32,7 @@ from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
 from ..longcat_core.model.backends import Kernels
+from ..longcat_core.model.block import run_block
 from ..longcat_core.model.config import ModelConfig, Optimizations, TextMode
 from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.model.kv_cache import KVCache
@@ -68,6 +69,16 @@ def _linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
     out = F.linear(x, weight, bias)
     comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
     return out
+
+
+def _is_streamed(block: torch.nn.Module, device: torch.device) -> bool:
+    """Whether a weight of the block is elsewhere than on `device`, or is patched at its use."""
+    return any(
+        getattr(layer, "weight_function", None)
+        or getattr(layer, "bias_function", None)
+        or any(parameter.device != device for parameter in layer.parameters(recurse=False))
+        for layer in block.modules()
+    )
 
 
 def _sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
@@ -205,6 +216,18 @@ class DiffusionModel(LongCatTransformer):
         if optimizations != self.asked:
             self.set_optimizations(optimizations)
         return user_kernels(optimizations, options, self.choose_kernels(device))
+
+    def _compiled_call(self, kernels: Kernels, grid: Sequence[int]) -> Callable[..., Tensor]:
+        """Blocks whose weights ComfyUI hands over as they are used run uncompiled: each would be a graph of its own, of
+        its LoRAs' names and strengths, and what ComfyUI does beside it does not compile."""
+        compiled = super()._compiled_call(kernels, grid)
+        if torch.compiler.is_compiling():
+            return compiled
+
+        def call(block: torch.nn.Module, x: Tensor, *args: Any) -> Tensor:
+            return (run_block if _is_streamed(block, x.device) else compiled)(block, x, *args)
+
+        return call
 
     def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype) -> int:
         """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
