@@ -171,3 +171,20 @@ def apply_plan(model: LongCatTransformer, plan: Plan) -> None:
     more = spread(len(resident), max(0, plan.streamed - len(waiting)))
     if more:
         model.stream_blocks(model.patch_embed.weight.device, [resident[i] for i in more])
+
+
+def plan_table(
+    sizes: Sequence[float], config: ModelConfig, work: Work, dtype: torch.dtype, text_encoder: int, own: bool = True
+) -> list[tuple[str, str, str]]:
+    """Rows of what is chosen with so many GiB free: the size, in 16 bits, with fp8."""
+    rows = []
+    for gib in sizes:
+        cells = []
+        for fp8 in (None, Policy()):
+            weights, free = Weights.of(config, dtype, fp8), int(gib * GIB)
+            settings = {"free": free, "own": own, "text_encoder": text_encoder}
+            plan, needed = choose_plan(config, weights, work, dtype.itemsize, **settings)
+            told = plan.told(config.depth) or "everything on the GPU"
+            cells.append(f"{told} ({needed / GIB:.1f} GiB{'' if needed <= free else ', too much'})")
+        rows.append((f"{gib:g} GiB", *cells))
+    return rows
