@@ -18,6 +18,8 @@ from .errors import LongCatError
 from .generate import commands as tasks
 
 BAD_INPUT, INTERRUPTED = 2, 130
+# What cards have, and the released text encoder's weights in 16 bits.
+CARDS_GIB, UMT5_XXL_BYTES = (48, 32, 24, 16, 12, 8), 11_361_820_672
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +66,12 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         add(command(name, run, summary))
     sub = command("verify", verify, "Run the golden cases of a folder through this code and print a table.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="folder of golden data")
+    sub = command("plan", plan, "Show what goes where with less GPU memory, for the released model.")
+    sub.add_argument("memory", type=number, nargs="*", metavar="GIB", help="free GPU memory (default: 48 to 8)")
+    sub.add_argument("--size", type=size, default=(480, 832), metavar="HxW", help="default: 480x832")
+    sub.add_argument("--frames", type=whole, default=93, metavar="N", help="4k+1 (default: 93)")
+    sub.add_argument("--cond-frames", type=whole, default=0, metavar="N", help="given frames, 4k+1 (default: none)")
+    sub.add_argument("--no-guidance", action="store_true", help="as distilled and refining run")
     command("backends", backends, "List the attention backends, and why one cannot be used.")
     sub = command("score-nano", score_nano, "Measure how well the embedded model follows fresh prompts.")
     sub.add_argument("--prompts", type=whole, default=64, metavar="N", help="how many prompts (default: 64)")
@@ -90,6 +98,28 @@ def verify(args: argparse.Namespace) -> int:
     from .benchmark.verify import run_verify
 
     return run_verify(args.directory)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`longcat plan`."""
+    import torch
+
+    from .benchmark.results import markdown
+    from .generate.request import check_frames, check_side
+    from .model.config import ModelConfig
+    from .optimize.plan import Work, plan_table
+    from .sampling.conditioning import latent_frames, latent_shape
+
+    for name, side in zip(("height", "width"), args.size, strict=True):
+        check_side(name, side)
+    check_frames(args.frames)
+    given = latent_frames(args.cond_frames) if args.cond_frames else 0
+    if any(not gib > 0 for gib in args.memory):
+        raise LongCatError("memory is given in GiB above 0")
+    work = Work((1, *latent_shape(args.frames, *args.size)), not args.no_guidance, given)
+    rows = plan_table(args.memory or CARDS_GIB, ModelConfig(), work, torch.bfloat16, UMT5_XXL_BYTES)
+    print(markdown(("free", "bf16", "fp8"), rows))
+    return 0
 
 
 def backends(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.conds
@@ -32,10 +32,11 @@ from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
 from ..longcat_core.model.backends import Kernels
+from ..longcat_core.model.block import run_block
 from ..longcat_core.model.config import ModelConfig, Optimizations, TextMode
 from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.model.kv_cache import KVCache
-from ..longcat_core.model.memory import activation_bytes, text_bytes
+from ..longcat_core.model.memory import forward_bytes, text_bytes
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.kernels import HALF
 from ..longcat_core.optimize.kernels import missing as kernels_missing
@@ -50,11 +51,6 @@ OPTIMIZATIONS_KEY = "longcat_optimizations"
 CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
 TEXT_CACHE_KEY = "longcat_text_cache"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
-
-# Measured peak over counted peak of one forward (longcat_core.model.memory), and 3 % for what the allocator wastes:
-# 1.02 to 1.15 by PyTorch's kernels, the smaller the video the more, 0.78 by the pack's own (480p and 720p with and
-# without guidance, H100, 2026-11-23; `longcat bench memory` measures it).
-MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.8
 
 
 def _replaced(layer: torch.nn.Module) -> bool:
@@ -73,6 +69,16 @@ def _linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
     out = F.linear(x, weight, bias)
     comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
     return out
+
+
+def _is_streamed(block: torch.nn.Module, device: torch.device) -> bool:
+    """Whether a weight of the block is elsewhere than on `device`, or is patched at its use."""
+    return any(
+        getattr(layer, "weight_function", None)
+        or getattr(layer, "bias_function", None)
+        or any(parameter.device != device for parameter in layer.parameters(recurse=False))
+        for layer in block.modules()
+    )
 
 
 def _sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
@@ -211,11 +217,22 @@ class DiffusionModel(LongCatTransformer):
             self.set_optimizations(optimizations)
         return user_kernels(optimizations, options, self.choose_kernels(device))
 
+    def _compiled_call(self, kernels: Kernels, grid: Sequence[int]) -> Callable[..., Tensor]:
+        """Blocks whose weights ComfyUI hands over as they are used run uncompiled: each would be a graph of its own, of
+        its LoRAs' names and strengths, and what ComfyUI does beside it does not compile."""
+        compiled = super()._compiled_call(kernels, grid)
+        if torch.compiler.is_compiling():
+            return compiled
+
+        def call(block: torch.nn.Module, x: Tensor, *args: Any) -> Tensor:
+            return (run_block if _is_streamed(block, x.device) else compiled)(block, x, *args)
+
+        return call
+
     def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype) -> int:
         """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
         own = self.asked.fused_kernels and self.asked.explicit_fp32 and dtype in HALF and not kernels_missing()
-        fit = MEMORY_FIT_OWN if own else MEMORY_FIT
-        return int(activation_bytes(self.config, latents, dtype.itemsize) * fit)
+        return forward_bytes(self.config, latents, dtype.itemsize, own)
 
     def read_text(self, context: Tensor) -> TextTokens:
         """Text [B, L, caption], padded with zero rows, as `embed_text` arranges it."""

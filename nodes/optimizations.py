@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
+import comfy.samplers
 import torch
 from comfy_api.latest import io
 
@@ -34,9 +35,12 @@ TOOLTIPS = {
     "fused_step": "Guidance compiled into one function, where compile is on, under LongCat Sampler and LongCat Guider.",
     "fp8": "8-bit matrix products in layers that were quantised to fp8; off: the same weights in 16-bit products.",
     "fused_kernels": "Norms, RoPE, gates and activations by the pack's own Triton kernels, on CUDA and in 16 bits.",
+    "split_guidance": "The halves of guidance one after the other: half the memory for activations, about the same "
+    "time where videos are large. ComfyUI decides by its own estimate otherwise. Same result.",
 }
+CALC = "sampler_calc_cond_batch_function"
 # Later than the first workflows that were saved with this node, which lack them.
-ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels")
+ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance")
 
 
 def _input(name: str, kind: Any, default: Any) -> io.Input:
@@ -88,6 +92,12 @@ def _fp8(value: bool, device: torch.device, eight: int) -> str:
     return f" ({eight} layers)"
 
 
+def halves_in_turn(args: dict[str, Any]) -> list[torch.Tensor]:
+    """The conds of a step one after the other, each a batch of its own: ComfyUI's sampler_calc_cond_batch_function."""
+    given = args["input"], args["sigma"], args["model_options"]
+    return [out for cond in args["conds"] for out in comfy.samplers.calc_cond_batch(args["model"], [cond], *given)]
+
+
 class OptimizationsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -124,6 +134,10 @@ class OptimizationsNode(io.ComfyNode):
             model = model.clone()
         options = model.model_options.setdefault("transformer_options", {})
         options[OPTIMIZATIONS_KEY] = optimizations
+        if optimizations.split_guidance:
+            model.set_model_sampler_calc_cond_batch_function(halves_in_turn)
+        elif model.model_options.get(CALC) is halves_in_turn:
+            del model.model_options[CALC]
         casts = model.model.manual_cast_dtype is not None or getattr(model, "is_dynamic", lambda: False)()
         eight = len(comfy_fp8.layers(model.model.diffusion_model))
         return io.NodeOutput(model, report(optimizations, asked, device, options, casts, eight))

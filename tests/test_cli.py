@@ -492,3 +492,22 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "interrupted" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_plan_shows_what_goes_where(capsys):
+    assert cli.main(["plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [f"{n} GiB" for n in (48, 32, 24, 16, 12, 8)]
+    assert "everything on the GPU" in lines[2] and "blocks wait" not in lines[3] and "blocks wait" in lines[-1]
+    # Given frames and their keys take room; without guidance there are no halves.
+    assert cli.main(["plan", "24", "--cond-frames", "13"]) == 0
+    assert "keys of given frames wait" in capsys.readouterr().out
+    assert cli.main(["plan", "4", "--no-guidance"]) == 0
+    said = capsys.readouterr().out
+    assert "too much" in said and "halves" not in said
+
+
+@pytest.mark.parametrize("argv", [["--frames", "92"], ["--size", "481x832"], ["--cond-frames", "12"], ["0"], ["-3"]])
+def test_plan_refuses(argv, capsys):
+    assert cli.main(["plan", *argv]) == 2
+    assert capsys.readouterr().err.startswith("longcat: error: ")

@@ -29,6 +29,7 @@ PARTS = {
     "scale": "Tokens against time and memory.",
     "continuation": "A step with given frames: their keys and values at every step, or from a cache.",
     "refine": "One evaluation of the refinement to 720p: attention in full and block-sparse, exact and fp8.",
+    "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
 }
 # Parts of `all` that need no whole model run on so many of its blocks.
@@ -47,6 +48,7 @@ COLUMNS = {
     "scale": ("size", "tokens", "ms", "peak_gib", "status"),
     "continuation": ("name", "ms", "ratio", "once_ms", "cache_gib", "peak_gib", "difference", "status"),
     "refine": ("name", "ms", "peak_gib", "ratio", "attention", "status"),
+    "cards": ("name", "ms", "ratio", "floor_ms", "peak_gib", "plan", "status"),
     "recompiles": ("name", "graphs", "at_most", "first_s", "status"),
     "backends": ("name", "attention", "ms", "tflops", "error", "status"),
 }
@@ -172,7 +174,18 @@ def _report(kind: str, bench: Bench, settings: Settings, name: str = "") -> Repo
 
 def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact") -> None:
     """One part on a model that is there; its table and its plots. variant: of `profile`."""
-    from . import ablation, continuation, exactness, gradients, kernels, profiling, recompiles, refine_step, scale
+    from . import (
+        ablation,
+        cards,
+        continuation,
+        exactness,
+        gradients,
+        kernels,
+        profiling,
+        recompiles,
+        refine_step,
+        scale,
+    )
 
     args = settings.args
     if kind == "continuation":
@@ -194,6 +207,11 @@ def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact"
         profiling.profile_step(bench, report, variant)
     elif kind == "refine":
         refine_step.refine(bench, report, fp8=not args.no_fp8)
+    elif kind == "cards":
+        size, blocks = bench.size, bench.model.config.depth
+        # Two of them do not fit the device.
+        bench.model = None
+        cards.cards(bench, report, lambda: _bench(settings, size, blocks), fp8=not args.no_fp8)
     elif kind == "training":
         gradients.training(bench, report, args.few_blocks)
     else:
@@ -254,12 +272,23 @@ def _everything(settings: Settings, size: Any) -> None:
     del bench
     few = min(args.few_blocks, depth)
     bench = _bench(settings, size, few)
-    kinds = ("exactness", "memory", "recompiles", "training", "ablation", "policies", "scale", "continuation", "refine")
+    kinds = (
+        "exactness",
+        "memory",
+        "recompiles",
+        "training",
+        "ablation",
+        "policies",
+        "scale",
+        "continuation",
+        "cards",
+        "refine",
+    )
     for kind in kinds:
         if kind == "policies" and args.no_fp8:
             continue
-        if quantised_layers(bench.model):
-            # A part left them so, and the exact path would be none.
+        if bench.model is None or quantised_layers(bench.model):
+            # A part left it so, and the exact path would be none.
             bench = _bench(settings, size, few)
         if kind == "refine":
             bench = bench.sized(workload.Size(*_default(REFINED, settings.device)))

@@ -18,7 +18,7 @@ from .targets import DISTILLED_STEPS, EXACT_LIMIT
 # Order of the page.
 KINDS = (
     *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
-    *("training", "continuation", "refine"),
+    *("cards", "training", "continuation", "refine"),
 )
 
 INTRODUCTION = """# Performance
@@ -51,7 +51,7 @@ have {EXACT_LIMIT}.""",
     "memory": """## Memory
 
 Peak of a forward over what the model holds, beside what `longcat_core.model.memory.activation_bytes` counts. The
-largest ratio is what ComfyUI's estimate has to be multiplied by (`MEMORY_FIT_OWN` in `nodes/comfy_model.py`).""",
+largest ratio is what estimates have to be multiplied by (`MEMORY_FIT_OWN` there).""",
     "scale": "## By number of tokens\n\nThe exact path, without guidance.",
     "recompiles": """## Compiling
 
@@ -67,6 +67,11 @@ generation. *Difference*: of the frames after these steps from those without a c
 One evaluation of the network without guidance, attention in full and block-sparse. *Attention alone* is one layer's, of
 block-sparse attention with its choice of chunks. The public code takes {targets.PUBLIC_REFINE} s, block-sparse and
 eager, on an H100 for {targets.REFINE_SIZE}.""",
+    "cards": """## Smaller cards
+
+Steps of the sampler while PyTorch may take no more memory than such a card has. *Plan*: what `longcat` chooses by
+itself then. *Floor*: the step without a limit, or what the weights that wait take to be copied once a forward if that
+is longer. Peaks are of the whole sampling. The GPU's own speed stays what it is; a smaller card is slower.""",
     "training": "## Gradient checkpointing\n\nOne loss and its gradients, with and without recomputing each block.",
 }
 
@@ -278,6 +283,20 @@ def _memory(results: dict[str, Any]) -> str:
     return _columns(**columns, status="")(results) + told
 
 
+def _cards(results: dict[str, Any]) -> str:
+    lines = []
+    for row in results["rows"]:
+        if row.get("phase") == "preparation":
+            continue
+        asked, met = row.get("target"), row.get("met")
+        told = None if asked is None else f"{asked}: {'met' if met else 'missed'}"
+        figures = [row.get(name) for name in ("ms", "ratio", "transfer_ms", "floor_ms", "peak_gib")]
+        lines.append((row["name"], row["plan"], *figures, told, row["status"]))
+    head = ("", "plan", "ms a step", "x no limit", "transfer ms", "floor ms", "peak GiB", "target", "")
+    rate = results["inputs"].get("copy_gb_s")
+    return markdown(head, lines) + (f"\n\nCopies to the GPU: {shown(rate)} GB/s." if rate else "")
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "paths": _paths,
     "ablation": _ablation,
@@ -303,6 +322,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         status="",
     ),
     "refine": _refine,
+    "cards": _cards,
     "training": _columns(
         name="", ms="ms", peak_gib="peak GiB", gradient_difference="difference of gradients", equal="equal", status=""
     ),

@@ -335,8 +335,11 @@ def load_transformer(
     config: ModelConfig | None = None,
     fp8: Policy | None = None,
     lora: Sequence[Lora] = (),
+    streamed: Sequence[int] = (),
 ) -> LongCatTransformer:
     """A network with the weights at `path`, in eval mode, every parameter in `dtype` on `device`.
+
+    streamed: blocks whose weights wait in CPU memory (`optimize.streaming`); each is worked up on the device.
 
     fp8: which layers become 8-bit ones as they arrive, so that the whole never lies on the device in 16 bits; what the
     file has in e4m3 already keeps its numbers and scales. lora: added to each weight as it arrives, before that.
@@ -355,6 +358,7 @@ def load_transformer(
     for name in eight_bit:
         check_sizes(*parameters[f"{name}.weight"].shape)
     state, extremes = {}, {}
+    waiting = tuple(f"blocks.{i}." for i in streamed)
     for name in parameters:
         layer, _, kind = name.rpartition(".")
         small, changed = kind == "weight" and layer in eight_bit, name in stack
@@ -372,9 +376,10 @@ def load_transformer(
             # e4m3 has no infinity, and one NaN of either sign.
             bad = (kept[0].view(torch.uint8) & 0x7F == 0x7F).any()
             extremes[name] = torch.stack(kept[1].masked_fill(bad, torch.nan).aminmax())
-        state[name] = kept[0]
+        home = "cpu" if name.startswith(waiting) else device
+        state[name] = kept[0].to(home)
         if small:
-            state[f"{layer}.weight_scale"] = kept[1]
+            state[f"{layer}.weight_scale"] = kept[1].to(home)
     _require_finite(extremes, checkpoint.source, dtype)
     for name in eight_bit:
         parent, _, child = name.rpartition(".")
@@ -384,7 +389,12 @@ def load_transformer(
         state |= new.state_dict(prefix=f"{name}.")
     model.load_state_dict(state, assign=True)
     model.set_optimizations(model.optimizations)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if streamed:
+        # It would keep each block's weights a second time.
+        state.clear()
+        model.stream_blocks(device, streamed)
+    return model
 
 
 def _require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:

@@ -143,6 +143,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="torch.compile of the transformer blocks: slower first step, faster others (auto: large models on a GPU "
         "where own kernels do not run)",
     )
+    group = parser.add_argument_group("memory (default: as little of this as the GPU's free memory asks for)")
+    group.add_argument("--memory", type=number, metavar="GIB", help="use at most so much of the GPU's")
+    group.add_argument("--stream-blocks", type=whole, default=0, metavar="N", help="blocks that wait in CPU memory")
+    group.add_argument("--stream-text-encoder", action="store_true", help="the text encoder waits in CPU memory")
+    group.add_argument("--split-guidance", action="store_true", help="its halves one after the other")
+    group.add_argument("--offload-kv-cache", action="store_true", help="given frames' keys wait in CPU memory")
+    group.add_argument("--tiled-vae", action="store_true", help="the VAE works on tiles; seams may be seen")
 
 
 def add_refine(parser: argparse.ArgumentParser) -> None:
@@ -170,6 +177,7 @@ def generate(args: argparse.Namespace) -> int:
     from ..model.backends import check as check_attention
     from .media import check_output, contact_sheet, estimate_bytes, write_video
     from .pipeline import ModelPaths
+    from .request import work_of
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     request = _request(args, args.prompt).filled(paths.defaults)
@@ -181,12 +189,13 @@ def generate(args: argparse.Namespace) -> int:
     paths.check()
     check_attention(args.attention)
     device = device_of(args.device)
+    _check_memory(args, device)
     for sentence in request.notes():
         note(sentence)
 
     started = time.monotonic()
     with notes_from_warnings():
-        pipeline = _load(args, paths, device)
+        pipeline = _load(args, paths, device, work_of(request))
         with progress() as bar:
             generation = pipeline.generate(request, bar)
     write_video(output, generation.frames, request.fps)
@@ -207,6 +216,7 @@ def long(args: argparse.Namespace) -> int:
     from .long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
     from .media import check_output, estimate_bytes, write_video
     from .pipeline import ModelPaths
+    from .request import work_of
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     prompts = spread_prompts(_prompts(args), args.segments)
@@ -223,6 +233,7 @@ def long(args: argparse.Namespace) -> int:
     paths.check()
     check_attention(args.attention)
     device = device_of(args.device)
+    _check_memory(args, device)
     request = replace(request, model=_model_settings(args, paths, device))
     for sentence in first.notes():
         note(sentence)
@@ -234,7 +245,8 @@ def long(args: argparse.Namespace) -> int:
         def callback(number: int, of: int, step: Any) -> None:
             bar(step, f"segment {number + 1}/{of}")
 
-        for segment in long_video(lambda: _load(args, paths, device), request, folder, callback):
+        work = work_of(first, request.overlap)
+        for segment in long_video(lambda: _load(args, paths, device, work), request, folder, callback):
             finished.append(segment)
             bar.say(segment.told(folder.path))
     write_video(output, new_frames(folder, finished), first.fps)
@@ -282,6 +294,7 @@ def refine(args: argparse.Namespace) -> int:
     paths.check()
     check_attention(args.attention)
     device = device_of(args.device)
+    _check_memory(args, device)
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 
@@ -292,7 +305,7 @@ def refine(args: argparse.Namespace) -> int:
             bar(step, f"piece {number + 1}/{of}")
 
         def load() -> Any:
-            return _load(args, paths, device)
+            return _load(args, paths, device, request.work(video, paths.defaults))
 
         def clips() -> Iterator[np.ndarray]:
             nonlocal count
@@ -373,18 +386,43 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
     }
 
 
-def _load(args: argparse.Namespace, paths: Any, device: torch.device) -> Any:
-    """The models as the options of `_add_model` ask for them."""
+def _load(args: argparse.Namespace, paths: Any, device: torch.device, work: Any) -> Any:
+    """The models as the options of `_add_model` ask for them, in room for `work`."""
     from ..model.config import Optimizations
+    from ..optimize.plan import Plan
 
-    return load_pipeline(
+    pipeline = load_pipeline(
         paths,
         dtype=dtype_of(args.dtype, device),
         device=device,
         optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
         fp8=args.fp8,
         lora=args.lora,
+        work=work,
+        least=Plan(args.stream_blocks, args.split_guidance, args.offload_kv_cache, args.stream_text_encoder),
     )
+    pipeline.vae.tiling = args.tiled_vae
+    if pipeline.told:
+        note(pipeline.told)
+    return pipeline
+
+
+def _check_memory(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise LongCatError for a limit or a plan that cannot be, and set the limit."""
+    import torch
+
+    from ..optimize.plan import GIB
+
+    if args.stream_blocks < 0:
+        raise LongCatError(f"--stream-blocks {args.stream_blocks} is less than none; give 0 or more")
+    if args.memory is None:
+        return
+    if device.type != "cuda":
+        raise LongCatError(f"--memory limits a GPU's memory, and this runs on the {device.type}; leave it out")
+    total = torch.cuda.get_device_properties(device).total_memory
+    if not 0 < args.memory <= total / GIB:
+        raise LongCatError(f"--memory {args.memory:g} is out of range; the GPU has {total / GIB:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(args.memory * GIB / total, device)
 
 
 def load_pipeline(paths: Any, **options: Any) -> Any:

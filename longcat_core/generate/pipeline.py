@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,13 @@ from ..checkpoints.safetensors_io import fingerprint
 from ..errors import CheckpointError, LongCatError
 from ..model.backends import check as check_attention
 from ..model.block_sparse import BlockSparse
-from ..model.config import Optimizations
+from ..model.config import ModelConfig, Optimizations
 from ..model.kv_cache import KVMode
+from ..optimize.kernels import HALF
+from ..optimize.kernels import missing as kernels_missing
+from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, free_bytes, smaller
 from ..optimize.quantization import Policy
+from ..optimize.streaming import spread
 from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback, sample
 from ..sampling.schedules import Schedule, make_schedule
@@ -196,6 +201,52 @@ class Engine(ABC):
         return latents if handed is None else torch.cat((latents, handed.to(latents)), dim=2)
 
 
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _plan(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    fp8: Policy | None,
+    optimizations: Optimizations,
+    work: Work | None,
+    least: Plan | None,
+    text_encoder: int,
+) -> tuple[Plan, str]:
+    """The plan for `work`, and what to tell of it. The VAE must lie on the device already."""
+    least = replace(
+        least or Plan(), split_guidance=optimizations.split_guidance or bool(least and least.split_guidance)
+    )
+    if least.streamed > config.depth:
+        raise LongCatError(
+            f"{least.streamed} blocks are to wait in CPU memory, the model has {config.depth}; give fewer"
+        )
+    if work is None or device.type != "cuda":
+        return least, least.told(config.depth)
+    own = optimizations.fused_kernels and optimizations.explicit_fp32 and dtype in HALF and not kernels_missing()
+    weights, free = Weights.of(config, dtype, fp8), free_bytes(device)
+    plan, needed = choose_plan(
+        config,
+        weights,
+        work,
+        dtype.itemsize,
+        free=free,
+        own=own,
+        text_encoder=text_encoder,
+        least=least,
+    )
+    told = plan.told(config.depth)
+    if needed > free:
+        warnings.warn(
+            f"this needs about {needed / GIB:.1f} GiB of GPU memory and {free / GIB:.1f} are free; it may run out",
+            stacklevel=3,
+        )
+    return plan, f"{free / GIB:.1f} GiB of GPU memory are free: {told}" if told else ""
+
+
 def check_finite(latents: Tensor) -> None:
     """Raise LongCatError for latents with NaN or infinity in them."""
     if not latents.isfinite().all():
@@ -214,6 +265,9 @@ class Pipeline(Engine):
     defaults: Defaults = RELEASED
     # Exchanges the transformer's LoRAs; None where it did not come from a checkpoint.
     loras: MergedLoras | None = None
+    # Where what lies, and that in words for a user, if it is not as usual.
+    plan: Plan = field(default_factory=Plan)
+    told: str = ""
 
     @classmethod
     def load(
@@ -225,9 +279,14 @@ class Pipeline(Engine):
         optimizations: Optimizations | None = None,
         fp8: bool = False,
         lora: str | Path | Sequence[Lora] | None = None,
+        work: Work | None = None,
+        least: Plan | None = None,
     ) -> Pipeline:
         """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: a LoRA file, or files
         with strengths, merged before that.
+
+        work: the largest sampling to come, for which the fastest plan that fits a GPU's free memory is made; None: all
+        parts lie on the device. least: what is asked of the plan in any case.
 
         Raises LongCatError for files that do not fit the network or each other.
         """
@@ -238,8 +297,9 @@ class Pipeline(Engine):
         # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
         checkpoint = open_checkpoint(paths.model)
         config = checkpoint.config
+        device = torch.device(device)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
-        text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype, device=device)
+        text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype)
         if text_encoder.channels != config.caption_channels:
             raise CheckpointError(
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
@@ -250,19 +310,54 @@ class Pipeline(Engine):
             # Read, and so checked, before the large file is.
             read_lora(path)
         policy = Policy() if fp8 else None
-        options = {"dtype": dtype, "device": device, "optimizations": optimizations, "fp8": policy, "lora": loras}
-        model = load_transformer(paths.model, **options)
-        return cls(model, vae, text_encoder, paths.defaults, MergedLoras(model, checkpoint, loras))
+        plan, told = _plan(config, dtype, device, policy, optimizations, work, least, text_encoder.nbytes)
+        options = {"dtype": dtype, "device": device, "fp8": policy, "lora": loras}
+        optimizations = replace(optimizations, split_guidance=optimizations.split_guidance or plan.split_guidance)
+        model = load_transformer(
+            paths.model, optimizations=optimizations, streamed=spread(config.depth, plan.streamed), **options
+        )
+        if plan.stream_text_encoder:
+            text_encoder.stream(device)
+        else:
+            text_encoder.to(device)
+        loaded = MergedLoras(model, checkpoint, loras)
+        return cls(model, vae, text_encoder, paths.defaults, loaded, plan, told)
 
     @property
     def channels(self) -> int:
         return self.model.config.in_channels
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels)
+        return self._tiled_if_need_be(self.vae.encode, pixels)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        return self.vae.decode(latents)[0].mul(255).round().to("cpu", torch.uint8).numpy()
+        frames = self._tiled_if_need_be(self.vae.decode, latents)
+        return frames[0].mul(255).round().to("cpu", torch.uint8).numpy()
+
+    def _tiled_if_need_be(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        try:
+            return run(x)
+        except torch.OutOfMemoryError as error:
+            if self.vae.tiling:
+                raise
+            # Its frames hold the tensors that are in the way.
+            traceback.clear_frames(error.__traceback__)
+        _empty_cache()
+        warnings.warn("the whole video does not fit the VAE's memory; it works on tiles from here on", stacklevel=3)
+        self.vae.tiling = True
+        return run(x)
+
+    def _make_room(self, guided: bool) -> bool:
+        """The next smaller plan, where a forward ran out of memory; False: there is none."""
+        before = replace(self.plan, split_guidance=self.model.optimizations.split_guidance)
+        plan = smaller(before, self.model.config.depth, guided)
+        if plan is None:
+            return False
+        apply_plan(self.model, plan)
+        self.plan = plan
+        _empty_cache()
+        warnings.warn(f"out of memory; going on with less: {plan.told(self.model.config.depth)}", stacklevel=3)
+        return True
 
     def denoise(
         self,
@@ -301,10 +396,15 @@ class Pipeline(Engine):
                 cond_latents=cond_latents,
                 kv_cache=kv_cache,
                 step_cache=step_cache,
+                offload_kv_cache=self.plan.offload_kv_cache,
+                make_room=lambda: self._make_room(guidance_scale != 1),
                 callback=callback,
             )
         finally:
             self.model.block_sparse = before
+            if self.model.stream is not None:
+                # The VAE is next.
+                self.model.stream.rest()
 
     def _text(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
         context, mask = self.text_encoder.encode([prompt])

@@ -21,8 +21,16 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..model.block_sparse import BlockSparse
+from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
-from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, seeded_noise, to_pixels, video_frames
+from ..sampling.conditioning import (
+    TEMPORAL_FACTOR,
+    latent_frames,
+    latent_shape,
+    seeded_noise,
+    to_pixels,
+    video_frames,
+)
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .pipeline import Engine, check_finite
@@ -61,6 +69,14 @@ class RefineRequest:
         if self.height is not None:
             return self.height, self.width
         return target_size(*video.shape[1:3], defaults.bucketed)
+
+    def work(self, video: np.ndarray, defaults: Defaults) -> Work:
+        """What sampling the largest piece will take."""
+        parts, factor = pieces(len(video), self.piece, self.overlap), 2 if self.doubled else 1
+        given = factor * self.overlap if len(parts) > 1 else 0
+        padding = Padding.of(factor * max(stop - start for start, stop in parts), given)
+        shape = latent_shape(padding.total, *self.size(video, defaults))
+        return Work((1, *shape), False, padding.given_latents)
 
     def seed_of(self, number: int) -> int:
         return (self.seed + number) % (MAX_SEED + 1)

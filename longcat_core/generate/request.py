@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import LongCatError
 from ..model.kv_cache import KVMode, check_mode
+from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
-from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
 from .media import read_image, read_video
@@ -165,6 +166,14 @@ class GenerateRequest:
                 f"{self.frames} frames leave nothing to generate after {self.cond_frames} given ones; "
                 f"ask for at least {self.cond_frames + TEMPORAL_FACTOR} frames"
             )
+
+
+def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
+    """What sampling a filled request will take. overlap: frames that later segments begin with, if there are any."""
+    given = max(request.cond_frames, overlap or 0)
+    shape = latent_shape(request.frames, request.height, request.width)
+    cond = latent_frames(given) if given and request.kv_cache != "off" else 0
+    return Work((1, *shape), request.guidance_scale != 1, cond)
 
 
 def nearest_frame_counts(frames: int) -> tuple[int, int]:

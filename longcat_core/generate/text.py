@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import re
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..checkpoints import umt5
 from ..checkpoints.safetensors_io import Header, check_tensors, read_header, read_tensors
 from ..errors import CheckpointError, LongCatError
+from ..optimize.streaming import BlockStream
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -40,6 +42,7 @@ class TextEncoder:
     def __init__(self, model: UMT5EncoderModel, tokenise: Tokenise) -> None:
         self.model = model.eval()
         self.tokenise = tokenise
+        self._stream: BlockStream | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,7 +50,32 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self.model.shared.weight.device
+        return self.model.shared.weight.device if self._stream is None else self._stream.device
+
+    @property
+    def nbytes(self) -> int:
+        """What the weights take."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def stream(self, device: str | torch.device) -> None:
+        """Run on `device` from now on, while the weights wait in CPU memory, where they must lie."""
+        encoder = self.model.encoder
+        encoder.final_layer_norm.to(device)
+        self._stream = stream = BlockStream(encoder.block, device, range(len(encoder.block)))
+        for i, block in enumerate(encoder.block):
+            runs: list[contextlib.AbstractContextManager] = []
+
+            def begin(*_: object, i: int = i, runs: list = runs) -> None:
+                runs.append(stream.running(i))
+                runs[-1].__enter__()
+
+            def end(*_: object, runs: list = runs) -> None:
+                if runs:
+                    runs.pop().__exit__(None, None, None)
+
+            block.register_forward_pre_hook(begin)
+            # Called after an error, too, or the block would stay where it is.
+            block.register_forward_hook(end, always_call=True)
 
     @property
     def channels(self) -> int:
@@ -55,7 +83,7 @@ class TextEncoder:
         return self.model.config.d_model
 
     def to(self, device: str | torch.device) -> TextEncoder:
-        """Move in place; returns self."""
+        """Move in place; returns self. Not once it streams."""
         self.model.to(device=device)
         return self
 
@@ -79,10 +107,14 @@ class TextEncoder:
 
         Computed in the encoder's dtype. An empty prompt is its EOS alone. Raises LongCatError for an empty list.
         """
-        ids, mask = (tensor.to(self.device) for tensor in self.tokens(prompts, max_length))
+        ids, mask = self.tokens(prompts, max_length)
         # Padding is masked out of attention, so columns that are padding in every row need not be computed.
-        used = int(mask.sum(1).max())
-        hidden = self.model(input_ids=ids[:, :used], attention_mask=mask[:, :used]).last_hidden_state.float()
+        used, mask = int(mask.sum(1).max()), mask.to(self.device)
+        # Looked up where the table lies, which is a fifth of all weights and may stay there.
+        looked_up = self.model.shared(ids[:, :used].to(self.model.shared.weight.device)).to(self.device)
+        hidden = self.model(inputs_embeds=looked_up, attention_mask=mask[:, :used]).last_hidden_state.float()
+        if self._stream is not None:
+            self._stream.rest()
         embeds = hidden.new_zeros(*ids.shape, hidden.shape[-1])
         embeds[:, :used] = hidden * mask[:, :used, None]
         return embeds, mask

@@ -142,6 +142,9 @@ class Optimizations:
         The element-wise work of a block (norm with modulation or RoPE, residual with gate, silu(gate) * up) by Triton
         kernels of our own, on CUDA and in 16 bits; off, and elsewhere: by PyTorch or its compiler. Same mathematics,
         other rounding.
+    split_guidance
+        The halves of guidance one after the other instead of as one batch: activations take half the memory. Same
+        mathematics, other rounding where kernels choose by batch.
     """
 
     fused_qkv: bool = True
@@ -156,6 +159,7 @@ class Optimizations:
     fused_step: bool = True
     fp8: bool = True
     fused_kernels: bool = True
+    split_guidance: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):

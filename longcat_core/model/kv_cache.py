@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..optimize.streaming import pinned
 from .config import ModelConfig
 from .rope import apply_rope, rope_table
 
@@ -50,8 +53,7 @@ class KVCache:
         self.grid = (num_latents, height, width)
         self.head_dim = config.head_dim
         shape = (config.depth, batch, num_latents * height * width, config.num_heads, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k, self.v = (_empty(shape, dtype, torch.device(device)) for _ in range(2))
         self.rotated = False
         self.out: Tensor | None = None
         self._fetched: tuple[int, Tensor, Tensor, torch.cuda.Event] | None = None
@@ -66,13 +68,14 @@ class KVCache:
         self.k[block].copy_(k)
         self.v[block].copy_(v)
 
-    def rotate(self) -> None:
-        """Apply RoPE to all keys, once; further calls do nothing."""
+    def rotate(self, device: torch.device | None = None) -> None:
+        """Apply RoPE to all keys, once; further calls do nothing. device: where to do it; None: where they lie."""
         if self.rotated:
             return
-        cos, sin = rope_table(self.head_dim, *self.grid, 0, self.k.device)
+        device = device or self.k.device
+        cos, sin = rope_table(self.head_dim, *self.grid, 0, device)
         for k in self.k:
-            k.copy_(apply_rope(k, cos, sin))
+            k.copy_(apply_rope(k.to(device), cos, sin))
         self.rotated = True
 
     def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,12 +119,18 @@ class KVCache:
     def to(self, device: torch.device | str) -> KVCache:
         """Move the buffers, for instance to "cpu" to free GPU memory; `read` fetches a block at a time."""
         self._fetched = None
-        self.k, self.v = self.k.to(device), self.v.to(device)
-        if self.k.device.type == "cpu" and torch.cuda.is_available():
-            # Only pinned memory is copied beside other work.
-            self.k, self.v = self.k.pin_memory(), self.v.pin_memory()
+        device = torch.device(device)
+        if self.k.device != device:
+            self.k, self.v = (_empty(x.shape, x.dtype, device).copy_(x) for x in (self.k, self.v))
         return self
 
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # Only pinned memory is copied beside other work.
+    return pinned(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

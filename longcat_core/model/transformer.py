@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import LongCatError
 from ..optimize.compilation import Regional
 from ..optimize.kernels import usable as kernels_usable
+from ..optimize.streaming import BlockStream
 from . import backends
 from .attention import BlockText, TextTokens, arrange_text, unfold_padding
 from .block import Block, FinalLayer, How, ffn_pieces, fp32_region, linear_fp32, run_block
@@ -45,6 +46,13 @@ def _warn(sentence: str) -> None:
 def _version(parameter: Tensor) -> tuple[int, int]:
     # Inference tensors count no versions; they are replaced, not written to.
     return id(parameter), 0 if parameter.is_inference() else parameter._version
+
+
+class _Texts(NamedTuple):
+    """What block i attends to, and whether making that takes the block's weights."""
+
+    of: Callable[[int], BlockText | None]
+    need_weights: Callable[[int], bool]
 
 
 class _Patches:
@@ -105,6 +113,8 @@ class LongCatTransformer(nn.Module):
         self.dtype = dtype or self.patch_embed.weight.dtype
         # Self-attention of videos block by block, which changes the output; None: in full.
         self.block_sparse: BlockSparse | None = None
+        # Where the weights of some blocks wait in CPU memory; None: all lie on the device.
+        self.stream: BlockStream | None = None
         self.set_optimizations(optimizations or Optimizations())
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LongCatTransformer:
@@ -131,6 +141,17 @@ class LongCatTransformer(nn.Module):
         # `asked` stays where a lossy setting is given up.
         self.asked = self.optimizations = optimizations
         self._trusted = False
+
+    def stream_blocks(self, device: torch.device | str, streamed: Iterable[int]) -> None:
+        """Have these blocks' weights wait in CPU memory until they run on `device`; more of them than did before.
+
+        No gradients from then on. The other weights must lie on the device.
+        """
+        if self.stream is None:
+            # Keys of the text are made once for a prompt.
+            self.stream = BlockStream(self.blocks, device, streamed, lambda name: name.startswith("cross_attn.kv."))
+        else:
+            self.stream.extend(streamed)
 
     def _lossy(self) -> list[tuple[str, Optimizations]]:
         """What in force may spoil the output, in words, and the optimizations without it."""
@@ -194,12 +215,13 @@ class LongCatTransformer(nn.Module):
 
         device: where the cache shall live; None: beside the latents. kernels: see `forward`.
         """
-        cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0], device=cond_latents.device)
+        device = torch.device(device or cond_latents.device)
+        cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0], device=device)
         timesteps = cond_latents.new_zeros(cond_latents.shape[0])
         # By name: an owner's `forward` may take other arguments.
         cache.out = LongCatTransformer.forward(self, cond_latents, timesteps, None, fill=cache, kernels=kernels)
-        cache.rotate()
-        return cache if device is None else cache.to(device)
+        cache.rotate(cond_latents.device)
+        return cache
 
     def forward(
         self,
@@ -267,12 +289,14 @@ class LongCatTransformer(nn.Module):
         rope = tuple(table[:] for table in tables)
 
         grad = self._learns(tokens, *(() if text is None else (text.tokens,)))
+        if grad and self.stream is not None:
+            raise LongCatError("streamed blocks have no backward pass; train with the whole model on the device")
         recompute = optimizations.gradient_checkpointing and grad
         pieces = 0 if grad else ffn_pieces(config, batch, *tokens.shape[1:3], tokens.element_size())
         # Kernels of our own are explicit fp32 throughout: they cannot stand for autocast regions.
         own = optimizations.fused_kernels and optimizations.explicit_fp32 and not grad and kernels_usable(tokens)
         how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces, own)
-        block_text = self._block_texts(text, context is text and not grad, batch, kernels)
+        texts = self._block_texts(text, context is text and not grad, batch, kernels)
         call = (
             self._compiled_call(kernels, tokens.shape[1:3])
             if optimizations.compile == "blocks" and fill is None
@@ -282,17 +306,20 @@ class LongCatTransformer(nn.Module):
             cached = None if kv_cache is None else kv_cache.read(i, tokens)
             if cached is not None and cached_layout is not None:
                 cached = tuple(map(cached_layout.arrange, cached))
-            args = (block_temb, block_text(i), rope, cached, kernels, how, num_cond)
-            if fill is not None:
-                # A cache is in the order of frames, whatever reads it.
-                plain = (lambda x: x) if layout is None else layout.restore
-                args = (*args, lambda k, v, i=i, plain=plain: fill.store(i, plain(k), plain(v)))
+            with nullcontext() if self.stream is None else self.stream.running(i, texts.need_weights(i)):
+                args = (block_temb, texts.of(i), rope, cached, kernels, how, num_cond)
+                if fill is not None:
+                    # A cache is in the order of frames, whatever reads it.
+                    plain = (lambda x: x) if layout is None else layout.restore
+                    args = (*args, lambda k, v, i=i, plain=plain: fill.store(i, plain(k), plain(v)))
 
-            def run(x: Tensor, block: Block = block, args: tuple = args) -> Tensor:
-                return checkpoint(call, block, x, *args, use_reentrant=False) if recompute else call(block, x, *args)
+                def run(x: Tensor, block: Block = block, args: tuple = args) -> Tensor:
+                    if recompute:
+                        return checkpoint(call, block, x, *args, use_reentrant=False)
+                    return call(block, x, *args)
 
-            tokens = run(tokens) if around_block is None else around_block(i, run, tokens)
-            del run, args, cached
+                tokens = run(tokens) if around_block is None else around_block(i, run, tokens)
+                del run, args, cached
 
         if layout is not None:
             tokens = layout.restore(tokens.flatten(1, 2)).unflatten(1, (frames, -1))
@@ -345,12 +372,10 @@ class LongCatTransformer(nn.Module):
         with fp32_region(features, self.optimizations.explicit_fp32):
             return self.linear_fp32(second, F.silu(self.linear_fp32(first, features)))
 
-    def _block_texts(
-        self, text: TextTokens | None, keep: bool, batch: int, kernels: backends.Kernels
-    ) -> Callable[[int], BlockText | None]:
-        """What block i attends to, in the form that the kernels want. keep: `text` will be here at the next step."""
+    def _block_texts(self, text: TextTokens | None, keep: bool, batch: int, kernels: backends.Kernels) -> _Texts:
+        """What blocks attend to, in the form that the kernels want. keep: `text` will be here at the next step."""
         if text is None:
-            return lambda i: None
+            return _Texts(lambda i: None, lambda i: False)
         bias, packing = text.bias, None
         # Written out, folded padding needs no bias, which only slow kernels know.
         length = text.length if kernels.text is not None and text.pad_counts is not None else None
@@ -368,18 +393,24 @@ class LongCatTransformer(nn.Module):
 
         if not (keep and self.optimizations.reuse_text) or torch.compiler.is_compiling():
             block_text = BlockText(arranged(text.tokens), None, bias, packing)
-            return lambda i: block_text
-        keys = self._text_keys(text)
-        return lambda i: BlockText(None, (arranged(keys[i][0]), arranged(keys[i][1])), bias, packing)
+            return _Texts(lambda i: block_text, lambda i: True)
+        kept = self._text_keys(text)
 
-    def _text_keys(self, text: TextTokens) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every block, kept with the text until the weights that make them change."""
+        def of(i: int) -> BlockText:
+            if i not in kept:
+                kept[i] = self.blocks[i].cross_attn.keys_values(text.tokens, self.optimizations.fused_qkv)
+            keys, values = kept[i]
+            return BlockText(None, (arranged(keys), arranged(values)), bias, packing)
+
+        return _Texts(of, lambda i: i not in kept)
+
+    def _text_keys(self, text: TextTokens) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values by block, kept with the text until the weights that make them change."""
         layers = [block.cross_attn for block in self.blocks]
-        fused = self.optimizations.fused_qkv
-        how = text.tokens.device, text.tokens.dtype, fused, self.optimizations.fp8
+        how = text.tokens.device, text.tokens.dtype, self.optimizations.fused_qkv, self.optimizations.fp8
         stamp = (*how, *(_version(p) for m in layers for p in m.parameters()))
         if text.kept is None or text.kept[0] != stamp:
-            text.kept = stamp, [layer.keys_values(text.tokens, fused) for layer in layers]
+            text.kept = stamp, {}
         return text.kept[1]
 
     def _compiled_call(self, kernels: backends.Kernels, grid: Sequence[int]) -> Callable[..., Tensor]:

@@ -76,8 +76,7 @@ class Fp8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype or torch.get_default_dtype()
         self.fp8 = True
-        # Asked for here and not in a graph, which must not run what answers it.
-        self.native = not missing(weight.device)
+        self.run_on(weight.device)
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Fp8Linear:
@@ -96,8 +95,13 @@ class Fp8Linear(nn.Module):
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         self.dtype = probe.dtype
-        self.native = not missing(probe.device)
+        self.run_on(probe.device)
         return self
+
+    def run_on(self, device: torch.device) -> None:
+        """Choose how products are made for `device`, where the weights may not lie yet."""
+        # Asked for here and not in a graph, which must not run what answers it.
+        self.native = not missing(device)
 
     @property
     def takes_quantised(self) -> bool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LongCatError
 from ..model.attention import TextTokens
-from ..model.kv_cache import KVMode, check_mode
+from ..model.kv_cache import KVCache, KVMode, check_mode
 from ..model.transformer import LongCatTransformer
 from .schedules import Schedule
 from .step import take_step
 from .step_cache import StepCache
+
+NO_ROOM = "out of memory; ask for a smaller size or fewer frames, or load with fp8"
 
 
 class Interrupted(Exception):
@@ -57,6 +61,7 @@ def sample(
     kv_cache: KVMode = "exact",
     offload_kv_cache: bool = False,
     step_cache: float = 0.0,
+    make_room: Callable[[], bool] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Denoise `noise` [B, C, T, H, W] to latents of the same shape, fp32.
@@ -67,6 +72,9 @@ def sample(
     out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at every
     step. Without guidance all are the same. offload_kv_cache keeps the cache in CPU memory.
     step_cache: threshold of `StepCache`; 0 computes every step. Faster, and another result.
+    make_room: called where memory runs out, before that forward is tried once more; it may change how the network runs.
+    A cache of keys goes to CPU memory then. False: there is no more to be had, and without such a cache the error
+    stands.
     Errors: LongCatError where shapes do not fit; whatever `callback` raises.
     """
     check_mode(kv_cache)
@@ -89,11 +97,27 @@ def sample(
             )
         latents[:, :, :num_cond] = cond_latents.to(latents)
 
-    text = _text(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask)
-    cache = known = None
+    texts = _Texts(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask)
+    cache: KVCache | None = None
+    known: Tensor | None = None
+
+    def make_more_room() -> bool:
+        nonlocal offload_kv_cache
+        moves = num_given > 0 and kv_cache != "off" and not offload_kv_cache
+        offload_kv_cache = True
+        if cache is not None:
+            cache.to("cpu")
+        return make_room() or moves
+
+    num_given, more_room = num_cond, None if make_room is None else make_more_room
     head, count = latents[:, :, :0], num_cond
     if num_cond and kv_cache != "off":
-        cache = model.fill_kv_cache(cond_latents.to(latents), "cpu" if offload_kv_cache else None)
+        given = cond_latents.to(latents)
+
+        def fill() -> KVCache:
+            return model.fill_kv_cache(given, "cpu" if offload_kv_cache else None)
+
+        cache = _with_room(fill, more_room)
         if kv_cache == "exact" and guided:
             # What the network would return for the given frames, at every step and for both halves.
             known = cache.out.repeat(2 * len(latents) // len(cache.out), 1, 1, 1, 1)
@@ -117,8 +141,15 @@ def sample(
         reused = out is not None
         if not reused:
             given = latents if known is None else latents[:, :, count:]
-            given = torch.cat((given, given)) if guided else given
-            out = model(given, t, text, num_cond_latents=num_cond, kv_cache=cache)
+
+            def forward(given: Tensor = given, t: Tensor = t) -> Tensor:
+                parts = texts.parts(model.optimizations.split_guidance)
+                given = torch.cat((given, given)) if guided and len(parts) == 1 else given
+                options = {"num_cond_latents": num_cond, "kv_cache": cache}
+                outs = [model(given, t, text, **options) for text in parts]
+                return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+            out = _with_room(forward, more_room)
             out = out if known is None else torch.cat((known, out), dim=2)
             steps.keep(latents, out, sigmas[i])
         latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, count)
@@ -128,26 +159,56 @@ def sample(
     return torch.cat((head, latents), dim=2)
 
 
-def _text(
-    model: LongCatTransformer,
-    batch: int,
-    context: Tensor,
-    mask: Tensor | None,
-    negative_context: Tensor | None,
-    negative_mask: Tensor | None,
-) -> TextTokens:
-    """Text of one forward, unconditional half first, embedded once for all steps."""
-    device = model.patch_embed.weight.device
-    context = context.to(device)
-    if context.shape[0] == 1:
-        # One prompt for several videos: each half of a guided batch needs it once per video.
-        context = context.expand(batch, -1, -1)
-        mask = None if mask is None else mask.expand(batch, -1)
-    if negative_context is None:
-        return model.embed_text(context, mask)
-    if (mask is None) != (negative_mask is None):
-        raise LongCatError("one of prompt and negative prompt has a mask and the other has none; give both or neither")
-    both = torch.cat((negative_context.to(device).expand_as(context), context))
-    if mask is None:
-        return model.embed_text(both)
-    return model.embed_text(both, torch.cat((negative_mask.expand_as(mask), mask)))
+def _with_room(run: Callable[[], Any], make_room: Callable[[], bool] | None) -> Any:
+    """run(), once more if memory runs out and room can be made."""
+    if make_room is not None:
+        try:
+            return run()
+        except torch.OutOfMemoryError as error:
+            # Its frames hold the tensors that are in the way; nothing here may hold them while room is made.
+            traceback.clear_frames(error.__traceback__)
+        if not make_room():
+            raise torch.OutOfMemoryError(NO_ROOM)
+    return run()
+
+
+class _Texts:
+    """Text of every forward, embedded once for all steps: both halves of guidance together, or one at a time."""
+
+    def __init__(
+        self,
+        model: LongCatTransformer,
+        batch: int,
+        context: Tensor,
+        mask: Tensor | None,
+        negative_context: Tensor | None,
+        negative_mask: Tensor | None,
+    ) -> None:
+        self.model, device = model, model.patch_embed.weight.device
+        context = context.to(device)
+        if context.shape[0] == 1:
+            # One prompt for several videos: each half of a guided batch needs it once per video.
+            context = context.expand(batch, -1, -1)
+            mask = None if mask is None else mask.expand(batch, -1)
+        self.halves = [(context, mask)]
+        if negative_context is not None:
+            if (mask is None) != (negative_mask is None):
+                raise LongCatError(
+                    "one of prompt and negative prompt has a mask and the other has none; give both or neither"
+                )
+            negative_mask = None if negative_mask is None else negative_mask.expand_as(mask)
+            self.halves.insert(0, (negative_context.to(device).expand_as(context), negative_mask))
+        self._split, self._parts = None, []
+
+    def parts(self, split: bool) -> list[TextTokens]:
+        """Texts of the forwards that make up a step, the unconditional half first."""
+        if split != self._split:
+            # Keys and values are kept with a text, so the others go.
+            self._split, self._parts = split, [self.model.embed_text(*part) for part in self._stacked(split)]
+        return self._parts
+
+    def _stacked(self, split: bool) -> list[tuple[Tensor, Tensor | None]]:
+        if split or len(self.halves) == 1:
+            return self.halves
+        contexts, masks = zip(*self.halves, strict=True)
+        return [(torch.cat(contexts), None if masks[0] is None else torch.cat(masks))]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from longcat_core import cli
-from longcat_core.benchmark import ablation, bench, plots, refine_step, report, results, workload
+from longcat_core.benchmark import ablation, bench, cards, plots, refine_step, report, results, workload
 from longcat_core.benchmark.measure import Budget, attempt, measure, psnr, relative_error
 from longcat_core.benchmark.profiling import family
 from longcat_core.errors import LongCatError
@@ -116,7 +116,8 @@ def test_paths_hold_the_baselines_and_fp8(everything):
 
 def test_every_switch_is_added_once_and_removed_once(everything):
     rows = list(rows_of(everything, "ablation").values())
-    known = {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "fp8"}
+    # Of training; of layers, by another name; of memory.
+    known = {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "fp8", "split_guidance"}
     added = [row for row in rows if row.get("phase") == "added"]
     assert {row["switch"] for row in added} == known | {"layout"}
     for before, row in pairwise(added):
@@ -414,3 +415,42 @@ def test_errors():
 )
 def test_families_of_kernels(kernel, what):
     assert family(kernel) == what
+
+
+def test_cards_wait_for_what_does_not_fit(everything):
+    rows = rows_of(everything, "cards")
+    limits = ("no limit", "80 % of the need", "60 % of the need", "45 % of the need")
+    names = [f"exact, {limit}" for limit in limits] + [f"fp8, {limit}" for limit in limits]
+    assert [name for name in rows if name != "quantising the weights"] == names
+    for path in ("exact", "fp8"):
+        first, *others = (rows[f"{path}, {limit}"] for limit in limits)
+        assert first["plan"] == "all on the device" and first["transfer_ms"] == 0 and "ratio" not in first
+        assert [row["given_gib"] for row in others] == sorted((row["given_gib"] for row in others), reverse=True)
+        # Smaller and smaller, and never more than before.
+        assert [row["streamed"] for row in others] == sorted(row["streamed"] for row in others)
+        for row in others:
+            assert row["ratio"] == pytest.approx(row["ms"] / first["ms"])
+            assert row["floor_ms"] == max(first["ms"], row["transfer_ms"])
+            assert (row["transfer_ms"] > 0) == (row["streamed"] > 0)
+    assert results.read(everything / "cards.json")["inputs"]["copy_gb_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "gib", "ms", "met"),
+    [("fp8", 24.0, 1029, True), ("fp8", 24.0, 1031, False), ("fp8", 12.0, 2290, True), ("fp8", 12.0, 2310, False)],
+)
+def test_targets_of_cards(path, gib, ms, met):
+    row = {"path": path, "limit_gib": gib, "ms": ms, "ratio": ms / 1000, "floor_ms": 2000}
+    assert cards.verdict(row)["met"] == met
+    assert cards.verdict(row | {"path": "exact"}) == {} == cards.verdict(row | {"limit_gib": None})
+
+
+def test_a_card_of_another_size_than_it_was_asked_for(monkeypatch):
+    """On a GPU the released model meets real cards' sizes, another model shares of its need."""
+    small = ModelConfig(hidden_size=64, depth=2, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+    model = LongCatTransformer(small).requires_grad_(False)
+    one = ablation.Bench(model, workload.Size(32, 48, 5), torch.device("cpu"), 1, Budget(None))
+    counted = cards._Counted(one, False)
+    counted.config = ModelConfig()
+    names = [limit.name for limit in counted.limits(torch.device("cuda"))]
+    assert names == ["no limit", "24 GiB", "16 GiB", "12 GiB"]

@@ -234,7 +234,7 @@ def test_bad_model_is_one_sentence(
 
 
 class _Channels:
-    channels = 48
+    channels, nbytes = 48, 0
 
 
 @pytest.mark.parametrize("option", ["--vae", "--text-encoder"])

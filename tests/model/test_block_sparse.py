@@ -235,7 +235,7 @@ class LaidOut:
         rope = chunked_rope_table(model.config.head_dim, layout, cached_frames, CPU)
         kernels = with_block_sparse(model.choose_kernels(CPU), keys, settings)
         text = model.embed_text(self.data["context"], self.data["mask"])
-        text = model._block_texts(text, False, len(x), kernels)
+        text = model._block_texts(text, False, len(x), kernels).of
         for i, block in enumerate(model.blocks):
             cached = None if cache is None else tuple(map(cache_layout.arrange, cache.read(i, tokens)))
             tokens = block(tokens, temb, text(i), rope, cached, kernels, How(), layout.cond_slabs)

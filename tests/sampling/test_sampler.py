@@ -278,11 +278,107 @@ def test_kept_keys_are_those_of_the_weights(model, text):
     """A LoRA merged in, other switches, another dtype: keys and values of a text are computed anew."""
     read = model.embed_text(text["context"], text["mask"])
     layer = model.blocks[0].cross_attn.kv
-    first = [pair[0] for pair in model._text_keys(read)]
-    assert all(a is b for a, b in zip(first, (pair[0] for pair in model._text_keys(read)), strict=True))
+
+    def keys() -> list:
+        of = model._block_texts(read, True, len(text["context"]), model.choose_kernels(read.tokens.device)).of
+        return [of(i).keys[0] for i in range(len(model.blocks))]
+
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    first = keys()
+    assert all(torch.equal(a, b) for a, b in zip(first, keys(), strict=True)) and len(calls) == 1
     with torch.no_grad():
         layer.weight += 1
-        changed = model._text_keys(read)[0][0]
+        changed = keys()[0]
         layer.weight -= 1
     assert not torch.allclose(changed, first[0])
-    torch.testing.assert_close(model._text_keys(read)[0][0], first[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(keys()[0], first[0], atol=1e-4, rtol=1e-4)
+    assert len(calls) == 3
+    layer._forward_hooks.clear()
+
+
+@pytest.mark.parametrize("cache", KV_MODES)
+@pytest.mark.parametrize("masked", [True, False])
+def test_halves_of_guidance_one_after_the_other(model, text, given, cache, masked, monkeypatch):
+    words = text if masked else {name: value for name, value in text.items() if "mask" not in name} | {"mask": None}
+    batches: list[int] = []
+    hook = model.final_layer.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    outs = {}
+    for split in (False, True):
+        batches.clear()
+        monkeypatch.setattr(model, "optimizations", replace(model.optimizations, split_guidance=split))
+        outs[split] = run(model, seeded_noise(SHAPE, 0), words, cond_latents=given, kv_cache=cache)
+        filled = [1] if cache != "off" else []
+        assert batches == filled + ([1, 1] if split else [2]) * STEPS
+    hook.remove()
+    assert error(outs[True], outs[False]) <= 1e-5
+
+
+class Short:
+    """Runs out of memory at the named forwards, counted over all."""
+
+    def __init__(self, model: LongCatTransformer, monkeypatch: pytest.MonkeyPatch, *fails: int) -> None:
+        self.calls, self.asked = 0, 0
+        forward = LongCatTransformer.forward
+
+        def limited(model: LongCatTransformer, *args: object, **options: object) -> Tensor:
+            self.calls += 1
+            if self.calls - 1 in fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(model, *args, **options)
+
+        monkeypatch.setattr(LongCatTransformer, "forward", limited)
+
+    def room(self) -> bool:
+        self.asked += 1
+        return True
+
+
+@pytest.mark.parametrize("fails", [(0,), (1,), (STEPS,), (1, 3)])
+def test_a_forward_that_runs_out_of_memory_is_tried_again(model, text, given, fails, monkeypatch):
+    """The first forward fills the cache, which goes to CPU memory when room is made."""
+    wanted = run(model, seeded_noise(SHAPE, 0), text, cond_latents=given)
+    short = Short(model, monkeypatch, *fails)
+    seen = []
+    got = run(
+        model,
+        seeded_noise(SHAPE, 0),
+        text,
+        cond_latents=given,
+        make_room=short.room,
+        callback=lambda step: seen.append(step.index),
+    )
+    assert torch.equal(got, wanted)
+    assert seen == [0, 1, 2] and short.asked == len(fails) and short.calls == 1 + STEPS + len(fails)
+
+
+def test_room_that_is_made_counts_at_once(model, text, monkeypatch):
+    """Guidance is split from the step on that failed, which is computed once."""
+    wanted = run(model, seeded_noise(SHAPE, 0), text)
+    short, before = Short(model, monkeypatch, 1), model.optimizations
+
+    def room() -> bool:
+        model.set_optimizations(replace(before, split_guidance=True))
+        return True
+
+    got = run(model, seeded_noise(SHAPE, 0), text, make_room=room)
+    model.set_optimizations(before)
+    assert error(got, wanted) <= 1e-5
+    # One whole, one that failed, and two halves for each of the steps from there on.
+    assert short.calls == 2 + 2 * (STEPS - 1)
+
+
+def test_without_more_room_the_error_stands(model, text, given, monkeypatch):
+    Short(model, monkeypatch, 1)
+    with pytest.raises(torch.OutOfMemoryError, match="ask for a smaller size"):
+        run(model, seeded_noise(SHAPE, 0), text, make_room=lambda: False)
+    Short(model, monkeypatch, 1, 2)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA"):
+        run(model, seeded_noise(SHAPE, 0), text, make_room=lambda: True)
+    Short(model, monkeypatch, 1)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA"):
+        run(model, seeded_noise(SHAPE, 0), text)
+    # A cache that can go is room enough; after that there is no more.
+    short = Short(model, monkeypatch, 1)
+    run(model, seeded_noise(SHAPE, 0), text, cond_latents=given, make_room=lambda: False)
+    assert short.calls == 2 + STEPS

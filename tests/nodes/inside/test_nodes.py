@@ -226,6 +226,7 @@ ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels")
         ("attention", "sdpa-math"),
         ("explicit_fp32", False),
         ("gradient_checkpointing", True),
+        ("split_guidance", True),
         *((name, False) for name in ADDED),
     ],
 )
@@ -252,6 +253,27 @@ def test_switches_reach_the_network(comfy, model, sample, empty, monkeypatch):
     fused.clear()
     sample(empty, steps=1)
     assert fused and all(fused), "the model that went in is as it was"
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_halves_of_guidance_in_turn(comfy, model, sample, prompts, empty, stock):
+    """Under every sampler; and switched off again it is off."""
+    sizes = []
+    network = model.model.diffusion_model
+    split, _ = comfy("LongCatOptimizations", model=model, **SWITCHES | {"split_guidance": True})
+    again, _ = comfy("LongCatOptimizations", model=split, **SWITCHES)
+    hook = network.final_layer.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    try:
+        for patched, wanted in ((split, [1, 1]), (again, [2])):
+            sizes.clear()
+            if stock:
+                settings = {"seed": 0, "steps": 1, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple"}
+                comfy("KSampler", model=patched, latent_image=empty, denoise=1.0, **settings, **prompts)
+            else:
+                sample(empty, patched, steps=1)
+            assert sizes == wanted
+    finally:
+        hook.remove()
 
 
 def test_text_is_read_once_under_the_guider(comfy, model, sample, prompts, empty, monkeypatch):

@@ -1,0 +1,197 @@
+"""The whole chain with less memory: the same videos whatever waits in CPU memory, and a way out where it runs short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longcat_core.cli import main
+from longcat_core.generate import pipeline as pipelines
+from longcat_core.generate.pipeline import ModelPaths, Pipeline
+from longcat_core.generate.refine import RefineRequest
+from longcat_core.generate.request import NANO, RELEASED, GenerateRequest, work_of
+from longcat_core.model.config import Optimizations
+from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.plan import GIB, Plan, Work
+from longcat_core.sampling.conditioning import seeded_noise
+
+PROMPT = "a red circle moves right on a black background"
+
+
+@pytest.fixture(scope="module")
+def clip() -> np.ndarray:
+    pixels = seeded_noise((13, 32, 48, 3), 3).mul(40).add(128).clamp(0, 255)
+    return pixels.to(torch.uint8).numpy()
+
+
+def request(**options: object) -> GenerateRequest:
+    return GenerateRequest(PROMPT, height=32, width=48, frames=17, steps=3, **options)
+
+
+@pytest.fixture(scope="module")
+def plain(clip) -> list[np.ndarray]:
+    whole = Pipeline.load()
+    assert whole.plan == Plan() and whole.told == "" and whole.model.stream is None
+    return [whole.generate(request(given=given)).frames for given in (None, clip)]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_video_is_the_same_from_weights_that_wait(clip, plain, fp8):
+    depth = Pipeline.load().model.config.depth
+    least = Plan(streamed=depth - 1, offload_kv_cache=True, stream_text_encoder=True)
+    small = Pipeline.load(least=least, fp8=fp8)
+    assert len(small.model.stream.streamed) == depth - 1 and small.plan == least
+    assert (
+        small.told == f"{depth - 1} of {depth} blocks wait in CPU memory, {Plan(0, *[False], True, True).told(depth)}"
+    )
+    wanted = plain if not fp8 else [Pipeline.load(fp8=True).generate(request(given=g)).frames for g in (None, clip)]
+    for given, frames in zip((None, clip), wanted, strict=True):
+        assert np.array_equal(small.generate(request(given=given)).frames, frames)
+    assert not small.model.stream._slots, "given back for the VAE"
+
+
+def test_split_guidance_comes_from_the_plan_or_the_switch():
+    for options in ({"least": Plan(split_guidance=True)}, {"optimizations": Optimizations(split_guidance=True)}):
+        loaded = Pipeline.load(**options)
+        assert loaded.plan == Plan(split_guidance=True) and loaded.model.optimizations.split_guidance
+        assert "one after the other" in loaded.told
+
+
+def test_loras_are_exchanged_in_weights_that_wait(tmp_path):
+    from longcat_core.checkpoints.safetensors_io import write_safetensors
+
+    model = Pipeline.load().model
+    down, up = torch.randn(2, model.config.hidden_size), torch.randn(model.config.hidden_size, 2)
+    file = tmp_path / "lora.safetensors"
+    name = "diffusion_model.blocks.1.attn.proj"
+    write_safetensors(file, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
+    small = Pipeline.load(least=Plan(streamed=model.config.depth))
+    first = small.generate(request()).frames
+    small.loras.set([(file, 1.0)])
+    changed = small.generate(request()).frames
+    assert np.array_equal(changed, Pipeline.load(lora=file).generate(request()).frames)
+    assert not np.array_equal(changed, first)
+    small.loras.set()
+    assert np.array_equal(small.generate(request()).frames, first)
+
+
+class Short:
+    """Lets calls of a function run out of memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *fails: int) -> None:
+        self.calls, function = 0, getattr(owner, name)
+
+        def limited(*args: object, **options: object) -> object:
+            self.calls += 1
+            if self.calls - 1 in fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, limited)
+
+
+def test_out_of_memory_goes_on_with_the_next_smaller_plan(clip, plain, monkeypatch):
+    pipeline = Pipeline.load()
+    depth = pipeline.model.config.depth
+    Short(monkeypatch, LongCatTransformer, "forward", 1, 4)
+    seen = []
+    with pytest.warns(UserWarning) as warned:
+        found = pipeline.generate(request(given=clip), callback=lambda step: seen.append(step.index))
+    said = [str(warning.message) for warning in warned]
+    assert len(said) == 2 and all(sentence.startswith("out of memory; going on with less: ") for sentence in said)
+    assert "one after the other" in said[0] and "blocks wait" not in said[0] and "blocks wait" in said[1]
+    assert seen == [0, 1, 2]
+    assert pipeline.plan.split_guidance and 0 < pipeline.plan.streamed <= depth
+    assert len(pipeline.model.stream.streamed) == pipeline.plan.streamed
+    # Halves round in another way than batches.
+    assert np.abs(found.frames.astype(int) - plain[1]).max() <= 1
+
+
+def test_out_of_memory_with_nothing_left_is_an_error(monkeypatch):
+    pipeline = Pipeline.load(least=Plan(Pipeline.load().model.config.depth, True))
+    Short(monkeypatch, LongCatTransformer, "forward", 0)
+    with pytest.raises(torch.OutOfMemoryError, match="ask for a smaller size"):
+        pipeline.generate(request())
+
+
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_the_vae_goes_on_in_tiles(clip, monkeypatch, part):
+    pipeline = Pipeline.load()
+    Short(monkeypatch, pipeline.vae.model, part, 0)
+    with pytest.warns(UserWarning, match="on tiles from here on"):
+        frames = pipeline.generate(request(given=clip)).frames
+    # Tiles are larger than this video, so nothing else changes.
+    assert pipeline.vae.tiling and frames.shape == (17, 32, 48, 3)
+    Short(monkeypatch, pipeline.vae.model, part, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.generate(request(given=clip))
+
+
+def test_a_plan_is_made_for_what_is_free(monkeypatch):
+    """As on a GPU: how much is free decides, and is told."""
+    config = Pipeline.load().model.config
+    ask = pipelines._plan
+    work = Work((1, 16, 24, 60, 104))
+    cuda = torch.device("cuda")
+
+    def plan(free: int, work: Work | None = work) -> tuple[Plan, str]:
+        monkeypatch.setattr(pipelines, "free_bytes", lambda device: free)
+        return ask(config, torch.bfloat16, cuda, None, Optimizations(), work, None, 0)
+
+    assert plan(10 * GIB) == (Plan(), "") == plan(0, None)
+    with pytest.warns(UserWarning, match=r"needs about \d\.\d GiB of GPU memory and 0.0 are free; it may run out"):
+        chosen, told = plan(0)
+    assert chosen.streamed == config.depth and chosen.split_guidance
+    assert told == f"0.0 GiB of GPU memory are free: {chosen.told(config.depth)}"
+
+
+def test_what_a_request_takes(clip):
+    plain = GenerateRequest(PROMPT).filled(RELEASED)
+    assert work_of(plain) == Work((1, 16, 24, 60, 104), True, 0)
+    assert work_of(plain, 13).cond_latents == 4
+    assert work_of(GenerateRequest(PROMPT, given=clip[:1], height=480, width=832).filled(RELEASED)).cond_latents == 1
+    assert work_of(GenerateRequest(PROMPT, schedule="distilled").filled(RELEASED)) == Work((1, 16, 24, 60, 104), False)
+    video = np.zeros((93, 480, 832, 3), np.uint8)
+    assert RefineRequest().work(video, RELEASED) == Work((1, 16, 48, 88, 160), False, 0)
+    longer = RefineRequest(piece=60).work(video, NANO)
+    assert longer.latents[3:] == (120, 208) and longer.cond_latents > 0
+
+
+COMMAND = ["generate", PROMPT, "--steps", "2", "--size", "32x48", "--frames", "9"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    outs = []
+    for name, more in (("a", []), ("b", ["--stream-blocks", "2", "--stream-text-encoder", "--offload-kv-cache"])):
+        output = tmp_path / f"{name}.mkv"
+        assert main([*COMMAND, *more, "--output", str(output)]) == 0
+        outs.append(output.read_bytes())
+    assert outs[0] == outs[1]
+    said = capsys.readouterr().err
+    assert said.count("longcat: note: 2 of ") == 1 and "the text encoder waits in CPU memory" in said
+    output = tmp_path / "c.mkv"
+    assert main([*COMMAND, "--split-guidance", "--tiled-vae", "--output", str(output)]) == 0
+    assert "the halves of guidance run one after the other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--memory", "8"], "--memory limits a GPU's memory"),
+        (["--stream-blocks", "-1"], "--stream-blocks -1 is less than none"),
+        (["--stream-blocks", "1000"], "1000 blocks are to wait in CPU memory, the model has"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, options, said):
+    output = tmp_path / "a.mkv"
+    assert main([*COMMAND, *options, "--output", str(output)]) == 2
+    assert said in capsys.readouterr().err and not output.exists()
+
+
+def test_models_are_found_by_their_parts():
+    # What a plan takes from the text encoder.
+    encoder = Pipeline.load(ModelPaths()).text_encoder
+    assert encoder.nbytes == sum(p.nbytes for p in encoder.model.parameters()) > 0

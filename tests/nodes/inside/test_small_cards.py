@@ -1,0 +1,78 @@
+"""Where GPU memory is short ComfyUI keeps weights in RAM and hands them over at their use; forced here on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from .conftest import MODEL
+from .test_lora import STRENGTH, error, official
+
+ONE = {"steps": 1, "guidance": 1.0}
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp8 rowwise"])
+def loaded(comfy, request):
+    return comfy("LongCatModelLoader", model_name=MODEL, weight_dtype=request.param)
+
+
+@pytest.fixture
+def streaming(monkeypatch, loaded):
+    """How many bytes of weights stay in RAM, load by load."""
+    from comfy import model_management
+
+    loading, kept = type(loaded).load, []
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        if type(self.model).__name__ != "LongCatVideo":
+            return loading(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+        out = loading(self, device_to, 64 * 1024, force_patch_weights, False)
+        cast = [m for m in self.model.modules() if getattr(m, "comfy_cast_weights", False)]
+        kept.append(sum(p.nbytes for m in cast for p in m.parameters(recurse=False)))
+        return out
+
+    monkeypatch.setattr(type(loaded), "load", load)
+    model_management.unload_all_models()
+    yield kept
+    model_management.unload_all_models()
+
+
+@pytest.fixture
+def compiles(monkeypatch, loaded):
+    network = type(loaded.model.diffusion_model).__mro__[1]
+    monkeypatch.setattr(network.compiled_block, "backend", CompileCounterWithBackend("aot_eager"))
+    network.compiled_block.forget()
+    yield network.compiled_block
+    network.compiled_block.forget()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_compiled_blocks(comfy, loaded, sample, empty, streaming, compiles, with_lora):
+    """Blocks with a LoRA that is added at their use run as they are; the others share one graph."""
+
+    def chosen(strength: float):
+        if not with_lora:
+            return loaded
+        lora = comfy.save("loras", "streamed.safetensors", official(comfy))
+        return comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=strength)
+
+    def compiled(model):
+        model, report = comfy("LongCatOptimizations", model=model, compile="blocks")
+        assert "compile: blocks" in report
+        return sample(empty, model, **ONE)
+
+    expected = sample(empty, chosen(STRENGTH).clone(), **ONE)
+    assert streaming and streaming[-1] > 0
+    out = compiled(chosen(STRENGTH))
+    assert error(expected, out) < 1e-3
+    assert compiles.backend.frame_count == 1 and not compiles._failed
+    again = compiled(chosen(STRENGTH / 2))
+    assert compiles.backend.frame_count == 1
+    assert (error(out, again) > 1e-2) == with_lora
+
+
+def test_blocks_whose_weights_are_elsewhere_are_not_compiled(comfy, loaded):
+    streams, block = comfy.node("comfy_model")._is_streamed, loaded.model.diffusion_model.blocks[0]
+    assert not streams(block, torch.device("cpu")) and streams(block, torch.device("cuda"))

@@ -1,0 +1,119 @@
+"""What is chosen for how much memory, at the released model's sizes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from longcat_core.model.config import ModelConfig
+from longcat_core.model.kv_cache import KVCache
+from longcat_core.model.memory import kv_cache_bytes
+from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.plan import GIB, Plan, Weights, Work, choose_plan, needed_bytes, plans, smaller
+from longcat_core.optimize.quantization import Policy, quantize
+
+FULL = ModelConfig()
+SMALL = ModelConfig(hidden_size=64, depth=5, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+# Text and image to video at 480p, 93 frames; continuation; what refining makes of it.
+T2V = Work((1, 16, 24, 60, 104))
+VC = Work((1, 16, 24, 60, 104), cond_latents=4)
+REFINE = Work((1, 16, 48, 88, 160), guided=False)
+UMT5 = int(10.6 * GIB)
+
+
+def chosen(gib: float, work: Work = T2V, fp8: bool = False, **options: object) -> tuple[Plan, float]:
+    weights = Weights.of(FULL, torch.bfloat16, Policy() if fp8 else None)
+    plan, needed = choose_plan(FULL, weights, work, 2, free=int(gib * GIB), own=True, **options)
+    return plan, needed / GIB
+
+
+@pytest.mark.parametrize("fp8", [None, Policy(), Policy(("ffn.down", "attn.qkv")), Policy(keep_first=2, keep_last=1)])
+def test_weights_are_counted_as_they_lie(fp8):
+    model = LongCatTransformer(SMALL, dtype=torch.bfloat16).requires_grad_(False)
+    if fp8 is not None:
+        quantize(model, fp8)
+    blocks = sum(p.nbytes for p in model.blocks.parameters())
+    weights = Weights.of(SMALL, torch.bfloat16, fp8)
+    assert weights.rest == sum(p.nbytes for p in model.parameters()) - blocks
+    assert blocks <= SMALL.depth * weights.block <= blocks + SMALL.depth
+
+
+def test_a_cache_is_counted_as_it_lies():
+    cache = KVCache(SMALL, 3, 4, 6, dtype=torch.bfloat16)
+    assert kv_cache_bytes(SMALL, 3, 8, 12, 2) == cache.nbytes
+
+
+def test_with_room_for_all_nothing_is_done():
+    assert chosen(80, VC, text_encoder=UMT5) == (Plan(), pytest.approx(51, abs=4))
+    assert Plan().told(48) == ""
+
+
+@pytest.mark.parametrize(
+    ("gib", "fp8", "split", "at_least", "at_most"),
+    [
+        # Exact: 25.3 GiB of weights. 8 bits: 14.7.
+        (32, False, False, 0, 0),
+        (24, False, True, 8, 16),
+        (16, False, True, 15, 28),
+        (12, False, True, 23, 36),
+        (8, False, True, 30, 48),
+        (24, True, False, 0, 0),
+        (16, True, True, 1, 12),
+        (12, True, True, 6, 24),
+        (8, True, True, 20, 40),
+    ],
+)
+def test_480p(gib, fp8, split, at_least, at_most):
+    plan, needed = chosen(gib, fp8=fp8, text_encoder=UMT5)
+    assert needed <= gib and plan.split_guidance == split and at_least <= plan.streamed <= at_most
+    assert plan.stream_text_encoder
+    # No more waits than has to.
+    if plan.streamed:
+        weights = Weights.of(FULL, torch.bfloat16, Policy() if fp8 else None)
+        fewer = Plan(plan.streamed - 1, True)
+        assert needed_bytes(fewer, FULL, weights, T2V, 2, True, 0) > gib * GIB
+
+
+def test_keys_of_given_frames_go_before_weights_do():
+    plan, _ = chosen(36, VC)
+    assert plan == Plan(offload_kv_cache=True)
+    plan, needed = chosen(12, VC, fp8=True)
+    assert plan.offload_kv_cache and plan.split_guidance and 0 < plan.streamed < 48 and needed <= 12
+
+
+def test_without_guidance_there_is_nothing_to_split():
+    plan, needed = chosen(16, REFINE, fp8=True)
+    assert not plan.split_guidance and plan.streamed and needed <= 16
+
+
+def test_the_smallest_plan_where_nothing_fits():
+    plan, needed = chosen(4, VC, text_encoder=UMT5)
+    assert plan == Plan(48, True, True, True) and needed > 4
+
+
+def test_what_is_asked_for_stays():
+    least = Plan(streamed=10, split_guidance=True, offload_kv_cache=True)
+    assert chosen(80, least=least)[0] == least
+    assert all(plan.streamed >= 10 and plan.split_guidance and plan.offload_kv_cache for plan in plans(48, VC, least))
+    assert chosen(80, least=Plan(stream_text_encoder=True))[0] == Plan(stream_text_encoder=True)
+    assert chosen(20, least=Plan(streamed=10))[0].streamed > 10
+
+
+def test_other_models_take_room_too():
+    assert chosen(34)[0] == Plan() and chosen(34, others=4 * GIB)[0] != Plan()
+
+
+def test_smaller_and_smaller_until_there_is_nothing_left():
+    plan, seen = Plan(), []
+    while plan is not None:
+        seen.append((plan.split_guidance, plan.streamed))
+        plan = smaller(plan, 48, True)
+    assert seen == [(False, 0), (True, 0), (True, 12), (True, 24), (True, 36), (True, 48)]
+    assert smaller(Plan(), 2, False) == Plan(2) and smaller(Plan(2), 2, False) is None
+
+
+def test_what_was_chosen_is_told():
+    said = Plan(12, True, True, True).told(48)
+    assert re.search("12 of 48 blocks", said) and "guidance" in said and "given frames" in said and "text" in said
