@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .benchmark import fidelity_commands as comparing_tasks
 from .checkpoints import commands as checkpoint_tasks
 from .console import DTYPES, device_of, dtype_of, number, size, whole
 from .errors import LongCatError
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = comparing_tasks.joined(sys.argv[1:] if argv is None else argv)
     try:
         with _termination_as_interrupt():
             args = build_parser(argv).parse_args(argv)
@@ -62,7 +63,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         sub.set_defaults(run=run)
         return sub
 
-    for name, (add, run, summary) in (tasks.TASKS | checkpoint_tasks.TASKS).items():
+    for name, (add, run, summary) in (tasks.TASKS | comparing_tasks.TASKS | checkpoint_tasks.TASKS).items():
         add(command(name, run, summary))
     sub = command("verify", verify, "Run the golden cases of a folder through this code and print a table.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="folder of golden data")

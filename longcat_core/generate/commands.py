@@ -23,10 +23,10 @@ LONG_OUTPUT = "longcat-long.mp4"
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what the video shows")
-    group = _add_what(parser)
+    group = add_what(parser)
     group.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 33, real model 93)")
-    _add_sampling(parser)
-    _add_model(parser)
+    add_sampling(parser)
+    add_model(parser)
     group = _add_output(parser, f"default: {OUTPUT}, or the next free name")
     group.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write a .png of frames and prompt")
     group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
@@ -36,7 +36,7 @@ def add_long(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="what the video shows: one for all segments, or one for each"
     )
-    group = _add_what(parser)
+    group = add_what(parser)
     group.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts from a text file, one a line")
     group.add_argument(
         "--segments", type=whole, metavar="N", help="default: as many as prompts; the last prompt serves all beyond it"
@@ -55,8 +55,8 @@ def add_long(parser: argparse.ArgumentParser) -> None:
         default=HAND_OFFS[0],
         help="what the next segment is given: frames, decoded and encoded anew (default), or their latents as they are",
     )
-    _add_sampling(parser)
-    _add_model(parser)
+    add_sampling(parser)
+    add_model(parser)
     group = _add_output(parser, f"default: {LONG_OUTPUT}")
     group.add_argument(
         "--folder",
@@ -67,7 +67,7 @@ def add_long(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
 
 
-def _add_what(parser: argparse.ArgumentParser) -> Any:
+def add_what(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("what is generated")
     group.add_argument(
         "--negative-prompt", metavar="TEXT", help="what it should not show (default: the model card's list)"
@@ -88,7 +88,7 @@ def _add_what(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=whole, metavar="N", help="default: 50, distilled 16")
     group.add_argument("--guidance", type=number, metavar="X", help="CFG scale, 1 is off (default: 4, distilled 1)")
@@ -116,7 +116,7 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> Any:
     return group
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (default: the embedded LongCat-nano)")
     group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a file of any form")
     group.add_argument("--vae", metavar="PATH", help="VAE folder or file (default: vae/ in the model's folder)")
@@ -165,7 +165,7 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=whole, default=50, metavar="N", help="of which 5 are run (default: %(default)s)")
     group.add_argument("--piece", type=whole, default=93, metavar="N", help="frames at a time (default: %(default)s)")
     group.add_argument("--overlap", type=whole, default=13, metavar="N", help="of pieces (default: %(default)s)")
-    _add_model(parser)
+    add_model(parser)
     group = _add_output(parser, "default: VIDEO-720p.mp4")
     group.add_argument(
         "--folder", type=Path, metavar="DIR", help="keeps the finished pieces; the same command goes on from them"
@@ -180,8 +180,8 @@ def generate(args: argparse.Namespace) -> int:
     from .request import work_of
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
-    request = _request(args, args.prompt).filled(paths.defaults)
-    output = args.output or _free_name(Path(OUTPUT))
+    request = request_of(args, args.prompt).filled(paths.defaults)
+    output = args.output or free_name(Path(OUTPUT))
     _check_distinct(output, args.image, args.video)
     check_output(output, estimate_bytes(output, request.frames, request.height, request.width))
     if args.contact_sheet is not None:
@@ -189,13 +189,13 @@ def generate(args: argparse.Namespace) -> int:
     paths.check()
     check_attention(args.attention)
     device = device_of(args.device)
-    _check_memory(args, device)
+    check_memory(args, device)
     for sentence in request.notes():
         note(sentence)
 
     started = time.monotonic()
     with notes_from_warnings():
-        pipeline = _load(args, paths, device, work_of(request))
+        pipeline = load_models(args, paths, device, work_of(request))
         with progress() as bar:
             generation = pipeline.generate(request, bar)
     write_video(output, generation.frames, request.fps)
@@ -219,9 +219,9 @@ def long(args: argparse.Namespace) -> int:
     from .request import work_of
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
-    prompts = spread_prompts(_prompts(args), args.segments)
+    prompts = spread_prompts(prompts_of(args), args.segments)
     request = LongVideoRequest(
-        _request(args, prompts[0]), prompts, args.overlap, _schedule(args), args.hand_off
+        request_of(args, prompts[0]), prompts, args.overlap, _schedule(args), args.hand_off
     ).filled(paths.defaults)
     output = args.output or Path(LONG_OUTPUT)
     folder = segment_folder(args.folder or output.with_name(f"{output.stem}-segments"))
@@ -233,7 +233,7 @@ def long(args: argparse.Namespace) -> int:
     paths.check()
     check_attention(args.attention)
     device = device_of(args.device)
-    _check_memory(args, device)
+    check_memory(args, device)
     request = replace(request, model=_model_settings(args, paths, device))
     for sentence in first.notes():
         note(sentence)
@@ -246,7 +246,7 @@ def long(args: argparse.Namespace) -> int:
             bar(step, f"segment {number + 1}/{of}")
 
         work = work_of(first, request.overlap)
-        for segment in long_video(lambda: _load(args, paths, device, work), request, folder, callback):
+        for segment in long_video(lambda: load_models(args, paths, device, work), request, folder, callback):
             finished.append(segment)
             bar.say(segment.told(folder.path))
     write_video(output, new_frames(folder, finished), first.fps)
@@ -285,7 +285,7 @@ def refine(args: argparse.Namespace) -> int:
     )
     request.check()
     check_video(video)
-    output = args.output or _free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
+    output = args.output or free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
     folder = None if args.folder is None else piece_folder(args.folder)
     _check_distinct(output, args.video)
     rate = 2 if request.doubled else 1
@@ -294,7 +294,7 @@ def refine(args: argparse.Namespace) -> int:
     paths.check()
     check_attention(args.attention)
     device = device_of(args.device)
-    _check_memory(args, device)
+    check_memory(args, device)
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 
@@ -305,7 +305,7 @@ def refine(args: argparse.Namespace) -> int:
             bar(step, f"piece {number + 1}/{of}")
 
         def load() -> Any:
-            return _load(args, paths, device, request.work(video, paths.defaults))
+            return load_models(args, paths, device, request.work(video, paths.defaults))
 
         def clips() -> Iterator[np.ndarray]:
             nonlocal count
@@ -331,8 +331,8 @@ def refine(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace, prompt: str) -> Any:
-    """What the options of `_add_what` and `_add_sampling` ask for, not yet filled in."""
+def request_of(args: argparse.Namespace, prompt: str) -> Any:
+    """What the options of `add_what` and `add_sampling` ask for, not yet filled in."""
     from .request import GenerateRequest
 
     height, width = _sides(args)
@@ -355,7 +355,7 @@ def _request(args: argparse.Namespace, prompt: str) -> Any:
     )
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def prompts_of(args: argparse.Namespace) -> list[str]:
     if args.prompts_file is None:
         return args.prompts
     if args.prompts:
@@ -381,13 +381,13 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
         "dtype": str(dtype_of(args.dtype, device)).removeprefix("torch."),
         "fp8": args.fp8,
         "attention": args.attention,
-        "compile": _compile(args, device, paths),
+        "compile": compile_mode(args, device, paths),
         "device": device.type,
     }
 
 
-def _load(args: argparse.Namespace, paths: Any, device: torch.device, work: Any) -> Any:
-    """The models as the options of `_add_model` ask for them, in room for `work`."""
+def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work: Any) -> Any:
+    """The models as the options of `add_model` ask for them, in room for `work`."""
     from ..model.config import Optimizations
     from ..optimize.plan import Plan
 
@@ -395,7 +395,7 @@ def _load(args: argparse.Namespace, paths: Any, device: torch.device, work: Any)
         paths,
         dtype=dtype_of(args.dtype, device),
         device=device,
-        optimizations=Optimizations(attention=args.attention, compile=_compile(args, device, paths)),
+        optimizations=Optimizations(attention=args.attention, compile=compile_mode(args, device, paths)),
         fp8=args.fp8,
         lora=args.lora,
         work=work,
@@ -407,7 +407,7 @@ def _load(args: argparse.Namespace, paths: Any, device: torch.device, work: Any)
     return pipeline
 
 
-def _check_memory(args: argparse.Namespace, device: torch.device) -> None:
+def check_memory(args: argparse.Namespace, device: torch.device) -> None:
     """Raise LongCatError for a limit or a plan that cannot be, and set the limit."""
     import torch
 
@@ -446,7 +446,7 @@ def _schedule(args: argparse.Namespace) -> str | None:
     return "distilled" if args.distilled else args.schedule
 
 
-def _compile(args: argparse.Namespace, device: torch.device, paths: Any) -> str:
+def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> str:
     from ..optimize import kernels
     from ..optimize.compilation import why_not
 
@@ -465,7 +465,7 @@ def _check_distinct(output: Path, *sources: Path | None) -> None:
         raise LongCatError(f"output {output} is the input itself; give another name to --output")
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     """`path`, or with a number where that exists: a default name must not overwrite what one did not name."""
     number = 1
     candidate = path

@@ -1,0 +1,486 @@
+"""`longcat compare`: two or more settings at the same seeds, and the noise floor. PyTorch is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..console import device_of, dtype_of, note, notes_from_warnings, number, progress, whole
+from ..errors import LongCatError
+from ..generate.commands import (
+    add_model,
+    add_sampling,
+    add_what,
+    check_memory,
+    compile_mode,
+    free_name,
+    load_models,
+    prompts_of,
+    request_of,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from .fidelity import Fidelity, Setting
+
+OUTPUT = "longcat-compare"
+REPORT, PLOT, SIDE_BY_SIDE = "report.md", "plot.png", "side-by-side.png"
+TITLE = "# What an option costs"
+MAX_SEEDS = 1000
+# Options that make another video, and what they are called in `GenerateRequest`.
+SAME = {
+    "height": "height",
+    "width": "width",
+    "frames": "frames",
+    "seed": "seed",
+    "image": "image",
+    "video": "clip",
+    "num_cond_frames": "number of given frames",
+}
+# Of the options of a model, those that a loaded one can change.
+SWITCHED = ("attention", "compile")
+ABOUT = """Every setting makes the same videos from the same seeds, and each video is held against that of A, frame by
+frame: what does the option change? A score of the single video does not answer that, since another video altogether
+may look as good. Two runs that are both right lie apart, too, because kernels round differently and sampling carries
+that on; how far, is the noise floor."""
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the video shows; several: figures are means")
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--versus",
+        action="append",
+        required=True,
+        metavar="OPTIONS",
+        help='options of another setting, on top of those given beside it, such as "--step-cache 0.05"; may be given '
+        "several times",
+    )
+    group.add_argument(
+        "--floor",
+        default="auto",
+        metavar="NAME",
+        help="exact attention backend for the noise floor, or off (default: auto, another than A's)",
+    )
+    group.add_argument(
+        "--seeds", type=whole, default=1, metavar="N", help="of every prompt, --seed and on (default: 1)"
+    )
+    group.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts from a text file, one a line")
+    _add_setting(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"a new or empty folder for report, pictures and videos (default: {OUTPUT}, or the next free name)",
+    )
+    group.add_argument("--page", type=Path, metavar="FILE", help="also write the report to this .md, pictures beside")
+    group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
+    parser.set_defaults(parser_kind=type(parser))
+
+
+def _add_setting(parser: argparse.ArgumentParser) -> None:
+    group = add_what(parser)
+    group.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 33, real model 93)")
+    add_sampling(parser)
+    add_model(parser)
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """`--versus --fp8` as `--versus=--fp8`: argparse would take the value for an option of its own."""
+    words, found = iter(argv), []
+    for word in words:
+        value = next(words, None) if word == "--versus" else None
+        found.append(word if value is None else f"{word}={value}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One setting, checked. model: what of its options a model must be loaded for."""
+
+    name: str
+    options: str
+    args: argparse.Namespace
+    paths: Any
+    request: Any
+    device: torch.device
+    model: dict[str, Any]
+
+
+def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
+    """The options of every --versus, on top of those beside it."""
+    parser = args.parser_kind(prog="longcat compare", add_help=False, allow_abbrev=False)
+    _add_setting(parser)
+    for text in args.versus:
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise LongCatError(f"--versus {text!r} cannot be read ({error}); quote it as in a shell") from error
+        if not words:
+            raise LongCatError('--versus is empty; give options, such as --versus "--step-cache 0.05"')
+        try:
+            yield text, parser.parse_args(words, argparse.Namespace(**vars(args)))
+        except LongCatError as error:
+            raise LongCatError(f"--versus {text!r}: {error}") from error
+
+
+def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Side:
+    from ..generate.pipeline import ModelPaths
+    from ..model.backends import check as check_attention
+
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model(parser)
+    paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
+    request = request_of(args, prompt).filled(paths.defaults)
+    paths.check()
+    check_attention(args.attention)
+    device = device_of(args.device)
+    check_memory(args, device)
+    compile_mode(args, device, paths)
+    model = {key: getattr(args, key) for key in vars(parser.parse_args([])) if key not in SWITCHED}
+    return _Side(name, options, args, paths, request, device, model)
+
+
+def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
+    """A and all that is held against it. Raises LongCatError for what cannot be compared."""
+    from .fidelity import REFERENCE, letters
+
+    first = _side(REFERENCE, "", args, prompt)
+    sides = [first]
+    for name, (text, parsed) in zip(letters(), list(_parsed(args)), strict=False):
+        try:
+            side = _side(name, text, parsed, prompt)
+        except LongCatError as error:
+            raise LongCatError(f"--versus {text!r}: {error}") from error
+        for field, what in SAME.items():
+            ours, theirs = getattr(first.request, field), getattr(side.request, field)
+            if ours != theirs:
+                raise LongCatError(
+                    f"--versus {text!r} asks for another {what} ({theirs}) than A ({ours}): only settings of one and "
+                    "the same video can be compared; give it beside --versus, for all"
+                )
+        if parsed.memory != args.memory:
+            raise LongCatError(f"--versus {text!r} sets --memory, which holds for all; give it beside --versus")
+        sides.append(side)
+    return sides
+
+
+def compare(args: argparse.Namespace) -> int:
+    """`longcat compare`: everything is checked before a model is loaded, and files appear whole or not at all."""
+    from ..generate.request import check_seed
+
+    prompts = prompts_of(args)
+    if not prompts:
+        raise LongCatError('a PROMPT is missing; say what the video shows, such as "a red circle moves right"')
+    if not 1 <= args.seeds <= MAX_SEEDS:
+        raise LongCatError(f"{args.seeds} seeds are out of range; give 1 to {MAX_SEEDS}")
+    check_seed(args.seed + args.seeds - 1)
+    sides = _sides(args, prompts[0])
+    first = sides[0]
+    seeds = range(args.seed, args.seed + args.seeds)
+    videos = [replace(first.request, prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
+    for video in videos:
+        video.filled(first.paths.defaults)
+    _check_floor(args)
+    folder = _check_output(args, first.request, len(videos) * (len(sides) + 1))
+    for sentence in dict.fromkeys(sentence for side in sides for sentence in side.request.notes()):
+        note(sentence)
+
+    with notes_from_warnings(), progress() as bar:
+        fidelity = _Run(sides, [(video.prompt, video.seed) for video in videos], folder, bar).compare()
+    _write(fidelity, args, first.device, videos, folder)
+    for setting in fidelity.others:
+        print(f"{setting.title}. {fidelity.verdict(setting)}{_speed(fidelity, setting)}")
+    print(f"{folder}: {REPORT}, {PLOT}, {SIDE_BY_SIDE}, {len(videos) * (1 + len(fidelity.compared))} videos")
+    return 0
+
+
+def _speed(fidelity: Fidelity, setting: Setting) -> str:
+    faster = fidelity.faster(setting)
+    return "" if faster is None else f" {faster:.2f} times as fast."
+
+
+def _check_floor(args: argparse.Namespace) -> None:
+    from ..model import backends
+
+    if args.floor in ("auto", "off"):
+        return
+    backends.check(args.floor)
+    for option, name in (("--floor", args.floor), ("--attention", args.attention)):
+        if not backends.is_exact(name):
+            raise LongCatError(
+                f"{option} {name} is lossy; the noise floor takes two exact kernels, so name another or --floor off"
+            )
+    if args.floor == args.attention:
+        raise LongCatError(f"--floor {args.floor} is A's own attention; name another one, or leave it out")
+
+
+def _check_output(args: argparse.Namespace, request: Any, videos: int) -> Path:
+    from ..generate.media import check_output, estimate_bytes
+
+    folder = args.output or free_name(Path(OUTPUT))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LongCatError(f"{folder} is there and not empty; name a new folder with --output")
+    # As a file of that name would be: the folder is made when there is something to put into it.
+    probe = folder / "A-1.mkv" if folder.is_dir() else folder.with_name(f"{folder.name}.mkv")
+    check_output(probe, videos * estimate_bytes(probe, request.frames, request.height, request.width))
+    if args.page is not None:
+        _check_page(args.page)
+    return folder
+
+
+def _check_page(page: Path) -> None:
+    from ..generate.media import check_output
+
+    if page.suffix.lower() != ".md":
+        raise LongCatError(f"page {str(page)!r} must end in .md")
+    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
+        raise LongCatError(f"{page} is no page of longcat compare; name another file with --page")
+    check_output(page.with_suffix(".png"), 1 << 24, sheet=True)
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """All settings. A model stays loaded for all of them that can do with it; these take turns, video by video, so that
+    a machine that is slower for a while is so for all."""
+
+    def __init__(self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Any) -> None:
+        from .fidelity import Setting, picks
+
+        self.sides, self.videos, self.folder, self.bar = sides, videos, folder, bar
+        request = sides[0].request
+        self.given, self.picks = request.cond_frames, picks(request.frames, request.cond_frames)
+        self.settings = {side.name: Setting(side.name, side.options) for side in sides}
+        self.no_floor = ""
+        self.pipeline: Any = None
+        # Videos of the first setting, which others are held against.
+        self.frames: list[np.ndarray] = []
+
+    def compare(self) -> Fidelity:
+        from .fidelity import FLOOR, Fidelity
+
+        first = self.sides[0]
+        waiting = list(self.sides)
+        while waiting:
+            model = waiting[0].model
+            group, waiting = (
+                [side for side in waiting if side.model == model],
+                [side for side in waiting if side.model != model],
+            )
+            self._load(group)
+            if first in group:
+                group[1:1] = self._floor(first)
+            self._run(group)
+        self.pipeline = None
+        reference, *others = (self.settings[side.name] for side in self.sides)
+        floor = self.settings.get(FLOOR)
+        return Fidelity(reference, others, floor, self.no_floor, self._what(first), self.picks)
+
+    def _load(self, group: Sequence[_Side]) -> None:
+        from ..generate.request import work_of
+        from .measure import clean_up
+
+        side = group[0]
+        if self.pipeline is not None:
+            # Two at a time may not fit.
+            self.pipeline = None
+            clean_up(side.device)
+        work = max((work_of(other.request) for other in group), key=lambda work: (work.guided, work.cond_latents))
+        self.pipeline = load_models(side.args, side.paths, side.device, work)
+
+    def _floor(self, side: _Side) -> list[_Side]:
+        """A with another exact kernel; nothing, and why, where there is none."""
+        from ..model.backends import Inputs, resolve
+        from .fidelity import FLOOR, Setting, other_kernel
+
+        kernel, own = side.args.floor, side.args.attention
+        if kernel == "off":
+            self.no_floor = "it was not asked for"
+            return []
+        dtype = dtype_of(side.args.dtype, side.device)
+        inputs = Inputs(side.device, dtype, self.pipeline.model.config.head_dim, False)
+        if kernel == "auto":
+            try:
+                kernel = other_kernel(own, inputs)
+            except LongCatError as error:
+                self.no_floor = str(error)
+                return []
+        elif resolve(kernel, inputs).name == resolve(own, inputs).name:
+            raise LongCatError(f"--floor {kernel} is what A runs with; name another one, or leave it out")
+        self.settings[FLOOR] = Setting(FLOOR, f"attention {kernel}")
+        args = argparse.Namespace(**{**vars(side.args), "attention": kernel})
+        return [replace(side, name=FLOOR, args=args)]
+
+    def _run(self, group: list[_Side]) -> None:
+        from .fidelity import FLOOR
+        from .measure import is_out_of_memory
+
+        for side in group:
+            if side.name != FLOOR:
+                self.settings[side.name].first_s = self._first_step(side)
+        for i in range(len(self.videos)):
+            for side in tuple(group):
+                try:
+                    self._video(side, i)
+                except (MemoryError, RuntimeError) as error:
+                    # The other kernel may want more than there is; the comparison does not hang on it.
+                    if side.name != FLOOR or not is_out_of_memory(error):
+                        raise
+                    group.remove(side)
+                    del self.settings[FLOOR]
+                    self.no_floor = f"the other exact kernel, {side.args.attention}, ran out of memory"
+
+    def _switch(self, side: _Side) -> None:
+        network = self.pipeline.model
+        mode = compile_mode(side.args, side.device, side.paths)
+        switches = replace(network.asked, attention=side.args.attention, compile=mode)
+        if switches != network.asked:
+            network.set_optimizations(switches)
+
+    def _video(self, side: _Side, i: int) -> None:
+        from ..generate.media import write_video
+        from .fidelity import FLOOR, distance
+
+        self._switch(side)
+        setting = self.settings[side.name]
+        prompt, seed = self.videos[i]
+        clock = _Clock(self.bar, side.device, f"{side.name}, video {i + 1}/{len(self.videos)}")
+        frames = self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), clock).frames
+        if side.name != FLOOR:
+            setting.seconds.append(clock.seconds)
+        setting.computed.append(clock.computed)
+        setting.steps = clock.steps
+        if i == 0:
+            setting.shots = frames[self.picks]
+        if side is self.sides[0]:
+            self.frames.append(frames)
+        else:
+            setting.distances.append(distance(frames, self.frames[i], self.given))
+        self.folder.mkdir(exist_ok=True)
+        write_video(self.folder / f"{side.name.replace(' ', '-')}-{i + 1}.mkv", frames, side.args.fps)
+
+    def _first_step(self, side: _Side) -> float:
+        """Seconds until one step is done: what compiles or is chosen at first must not count in the samplings."""
+        from ..sampling.sampler import Interrupted
+        from .measure import synchronize
+
+        def stop(_: Any) -> None:
+            synchronize(side.device)
+            raise Interrupted
+
+        self._switch(side)
+        prompt, seed = self.videos[0]
+        started = time.perf_counter()
+        with suppress(Interrupted):
+            self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), stop)
+        return time.perf_counter() - started
+
+    def _what(self, side: _Side) -> str:
+        from .results import machine
+
+        request, here = side.request, machine(side.device)
+        count = len(self.videos)
+        videos = "One video" if count == 1 else f"{count} videos"
+        dtype = str(dtype_of(side.args.dtype, side.device)).removeprefix("torch.")
+        where = here.get("gpu") or f"{here['cpu']}, {here['cores']} cores"
+        return (
+            f"{videos} of {request.frames} frames of {request.height}x{request.width}, {request.steps} steps, guidance "
+            f"{request.guidance_scale:g}; {where}, PyTorch {here['torch']}, {dtype}"
+        )
+
+
+class _Clock:
+    """Callback of one sampling. seconds: to its last step, reading the prompt included; computed: evaluated steps."""
+
+    def __init__(self, bar: Any, device: torch.device, label: str) -> None:
+        self.bar, self.device, self.label = bar, device, label
+        self.started, self.seconds, self.computed, self.steps = time.perf_counter(), 0.0, 0, 0
+
+    def __call__(self, step: Any) -> None:
+        from .measure import synchronize
+
+        self.computed += not step.reused
+        self.steps = step.total
+        if step.index == step.total - 1:
+            synchronize(self.device)
+            self.seconds = time.perf_counter() - self.started
+        self.bar(step, self.label)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    fidelity: Fidelity, args: argparse.Namespace, device: torch.device, videos: Sequence[Any], folder: Path
+) -> None:
+    from .fidelity_pictures import plot, side_by_side
+    from .results import Report
+
+    request = videos[0]
+    size = f"{request.height}x{request.width}"
+    inputs = {"prompts": list(dict.fromkeys(video.prompt for video in videos)), "seed": args.seed, "seeds": args.seeds}
+    inputs |= {"size": size, "frames": request.frames, "given": request.cond_frames, "no_floor": fidelity.no_floor}
+    report = Report("fidelity", folder, device, inputs, name=Path(REPORT).stem)
+    for setting in (fidelity.reference, *fidelity.compared):
+        row = setting.as_row()
+        if setting in fidelity.others:
+            row |= {"verdict": fidelity.verdict(setting), "times_as_fast": fidelity.faster(setting)}
+        report.rows.append(row)
+    pictures = {PLOT: plot(fidelity), SIDE_BY_SIDE: side_by_side(fidelity)}
+    _write_page(folder / REPORT, fidelity, report.content, pictures, "")
+    if args.page is not None:
+        _write_page(args.page, fidelity, report.content, pictures, f"{args.page.stem}-")
+    # Last: where it is, all is there.
+    report.write()
+
+
+def _write_page(
+    path: Path, fidelity: Fidelity, content: dict[str, Any], pictures: dict[str, Image.Image], prefix: str
+) -> None:
+    from ..generate.media import atomic_path
+
+    for name, picture in pictures.items():
+        with atomic_path(path.with_name(prefix + name)) as temporary:
+            picture.save(temporary)
+    with atomic_path(path) as temporary:
+        temporary.write_text(_page(fidelity, content, prefix), encoding="utf-8")
+
+
+def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
+    from .fidelity import text
+
+    inputs = content["inputs"]
+    seeds = f"seed {inputs['seed']}" if inputs["seeds"] == 1 else f"{inputs['seeds']} seeds from {inputs['seed']} on"
+    prompts = "\n".join(f"- {prompt}" for prompt in inputs["prompts"])
+    commit = f", commit {content['commit']}" if content["commit"] else ""
+    parts = (
+        TITLE,
+        ABOUT,
+        f"Written on {content['date'][:10]}{commit} by\n\n    {content['command']}",
+        text(fidelity),
+        "Seconds are of a whole sampling, reading the prompt included, of the fastest video. A first step, with what "
+        "is compiled then, is run before and told apart. Settings of one model take turns; where something else "
+        "keeps the machine busy, the steps computed tell more.",
+        f"![PSNR and SSIM of every frame]({prefix}{PLOT})",
+        f"Prompts, {seeds}:\n\n{prompts}",
+        f"The first of them, side by side:\n\n![Frames and differences]({prefix}{SIDE_BY_SIDE})",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+TASKS = {
+    "compare": (add_compare, compare, "Show what options cost: PSNR and SSIM at the same seed, and the noise floor."),
+}
