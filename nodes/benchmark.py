@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from datetime import date
 from typing import Any
 
-import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -20,7 +18,7 @@ from torch import Tensor
 from ..longcat_core.benchmark import comparison
 from ..longcat_core.benchmark.ablation import kernel_name, plain
 from ..longcat_core.benchmark.comparison import Side
-from ..longcat_core.benchmark.measure import GIB, peak_bytes, psnr, relative_error, reset_peak, synchronize
+from ..longcat_core.benchmark.measure import GIB, peak_bytes, psnr, relative_error
 from ..longcat_core.benchmark.results import machine, shown
 from ..longcat_core.benchmark.workload import SEED, TEXT_TOKENS
 from ..longcat_core.errors import LongCatError
@@ -29,40 +27,12 @@ from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY
 from .loaders import CATEGORY
-from .sampling import _require_longcat, guidance_input, make_guider, starting_latents
+from .sampling import Clock, _require_longcat, guidance_input, make_guider, starting_latents, switches_of
 
 NODE = "LongCat Benchmark"
 MAX_TIMED = 20
 # Steps of the schedule whose first ones are run.
 SCHEDULE_STEPS = 50
-
-
-class _Clock:
-    """Euler, with the seconds of every step and the last estimate."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.x0 = device, [], None
-
-    def sampler(self, model: Any, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
-        synchronize(self.device)
-        started = time.perf_counter()
-
-        def stepped(state: dict[str, Any]) -> None:
-            nonlocal started
-            synchronize(self.device)
-            self.seconds.append(time.perf_counter() - started)
-            self.x0 = state["denoised"]
-            if len(self.seconds) == 1:
-                reset_peak(self.device)
-            if callback is not None:
-                callback(state)
-            started = time.perf_counter()
-
-        return comfy.k_diffusion.sampling.sample_euler(model, x, sigmas, extra_args, stepped, disable)
-
-
-def _switches(model: comfy.model_patcher.ModelPatcher) -> Optimizations:
-    return model.model_options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
 
 
 def without_optimizations(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
@@ -148,7 +118,7 @@ def _run(
     guider = make_guider(model, positive or text[0], negative or text[1], guidance, "exact", NODE)
     samples = starting_latents(model, latent_image)
     noise = comfy.sample.prepare_noise(samples, SEED)
-    device, clock = model.load_device, _Clock(model.load_device)
+    device, clock = model.load_device, Clock(model.load_device)
     bar = comfy.utils.ProgressBar(1 + steps)
     guider.sample(
         noise,
@@ -161,7 +131,7 @@ def _run(
         seed=SEED,
     )
     peak = peak_bytes(device)
-    switches = _switches(model)
+    switches = switches_of(model)
     kernel = chosen(switches, model.model_options.get("transformer_options", {}))
     kernel = kernel or kernel_name(model.model.diffusion_model.choose_kernels(device).attend)
     first, *later = clock.seconds

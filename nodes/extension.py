@@ -22,6 +22,7 @@ FAMILIES = (
     "block_sparse",
     "step_cache",
     "benchmark",
+    "fidelity",
 )
 
 

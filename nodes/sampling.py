@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
+import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..longcat_core.benchmark.measure import reset_peak, synchronize
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.request import MAX_GUIDANCE, MAX_STEPS, check_number
 from ..longcat_core.model.config import Optimizations
@@ -104,14 +108,19 @@ def given_frames(noise_mask: Tensor | None) -> int:
     return 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
 
 
-def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
-    """Progress and previews as stock nodes send them, showing one generated frame further at every step."""
-    stock = latent_preview.prepare_callback(model, steps)
+def preview_callback(
+    model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None, done: int = 0, of: int | None = None
+) -> Callable:
+    """Progress and previews as stock nodes send them, showing one generated frame further at every step.
+
+    done: steps of earlier samplings of the same node, of: those of all together.
+    """
+    stock = latent_preview.prepare_callback(model, of or steps)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
         given = given_frames(noise_mask)
         frame = given + step % (x0.shape[2] - given)
-        stock(step, x0[:, :, frame : frame + 1], x, total)
+        stock(done + step, x0[:, :, frame : frame + 1], x, of or total)
 
     return callback
 
@@ -122,6 +131,106 @@ def starting_latents(model: comfy.model_patcher.ModelPatcher, latent_image: dict
     # Only from ComfyUI 0.33 on does a latent tell its ratios, and the function take them.
     known = ratios if any(ratio is not None for ratio in ratios) else ()
     return comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *known)
+
+
+def switches_of(model: comfy.model_patcher.ModelPatcher) -> Optimizations:
+    """What LongCat Optimizations set on a MODEL, or the defaults."""
+    return model.model_options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
+
+
+class Clock:
+    """Euler, with the seconds of every step and the last estimate."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.x0 = device, [], None
+
+    def sampler(self, model: Any, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
+        synchronize(self.device)
+        started = time.perf_counter()
+
+        def stepped(state: dict[str, Any]) -> None:
+            nonlocal started
+            synchronize(self.device)
+            self.seconds.append(time.perf_counter() - started)
+            self.x0 = state["denoised"]
+            if len(self.seconds) == 1:
+                reset_peak(self.device)
+            if callback is not None:
+                callback(state)
+            started = time.perf_counter()
+
+        return comfy.k_diffusion.sampling.sample_euler(model, x, sigmas, extra_args, stepped, disable)
+
+
+def seed_input() -> io.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="The same seed gives the same noise on every machine, and in the longcat command.",
+    )
+
+
+def steps_input() -> io.Input:
+    return io.Int.Input(
+        "steps",
+        default=50,
+        min=1,
+        max=MAX_STEPS,
+        tooltip="Denoising steps: 50, or 16 for distilled. enhance_hf and refine evaluate the model another number of "
+        "times (56 and 5 for 50 steps).",
+    )
+
+
+def kv_cache_input() -> io.Input:
+    return io.Combo.Input("kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP)
+
+
+def sample_latent(
+    node: str,
+    model: comfy.model_patcher.ModelPatcher,
+    positive: Any,
+    negative: Any,
+    latent_image: dict[str, Any],
+    seed: int,
+    steps: int,
+    guidance: float,
+    mode: str,
+    kv_cache: KVMode = "exact",
+    *,
+    clock: Clock | None = None,
+    done: int = 0,
+    of: int | None = None,
+) -> Tensor:
+    """What LongCat Sampler makes: clean latents [B, 16, T, H/8, W/8]. Raises LongCatError for what cannot be sampled.
+
+    clock: keeps the times of the steps. done, of: see `preview_callback`.
+    """
+    guider = make_guider(model, positive, negative, guidance, kv_cache, node)
+    sigmas = make_schedule(mode, steps).sigmas
+    samples = starting_latents(model, latent_image)
+    if mode == "refine" and not samples.any():
+        raise LongCatError("mode refine got an empty latent; give it the latent of a video (VAE Encode), or use base")
+    noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+    mask = latent_image.get("noise_mask")
+    samples = guider.sample(
+        noise,
+        samples,
+        comfy.samplers.ksampler("euler") if clock is None else comfy.samplers.KSAMPLER(clock.sampler),
+        sigmas,
+        denoise_mask=mask,
+        callback=preview_callback(model, len(sigmas) - 1, mask, done, of),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    if not samples.isfinite().all():
+        raise LongCatError(
+            "the latents are not finite: the checkpoint overflows in this precision; load it with weight_dtype "
+            "bf16 or fp32"
+        )
+    return samples.to(comfy.model_management.intermediate_device())
 
 
 class Sampler(io.ComfyNode):
@@ -142,27 +251,11 @@ class Sampler(io.ComfyNode):
                     tooltip="EmptyHunyuanLatentVideo for text to video; else LongCat Image to Video, LongCat Video "
                     "Continuation, or for mode refine the latent of a video.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same noise on every machine, and in the longcat command.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=1,
-                    max=MAX_STEPS,
-                    tooltip="Denoising steps: 50, or 16 for distilled. enhance_hf and refine evaluate the model "
-                    "another number of times (56 and 5 for 50 steps).",
-                ),
+                seed_input(),
+                steps_input(),
                 guidance_input("CFG-zero scale. 1 is without guidance, twice as fast: for distilled and refine."),
                 io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
-                io.Combo.Input(
-                    "kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP
-                ),
+                kv_cache_input(),
             ],
             outputs=[io.Latent.Output(tooltip="For VAE Decode with the Wan 2.1 VAE.")],
         )
@@ -171,32 +264,11 @@ class Sampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache="exact"
     ) -> io.NodeOutput:
-        guider = make_guider(model, positive, negative, guidance, kv_cache, "LongCat Sampler")
-        sigmas = make_schedule(mode, steps).sigmas
-        out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
-        samples = starting_latents(model, latent_image)
-        if mode == "refine" and not samples.any():
-            raise LongCatError(
-                "mode refine got an empty latent; give it the latent of a video (VAE Encode), or use base"
-            )
-        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        mask = latent_image.get("noise_mask")
-        samples = guider.sample(
-            noise,
-            samples,
-            comfy.samplers.ksampler("euler"),
-            sigmas,
-            denoise_mask=mask,
-            callback=preview_callback(model, len(sigmas) - 1, mask),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
+        samples = sample_latent(
+            "LongCat Sampler", model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache
         )
-        if not samples.isfinite().all():
-            raise LongCatError(
-                "the latents are not finite: the checkpoint overflows in this precision; load it with weight_dtype "
-                "bf16 or fp32"
-            )
-        out["samples"] = samples.to(comfy.model_management.intermediate_device())
+        out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
+        out["samples"] = samples
         return io.NodeOutput(out)
 
 
@@ -236,9 +308,7 @@ class GuiderNode(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the video shows."),
                 io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
                 guidance_input("Scale. 1 is without guidance, twice as fast."),
-                io.Combo.Input(
-                    "kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP
-                ),
+                kv_cache_input(),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..model import backends
 from ..model.backends import Inputs
-from .results import markdown, shown
+from .results import machine, markdown, shown
 
 PEAK = 255.0
 # Of SSIM, as published (Wang et al. 2004): a Gaussian window of 11 pixels, sigma 1.5, where it fits into the frame.
@@ -184,6 +184,19 @@ class Fidelity:
     def faster(self, setting: Setting) -> float | None:
         """How many times as fast as the reference."""
         return self.reference.time / setting.time if self.reference.time and setting.time else None
+
+
+def described(
+    count: int, size: Sequence[int], steps: int, guidance: float, device: torch.device, dtype: torch.dtype
+) -> str:
+    """What was compared, and where, in a sentence. size: frames, height and width of each of `count` videos."""
+    here = machine(device)
+    frames, height, width = size
+    where = here.get("gpu") or f"{here['cpu']}, {here['cores']} cores"
+    return (
+        f"{'One video' if count == 1 else f'{count} videos'} of {frames} frames of {height}x{width}, {steps} steps, "
+        f"guidance {guidance:g}; {where}, PyTorch {here['torch']}, {str(dtype).removeprefix('torch.')}"
+    )
 
 
 def decibels(value: float) -> str:

@@ -48,10 +48,11 @@ SAME = {
 }
 # Of the options of a model, those that a loaded one can change.
 SWITCHED = ("attention", "compile")
-ABOUT = """Every setting makes the same videos from the same seeds, and each video is held against that of A, frame by
-frame: what does the option change? A score of the single video does not answer that, since another video altogether
-may look as good. Two runs that are both right lie apart, too, because kernels round differently and sampling carries
-that on; how far, is the noise floor."""
+ABOUT = """\
+Every setting makes the same videos from the same seeds, and each video is held against that of A, frame by frame:
+what does the option change? A score of the single video does not answer that, since another video altogether may look
+as good. Two runs that are both right lie apart, too, because kernels round differently and sampling carries that on;
+how far, is the noise floor."""
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -270,7 +271,7 @@ class _Run:
         self.frames: list[np.ndarray] = []
 
     def compare(self) -> Fidelity:
-        from .fidelity import FLOOR, Fidelity
+        from .fidelity import FLOOR, Fidelity, described
 
         first = self.sides[0]
         waiting = list(self.sides)
@@ -287,7 +288,10 @@ class _Run:
         self.pipeline = None
         reference, *others = (self.settings[side.name] for side in self.sides)
         floor = self.settings.get(FLOOR)
-        return Fidelity(reference, others, floor, self.no_floor, self._what(first), self.picks)
+        request = first.request
+        size, dtype = (request.frames, request.height, request.width), dtype_of(first.args.dtype, first.device)
+        what = described(len(self.videos), size, request.steps, request.guidance_scale, first.device, dtype)
+        return Fidelity(reference, others, floor, self.no_floor, what, self.picks)
 
     def _load(self, group: Sequence[_Side]) -> None:
         from ..generate.request import work_of
@@ -387,19 +391,6 @@ class _Run:
         with suppress(Interrupted):
             self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), stop)
         return time.perf_counter() - started
-
-    def _what(self, side: _Side) -> str:
-        from .results import machine
-
-        request, here = side.request, machine(side.device)
-        count = len(self.videos)
-        videos = "One video" if count == 1 else f"{count} videos"
-        dtype = str(dtype_of(side.args.dtype, side.device)).removeprefix("torch.")
-        where = here.get("gpu") or f"{here['cpu']}, {here['cores']} cores"
-        return (
-            f"{videos} of {request.frames} frames of {request.height}x{request.width}, {request.steps} steps, guidance "
-            f"{request.guidance_scale:g}; {where}, PyTorch {here['torch']}, {dtype}"
-        )
 
 
 class _Clock:

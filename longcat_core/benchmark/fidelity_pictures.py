@@ -22,8 +22,8 @@ LINES = (*COLOURS, (76, 159, 112), (196, 78, 82), (129, 91, 166), (140, 98, 70),
 FLOOR_LINE, GRID = (120, 126, 133), (226, 229, 232)
 # Lines are drawn so many times as large and reduced, which smooths them.
 FINE = 3
-PANEL, LEFT, LEGEND, DASH = 230, 84, 24, 7
-CELL, CELL_GAP, ROW_LABEL = 216, 12, 24
+PANELS, LEFT, LEGEND, DASH = (330, 230), 84, 24, 7
+CELL, CELL_GAP, ROW_LABEL = 216, 12, 28
 # Of a difference, so that all but so many of its pixels (percent) stay below white.
 GAINS, KEPT = (1, 2, 4, 8, 16, 32, 64, 128), 99.9
 
@@ -41,9 +41,10 @@ def plot(fidelity: Fidelity) -> Image.Image:
     settings = fidelity.compared
     head = wrap(fidelity.what, _font(15).getlength, WIDTH - 2 * MARGIN)
     top = 66 + 20 * len(head)
-    legend_at = top + 2 * (PANEL + 70) + 4
-    sheet = Image.new("RGB", (WIDTH, legend_at + LEGEND * (len(settings) + 1) + MARGIN), PAPER)
-    boxes = [(LEFT, top + 30 + i * (PANEL + 70), WIDTH - MARGIN, top + 30 + i * (PANEL + 70) + PANEL) for i in (0, 1)]
+    tops = (top + 30, top + 100 + PANELS[0])
+    boxes = [(LEFT, y, WIDTH - MARGIN, y + height) for y, height in zip(tops, PANELS, strict=True)]
+    legend_at = boxes[-1][3] + 44
+    sheet = Image.new("RGB", (WIDTH, legend_at + LEGEND * (len(settings) + (fidelity.floor is None)) + MARGIN), PAPER)
     first = settings[0].distances[0].given
     series = (
         ([[psnr(mse) for mse in setting.mse.mean(axis=0)] for setting in settings], _decibel_axis, "PSNR (dB)"),
@@ -77,7 +78,8 @@ def plot(fidelity: Fidelity) -> Image.Image:
         pen.text((box[2], box[3] + 24), "frame", fill=FAINT, font=_font(14), anchor="ra")
     for i, setting in enumerate(settings):
         y = legend_at + LEGEND * i
-        pen.rectangle((MARGIN, y + 5, MARGIN + 22, y + 13), fill=colour(fidelity, setting))
+        for x in (0, 8, 16) if setting is fidelity.floor else range(0, 21, 4):
+            pen.rectangle((MARGIN + x, y + 6, MARGIN + x + 4, y + 12), fill=colour(fidelity, setting))
         told = f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.ssim.mean():.4f}"
         pen.text((MARGIN + 32, y), _cut(told, _font(15), WIDTH - 2 * MARGIN - 32), fill=INK, font=_font(15))
     if fidelity.floor is None:
@@ -87,41 +89,43 @@ def plot(fidelity: Fidelity) -> Image.Image:
 
 
 def side_by_side(fidelity: Fidelity) -> Image.Image:
-    """Frames of the first video: of the reference, of every setting, and of its difference, amplified; RGB."""
+    """Frames of the first video, a setting a row: its own, and right of them the difference, amplified; RGB."""
     from PIL import Image, ImageDraw
 
     reference = fidelity.reference.shots
     size, filter_ = cell_form(*reference.shape[1:3], CELL)
-    rows: list[tuple[str, np.ndarray]] = [(fidelity.reference.title, reference)]
-    for setting in fidelity.compared:
-        if setting is not fidelity.floor:
-            rows.append((f"{setting.title}   {decibels(setting.psnr)}", setting.shots))
-        rows.append(_difference(setting, fidelity.reference))
+    across = len(reference) * (size[0] + CELL_GAP)
+    half = max(across, CELL)
     step = size[1] + ROW_LABEL + CELL_GAP
-    width = max(WIDTH // 2, 2 * MARGIN + len(reference) * (size[0] + CELL_GAP) - CELL_GAP)
-    sheet = Image.new("RGB", (width, MARGIN + len(rows) * step + MARGIN), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for row, (label, shots) in enumerate(rows):
+    settings = [fidelity.reference, *fidelity.compared]
+    sheet = Image.new("RGB", (2 * (MARGIN + half) + MARGIN, MARGIN + len(settings) * step + MARGIN), PAPER)
+    pen, font = ImageDraw.Draw(sheet), _font(18)
+    for row, setting in enumerate(settings):
+        parts = [(setting.title, setting.shots)]
+        if setting.distances:
+            parts = [(f"{setting.title}   {decibels(setting.psnr)}", setting.shots), _difference(setting, fidelity)]
         y = MARGIN + row * step
-        pen.text((MARGIN, y), _cut(label, _font(15), width - 2 * MARGIN), fill=INK, font=_font(15))
-        for column, shot in enumerate(shots):
-            cell = Image.fromarray(np.ascontiguousarray(shot)).resize(size, filter_)
-            sheet.paste(cell, (MARGIN + column * (size[0] + CELL_GAP), y + ROW_LABEL))
-    for column, frame in enumerate(fidelity.picks):
-        x = MARGIN + column * (size[0] + CELL_GAP)
-        pen.text((x, MARGIN + len(rows) * step - 4), f"frame {frame}", fill=FAINT, font=_font(14))
+        for x, (label, shots) in zip((MARGIN, 2 * MARGIN + half), parts, strict=False):
+            pen.text((x, y), _cut(label, font, half), fill=INK, font=font)
+            for column, shot in enumerate(shots):
+                cell = Image.fromarray(np.ascontiguousarray(shot)).resize(size, filter_)
+                sheet.paste(cell, (x + column * (size[0] + CELL_GAP), y + ROW_LABEL))
+    for x in (MARGIN, 2 * MARGIN + half):
+        for column, frame in enumerate(fidelity.picks):
+            at = x + column * (size[0] + CELL_GAP), MARGIN + len(settings) * step - 4
+            pen.text(at, f"frame {frame}", fill=FAINT, font=_font(16))
     return sheet
 
 
-def _difference(setting: Setting, reference: Setting) -> tuple[str, np.ndarray]:
+def _difference(setting: Setting, fidelity: Fidelity) -> tuple[str, np.ndarray]:
     """Label and pixels |setting - reference|, times the largest gain at which nearly nothing turns white."""
+    reference = fidelity.reference
     apart = np.abs(setting.shots.astype(np.int16) - reference.shots.astype(np.int16))
-    name = f"{setting.name} - {reference.name}"
     if not apart.any():
-        return f"{name}   no difference", apart.astype(np.uint8)
+        return f"no difference from {reference.name} in these frames", apart.astype(np.uint8)
     bright = max(np.percentile(apart, KEPT), 1)
     gain = max(gain for gain in GAINS if gain == 1 or gain * bright <= 255)
-    return f"{name}   difference x {gain}", np.clip(apart * gain, 0, 255).astype(np.uint8)
+    return f"difference from {reference.name}, times {gain}", np.clip(apart * gain, 0, 255).astype(np.uint8)
 
 
 # --- axes and lines --------------------------------------------------------------------------------------------------

@@ -1,0 +1,207 @@
+"""LongCat Fidelity: what a setting costs. Two MODELs at one seed under LongCat Sampler, and the noise floor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..longcat_core.benchmark import fidelity as core
+from ..longcat_core.benchmark.fidelity import FLOOR, REFERENCE, Setting
+from ..longcat_core.benchmark.fidelity_pictures import plot, side_by_side
+from ..longcat_core.errors import LongCatError
+from ..longcat_core.model.backends import Inputs
+from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
+from ..longcat_core.sampling.schedules import MODES, make_schedule
+from .comfy_attention import chosen
+from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
+from .conditioning import require_wan_vae, to_bytes, to_image
+from .loaders import CATEGORY
+from .sampling import (
+    MODE_TOOLTIP,
+    Clock,
+    _require_longcat,
+    given_frames,
+    guidance_input,
+    kv_cache_input,
+    sample_latent,
+    seed_input,
+    starting_latents,
+    steps_input,
+    switches_of,
+)
+from .step_cache import THRESHOLD_KEY
+
+NODE = "LongCat Fidelity"
+TIMED = "steps after the first"
+
+
+def _dtype(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
+    return model.model.manual_cast_dtype or model.model.get_dtype()
+
+
+def with_attention(model: comfy.model_patcher.ModelPatcher, name: str) -> comfy.model_patcher.ModelPatcher:
+    """The same MODEL with another attention kernel; the one that comes in stays as it is."""
+    switches = replace(switches_of(model), attention=name)
+    model = model.clone()
+    model.model_options.setdefault("transformer_options", {})[OPTIMIZATIONS_KEY] = switches
+    return model
+
+
+def floor_kernel(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Another exact kernel than the MODEL runs with. Raises LongCatError with the reason where there is none."""
+    switches, options = switches_of(model), model.model_options.get("transformer_options", {})
+    if other := chosen(switches, options):
+        raise LongCatError(f"{other} decides over A's attention, and whether that is exact is not known")
+    config = model.model.diffusion_model.config
+    return core.other_kernel(switches.attention, Inputs(model.load_device, _dtype(model), config.head_dim, False))
+
+
+def _settings(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
+    """What of a MODEL may decide its video."""
+    options = model.model_options.get("transformer_options", {})
+    wrappers = {str(name) for kind in options.get("wrappers", {}).values() for name in kind} - {THRESHOLD_KEY}
+    return asdict(switches_of(model)) | {
+        "step cache": options.get(THRESHOLD_KEY, 0),
+        "block-sparse": getattr(options.get(BLOCK_SPARSE_KEY), "sparsity", 0),
+        "dtype": str(_dtype(model)).removeprefix("torch."),
+        "patched weights": len(model.patches),
+        "other nodes": ", ".join(sorted(wrappers)) or "none",
+    }
+
+
+def differences(model: comfy.model_patcher.ModelPatcher, other: comfy.model_patcher.ModelPatcher) -> str:
+    """What `other` has that `model` has not, in words; "" where that is not to be seen."""
+    one, two = _settings(model), _settings(other)
+    words = {True: "on", False: "off"}
+    told = {name: words[value] if isinstance(value, bool) else value for name, value in two.items()}
+    return ", ".join(f"{name} {told[name]}" for name in two if two[name] != one[name])
+
+
+class Fidelity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LongCatFidelity",
+            display_name=NODE,
+            category=CATEGORY,
+            description="Samples the same video with two settings of LongCat-Video and shows what the second one "
+            "changes: PSNR and SSIM of every frame, frames side by side, and the noise floor.",
+            inputs=[
+                io.Model.Input("model", tooltip="A, the reference: LongCat-Video as it is right for you."),
+                io.Model.Input(
+                    "model_b",
+                    tooltip="B: the same model with LongCat Step Cache, LongCat Optimizations, a LoRA, another weight "
+                    "dtype or other patches.",
+                ),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE, which decodes both."),
+                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="As for LongCat Sampler. Frames that a LongCat conditioning node gives are the same in "
+                    "both, and are not compared.",
+                ),
+                seed_input(),
+                steps_input(),
+                guidance_input("CFG-zero scale, of both. 1 is without guidance, twice as fast."),
+                io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
+                io.Boolean.Input(
+                    "noise_floor",
+                    default=True,
+                    tooltip="Sample A once more with another exact attention kernel: how far two runs that are both "
+                    "right lie apart. Takes as long as A.",
+                ),
+                kv_cache_input(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="PSNR and SSIM of every frame."),
+                io.Image.Output(display_name="side_by_side", tooltip="Frames of A and B, and their difference."),
+                io.Image.Output(display_name="images_a", tooltip="The video of A."),
+                io.Image.Output(display_name="images_b", tooltip="The video of B."),
+                io.String.Output(display_name="report", tooltip="The figures, and what they say."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        model_b,
+        vae,
+        positive,
+        negative,
+        latent_image,
+        seed,
+        steps,
+        guidance,
+        mode,
+        noise_floor=True,
+        kv_cache="exact",
+    ) -> io.NodeOutput:
+        for patcher in (model, model_b):
+            _require_longcat(patcher, NODE)
+        if model_b.model.diffusion_model.config != model.model.diffusion_model.config:
+            raise LongCatError(f"{NODE} got two models of different sizes as A and B; connect one model twice")
+        require_wan_vae(vae)
+        shape = starting_latents(model, latent_image).shape
+        given = given_frames(latent_image.get("noise_mask"))
+        given = given and 1 + TEMPORAL_FACTOR * (given - 1)
+        frames = 1 + TEMPORAL_FACTOR * (shape[2] - 1)
+        runs, no_floor = {REFERENCE: (model, ""), "B": (model_b, differences(model, model_b))}, "it is switched off"
+        if noise_floor:
+            try:
+                kernel = floor_kernel(model)
+                runs[FLOOR] = with_attention(model, kernel), f"attention {kernel}"
+            except LongCatError as error:
+                no_floor = str(error)
+
+        inputs = (positive, negative, latent_image, seed, steps, guidance, mode, kv_cache)
+        per_run = len(make_schedule(mode, steps))
+        picks, settings, images = core.picks(frames, given), {}, {}
+        reference: list[np.ndarray] = []
+        for i, (name, (patcher, options)) in enumerate(runs.items()):
+            clock = Clock(patcher.load_device)
+            progress = {"done": i * per_run, "of": len(runs) * per_run}
+            try:
+                images[name] = vae.decode(sample_latent(NODE, patcher, *inputs, clock=clock, **progress))
+            except comfy.model_management.OOM_EXCEPTION:
+                if name != FLOOR:
+                    raise
+                no_floor = f"the other exact kernel ({options}) ran out of memory"
+                continue
+            videos = [to_bytes(video) for video in _videos(images[name])]
+            reference = reference or videos
+            setting = settings[name] = Setting(name, options, shots=videos[0][picks], steps=per_run)
+            if name != FLOOR:
+                first, *later = clock.seconds
+                setting.first_s, setting.seconds = first, [sum(later)] if later else []
+            if name != REFERENCE:
+                setting.distances = [core.distance(*both, given) for both in zip(videos, reference, strict=True)]
+
+        size = (frames, 8 * shape[3], 8 * shape[4])
+        what = core.described(shape[0], size, steps, guidance, model.load_device, _dtype(model))
+        found = core.Fidelity(
+            settings[REFERENCE], [settings["B"]], settings.get(FLOOR), no_floor, f"{what}; seed {seed}", picks, TIMED
+        )
+        pictures = [to_image(np.array(picture)[None]) for picture in (plot(found), side_by_side(found))]
+        shown = ui.PreviewImage(pictures[0], cls=cls)
+        # Of another size, hence a preview of its own.
+        shown.values = [*shown.values, *ui.PreviewImage(pictures[1], cls=cls).values]
+        decoded = (images[name].flatten(0, -4) for name in (REFERENCE, "B"))
+        return io.NodeOutput(*pictures, *decoded, core.text(found), ui=shown)
+
+
+def _videos(images: Tensor) -> Tensor:
+    """IMAGE of one video [F, H, W, 3], or of several, as videos [B, F, H, W, 3]."""
+    return images if images.ndim == 5 else images[None]
+
+
+NODES = [Fidelity]
