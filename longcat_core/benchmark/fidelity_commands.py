@@ -40,7 +40,7 @@ MAX_SEEDS = 1000
 SAME = {
     "height": "height",
     "width": "width",
-    "frames": "frames",
+    "frames": "number of frames",
     "seed": "seed",
     "image": "image",
     "video": "clip",

@@ -98,6 +98,7 @@ PICTURES = (
     (NANO_SCENES, "nano: interactive"),
     ("a yellow triangle pulses on a blue background", "nano: refine"),
     ("a green circle moves down on a black background", "nano: long, refined"),
+    ("an orange square moves in a circle on a blue background", "what an option costs"),
 )
 
 BUILD = """({nodes, links, groups}) => {
@@ -539,6 +540,43 @@ def nano_chain() -> Graph:
     return refined_long(graph, "model.MODEL", "nano-chain-refined", "longcat_nano_chain", **size)
 
 
+def nano_fidelity() -> Graph:
+    title = "LongCat nano - what an option costs"
+    text = """The same video three times: A as it is, B with **LongCat Step Cache**, and A once more with another exact
+attention kernel. The plot shows how far every frame of B lies from A's, and the **noise floor**: how far two runs that
+are both right lie apart. The saved video is A on the left, B on the right.
+
+Put what you want to know the price of in the place of LongCat Step Cache: LongCat Optimizations, a LoRA, another weight
+dtype. With the real files in the loaders it tells of your machine."""
+    graph = base(title, NANO, "an orange square moves in a circle on a blue background", nano_note(title, text))
+    text_latent(graph, 96, 64, 33)
+    graph.add("cache", "LongCatStepCache", "load", 480, (310, 80), "B: the option")
+    x = COLUMNS["sample"]
+    graph.add("fidelity", "LongCatFidelity", x, 0, (460, 1010), "A against B", seed=1, **FIXED)
+    graph.add("report", "PreviewAny", x + 500, 0, (420, 420), "Report")
+    graph.add("stitch", "ImageStitch", x + 500, 510, (320, 150), "A | B", direction="right", spacing_width=8)
+    graph.add("video", "CreateVideo", x + 500, 740, (320, 80), fps=15)
+    graph.add("save", "SaveVideo", x + 960, 0, (420, 420), filename_prefix="video/longcat_nano_fidelity")
+    graph.link(
+        "model.MODEL cache.model",
+        "model.MODEL fidelity.model",
+        "cache.MODEL fidelity.model_b",
+        "vae.VAE fidelity.vae",
+        "positive.CONDITIONING fidelity.positive",
+        "negative.CONDITIONING fidelity.negative",
+        "latent.LATENT fidelity.latent_image",
+        "fidelity.report report.source",
+        "fidelity.images_a stitch.image1",
+        "fidelity.images_b stitch.image2",
+        "stitch.IMAGE video.images",
+        "video.VIDEO save.video",
+    )
+    graph.group("The option", "cache")
+    graph.group("3  Compare", "fidelity")
+    graph.group("4  See", "report", "stitch", "video", "save")
+    return graph
+
+
 def graphs() -> Iterator[Graph]:
     for make in (
         nano,
@@ -557,6 +595,7 @@ def graphs() -> Iterator[Graph]:
         nano_interactive,
         nano_refine,
         nano_chain,
+        nano_fidelity,
     ):
         yield make()
 

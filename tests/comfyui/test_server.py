@@ -29,6 +29,7 @@ NODES = {
     "LongCatBlockSparseAttention",
     "LongCatStepCache",
     "LongCatBenchmark",
+    "LongCatFidelity",
 }
 # Packages that the headless core or faster kernels use and that ComfyUI does not bring.
 OPTIONAL = ("diffusers", "ftfy", "flash_attn", "flash_attn_interface", "sageattention", "xformers")

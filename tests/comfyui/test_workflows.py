@@ -80,7 +80,7 @@ def page(server):
 
 def test_every_task_has_a_workflow_and_a_square_picture():
     assert {file.stem for file in FILES} == {graph.name for graph in graphs()}
-    assert len(OUT_OF_THE_BOX) == 8
+    assert len(OUT_OF_THE_BOX) == 9
     for file in FILES:
         with Image.open(file.with_suffix(".jpg")) as picture:
             assert picture.format == "JPEG" and picture.width == picture.height >= 256

@@ -59,5 +59,6 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatBlockSparseAttention",
         "LongCatStepCache",
         "LongCatBenchmark",
+        "LongCatFidelity",
     }
     assert "the nodes of conditioning are left out" in caplog.text

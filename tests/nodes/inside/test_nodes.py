@@ -25,6 +25,7 @@ IDS = (
     "LongCatBlockSparseAttention",
     "LongCatStepCache",
     "LongCatBenchmark",
+    "LongCatFidelity",
 )
 SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "length": cases.FRAMES}
 

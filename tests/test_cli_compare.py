@@ -1,0 +1,222 @@
+"""longcat compare: what is refused before a model is loaded, what is run with what, and what is left on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longcat_core import cli
+from longcat_core.benchmark import fidelity_commands
+from longcat_core.generate import media
+from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
+from longcat_core.generate.request import GenerateRequest
+from longcat_core.model import backends
+from longcat_core.model.transformer import LongCatTransformer
+
+PROMPT = "a red circle moves right on a blue background"
+SMALL = ("--steps", "6", "--frames", "5")
+B = ("--versus", "--step-cache 0.5")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command that must end in one sentence, before a model is loaded and with nothing written."""
+
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(fidelity_commands, "load_models", load)
+
+    def run(*arguments: str) -> str:
+        before = sorted(work.rglob("*"))
+        assert cli.main(["compare", *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("longcat: error: ") and err.count("\n") == 1, err
+        assert sorted(work.rglob("*")) == before
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "versus, said",
+    [
+        ("--size 80x96", "another height (80) than A (64)"),
+        ("--width 112", "another width (112) than A (96)"),
+        ("--frames 17", "another number of frames (17) than A (33)"),
+        ("--seed 3", "another seed (3) than A (0)"),
+        ("--image first.png", "another image (first.png) than A (None)"),
+        ("--cond-frames 5", "another number of given frames (5) than A (13)"),
+        ("--steps 0", "--versus '--steps 0': 0 steps"),
+        ("--attention magic", "unknown attention backend 'magic'"),
+        ("--model missing", "missing does not exist"),
+        ("--stepz 3", "--stepz"),
+        ("--output x", "--output"),
+        ("--steps", "--steps"),
+        ("blue", "blue"),
+        ("--negative-prompt 'open", "cannot be read"),
+        ("", "--versus is empty"),
+    ],
+)
+def test_what_cannot_be_compared(refused: Any, versus: str, said: str) -> None:
+    Image.new("RGB", (96, 64)).save("first.png")
+    assert said in refused(PROMPT, "--versus", versus)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((PROMPT,), "--versus"),
+        (B, "a PROMPT is missing"),
+        ((PROMPT, "", *B), "prompt is empty"),
+        ((PROMPT, *B, "--seeds", "0"), "0 seeds are out of range"),
+        ((PROMPT, *B, "--seed", str(2**63 - 1), "--seeds", "2"), "2^63"),
+        ((PROMPT, *B, "--floor", "magic"), "'magic'"),
+        ((PROMPT, *B, "--floor", "sdpa", "--attention", "sdpa"), "A's own attention"),
+        ((PROMPT, *B, "--output", "full"), "full is there and not empty"),
+        ((PROMPT, *B, "--output", "full/file.txt"), "file.txt is there"),
+        ((PROMPT, *B, "--output", "missing/dir"), "does not exist"),
+        ((PROMPT, *B, "--page", "full/file.txt"), "must end in .md"),
+        ((PROMPT, *B, "--page", "full/notes.md"), "notes.md is no page of longcat compare"),
+        ((PROMPT, *B, "--page", "missing/page.md"), "does not exist"),
+        ((PROMPT, *B, "--frames", "6"), "6 frames"),
+    ],
+)
+def test_bad_input(refused: Any, arguments: tuple[str, ...], said: str) -> None:
+    Path("full").mkdir()
+    Path("full/file.txt").write_text("mine", encoding="utf-8")
+    Path("full/notes.md").write_text("# Mine", encoding="utf-8")
+    assert said in refused(*arguments)
+
+
+def test_lossy_floor_is_refused(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "check", lambda name: None)
+    assert "--floor sage is lossy" in refused(PROMPT, *B, "--floor", "sage")
+
+
+def test_versus_takes_a_single_option_too() -> None:
+    assert fidelity_commands.joined(["compare", "x", "--versus", "--fp8", "--versus", "--steps 3"]) == [
+        "compare", "x", "--versus=--fp8", "--versus=--steps 3",
+    ]  # fmt: skip
+    assert fidelity_commands.joined(["compare", "--versus"]) == ["compare", "--versus"]
+
+
+@pytest.fixture
+def run(work: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command on the embedded model: (loads, kernel of every forward)."""
+    loads, kernels = [], []
+    load, choose = fidelity_commands.load_models, LongCatTransformer.choose_kernels
+    names = {backend.attend: backend.name for backend in backends.BACKENDS}
+
+    def load_models(args: Any, *rest: Any) -> Pipeline:
+        loads.append((args.fp8, args.dtype))
+        return load(args, *rest)
+
+    def choose_kernels(self: LongCatTransformer, device: torch.device) -> Any:
+        chosen = choose(self, device)
+        kernels.append(names[chosen.attend])
+        return chosen
+
+    monkeypatch.setattr(fidelity_commands, "load_models", load_models)
+    monkeypatch.setattr(LongCatTransformer, "choose_kernels", choose_kernels)
+
+    def run(*arguments: str) -> tuple[list, list[str]]:
+        loads.clear(), kernels.clear()
+        assert cli.main(["compare", *arguments]) == 0
+        return loads, kernels
+
+    return run
+
+
+def test_settings_of_a_model_share_it_and_the_floor_has_another_kernel(run: Any, capsys: Any) -> None:
+    versus = ("--versus", "--fp8", *B, "--versus", "--steps 3", "--versus", "--attention sdpa")
+    loads, kernels = run(PROMPT, *SMALL, *versus, "--seeds", "2", "--page", "page.md")
+    assert loads == [(False, "auto"), (True, "auto")]
+    report = json.loads(Path("longcat-compare/report.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["A", "B", "C", "D", "E", "noise floor"]
+    assert [rows[name]["options"] for name in "BCDE"] == ["--fp8", "--step-cache 0.5", "--steps 3", "--attention sdpa"]
+    assert rows["noise floor"]["options"] == "attention sdpa-math"
+    assert rows["C"]["computed"] == [4, 4] and rows["D"]["computed"] == [3, 3] and rows["A"]["computed"] == [6, 6]
+    # A first step of every setting but the floor, then turn by turn; at last the model in 8 bits.
+    turn = ["sdpa"] * 6 + ["sdpa-math"] * 6 + ["sdpa"] * (4 + 3 + 6)
+    assert kernels == ["sdpa"] * 4 + 2 * turn + ["sdpa"] * (1 + 2 * 6)
+    assert (
+        rows["E"]["identical"] and not rows["B"]["identical"] and rows["noise floor"]["psnr"] > rows["B"]["psnr"] + 20
+    )
+    assert all(len(rows[name]["seconds"]) == 2 and min(rows[name]["seconds"]) > 0 for name in "ABCDE")
+    assert "E is identical to A" in rows["E"]["verdict"] and "beyond the noise floor" in rows["B"]["verdict"]
+    out = capsys.readouterr().out
+    assert f"D: --steps 3. {rows['D']['verdict']}" in out and "12 videos" in out
+
+    files = sorted(os.listdir("longcat-compare"))
+    videos = [f"{name}-{i}.mkv" for name in ("A", "B", "C", "D", "E", "noise-floor") for i in (1, 2)]
+    assert files == sorted([*videos, "plot.png", "report.json", "report.md", "side-by-side.png"])
+    first, second = (media.read_video(f"longcat-compare/A-{i}.mkv")[0] for i in (1, 2))
+    pipeline = Pipeline.load()
+    for seed, frames in enumerate((first, second)):
+        assert np.array_equal(frames, pipeline.generate(GenerateRequest(PROMPT, seed=seed, steps=6, frames=5)).frames)
+    few, _ = media.read_video("longcat-compare/D-1.mkv")
+    error = np.square(few.astype(float) - first).mean(axis=(1, 2, 3))
+    assert rows["D"]["frame_psnr"][0] == pytest.approx(10 * np.log10(255**2 / error))
+
+    text = Path("longcat-compare/report.md").read_text(encoding="utf-8")
+    assert text.startswith("# What an option costs") and "(plot.png)" in text and f"- {PROMPT}" in text
+    assert Path("page.md").read_text(encoding="utf-8") == text.replace("(plot.png)", "(page-plot.png)").replace(
+        "(side-by-side.png)", "(page-side-by-side.png)"
+    )
+    for name in ("plot", "side-by-side"):
+        with Image.open(f"page-{name}.png") as page, Image.open(f"longcat-compare/{name}.png") as own:
+            assert np.array_equal(np.asarray(page), np.asarray(own)) and np.asarray(page).std() > 20
+
+
+def test_a_given_image_is_not_compared_and_a_page_is_written_anew(run: Any) -> None:
+    Image.fromarray(np.full((64, 96, 3), 90, np.uint8)).save("first.png")
+    Path("page.md").write_text(fidelity_commands.TITLE, encoding="utf-8")
+    options = ("--image", "first.png", "--steps", "2", "--frames", "5", "--floor", "off", "--output", "out")
+    _, kernels = run(PROMPT, "a green square moves up on a gray background", *options, *B, "--page", "page.md")
+    report = json.loads(Path("out/report.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in report["rows"]] == ["A", "B"] and set(kernels) == {"sdpa"}
+    assert report["inputs"]["given"] == 1 and report["rows"][1]["first_frame"] == 1
+    assert np.shape(report["rows"][1]["frame_ssim"]) == (2, 4)
+    text = Path("page.md").read_text(encoding="utf-8")
+    assert "generated frames only, from frame 1 on" in text and "There is no noise floor: it was not asked for" in text
+
+
+def test_floor_that_runs_out_of_memory_costs_only_the_floor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = LongCatTransformer.choose_kernels
+
+    def exhausted(self: LongCatTransformer, device: torch.device) -> Any:
+        if self.optimizations.attention == "sdpa-math":
+            raise torch.OutOfMemoryError("out of memory")
+        return choose(self, device)
+
+    monkeypatch.setattr(LongCatTransformer, "choose_kernels", exhausted)
+    run(PROMPT, *SMALL, *B, "--steps", "2")
+    report = json.loads(Path("longcat-compare/report.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in report["rows"]] == ["A", "B"]
+    assert report["inputs"]["no_floor"] == "the other exact kernel, sdpa-math, ran out of memory"
+
+
+def test_interrupted_leaves_whole_files_only(run: Any, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fidelity_commands, "_write_page", interrupt)
+    assert cli.main(["compare", PROMPT, "--steps", "2", "--frames", "5", *B, "--output", "out"]) == cli.INTERRUPTED
+    assert sorted(os.listdir("out")) == ["A-1.mkv", "B-1.mkv", "noise-floor-1.mkv"]
+    assert cli.main(["compare", PROMPT, *B, "--output", "out"]) == cli.BAD_INPUT
+    assert NANO_MODEL.exists() and len(os.listdir("out")) == 3
