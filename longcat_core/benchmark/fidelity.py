@@ -125,6 +125,11 @@ class Setting:
         return psnr(self.mse.mean())
 
     @property
+    def videos(self) -> list[float]:
+        """PSNR of every video by itself."""
+        return [psnr(mse) for mse in self.mse.mean(axis=1)]
+
+    @property
     def time(self) -> float | None:
         """Of the fastest video: what else a machine does only adds to it."""
         return min(self.seconds, default=None)
@@ -140,6 +145,7 @@ class Setting:
         if self.distances:
             row |= {"identical": self.identical, "psnr": self.psnr, "worst_psnr": psnr(self.mse.max())}
             row |= {"ssim": float(self.ssim.mean()), "worst_ssim": float(self.ssim.min())}
+            row |= {"video_psnr": self.videos}
             row |= {"frame_psnr": [[psnr(frame) for frame in video] for video in self.mse.tolist()]}
             row |= {"frame_ssim": self.ssim.tolist(), "first_frame": self.distances[0].given}
         return row
@@ -260,6 +266,7 @@ def table(fidelity: Fidelity) -> str:
         ("times as fast", fidelity.faster),
         ("first step (s)", lambda s: s.first_s),
         ("PSNR (dB)", lambda s: _if(s, lambda: _number(s.psnr))),
+        ("nearest and farthest video", lambda s: _if(s, lambda: _range(s.videos))),
         ("worst frame", lambda s: _if(s, lambda: _number(psnr(s.mse.max())))),
         ("SSIM", lambda s: _if(s, lambda: f"{s.ssim.mean():.4f}")),
         ("worst frame", lambda s: _if(s, lambda: f"{s.ssim.min():.4f}")),
@@ -282,6 +289,10 @@ def _of(computed: float | None, steps: int) -> str | None:
 
 def _number(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "identical"
+
+
+def _range(videos: Sequence[float]) -> str | None:
+    return f"{_number(max(videos))}, {_number(min(videos))}" if len(videos) > 1 else None
 
 
 def text(fidelity: Fidelity) -> str:
