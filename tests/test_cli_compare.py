@@ -90,7 +90,8 @@ def test_what_cannot_be_compared(refused: Any, versus: str, said: str) -> None:
         ((PROMPT, *B, "--output", "full/file.txt"), "file.txt is there"),
         ((PROMPT, *B, "--output", "missing/dir"), "does not exist"),
         ((PROMPT, *B, "--page", "full/file.txt"), "must end in .md"),
-        ((PROMPT, *B, "--page", "full/notes.md"), "notes.md is no page of longcat compare"),
+        ((PROMPT, *B, "--page", "full/notes.md"), "notes.md is there, and not from longcat compare"),
+        ((PROMPT, *B, "--page", "full/other.md"), "other-plot.png is there"),
         ((PROMPT, *B, "--page", "missing/page.md"), "does not exist"),
         ((PROMPT, *B, "--frames", "6"), "6 frames"),
     ],
@@ -99,6 +100,7 @@ def test_bad_input(refused: Any, arguments: tuple[str, ...], said: str) -> None:
     Path("full").mkdir()
     Path("full/file.txt").write_text("mine", encoding="utf-8")
     Path("full/notes.md").write_text("# Mine", encoding="utf-8")
+    Path("full/other-plot.png").touch()
     assert said in refused(*arguments)
 
 

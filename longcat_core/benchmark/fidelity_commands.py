@@ -246,8 +246,10 @@ def _check_page(page: Path) -> None:
 
     if page.suffix.lower() != ".md":
         raise LongCatError(f"page {str(page)!r} must end in .md")
-    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
-        raise LongCatError(f"{page} is no page of longcat compare; name another file with --page")
+    ours = page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
+    for path in (page, *(page.with_name(f"{page.stem}-{name}") for name in (PLOT, SIDE_BY_SIDE))):
+        if path.exists() and not ours:
+            raise LongCatError(f"{path} is there, and not from longcat compare; name another file with --page")
     check_output(page.with_suffix(".png"), 1 << 24, sheet=True)
 
 
