@@ -9,6 +9,7 @@ two lie apart is within the noise floor.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,8 +122,13 @@ class Setting:
 
     @property
     def psnr(self) -> float:
-        """Of the mean square error over all frames of all videos: a mean of dB has no value where a frame is equal."""
-        return psnr(self.mse.mean())
+        """Of the video in the middle. Sampling may part ways in a single video, which would then be all of a mean."""
+        return statistics.median_low(self.videos)
+
+    @property
+    def typical_ssim(self) -> float:
+        """Of the video in the middle."""
+        return statistics.median_low(self.ssim.mean(axis=1).tolist())
 
     @property
     def videos(self) -> list[float]:
@@ -144,7 +150,7 @@ class Setting:
         row |= {"computed": self.computed, "steps": self.steps}
         if self.distances:
             row |= {"identical": self.identical, "psnr": self.psnr, "worst_psnr": psnr(self.mse.max())}
-            row |= {"ssim": float(self.ssim.mean()), "worst_ssim": float(self.ssim.min())}
+            row |= {"ssim": self.typical_ssim, "worst_ssim": float(self.ssim.min())}
             row |= {"video_psnr": self.videos}
             row |= {"frame_psnr": [[psnr(frame) for frame in video] for video in self.mse.tolist()]}
             row |= {"frame_ssim": self.ssim.tolist(), "first_frame": self.distances[0].given}
@@ -181,6 +187,8 @@ class Fidelity:
         if setting.identical:
             return f"{setting.name} is identical to {self.reference.name}, every pixel of every frame."
         said = f"{setting.name} differs from {self.reference.name} by {decibels(setting.psnr)}"
+        if len(setting.videos) > 1:
+            said += f" ({decibels(min(setting.videos))} in the farthest of {len(setting.videos)} videos)"
         if self.floor is None:
             return f"{said}; what of that is noise is not known: {self.no_floor}."
         apart = "make identical frames" if self.floor.identical else f"differ by {decibels(self.floor.psnr)}"
@@ -268,7 +276,7 @@ def table(fidelity: Fidelity) -> str:
         ("PSNR (dB)", lambda s: _if(s, lambda: _number(s.psnr))),
         ("nearest and farthest video", lambda s: _if(s, lambda: _range(s.videos))),
         ("worst frame", lambda s: _if(s, lambda: _number(psnr(s.mse.max())))),
-        ("SSIM", lambda s: _if(s, lambda: f"{s.ssim.mean():.4f}")),
+        ("SSIM", lambda s: _if(s, lambda: f"{s.typical_ssim:.4f}")),
         ("worst frame", lambda s: _if(s, lambda: f"{s.ssim.min():.4f}")),
         ("within the noise floor", lambda s: _if(s, lambda: None if s is fidelity.floor else fidelity.within(s))),
     )
@@ -304,10 +312,12 @@ def text(fidelity: Fidelity) -> str:
 def _legend(fidelity: Fidelity) -> str:
     given = fidelity.compared[0].distances[0].given if fidelity.compared else 0
     frames = f"generated frames only, from frame {given} on" if given else "all frames"
+    several = bool(fidelity.compared) and len(fidelity.compared[0].distances) > 1
+    middle = "of the video in the middle, " if several else ""
     legend = (
-        f"PSNR (peak 255, of the mean square error of R, G and B over the frames of all videos) and SSIM (Gaussian "
-        f"window of {WINDOW} pixels) against {fidelity.reference.name} at the same seed, {frames}; the higher, the "
-        "nearer."
+        f"PSNR (peak 255, of the mean square error of R, G and B over the frames of a video) and SSIM (Gaussian window "
+        f"of {WINDOW} pixels, mean over the frames), {middle}against {fidelity.reference.name} at the same seed, "
+        f"{frames}; the higher, the nearer."
     )
     if fidelity.floor is None:
         return f"{legend} There is no noise floor: {fidelity.no_floor}."

@@ -56,7 +56,7 @@ how far, is the noise floor."""
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the video shows; several: figures are means")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the video shows; several: several videos")
     group = parser.add_argument_group("what is compared")
     group.add_argument(
         "--versus",

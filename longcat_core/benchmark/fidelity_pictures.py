@@ -6,6 +6,7 @@ Drawn with Pillow, which ComfyUI brings.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def colour(fidelity: Fidelity, setting: Setting) -> tuple[int, int, int]:
 
 
 def plot(fidelity: Fidelity) -> Image.Image:
-    """PSNR and SSIM of every frame against the reference, mean over videos; the noise floor dashed; RGB."""
+    """PSNR and SSIM of every frame against the reference, of the videos in the middle; the noise floor dashed; RGB."""
     from PIL import Image, ImageDraw
 
     settings = fidelity.compared
@@ -47,8 +48,16 @@ def plot(fidelity: Fidelity) -> Image.Image:
     sheet = Image.new("RGB", (WIDTH, legend_at + LEGEND * (len(settings) + (fidelity.floor is None)) + MARGIN), PAPER)
     first = settings[0].distances[0].given
     series = (
-        ([[psnr(mse) for mse in setting.mse.mean(axis=0)] for setting in settings], _decibel_axis, "PSNR (dB)"),
-        ([setting.ssim.mean(axis=0).tolist() for setting in settings], _share_axis, "SSIM"),
+        (
+            [[psnr(statistics.median_high(mse)) for mse in setting.mse.T.tolist()] for setting in settings],
+            _decibel_axis,
+            "PSNR (dB)",
+        ),
+        (
+            [[statistics.median_low(ssim) for ssim in setting.ssim.T.tolist()] for setting in settings],
+            _share_axis,
+            "SSIM",
+        ),
     )
     frames = [(first, first + settings[0].mse.shape[1] - 1)] * 2
     fine = Image.new("RGB", (WIDTH * FINE, sheet.height * FINE), PAPER)
@@ -66,7 +75,10 @@ def plot(fidelity: Fidelity) -> Image.Image:
             _line(pen, points, colour(fidelity, setting), dashed=setting is fidelity.floor)
     sheet.paste(fine.reduce(FINE), (0, 0))
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 22), f"Every frame against {fidelity.reference.name}, same seed", fill=INK, font=_font(24))
+    several = "; the video in the middle" if len(settings[0].distances) > 1 else ""
+    pen.text(
+        (MARGIN, 22), f"Every frame against {fidelity.reference.name}, same seed{several}", fill=INK, font=_font(24)
+    )
     for i, line in enumerate(head):
         pen.text((MARGIN, 60 + 20 * i), line, fill=FAINT, font=_font(15))
     for box, (_, _, name), (low, high, ticks), span in zip(boxes, series, axes, frames, strict=True):
@@ -80,7 +92,7 @@ def plot(fidelity: Fidelity) -> Image.Image:
         y = legend_at + LEGEND * i
         for x in (0, 8, 16) if setting is fidelity.floor else range(0, 21, 4):
             pen.rectangle((MARGIN + x, y + 6, MARGIN + x + 4, y + 12), fill=colour(fidelity, setting))
-        told = f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.ssim.mean():.4f}"
+        told = f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.typical_ssim:.4f}"
         pen.text((MARGIN + 32, y), _cut(told, _font(15), WIDTH - 2 * MARGIN - 32), fill=INK, font=_font(15))
     if fidelity.floor is None:
         told = _cut(f"no noise floor: {fidelity.no_floor}", _font(15), WIDTH - 2 * MARGIN)

@@ -132,22 +132,24 @@ def test_verdicts():
     assert "There is no noise floor: only one kernel" in fidelity.text(none) and none.within(same) is True
 
 
-def test_text_is_a_table_with_means_over_videos():
+def test_text_is_a_table_of_the_video_in_the_middle_and_the_farthest():
     clean = video()
     other = setting(
         "B", noisy(clean, 3), clean, options="--some | thing", seconds=[3.0, 4.0], computed=[20, 25], steps=50
     )
     other.distances.append(distance(noisy(clean, 6), clean))
     made = found(other, reference=clean, floor=setting("noise floor", noisy(clean, 1), clean))
-    both = np.concatenate([d.mse for d in other.distances])
+    other.distances.append(distance(clean, clean))
+    every = np.concatenate([d.mse for d in other.distances])
     row = next(line for line in fidelity.text(made).splitlines() if line.startswith("| B:"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["B: --some / thing", "22.5 of 50", "3.00", "2.00"]
     each = [psnr(d.mse.mean()) for d in other.distances]
-    assert cells[4:7] == [f"{psnr(both.mean()):.1f}", f"{each[0]:.1f}, {each[1]:.1f}", f"{psnr(both.max()):.1f}"]
+    assert cells[4:7] == [f"{each[0]:.1f}", f"identical, {each[1]:.1f}", f"{psnr(every.max()):.1f}"]
     assert each[0] > each[1] + 3 and cells[-1] == "no"
+    assert f"by {each[0]:.1f} dB ({each[1]:.1f} dB in the farthest of 3 videos)" in made.verdict(other)
     plain = other.as_row()
-    assert plain["psnr"] == other.psnr and np.shape(plain["frame_psnr"]) == (2, 9) and not plain["identical"]
+    assert plain["psnr"] == other.psnr and np.shape(plain["frame_psnr"]) == (3, 9) and not plain["identical"]
 
 
 def count(picture, colour) -> int:

@@ -549,14 +549,15 @@ are both right lie apart. The saved video is A on the left, B on the right.
 Put what you want to know the price of in the place of LongCat Step Cache: LongCat Optimizations, a LoRA, another weight
 dtype. With the real files in the loaders it tells of your machine."""
     graph = base(title, NANO, "an orange square moves in a circle on a blue background", nano_note(title, text))
+    graph.nodes[0] |= {"pos": [0, 670], "size": [770, 260]}
     text_latent(graph, 96, 64, 33)
     graph.add("cache", "LongCatStepCache", "load", 480, (310, 80), "B: the option")
     x = COLUMNS["sample"]
-    graph.add("fidelity", "LongCatFidelity", x, 0, (460, 1010), "A against B", seed=1, **FIXED)
-    graph.add("report", "PreviewAny", x + 500, 0, (420, 420), "Report")
-    graph.add("stitch", "ImageStitch", x + 500, 510, (320, 150), "A | B", direction="right", spacing_width=8)
-    graph.add("video", "CreateVideo", x + 500, 740, (320, 80), fps=15)
-    graph.add("save", "SaveVideo", x + 960, 0, (420, 420), filename_prefix="video/longcat_nano_fidelity")
+    graph.add("fidelity", "LongCatFidelity", x, 0, (400, 960), "A against B", seed=1, **FIXED)
+    graph.add("report", "PreviewAny", x + 440, 0, (400, 420), "Report")
+    graph.add("stitch", "ImageStitch", x + 440, 510, (320, 150), "A | B", direction="right", spacing_width=8)
+    graph.add("video", "CreateVideo", x + 440, 740, (320, 80), fps=15)
+    graph.add("save", "SaveVideo", x + 880, 0, (420, 420), filename_prefix="video/longcat_nano_fidelity")
     graph.link(
         "model.MODEL cache.model",
         "model.MODEL fidelity.model",
