@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -167,11 +168,16 @@ class Fidelity(io.ComfyNode):
         per_run = len(make_schedule(mode, steps))
         picks, settings, images = core.picks(frames, given), {}, {}
         reference: list[np.ndarray] = []
+        # No previews: the page would go on showing the last of them in the place of the plot.
+        bar, total = comfy.utils.ProgressBar(len(runs) * per_run), len(runs) * per_run
         for i, (name, (patcher, options)) in enumerate(runs.items()):
             clock = Clock(patcher.load_device)
-            progress = {"done": i * per_run, "of": len(runs) * per_run}
+
+            def callback(step: int, *_: Any, done: int = i * per_run) -> None:
+                bar.update_absolute(done + step + 1, total)
+
             try:
-                images[name] = vae.decode(sample_latent(NODE, patcher, *inputs, clock=clock, **progress))
+                images[name] = vae.decode(sample_latent(NODE, patcher, *inputs, clock=clock, callback=callback))
             except comfy.model_management.OOM_EXCEPTION:
                 if name != FLOOR:
                     raise

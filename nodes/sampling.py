@@ -108,19 +108,14 @@ def given_frames(noise_mask: Tensor | None) -> int:
     return 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
 
 
-def preview_callback(
-    model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None, done: int = 0, of: int | None = None
-) -> Callable:
-    """Progress and previews as stock nodes send them, showing one generated frame further at every step.
-
-    done: steps of earlier samplings of the same node, of: those of all together.
-    """
-    stock = latent_preview.prepare_callback(model, of or steps)
+def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
+    """Progress and previews as stock nodes send them, showing one generated frame further at every step."""
+    stock = latent_preview.prepare_callback(model, steps)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
         given = given_frames(noise_mask)
         frame = given + step % (x0.shape[2] - given)
-        stock(done + step, x0[:, :, frame : frame + 1], x, of or total)
+        stock(step, x0[:, :, frame : frame + 1], x, total)
 
     return callback
 
@@ -201,12 +196,11 @@ def sample_latent(
     kv_cache: KVMode = "exact",
     *,
     clock: Clock | None = None,
-    done: int = 0,
-    of: int | None = None,
+    callback: Callable | None = None,
 ) -> Tensor:
     """What LongCat Sampler makes: clean latents [B, 16, T, H/8, W/8]. Raises LongCatError for what cannot be sampled.
 
-    clock: keeps the times of the steps. done, of: see `preview_callback`.
+    clock: keeps the times of the steps. callback: instead of progress and previews.
     """
     guider = make_guider(model, positive, negative, guidance, kv_cache, node)
     sigmas = make_schedule(mode, steps).sigmas
@@ -221,7 +215,7 @@ def sample_latent(
         comfy.samplers.ksampler("euler") if clock is None else comfy.samplers.KSAMPLER(clock.sampler),
         sigmas,
         denoise_mask=mask,
-        callback=preview_callback(model, len(sigmas) - 1, mask, done, of),
+        callback=callback or preview_callback(model, len(sigmas) - 1, mask),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )

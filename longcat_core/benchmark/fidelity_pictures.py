@@ -161,7 +161,7 @@ def _decibel_axis(series: Sequence[Sequence[float]]) -> Axis:
 
 def _share_axis(series: Sequence[Sequence[float]]) -> Axis:
     """Up to 1, down to where the lowest is, in steps of 1, 2 or 5."""
-    room = max(1 - min(value for values in series for value in values), 1e-6)
+    room = max(1 - min(value for values in series for value in values), 1e-3)
     unit = 10 ** math.floor(math.log10(room / 2))
     step = next(factor * unit for factor in (1, 2, 5, 10) if room / (factor * unit) <= 5)
     count = math.ceil(room / step - 1e-9)
