@@ -18,7 +18,7 @@ from .targets import DISTILLED_STEPS, EXACT_LIMIT
 # Order of the page.
 KINDS = (
     *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
-    *("cards", "training", "continuation", "refine"),
+    *("cards", "load", "training", "continuation", "refine"),
 )
 
 INTRODUCTION = """# Performance
@@ -72,6 +72,10 @@ eager, on an H100 for {targets.REFINE_SIZE}.""",
 Steps of the sampler while PyTorch may take no more memory than such a card has. *Plan*: what `longcat` chooses by
 itself then. *Floor*: the step without a limit, or what the weights that wait take to be copied once a forward if that
 is longer. Peaks are of the whole sampling. The GPU's own speed stays what it is; a smaller card is slower.""",
+    "load": """## Loading
+
+From a file that the system was asked to forget, in turn with reading it by as many threads; medians. *Share*: of the
+rate of reading. To fp8, weights are quantised as they arrive.""",
     "training": "## Gradient checkpointing\n\nOne loss and its gradients, with and without recomputing each block.",
 }
 
@@ -297,6 +301,18 @@ def _cards(results: dict[str, Any]) -> str:
     return markdown(head, lines) + (f"\n\nCopies to the GPU: {shown(rate)} GB/s." if rate else "")
 
 
+def _load(results: dict[str, Any]) -> str:
+    lines = []
+    for row in results["rows"]:
+        share, asked = row.get("share"), row.get("target")
+        told = None if share is None or asked is None else f">= {asked:.0%}: {'met' if share >= asked else 'missed'}"
+        of_disk = None if share is None else f"{share:.0%}"
+        lines.append((row["name"], row.get("seconds"), row.get("gb_s"), of_disk, told, row["status"]))
+    inputs = results["inputs"]
+    told = "" if inputs.get("cold") else " The system kept it in memory: there is no asking it to forget here."
+    return markdown(("", "s", "GB/s", "share", "target", ""), lines) + f"\n\n{shown(inputs['file_gb'])} GB.{told}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "paths": _paths,
     "ablation": _ablation,
@@ -323,6 +339,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "refine": _refine,
     "cards": _cards,
+    "load": _load,
     "training": _columns(
         name="", ms="ms", peak_gib="peak GiB", gradient_difference="difference of gradients", equal="equal", status=""
     ),
