@@ -71,7 +71,9 @@ eager, on an H100 for {targets.REFINE_SIZE}.""",
 
 Steps of the sampler while PyTorch may take no more memory than such a card has. *Plan*: what `longcat` chooses by
 itself then. *Floor*: the step without a limit, or what the weights that wait take to be copied once a forward if that
-is longer. Peaks are of the whole sampling. The GPU's own speed stays what it is; a smaller card is slower.""",
+is longer. Peaks are of the whole sampling. *Difference*: of the latents after these steps from those without a limit,
+relative: blocks that wait change nothing, halves of guidance round otherwise. The GPU's own speed stays what it is; a
+smaller card is slower.""",
     "load": """## Loading
 
 From a file that the system was asked to forget, in turn with reading it by as many threads; medians. *Share*: of the
@@ -294,9 +296,9 @@ def _cards(results: dict[str, Any]) -> str:
             continue
         asked, met = row.get("target"), row.get("met")
         told = None if asked is None else f"{asked}: {'met' if met else 'missed'}"
-        figures = [row.get(name) for name in ("ms", "ratio", "transfer_ms", "floor_ms", "peak_gib")]
+        figures = [row.get(name) for name in ("ms", "ratio", "transfer_ms", "floor_ms", "peak_gib", "difference")]
         lines.append((row["name"], row["plan"], *figures, told, row["status"]))
-    head = ("", "plan", "ms a step", "x no limit", "transfer ms", "floor ms", "peak GiB", "target", "")
+    head = ("", "plan", "ms a step", "x no limit", "transfer ms", "floor ms", "peak GiB", "difference", "target", "")
     rate = results["inputs"].get("copy_gb_s")
     return markdown(head, lines) + (f"\n\nCopies to the GPU: {shown(rate)} GB/s." if rate else "")
 
