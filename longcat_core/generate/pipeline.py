@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer, open_checkpoint
 from ..checkpoints.lora import Lora, read_lora
 from ..checkpoints.merged import MergedLoras
@@ -33,6 +34,9 @@ from .vae import VideoVAE, load_vae
 
 if TYPE_CHECKING:
     from ..model.transformer import LongCatTransformer
+
+# Summed into the weights, which then cost nothing; or beside them, where strengths change at once.
+LoraMode = Literal["merged", "runtime"]
 
 NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
 NANO_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_bf16.safetensors"
@@ -213,7 +217,7 @@ class Pipeline(Engine):
     text_encoder: TextEncoder
     defaults: Defaults = RELEASED
     # Exchanges the transformer's LoRAs; None where it did not come from a checkpoint.
-    loras: MergedLoras | None = None
+    loras: MergedLoras | RuntimeLoras | None = None
 
     @classmethod
     def load(
@@ -225,9 +229,10 @@ class Pipeline(Engine):
         optimizations: Optimizations | None = None,
         fp8: bool = False,
         lora: str | Path | Sequence[Lora] | None = None,
+        lora_mode: LoraMode = "merged",
     ) -> Pipeline:
         """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: a LoRA file, or files
-        with strengths, merged before that.
+        with strengths, merged before that, or applied at run time as lora_mode says.
 
         Raises LongCatError for files that do not fit the network or each other.
         """
@@ -250,9 +255,14 @@ class Pipeline(Engine):
             # Read, and so checked, before the large file is.
             read_lora(path)
         policy = Policy() if fp8 else None
-        options = {"dtype": dtype, "device": device, "optimizations": optimizations, "fp8": policy, "lora": loras}
-        model = load_transformer(paths.model, **options)
-        return cls(model, vae, text_encoder, paths.defaults, MergedLoras(model, checkpoint, loras))
+        options = {"dtype": dtype, "device": device, "optimizations": optimizations, "fp8": policy}
+        if lora_mode == "runtime":
+            model = load_transformer(paths.model, **options)
+            exchange = RuntimeLoras(model, loras)
+        else:
+            model = load_transformer(paths.model, **options, lora=loras)
+            exchange = MergedLoras(model, checkpoint, loras)
+        return cls(model, vae, text_encoder, paths.defaults, exchange)
 
     @property
     def channels(self) -> int:

@@ -377,9 +377,11 @@ class LongCatTransformer(nn.Module):
         layers = [block.cross_attn for block in self.blocks]
         fused = self.optimizations.fused_qkv
         how = text.tokens.device, text.tokens.dtype, fused, self.optimizations.fp8
-        stamp = (*how, *(_version(p) for m in layers for p in m.parameters()))
+        weights = [p for m in layers for p in m.parameters()]
+        stamp = (*how, *map(_version, weights))
         if text.kept is None or text.kept[0] != stamp:
-            text.kept = stamp, [layer.keys_values(text.tokens, fused) for layer in layers]
+            # The weights are held too: another tensor in the place of a freed one would have its id.
+            text.kept = stamp, [layer.keys_values(text.tokens, fused) for layer in layers], weights
         return text.kept[1]
 
     def _compiled_call(self, kernels: backends.Kernels, grid: Sequence[int]) -> Callable[..., Tensor]:
