@@ -53,7 +53,9 @@ def add_train_lora(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="PATH", help="LongCat-Video's folder, its dit folder, or a file of any form")
     group.add_argument("--vae", metavar="PATH", help="as longcat generate has it")
     group.add_argument("--text-encoder", metavar="PATH", help="likewise")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    # Gradients in float16 want a scale of their own.
+    dtypes = [name for name in DTYPES if name != "float16"]
+    group.add_argument("--dtype", choices=dtypes, default="auto", help="of the base; auto: as longcat generate")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--attention", default="auto", metavar="NAME", help="see longcat backends")
     group.add_argument("--compile", choices=("off", "blocks"), default="off", help="torch.compile of the blocks")

@@ -1,7 +1,7 @@
 """Training a LoRA: adapters on a frozen network, by flow matching, on clips that were encoded once.
 
-What is random in a step follows from the seed and the step's number alone, so a run that goes on after step n is, on one
-machine, the run that was never stopped. The LoRA is written whole every so often, and a state beside it to go on from.
+What is random in a step follows from the seed and the step's number alone, so a run that goes on after step n is, on
+one machine, the run that was never stopped. The LoRA is written whole every so often, a state to go on from beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..training import drop_text, flow_matching_loss, sample_sigmas
 from .clips import Clip, Sample, clips_fingerprint, encode_captions, encode_clips
 from .media import check_place
 from .pipeline import ModelPaths
-from .request import MAX_FRAMES, check_frames, check_number, check_seed, check_side
+from .request import check_frames, check_number, check_seed, check_side
 from .text import MAX_LENGTH, load_text_encoder
 from .vae import load_vae
 
@@ -130,7 +130,7 @@ class LoraTrainer:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.99))
 
     def step(self, number: int, samples: Mapping[int, Sequence[Sample]], null: Tensor) -> float:
-        """Step `number`, from 0, on samples by their latent frames; null [L, D]: the empty caption. Returns the loss."""
+        """Step `number`, from 0, on samples by their latent frames; null [L, D]: the empty caption. The loss."""
         seed = int.from_bytes(hashlib.sha256(f"{self.recipe.seed} {number}".encode()).digest()[:8], "big") >> 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -142,13 +142,12 @@ class LoraTrainer:
         with torch.enable_grad():
             loss = self._loss(*inputs)
             loss.backward()
-        value = loss.item()
-        if not math.isfinite(value):
+        value, norm = loss.item(), nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        if not math.isfinite(value) or not math.isfinite(norm):
             raise LongCatError(
-                f"the loss is {value} at step {number + 1}; try a lower --learning-rate than {self.recipe.learning_rate:g}"
-                ", or --dtype float32"
+                f"the loss is {value} at step {number + 1}, its gradient {float(norm)}; what was saved before is kept: "
+                f"try a lower --learning-rate than {self.recipe.learning_rate:g}, or --dtype float32"
             )
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         return value
 
@@ -181,7 +180,7 @@ class LoraTrainer:
         return flow_matching_loss(self.model, latents, sigmas, text, num_cond_latents=given, noise=noise)
 
     def state(self) -> dict[str, Tensor]:
-        """The LoRA under the names of its file, and what the optimizer remembers. Before a step: the LoRA alone."""
+        """The LoRA under the names of its file, and what the optimizer remembers after a step."""
         tensors: dict[str, Tensor] = dict(self.parameters)
         for name, parameter in self.parameters.items():
             tensors |= {f"{key}.{name}": self.optimizer.state[parameter][key] for key in MOMENTS}
@@ -232,15 +231,20 @@ class LoraFile:
             )
 
     def write(self, state: Mapping[str, Tensor], done: int) -> None:
-        """The LoRA, then the state: cut off in between, the steps from the last state on are done again."""
+        """The state, then the LoRA: cut off in between, `finish` makes the LoRA of the state."""
+        write_safetensors(self.state, state, {"settings": json.dumps(self.settings), "step": str(done)})
         lora = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
         alphas = {f"{name.removesuffix('.lora_A.weight')}.alpha" for name in lora if name.endswith(".lora_A.weight")}
         lora |= {name: torch.tensor(self.recipe.scaling) for name in alphas}
         told = {"rank": self.recipe.rank, "alpha": f"{self.recipe.scaling:g}", "steps": done}
         told |= {"base": self.settings["model"], "settings": json.dumps(self.settings)}
         write_safetensors(self.path, lora, {"format": "pt"} | {name: str(value) for name, value in told.items()})
-        write_safetensors(self.state, state, {"settings": json.dumps(self.settings), "step": str(done)})
         self.done = done
+
+    def finish(self) -> None:
+        """See that the LoRA is that of a state which has all steps."""
+        if not self.path.exists() or read_metadata(self.path).get("steps") != str(self.done):
+            self.write(read_tensors(self.state), self.done)
 
 
 def estimate_bytes(config: ModelConfig, recipe: Recipe) -> int:
@@ -277,8 +281,7 @@ def train_lora(
     file = LoraFile(output, recipe, settings | {"dtype": str(dtype).removeprefix("torch.")})
     file.open()
     if file.done >= recipe.steps:
-        if not output.exists():
-            file.write(read_tensors(file.state), file.done)
+        file.finish()
         return file
     samples, null = _encode(paths, clips, recipe, checkpoint.config, dtype, device, report)
     model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
