@@ -71,10 +71,12 @@ class RuntimeLoras:
         }
         stack = LoraStack(loras, shapes)
         changed = list(dict.fromkeys([*(f"{name}.weight" for name in self._ranks), *stack.weights]))
-        self._files, self._strengths = files, strengths
+        # Only what came to an end is known the next time.
+        self._files, self._strengths = [], strengths
         self._make_room(stack)
         self._ranks = {weight.removesuffix(".weight"): self._write(weight, stack) for weight in stack.weights}
         self._write_scales()
+        self._files = files
         return changed
 
     def _make_room(self, stack: LoraStack) -> None:
@@ -88,8 +90,7 @@ class RuntimeLoras:
             kind = _kind(weight.removesuffix(".weight"))
             rank = sum(change.rank for change in stack.changes(weight))
             room[kind] = max(room.get(kind, 0), math.ceil(rank / STEP) * STEP)
-        # Without LoRAs the network is what it was; the sizes stay known, and the graphs made for them.
-        self._room = room
+        self._room = room if stack.weights else {}
         for kind, rank in room.items():
             for name in kinds[kind]:
                 layer = self.model.get_submodule(name)
