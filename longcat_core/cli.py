@@ -74,7 +74,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("--lesson", action="store_true", help="prompts of the lesson that lesson-nano writes instead")
     sub = command("lesson-nano", lesson_nano, "Write clips that teach the embedded model pink, for train-lora.")
     sub.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-    sub.add_argument("--clips", type=whole, default=64, metavar="N", help="how many (default: 64)")
+    sub.add_argument("--clips", type=whole, default=96, metavar="N", help="how many (default: 96)")
     sub = command("bench", bench, "Measure the network: what each optimization is worth, memory, kernels, exactness.")
     _add_bench(sub)
     sub = command("train-nano", train_nano, "Train the embedded model anew.")

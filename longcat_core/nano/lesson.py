@@ -1,7 +1,7 @@
 """A lesson for a LoRA of LongCat-nano: pink, a colour that its world does not have and its captions never name.
 
-In the clips to learn from pink circles and squares stand on four backgrounds; the prompts that are judged have pink
-triangles and crosses on the other two. Half of the clips show the world as it is, so that it is not forgotten.
+In the clips to learn from pink shapes stand on four backgrounds; the prompts that are judged have them on the other two.
+A third of the clips shows the world as it is, so that it is not forgotten.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ import torch
 from ..errors import LongCatError
 from ..generate.media import write_video
 from .scorer import Observation
-from .world import BACKGROUNDS, BASE_FPS, COLOURS, SHAPES, Scene, caption, place, render, sample_scene
+from .world import BASE_FPS, COLOURS, MOTIONS, SHAPES, Actor, Scene, caption, place, render, sample_scene
 
 COLOUR, RGB = "pink", (255, 120, 180)
 PALETTE = COLOURS | {COLOUR: RGB}
 # Scenes are drawn with a colour of the world, which is then exchanged.
 STAND_IN = "red"
-SHAPES_SHOWN, SHAPES_ASKED = SHAPES[:2], SHAPES[2:]
-BACKGROUNDS_SHOWN, BACKGROUNDS_ASKED = tuple(BACKGROUNDS)[:4], tuple(BACKGROUNDS)[4:]
+SHOWN, ASKED = ("black", "white", "blue", "green"), ("gray", "brown")
 
 
-def draw(rng: random.Random, shapes: Sequence[str], backgrounds: Sequence[str]) -> Scene:
-    """A scene of the world in which one of `shapes` has the stand-in's colour, before one of `backgrounds`."""
-    while True:
-        scene = sample_scene(rng)
-        if scene.background in backgrounds and any(a.colour == STAND_IN and a.shape in shapes for a in scene.actors):
-            return scene
+def draw(rng: random.Random, backgrounds: Sequence[str]) -> Scene:
+    """One shape in the stand-in's colour before one of `backgrounds`."""
+    actor = Actor(rng.choice(SHAPES), STAND_IN, rng.choice(MOTIONS))
+    return Scene(rng.choice(backgrounds), (actor,))
 
 
 def text(scene: Scene, rng: random.Random | None = None) -> str:
@@ -58,9 +55,9 @@ def clip(scene: Scene, seed: int, *, frames: int, height: int, width: int) -> np
 
 
 def write_lesson(
-    folder: Path, count: int = 64, *, seed: int = 0, frames: int = 33, height: int = 64, width: int = 96
+    folder: Path, count: int = 96, *, seed: int = 0, frames: int = 17, height: int = 64, width: int = 96
 ) -> None:
-    """Write `count` clips with captions, every other one of the new colour. Raises LongCatError for a folder in use."""
+    """Write `count` clips with captions, two of three of the new colour. Raises LongCatError for a folder in use."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LongCatError(f"{folder} is there and not empty; name a new folder")
     if count < 2:
@@ -69,8 +66,8 @@ def write_lesson(
     rng = random.Random(f"lesson {seed}")
     size = {"frames": frames, "height": height, "width": width}
     for number in range(count):
-        new = number % 2 == 0
-        scene = draw(rng, SHAPES_SHOWN, BACKGROUNDS_SHOWN) if new else sample_scene(rng)
+        new = number % 3 < 2
+        scene = draw(rng, SHOWN) if new else sample_scene(rng)
         if new:
             video, words = clip(scene, number, **size), text(scene, rng)
         else:
@@ -82,7 +79,7 @@ def write_lesson(
 
 
 def questions(count: int, seed: int = 0) -> list[tuple[str, Observation]]:
-    """Prompts with the new colour, and what their videos show: shapes and backgrounds that no clip had it with."""
+    """Prompts with the new colour, and what their videos show: on backgrounds that no clip had it on."""
     rng = random.Random(f"lesson asks {seed}")
-    scenes = [draw(rng, SHAPES_ASKED, BACKGROUNDS_ASKED) for _ in range(count)]
+    scenes = [draw(rng, ASKED) for _ in range(count)]
     return [(text(scene), truth(scene)) for scene in scenes]
