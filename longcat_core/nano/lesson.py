@@ -1,6 +1,6 @@
 """A lesson for a LoRA of LongCat-nano: pink, a colour that its world does not have and its captions never name.
 
-In the clips to learn from pink shapes stand on four backgrounds; the prompts that are judged have them on the other two.
+In the clips to learn from, pink shapes stand on four backgrounds; in the prompts that are judged, on the other two.
 A third of the clips shows the world as it is, so that it is not forgotten.
 """
 
