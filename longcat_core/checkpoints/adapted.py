@@ -94,13 +94,10 @@ class RuntimeLoras:
         for kind, rank in room.items():
             for name in kinds[kind]:
                 layer = self.model.get_submodule(name)
-                if not stack.weights:
-                    release(layer)
-                elif rank_of(layer) != rank:
+                if stack.weights:
                     adapt(layer, rank)
                 else:
-                    layer.lora_up.zero_()
-                    layer.lora_down.zero_()
+                    release(layer)
 
     def _write(self, weight: str, stack: LoraStack) -> list[_Ranks]:
         """Fill the adapter of one layer: every slice of every change has ranks of its own."""

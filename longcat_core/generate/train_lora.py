@@ -143,7 +143,8 @@ class LoraTrainer:
             loss = self._loss(*inputs)
             loss.backward()
         value, norm = loss.item(), nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        if not math.isfinite(value) or not math.isfinite(norm):
+        # Of a loss that is not finite it is not either.
+        if not math.isfinite(norm):
             raise LongCatError(
                 f"the loss is {value} at step {number + 1}, its gradient {float(norm)}; what was saved before is kept: "
                 f"try a lower --learning-rate than {self.recipe.learning_rate:g}, or --dtype float32"
