@@ -14,9 +14,10 @@ from typing import NoReturn
 from . import __version__
 from .benchmark import fidelity_commands as comparing_tasks
 from .checkpoints import commands as checkpoint_tasks
-from .console import DTYPES, device_of, dtype_of, number, size, whole
+from .console import DTYPES, device_of, dtype_of, lora, number, size, whole
 from .errors import LongCatError
 from .generate import commands as tasks
+from .generate import train_commands as training_tasks
 
 BAD_INPUT, INTERRUPTED = 2, 130
 # What cards have, and the released text encoder's weights in 16 bits.
@@ -63,7 +64,8 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         sub.set_defaults(run=run)
         return sub
 
-    for name, (add, run, summary) in (tasks.TASKS | comparing_tasks.TASKS | checkpoint_tasks.TASKS).items():
+    listed = tasks.TASKS | comparing_tasks.TASKS | training_tasks.TASKS | checkpoint_tasks.TASKS
+    for name, (add, run, summary) in listed.items():
         add(command(name, run, summary))
     sub = command("verify", verify, "Run the golden cases of a folder through this code and print a table.")
     sub.add_argument("directory", type=Path, metavar="DIR", help="folder of golden data")
@@ -78,6 +80,11 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("--prompts", type=whole, default=64, metavar="N", help="how many prompts (default: 64)")
     sub.add_argument("--steps", type=whole, default=50, metavar="N", help="denoising steps (default: 50)")
     sub.add_argument("--guidance", type=number, default=4.0, metavar="X", help="CFG scale (default: 4)")
+    sub.add_argument("--lora", type=lora, action="append", metavar="FILE[:STRENGTH]", help="as longcat generate has it")
+    sub.add_argument("--lesson", action="store_true", help="prompts of the lesson that lesson-nano writes instead")
+    sub = command("lesson-nano", lesson_nano, "Write clips that teach the embedded model pink, for train-lora.")
+    sub.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    sub.add_argument("--clips", type=whole, default=96, metavar="N", help="how many (default: 96)")
     sub = command("bench", bench, "Measure the network: what each optimization is worth, memory, kernels, exactness.")
     _add_bench(sub)
     sub = command("train-nano", train_nano, "Train the embedded model anew.")
@@ -150,7 +157,16 @@ def score_nano(args: argparse.Namespace) -> int:
     """`longcat score-nano`."""
     from .benchmark.adherence import run
 
-    return run(args.prompts, args.steps, args.guidance)
+    return run(args.prompts, args.steps, args.guidance, args.lora, args.lesson)
+
+
+def lesson_nano(args: argparse.Namespace) -> int:
+    """`longcat lesson-nano`."""
+    from .nano.lesson import write_lesson
+
+    write_lesson(args.folder, args.clips)
+    print(f"{args.folder}: {args.clips} clips with captions")
+    return 0
 
 
 def train_nano(args: argparse.Namespace) -> int:

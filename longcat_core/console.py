@@ -95,6 +95,16 @@ class Progress:
             self.bar.reset(total=step.total)
         self.bar.update()
 
+    def count(self, done: int, of: int, label: str) -> None:
+        """`done` of `of` pieces of work, which may begin with some done."""
+        if self.bar is None:
+            self.bar = self.make()
+        if self.bar.total != of or done <= self.bar.n:
+            self.bar.reset(total=of)
+            self.bar.initial = done - 1
+        self.bar.set_description(label, refresh=False)
+        self.bar.update(done - self.bar.n)
+
     def say(self, sentence: str) -> None:
         print(sentence, flush=True) if self.bar is None else self.bar.write(sentence)
 

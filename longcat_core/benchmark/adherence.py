@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..checkpoints.lora import Lora
 from ..errors import LongCatError
 from ..generate.pipeline import Pipeline
 from ..generate.request import NANO
+from ..nano.lesson import PALETTE, questions
 from ..nano.scorer import Observation, analyse, compare
-from ..nano.world import MAX_ACTORS, Scene, caption, sample_scene
+from ..nano.world import COLOURS, MAX_ACTORS, Scene, caption, sample_scene
 from ..sampling.conditioning import latent_shape, seeded_noise
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.sampler import sample
@@ -45,7 +47,9 @@ def fresh_prompts(count: int, seed: int) -> list[Scene]:
     return [sample_scene(rng) for _ in range(count)]
 
 
-def judge(observations: list[list[Observation]], scenes: list[Scene], shift: int = 0) -> tuple[Counter, Counter]:
+def judge(
+    observations: list[list[Observation]], scenes: Sequence[Scene | Observation], shift: int = 0
+) -> tuple[Counter, Counter]:
     """Attributes right, and all, with video i held against scene i + shift; observations[i][n-1] sought n actors."""
     right, total = Counter(), Counter()
     for i, seen in enumerate(observations):
@@ -84,16 +88,26 @@ def measure(
     steps: int = 50,
     guidance: float = 4.0,
     seed: int = 0,
+    lesson: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Adherence:
-    """Generate `count` fresh prompts (seed i for prompt i) and score them; the control is every shuffle by 1..5."""
-    scenes = fresh_prompts(count, seed)
+    """Generate `count` fresh prompts (seed i for prompt i) and score them; the control is every shuffle by 1..5.
+
+    lesson: prompts of `nano.lesson` instead of the world's own.
+    """
+    if lesson:
+        prompts, scenes = zip(*questions(count, seed), strict=True)
+    else:
+        scenes = fresh_prompts(count, seed)
+        prompts = [caption(scene) for scene in scenes]
+    palette = PALETTE if lesson else COLOURS
     observations = []
     started = time.monotonic()
     for start in range(0, count, BATCH):
         numbers = list(range(start, min(start + BATCH, count)))
-        videos = generate_batch(pipeline, [caption(scenes[i]) for i in numbers], numbers, steps, guidance)
-        observations += [[analyse(video, n) for n in range(1, MAX_ACTORS + 1)] for video in videos]
+        videos = generate_batch(pipeline, [prompts[i] for i in numbers], numbers, steps, guidance)
+        seeking = range(1, MAX_ACTORS + 1)
+        observations += [[analyse(video, n, palette=palette) for n in seeking] for video in videos]
         if progress is not None:
             progress(len(observations), count)
     seconds = time.monotonic() - started
@@ -103,12 +117,12 @@ def measure(
     return Adherence(right, total, control, seconds)
 
 
-def run(count: int, steps: int, guidance: float) -> int:
-    """Print the table for the embedded model; returns 0."""
+def run(count: int, steps: int, guidance: float, lora: Sequence[Lora] | None = None, lesson: bool = False) -> int:
+    """Print the table for the embedded model, with LoRAs if there are any; returns 0."""
     if count < 2:
         raise LongCatError(f"{count} prompts cannot be shuffled for the control; ask for at least 2")
-    pipeline = Pipeline.load()
-    result = measure(pipeline, count, steps=steps, guidance=guidance)
+    pipeline = Pipeline.load(lora=lora)
+    result = measure(pipeline, count, steps=steps, guidance=guidance, lesson=lesson)
     print(f"{count} fresh prompts, {steps} steps, guidance {guidance:g}, {result.seconds:.0f} s")
     for kind in ("background", "colour", "shape", "motion"):
         right, total = result.right[kind], result.total[kind]

@@ -30,6 +30,7 @@ PARTS = {
     "continuation": "A step with given frames: their keys and values at every step, or from a cache.",
     "refine": "One evaluation of the refinement to 720p: attention in full and block-sparse, exact and fp8.",
     "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
+    "load": "Loading a checkpoint, beside reading its file.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
 }
 # Parts of `all` that need no whole model run on so many of its blocks.
@@ -49,6 +50,7 @@ COLUMNS = {
     "continuation": ("name", "ms", "ratio", "once_ms", "cache_gib", "peak_gib", "difference", "status"),
     "refine": ("name", "ms", "peak_gib", "ratio", "attention", "status"),
     "cards": ("name", "ms", "ratio", "floor_ms", "peak_gib", "plan", "status"),
+    "load": ("name", "seconds", "gb_s", "share", "status"),
     "recompiles": ("name", "graphs", "at_most", "first_s", "status"),
     "backends": ("name", "attention", "ms", "tflops", "error", "status"),
 }
@@ -181,6 +183,7 @@ def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact"
         exactness,
         gradients,
         kernels,
+        loading,
         profiling,
         recompiles,
         refine_step,
@@ -216,7 +219,8 @@ def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact"
         gradients.training(bench, report, args.few_blocks)
     else:
         parts = {"backends": kernels.kernels, "memory": scale.memory, "scale": scale.scale}
-        (parts | {"recompiles": recompiles.recompiles, "continuation": continuation.continuation})[kind](bench, report)
+        parts |= {"recompiles": recompiles.recompiles, "continuation": continuation.continuation}
+        (parts | {"load": loading.loading})[kind](bench, report)
     finish(report, args.no_plots)
 
 
@@ -276,6 +280,7 @@ def _everything(settings: Settings, size: Any) -> None:
         "exactness",
         "memory",
         "recompiles",
+        "load",
         "training",
         "ablation",
         "policies",

@@ -12,14 +12,14 @@ import torch
 from ..model.config import ModelConfig, Optimizations
 from ..optimize.kernels import HALF
 from ..optimize.kernels import missing as kernels_missing
-from ..optimize.plan import Plan, Weights, Work, apply_plan, choose_plan, needed_bytes
+from ..optimize.plan import WORKSPACE, Plan, Weights, Work, apply_plan, choose_plan, needed_bytes
 from ..optimize.quantization import Policy
 from ..optimize.streaming import pinned
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
 from . import workload
 from .ablation import EXACT, FP8, Bench
-from .measure import GIB, Laps, attempt, clean_up, peak_gib, reset_peak, timed
+from .measure import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, timed
 from .results import Report
 
 # Of a GPU, for the released model; of what another model needs.
@@ -81,7 +81,9 @@ class _Counted:
         limits = [Limit(UNLIMITED, None)]
         if device.type == "cuda" and self.config == ModelConfig():
             return limits + [Limit(f"{gib:g} GiB", int(gib * GIB), gib) for gib in LIMITS_GIB]
-        return limits + [Limit(f"{100 * share:.0f} % of the need", int(share * needed)) for share in SHARES]
+        return limits + [
+            Limit(f"{100 * share:.0f} % of the need", WORKSPACE + int(share * (needed - WORKSPACE))) for share in SHARES
+        ]
 
     def plan(self, limit: Limit) -> Plan:
         if limit.size is None:
@@ -95,6 +97,7 @@ def cards(bench: Bench, report: Report, fresh: Callable[[], Bench], fp8: bool = 
 
     ms: of a step by the sampler; ratio: how many times as long as without a limit; transfer_ms: what a step copies, at
     the measured rate; floor_ms: the larger of the unlimited step and that; peak_gib: of the whole sampling.
+    difference: of the latents after these steps from those without a limit, relative.
     """
     report.content["inputs"]["copy_gb_s"] = rate = copy_rate(bench.device) / 1e9
     bench.say(f"copies to the device: {rate:.1f} GB/s")
@@ -102,7 +105,7 @@ def cards(bench: Bench, report: Report, fresh: Callable[[], Bench], fp8: bool = 
         bench = fresh()
         if path == FP8 and report.add(bench.quantize())["status"] != "ok":
             return
-        counted, first = _Counted(bench, path == FP8), None
+        counted, first, whole = _Counted(bench, path == FP8), None, None
         for limit in counted.limits(bench.device):
             plan = counted.plan(limit)
             head = {"name": f"{path}, {limit.name}", "path": path, "phase": "card", "limit_gib": limit.gib}
@@ -114,11 +117,12 @@ def cards(bench: Bench, report: Report, fresh: Callable[[], Bench], fp8: bool = 
 
             row = attempt(head, bench.budget, run)
             clean_up(bench.device)
-            if first is None:
-                first = row.get("ms")
-            elif first is not None and row["status"] == "ok":
+            out = row.pop("out", None)
+            if limit.size is None:
+                first, whole = row.get("ms"), out
+            elif first is not None and out is not None:
                 row |= {"ratio": row["ms"] / first, "floor_ms": max(first, row["transfer_ms"])}
-                row |= verdict(row)
+                row |= verdict(row) | {"difference": relative_error(out, whole)}
             report.add(row)
             figure = f"{row['ms']:.1f} ms a step" if row["status"] == "ok" else row["reason"]
             bench.say(f"{row['name']}: {row['plan']}: {figure}")
@@ -148,7 +152,7 @@ def _step(bench: Bench, path: str, limit: Limit, plan: Plan, rate: float) -> dic
     laps = Laps(device)
     with within(device, limit.size), workload.Notes(model) as notes:
         reset_peak(device)
-        sample(
+        out = sample(
             model,
             inputs.latents,
             make_schedule("base", 1 + bench.repeats),
@@ -166,4 +170,5 @@ def _step(bench: Bench, path: str, limit: Limit, plan: Plan, rate: float) -> dic
         "peak_gib": peak,
         "transfer_ms": copied / rate / 1e6,
         "notes": notes,
+        "out": out,
     }

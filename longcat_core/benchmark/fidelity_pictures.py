@@ -115,7 +115,10 @@ def side_by_side(fidelity: Fidelity) -> Image.Image:
     for row, setting in enumerate(settings):
         parts = [(setting.title, setting.shots)]
         if setting.distances:
-            parts = [(f"{setting.title}   {decibels(setting.psnr)}", setting.shots), _difference(setting, fidelity)]
+            parts = [
+                (f"{setting.title}   {decibels(setting.videos[0])}", setting.shots),
+                _difference(setting, fidelity),
+            ]
         y = MARGIN + row * step
         for x, (label, shots) in zip((MARGIN, 2 * MARGIN + half), parts, strict=False):
             pen.text((x, y), _cut(label, font, half), fill=INK, font=font)

@@ -18,7 +18,7 @@ from .targets import DISTILLED_STEPS, EXACT_LIMIT
 # Order of the page.
 KINDS = (
     *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
-    *("cards", "training", "continuation", "refine"),
+    *("cards", "load", "training", "continuation", "refine"),
 )
 
 INTRODUCTION = """# Performance
@@ -71,7 +71,13 @@ eager, on an H100 for {targets.REFINE_SIZE}.""",
 
 Steps of the sampler while PyTorch may take no more memory than such a card has. *Plan*: what `longcat` chooses by
 itself then. *Floor*: the step without a limit, or what the weights that wait take to be copied once a forward if that
-is longer. Peaks are of the whole sampling. The GPU's own speed stays what it is; a smaller card is slower.""",
+is longer. Peaks are of the whole sampling. *Difference*: of the latents after these steps from those without a limit,
+relative: blocks that wait change nothing, halves of guidance round otherwise. The GPU's own speed stays what it is; a
+smaller card is slower.""",
+    "load": """## Loading
+
+From a file that the system was asked to forget, in turn with reading it by as many threads; medians. *Share*: of the
+rate of reading. To fp8, weights are quantised as they arrive.""",
     "training": "## Gradient checkpointing\n\nOne loss and its gradients, with and without recomputing each block.",
 }
 
@@ -290,11 +296,23 @@ def _cards(results: dict[str, Any]) -> str:
             continue
         asked, met = row.get("target"), row.get("met")
         told = None if asked is None else f"{asked}: {'met' if met else 'missed'}"
-        figures = [row.get(name) for name in ("ms", "ratio", "transfer_ms", "floor_ms", "peak_gib")]
+        figures = [row.get(name) for name in ("ms", "ratio", "transfer_ms", "floor_ms", "peak_gib", "difference")]
         lines.append((row["name"], row["plan"], *figures, told, row["status"]))
-    head = ("", "plan", "ms a step", "x no limit", "transfer ms", "floor ms", "peak GiB", "target", "")
+    head = ("", "plan", "ms a step", "x no limit", "transfer ms", "floor ms", "peak GiB", "difference", "target", "")
     rate = results["inputs"].get("copy_gb_s")
     return markdown(head, lines) + (f"\n\nCopies to the GPU: {shown(rate)} GB/s." if rate else "")
+
+
+def _load(results: dict[str, Any]) -> str:
+    lines = []
+    for row in results["rows"]:
+        share, asked = row.get("share"), row.get("target")
+        told = None if share is None or asked is None else f">= {asked:.0%}: {'met' if share >= asked else 'missed'}"
+        of_disk = None if share is None else f"{share:.0%}"
+        lines.append((row["name"], row.get("seconds"), row.get("gb_s"), of_disk, told, row["status"]))
+    inputs = results["inputs"]
+    told = "" if inputs.get("cold") else " The system kept it in memory: there is no asking it to forget here."
+    return markdown(("", "s", "GB/s", "share", "target", ""), lines) + f"\n\n{shown(inputs['file_gb'])} GB.{told}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -323,6 +341,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "refine": _refine,
     "cards": _cards,
+    "load": _load,
     "training": _columns(
         name="", ms="ms", peak_gib="peak GiB", gradient_difference="difference of gradients", equal="equal", status=""
     ),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,8 @@ CONFIG_KEY = "config"
 FOLDERS = ("dit", "transformer")
 # Numbers that are made wider at a time: what a loader holds besides the network and one stored tensor.
 PIECE = 1 << 22
+# Such pieces that are read ahead, and by how many threads: enough for a fast disk.
+AHEAD, THREADS = 6, 3
 _SHOWN = 5
 QUANT_METADATA = "_quantization_metadata"
 
@@ -241,6 +246,42 @@ def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
     return found
 
 
+class ReadAhead:
+    """Results of jobs in their order, worked on by threads before they are asked for.
+
+    A disk is kept busy while what came from it is converted. Results lie in buffers that serve again.
+    """
+
+    def __init__(self, jobs: Iterable[tuple[Hashable, Callable[[Tensor], Tensor]]], count: int, size: int) -> None:
+        """jobs: (what is asked for, what reads it into a buffer). count: how many are read, or lie ready, at a time;
+        size: bytes of the buffers, into which not everything has to fit."""
+        self._jobs, self._waiting = iter(jobs), deque()
+        self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
+        self._pool = ThreadPoolExecutor(THREADS, "longcat-read")
+        self._taken: Tensor | None = None
+        for buffer in self._buffers:
+            self._begin(buffer)
+
+    def _begin(self, buffer: Tensor) -> None:
+        job = next(self._jobs, None)
+        if job is not None:
+            self._waiting.append((job[0], self._pool.submit(job[1], buffer), buffer))
+
+    def take(self, wanted: Hashable) -> Tensor | None:
+        """The result of the next job, if that is what is wanted; valid until the next call. Raises what it raised."""
+        if not self._waiting or self._waiting[0][0] != wanted:
+            return None
+        if self._taken is not None:
+            self._begin(self._taken)
+        _, future, self._taken = self._waiting.popleft()
+        return future.result()
+
+    def close(self) -> None:
+        """Drop what nobody asked for."""
+        self._waiting.clear()
+        self._pool.shutdown(cancel_futures=True)
+
+
 def _numbers(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
@@ -251,10 +292,37 @@ class Reader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._files: dict[Path, TensorFile] = {}
+        self._ahead: ReadAhead | None = None
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of a stored tensor on the CPU, as they are stored."""
+        if self._ahead is not None and (found := self._ahead.take((name, start, stop))) is not None:
+            return found
         return self._file(name).rows(self.checkpoint.prefix + name, start, stop)
+
+    @contextmanager
+    def ahead(self, parts: Iterable[Part]) -> Iterator[None]:
+        """While this is entered, files are read ahead of `pieces` of these parts, asked for in this order; a piece is
+        gone when the next one is asked for."""
+
+        def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+            name = self.checkpoint.prefix + part.name
+            return lambda buffer: self._file(part.name).rows(name, *cut, buffer)
+
+        jobs = (((part.name, *cut), job(part, cut)) for part in parts for cut in self._cuts(part))
+        self._ahead = ReadAhead(jobs, AHEAD, 4 * PIECE)
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
+
+    def _cuts(self, part: Part) -> Iterator[tuple[int, int]]:
+        """(first row, the one after the last) of each piece of a stored tensor."""
+        shape = self.checkpoint.shapes[part.name]
+        rows = shape[0] if shape else 1
+        count = max(1, PIECE * rows // max(1, _numbers(shape)))
+        return ((start, min(start + count, rows)) for start in range(0, rows, count))
 
     def _file(self, name: str) -> TensorFile:
         path = self.checkpoint.where[name]
@@ -284,16 +352,11 @@ class Reader:
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of a stored tensor on `device`; where it has a scale, multiplied out to fp32."""
-        shape = self.checkpoint.shapes[part.name]
-        if part.scale is None and self._file(part.name).mapped:
-            yield 0, self.rows(part.name)
-            return
         scale = None if part.scale is None else self.scale(part).to(device)
-        count = max(1, PIECE * shape[0] // max(1, _numbers(shape))) if shape else 1
-        for start in range(0, shape[0] if shape else 1, count):
-            rows = self.rows(part.name, start, start + count)
+        for start, stop in self._cuts(part):
+            rows = self.rows(part.name, start, stop)
             if scale is not None:
-                factor = scale if scale.numel() == 1 else scale[start : start + count]
+                factor = scale if scale.numel() == 1 else scale[start:stop]
                 rows = rows.to(device).float() * factor.view(-1, *[1] * (rows.ndim - 1))
             yield start, rows
 
@@ -321,9 +384,11 @@ class Reader:
             rows = self.checkpoint.shapes[part.name][0]
             scale = torch.ones(1) if part.scale is None else self.scale(part)
             scales.append(scale.expand(rows))
-        # Copied, as the file may go.
-        values = [self.rows(part.name).to(device, copy=True) for part in parts]
-        return torch.cat(values) if len(values) > 1 else values[0], torch.cat(scales)[:, None].to(device)
+        shapes = [self.checkpoint.shapes[part.name] for part in parts]
+        shape = sum(shape[0] for shape in shapes), *shapes[0][1:]
+        values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        self.into(values, [Part(part.name) for part in parts])
+        return values, torch.cat(scales)[:, None].to(device)
 
 
 def load_transformer(
@@ -359,27 +424,28 @@ def load_transformer(
         check_sizes(*parameters[f"{name}.weight"].shape)
     state, extremes = {}, {}
     waiting = tuple(f"blocks.{i}." for i in streamed)
-    for name in parameters:
-        layer, _, kind = name.rpartition(".")
-        small, changed = kind == "weight" and layer in eight_bit, name in stack
-        kept = reader.e4m3(parts[name], device) if small and not changed else None
-        if kept is None:
-            # Not in dtype where a LoRA comes on top: the sum is rounded, not its parts.
-            target = torch.empty(parameters[name].shape, dtype=torch.float32 if changed else dtype, device=device)
-            reader.into(target, parts[name])
-            if changed:
-                target = stack.add(name, target).to(parameters[name].dtype)
-            # NaN is both; this is one pass, without a copy.
-            extremes[name] = torch.stack(target.aminmax()).float()
-            kept = quantise_rows(target) if small else (target, None)
-        else:
-            # e4m3 has no infinity, and one NaN of either sign.
-            bad = (kept[0].view(torch.uint8) & 0x7F == 0x7F).any()
-            extremes[name] = torch.stack(kept[1].masked_fill(bad, torch.nan).aminmax())
-        home = "cpu" if name.startswith(waiting) else device
-        state[name] = kept[0].to(home)
-        if small:
-            state[f"{layer}.weight_scale"] = kept[1].to(home)
+    with reader.ahead(part for name in parameters for part in parts[name]):
+        for name in parameters:
+            layer, _, kind = name.rpartition(".")
+            small, changed = kind == "weight" and layer in eight_bit, name in stack
+            kept = reader.e4m3(parts[name], device) if small and not changed else None
+            if kept is None:
+                # Not in dtype where a LoRA comes on top: the sum is rounded, not its parts.
+                target = torch.empty(parameters[name].shape, dtype=torch.float32 if changed else dtype, device=device)
+                reader.into(target, parts[name])
+                if changed:
+                    target = stack.add(name, target).to(parameters[name].dtype)
+                # NaN is both; this is one pass, without a copy.
+                extremes[name] = torch.stack(target.aminmax()).float()
+                kept = quantise_rows(target) if small else (target, None)
+            else:
+                # e4m3 has no infinity, and one NaN of either sign.
+                bad = (kept[0].view(torch.uint8) & 0x7F == 0x7F).any()
+                extremes[name] = torch.stack(kept[1].masked_fill(bad, torch.nan).aminmax())
+            home = "cpu" if name.startswith(waiting) else device
+            state[name] = kept[0].to(home)
+            if small:
+                state[f"{layer}.weight_scale"] = kept[1].to(home)
     _require_finite(extremes, checkpoint.source, dtype)
     for name in eight_bit:
         parent, _, child = name.rpartition(".")

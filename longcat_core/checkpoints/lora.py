@@ -1,4 +1,4 @@
-"""LoRA files of every kind, merged into a network's weights.
+"""LoRA files of every kind, read, and merged into a network's weights (`adapted` applies them at run time instead).
 
 A file names modules as one of the checkpoint forms does, or as the network does; a module may be a whole fused weight
 or a part of one. Whatever its kind, a layer is down [n*r, in], n ups [out/n, r] and a scale here: slice i of its rows
@@ -128,20 +128,27 @@ def _slice_number(name: str) -> int:
 class Change:
     """What one layer of a file does to part `index` of the `count` stacked parts of a weight.
 
-    downs [r, in] and ups [rows, r], slice by slice; factor: scale times strength.
+    downs [r, in] and ups [rows, r], slice by slice; scale: the file's own, strength: of the file, which is number
+    `file` of the stack.
     """
 
-    source: str
+    file: int
     index: int
     count: int
     downs: tuple[Tensor, ...]
     ups: tuple[Tensor, ...]
-    factor: float
+    scale: float
+    strength: float
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the matrix that is added."""
         return sum(up.shape[0] for up in self.ups), self.downs[0].shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Of all slices together."""
+        return sum(len(down) for down in self.downs)
 
 
 class LoraStack:
@@ -159,7 +166,7 @@ class LoraStack:
         flat = {name.replace(".", "_"): target for name, target in known.items()}
         # The modules of all files that are in the network, as the files name them.
         self.modules: list[str] = []
-        for path, strength in loras:
+        for file, (path, strength) in enumerate(loras):
             if not math.isfinite(strength):
                 raise LongCatError(f"strength {strength} of {path} is no number; give one such as 0.8")
             layers, missed = _read(path)
@@ -172,7 +179,8 @@ class LoraStack:
                     continue
                 matched += 1
                 self.modules.append(module)
-                self._add(weight, _change(parts, module, path, strength, target), module, path, shapes)
+                change = _change(parts, module, path, target, file, strength)
+                self._add(weight, change, module, path, shapes)
             _report(path, matched, missed)
 
     def _add(self, weight: str, change: Change, module: str, path: str | Path, shapes: Mapping[str, Sequence[int]]):
@@ -192,6 +200,10 @@ class LoraStack:
         """Parameters of the network that change."""
         return list(self._changes)
 
+    def changes(self, name: str) -> list[Change]:
+        """What changes parameter `name`, in the order of the files."""
+        return list(self._changes.get(name, ()))
+
     @torch.no_grad()
     def add(self, name: str, weight: Tensor) -> Tensor:
         """Add what changes parameter `name` to `weight`, fp32, contiguous, in place; returns it."""
@@ -200,7 +212,7 @@ class LoraStack:
             first = 0
             for up, down in zip(change.ups, change.downs, strict=True):
                 rows = part[first : first + len(up)]
-                rows.addmm_(up.to(weight), down.to(weight), alpha=change.factor)
+                rows.addmm_(up.to(weight), down.to(weight), alpha=change.scale * change.strength)
                 first += len(up)
         return weight
 
@@ -210,7 +222,12 @@ def _flat(module: str) -> str:
 
 
 def _change(
-    parts: Mapping[str, Tensor], module: str, path: str | Path, strength: float, target: tuple[str, int, int]
+    parts: Mapping[str, Tensor],
+    module: str,
+    path: str | Path,
+    target: tuple[str, int, int],
+    file: int,
+    strength: float,
 ) -> Change:
     ups, down = _ups(parts), parts.get("lora_down.weight")
     if not ups or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
@@ -224,7 +241,7 @@ def _change(
     if not all(torch.isfinite(tensor.float()).all() for tensor in parts.values()):
         raise CheckpointError(f"{path} has NaN or infinite values in {module}; download it again")
     _, index, count = target
-    return Change(str(path), index, count, downs, tuple(ups), float(parts["alpha_scale"]) * strength)
+    return Change(file, index, count, downs, tuple(ups), float(parts["alpha_scale"]), strength)
 
 
 def _report(path: str | Path, matched: int, missed: list[str]) -> None:

@@ -63,6 +63,15 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return _parse_header(Path(path))[1]
 
 
+def read_places(path: str | Path) -> dict[str, int]:
+    """Name -> where the tensor's first byte is in the file. Errors as in `read_header`."""
+    path = Path(path)
+    header, _ = _parse_header(path)
+    with open(path, "rb") as file:
+        data = 8 + struct.unpack("<Q", file.read(8))[0]
+    return {name: data + int(value["data_offsets"][0]) for name, value in header.items()}
+
+
 def read_tensors(
     path: str | Path, device: str | torch.device = "cpu", names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:

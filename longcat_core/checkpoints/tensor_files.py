@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .safetensors_io import Header, read_header, read_metadata
+from .safetensors_io import Header, read_header, read_metadata, read_places
 
 GGUF_MAGIC = b"GGUF"
 # Where converters put the shape of a tensor that GGUF's four dimensions cannot say.
@@ -25,17 +25,14 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 
 
 class TensorFile(Protocol):
-    """header: name -> (dtype, shape) of what `rows` returns. metadata: the file's own remarks.
-
-    mapped: whether rows are those of the file, read as they are used, so that asking for all of them costs nothing.
-    """
+    """header: name -> (dtype, shape) of what `rows` returns. metadata: the file's own remarks."""
 
     header: Header
     metadata: dict[str, str]
-    mapped: bool
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a tensor on the CPU, in the header's dtype. Raises CheckpointError where the file cannot be read."""
+    def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
+        """Rows of a tensor on the CPU, in the header's dtype. buffer [bytes] uint8: where they may be put, as fresh
+        memory costs more than reading into it. Raises CheckpointError where the file cannot be read."""
 
 
 def open_file(path: Path) -> TensorFile:
@@ -53,30 +50,36 @@ def is_gguf(path: Path) -> bool:
 
 
 class SafetensorsFile:
-    """A safetensors file, memory-mapped when its first tensor is read."""
-
-    mapped = True
+    """A safetensors file, read rather than mapped: page after page is slower than a disk. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.header, self.metadata = path, read_header(path), read_metadata(path)
-        self._handle: Any = None
+        self._places = read_places(path)
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
+    def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
+        dtype, shape = self.header[name]
+        first, last, _ = slice(start, stop).indices(shape[0]) if shape else (0, 1, 1)
+        width = math.prod(shape[1:]) * dtype.itemsize
+        size = max(0, last - first) * width
+        if buffer is None or len(buffer) < size:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        out = buffer[:size].view(dtype).view((max(0, last - first), *shape[1:]) if shape else ())
+        room = memoryview(buffer[:size].numpy())
         try:
-            if self._handle is None:
-                self._handle = safe_open(self.path, framework="pt")
-            tensor = self._handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._places[name] + first * width)
+                while room:
+                    count = file.readinto(room)
+                    if not count:
+                        raise CheckpointError(f"{self.path} became shorter while it was read; download it again")
+                    room = room[count:]
+        except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read ({error}); download it again") from error
-        return tensor[start:stop] if tensor.ndim else tensor
+        return out
 
 
 class GgufFile:
     """A GGUF file, memory-mapped. Quantised tensors are fp32 here, dequantised row by row as they are asked for."""
-
-    mapped = False
 
     def __init__(self, path: Path) -> None:
         try:
@@ -126,7 +129,7 @@ class GgufFile:
                 "pip install -U gguf"
             ) from error
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
         tensor, (dtype, shape) = self._tensors[name], self.header[name]
         data = tensor.data
         whole = data.shape[:1] != shape[:1]

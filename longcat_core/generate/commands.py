@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KV_CACHE = ("exact", "official", "off")
 HAND_OFFS = ("frames", "latents")
+LORA_MODES = ("merged", "runtime")
 OUTPUT = "longcat.mp4"
 LONG_OUTPUT = "longcat-long.mp4"
 
@@ -130,7 +131,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         type=lora,
         action="append",
         metavar="FILE[:STRENGTH]",
-        help="a LoRA of any form, merged into the weights; may be given several times (default strength: 1)",
+        help="a LoRA of any form; may be given several times (default strength: 1)",
+    )
+    group.add_argument(
+        "--lora-mode",
+        choices=LORA_MODES,
+        default=LORA_MODES[0],
+        help="merged into the weights (default), or at run time beside them: slower, and --fp8 keeps the base's own "
+        "numbers",
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     group.add_argument("--fp8", action="store_true", help="large layers in 8 bits: faster, half the memory, lossy")
@@ -374,7 +382,7 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
     """What of the model and its options decides the result."""
     from ..checkpoints.safetensors_io import fingerprint
 
-    return paths.fingerprints() | {
+    found = paths.fingerprints() | {
         "lora": None
         if args.lora is None
         else "+".join(fingerprint(path) + ("" if strength == 1 else f":{strength:g}") for path, strength in args.lora),
@@ -384,6 +392,8 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
         "compile": compile_mode(args, device, paths),
         "device": device.type,
     }
+    # Folders made before there was a choice have no word for it.
+    return found if args.lora is None or args.lora_mode == LORA_MODES[0] else found | {"lora_mode": args.lora_mode}
 
 
 def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work: Any) -> Any:
@@ -398,6 +408,7 @@ def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work
         optimizations=Optimizations(attention=args.attention, compile=compile_mode(args, device, paths)),
         fp8=args.fp8,
         lora=args.lora,
+        lora_mode=args.lora_mode,
         work=work,
         least=Plan(args.stream_blocks, args.split_guidance, args.offload_kv_cache, args.stream_text_encoder),
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from importlib import import_module
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,16 @@ def check_output(path: str | Path, estimated_bytes: int, *, sheet: bool = False)
     """Raise LongCatError unless a video (or contact sheet) of about `estimated_bytes` can be written to `path`."""
     path = Path(path)
     (_sheet_suffix if sheet else _video_suffix)(path)
+    check_place(path, estimated_bytes)
+
+
+def check_place(path: Path, estimated_bytes: int) -> None:
+    """Raise LongCatError unless a file of about `estimated_bytes` can be written to `path`."""
     folder = path.resolve().parent
     if path.is_dir():
-        raise LongCatError(f"{path} is a folder; give the name of a file in it, such as {path / 'video.mp4'}")
+        raise LongCatError(
+            f"{path} is a folder; give the name of a file in it, such as {path / ('video' + path.suffix)}"
+        )
     if path.exists() and not path.is_file():
         raise LongCatError(f"{path} is no regular file; choose another name")
     if not folder.is_dir():
@@ -238,8 +245,8 @@ def read_image(path: str | Path) -> np.ndarray:
         raise LongCatError(f"{path} is no readable image ({_reason(error)}); give a PNG, JPEG or WebP") from error
 
 
-def read_video(path: str | Path, last: int | None = None) -> tuple[Frames, float]:
-    """All frames of a video, or its last `last`, and its frames per second.
+def read_video(path: str | Path, last: int | None = None, first: int | None = None) -> tuple[Frames, float]:
+    """All frames of a video, or its last `last`, or its first `first`, and its frames per second.
 
     .gif and .webp are read with Pillow, anything else with PyAV. Raises LongCatError for what neither can read.
     """
@@ -247,7 +254,7 @@ def read_video(path: str | Path, last: int | None = None) -> tuple[Frames, float
     read = _animation_frames if path.suffix.lower() in (".gif", ".webp") else _video_frames
     frames: deque[np.ndarray] = deque(maxlen=last)
     fps = 0.0
-    for frame, fps in read(path):  # noqa: B007 - the last value is the clip's
+    for frame, fps in islice(read(path), first):  # noqa: B007 - the last value is the clip's
         frames.append(frame)
     if not frames:
         raise LongCatError(f"{path} holds no video frames; give an .mp4, .webm, .gif or .webp")

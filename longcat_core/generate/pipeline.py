@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer, open_checkpoint
 from ..checkpoints.lora import Lora, read_lora
 from ..checkpoints.merged import MergedLoras
@@ -38,6 +39,9 @@ from .vae import VideoVAE, load_vae
 
 if TYPE_CHECKING:
     from ..model.transformer import LongCatTransformer
+
+# Summed into the weights, which then cost nothing; or beside them, where strengths change at once.
+LoraMode = Literal["merged", "runtime"]
 
 NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
 NANO_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_bf16.safetensors"
@@ -215,6 +219,7 @@ def _plan(
     work: Work | None,
     least: Plan | None,
     text_encoder: int,
+    others: int = 0,
 ) -> tuple[Plan, str]:
     """The plan for `work`, and what to tell of it. The VAE must lie on the device already."""
     least = replace(
@@ -235,6 +240,7 @@ def _plan(
         dtype.itemsize,
         free=free,
         own=own,
+        others=others,
         text_encoder=text_encoder,
         least=least,
     )
@@ -264,7 +270,7 @@ class Pipeline(Engine):
     text_encoder: TextEncoder
     defaults: Defaults = RELEASED
     # Exchanges the transformer's LoRAs; None where it did not come from a checkpoint.
-    loras: MergedLoras | None = None
+    loras: MergedLoras | RuntimeLoras | None = None
     # Where what lies, and that in words for a user, if it is not as usual.
     plan: Plan = field(default_factory=Plan)
     told: str = ""
@@ -279,11 +285,12 @@ class Pipeline(Engine):
         optimizations: Optimizations | None = None,
         fp8: bool = False,
         lora: str | Path | Sequence[Lora] | None = None,
+        lora_mode: LoraMode = "merged",
         work: Work | None = None,
         least: Plan | None = None,
     ) -> Pipeline:
         """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: a LoRA file, or files
-        with strengths, merged before that.
+        with strengths, merged before that, or applied at run time as lora_mode says.
 
         work: the largest sampling to come, for which the fastest plan that fits a GPU's free memory is made; None: all
         parts lie on the device. least: what is asked of the plan in any case.
@@ -310,18 +317,25 @@ class Pipeline(Engine):
             # Read, and so checked, before the large file is.
             read_lora(path)
         policy = Policy() if fp8 else None
-        plan, told = _plan(config, dtype, device, policy, optimizations, work, least, text_encoder.nbytes)
-        options = {"dtype": dtype, "device": device, "fp8": policy, "lora": loras}
-        optimizations = replace(optimizations, split_guidance=optimizations.split_guidance or plan.split_guidance)
+        runtime = lora_mode == "runtime"
+        # Beside the weights LoRAs lie on the device, whatever waits.
+        others = sum(Path(path).stat().st_size for path, _ in loras) if runtime else 0
+        plan, told = _plan(config, dtype, device, policy, optimizations, work, least, text_encoder.nbytes, others)
         model = load_transformer(
-            paths.model, optimizations=optimizations, streamed=spread(config.depth, plan.streamed), **options
+            paths.model,
+            dtype=dtype,
+            device=device,
+            optimizations=replace(optimizations, split_guidance=plan.split_guidance),
+            fp8=policy,
+            lora=() if runtime else loras,
+            streamed=spread(config.depth, plan.streamed),
         )
         if plan.stream_text_encoder:
             text_encoder.stream(device)
         else:
             text_encoder.to(device)
-        loaded = MergedLoras(model, checkpoint, loras)
-        return cls(model, vae, text_encoder, paths.defaults, loaded, plan, told)
+        exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
+        return cls(model, vae, text_encoder, paths.defaults, exchange, plan, told)
 
     @property
     def channels(self) -> int:

@@ -62,7 +62,8 @@ class TextTokens:
     lengths: real tokens of each sample, which stand first, or None where they do not or nobody counted.
     pad_counts: [B] padding tokens that the last row stands for, or None: no row does.
     length: positions that the text has with all that padding, or None.
-    kept: what `LongCatTransformer` keeps here for the next step: of which weights, and keys and values by block.
+    kept: what `LongCatTransformer` keeps here for the next step: of which weights, keys and values by block, and those
+        weights.
     """
 
     tokens: Tensor
@@ -70,7 +71,9 @@ class TextTokens:
     lengths: list[int] | None = None
     pad_counts: Tensor | None = None
     length: int | None = None
-    kept: tuple[Any, dict[int, tuple[Tensor, Tensor]]] | None = field(default=None, compare=False, repr=False)
+    kept: tuple[Any, dict[int, tuple[Tensor, Tensor]], list[Tensor]] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     def expand(self, batch: int) -> TextTokens:
         """One text for a batch of videos; a text per video stays as it is."""

@@ -21,7 +21,10 @@ from .config import ModelConfig
 def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer in fp32 whatever its weights are stored in (the fp32 islands of the model)."""
     bias = None if layer.bias is None else layer.bias.float()
-    return F.linear(x.float(), layer.weight.float(), bias)
+    out = F.linear(x.float(), layer.weight.float(), bias)
+    # What optimize.adapters put beside the weight.
+    change = getattr(layer, "lora_change", None)
+    return out if change is None else out + change(x.float())
 
 
 def fp32_region(x: Tensor, explicit: bool) -> AbstractContextManager:

@@ -408,9 +408,11 @@ class LongCatTransformer(nn.Module):
         """Keys and values by block, kept with the text until the weights that make them change."""
         layers = [block.cross_attn for block in self.blocks]
         how = text.tokens.device, text.tokens.dtype, self.optimizations.fused_qkv, self.optimizations.fp8
-        stamp = (*how, *(_version(p) for m in layers for p in m.parameters()))
+        weights = [p for m in layers for p in m.parameters()]
+        stamp = (*how, *map(_version, weights))
         if text.kept is None or text.kept[0] != stamp:
-            text.kept = stamp, {}
+            # The weights are held too: another tensor in the place of a freed one would have its id.
+            text.kept = stamp, {}, weights
         return text.kept[1]
 
     def _compiled_call(self, kernels: backends.Kernels, grid: Sequence[int]) -> Callable[..., Tensor]:

@@ -7,7 +7,7 @@ nearest name, shapes by overlap with templates, motion from the track on the tor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,7 @@ def score(video: np.ndarray, scene: Scene, fps: float = BASE_FPS) -> Score:
     return compare(analyse(video, len(scene.actors), fps), scene)
 
 
-def compare(observation: Observation, scene: Scene) -> Score:
+def compare(observation: Observation, scene: Scene | Observation) -> Score:
     """The best assignment of the observed actors to the scene's; an actor without a partner is wrong in everything."""
     seen = [*observation.actors, *[None] * len(scene.actors)]
 
@@ -95,8 +95,13 @@ def chance_level(scenes: Sequence[Scene]) -> float:
     return float(np.mean(fractions))
 
 
-def analyse(video: np.ndarray, n_actors: int, fps: float = BASE_FPS) -> Observation:
-    """Describes a uint8 video [F, H, W, 3] by its background and up to `n_actors` shapes, the largest first."""
+def analyse(
+    video: np.ndarray, n_actors: int, fps: float = BASE_FPS, palette: Mapping[str, tuple[int, int, int]] = COLOURS
+) -> Observation:
+    """Describes a uint8 video [F, H, W, 3] by its background and up to `n_actors` shapes, the largest first.
+
+    palette: names of the shapes' colours.
+    """
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
         raise LongCatError(f"The scorer reads uint8 video [F, H, W, 3], not {video.dtype} {list(video.shape)}.")
@@ -107,7 +112,7 @@ def analyse(video: np.ndarray, n_actors: int, fps: float = BASE_FPS) -> Observat
     pixels = video.astype(np.float32)
     background, base = _background(pixels)
     difference = pixels - base[:, None, None]
-    colours = _actor_colours(pixels, difference, n_actors)
+    colours = _actor_colours(pixels, difference, n_actors, palette)
     masks = [_majority(alpha > 0.5) for alpha in _unmix(difference, colours - np.median(base, axis=0))]
     scale = min(video.shape[1:3]) / BASE_SIDE
     actors = []
@@ -118,7 +123,7 @@ def analyse(video: np.ndarray, n_actors: int, fps: float = BASE_FPS) -> Observat
             motion = _motion(
                 centre[clear] / scale, area[clear] ** 0.5, clear / fps, np.array(mask.shape[:0:-1]) / scale
             )
-            actors.append(Actor(_shape(mask, area, centre, clear), _nearest(colour, COLOURS), motion))
+            actors.append(Actor(_shape(mask, area, centre, clear), _nearest(colour, palette), motion))
     return Observation(background, tuple(actors))
 
 
@@ -131,7 +136,7 @@ def _nearest_index(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return np.argmin((palette**2).sum(-1) - 2 * pixels @ palette.T, axis=-1)
 
 
-def _nearest(colour: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str:
+def _nearest(colour: np.ndarray, table: Mapping[str, tuple[int, int, int]]) -> str:
     return list(table)[int(_nearest_index(colour, np.array(list(table.values()), np.float32)))]
 
 
@@ -145,12 +150,14 @@ def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
     return list(BACKGROUNDS)[commonest], base
 
 
-def _actor_colours(pixels: np.ndarray, difference: np.ndarray, n_actors: int) -> np.ndarray:
+def _actor_colours(
+    pixels: np.ndarray, difference: np.ndarray, n_actors: int, palette: Mapping[str, tuple[int, int, int]]
+) -> np.ndarray:
     """Median colours [K, 3] of the K <= n_actors largest groups of foreground pixels that lie inside a shape."""
     inside = _neighbours(np.linalg.norm(difference, axis=-1) > FOREGROUND) == 9
     found = pixels[inside]
-    index = _nearest_index(found, np.array(list(COLOURS.values()), np.float32))
-    groups = [found[index == name] for name in range(len(COLOURS))]
+    index = _nearest_index(found, np.array(list(palette.values()), np.float32))
+    groups = [found[index == name] for name in range(len(palette))]
     # One flat colour may fall under two names; groups whose middles are close are joined, the largest first.
     joined: list[np.ndarray] = []
     for group in sorted((group for group in groups if len(group)), key=len, reverse=True):

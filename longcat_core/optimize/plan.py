@@ -136,7 +136,7 @@ def choose_plan(
         needed = needed_bytes(plan, config, weights, work, itemsize, own, others)
         if needed <= free:
             break
-    if not plan.stream_text_encoder and needed + text_encoder > free:
+    if text_encoder and not plan.stream_text_encoder and needed + text_encoder > free:
         return replace(plan, stream_text_encoder=True), needed
     return plan, needed if plan.stream_text_encoder else needed + text_encoder
 

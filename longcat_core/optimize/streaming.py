@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .adapters import NAMES
+
 # Where a weight begins in a block's buffer: vector loads and 8-bit products want 16 bytes, copies like more.
 ALIGN = 256
 # One runs, the next one arrives.
@@ -36,10 +38,11 @@ def pinned(size: int) -> Tensor:
 
 
 class _Waiting:
-    """Weights of one block in one buffer, those in front that every run needs."""
+    """Weights of one block in one buffer, those in front that every run needs; adapters stay on the device."""
 
     def __init__(self, block: nn.Module, late: Callable[[str], bool]) -> None:
-        named = sorted(block.named_parameters(), key=lambda item: late(item[0]))
+        named = [item for item in block.named_parameters() if not item[0].endswith(NAMES)]
+        named.sort(key=lambda item: late(item[0]))
         self.parameters = [parameter for _, parameter in named]
         self.places, end = [], 0
         self.always = 0

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from longcat_core import cli
-from longcat_core.benchmark import ablation, bench, cards, plots, refine_step, report, results, workload
+from longcat_core.benchmark import ablation, bench, cards, loading, plots, refine_step, report, results, workload
 from longcat_core.benchmark.measure import Budget, attempt, measure, psnr, relative_error
 from longcat_core.benchmark.profiling import family
 from longcat_core.errors import LongCatError
@@ -432,6 +432,7 @@ def test_cards_wait_for_what_does_not_fit(everything):
             assert row["ratio"] == pytest.approx(row["ms"] / first["ms"])
             assert row["floor_ms"] == max(first["ms"], row["transfer_ms"])
             assert (row["transfer_ms"] > 0) == (row["streamed"] > 0)
+            assert row["difference"] < (1e-5 if path == "exact" else 0.1)
     assert results.read(everything / "cards.json")["inputs"]["copy_gb_s"] > 0
 
 
@@ -454,3 +455,30 @@ def test_a_card_of_another_size_than_it_was_asked_for(monkeypatch):
     counted.config = ModelConfig()
     names = [limit.name for limit in counted.limits(torch.device("cuda"))]
     assert names == ["no limit", "24 GiB", "16 GiB", "12 GiB"]
+
+
+def test_loading_beside_reading(everything):
+    rows = rows_of(everything, "load")
+    assert list(rows) == ["reading the file", "loading", "loading to fp8"]
+    inputs = results.read(everything / "load.json")["inputs"]
+    raw = rows["reading the file"]
+    assert raw["gb_s"] == pytest.approx(inputs["file_gb"] / raw["seconds"])
+    for name in ("loading", "loading to fp8"):
+        assert rows[name]["share"] == pytest.approx(raw["seconds"] / rows[name]["seconds"])
+    # The file of the model was there for that time alone.
+    assert not list(everything.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, (1 << 24) + 3, (3 << 24) + 7])
+def test_reading_reads_all(tmp_path, monkeypatch, size):
+    path, counted = tmp_path / "x", []
+    path.write_bytes(b"a" * size)
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            counted.append(super().readinto(buffer))
+            return counted[-1]
+
+    monkeypatch.setattr(loading, "open", lambda *args, **options: Counted(path), raising=False)
+    loading.read_whole(path)
+    assert sum(counted) == size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.checkpoints import load
+from longcat_core.checkpoints import load, tensor_files
 from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint, read_parameter
 from longcat_core.checkpoints.safetensors_io import fingerprint, read_tensors, write_safetensors
@@ -419,7 +420,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["wide", "scaled", "int8", "gguf"])
 @pytest.mark.parametrize("fp8", [None, Policy()])
 def test_loading_holds_one_tensor_besides_the_network(tmp_path, golden, monkeypatch, kind, fp8):
-    """Of weights that are read in place (safetensors maps its files) only what is made of them counts."""
+    """And buffers of pieces that are read ahead; a GGUF file is mapped."""
     monkeypatch.setattr(load, "PIECE", 1024)
     path = tmp_path / "x"
     if kind == "gguf":
@@ -432,7 +433,63 @@ def test_loading_holds_one_tensor_besides_the_network(tmp_path, golden, monkeypa
         model = load_transformer(path, dtype=torch.bfloat16, fp8=fp8)
     network = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(tensor.numel() for tensor in golden.values()) * 2
-    # Quantising makes one weight wide, twice over; pieces of fp32 and the file's map are small.
-    room = 3 * 4 * largest if fp8 else 2 * largest
+    # Quantising makes one weight wide, twice over; pieces of fp32 are small.
+    room = (3 * 4 * largest if fp8 else 2 * largest) + load.AHEAD * 4 * load.PIECE
     assert network <= count.peak <= network + room, (count.peak, network, largest)
     assert largest * 4 < network
+
+
+def test_reading_ahead(monkeypatch):
+    """In order, no further than asked, buffers serving again; what a reader raises comes where it is asked for."""
+    monkeypatch.setattr(load, "THREADS", 1)
+    begun: list[int] = []
+
+    def job(i: int) -> object:
+        def read(buffer: Tensor) -> Tensor:
+            begun.append(i)
+            if i == 5:
+                raise CheckpointError("gone")
+            buffer[0] = i
+            return buffer[:1]
+
+        return read
+
+    ahead = load.ReadAhead(((i, job(i)) for i in range(100)), 2, 8)
+    places = set()
+    for i in range(5):
+        assert ahead.take("something else") is None
+        found = ahead.take(i)
+        assert int(found) == i
+        places.add(found.data_ptr())
+    assert len(places) == 2
+    with pytest.raises(CheckpointError, match="gone"):
+        ahead.take(5)
+    ahead.close()
+    assert max(begun) <= 7 and begun == sorted(begun)
+
+
+def test_a_file_that_becomes_shorter_meanwhile(tmp_path, golden):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, comfyui(golden))
+    opened = tensor_files.open_file(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="became shorter while it was read; download it again"):
+        for name in opened.header:
+            opened.rows(name)
+
+
+@pytest.mark.parametrize("rows", [(0, None), (3, 7), (0, 1), (60, 10**6), (5, 5)])
+def test_rows_of_a_file(tmp_path, rows):
+    values = {
+        "wide": torch.randn(64, 3),
+        "small": torch.randn(64, 2, 5).to(torch.float8_e4m3fn),
+        "one": torch.tensor(3),
+    }
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, values)
+    opened, buffer = tensor_files.open_file(path), torch.empty(1000, dtype=torch.uint8)
+    for name in ("wide", "small"):
+        wanted = values[name][rows[0] : rows[1]].float()
+        assert torch.equal(opened.rows(name, *rows).float(), wanted)
+        assert torch.equal(opened.rows(name, *rows, buffer).float(), wanted)
+    assert opened.rows("one") == 3 and opened.rows("one").shape == ()

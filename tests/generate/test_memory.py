@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from longcat_core.checkpoints.safetensors_io import write_safetensors
 from longcat_core.cli import main
 from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
@@ -60,14 +61,17 @@ def test_split_guidance_comes_from_the_plan_or_the_switch():
         assert "one after the other" in loaded.told
 
 
-def test_loras_are_exchanged_in_weights_that_wait(tmp_path):
-    from longcat_core.checkpoints.safetensors_io import write_safetensors
-
-    model = Pipeline.load().model
-    down, up = torch.randn(2, model.config.hidden_size), torch.randn(model.config.hidden_size, 2)
-    file = tmp_path / "lora.safetensors"
+@pytest.fixture
+def lora(tmp_path) -> Path:
+    dim, file = Pipeline.load().model.config.hidden_size, tmp_path / "lora.safetensors"
+    down, up = (seeded_noise(shape, 5) for shape in ((2, dim), (dim, 2)))
     name = "diffusion_model.blocks.1.attn.proj"
     write_safetensors(file, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
+    return file
+
+
+def test_loras_are_exchanged_in_weights_that_wait(lora):
+    model, file = Pipeline.load().model, lora
     small = Pipeline.load(least=Plan(streamed=model.config.depth))
     first = small.generate(request()).frames
     small.loras.set([(file, 1.0)])
@@ -195,3 +199,16 @@ def test_models_are_found_by_their_parts():
     # What a plan takes from the text encoder.
     encoder = Pipeline.load(ModelPaths()).text_encoder
     assert encoder.nbytes == sum(p.nbytes for p in encoder.model.parameters()) > 0
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_loras_at_run_time_beside_weights_that_wait(tmp_path, lora, fp8):
+    whole, small = (
+        Pipeline.load(least=least, fp8=fp8, lora=lora, lora_mode="runtime") for least in (None, Plan(streamed=4))
+    )
+    for strength in (1.0, 0.5):
+        for pipeline in (whole, small):
+            pipeline.loras.set([(lora, strength)])
+        assert np.array_equal(small.generate(request()).frames, whole.generate(request()).frames)
+    small.loras.set()
+    assert np.array_equal(small.generate(request()).frames, Pipeline.load(fp8=fp8).generate(request()).frames)

@@ -214,7 +214,7 @@ def test_a_lora_does_not_go_into_8_bit_weights(model, tmp_path):
         merge_lora(model, tmp_path / "lora.safetensors")
 
 
-def test_a_block_of_8_bit_layers_is_one_graph(model):
+def test_a_block_of_8_bit_layers_is_one_graph(model, monkeypatch):
     quantize(model)
     plain = model(*inputs())
     layer = model.blocks[0].ffn.gate_up
@@ -222,7 +222,8 @@ def test_a_block_of_8_bit_layers_is_one_graph(model):
     x = randn(2, 3, 64)
     torch.testing.assert_close(compiled(x), layer(x))
     model.set_optimizations(Optimizations(attention="sdpa", compile="blocks"))
-    model.compiled_block.backend = "aot_eager"
+    # Shared by all networks.
+    monkeypatch.setattr(model.compiled_block, "backend", "aot_eager")
     said: list[str] = []
     model.announce = said.append
     torch._dynamo.reset()

@@ -73,6 +73,33 @@ def test_official_lora(comfy, model, sample, empty, lora, merged, node):
     assert torch.equal(plain, sample(empty)), "and the model itself is as it was"
 
 
+@pytest.mark.parametrize("node", ["LoraLoaderModelOnly", "LoraLoaderBypassModelOnly"])
+def test_a_lora_that_was_trained_here(comfy, model, sample, empty, node):
+    """What `longcat train-lora` writes, through stock loaders: all of its modules, as the headless merge has them."""
+    training, load, formats = (
+        comfy.core(name) for name in ("generate.train_lora", "checkpoints.load", "checkpoints.formats")
+    )
+    path = comfy.folder / "models" / "loras" / "trained.safetensors"
+    nano = comfy.core("generate.pipeline").NANO_MODEL
+    recipe = training.Recipe(64, 96, 5, rank=4, alpha=6.0, learning_rate=0.3)
+    with torch.inference_mode(False):
+        trainer = training.LoraTrainer(load.load_transformer(nano), recipe)
+        generator = torch.Generator().manual_seed(0)
+        latents, context = (torch.randn(*shape, generator=generator) for shape in ((16, 2, 8, 12), (5, 128)))
+        for number in range(6):
+            trainer.step(number, {2: [comfy.core("generate.clips").Sample(latents, context)]}, context[:1])
+        training.LoraFile(path, recipe, {"model": "nano"}).write(trainer.state(), 6)
+        network = load.load_transformer(nano, lora=[(path, STRENGTH)])
+    name = comfy.save("diffusion_models", "merged_trained.safetensors", load.official_state(network, formats.OFFICIAL))
+    expected = sample(empty, comfy("LongCatModelLoader", model_name=name, weight_dtype="fp32"))
+    patched = comfy(node, model=model, lora_name=path.name, strength_model=STRENGTH)
+    assert error(sample(empty), expected) > 0.1
+    assert error(expected, sample(empty, patched)) <= 1e-4
+    if node == "LoraLoaderModelOnly":
+        wanted = {f"diffusion_model.blocks.{i}.{layer}.weight" for i in range(6) for layer in training.LAYERS}
+        assert set(patched.patches) == wanted
+
+
 def test_official_lora_on_fp8_weights(comfy, sample, empty, lora):
     loaded = comfy("UNETLoader", unet_name=MODEL, weight_dtype="fp8_e4m3fn")
     patched = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)

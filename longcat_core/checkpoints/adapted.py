@@ -1,0 +1,144 @@
+"""LoRAs applied as the network runs, beside weights that stay as they were loaded; the alternative to `merged`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import LongCatError
+from ..model.transformer import LongCatTransformer
+from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
+from .lora import Lora, LoraStack
+
+# Ranks come in so many, so that a LoRA finds the room of the one before it, and the graphs compiled for that.
+STEP = 16
+
+
+class _Ranks(NamedTuple):
+    """Ranks first..last of a layer's adapter: those of file `file`, which count by scale times its strength."""
+
+    file: int
+    first: int
+    last: int
+    scale: float
+
+
+class RuntimeLoras:
+    """The LoRAs of a network, any of its layers, applied at run time; the face of `MergedLoras`.
+
+    Blocks share one compiled graph, so a kind of layer is adapted in all blocks or in none, with room for the same
+    number of ranks. That room only grows until all LoRAs are taken out: others of these sizes compile nothing anew.
+    """
+
+    def __init__(self, model: LongCatTransformer, loras: Iterable[Lora] = ()) -> None:
+        self.model = model
+        self._files: list[tuple[Path, tuple | None]] = []
+        self._strengths: tuple[float, ...] = ()
+        self._ranks: dict[str, list[_Ranks]] = {}
+        # Kind of layer -> ranks that its adapters have room for.
+        self._room: dict[str, int] = {}
+        self.set(loras)
+
+    @torch.no_grad()
+    def set(self, loras: Iterable[Lora] = ()) -> list[str]:
+        """Have these LoRAs act, and no others; returns the weights that now act otherwise than they did.
+
+        The same files with other strengths are not read again: their scales are written, and nothing else. None at all
+        makes the layers what they were. Everything is checked first; errors and warnings as `LoraStack`.
+        """
+        loras = [(Path(path), float(strength)) for path, strength in loras]
+        strengths = tuple(strength for _, strength in loras)
+        files = [(path, _stamp(path)) for path, _ in loras]
+        if loras and len(files) == len(self._files) and all(map(_same, files, self._files)):
+            for path, strength in loras:
+                if not math.isfinite(strength):
+                    raise LongCatError(f"strength {strength} of {path} is no number; give one such as 0.8")
+            changed = [
+                file for file, pair in enumerate(zip(strengths, self._strengths, strict=True)) if len({*pair}) > 1
+            ]
+            self._strengths = strengths
+            self._write_scales()
+            return [f"{name}.weight" for name, ranks in self._ranks.items() if any(r.file in changed for r in ranks)]
+        shapes = {
+            name: parameter.shape for name, parameter in self.model.named_parameters() if not name.endswith(NAMES)
+        }
+        stack = LoraStack(loras, shapes)
+        changed = list(dict.fromkeys([*(f"{name}.weight" for name in self._ranks), *stack.weights]))
+        # Only what came to an end is known the next time.
+        self._files, self._strengths = [], strengths
+        self._make_room(stack)
+        self._ranks = {weight.removesuffix(".weight"): self._write(weight, stack) for weight in stack.weights}
+        self._write_scales()
+        self._files = files
+        return changed
+
+    def _make_room(self, stack: LoraStack) -> None:
+        """Adapt every layer of the kinds that the stack changes, and empty all adapters."""
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for name, module in self.model.named_modules():
+            if isinstance(getattr(module, "weight", None), nn.Parameter):
+                kinds[_kind(name)].append(name)
+        room = dict(self._room)
+        for weight in stack.weights:
+            kind = _kind(weight.removesuffix(".weight"))
+            rank = sum(change.rank for change in stack.changes(weight))
+            room[kind] = max(room.get(kind, 0), math.ceil(rank / STEP) * STEP)
+        self._room = room if stack.weights else {}
+        for kind, rank in room.items():
+            for name in kinds[kind]:
+                layer = self.model.get_submodule(name)
+                if stack.weights:
+                    # Weights of the layer may wait elsewhere; its LoRAs do not.
+                    adapt(layer, rank, device=self.model.patch_embed.weight.device)
+                else:
+                    release(layer)
+
+    def _write(self, weight: str, stack: LoraStack) -> list[_Ranks]:
+        """Fill the adapter of one layer: every slice of every change has ranks of its own."""
+        layer: Adapted = self.model.get_submodule(weight.removesuffix(".weight"))
+        ranks, first = [], 0
+        for change in stack.changes(weight):
+            start = first
+            row = len(layer.lora_up) // change.count * change.index
+            for up, down in zip(change.ups, change.downs, strict=True):
+                last = first + len(down)
+                layer.lora_down[first:last] = down.to(layer.lora_down)
+                layer.lora_up[row : row + len(up), first:last] = up.to(layer.lora_up)
+                first, row = last, row + len(up)
+            ranks.append(_Ranks(change.file, start, first, change.scale))
+        return ranks
+
+    def _write_scales(self) -> None:
+        """In place, into every adapter: text keys that were kept see by it that they are stale."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Adapted):
+                scales = torch.zeros(rank_of(module))
+                for ranks in self._ranks.get(name, ()):
+                    scales[ranks.first : ranks.last] = ranks.scale * self._strengths[ranks.file]
+                module.lora_scale.copy_(scales)
+
+
+def _kind(name: str) -> str:
+    """A layer's name without the number of its block."""
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+def _stamp(path: Path) -> tuple | None:
+    """What tells that a file was written anew; None where it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _same(now: tuple[Path, tuple | None], then: tuple[Path, tuple | None]) -> bool:
+    # What was read from a file that is gone is still here.
+    return now[0] == then[0] and now[1] in (None, then[1])

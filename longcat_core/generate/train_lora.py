@@ -1,0 +1,338 @@
+"""Training a LoRA: adapters on a frozen network, by flow matching, on clips that were encoded once.
+
+What is random in a step follows from the seed and the step's number alone, so a run that goes on after step n is, on
+one machine, the run that was never stopped. The LoRA is written whole every so often, a state to go on from beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..checkpoints.load import load_transformer, open_checkpoint
+from ..checkpoints.safetensors_io import read_metadata, read_tensors, write_safetensors
+from ..errors import CheckpointError, LongCatError
+from ..model.config import ModelConfig, Optimizations
+from ..model.transformer import LongCatTransformer
+from ..optimize.adapters import adapt
+from ..sampling.schedules import SHIFT
+from ..training import drop_text, flow_matching_loss, sample_sigmas
+from .clips import Clip, Sample, clips_fingerprint, encode_captions, encode_clips
+from .media import check_place
+from .pipeline import ModelPaths
+from .request import check_frames, check_number, check_seed, check_side
+from .text import MAX_LENGTH, load_text_encoder
+from .vae import load_vae
+
+# Of a block; the rest of the network is small, in fp32, and best left alone.
+LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.kv", "cross_attn.proj", "ffn.gate_up", "ffn.down")
+WARM_UP = 20
+# Latent frames of a clip that may be given: the default 13 frames of a continuation.
+MOST_GIVEN = 4
+PREFIX = "diffusion_model."
+# What an optimizer remembers of a parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_TRAINING_STEPS = 1_000_000
+
+# What is done, how far, of how much, and the loss if there is one.
+Report = Callable[[str, int, int, float | None], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a LoRA is trained. alpha: None for the rank; the LoRA counts by alpha / rank.
+
+    steps of `batch` clips at `learning_rate`, reached after 20 steps; sides in pixels, multiples of 16; frames 4k+1.
+    caption_dropout: share of clips without their caption. cond_share: share of steps in which the first frames are
+    given. shift: of the noise levels, 12 is the sampler's. save_every: steps between two files.
+    """
+
+    height: int
+    width: int
+    frames: int
+    rank: int = 16
+    alpha: float | None = None
+    steps: int = 1000
+    batch: int = 1
+    learning_rate: float = 1e-4
+    layers: tuple[str, ...] = LAYERS
+    caption_dropout: float = 0.1
+    cond_share: float = 0.25
+    shift: float = SHIFT
+    seed: int = 0
+    gradient_checkpointing: bool = True
+    save_every: int = 100
+
+    def check(self) -> None:
+        """Raise LongCatError for what is out of range."""
+        for name, side in (("height", self.height), ("width", self.width)):
+            check_side(name, side)
+        check_frames(self.frames)
+        check_seed(self.seed)
+        for name, value, most in (
+            ("rank", self.rank, 1024),
+            ("steps", self.steps, MAX_TRAINING_STEPS),
+            ("batch", self.batch, 4096),
+            ("save-every", self.save_every, MAX_TRAINING_STEPS),
+        ):
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise LongCatError(f"{name} {value} is out of range; give a whole number from 1 to {most}")
+        check_number("learning rate", self.learning_rate, 1e-9, 1.0)
+        check_number("alpha", self.scaling, 1e-6, 1e6)
+        check_number("caption dropout", self.caption_dropout, 0.0, 1.0)
+        check_number("cond share", self.cond_share, 0.0, 1.0)
+        check_number("shift", self.shift, 0.01, 100.0)
+        unknown = [layer for layer in self.layers if layer not in LAYERS]
+        if unknown or not self.layers:
+            raise LongCatError(f"no layers {', '.join(unknown) or 'at all'} to train; choose from {', '.join(LAYERS)}")
+
+    @property
+    def scaling(self) -> float:
+        """alpha, filled in."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def decides(self) -> dict[str, Any]:
+        """What a state must have in common with a run that goes on from it; JSON values."""
+        values = asdict(self) | {"alpha": self.scaling, "layers": list(self.layers)}
+        return {k: v for k, v in values.items() if k not in ("steps", "save_every", "gradient_checkpointing")}
+
+
+class LoraTrainer:
+    """A frozen network with adapters that learn, and their optimizer."""
+
+    def __init__(self, model: LongCatTransformer, recipe: Recipe) -> None:
+        self.model, self.recipe = model.requires_grad_(False), recipe
+        self.parameters: dict[str, nn.Parameter] = {}
+        generator = torch.Generator().manual_seed(recipe.seed)
+        for i in range(model.config.depth):
+            for name in recipe.layers:
+                layer = model.get_submodule(f"blocks.{i}.{name}")
+                # fp32 on whatever base: the steps would be lost in 16 bits.
+                adapt(layer, recipe.rank, torch.float32)
+                with torch.no_grad():
+                    bound = layer.lora_down.shape[1] ** -0.5
+                    drawn = torch.rand(layer.lora_down.shape, generator=generator)
+                    layer.lora_down.copy_((2 * drawn - 1) * bound)
+                    layer.lora_scale.fill_(recipe.scaling / recipe.rank)
+                for end, parameter in (("lora_A", layer.lora_down), ("lora_B", layer.lora_up)):
+                    self.parameters[f"{PREFIX}blocks.{i}.{name}.{end}.weight"] = parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+
+    def step(self, number: int, samples: Mapping[int, Sequence[Sample]], null: Tensor) -> float:
+        """Step `number`, from 0, on samples by their latent frames; null [L, D]: the empty caption. The loss."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.recipe.seed} {number}".encode()).digest()[:8], "big") >> 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inputs = self._draw(samples, null)
+        rate = self.recipe.learning_rate * min(1.0, (number + 1) / WARM_UP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = self._loss(*inputs)
+            loss.backward()
+        value, norm = loss.item(), nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        # Of a loss that is not finite it is not either.
+        if not math.isfinite(norm):
+            raise LongCatError(
+                f"the loss is {value} at step {number + 1}, its gradient {float(norm)}; what was saved before is kept: "
+                f"try a lower --learning-rate than {self.recipe.learning_rate:g}, or --dtype float32"
+            )
+        self.optimizer.step()
+        return value
+
+    def _draw(self, samples: Mapping[int, Sequence[Sample]], null: Tensor) -> tuple[Any, ...]:
+        """A batch of one kind of clip: latents, noise, sigmas, how many frames are given, text and mask. On the CPU."""
+        sizes = list(samples)
+        counts = torch.tensor([len(samples[size]) for size in sizes], dtype=torch.float)
+        frames = sizes[int(torch.multinomial(counts, 1))]
+        rows = torch.randint(len(samples[frames]), (self.recipe.batch,)).tolist()
+        chosen = [samples[frames][row] for row in rows]
+        given = 0
+        if frames > 1 and float(torch.rand(())) < self.recipe.cond_share:
+            # An image, or the end of a clip.
+            most = min(MOST_GIVEN, frames - 1)
+            given = 1 if most < 2 or float(torch.rand(())) < 0.5 else int(torch.randint(2, most + 1, ()))
+        sigmas = sample_sigmas(len(chosen), self.recipe.shift)
+        latents = torch.stack([sample.latents for sample in chosen])
+        texts = pad_sequence([*(sample.context for sample in chosen), null], batch_first=True)
+        lengths = torch.tensor([*(len(sample.context) for sample in chosen), len(null)])
+        mask = (torch.arange(texts.shape[1])[None] < lengths[:, None]).long()
+        dropped = drop_text(texts[:-1], mask[:-1], texts[-1:], mask[-1:], self.recipe.caption_dropout)
+        return latents, torch.randn_like(latents), sigmas, given, *dropped
+
+    def _loss(
+        self, latents: Tensor, noise: Tensor, sigmas: Tensor, given: int, context: Tensor, mask: Tensor
+    ) -> Tensor:
+        device = self.model.patch_embed.weight.device
+        text = self.model.embed_text(context.to(device), mask.to(device), MAX_LENGTH)
+        latents, noise, sigmas = latents.to(device), noise.to(device), sigmas.to(device)
+        return flow_matching_loss(self.model, latents, sigmas, text, num_cond_latents=given, noise=noise)
+
+    def state(self) -> dict[str, Tensor]:
+        """The LoRA under the names of its file, and what the optimizer remembers after a step."""
+        tensors: dict[str, Tensor] = dict(self.parameters)
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{key}.{name}": self.optimizer.state[parameter][key] for key in MOMENTS}
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Be as after `steps` steps."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+            moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+
+
+@dataclass
+class LoraFile:
+    """The LoRA that is written, and the state beside it. settings: what a run that goes on must have in common."""
+
+    path: Path
+    recipe: Recipe
+    settings: dict[str, Any]
+    # Steps that the state has behind it; 0 without one.
+    done: int = field(init=False, default=0)
+
+    @property
+    def state(self) -> Path:
+        return self.path.with_suffix(".state.safetensors")
+
+    def open(self) -> None:
+        """See what is there. Raises LongCatError for another's file, and for a state of other settings."""
+        if not self.state.exists():
+            if self.path.exists():
+                raise LongCatError(
+                    f"{self.path} exists, without {self.state.name} to go on from; name another file with --output"
+                )
+            return
+        metadata = read_metadata(self.state)
+        try:
+            there, self.done = json.loads(metadata["settings"]), int(metadata["step"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.state} is no state of a training; name another file with --output") from error
+        now = json.loads(json.dumps(self.settings))
+        differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+        if differing:
+            told = "; ".join(f"{name} {there.get(name)} there, {now.get(name)} now" for name in differing)
+            raise LongCatError(
+                f"{self.state} was begun with other settings ({told}); give the same to go on, or another --output"
+            )
+
+    def write(self, state: Mapping[str, Tensor], done: int) -> None:
+        """The state, then the LoRA: cut off in between, `finish` makes the LoRA of the state."""
+        write_safetensors(self.state, state, {"settings": json.dumps(self.settings), "step": str(done)})
+        lora = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+        alphas = {f"{name.removesuffix('.lora_A.weight')}.alpha" for name in lora if name.endswith(".lora_A.weight")}
+        lora |= {name: torch.tensor(self.recipe.scaling) for name in alphas}
+        told = {"rank": self.recipe.rank, "alpha": f"{self.recipe.scaling:g}", "steps": done}
+        told |= {"base": self.settings["model"], "settings": json.dumps(self.settings)}
+        write_safetensors(self.path, lora, {"format": "pt"} | {name: str(value) for name, value in told.items()})
+        self.done = done
+
+    def finish(self) -> None:
+        """See that the LoRA is that of a state which has all steps."""
+        if not self.path.exists() or read_metadata(self.path).get("steps") != str(self.done):
+            self.write(read_tensors(self.state), self.done)
+
+
+def estimate_bytes(config: ModelConfig, recipe: Recipe) -> int:
+    """Of the file and its state, each there twice while it is written."""
+    with torch.device("meta"):
+        block = LongCatTransformer(ModelConfig(**{**config.to_dict(), "depth": 1})).blocks[0]
+    sides = sum(sum(block.get_submodule(name).weight.shape) for name in recipe.layers)
+    return 8 * 4 * recipe.rank * config.depth * sides + (1 << 20)
+
+
+def train_lora(
+    paths: ModelPaths,
+    clips: Sequence[Clip],
+    recipe: Recipe,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optimizations: Optimizations | None = None,
+    report: Report = lambda what, done, of, loss: None,
+) -> LoraFile:
+    """Train a LoRA for the model at `paths` on `clips` and write it to `output`, every so often and at the end.
+
+    Goes on from the state beside `output`. VAE and text encoder are loaded, used and freed before the transformer is
+    loaded. Raises LongCatError for what does not fit together, before anything is loaded; for a loss that is not
+    finite, when what was saved stays.
+    """
+    recipe.check()
+    paths.check()
+    check_output(output)
+    checkpoint = open_checkpoint(paths.model)
+    check_place(output, estimate_bytes(checkpoint.config, recipe))
+    settings = recipe.decides() | paths.fingerprints() | {"clips": clips_fingerprint(clips)}
+    file = LoraFile(output, recipe, settings | {"dtype": str(dtype).removeprefix("torch.")})
+    file.open()
+    if file.done >= recipe.steps:
+        file.finish()
+        return file
+    samples, null = _encode(paths, clips, recipe, checkpoint.config, dtype, device, report)
+    model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
+    trainer = LoraTrainer(model, recipe)
+    if file.done:
+        trainer.load_state(read_tensors(file.state), file.done)
+    for number in range(file.done, recipe.steps):
+        loss = trainer.step(number, samples, null)
+        report("training", number + 1, recipe.steps, loss)
+        if (number + 1) % recipe.save_every == 0 or number + 1 == recipe.steps:
+            file.write(trainer.state(), number + 1)
+    return file
+
+
+def check_output(output: Path) -> None:
+    """Raise LongCatError unless the name is one for a LoRA."""
+    if output.suffix != ".safetensors" or output.name.endswith(".state.safetensors"):
+        raise LongCatError(f"output {output} must end in .safetensors, and not in .state.safetensors")
+
+
+def _encode(
+    paths: ModelPaths,
+    clips: Sequence[Clip],
+    recipe: Recipe,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    report: Report,
+) -> tuple[dict[int, list[Sample]], Tensor]:
+    """Samples by their latent frames, and the empty caption [L, D]."""
+    encoder = load_text_encoder(paths.text_encoder, dtype=dtype, device=device)
+    if encoder.channels != config.caption_channels:
+        raise CheckpointError(
+            f"text encoder {paths.text_encoder} gives {encoder.channels} channels but the model takes "
+            f"{config.caption_channels}; give the text encoder that belongs to it"
+        )
+    contexts = encode_captions([*(clip.caption for clip in clips), ""], encoder)
+    del encoder
+    _free()
+    vae = load_vae(paths.vae, dtype=dtype, device=device)
+    latents = encode_clips(clips, vae, recipe.height, recipe.width, lambda done, of: report("encoding", done, of, None))
+    del vae
+    _free()
+    samples: dict[int, list[Sample]] = defaultdict(list)
+    for clip, context in zip(latents, contexts[:-1], strict=True):
+        samples[clip.shape[1]].append(Sample(clip, context))
+    return dict(samples), contexts[-1]
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,104 @@
+"""LoRAs beside the weights, applied as the network runs: y = layer(x) + ((x @ down^T) * scale) @ up^T.
+
+Several LoRAs of a layer are one stack of ranks. A layer gets its adapter by a change of class and not by a wrapper, so
+that its place, the names of its weights and what it saves stay what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+NAMES = ("lora_down", "lora_up", "lora_scale")
+
+
+class Adapted:
+    """What stands before the class of an adapted layer: nn.Linear, Fp8Linear, or the patch embedding.
+
+    lora_down [R, in]; lora_up [out, R]; lora_scale [R] fp32, by which every rank counts: 0 for one that is not used.
+    No part of the state dict.
+    """
+
+    lora_down: nn.Parameter
+    lora_up: nn.Parameter
+    lora_scale: nn.Parameter
+    # The LoRA wants the input in 16 bits; an 8-bit layer quantises it by itself then.
+    takes_quantised = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        size = getattr(self, "kernel_size", None)
+        if size is None:
+            return out + self.lora_change(x)
+        t, h, w = size
+        patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=t, ph=h, pw=w)
+        return out + self.lora_change(patches).permute(0, 4, 1, 2, 3)
+
+    def lora_change(self, x: Tensor) -> Tensor:
+        """What the LoRAs add for x [.., in] -> [.., out], computed in x's dtype."""
+        # Summed over the ranks of all LoRAs in one product; rows that a LoRA leaves alone are zeros of lora_up.
+        h = F.linear(x, self.lora_down.to(x.dtype)) * self.lora_scale
+        return F.linear(h.to(x.dtype), self.lora_up.to(x.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        own = {name: getattr(self, name).data for name in NAMES}
+        super()._apply(fn, recurse)
+        for name, tensor in own.items():
+            # Scales move, but are no weights to be cast.
+            moved = tensor.to(self.weight.device) if name == "lora_scale" else fn(tensor)
+            setattr(self, name, nn.Parameter(moved, requires_grad=getattr(self, name).requires_grad))
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in NAMES:
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self, state: dict, prefix: str, metadata: dict, strict: bool, missing: list, *lists: list
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, *lists)
+        missing[:] = [name for name in missing if name not in [prefix + own for own in NAMES]]
+
+
+@cache
+def _adapted(kind: type) -> type:
+    return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
+
+
+def adapt(layer: nn.Module, rank: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+    """Give a layer an adapter of `rank` ranks, all zero: it computes what it did. One that it has is replaced.
+
+    dtype: of down and up; None: the layer's own, for an 8-bit one that of its output. device: where the layer runs;
+    None: where its weights lie.
+    """
+    release(layer)
+    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+    if dtype is None:
+        dtype = layer.weight.dtype if layer.weight.itemsize > 1 else layer.dtype
+    layer.__class__ = _adapted(type(layer))
+    # Tensors made while sampling are written to later.
+    with torch.inference_mode(False):
+        shapes = (rank, columns), (rows, rank), (rank,)
+        for name, shape, own in zip(NAMES, shapes, (dtype, dtype, torch.float32), strict=True):
+            zeros = torch.zeros(shape, dtype=own, device=device or layer.weight.device)
+            setattr(layer, name, nn.Parameter(zeros, requires_grad=False))
+
+
+def release(layer: nn.Module) -> None:
+    """Take a layer's adapter away, if it has one; its weights were never touched."""
+    if isinstance(layer, Adapted):
+        for name in NAMES:
+            delattr(layer, name)
+        layer.__class__ = type(layer).__bases__[1]
+
+
+def rank_of(layer: nn.Module) -> int:
+    """Ranks of a layer's adapter, 0 without one."""
+    return len(layer.lora_scale) if isinstance(layer, Adapted) else 0

@@ -1,0 +1,283 @@
+"""LoRA training: the file is what was trained, runs that were cut off go on bit for bit, bad input is one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longcat_core import cli
+from longcat_core.checkpoints.adapted import RuntimeLoras
+from longcat_core.checkpoints.load import load_transformer
+from longcat_core.checkpoints.safetensors_io import read_metadata, read_tensors, write_safetensors
+from longcat_core.errors import LongCatError
+from longcat_core.generate import media, train_lora
+from longcat_core.generate.clips import find_clips
+from longcat_core.generate.train_lora import LAYERS, LoraTrainer, Recipe
+from longcat_core.model.config import Optimizations
+
+from . import killed_training
+from .killed_training import PATHS, RECIPE, samples
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, torch.Tensor]]:
+    """A run of the tiny model on clips that are encoded already; its LoRA."""
+    monkeypatch.setattr(train_lora, "_encode", lambda *_: samples())
+
+    def run(name: str = "a", recipe: Recipe = RECIPE, **options: Any) -> dict[str, torch.Tensor]:
+        return read_tensors(killed_training.train(tmp_path, name, recipe, **options))
+
+    return run
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_the_file_is_what_was_trained(train, tmp_path):
+    losses = []
+    lora = train(recipe=replace(RECIPE, steps=30), report=lambda what, done, of, loss: losses.append(loss))
+    assert len(losses) == 30 and sum(losses[-8:]) < sum(losses[:8])
+    assert len(lora) == 3 * 2 * len(LAYERS) and all(tensor.dtype == torch.float32 for tensor in lora.values())
+    metadata = read_metadata(tmp_path / "a.safetensors")
+    assert (metadata["rank"], metadata["alpha"], metadata["steps"]) == ("4", "2", "30")
+    assert metadata["base"] == PATHS.fingerprints()["model"]
+    # The adapters of the training, those of the file, and the file merged: one network.
+    trainer = LoraTrainer(load_transformer(PATHS.model), RECIPE)
+    trainer.load_state(read_tensors(tmp_path / "a.state.safetensors"), 30)
+    adapted, merged = (
+        load_transformer(PATHS.model),
+        load_transformer(PATHS.model, lora=[(tmp_path / "a.safetensors", 1.0)]),
+    )
+    RuntimeLoras(adapted, [(tmp_path / "a.safetensors", 1.0)])
+    x, context = torch.randn(1, 16, 3, 4, 6), torch.randn(1, 5, 48)
+    with torch.no_grad():
+        outs = [m(x, torch.tensor([500.0]), context) for m in (trainer.model, adapted, merged)]
+        plain = load_transformer(PATHS.model)(x, torch.tensor([500.0]), context)
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-4, rtol=1e-4)
+    assert (outs[0] - plain).abs().max() > 0.05
+
+
+def test_a_seed_is_a_lora_bit_for_bit_and_options_change_it(train):
+    first = train("a")
+    state = torch.get_rng_state()
+    assert same(first, train("b")) and torch.equal(torch.get_rng_state(), state), "others' random numbers are theirs"
+    changes = {"seed": 1, "shift": 3.0, "caption_dropout": 0.9, "cond_share": 0.0, "batch": 1, "rank": 3, "alpha": 4.0}
+    for name, value in (changes | {"learning_rate": 1e-3}).items():
+        assert not same(first, train(name, replace(RECIPE, **{name: value}))), name
+    some = train("layers", replace(RECIPE, layers=("attn.qkv", "ffn.gate_up")))
+    assert {name.split(".", 3)[3].partition(".lora")[0].removesuffix(".alpha") for name in some} == {
+        "attn.qkv",
+        "ffn.gate_up",
+    }
+
+
+def test_gradient_checkpointing_and_compiled_blocks_train_the_same(train, monkeypatch):
+    from longcat_core.model.block import run_block
+    from longcat_core.optimize.compilation import Regional
+
+    plain = train("a", optimizations=Optimizations(attention="sdpa"))
+    again = train("b", optimizations=Optimizations(attention="sdpa", gradient_checkpointing=True))
+    graphs = Regional(run_block, "the block", "aot_eager")
+    monkeypatch.setattr(train_lora.LongCatTransformer, "compiled_block", graphs)
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="compiling the block"):
+        compiled = train("c", replace(RECIPE, steps=2), optimizations=Optimizations(attention="sdpa", compile="blocks"))
+    torch._dynamo.reset()
+    short = train("d", replace(RECIPE, steps=2), optimizations=Optimizations(attention="sdpa"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(compiled[name], short[name], atol=1e-4, rtol=1e-3)
+
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the other process: sums in another order would be other numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Callable[[Path, str], int]]:
+    """Runs the training in a folder until it kills itself; how it ended."""
+    command, pipe = [sys.executable, killed_training.__file__], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=ENVIRONMENT) as process:
+
+        def run(folder: Path, moment: str) -> int:
+            process.stdin.write(json.dumps({"folder": str(folder), "name": "killed", "moment": moment}) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.mark.parametrize(
+    "moment", ["step 1", "step 3", "step 6", "write 1", "write 2", "write 3", "write 5", "write 6"]
+)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(train, tmp_path, one_thread, killed, moment):
+    """By SIGKILL, in a process of its own: after a step, or just before a file takes its name."""
+    wanted = train("wanted")
+    assert killed(tmp_path, moment) == -signal.SIGKILL
+    for name in ("killed.safetensors", "killed.state.safetensors"):
+        if (tmp_path / name).exists():
+            read_tensors(tmp_path / name)
+    steps = []
+    assert same(train("killed", report=lambda what, done, of, loss: steps.append(done)), wanted)
+    begun = {
+        "step 1": 1,
+        "step 3": 3,
+        "step 6": 5,
+        "write 1": 1,
+        "write 2": 3,
+        "write 3": 3,
+        "write 5": 5,
+        "write 6": 7,
+    }
+    assert steps == list(range(begun[moment], 7))
+
+
+def test_more_steps_go_on_and_other_settings_do_not(train, tmp_path):
+    wanted = train("a", replace(RECIPE, steps=5, save_every=100))
+    train("b", replace(RECIPE, steps=3))
+    assert same(train("b", replace(RECIPE, steps=5)), wanted)
+    steps = []
+    train("b", replace(RECIPE, steps=5), report=lambda *told: steps.append(told))
+    assert not steps, "all is there"
+    for change, said in (
+        ({"rank": 8}, "rank 4 there, 8 now"),
+        ({"learning_rate": 1e-3}, "learning_rate 0.01 there, 0.001 now"),
+    ):
+        with pytest.raises(LongCatError, match=rf"b\.state\.safetensors was begun with other settings \({said}\)"):
+            train("b", replace(RECIPE, steps=9, **change))
+    (tmp_path / "b.state.safetensors").unlink()
+    with pytest.raises(LongCatError, match=r"b\.safetensors exists, without b\.state\.safetensors"):
+        train("b")
+    write_safetensors(tmp_path / "c.state.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(LongCatError, match=r"c\.state\.safetensors is no state"):
+        train("c")
+
+
+def test_a_loss_that_is_none_stops_and_keeps_what_was_saved(train, tmp_path, monkeypatch):
+    loss_of = train_lora.flow_matching_loss
+    count = 0
+
+    def loss(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return loss_of(*args, **options) * (float("nan") if count == 4 else 1)
+
+    monkeypatch.setattr(train_lora, "flow_matching_loss", loss)
+    with pytest.raises(
+        LongCatError, match=r"loss is nan at step 4.*was saved before is kept.*--learning-rate than 0\.01"
+    ):
+        train("a")
+    monkeypatch.undo()
+    assert read_metadata(tmp_path / "a.safetensors")["steps"] == "2"
+    assert all(tensor.isfinite().all() for tensor in read_tensors(tmp_path / "a.safetensors").values())
+
+
+# The folder, and the command
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two clips, a picture and their captions; loading a model is a failure."""
+    monkeypatch.chdir(tmp_path)
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    video = np.zeros((9, 32, 48, 3), np.uint8)
+    video[:, :, :, 0] = np.arange(9)[:, None, None] * 20
+    media.write_video(clips / "a.mkv", video, 15)
+    media.write_video(clips / "b.webp", video[::-1], 15)
+    Image.new("RGB", (48, 32), (9, 8, 7)).save(clips / "c.png")
+    for name in "abc":
+        (clips / f"{name}.txt").write_text(f" clip\n{name} ", encoding="utf-8")
+    (clips / "notes.md").touch()
+    for name in ("load_transformer", "load_vae", "load_text_encoder"):
+        monkeypatch.setattr(train_lora, name, lambda *_, **__: pytest.fail("a model was loaded"))
+    return clips
+
+
+def test_clips_are_found_with_their_captions(folder):
+    clips = find_clips(folder, 5)
+    assert [(clip.path.name, clip.caption, clip.frames) for clip in clips] == [
+        ("a.mkv", "clip a", 5),
+        ("b.webp", "clip b", 5),
+        ("c.png", "clip c", 1),
+    ]
+    assert [clip.read().shape for clip in clips] == [(5, 32, 48, 3)] * 2 + [(1, 32, 48, 3)]
+    assert [int(clip.read()[0, 0, 0, 0]) for clip in clips[:2]] == [0, 160], "from the first frame on"
+    one = train_lora.clips_fingerprint(clips)
+    (folder / "a.txt").write_text("another")
+    assert one != train_lora.clips_fingerprint(find_clips(folder, 5))
+
+
+def _written(name: str, text: str | bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
+    ([], lambda folder: (folder / "b.txt").unlink(), "b.webp has no caption; write what it shows into b.txt"),
+    ([], _written("c.txt", " \n"), "c.txt is empty; write what c.png shows"),
+    ([], _written("c.txt", b"\xff\xfe\x00"), "c.txt is no text in UTF-8"),
+    ([], _written("a.mkv", "no video" * 99), "a.mkv is no readable video"),
+    ([], _written("c.png", "no picture"), "c.png is no readable image"),
+    (["--frames", "13"], None, "are shorter than --frames 13 (a.mkv has 9, b.webp has 9)"),
+    (["--frames", "12"], None, "12 frames are not of the form 4k+1"),
+    (["--size", "60x96"], None, "height 60 is not divisible by 16"),
+    ([], lambda folder: [file.unlink() for file in folder.iterdir()], "clips holds no clips"),
+    (["--rank", "0"], None, "rank 0 is out of range"),
+    (["--steps", "0"], None, "steps 0 is out of range"),
+    (["--batch", "-1"], None, "batch -1 is out of range"),
+    (["--save-every", "0"], None, "save-every 0 is out of range"),
+    (["--learning-rate", "0"], None, "learning rate 0.0 is out of range"),
+    (["--learning-rate", "nan"], None, "learning rate nan is out of range"),
+    (["--alpha", "-1"], None, "alpha -1.0 is out of range"),
+    (["--caption-dropout", "1.5"], None, "caption dropout 1.5 is out of range"),
+    (["--cond-share", "-0.1"], None, "cond share -0.1 is out of range"),
+    (["--shift", "0"], None, "shift 0.0 is out of range"),
+    (["--seed", "-1"], None, "seed -1 is out of range"),
+    (["--layers", "attn.qkv,mlp"], None, "no layers mlp to train; choose from attn.qkv"),
+    (["--dtype", "float16"], None, "float16"),
+    (["--vae", "vae.safetensors"], None, "without a model"),
+    (["-o", "a.pt"], None, "a.pt must end in .safetensors"),
+    (["-o", "a.state.safetensors"], None, "not in .state.safetensors"),
+    (["-o", "nowhere/a.safetensors"], None, "nowhere does not exist"),
+]
+
+
+@pytest.mark.parametrize(("options", "spoil", "said"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_one_sentence(folder, capsys, options, spoil, said):
+    if spoil is not None:
+        spoil(folder)
+    before = sorted(folder.parent.rglob("*"))
+    arguments = [str(folder), "-o", "a.safetensors", "--frames", "9", "--size", "64x96", *options]
+    assert cli.main(["train-lora", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("longcat: error: ") and err.count("\n") == 1 and said in err
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_a_missing_folder(capsys, tmp_path):
+    assert cli.main(["train-lora", str(tmp_path / "none"), "-o", str(tmp_path / "a.safetensors")]) == 2
+    assert "none is no folder; give one with clips" in capsys.readouterr().err
