@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,6 +244,7 @@ class StandIn:
 
     def __init__(self, at_step: Callable[[int], None] = lambda _: None, warn: str = "") -> None:
         self.at_step, self.warn = at_step, warn
+        self.vae, self.told = SimpleNamespace(tiling=False), ""
         self.request: GenerateRequest | None = None
 
     def generate(self, request: GenerateRequest, callback: Callable[[Step], None]) -> Generation:

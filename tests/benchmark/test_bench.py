@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from dataclasses import fields
 from itertools import pairwise
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from longcat_core import cli
@@ -59,17 +61,22 @@ def is_picture(data):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """One run of all parts."""
-    folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LongCatTransformer.compiled_block, "backend", "eager")
-        patch.setattr(workload.STEP, "backend", "eager")
-        compile_ = torch.compile
-        patch.setattr(torch, "compile", lambda f, **o: compile_(f, **o | {"backend": "eager", "options": None}))
-        run("all", folder)
+    """One run of all parts, for all processes that have a share of these tests."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "bench-all"
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / "run").exists():
+            return folder / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LongCatTransformer.compiled_block, "backend", "eager")
+            patch.setattr(workload.STEP, "backend", "eager")
+            compile_ = torch.compile
+            patch.setattr(torch, "compile", lambda f, **o: compile_(f, **o | {"backend": "eager", "options": None}))
+            run("all", folder / "unfinished")
+        (folder / "unfinished").rename(folder / "run")
     LongCatTransformer.compiled_block.forget()
     torch._dynamo.reset()
-    return folder
+    return folder / "run"
 
 
 @pytest.mark.parametrize("kind", bench.PARTS)
