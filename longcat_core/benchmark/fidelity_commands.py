@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import device_of, dtype_of, note, notes_from_warnings, number, progress, whole
+from ..console import dtype_of, note, notes_from_warnings, number, progress, whole
 from ..errors import LongCatError
 from ..generate.commands import (
     add_model,
     add_sampling,
     add_what,
-    check_memory,
     compile_mode,
     free_name,
     load_models,
+    machine_of,
     prompts_of,
     request_of,
 )
@@ -138,16 +138,12 @@ def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]
 
 def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Side:
     from ..generate.pipeline import ModelPaths
-    from ..model.backends import check as check_attention
 
     parser = argparse.ArgumentParser(add_help=False)
     add_model(parser)
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     request = request_of(args, prompt).filled(paths.defaults)
-    paths.check()
-    check_attention(args.attention)
-    device = device_of(args.device)
-    check_memory(args, device)
+    device = machine_of(args, paths)
     compile_mode(args, device, paths)
     model = {key: getattr(args, key) for key in vars(parser.parse_args([])) if key not in SWITCHED}
     return _Side(name, options, args, paths, request, device, model)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.formats import OFFICIAL
-from ..checkpoints.load import THREADS, load_transformer, official_state
+from ..checkpoints.load import load_transformer, official_state
+from ..checkpoints.read_ahead import THREADS
 from ..checkpoints.safetensors_io import write_safetensors
 from ..optimize.quantization import Policy
 from .ablation import Bench

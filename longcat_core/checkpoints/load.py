@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from ..optimize.kernels import quantise_rows
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
 from .lora import Lora, LoraStack
+from .read_ahead import ReadAhead
 from .tensor_files import TensorFile, is_gguf, open_file
 
 CONFIG_KEY = "config"
@@ -27,8 +26,8 @@ CONFIG_KEY = "config"
 FOLDERS = ("dit", "transformer")
 # Numbers that are made wider at a time: what a loader holds besides the network and one stored tensor.
 PIECE = 1 << 22
-# Such pieces that are read ahead, and by how many threads: enough for a fast disk.
-AHEAD, THREADS = 6, 3
+# Such pieces that are read ahead.
+AHEAD = 6
 _SHOWN = 5
 QUANT_METADATA = "_quantization_metadata"
 
@@ -244,42 +243,6 @@ def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             raise CheckpointError(f"{checkpoint.source} {problem}: {'; '.join(names[:_SHOWN])}{more}; {remedy}")
     return found
-
-
-class ReadAhead:
-    """Results of jobs in their order, worked on by threads before they are asked for.
-
-    A disk is kept busy while what came from it is converted. Results lie in buffers that serve again.
-    """
-
-    def __init__(self, jobs: Iterable[tuple[Hashable, Callable[[Tensor], Tensor]]], count: int, size: int) -> None:
-        """jobs: (what is asked for, what reads it into a buffer). count: how many are read, or lie ready, at a time;
-        size: bytes of the buffers, into which not everything has to fit."""
-        self._jobs, self._waiting = iter(jobs), deque()
-        self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
-        self._pool = ThreadPoolExecutor(THREADS, "longcat-read")
-        self._taken: Tensor | None = None
-        for buffer in self._buffers:
-            self._begin(buffer)
-
-    def _begin(self, buffer: Tensor) -> None:
-        job = next(self._jobs, None)
-        if job is not None:
-            self._waiting.append((job[0], self._pool.submit(job[1], buffer), buffer))
-
-    def take(self, wanted: Hashable) -> Tensor | None:
-        """The result of the next job, if that is what is wanted; valid until the next call. Raises what it raised."""
-        if not self._waiting or self._waiting[0][0] != wanted:
-            return None
-        if self._taken is not None:
-            self._begin(self._taken)
-        _, future, self._taken = self._waiting.popleft()
-        return future.result()
-
-    def close(self) -> None:
-        """Drop what nobody asked for."""
-        self._waiting.clear()
-        self._pool.shutdown(cancel_futures=True)
 
 
 def _numbers(shape: tuple[int, ...]) -> int:

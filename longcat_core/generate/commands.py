@@ -182,7 +182,6 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """`longcat generate`: everything is checked before a model is loaded, and files appear whole or not at all."""
-    from ..model.backends import check as check_attention
     from .media import check_output, contact_sheet, estimate_bytes, write_video
     from .pipeline import ModelPaths
     from .request import work_of
@@ -194,10 +193,7 @@ def generate(args: argparse.Namespace) -> int:
     check_output(output, estimate_bytes(output, request.frames, request.height, request.width))
     if args.contact_sheet is not None:
         check_output(args.contact_sheet, 1 << 22, sheet=True)
-    paths.check()
-    check_attention(args.attention)
-    device = device_of(args.device)
-    check_memory(args, device)
+    device = machine_of(args, paths)
     for sentence in request.notes():
         note(sentence)
 
@@ -220,7 +216,6 @@ def long(args: argparse.Namespace) -> int:
     """`longcat long`: segment by segment, each kept in a folder, from which the same command goes on."""
     from dataclasses import replace
 
-    from ..model.backends import check as check_attention
     from .long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
     from .media import check_output, estimate_bytes, write_video
     from .pipeline import ModelPaths
@@ -238,10 +233,7 @@ def long(args: argparse.Namespace) -> int:
     _check_distinct(output, args.image, args.video)
     first = request.first
     check_output(output, estimate_bytes(output, request.total_frames, first.height, first.width))
-    paths.check()
-    check_attention(args.attention)
-    device = device_of(args.device)
-    check_memory(args, device)
+    device = machine_of(args, paths)
     request = replace(request, model=_model_settings(args, paths, device))
     for sentence in first.notes():
         note(sentence)
@@ -267,7 +259,6 @@ def long(args: argparse.Namespace) -> int:
 
 def refine(args: argparse.Namespace) -> int:
     """`longcat refine`: like `generate`, piece by piece."""
-    from ..model.backends import check as check_attention
     from ..model.block_sparse import BlockSparse
     from .media import check_output, estimate_bytes, read_video, write_video
     from .pipeline import ModelPaths
@@ -299,10 +290,7 @@ def refine(args: argparse.Namespace) -> int:
     rate = 2 if request.doubled else 1
     height, width = request.size(video, paths.defaults)
     check_output(output, estimate_bytes(output, rate * len(video), height, width))
-    paths.check()
-    check_attention(args.attention)
-    device = device_of(args.device)
-    check_memory(args, device)
+    device = machine_of(args, paths)
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 
@@ -416,6 +404,17 @@ def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work
     if pipeline.told:
         note(pipeline.told)
     return pipeline
+
+
+def machine_of(args: argparse.Namespace, paths: Any) -> torch.device:
+    """The device, once the models' files, the attention and the memory that are asked for are found to be there."""
+    from ..model.backends import check as check_attention
+
+    paths.check()
+    check_attention(args.attention)
+    device = device_of(args.device)
+    check_memory(args, device)
+    return device
 
 
 def check_memory(args: argparse.Namespace, device: torch.device) -> None:

@@ -34,16 +34,15 @@ class Plan:
 
     def told(self, depth: int) -> str:
         """In words, or "" where everything lies on the device as usual."""
-        parts = []
-        if self.streamed:
-            parts.append(f"{self.streamed} of {depth} blocks wait in CPU memory")
-        if self.split_guidance:
-            parts.append("the halves of guidance run one after the other")
-        if self.offload_kv_cache:
-            parts.append("keys of given frames wait in CPU memory")
-        if self.stream_text_encoder:
-            parts.append("the text encoder waits in CPU memory")
-        return ", ".join(parts)
+        waiting = {
+            f"{self.streamed} of {depth} blocks": self.streamed,
+            "keys of given frames": self.offload_kv_cache,
+            "the text encoder": self.stream_text_encoder,
+        }
+        *names, last = [name for name, waits in waiting.items() if waits] or [""]
+        places = f"{', '.join(names)} and {last}" if names else last
+        parts = [f"{places} in CPU memory"] if places else []
+        return ", ".join(parts + ["guidance in halves"] * self.split_guidance)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.checkpoints import load, tensor_files
+from longcat_core.checkpoints import load, read_ahead, tensor_files
 from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint, read_parameter
 from longcat_core.checkpoints.safetensors_io import fingerprint, read_tensors, write_safetensors
@@ -441,7 +441,7 @@ def test_loading_holds_one_tensor_besides_the_network(tmp_path, golden, monkeypa
 
 def test_reading_ahead(monkeypatch):
     """In order, no further than asked, buffers serving again; what a reader raises comes where it is asked for."""
-    monkeypatch.setattr(load, "THREADS", 1)
+    monkeypatch.setattr(read_ahead, "THREADS", 1)
     begun: list[int] = []
 
     def job(i: int) -> object:
@@ -454,7 +454,7 @@ def test_reading_ahead(monkeypatch):
 
         return read
 
-    ahead = load.ReadAhead(((i, job(i)) for i in range(100)), 2, 8)
+    ahead = read_ahead.ReadAhead(((i, job(i)) for i in range(100)), 2, 8)
     places = set()
     for i in range(5):
         assert ahead.take("something else") is None
