@@ -387,7 +387,7 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
 def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work: Any) -> Any:
     """The models as the options of `add_model` ask for them, in room for `work`."""
     from ..model.config import Optimizations
-    from ..optimize.plan import Plan
+    from ..optimize.plan import GIB, Plan
 
     pipeline = load_pipeline(
         paths,
@@ -399,6 +399,7 @@ def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work
         lora_mode=args.lora_mode,
         work=work,
         least=Plan(args.stream_blocks, args.split_guidance, args.offload_kv_cache, args.stream_text_encoder),
+        memory=None if args.memory is None else int(args.memory * GIB),
     )
     pipeline.vae.tiling = args.tiled_vae
     if pipeline.told:

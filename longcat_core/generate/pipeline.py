@@ -220,6 +220,7 @@ def _plan(
     least: Plan | None,
     text_encoder: int,
     others: int = 0,
+    memory: int | None = None,
 ) -> tuple[Plan, str]:
     """The plan for `work`, and what to tell of it. The VAE must lie on the device already."""
     least = replace(
@@ -232,7 +233,7 @@ def _plan(
     if work is None or device.type != "cuda":
         return least, least.told(config.depth)
     own = optimizations.fused_kernels and optimizations.explicit_fp32 and dtype in HALF and not kernels_missing()
-    weights, free = Weights.of(config, dtype, fp8), free_bytes(device)
+    weights, free = Weights.of(config, dtype, fp8), free_bytes(device, memory)
     plan, needed = choose_plan(
         config,
         weights,
@@ -288,12 +289,13 @@ class Pipeline(Engine):
         lora_mode: LoraMode = "merged",
         work: Work | None = None,
         least: Plan | None = None,
+        memory: int | None = None,
     ) -> Pipeline:
         """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: a LoRA file, or files
         with strengths, merged before that, or applied at run time as lora_mode says.
 
         work: the largest sampling to come, for which the fastest plan that fits a GPU's free memory is made; None: all
-        parts lie on the device. least: what is asked of the plan in any case.
+        parts lie on the device. least: what is asked of the plan in any case; memory: bytes that it may need at most.
 
         Raises LongCatError for files that do not fit the network or each other.
         """
@@ -320,7 +322,8 @@ class Pipeline(Engine):
         runtime = lora_mode == "runtime"
         # Beside the weights LoRAs lie on the device, whatever waits.
         others = sum(Path(path).stat().st_size for path, _ in loras) if runtime else 0
-        plan, told = _plan(config, dtype, device, policy, optimizations, work, least, text_encoder.nbytes, others)
+        sizes = text_encoder.nbytes, others, memory
+        plan, told = _plan(config, dtype, device, policy, optimizations, work, least, *sizes)
         model = load_transformer(
             paths.model,
             dtype=dtype,

@@ -149,13 +149,12 @@ def smaller(plan: Plan, depth: int, guided: bool) -> Plan | None:
     return None
 
 
-def free_bytes(device: torch.device) -> int:
-    """What this process may still take of a CUDA device's memory."""
-    free, total = torch.cuda.mem_get_info(device)
+def free_bytes(device: torch.device, memory: int | None = None) -> int:
+    """What this process may still take of a CUDA device's memory, of `memory` bytes at most in all."""
+    free, _ = torch.cuda.mem_get_info(device)
     own, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     free += own - used
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
-    return min(free, int(fraction * total) - used)
+    return free if memory is None else min(free, memory - used)
 
 
 def apply_plan(model: LongCatTransformer, plan: Plan) -> None:

@@ -16,7 +16,7 @@ from longcat_core.generate.refine import RefineRequest
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest, work_of
 from longcat_core.model.config import Optimizations
 from longcat_core.model.transformer import LongCatTransformer
-from longcat_core.optimize.plan import GIB, Plan, Work
+from longcat_core.optimize.plan import GIB, Plan, Work, free_bytes
 from longcat_core.sampling.conditioning import seeded_noise
 
 PROMPT = "a red circle moves right on a black background"
@@ -140,10 +140,15 @@ def test_a_plan_is_made_for_what_is_free(monkeypatch):
     cuda = torch.device("cuda")
 
     def plan(free: int, work: Work | None = work) -> tuple[Plan, str]:
-        monkeypatch.setattr(pipelines, "free_bytes", lambda device: free)
+        monkeypatch.setattr(
+            pipelines, "free_bytes", lambda device, memory: free if memory is None else min(free, memory)
+        )
         return ask(config, torch.bfloat16, cuda, None, Optimizations(), work, None, 0)
 
-    assert plan(10 * GIB) == (Plan(), "") == plan(0, None)
+    assert plan(0, None) == (Plan(), "") == plan(10 * GIB)
+    with pytest.warns(UserWarning, match="0.5 are free"):
+        limited, _ = ask(config, torch.bfloat16, cuda, None, Optimizations(), work, None, 0, memory=GIB // 2)
+    assert limited != Plan()
     with pytest.warns(UserWarning, match=r"needs about \d\.\d GiB of GPU memory and 0.0 are free; it may run out"):
         chosen, told = plan(0)
     assert chosen.streamed == config.depth and chosen.split_guidance
@@ -213,3 +218,11 @@ def test_loras_at_run_time_beside_weights_that_wait(tmp_path, lora, fp8):
         assert np.array_equal(small.generate(request()).frames, whole.generate(request()).frames)
     small.loras.set()
     assert np.array_equal(small.generate(request()).frames, Pipeline.load(fp8=fp8).generate(request()).frames)
+
+
+def test_what_is_free_counts_what_the_allocator_holds(monkeypatch):
+    numbers = {"mem_get_info": (5 * GIB, 24 * GIB), "memory_reserved": 4 * GIB, "memory_allocated": 3 * GIB}
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    device = torch.device("cuda")
+    assert free_bytes(device) == 6 * GIB and free_bytes(device, 8 * GIB) == 5 * GIB
