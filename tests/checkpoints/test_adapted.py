@@ -296,7 +296,7 @@ def test_the_pipeline_and_the_option(tmp_path, monkeypatch):
     assert pipeline.loras.set([(path, 1.0)]) == ["blocks.0.attn.proj.weight"]
     assert pipeline.loras.set() and not isinstance(pipeline.model.blocks[0].attn.proj, Adapted)
 
-    monkeypatch.setattr(commands, "_compile", lambda *args: "off")
+    monkeypatch.setattr(commands, "compile_mode", lambda *args: "off")
     paths = ModelPaths(GOLDEN / "dit.safetensors", GOLDEN / "vae.safetensors", GOLDEN / "dit.safetensors")
 
     def settings(*options: str) -> dict:

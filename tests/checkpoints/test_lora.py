@@ -363,7 +363,7 @@ def test_the_option_takes_files_with_strengths(tmp_path, monkeypatch):
 
 
 def test_strengths_are_settings_of_a_folder_of_segments(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "_compile", lambda *args: "off")
+    monkeypatch.setattr(commands, "compile_mode", lambda *args: "off")
     paths = ModelPaths(GOLDEN / "dit.safetensors", GOLDEN / "vae.safetensors", GOLDEN / "dit.safetensors")
 
     def settings(*loras: str) -> str | None:
