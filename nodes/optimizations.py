@@ -37,10 +37,12 @@ TOOLTIPS = {
     "fused_kernels": "Norms, RoPE, gates and activations by the pack's own Triton kernels, on CUDA and in 16 bits.",
     "split_guidance": "The halves of guidance one after the other: half the memory for activations, about the same "
     "time where videos are large. ComfyUI decides by its own estimate otherwise. Same result.",
+    "late_scales": "In fp8: the FFN's products by the GPU's faster kernel with one scale, the other scales by the "
+    "pack's own kernels after it. Not measured yet, so it is off.",
 }
 CALC = "sampler_calc_cond_batch_function"
 # Later than the first workflows that were saved with this node, which lack them.
-ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance")
+ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance", "late_scales")
 
 
 def _input(name: str, kind: Any, default: Any) -> io.Input:
@@ -71,6 +73,8 @@ def report(
             line += f" (without effect: autocast to fp32 exists on CUDA only, this is {device.type})"
         if name == "fused_kernels" and value and (why := kernels.missing()):
             line += f" (without effect: {why})"
+        if name == "late_scales" and value and (why := _no_late_scales(optimizations, eight)):
+            line += f" (without effect: {why})"
         if name == "fp8":
             line += _fp8(value, device, eight)
         if name == "gradient_checkpointing" and value:
@@ -90,6 +94,14 @@ def _fp8(value: bool, device: torch.device, eight: int) -> str:
     if value and (why := missing(device)):
         return f" ({eight} layers, by the same numbers in wider precision: {why})"
     return f" ({eight} layers)"
+
+
+def _no_late_scales(optimizations: Optimizations, eight: int) -> str:
+    if not (eight and optimizations.fp8):
+        return "no layer is in fp8"
+    if optimizations.compile != "off":
+        return "blocks are compiled"
+    return kernels.missing() if optimizations.fused_kernels else "fused_kernels is off"
 
 
 def halves_in_turn(args: dict[str, Any]) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ EAGER, COMPILED, EXACT, FP8, FP8_SAGE = (
     "fp8",
     "fp8 and 8-bit attention",
 )
+LATE_SCALES = f"{FP8}, scales applied late"
 # Where our own kernels do not pay, or do not run, the compiler's stand in for them.
 NO_KERNELS = ", without own kernels"
 # Whether a path's blocks are compiled: own kernels leave little to be gained by it, and its first call takes long. The
@@ -243,6 +244,8 @@ def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool
         report.add(bench.run_network(f"{FP8}, distilled", values, 1, phase="distilled"))
         name, other = bench.other_way(FP8)
         report.add(compared(bench.run_network(name, other, phase="fp8"), first, full))
+    late = bench.run_network(LATE_SCALES, values | {"late_scales": True}, phase="fp8")
+    report.add(compared(late, first, full))
     sage = bench.run_network(FP8_SAGE, bench.path(FP8_SAGE), phase="fp8")
     report.add(compared(sage, first, row))
     if not distilled:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..optimize import kernels as fused_kernels
-from ..optimize.kernels import Quantised
+from ..optimize.kernels import Quantised, Unscaled
 from . import backends
 from .attention import BlockText, CrossAttention, SelfAttention, project, sliceable
 from .config import ModelConfig
@@ -37,6 +37,7 @@ class How(NamedTuple):
 
     pieces: into how many runs of frames the FFN and the final layer cut each sample; 0: all samples at once.
     fused_kernels: element-wise work by `optimize.kernels`; the tensors must be such as these take.
+    late_scales: of the FFN's 8-bit products, applied by these kernels; not in compiled graphs.
     """
 
     fused_qkv: bool = True
@@ -44,6 +45,7 @@ class How(NamedTuple):
     explicit_fp32: bool = True
     pieces: int = 0
     fused_kernels: bool = False
+    late_scales: bool = False
 
 
 def takes_quantised(layer: nn.Module) -> bool:
@@ -60,12 +62,19 @@ class FeedForward(nn.Module):
         self.down = operations.Linear(hidden, dim, bias=False, dtype=dtype, device=device)
         self.sliceable = getattr(operations, "sliceable", sliceable)
 
-    def forward(self, x: Tensor | Quantised, how: How) -> Tensor:
+    def forward(self, x: Tensor | Quantised, how: How) -> Tensor | Unscaled:
         whole = how.fused_ffn or not self.sliceable(self.gate_up, x)
+        if how.late_scales and whole and self._leaves_scales(x):
+            return self.down.unscaled(fused_kernels.gated_product(self.gate_up.unscaled(x), fp8=True))
         if how.fused_kernels and whole:
             return self.down(fused_kernels.gated_product(self.gate_up(x), fp8=takes_quantised(self.down)))
         gate, up = project(self.gate_up, x, 2, whole)
         return self.down(F.silu(gate) * up)
+
+    def _leaves_scales(self, x: Tensor | Quantised) -> bool:
+        if torch.compiler.is_compiling() or not isinstance(x, Quantised):
+            return False
+        return all(takes_quantised(layer) and hasattr(layer, "unscaled") for layer in (self.gate_up, self.down))
 
 
 class LayerNorm(nn.Module):
@@ -223,7 +232,7 @@ class Block(nn.Module):
 
     def _gated(self, x: Tensor, update: Tensor, gate: Tensor, how: How) -> Tensor:
         if how.fused_kernels and not torch.compiler.is_compiling():
-            return fused_kernels.residual_(x, update.view_as(x), gate)
+            return fused_kernels.residual_(x, update, gate)
         with fp32_region(x, how.explicit_fp32):
             return gated(x, update, gate)
 

@@ -145,6 +145,10 @@ class Optimizations:
     split_guidance
         The halves of guidance one after the other instead of as one batch: activations take half the memory. Same
         mathematics, other rounding where kernels choose by batch.
+    late_scales
+        Where fp8, fused_kernels and uncompiled blocks come together: the FFN's 8-bit products are made with one scale,
+        which is the GPU's faster kernel, and the scales of rows and columns applied by the kernels that read them. Same
+        mathematics, other rounding.
     """
 
     fused_qkv: bool = True
@@ -160,6 +164,7 @@ class Optimizations:
     fp8: bool = True
     fused_kernels: bool = True
     split_guidance: bool = False
+    late_scales: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):

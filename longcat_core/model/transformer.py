@@ -295,7 +295,8 @@ class LongCatTransformer(nn.Module):
         pieces = 0 if grad else ffn_pieces(config, batch, *tokens.shape[1:3], tokens.element_size())
         # Kernels of our own are explicit fp32 throughout: they cannot stand for autocast regions.
         own = optimizations.fused_kernels and optimizations.explicit_fp32 and not grad and kernels_usable(tokens)
-        how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces, own)
+        late = own and optimizations.late_scales
+        how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces, own, late)
         texts = self._block_texts(text, context is text and not grad, batch, kernels)
         call = (
             self._compiled_call(kernels, tokens.shape[1:3])

@@ -123,8 +123,11 @@ def test_paths_hold_the_baselines_and_fp8(everything):
 
 def test_every_switch_is_added_once_and_removed_once(everything):
     rows = list(rows_of(everything, "ablation").values())
-    # Of training; of layers, by another name; of memory.
-    known = {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "fp8", "split_guidance"}
+    # Of training; of memory; of 8-bit layers, which come after the others.
+    elsewhere = {"gradient_checkpointing", "split_guidance", "fp8", "late_scales"}
+    known = {field.name for field in fields(Optimizations)} - elsewhere
+    late = rows_of(everything, "ablation")[ablation.LATE_SCALES]
+    assert late["status"] == "ok" and late["optimizations"]["late_scales"] and late["optimizations"]["fp8"]
     added = [row for row in rows if row.get("phase") == "added"]
     assert {row["switch"] for row in added} == known | {"layout"}
     for before, row in pairwise(added):

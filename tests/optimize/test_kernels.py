@@ -19,6 +19,8 @@ from longcat_core.model.attention import RMSNorm
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.rope import apply_rope, rope_table
 from longcat_core.optimize import kernels
+from longcat_core.optimize.adapters import adapt
+from longcat_core.optimize.quantization import Fp8Linear, quantize
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
@@ -119,6 +121,26 @@ def test_gated_product(width):
     check_quantised(kernels.gated_product(gate_up, fp8=True), wanted)
 
 
+def unscaled(*shape: int, seed: int = 0) -> kernels.Unscaled:
+    values = randn(*shape, seed=seed, dtype=torch.float32) * 7e5
+    rows = randn(*shape[:-1], 1, seed=seed + 1, dtype=torch.float32).abs() * 1e-3
+    columns = randn(shape[-1], seed=seed + 2, dtype=torch.float32).abs() * 1e-3
+    return kernels.Unscaled(values.bfloat16(), rows, columns)
+
+
+def test_products_may_come_without_their_scales():
+    gate_up = unscaled(2, 3, 5, 2 * 100)
+    wanted = kernels.plain_gated_product(kernels.scaled(gate_up))
+    check_quantised(kernels.gated_product(gate_up, fp8=True), wanted)
+    # The interpreter rounds bf16 towards zero.
+    torch.testing.assert_close(kernels.gated_product(gate_up).float(), wanted, rtol=8e-3, atol=8e-3)
+    # As pieces of a larger tensor have them.
+    x, update, gate = randn(*SHAPE), unscaled(*SHAPE), randn(2, 3, 1, SHAPE[-1], seed=3, dtype=torch.float32)
+    wanted = (x.float() + gate * kernels.scaled(update)).half()
+    assert kernels.residual_(x, update, gate) is x
+    torch.testing.assert_close(x, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_quantise_keeps_zeros_outliers_and_tiny_rows():
     x = randn(5, 96)
     x[1], x[3] = 0, x[3] * 1e-4
@@ -164,12 +186,32 @@ def test_the_network_is_the_same_with_them(case, pieces, monkeypatch):
     run = Runs(monkeypatch)
     used = []
     launch = kernels._launch_residual_norm
-    monkeypatch.setattr(kernels, "_launch_residual_norm", lambda *args: used.append(1) or launch(*args))
+    monkeypatch.setattr(kernels, "_launch_residual_norm", lambda *args, **more: used.append(1) or launch(*args, **more))
     plain = run(False, **case)
     assert not used
     fused = run(True, **case)
     assert len(used) >= 3 * CONFIG.depth
     assert (fused - plain).norm() / plain.norm() < 3e-3
+
+
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_scales_applied_late(pieces, monkeypatch):
+    monkeypatch.setattr(transformer, "ffn_pieces", lambda *_: pieces)
+    run = Runs(monkeypatch)
+    quantize(run.model)
+    early = run(True)
+    made = []
+    product = Fp8Linear.unscaled
+    monkeypatch.setattr(Fp8Linear, "unscaled", lambda layer, x: made.append(layer) or product(layer, x))
+    late = run(True, late_scales=True)
+    assert len(made) == 2 * CONFIG.depth * (1 if not pieces else 2 * pieces), "both products of every piece"
+    assert not torch.equal(late, early) and (late - early).norm() / early.norm() < 1e-2
+    made.clear()
+    run(False, late_scales=True)
+    adapt(run.model.blocks[0].ffn.down, 2)
+    run(True, late_scales=True)
+    assert not any(layer in made for layer in (run.model.blocks[0].ffn.gate_up, run.model.blocks[0].ffn.down))
+    assert run.model.blocks[1].ffn.down in made
 
 
 def test_gradients_and_other_precisions_go_around_them():
