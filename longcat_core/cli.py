@@ -132,9 +132,13 @@ def plan(args: argparse.Namespace) -> int:
 
 def backends(args: argparse.Namespace) -> int:
     """`longcat backends`."""
-    from .model.backends import report
+    import torch
 
-    rows = report()
+    from .model.backends import Inputs, report
+
+    # As the released model has them.
+    cuda = torch.cuda.is_available()
+    rows = report(Inputs(torch.device("cuda"), torch.bfloat16, 128, False) if cuda else None)
     width = max(len(name) for name, _, _ in rows)
     for name, available, reason in rows:
         print(f"{name:<{width}}  {'yes' if available else 'no ':<3}  {reason}")

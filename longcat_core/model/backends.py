@@ -364,11 +364,14 @@ def listed() -> tuple[str, ...]:
     return tuple(name for name in names() if name not in absent)
 
 
-def report() -> list[tuple[str, bool, str]]:
-    """(name, usable in this installation, what it is or why it is not usable) for every backend."""
+def report(trial: Inputs | None = None) -> list[tuple[str, bool, str]]:
+    """(name, usable in this installation, what it is or why it is not usable) for every backend.
+
+    trial: inputs that it must work on, too, which takes seconds where kernels are compiled for them.
+    """
     rows = []
     for backend in BACKENDS:
-        reason = backend.missing()
+        reason = backend.missing() or ("" if trial is None else why_not(backend, trial))
         rows.append((backend.name, not reason, reason or backend.summary))
     return rows
 
@@ -397,17 +400,52 @@ class Kernels(NamedTuple):
     text: Attend | None = None
 
 
+# Tokens of a trial, and how far its output may be from the definition, relative: of 16 bits, and of 8 bits.
+_TRIAL_TOKENS, _TOLERANCES = 256, (0.02, 0.25)
+
+
+@cache
+def fails(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why the kernel of `name` does not work on `device`, tried on a few tokens, or "".
+
+    Packages are built for some GPUs, compile their kernels at first use, or need another one's version: that shows
+    when they run and not before.
+    """
+    # A generator of its own: the device's is the user's.
+    generator = torch.Generator(device).manual_seed(0)
+    shape = 3, 1, _TRIAL_TOKENS, 2, head_dim
+    q, k, v = torch.randn(shape, generator=generator, device=device).to(dtype)
+    backend = _BY_NAME[name]
+    try:
+        with torch.no_grad():
+            out = backend.attend(q, k, v).float()
+            wanted = _any_sdpa(q.float().cpu(), k.float().cpu(), v.float().cpu())
+            error = ((out.cpu() - wanted).norm() / wanted.norm()).item()
+    except Exception as error:  # of compilers, loaders, launches: anything
+        return f"it fails on this GPU: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    # So written, NaN is wrong too.
+    return "" if error <= _TOLERANCES[not backend.exact] else f"its output is wrong on this GPU (error {error:.2g})"
+
+
+def why_not(backend: Backend, inputs: Inputs) -> str:
+    """Why the kernel cannot serve these inputs, told without or, on CUDA, by a trial, or ""."""
+    reason = backend.refuses(inputs)
+    if reason or not backend.cuda_only or torch.compiler.is_compiling():
+        return reason
+    return fails(backend.name, inputs.device, inputs.dtype, inputs.head_dim)
+
+
 def resolve(name: str, inputs: Inputs) -> Backend:
     """The backend `name` for such inputs.
 
-    `auto` skips kernels that refuse the inputs. Asked for by name, a kernel that refuses them raises
-    BackendUnavailable: a silent substitute would falsify a measurement.
+    `auto` skips kernels that refuse the inputs or fail. Asked for by name, such a kernel raises BackendUnavailable: a
+    silent substitute would falsify a measurement.
     """
     if name == "auto":
-        return next(b for b in BACKENDS if b.exact and not b.missing() and not b.refuses(inputs))
+        return next(b for b in BACKENDS if b.exact and not b.missing() and not why_not(b, inputs))
     check(name)
     backend = _BY_NAME[name]
-    reason = backend.refuses(inputs)
+    reason = why_not(backend, inputs)
     if reason:
         raise BackendUnavailable(f"attention backend {name!r} cannot run here: {reason}; choose 'auto' or 'sdpa'")
     return backend
@@ -425,7 +463,7 @@ def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
         return Kernels(backend.attend, None)
     varlen = None
     for other in BACKENDS if name == "auto" else (_BY_NAME[name],):
-        if other.varlen and other.exact and not other.missing() and not other.refuses(inputs):
+        if other.varlen and other.exact and not other.missing() and not why_not(other, inputs):
             if other.varlen is _TORCH_VARLEN and _load("torch.nn.attention.varlen")[0] is None:
                 continue
             varlen = other.varlen
@@ -434,7 +472,7 @@ def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
     if inputs.dtype in HALF:
         # Over so few keys cuDNN is the fastest where it was measured.
         cudnn = _BY_NAME["cudnn"]
-        usable = not cudnn.missing() and not cudnn.refuses(inputs)
+        usable = not cudnn.missing() and not why_not(cudnn, inputs)
         exact = backend if backend.exact else resolve("auto", inputs)
         text = (cudnn if name == "auto" and usable else exact).attend
     return Kernels(backend.attend, varlen, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import types
 
@@ -35,6 +36,8 @@ def gpu(monkeypatch):
     """A machine that says it has a Hopper GPU, without any optional package."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    # What runs on it works.
+    monkeypatch.setattr(backends, "fails", lambda *_: "")
     packages(monkeypatch, {})
     yield
     backends._load.cache_clear()
@@ -131,6 +134,58 @@ def test_flash4_comes_first_but_not_in_training(gpu, monkeypatch):
     half = Inputs(CUDA, torch.bfloat16, 128, False)
     assert backends.resolve("auto", half).name == "flash4"
     assert backends.resolve("auto", half._replace(grad=True)).name == "flash3"
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """A function that says what a trial finds of a kernel that stands in the place of `name`."""
+
+    def trial(name: str, attend) -> str:
+        other = dataclasses.replace(BY_NAME[name], attend=attend)
+        monkeypatch.setitem(backends._BY_NAME, name, other)
+        return backends.fails.__wrapped__(name, CPU, torch.bfloat16, 64)
+
+    return trial
+
+
+def test_kernels_are_tried_on_a_few_tokens(tried):
+    state = torch.get_rng_state()
+    exact = BY_NAME["sdpa"].attend
+    assert tried("flash4", exact) == ""
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    found = tried("flash4", broken)
+    assert found == "it fails on this GPU: RuntimeError: no kernel image is available for execution"
+    assert "wrong on this GPU (error nan)" in tried("flash4", lambda q, k, v: exact(q, k, v) * torch.nan)
+    assert "wrong on this GPU (error 0.1)" in tried("flash4", lambda q, k, v: exact(q, k, v) * 1.1)
+    assert tried("sage", lambda q, k, v: exact(q, k, v) * 1.1) == "", "8 bits may be farther off"
+    assert "wrong" in tried("sage", lambda q, k, v: exact(q, k, v) * 1.5)
+    assert "wrong" in tried("flash4", lambda q, k, v: exact(k, q, v))
+
+
+def test_a_kernel_that_fails_is_skipped_or_refused_with_its_reason(gpu, monkeypatch):
+    flash = types.SimpleNamespace(flash_attn_func=None)
+    packages(monkeypatch, {"flash_attn.cute": flash})
+    half, asked = Inputs(CUDA, torch.bfloat16, 128, False), []
+
+    def fails(name: str, *inputs: object) -> str:
+        asked.append((name, *inputs))
+        return "it fails on this GPU: X" if name in ("flash4", "cudnn") else ""
+
+    monkeypatch.setattr(backends, "fails", fails)
+    assert backends.resolve("auto", half).name == "sdpa-flash"
+    assert asked[0] == ("flash4", CUDA, torch.bfloat16, 128)
+    kernels = backends.resolve_kernels("auto", half)
+    assert kernels.text is BY_NAME["sdpa-flash"].attend and kernels.varlen is backends._TORCH_VARLEN
+    with pytest.raises(BackendUnavailable, match="'flash4' cannot run here: it fails on this GPU: X; choose 'auto'"):
+        backends.resolve("flash4", half)
+    rows = {name: (usable, text) for name, usable, text in backends.report(half)}
+    assert rows["flash4"] == (False, "it fails on this GPU: X") and rows["sdpa-flash"][0] and rows["sdpa"][0]
+    asked.clear()
+    assert backends.resolve("auto", half._replace(device=CPU)).name == "sdpa" and not asked
 
 
 @pytest.mark.parametrize(
