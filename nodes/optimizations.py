@@ -39,10 +39,21 @@ TOOLTIPS = {
     "time where videos are large. ComfyUI decides by its own estimate otherwise. Same result.",
     "late_scales": "In fp8: the FFN's products by the GPU's faster kernel with one scale, the other scales by the "
     "pack's own kernels after it. Not measured yet, so it is off.",
+    "fused_text": "Attention to the text by the pack's own Triton kernel, on CUDA and in 16 bits. Same result. Not "
+    "measured yet, so it is off.",
 }
 CALC = "sampler_calc_cond_batch_function"
 # Later than the first workflows that were saved with this node, which lack them.
-ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance", "late_scales")
+ADDED = (
+    "reuse_text",
+    "reuse_modulation",
+    "fused_step",
+    "fp8",
+    "fused_kernels",
+    "split_guidance",
+    "late_scales",
+    "fused_text",
+)
 
 
 def _input(name: str, kind: Any, default: Any) -> io.Input:
@@ -73,6 +84,8 @@ def report(
             line += f" (without effect: autocast to fp32 exists on CUDA only, this is {device.type})"
         if name == "fused_kernels" and value and (why := kernels.missing()):
             line += f" (without effect: {why})"
+        if name == "fused_text" and value and (why := _no_fused_kernels(optimizations)):
+            line += f" (without effect: {why})"
         if name == "late_scales" and value and (why := _no_late_scales(optimizations, eight)):
             line += f" (without effect: {why})"
         if name == "fp8":
@@ -101,6 +114,10 @@ def _no_late_scales(optimizations: Optimizations, eight: int) -> str:
         return "no layer is in fp8"
     if optimizations.compile != "off":
         return "blocks are compiled"
+    return _no_fused_kernels(optimizations)
+
+
+def _no_fused_kernels(optimizations: Optimizations) -> str:
     return kernels.missing() if optimizations.fused_kernels else "fused_kernels is off"
 
 

@@ -28,7 +28,12 @@ EAGER, COMPILED, EXACT, FP8, FP8_SAGE = (
     "fp8",
     "fp8 and 8-bit attention",
 )
-LATE_SCALES = f"{FP8}, scales applied late"
+# What no path has yet, being measured beside it.
+TRIED = {
+    f"{EXACT}, own kernel for text": {"fused_text": True},
+    f"{FP8}, scales applied late": {"late_scales": True},
+    f"{FP8}, scales applied late, own kernel for text": {"late_scales": True, "fused_text": True},
+}
 # Where our own kernels do not pay, or do not run, the compiler's stand in for them.
 NO_KERNELS = ", without own kernels"
 # Whether a path's blocks are compiled: own kernels leave little to be gained by it, and its first call takes long. The
@@ -113,6 +118,10 @@ class Bench:
         """The same path with its blocks compiled if they are not, or not if they are."""
         compiled = "blocks" if PATH_COMPILE[name] == "off" else "off"
         return name + SUFFIXES[compiled], self.full() | {"compile": compiled}
+
+    def tried(self, path: str) -> dict[str, dict[str, Any]]:
+        """Names and values of what is measured beside a path."""
+        return {name: self.path(path) | more for name, more in TRIED.items() if name.startswith(path)}
 
     # --- one variant ---
 
@@ -229,6 +238,8 @@ def paths(bench: Bench, report: Report, part: str = "all") -> None:
         report.add(bench.run_network(f"{EXACT}, distilled", bench.path(EXACT), 1, phase="distilled"))
         name, values = bench.other_way(EXACT)
         report.add(compared(bench.run_network(name, values, phase="path"), first, None))
+        for name, values in bench.tried(EXACT).items():
+            report.add(compared(bench.run_network(name, values, phase="path"), first, None))
     if part != "exact":
         by_name = {row["name"]: row for row in report.rows}
         lossy(bench, report, by_name.get(EAGER, {}), by_name.get(EXACT, {}), distilled=True)
@@ -244,8 +255,8 @@ def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool
         report.add(bench.run_network(f"{FP8}, distilled", values, 1, phase="distilled"))
         name, other = bench.other_way(FP8)
         report.add(compared(bench.run_network(name, other, phase="fp8"), first, full))
-    late = bench.run_network(LATE_SCALES, values | {"late_scales": True}, phase="fp8")
-    report.add(compared(late, first, full))
+        for name, other in bench.tried(FP8).items():
+            report.add(compared(bench.run_network(name, other, phase="fp8"), first, row))
     sage = bench.run_network(FP8_SAGE, bench.path(FP8_SAGE), phase="fp8")
     report.add(compared(sage, first, row))
     if not distilled:

@@ -15,7 +15,7 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.quantization import policies as choices
 from ..optimize.quantization import quantize
 from . import workload
-from .ablation import EAGER, EXACT, FP8, FP8_SAGE, LATE_SCALES, NO_KERNELS, Bench
+from .ablation import EAGER, EXACT, FP8, FP8_SAGE, NO_KERNELS, Bench
 from .baseline import BaselineTransformer
 from .measure import attempt, clean_up, psnr, relative_error
 from .results import Report
@@ -87,7 +87,7 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
     first = _add(bench, report, EAGER, baseline, None)
     name, values = bench.other_way(EXACT)
     variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT), name: values}
-    variants[f"{EXACT}{NO_KERNELS}"] = bench.full() | {"fused_kernels": False}
+    variants |= {f"{EXACT}{NO_KERNELS}": bench.full() | {"fused_kernels": False}} | bench.tried(EXACT)
     for name, values in variants.items():
         _add(bench, report, name, _network(bench, model, values, inputs, expected), first)
     if fp8:
@@ -108,8 +108,7 @@ def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: 
         return
     values = bench.path(FP8)
     wide = "fp8 weights, 16-bit GEMMs", values | {"fp8": False}
-    late = LATE_SCALES, values | {"late_scales": True}
-    for name, chosen in ((FP8, values), late, wide, (FP8_SAGE, bench.path(FP8_SAGE))):
+    for name, chosen in ((FP8, values), *bench.tried(FP8).items(), wide, (FP8_SAGE, bench.path(FP8_SAGE))):
         _add(bench, report, name, _network(bench, model, chosen, inputs, expected), first)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LongCatError
 from ..optimize.kernels import norm_rope
+from ..optimize.text_attention import text_attention
 from .backends import AttendVarlen, Kernels, Varlen
 from .config import TextMode
 from .rope import apply_rope
@@ -286,8 +287,10 @@ class CrossAttention(nn.Module):
     def forward(self, x: Any, text: BlockText, how: Any, kernels: Kernels) -> Tensor:
         """x [B, T, S, C] attends to text; returns [B, T*S, C]. how: the block's."""
         q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
-        q = norm_rope(q, self.q_norm.weight.to(q.device), None) if how.fused_kernels else self.q_norm(q)
         k, v = self.keys_values(text.tokens, how.fused_qkv) if text.keys is None else text.keys
+        if how.fused_text:
+            return self.proj(text_attention(q, self.q_norm.weight.to(q.device), k, v, text.bias).flatten(-2))
+        q = norm_rope(q, self.q_norm.weight.to(q.device), None) if how.fused_kernels else self.q_norm(q)
         if text.packing is not None:
             out = attend_packed(kernels.varlen, q, k, v, text.packing)
         elif text.bias is not None:

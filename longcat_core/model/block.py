@@ -37,6 +37,7 @@ class How(NamedTuple):
 
     pieces: into how many runs of frames the FFN and the final layer cut each sample; 0: all samples at once.
     fused_kernels: element-wise work by `optimize.kernels`; the tensors must be such as these take.
+    fused_text: attention to text by `optimize.text_attention`, under the same condition.
     late_scales: of the FFN's 8-bit products, applied by these kernels; not in compiled graphs.
     """
 
@@ -45,6 +46,7 @@ class How(NamedTuple):
     explicit_fp32: bool = True
     pieces: int = 0
     fused_kernels: bool = False
+    fused_text: bool = False
     late_scales: bool = False
 
 

@@ -149,6 +149,9 @@ class Optimizations:
         Where fp8, fused_kernels and uncompiled blocks come together: the FFN's 8-bit products are made with one scale,
         which is the GPU's faster kernel, and the scales of rows and columns applied by the kernels that read them. Same
         mathematics, other rounding.
+    fused_text
+        Attention to the text with the norm of its queries by a Triton kernel of our own, where fused_kernels acts;
+        folded padding stays folded there. Same mathematics, other rounding.
     """
 
     fused_qkv: bool = True
@@ -165,6 +168,7 @@ class Optimizations:
     fused_kernels: bool = True
     split_guidance: bool = False
     late_scales: bool = False
+    fused_text: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):

@@ -19,6 +19,7 @@ from ..errors import LongCatError
 from ..optimize.compilation import Regional
 from ..optimize.kernels import usable as kernels_usable
 from ..optimize.streaming import BlockStream
+from ..optimize.text_attention import refuses as text_attention_refuses
 from . import backends
 from .attention import BlockText, TextTokens, arrange_text, unfold_padding
 from .block import Block, FinalLayer, How, ffn_pieces, fp32_region, linear_fp32, run_block
@@ -295,9 +296,16 @@ class LongCatTransformer(nn.Module):
         pieces = 0 if grad else ffn_pieces(config, batch, *tokens.shape[1:3], tokens.element_size())
         # Kernels of our own are explicit fp32 throughout: they cannot stand for autocast regions.
         own = optimizations.fused_kernels and optimizations.explicit_fp32 and not grad and kernels_usable(tokens)
-        late = own and optimizations.late_scales
-        how = How(optimizations.fused_qkv, optimizations.fused_ffn, optimizations.explicit_fp32, pieces, own, late)
-        texts = self._block_texts(text, context is text and not grad, batch, kernels)
+        how = How(
+            optimizations.fused_qkv,
+            optimizations.fused_ffn,
+            optimizations.explicit_fp32,
+            pieces,
+            own,
+            fused_text=own and optimizations.fused_text and not text_attention_refuses(tokens, config.head_dim),
+            late_scales=own and optimizations.late_scales,
+        )
+        texts = self._block_texts(text, context is text and not grad, batch, kernels, how.fused_text)
         call = (
             self._compiled_call(kernels, tokens.shape[1:3])
             if optimizations.compile == "blocks" and fill is None
@@ -373,19 +381,24 @@ class LongCatTransformer(nn.Module):
         with fp32_region(features, self.optimizations.explicit_fp32):
             return self.linear_fp32(second, F.silu(self.linear_fp32(first, features)))
 
-    def _block_texts(self, text: TextTokens | None, keep: bool, batch: int, kernels: backends.Kernels) -> _Texts:
-        """What blocks attend to, in the form that the kernels want. keep: `text` will be here at the next step."""
+    def _block_texts(
+        self, text: TextTokens | None, keep: bool, batch: int, kernels: backends.Kernels, folded: bool
+    ) -> _Texts:
+        """What blocks attend to, in the form that the kernels want.
+
+        keep: `text` will be here at the next step. folded: as it is, padding folded under a bias.
+        """
         if text is None:
             return _Texts(lambda i: None, lambda i: False)
         bias, packing = text.bias, None
         # Written out, folded padding needs no bias, which only slow kernels know.
-        length = text.length if kernels.text is not None and text.pad_counts is not None else None
+        length = text.length if kernels.text is not None and text.pad_counts is not None and not folded else None
         full = text.expand(batch)
         if length is not None:
             bias = None
         elif bias is not None:
             bias = full.bias
-            if kernels.varlen is not None and full.lengths is not None and min(full.lengths) > 0:
+            if kernels.varlen is not None and full.lengths is not None and min(full.lengths) > 0 and not folded:
                 packing = full.packing()
 
         def arranged(rows: Tensor) -> Tensor:

@@ -124,10 +124,15 @@ def test_paths_hold_the_baselines_and_fp8(everything):
 def test_every_switch_is_added_once_and_removed_once(everything):
     rows = list(rows_of(everything, "ablation").values())
     # Of training; of memory; of 8-bit layers, which come after the others.
-    elsewhere = {"gradient_checkpointing", "split_guidance", "fp8", "late_scales"}
-    known = {field.name for field in fields(Optimizations)} - elsewhere
-    late = rows_of(everything, "ablation")[ablation.LATE_SCALES]
-    assert late["status"] == "ok" and late["optimizations"]["late_scales"] and late["optimizations"]["fp8"]
+    tried = {switch for more in ablation.TRIED.values() for switch in more}
+    known = (
+        {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "split_guidance", "fp8"} - tried
+    )
+    assert tried == {"fused_text", "late_scales"}
+    for name, more in ablation.TRIED.items():
+        for part in ("paths", "exactness"):
+            assert rows_of(everything, part)[name]["status"] == "ok"
+        assert more.items() <= rows_of(everything, "paths")[name]["optimizations"].items()
     added = [row for row in rows if row.get("phase") == "added"]
     assert {row["switch"] for row in added} == known | {"layout"}
     for before, row in pairwise(added):

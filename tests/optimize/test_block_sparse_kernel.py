@@ -184,7 +184,7 @@ def test_they_stand_in_a_graph_as_operators():
 
 def test_they_compile_without_a_gpu(tmp_path):
     """To machine code of several GPUs within their shared memory; on Hopper with its own instructions."""
-    program = Path(__file__).with_name("compile_block_sparse.py")
+    program = Path(__file__).with_name("compile_kernels.py")
     run = subprocess.run(
         [sys.executable, str(program)],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(program.parents[2])},
@@ -193,10 +193,12 @@ def test_they_compile_without_a_gpu(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 8 and all(row["bytes"] for row in rows)
+    assert len(rows) == 10 and all(row["bytes"] for row in rows)
     for row in rows:
         hopper = row["capability"] == [9, 0]
         assert row["shared"] <= (227 << 10 if hopper else kernels.CONSUMER_SHARED_BYTES)
+        if row["kernel"] == "_text_attention":
+            assert row["wgmma"] == hopper
         if row["kernel"] == "_attend":
             assert row["tma"] == row["wgmma"] == hopper
             assert row["shared"] <= row["wanted"] + 1024, "beside the tiles there are but barriers and lists"

@@ -18,7 +18,7 @@ from longcat_core.model import backends, transformer
 from longcat_core.model.attention import RMSNorm
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.rope import apply_rope, rope_table
-from longcat_core.optimize import kernels
+from longcat_core.optimize import kernels, text_attention
 from longcat_core.optimize.adapters import adapt
 from longcat_core.optimize.quantization import Fp8Linear, quantize
 
@@ -192,6 +192,24 @@ def test_the_network_is_the_same_with_them(case, pieces, monkeypatch):
     fused = run(True, **case)
     assert len(used) >= 3 * CONFIG.depth
     assert (fused - plain).norm() / plain.norm() < 3e-3
+
+
+@pytest.mark.parametrize("case", [{}, {"cond": 1}, {"cached": True}, {"text_mode": "padded"}, {"reuse_text": False}])
+def test_text_attended_by_a_kernel_of_its_own(case, monkeypatch):
+    run = Runs(monkeypatch)
+    seen = []
+    launch = text_attention._launch
+    monkeypatch.setattr(text_attention, "_launch", lambda *args: seen.append(args) or launch(*args))
+    plain = run(False, **case, fused_text=True)
+    run(True, **case)
+    assert not seen
+    fused = run(True, **case, fused_text=True)
+    assert len(seen) == CONFIG.depth and (fused - plain).norm() / plain.norm() < 3e-3
+    keys, bias = seen[0][2], seen[0][4]
+    if case.get("text_mode") == "padded":
+        assert keys.shape[1] == 8
+    else:
+        assert keys.shape[1] == 9 and bias.dtype == torch.float32, "all padding is one key"
 
 
 @pytest.mark.parametrize("pieces", [0, 2])

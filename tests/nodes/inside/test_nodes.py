@@ -229,6 +229,7 @@ ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels")
         ("gradient_checkpointing", True),
         ("split_guidance", True),
         ("late_scales", True),
+        ("fused_text", True),
         *((name, False) for name in ADDED),
     ],
 )

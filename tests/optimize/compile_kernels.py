@@ -1,4 +1,4 @@
-"""Compiles the kernels of block-sparse attention to machine code, which needs no GPU; prints a line of JSON for each.
+"""Compiles attention kernels, block-sparse and to text, to machine code, which needs no GPU; prints a line of JSON for each.
 
 Run as a program: Triton's interpreter, which the other tests turn on, accepts what its compiler does not.
 """
@@ -15,11 +15,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longcat_core.optimize import block_sparse_kernel as kernels
+from longcat_core.optimize import text_attention
 
 
 def build(kernel, capability: tuple[int, int], types: dict[str, str], tiles: kernels.Tiles, **constants) -> None:
     names = kernel.arg_names
-    wide = ("pointer", "tokens", "stride", "heads")
+    wide = ("pointer", "tokens", "stride", "heads", "sample")
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
@@ -61,6 +62,17 @@ def main() -> None:
                 PADDED=padded,
                 TMA=tiles.tma,
             )
+        rows, columns = text_attention.ROWS, text_attention.COLUMNS
+        build(
+            text_attention._text_attention,
+            capability,
+            {**dict.fromkeys(("q", "weight", "k", "v", "out"), half), "bias": "*fp32", "scale": "fp32", "eps": "fp32"},
+            kernels.Tiles(rows, columns, 1, text_attention.WARPS, text_attention.STAGES, False),
+            BIAS=True,
+            ROWS=rows,
+            COLUMNS=columns,
+            DIM=128,
+        )
     types = {"x": half, "sizes": "*i32", "out": half}
     build(kernels._pool, (9, 0), types, tiles, CHUNK=128, PART=64, DIM=128)
     build(kernels._top_k, (9, 0), {"scores": "*i16", "sizes": "*i32", "out": "*i32"}, tiles, PADDED=True, WIDTH=4096)
