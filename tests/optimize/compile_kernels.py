@@ -1,4 +1,4 @@
-"""Compiles attention kernels, block-sparse and to text, to machine code, which needs no GPU; prints a line of JSON for each.
+"""Compiles attention kernels, block-sparse and to text, to machine code without a GPU; prints a line of JSON for each.
 
 Run as a program: Triton's interpreter, which the other tests turn on, accepts what its compiler does not.
 """
