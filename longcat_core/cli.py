@@ -22,6 +22,7 @@ from .generate import train_commands as training_tasks
 BAD_INPUT, INTERRUPTED = 2, 130
 # What cards have, and the released text encoder's weights in 16 bits.
 CARDS_GIB, UMT5_XXL_BYTES = (48, 32, 24, 16, 12, 8), 11_361_820_672
+MOST_GIB = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,8 +123,11 @@ def plan(args: argparse.Namespace) -> int:
         check_side(name, side)
     check_frames(args.frames)
     given = latent_frames(args.cond_frames) if args.cond_frames else 0
-    if any(not gib > 0 for gib in args.memory):
-        raise LongCatError("memory is given in GiB above 0")
+    if given >= latent_frames(args.frames):
+        raise LongCatError(f"{args.frames} frames leave nothing to generate after {args.cond_frames} given ones")
+    for gib in args.memory:
+        if not 0 < gib <= MOST_GIB:
+            raise LongCatError(f"{gib:g} GiB of memory are out of range; give a number above 0, to {MOST_GIB:g}")
     work = Work((1, *latent_shape(args.frames, *args.size)), not args.no_guidance, given)
     rows = plan_table(args.memory or CARDS_GIB, ModelConfig(), work, torch.bfloat16, UMT5_XXL_BYTES)
     print(markdown(("free", "bf16", "fp8"), rows))
