@@ -510,6 +510,15 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "longcat_core", "backends"]
+    with open(write, "wb") as pipe:
+        ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == cli.BROKEN_PIPE and ended.stderr == ""
+
+
 def test_plan_shows_what_goes_where(capsys):
     assert cli.main(["plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
