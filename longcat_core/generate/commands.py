@@ -192,6 +192,7 @@ def generate(args: argparse.Namespace) -> int:
     _check_distinct(output, args.image, args.video)
     check_output(output, estimate_bytes(output, request.frames, request.height, request.width))
     if args.contact_sheet is not None:
+        _check_distinct(args.contact_sheet, args.image, args.video, option="--contact-sheet")
         check_output(args.contact_sheet, 1 << 22, sheet=True)
     device = machine_of(args, paths)
     for sentence in request.notes():
@@ -408,10 +409,13 @@ def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work
 
 
 def machine_of(args: argparse.Namespace, paths: Any) -> torch.device:
-    """The device, once the models' files, the attention and the memory that are asked for are found to be there."""
+    """The device, once the files of models and LoRAs, the attention and the memory that are asked for are found to be
+    there."""
+    from ..checkpoints.lora import check_loras
     from ..model.backends import check as check_attention
 
     paths.check()
+    check_loras(args.lora or ())
     check_attention(args.attention)
     device = device_of(args.device)
     check_memory(args, device)
@@ -471,9 +475,9 @@ def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> 
     return mode
 
 
-def _check_distinct(output: Path, *sources: Path | None) -> None:
+def _check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:
     if any(source is not None and output.resolve() == source.resolve() for source in sources):
-        raise LongCatError(f"output {output} is the input itself; give another name to --output")
+        raise LongCatError(f"output {output} is the input itself; give another name to {option}")
 
 
 def free_name(path: Path) -> Path:

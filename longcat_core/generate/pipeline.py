@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer, open_checkpoint
-from ..checkpoints.lora import Lora, read_lora
+from ..checkpoints.lora import Lora, check_loras
 from ..checkpoints.merged import MergedLoras
 from ..checkpoints.safetensors_io import fingerprint
 from ..errors import CheckpointError, LongCatError
@@ -306,6 +306,8 @@ class Pipeline(Engine):
         # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
         checkpoint = open_checkpoint(paths.model)
         config = checkpoint.config
+        loras = [(lora, 1.0)] if isinstance(lora, str | Path) else list(lora or ())
+        check_loras(loras)
         device = torch.device(device)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype)
@@ -314,10 +316,6 @@ class Pipeline(Engine):
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
                 f"{config.caption_channels}; give the text encoder that belongs to it"
             )
-        loras = [(lora, 1.0)] if isinstance(lora, str | Path) else list(lora or ())
-        for path, _ in loras:
-            # Read, and so checked, before the large file is.
-            read_lora(path)
         policy = Policy() if fp8 else None
         runtime = lora_mode == "runtime"
         # Beside the weights LoRAs lie on the device, whatever waits.
