@@ -174,7 +174,7 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--piece", type=whole, default=93, metavar="N", help="frames at a time (default: %(default)s)")
     group.add_argument("--overlap", type=whole, default=13, metavar="N", help="of pieces (default: %(default)s)")
     add_model(parser)
-    group = _add_output(parser, "default: VIDEO-720p.mp4")
+    group = _add_output(parser, "default: VIDEO-refined.mp4")
     group.add_argument(
         "--folder", type=Path, metavar="DIR", help="keeps the finished pieces; the same command goes on from them"
     )
@@ -285,7 +285,7 @@ def refine(args: argparse.Namespace) -> int:
     )
     request.check()
     check_video(video)
-    output = args.output or free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
+    output = args.output or free_name(args.video.with_name(f"{args.video.stem}-refined.mp4"))
     folder = None if args.folder is None else piece_folder(args.folder)
     _check_distinct(output, args.video)
     rate = 2 if request.doubled else 1

@@ -226,10 +226,6 @@ def _plan(
     least = replace(
         least or Plan(), split_guidance=optimizations.split_guidance or bool(least and least.split_guidance)
     )
-    if least.streamed > config.depth:
-        raise LongCatError(
-            f"{least.streamed} blocks are to wait in CPU memory, the model has {config.depth}; give fewer"
-        )
     if work is None or device.type != "cuda":
         return least, least.told(config.depth)
     own = optimizations.fused_kernels and optimizations.explicit_fp32 and dtype in HALF and not kernels_missing()
@@ -306,6 +302,10 @@ class Pipeline(Engine):
         # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
         checkpoint = open_checkpoint(paths.model)
         config = checkpoint.config
+        if least is not None and least.streamed > config.depth:
+            raise LongCatError(
+                f"{least.streamed} blocks are to wait in CPU memory, the model has {config.depth}; give fewer"
+            )
         loras = [(lora, 1.0)] if isinstance(lora, str | Path) else list(lora or ())
         check_loras(loras)
         device = torch.device(device)
