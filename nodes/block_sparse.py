@@ -29,7 +29,8 @@ class BlockSparseAttention(io.ComfyNode):
                     default=0.9375,
                     min=0.0,
                     max=1.0,
-                    step=0.0125,
+                    # The page shows as many digits as the step has.
+                    step=0.0005,
                     round=0.0001,
                     tooltip="The share of boxes that is left out; 0.9375 as released, 0: full attention.",
                 ),

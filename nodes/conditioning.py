@@ -85,8 +85,8 @@ def require_wan_vae(vae: comfy.sd.VAE) -> None:
     """Raises LongCatError for a VAE that makes other latents."""
     if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE):
         raise LongCatError(
-            f"the VAE is a {type(vae.first_stage_model).__name__}; connect the Wan 2.1 VAE (Load VAE: wan_2.1_vae, or "
-            "longcat_nano_vae for the test model)"
+            f"the VAE is of class {type(vae.first_stage_model).__name__}; connect the Wan 2.1 VAE (Load VAE: "
+            "wan_2.1_vae, or longcat_nano_vae for the test model)"
         )
 
 
@@ -114,7 +114,7 @@ def conditioned_latent(
 ) -> dict[str, Tensor]:
     """frames [F, H, W, 3] in 0..1 at the front of an empty video latent, marked as given in its noise_mask."""
     require_wan_vae(vae)
-    check_frames(length)
+    check_frames(length, "length")
     if length <= len(frames):
         raise LongCatError(
             f"length {length} leaves nothing to generate after {len(frames)} given frames; "
@@ -187,7 +187,7 @@ class VideoContinuation(io.ComfyNode):
     @classmethod
     def execute(cls, vae, video, cond_frames, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
         _check_images("video", video)
-        latent_frames(cond_frames)
+        latent_frames(cond_frames, "cond_frames")
         frames = last_frames(video, cond_frames)
         return io.NodeOutput(conditioned_latent(vae, frames, resolution, width, height, length, batch_size))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import comfy.model_patcher
@@ -29,6 +29,9 @@ from .step_cache import THRESHOLD_KEY
 
 # Numbers of a tensor that a fingerprint looks at.
 SAMPLES = 64
+# Tables of ComfyUI's own noise levels, which the core does not use. They are those of whoever sampled last: what a node
+# such as ModelSamplingSD3 puts in their place stays in the model until the next sampling.
+NOISE_LEVELS = "model_sampling."
 
 
 class ComfyEngine(Engine):
@@ -127,6 +130,8 @@ def fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
     total = hashlib.sha256()
     # A patch that is in force stands in the weight itself; the weight as loaded is kept aside.
     for name, weight in patcher.model.state_dict().items():
+        if name.startswith(NOISE_LEVELS):
+            continue
         backup = patcher.backup.get(name)
         _add(total, name, weight if backup is None else backup.weight)
     for name, patches in sorted(patcher.patches.items()):
@@ -155,9 +160,15 @@ def _add(total: Any, name: str, value: Any) -> None:
 def output_folder(name: str) -> Path:
     """A folder inside ComfyUI's output folder. Raises LongCatError for a name that leads out of it, or none."""
     root = Path(folder_paths.get_output_directory()).resolve()
-    parts = name.replace("\\", "/").strip().strip("/")
-    path = (root / parts).resolve()
-    if not parts or not path.is_relative_to(root) or path == root:
+    asked = name.replace("\\", "/").strip()
+    # Elsewhere than on Windows a drive would become a folder of that name, as a home directory does everywhere.
+    foreign = asked.startswith("~") or (PureWindowsPath(asked).drive and not Path(asked).drive)
+    try:
+        path = (root / asked).resolve()
+        path.exists()
+    except (OSError, ValueError):  # too long, or with a null character
+        foreign = True
+    if foreign or not path.is_relative_to(root) or path == root:
         raise LongCatError(
             f"folder {name!r} is no folder inside ComfyUI's output folder; name one such as longcat/my-video"
         )

@@ -113,7 +113,8 @@ def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_
     stock = latent_preview.prepare_callback(model, steps)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-        given = given_frames(noise_mask)
+        # A latent that was cut (LatentCut) keeps the mask of the whole.
+        given = min(given_frames(noise_mask), x0.shape[2] - 1)
         frame = given + step % (x0.shape[2] - given)
         stock(step, x0[:, :, frame : frame + 1], x, total)
 
@@ -205,10 +206,12 @@ def sample_latent(
     guider = make_guider(model, positive, negative, guidance, kv_cache, node)
     sigmas = make_schedule(mode, steps).sigmas
     samples = starting_latents(model, latent_image)
-    if mode == "refine" and not samples.any():
-        raise LongCatError("mode refine got an empty latent; give it the latent of a video (VAE Encode), or use base")
-    noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
     mask = latent_image.get("noise_mask")
+    if mode == "refine" and not samples[:, :, given_frames(mask) :].any():
+        raise LongCatError(
+            "mode refine got an empty latent; give it the latent of a video (LongCat Refine, VAE Encode), or use base"
+        )
+    noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
     samples = guider.sample(
         noise,
         samples,

@@ -33,7 +33,10 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
     def sides(name: str) -> tuple[int, int]:
         shape = shapes.get(name, ())
         if len(shape) != 2:
-            raise CheckpointError(f"{source} is not a UMT5 encoder: it has no matrix '{name}'.")
+            raise CheckpointError(
+                f"{source} is not a UMT5 encoder: it has no matrix '{name}'; choose umt5_xxl, or longcat_nano_umt5 "
+                "for the test model"
+            )
         return shape[0], shape[1]
 
     vocab_size, d_model = sides(EMBEDDING)

@@ -57,7 +57,7 @@ class LongVideoRequest:
             raise LongCatError(f"unknown hand-off {self.hand_off!r}; choose one of {', '.join(HAND_OFFS)}")
         for number, prompt in enumerate(self.prompts, 1):
             check_text(f"prompt of segment {number}", prompt)
-        latent_frames(self.overlap)
+        latent_frames(self.overlap, "overlap")
         first = replace(self.first, prompt=self.prompts[0]).filled(defaults)
         if first.frames <= self.overlap:
             raise LongCatError(

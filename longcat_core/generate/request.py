@@ -193,13 +193,14 @@ def check_side(name: str, pixels: int) -> None:
         raise LongCatError(f"{name} {pixels} is not divisible by {SIDE_MULTIPLE}; the nearest that is: {nearest}")
 
 
-def check_frames(frames: int) -> None:
-    """Raise LongCatError, with the two nearest counts, unless `frames` is 4k+1 and from 1 to 2001."""
+def check_frames(frames: int, name: str = "") -> None:
+    """Raise LongCatError, with the two nearest counts, unless `frames`, of input `name`, is 4k+1 and from 1 to 2001."""
+    told = f"{name}: " if name else ""
     if not _is_whole(frames) or not 1 <= frames <= MAX_FRAMES:
-        raise LongCatError(f"{frames} frames are out of range; give 1 to {MAX_FRAMES}, of the form 4k+1")
+        raise LongCatError(f"{told}{frames} frames are out of range; give 1 to {MAX_FRAMES}, of the form 4k+1")
     if frames % TEMPORAL_FACTOR != 1:
         below, above = nearest_frame_counts(frames)
-        raise LongCatError(f"{frames} frames are not of the form 4k+1; the nearest are {below} and {above}")
+        raise LongCatError(f"{told}{frames} frames are not of the form 4k+1; the nearest are {below} and {above}")
 
 
 def check_number(name: str, value: float, least: float, most: float) -> None:

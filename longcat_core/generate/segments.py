@@ -38,6 +38,8 @@ LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.js
 LEFT_BY_BROWSING = (".DS_Store", "Thumbs.db", "desktop.ini")
 # Room that must be left on the disk beside a segment's own.
 SPARE_BYTES = 16 << 20
+# How many differing settings are told; between a long video and a refined one, nearly all differ.
+NAMED = 4
 
 Settings = dict[str, Any]
 
@@ -112,7 +114,9 @@ class SegmentFolder:
             now = {name: value for name, value in _as_read(now).items() if name not in self.changing}
             differing = [name for name in {**kept, **now} if kept.get(name) != now.get(name)]
             if differing:
-                told = "; ".join(f"{name} {_told(kept.get(name), now.get(name))}" for name in differing)
+                told = "; ".join(f"{name} {_told(kept.get(name), now.get(name))}" for name in differing[:NAMED])
+                if more := len(differing[NAMED:]):
+                    told += f"; {more} more"
                 raise LongCatError(
                     f"{self.path} holds segments of other settings ({told}); give the same ones to go on, or another "
                     "folder to begin anew"

@@ -11,12 +11,16 @@ TEMPORAL_FACTOR = 4
 SPATIAL_FACTOR = 8
 
 
-def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of `frames` = 4k+1 frames: the first stands alone, then one for every four."""
+def latent_frames(frames: int, name: str = "") -> int:
+    """Latent frames of a clip of `frames` = 4k+1 frames: the first stands alone, then one for every four.
+
+    Raises LongCatError for other counts, naming the input if `name` is given.
+    """
     if frames < 1 or (frames - 1) % TEMPORAL_FACTOR:
         below = max(1, (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
         above = below + TEMPORAL_FACTOR if frames >= 1 else 5
-        raise LongCatError(f"{frames} frames are not 4k+1; the nearest counts are {below} and {above}")
+        told = f"{name}: " if name else ""
+        raise LongCatError(f"{told}{frames} frames are not 4k+1; the nearest counts are {below} and {above}")
     return 1 + (frames - 1) // TEMPORAL_FACTOR
 
 

@@ -44,6 +44,11 @@ LOOK_AT = """([x, y, width, height, scale]) => {
 }"""
 
 
+# How many pixels of each note lie beyond its right edge.
+OVERHANG = """() => [...document.querySelectorAll('.comfy-markdown .tiptap')]
+  .map(note => note.scrollWidth - note.clientWidth)"""
+
+
 def find_chromium() -> str:
     """CHROMIUM, else a Chromium or Chrome on the path. FileNotFoundError if there is none."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

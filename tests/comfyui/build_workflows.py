@@ -51,19 +51,21 @@ Motions: left, right, up, down, in a circle, pulses, stays still.
 
 Size 96x64, 33 frames, 50 steps and guidance 4 are what it was trained for."""
 
+# A list: the columns of a table are as wide as their longest word, and what overhangs the note is cut off.
 FILES_NOTE = """## {title}
 
-**Files**
+**Files**, into ComfyUI's folder `models`:
 
-| file | folder |
-|---|---|
-| `dit` of meituan-longcat/LongCat-Video, the whole folder | `models/diffusion_models/LongCat-Video/dit` |
-| `umt5_xxl_fp16.safetensors` | `models/text_encoders` |
-| `wan_2.1_vae.safetensors` | `models/vae` |
+- `diffusion_models/LongCat-Video/dit`: the whole folder `dit` of
+  [meituan-longcat/LongCat-Video](https://huggingface.co/meituan-longcat/LongCat-Video)
+- `text_encoders/umt5_xxl_fp16.safetensors` and `vae/wan_2.1_vae.safetensors`: from `split_files` of
+  [Comfy-Org/Wan_2.1_ComfyUI_repackaged](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged)
 {files}
+Then press R.
+
 {text}"""
-LORA_ROW = "| `cfg_step_lora.safetensors` (`lora` of LongCat-Video) | `models/loras` |\n"
-REFINEMENT_ROW = "| `refinement_lora.safetensors` (`lora` of LongCat-Video) | `models/loras` |\n"
+LORA_ROW = "- `loras/cfg_step_lora.safetensors`: from `lora` of LongCat-Video\n"
+REFINEMENT_ROW = "- `loras/refinement_lora.safetensors`: from `lora` of LongCat-Video\n"
 LONG_TEXT = """Segments of 93 frames, each begun with the last 13 of the one before: 3 segments are 16.9 seconds.
 
 Every finished segment is kept in ComfyUI's output folder, under the name in **folder**. Interrupted, or crashed? Queue
@@ -391,7 +393,7 @@ def refining() -> Graph:
 
 def refined(graph: Graph, images: str, model: str, prefix: str, fps: str = "", **size: Any) -> Graph:
     """LongCat Refine, LongCat Sampler, VAE Decode, the padding cut off, saved."""
-    graph.add("latent", "LongCatRefine", "prompt", 600, (420, 250), **size)
+    graph.add("latent", "LongCatRefine", "prompt", 640, (420, 250), **size)
     graph.group("2  What to refine", "positive", "negative", "latent", *(["frames"] if fps else []))
     graph.add("sampler", "LongCatSampler", "sample", 0, SAMPLER, guidance=1, mode="refine")
     graph.add("decode", "VAEDecode", "save", 0, (300, 50))

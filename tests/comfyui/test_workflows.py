@@ -18,7 +18,7 @@ from longcat_core.generate.pipeline import NANO_MODEL
 from longcat_core.nano.scorer import analyse
 from longcat_core.nano.world import Actor, Scene, render_clip
 
-from .browser import find_chromium, open_page
+from .browser import OVERHANG, find_chromium, open_page
 from .build_workflows import NANO, WORKFLOWS, graphs
 from .prompts import FPS
 from .server import PACK_NAME
@@ -173,6 +173,8 @@ def test_dropped_file_becomes_the_graph(file, page, client, artefacts):
     assert warnings_of_missing_nodes(page) == 0
     assert not page.errors
     page.screenshot(artefacts / f"{file.stem}.png")
+    (overhang,) = page.tab.evaluate(OVERHANG)
+    assert overhang <= 1, "the note is cut off"
 
 
 @pytest.mark.parametrize("file", OUT_OF_THE_BOX, ids=lambda file: file.stem)

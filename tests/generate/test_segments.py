@@ -199,6 +199,10 @@ def test_records_that_are_none(folder, text):
         ({"chunk": (4, 4, 8)}, "chunk [4, 4, 4] there, [4, 4, 8] now"),
         ({"size": 64}, "size none there, 64 now"),
         ({"seed": 5, "prompt": "other", "fp8": True}, "(seed 3 there, 5 now; fp8 False there, True now)"),
+        (
+            dict.fromkeys("abcdef", 1),
+            "(a none there, 1 now; b none there, 1 now; c none there, 1 now; d none there, 1 now; 2 more)",
+        ),
     ],
 )
 def test_other_settings_are_named_and_nothing_is_touched(folder, changes, said):

@@ -225,7 +225,7 @@ def test_a_truncated_file_is_named(comfy):
 
 def test_text_encoders_of_other_kinds_are_named(comfy):
     name = comfy.save("text_encoders", "clip.safetensors", {"text_model.embeddings.weight": torch.zeros(4, 4)})
-    with pytest.raises(ValueError, match=r"clip.safetensors is not a UMT5 encoder"):
+    with pytest.raises(ValueError, match=r"clip.safetensors is not a UMT5 encoder.* choose umt5_xxl"):
         comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="default")
 
 

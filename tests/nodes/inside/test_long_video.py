@@ -142,6 +142,16 @@ def test_another_model_or_lora_wants_another_folder(comfy, model, long):
         long("models", model=comfy("LongCatOptimizations", model=model, fused_qkv=False)[0])
 
 
+def test_the_noise_levels_of_another_sampling_change_nothing(comfy, model, long, made):
+    """What ModelSamplingSD3 puts into the model stays there until somebody samples without it."""
+    from comfy.model_management import load_models_gpu
+
+    images, _ = long("levels")
+    load_models_gpu([comfy("ModelSamplingSD3", model=model, shift=3.0)])
+    assert model.model.model_sampling.shift == 3
+    assert torch.equal(long("levels")[0], images) and len(made) == 2
+
+
 def test_refining_equals_piece_by_piece(comfy, vae, frames, sample, refine, prompts):
     video = frames[:9]
     images, fps = refine("refined", video, prompt="a red circle moves right on a blue background")
@@ -189,11 +199,16 @@ def test_what_is_kept_is_for_other_programs_too(comfy, long):
         ({"prompts": " \n "}, "the prompt is empty"),
         ({"segments": 1}, "2 prompts are given for 1 segments"),
         ({"overlap": 9}, "9 frames with 9 in common"),
-        ({"overlap": 6}, "6 frames are not 4k"),
+        ({"overlap": 6}, "overlap: 6 frames are not 4k"),
         ({"width": 100}, "width 100"),
         ({"begin_with": torch.zeros(3, 64, 96, 3)}, "3 frames are given, fewer than the 5"),
         ({"folder": "../elsewhere"}, "inside ComfyUI's output folder"),
         ({"folder": "/tmp/elsewhere/../.."}, "inside ComfyUI's output folder"),
+        ({"folder": "/elsewhere"}, "inside ComfyUI's output folder"),
+        ({"folder": "~/elsewhere"}, "inside ComfyUI's output folder"),
+        ({"folder": r"C:\elsewhere"}, "inside ComfyUI's output folder"),
+        ({"folder": "x" * 300}, "inside ComfyUI's output folder"),
+        ({"folder": "a\0b"}, "inside ComfyUI's output folder"),
         ({"folder": " "}, "inside ComfyUI's output folder"),
     ],
 )

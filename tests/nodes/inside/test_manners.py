@@ -42,6 +42,12 @@ def test_loading_is_quiet_and_light():
     assert run.stdout.strip().endswith("\n[]"), f"and imports {run.stdout.splitlines()[-1]}, which ComfyUI does not"
 
 
+def test_errors_are_named_without_the_packs_path(comfy):
+    """ComfyUI puts class and module before the sentence that it shows."""
+    errors = [value for value in vars(comfy.core("errors")).values() if isinstance(value, type)]
+    assert len(errors) >= 3 and {error.__module__ for error in errors} == {"longcat_core.errors"}
+
+
 def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, f"{comfy.pack}.nodes.conditioning", None)
     with caplog.at_level(logging.WARNING):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,9 @@ def test_every_node_explains_itself(comfy, node):
         assert field.tooltip, f"{node}.{field.id} has no tooltip"
         if hasattr(field, "min"):
             assert field.min <= field.default <= field.max
+        if getattr(field, "step", None) and isinstance(field.default, float):
+            shown = round(field.default, max(0, -math.floor(math.log10(field.step))))
+            assert shown == field.default, f"ComfyUI's page shows {shown} for {node}.{field.id}"
     page = PACK / "web" / "docs" / f"{node}.md"
     text = page.read_text(encoding="utf-8")
     for field in schema.inputs:
@@ -108,6 +112,9 @@ def test_the_preview_plays_through_the_generated_frames(comfy, model, monkeypatc
     for step in range(7):
         callback(step, x0, x0, 7)
     assert shown == [2, 3, 4, 2, 3, 4, 2]
+    # Stock nodes that cut a latent leave the mask as it is.
+    callback(0, x0[:, :, :2], x0[:, :, :2], 7)
+    assert shown[-1] == 1
 
 
 def test_stock_samplers_preview_a_later_frame(comfy, model, prompts, image_latent, progress, previews):
@@ -442,7 +449,7 @@ def test_text_of_another_encoder_is_refused(comfy, model, prompts, empty):
 @pytest.mark.parametrize(
     "inputs, words",
     [
-        ({"length": 32}, "32 frames are not of the form 4k"),
+        ({"length": 32}, "length: 32 frames are not of the form 4k"),
         ({"length": 1}, "length 1 leaves nothing to generate after 1 given frames; ask for at least 5"),
         ({"width": 100}, "width 100 is not divisible by 16; the nearest that is: 96"),
         ({"height": 0}, "height 0 is out of range"),
@@ -459,7 +466,7 @@ def test_bad_conditioning_is_refused(comfy, vae, frames, inputs, words):
     "inputs, words",
     [
         ({"cond_frames": 21}, "the clip has 17 frames but 21 conditioning frames are asked for"),
-        ({"cond_frames": 12}, "12 frames are not 4k"),
+        ({"cond_frames": 12}, "cond_frames: 12 frames are not 4k"),
         ({"length": 13}, "length 13 leaves nothing to generate after 13 given frames; ask for at least 17"),
     ],
 )
@@ -472,15 +479,17 @@ def test_a_vae_of_another_kind_is_refused(comfy, frames):
     class Vae:
         first_stage_model = torch.nn.Linear(1, 1)
 
-    with pytest.raises(ValueError, match=r"the VAE is a Linear; connect the Wan 2.1 VAE"):
+    with pytest.raises(ValueError, match=r"the VAE is of class Linear; connect the Wan 2.1 VAE"):
         comfy("LongCatImageToVideo", vae=Vae(), image=frames, **SIZE)
 
 
-def test_steps_and_refine_without_a_video_are_refused(comfy, sample, empty):
+def test_steps_and_refine_without_a_video_are_refused(sample, empty, image_latent):
     with pytest.raises(ValueError, match="60 steps are out of range; the distilled schedule takes 1 to 50"):
         sample(empty, mode="distilled", steps=60)
-    with pytest.raises(ValueError, match="refine got an empty latent"):
-        sample(empty, mode="refine", steps=10)
+    # LongCat Image to Video's latent is empty behind the given frame.
+    for latent in (empty, image_latent):
+        with pytest.raises(ValueError, match="refine got an empty latent"):
+            sample(latent, mode="refine", steps=10)
 
 
 def test_after_bad_input_the_next_run_works(comfy, model, sample, empty):
