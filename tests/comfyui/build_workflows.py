@@ -286,11 +286,11 @@ The test model runs on a CPU; put the real files into the loaders to try a GPU."
     graph.nodes[0] |= {"pos": [0, 650], "size": [770, 260]}
     text_latent(graph, 96, 64, 33)
     off = ("fused_qkv", "fused_ffn", "explicit_fp32", "reuse_text", "reuse_modulation", "fused_step", "fused_kernels")
-    plain = {**dict.fromkeys(off, False), "text_mode": "padded", "attention": "sdpa"}
+    plain = {**dict.fromkeys((*off, "fp8"), False), "text_mode": "padded", "attention": "sdpa"}
     for i, (name, switches) in enumerate((("A", {}), ("B", plain))):
         y, x = 860 * i, COLUMNS["sample"]
-        graph.add(f"opt{name}", "LongCatOptimizations", x, y, (320, 340), f"Optimizations {name}", **switches)
-        graph.add(f"report{name}", "PreviewAny", x, y + 410, (320, 330), f"In force in {name}")
+        graph.add(f"opt{name}", "LongCatOptimizations", x, y, (320, 400), f"Optimizations {name}", **switches)
+        graph.add(f"report{name}", "PreviewAny", x, y + 470, (320, 270), f"In force in {name}")
         graph.add(f"sampler{name}", "LongCatSampler", x + 360, y, SAMPLER, f"Sampler {name}", seed=1, **FIXED)
         graph.add(f"decode{name}", "VAEDecode", x + 360, y + 570, (300, 50), f"Decode {name}")
         graph.link(
