@@ -1,0 +1,71 @@
+"""What `bench cards` leaves on the device between its parts."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from longcat_core.benchmark import ablation, cards, results, workload
+from longcat_core.benchmark.measure import Budget
+from longcat_core.model.config import ModelConfig
+from longcat_core.optimize.quantization import Fp8Linear, quantize
+
+SMALL = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+CPU = torch.device("cpu")
+
+
+def fresh() -> ablation.Bench:
+    model = workload.random_model(SMALL, CPU, torch.float32)
+    return ablation.Bench(model, workload.Size(32, 48, 5), CPU, 1, Budget(None), say=lambda sentence: None)
+
+
+@pytest.fixture(autouse=True)
+def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "COPIED", 1 << 16)
+
+
+@pytest.fixture
+def report(tmp_path) -> results.Report:
+    return results.Report("cards", tmp_path, CPU, {}, {"machine": {}, "commit": ""})
+
+
+def test_the_first_model_is_gone_before_the_second_is_made(report):
+    """Left on a GPU, its weights would be counted as another model's, and every plan would be a smaller one."""
+    made: list[weakref.ref] = []
+
+    def watched() -> ablation.Bench:
+        gc.collect()
+        assert not [ref for ref in made if ref() is not None]
+        bench = fresh()
+        made.append(weakref.ref(bench.model))
+        return bench
+
+    cards.cards(fresh(), report, watched)
+    assert len(made) == 2 and len([row for row in report.rows if row["status"] == "ok"]) == 9
+
+
+def test_quantised_weights_are_laid_out_anew_before_anything_is_counted(report, monkeypatch):
+    done = []
+    settle, counted = cards.settle, cards._Counted
+    monkeypatch.setattr(cards, "settle", lambda *args: (done.append("settled"), settle(*args)))
+    monkeypatch.setattr(cards, "_Counted", lambda bench, fp8: (done.append(fp8), counted(bench, fp8))[1])
+    cards.cards(fresh(), report, fresh)
+    assert done == [False, "settled", True]
+
+
+def test_settling_moves_and_keeps_everything():
+    places = []
+
+    model = fresh().model
+    quantize(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        to = type(model).to
+        patch.setattr(type(model), "to", lambda self, device: (places.append(str(device)), to(self, device))[1])
+        cards.settle(model, CPU)
+    assert places == ["cpu", "cpu"] and isinstance(model.blocks[0].ffn.down, Fp8Linear)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor.float(), before[name].float()), name
