@@ -23,8 +23,9 @@ def fresh() -> ablation.Bench:
 
 
 @pytest.fixture(autouse=True)
-def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "COPIED", 1 << 16)
+    monkeypatch.setattr(cards, "SHARES", (0.6,))
 
 
 @pytest.fixture
@@ -32,9 +33,10 @@ def report(tmp_path) -> results.Report:
     return results.Report("cards", tmp_path, CPU, {}, {"machine": {}, "commit": ""})
 
 
-def test_the_first_model_is_gone_before_the_second_is_made(report):
-    """Left on a GPU, its weights would be counted as another model's, and every plan would be a smaller one."""
+def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
+    """Left on a GPU, the first model's weights would pass for another model's, and every plan would be a smaller one."""
     made: list[weakref.ref] = []
+    done: list[object] = []
 
     def watched() -> ablation.Bench:
         gc.collect()
@@ -43,16 +45,12 @@ def test_the_first_model_is_gone_before_the_second_is_made(report):
         made.append(weakref.ref(bench.model))
         return bench
 
-    cards.cards(fresh(), report, watched)
-    assert len(made) == 2 and len([row for row in report.rows if row["status"] == "ok"]) == 9
-
-
-def test_quantised_weights_are_laid_out_anew_before_anything_is_counted(report, monkeypatch):
-    done = []
     settle, counted = cards.settle, cards._Counted
     monkeypatch.setattr(cards, "settle", lambda *args: (done.append("settled"), settle(*args)))
     monkeypatch.setattr(cards, "_Counted", lambda bench, fp8: (done.append(fp8), counted(bench, fp8))[1])
-    cards.cards(fresh(), report, fresh)
+    cards.cards(fresh(), report, watched)
+    assert len(made) == 2 and len([row for row in report.rows if row["status"] == "ok"]) == 5
+    # Quantised weights are laid out anew before anything is counted.
     assert done == [False, "settled", True]
 
 
