@@ -345,7 +345,7 @@ def _caches() -> list[Any]:
 
 @contextmanager
 def pretended() -> Iterator[_Runtime]:
-    """"cuda" is a device while this is entered; Triton is not there, and no kernel but PyTorch's own."""
+    """ "cuda" is a device while this is entered; Triton is not there, and no kernel but PyTorch's own."""
     patch = pytest.MonkeyPatch()
     Stream.main = Stream.current = Stream()
     Stream.every = [Stream.main]

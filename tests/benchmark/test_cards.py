@@ -34,7 +34,7 @@ def report(tmp_path) -> results.Report:
 
 
 def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
-    """Left on a GPU, the first model's weights would pass for another model's, and every plan would be a smaller one."""
+    """Left on a GPU, the first model's weights would pass for another model's, and plans would be smaller."""
     made: list[weakref.ref] = []
     done: list[object] = []
 
