@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -19,9 +20,10 @@ from .errors import LongCatError
 from .generate import commands as tasks
 from .generate import train_commands as training_tasks
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # What cards have, and the released text encoder's weights in 16 bits.
 CARDS_GIB, UMT5_XXL_BYTES = (48, 32, 24, 16, 12, 8), 11_361_820_672
+MOST_GIB = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,14 +34,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted)."""
+    """Run one command; returns the exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted), 141 (nobody
+    reads what is printed)."""
     argv = comparing_tasks.joined(sys.argv[1:] if argv is None else argv)
     try:
         with _termination_as_interrupt():
             args = build_parser(argv).parse_args(argv)
-            return args.run(args)
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
     except LongCatError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        # Who read it has seen enough. On its way out the interpreter would try once more, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except OSError as error:
         return _fail(f"{error.filename or 'the system'}: {error.strerror or error}; check the path and its permissions")
     except (MemoryError, RuntimeError) as error:
@@ -122,8 +131,11 @@ def plan(args: argparse.Namespace) -> int:
         check_side(name, side)
     check_frames(args.frames)
     given = latent_frames(args.cond_frames) if args.cond_frames else 0
-    if any(not gib > 0 for gib in args.memory):
-        raise LongCatError("memory is given in GiB above 0")
+    if given >= latent_frames(args.frames):
+        raise LongCatError(f"{args.frames} frames leave nothing to generate after {args.cond_frames} given ones")
+    for gib in args.memory:
+        if not 0 < gib <= MOST_GIB:
+            raise LongCatError(f"{gib:g} GiB of memory are out of range; give a number above 0, to {MOST_GIB:g}")
     work = Work((1, *latent_shape(args.frames, *args.size)), not args.no_guidance, given)
     rows = plan_table(args.memory or CARDS_GIB, ModelConfig(), work, torch.bfloat16, UMT5_XXL_BYTES)
     print(markdown(("free", "bf16", "fp8"), rows))

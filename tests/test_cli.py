@@ -163,6 +163,15 @@ BAD = [
     option("--contact-sheet", "missing/a.png", "missing", "does not exist"),
     bad(
         PROMPT,
+        "--image",
+        "good.png",
+        "--contact-sheet",
+        "./good.png",
+        said=("good.png is the input itself", "--contact-sheet"),
+        name="sheet over image",
+    ),
+    bad(
+        PROMPT,
         "--video",
         "short.webp",
         "--cond-frames",
@@ -187,6 +196,11 @@ BAD = [
     ),
     option("--vae", "good.png", "without a model", "--model"),
     option("--text-encoder", "good.png", "without a model", "--model"),
+    option("--lora", "missing.safetensors", "missing.safetensors does not exist"),
+    option("--lora", "model_only", "model_only is a folder"),
+    option("--lora", "text.mp4", "text.mp4 is not a safetensors file"),
+    option("--lora", "text.mp4:nan", "strength nan of text.mp4", "-1000 to 1000"),
+    option("--lora", "text.mp4:1e39", "strength 1e+39 of text.mp4", "-1000 to 1000"),
     option("--device", "abacus", "'abacus'", "cpu"),
     option("--device", "mps", "'mps'", "cpu"),
     option("--device", "cuda:77", "'cuda:77'", "cpu"),
@@ -496,6 +510,15 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "longcat_core", "backends"]
+    with open(write, "wb") as pipe:
+        ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == cli.BROKEN_PIPE and ended.stderr == ""
+
+
 def test_plan_shows_what_goes_where(capsys):
     assert cli.main(["plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -509,7 +532,32 @@ def test_plan_shows_what_goes_where(capsys):
     assert "too much" in said and "halves" not in said
 
 
-@pytest.mark.parametrize("argv", [["--frames", "92"], ["--size", "481x832"], ["--cond-frames", "12"], ["0"], ["-3"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--frames", "92"],
+        ["--size", "481x832"],
+        ["--cond-frames", "12"],
+        ["--frames", "13", "--cond-frames", "13"],
+        ["0"],
+        ["-3"],
+        ["nan"],
+        ["inf"],
+        ["1e300"],
+    ],
+)
 def test_plan_refuses(argv, capsys):
     assert cli.main(["plan", *argv]) == 2
     assert capsys.readouterr().err.startswith("longcat: error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["--steps", "0"], "0 steps"), (["--guidance", "nan"], "guidance nan"), (["--prompts", "1"], "1 prompts")],
+)
+def test_score_nano_refuses(argv, said, monkeypatch, capsys):
+    from longcat_core.benchmark import adherence
+
+    monkeypatch.setattr(adherence.Pipeline, "load", lambda **_: pytest.fail("a model was loaded first"))
+    assert cli.main(["score-nano", *argv]) == 2
+    assert said in capsys.readouterr().err

@@ -63,6 +63,7 @@ def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("--steps 0", "--versus '--steps 0': 0 steps"),
         ("--attention magic", "unknown attention backend 'magic'"),
         ("--model missing", "missing does not exist"),
+        ("--lora missing", "missing does not exist"),
         ("--stepz 3", "--stepz"),
         ("--output x", "--output"),
         ("--steps", "--steps"),

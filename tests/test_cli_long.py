@@ -274,6 +274,7 @@ def source(folder: Path) -> np.ndarray:
         (["--folder", "kept", "--piece", "5"], ("leave nothing new", "longer pieces")),
         (["--folder", "kept", "--overlap", "0"], ("leave nothing new", "at least 1")),
         (["--folder", "kept", "--seed", "-1"], ("seed -1",)),
+        (["--prompt", "a \udc80"], ("prompt is not valid UTF-8",)),
         (["--folder", "file/kept"], ("file/kept cannot be written to",)),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from ..checkpoints.lora import Lora
 from ..errors import LongCatError
 from ..generate.pipeline import Pipeline
-from ..generate.request import NANO
+from ..generate.request import MAX_GUIDANCE, NANO, check_number
 from ..nano.lesson import PALETTE, questions
 from ..nano.scorer import Observation, analyse, compare
 from ..nano.world import COLOURS, MAX_ACTORS, Scene, caption, sample_scene
@@ -121,6 +121,8 @@ def run(count: int, steps: int, guidance: float, lora: Sequence[Lora] | None = N
     """Print the table for the embedded model, with LoRAs if there are any; returns 0."""
     if count < 2:
         raise LongCatError(f"{count} prompts cannot be shuffled for the control; ask for at least 2")
+    make_schedule("base", steps)
+    check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
     pipeline = Pipeline.load(lora=lora)
     result = measure(pipeline, count, steps=steps, guidance=guidance, lesson=lesson)
     print(f"{count} fresh prompts, {steps} steps, guidance {guidance:g}, {result.seconds:.0f} s")

@@ -133,6 +133,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     size.latents()
     if args.model not in (FULL_RANDOM, NANO) and not Path(args.model).exists():
         raise LongCatError(f"--model {args.model} does not exist; give nano, full-random or a checkpoint's path")
+    results.check_folder(args.output)
     if not args.no_plots:
         require_matplotlib(", or give --no-plots and draw them elsewhere with longcat bench report")
     known = {"machine": results.machine(device), "commit": results.commit()}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import LongCatError
-from ..generate.media import atomic_path
+from ..generate.media import atomic_path, check_place
 
 SCHEMA = 1
 PACKAGES = ("triton", "flash-attn", "flash-attn-4", "sageattention", "xformers")
@@ -143,6 +143,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_folder(folder: Path) -> None:
+    """Raise LongCatError unless results can be written to `folder`, which need not be there yet."""
+    path = folder.absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise LongCatError(f"results cannot lie in {folder}: {there} is no folder; choose another --output")
+    check_place(there / "results.json", 0)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -297,9 +297,9 @@ def run_verify(directory: Path) -> int:
     if not directory.is_dir():
         raise LongCatError(f"{directory} is no folder; give a folder of golden data with its config.json")
     golden = Golden(directory)
-    rows = []
+    depth, rows = golden.config.depth, []
     print(f"{'case':36} {'max error / std':>16} {'tolerance':>10}  result")
-    for case in cases(golden.config.depth):
+    for case in cases(depth):
         row = check(case, golden)
         rows.append(row)
         error = "-" if math.isnan(row.error) else f"{row.error:.2e}"

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..errors import LongCatError
 from ..model.transformer import LongCatTransformer
 from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
-from .lora import Lora, LoraStack
+from .lora import Lora, LoraStack, check_strength
 
 # Ranks come in so many, so that a LoRA finds the room of the one before it, and the graphs compiled for that.
 STEP = 16
@@ -57,9 +56,8 @@ class RuntimeLoras:
         strengths = tuple(strength for _, strength in loras)
         files = [(path, _stamp(path)) for path, _ in loras]
         if loras and len(files) == len(self._files) and all(map(_same, files, self._files)):
-            for path, strength in loras:
-                if not math.isfinite(strength):
-                    raise LongCatError(f"strength {strength} of {path} is no number; give one such as 0.8")
+            for lora in loras:
+                check_strength(*lora)
             changed = [
                 file for file, pair in enumerate(zip(strengths, self._strengths, strict=True)) if len({*pair}) > 1
             ]

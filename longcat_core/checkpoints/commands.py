@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,8 @@ def convert(args: argparse.Namespace) -> int:
     """`longcat convert`: what was written is read back and measured before it takes its name."""
     from . import convert as conversion
 
-    if args.report is not None and args.report.suffix != ".json":
-        raise LongCatError(f"{args.report} is not called .json; give a file name that ends so")
-    if args.report is not None and not args.report.resolve().parent.is_dir():
-        raise LongCatError(f"{args.report}: its folder does not exist; create it or choose another place")
+    if args.report is not None:
+        _check_report(args.report)
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -74,6 +73,23 @@ def print_errors(errors: list[LayerError]) -> None:
         mean = sum(row.relative for row in rows) / len(rows)
         largest = max(row.largest for row in rows)
         print(f"{kind:<{width}}  {mean:>14.2e}  {largest:.1e}  {worst.relative:.2e} {worst.name}")
+
+
+def _check_report(path: Path) -> None:
+    """Raise LongCatError unless a report can be written to `path`."""
+    folder = path.resolve().parent
+    if path.suffix != ".json":
+        raise LongCatError(f"{path} is not called .json; give a file name that ends so")
+    if path.is_dir():
+        raise LongCatError(f"{path} is a folder; give the name of a file in it")
+    if not folder.is_dir():
+        raise LongCatError(f"{path}: its folder does not exist; create it or choose another place")
+    try:
+        # Tried, not asked: permissions alone don't tell of read-only file systems.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LongCatError(f"{path}: {folder} is not writable ({error.strerror}); choose another place") from error
 
 
 def _write_report(path: Path, errors: list[LayerError]) -> None:

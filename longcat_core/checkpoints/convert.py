@@ -226,6 +226,6 @@ def check_destination(destination: Path, checkpoint: Checkpoint, size: int) -> N
     free = shutil.disk_usage(folder).free
     if free < size:
         raise LongCatError(
-            f"{destination} takes {size / 1e9:.1f} GB but {folder} has {free / 1e9:.1f} GB free; make room or choose "
+            f"{destination} takes {size / 1e9:.3g} GB but {folder} has {free / 1e9:.3g} GB free; make room or choose "
             "another place"
         )

@@ -46,6 +46,24 @@ _SHOWN = 3
 
 # A file and its strength; 1 is the file's own.
 Lora = tuple[str | Path, float]
+# Far beyond use, and far below what overflows.
+MAX_STRENGTH = 1000.0
+
+
+def check_loras(loras: Iterable[Lora]) -> None:
+    """Raise LongCatError for what is no LoRA, whatever the network, or for a strength that is none."""
+    for path, strength in loras:
+        check_strength(path, strength)
+        read_lora(path)
+
+
+def check_strength(path: str | Path, strength: float) -> None:
+    """Raise LongCatError unless `strength`, of the LoRA at `path`, is a number from -1000 to 1000."""
+    if not abs(strength) <= MAX_STRENGTH:
+        raise LongCatError(
+            f"strength {strength:g} of {path} is out of range; give a number from {-MAX_STRENGTH:g} to "
+            f"{MAX_STRENGTH:g}, such as 0.8"
+        )
 
 
 def read_lora(path: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -167,8 +185,7 @@ class LoraStack:
         # The modules of all files that are in the network, as the files name them.
         self.modules: list[str] = []
         for file, (path, strength) in enumerate(loras):
-            if not math.isfinite(strength):
-                raise LongCatError(f"strength {strength} of {path} is no number; give one such as 0.8")
+            check_strength(path, strength)
             layers, missed = _read(path)
             matched = 0
             for module, parts in layers.items():

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -104,7 +105,7 @@ def write_safetensors(
     from safetensors.torch import save_file
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         # The package writes files that only their owner can read: keep the mode that the system gives a new file.
@@ -142,7 +143,7 @@ def stream_safetensors(
         end += size
     text = json.dumps({"__metadata__": dict(metadata or {}), **entries}).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     waiting = set(entries)
     try:
         with open(temporary, "xb") as file:
@@ -162,6 +163,11 @@ def stream_safetensors(
         raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    # Not the process's number: in a container it is the same in every run, and a killed one leaves its file behind.
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def fingerprint(path: str | Path) -> str:

@@ -174,7 +174,7 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--piece", type=whole, default=93, metavar="N", help="frames at a time (default: %(default)s)")
     group.add_argument("--overlap", type=whole, default=13, metavar="N", help="of pieces (default: %(default)s)")
     add_model(parser)
-    group = _add_output(parser, "default: VIDEO-720p.mp4")
+    group = _add_output(parser, "default: VIDEO-refined.mp4")
     group.add_argument(
         "--folder", type=Path, metavar="DIR", help="keeps the finished pieces; the same command goes on from them"
     )
@@ -192,6 +192,7 @@ def generate(args: argparse.Namespace) -> int:
     _check_distinct(output, args.image, args.video)
     check_output(output, estimate_bytes(output, request.frames, request.height, request.width))
     if args.contact_sheet is not None:
+        _check_distinct(args.contact_sheet, args.image, args.video, option="--contact-sheet")
         check_output(args.contact_sheet, 1 << 22, sheet=True)
     device = machine_of(args, paths)
     for sentence in request.notes():
@@ -284,7 +285,7 @@ def refine(args: argparse.Namespace) -> int:
     )
     request.check()
     check_video(video)
-    output = args.output or free_name(args.video.with_name(f"{args.video.stem}-720p.mp4"))
+    output = args.output or free_name(args.video.with_name(f"{args.video.stem}-refined.mp4"))
     folder = None if args.folder is None else piece_folder(args.folder)
     _check_distinct(output, args.video)
     rate = 2 if request.doubled else 1
@@ -408,10 +409,13 @@ def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work
 
 
 def machine_of(args: argparse.Namespace, paths: Any) -> torch.device:
-    """The device, once the models' files, the attention and the memory that are asked for are found to be there."""
+    """The device, once the files of models and LoRAs, the attention and the memory that are asked for are found to be
+    there."""
+    from ..checkpoints.lora import check_loras
     from ..model.backends import check as check_attention
 
     paths.check()
+    check_loras(args.lora or ())
     check_attention(args.attention)
     device = device_of(args.device)
     check_memory(args, device)
@@ -471,9 +475,9 @@ def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> 
     return mode
 
 
-def _check_distinct(output: Path, *sources: Path | None) -> None:
+def _check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:
     if any(source is not None and output.resolve() == source.resolve() for source in sources):
-        raise LongCatError(f"output {output} is the input itself; give another name to --output")
+        raise LongCatError(f"output {output} is the input itself; give another name to {option}")
 
 
 def free_name(path: Path) -> Path:

@@ -24,6 +24,8 @@ Frames = np.ndarray
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webp", ".gif")
 CRF = 16  # of H.264: visually lossless
+# By its macroblock tree x264 makes other files of equal frames from run to run, at any number of threads.
+X264_PARAMS = "mbtree=0"
 
 # BT.709, limited range: what players assume of H.264 at any size once the stream says so.
 _BT709, _LIMITED_RANGE = 1, 1
@@ -107,7 +109,7 @@ def _write_stream(path: Path, pictures: Iterable[Frames], size: tuple[int, int],
         stream.height, stream.width = size
         stream.pix_fmt = "bgr0" if lossless else "yuv420p"
         if not lossless:
-            stream.options = {"crf": str(CRF)}
+            stream.options = {"crf": str(CRF), "x264-params": X264_PARAMS}
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED_RANGE
@@ -258,6 +260,9 @@ def read_video(path: str | Path, last: int | None = None, first: int | None = No
         frames.append(frame)
     if not frames:
         raise LongCatError(f"{path} holds no video frames; give an .mp4, .webm, .gif or .webp")
+    sizes = list(dict.fromkeys(f"{frame.shape[0]}x{frame.shape[1]}" for frame in frames))
+    if len(sizes) > 1:
+        raise LongCatError(f"{path} changes its size from {sizes[0]} to {sizes[1]}; cut it where it does, or scale it")
     return np.stack(frames), fps
 
 
@@ -327,6 +332,9 @@ def _rgb(picture: Any) -> np.ndarray:
     if picture.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255.
         return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if picture.mode in ("I", "F"):
+        # Pillow cuts them off at 255, whatever their numbers mean.
+        raise ValueError("its numbers have 32 bits; save it with 8 or 16")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = image.alpha_composite(image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer, open_checkpoint
-from ..checkpoints.lora import Lora, read_lora
+from ..checkpoints.lora import Lora, check_loras
 from ..checkpoints.merged import MergedLoras
 from ..checkpoints.safetensors_io import fingerprint
 from ..errors import CheckpointError, LongCatError
@@ -226,10 +226,6 @@ def _plan(
     least = replace(
         least or Plan(), split_guidance=optimizations.split_guidance or bool(least and least.split_guidance)
     )
-    if least.streamed > config.depth:
-        raise LongCatError(
-            f"{least.streamed} blocks are to wait in CPU memory, the model has {config.depth}; give fewer"
-        )
     if work is None or device.type != "cuda":
         return least, least.told(config.depth)
     own = optimizations.fused_kernels and optimizations.explicit_fp32 and dtype in HALF and not kernels_missing()
@@ -306,6 +302,12 @@ class Pipeline(Engine):
         # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
         checkpoint = open_checkpoint(paths.model)
         config = checkpoint.config
+        if least is not None and least.streamed > config.depth:
+            raise LongCatError(
+                f"{least.streamed} blocks are to wait in CPU memory, the model has {config.depth}; give fewer"
+            )
+        loras = [(lora, 1.0)] if isinstance(lora, str | Path) else list(lora or ())
+        check_loras(loras)
         device = torch.device(device)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype)
@@ -314,10 +316,6 @@ class Pipeline(Engine):
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
                 f"{config.caption_channels}; give the text encoder that belongs to it"
             )
-        loras = [(lora, 1.0)] if isinstance(lora, str | Path) else list(lora or ())
-        for path, _ in loras:
-            # Read, and so checked, before the large file is.
-            read_lora(path)
         policy = Policy() if fp8 else None
         runtime = lora_mode == "runtime"
         # Beside the weights LoRAs lie on the device, whatever waits.

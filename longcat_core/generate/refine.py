@@ -34,7 +34,7 @@ from ..sampling.conditioning import (
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .pipeline import Engine, check_finite
-from .request import MAX_FPS, MAX_SEED, Defaults, check_number, check_seed, check_side
+from .request import MAX_FPS, MAX_SEED, Defaults, check_number, check_seed, check_side, check_text
 from .segments import Segment, SegmentFolder, Settings, checksum
 
 # Latent frames come in groups of so many.
@@ -100,6 +100,7 @@ class RefineRequest:
 
     def check(self) -> None:
         """Raises LongCatError for values that no video can be refined with."""
+        check_text("prompt", self.prompt)
         make_schedule("refine", self.steps)
         check_number("fps", self.fps, 1.0, MAX_FPS)
         check_seed(self.seed)

@@ -248,8 +248,9 @@ class SegmentFolder:
         free = shutil.disk_usage(self.path).free
         if free < bytes_needed + SPARE_BYTES:
             raise LongCatError(
-                f"segment {number + 1} may take {bytes_needed / 1e6:,.1f} MB but {self.path} has {free / 1e6:,.1f} MB "
-                "free; what was finished before is kept: make room and run the same again to go on"
+                f"segment {number + 1} may take {bytes_needed / 1e6:,.1f} MB and {SPARE_BYTES / 1e6:.1f} MB must stay "
+                f"free, but {self.path} has {free / 1e6:,.1f} MB free; what was finished before is kept: make room and "
+                "run the same again to go on"
             )
 
     def _folder(self, number: int) -> Path:

@@ -21,8 +21,10 @@ def add_train_lora(parser: argparse.ArgumentParser) -> None:
         help="the LoRA, .safetensors; a state goes beside it",
     )
     group = parser.add_argument_group("what is learnt")
-    group.add_argument("--size", type=size, metavar="HxW", help="clips are scaled and cropped to it (default: 480x832)")
-    group.add_argument("--frames", type=whole, metavar="N", help="the first of each clip, 4k+1 (default: 93)")
+    group.add_argument(
+        "--size", type=size, metavar="HxW", help="clips are scaled and cropped to it (default: 480x832, nano 64x96)"
+    )
+    group.add_argument("--frames", type=whole, metavar="N", help="the first of each clip, 4k+1 (default: 93, nano 33)")
     group.add_argument("--rank", type=whole, default=16, metavar="N", help="default: %(default)s")
     group.add_argument("--alpha", type=number, metavar="X", help="the LoRA counts by alpha / rank (default: the rank)")
     group.add_argument(

@@ -11,12 +11,14 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -210,6 +212,25 @@ class LoraFile:
     def state(self) -> Path:
         return self.path.with_suffix(".state.safetensors")
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other run trains it meanwhile. Raises LongCatError where one does."""
+        path = self.path.with_name(f".{self.path.name}.lock")
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise LongCatError(
+                f"another run is training {self.path}; wait for its end or name another file with --output"
+            ) from error
+        try:
+            yield
+        finally:
+            # Windows removes no open file; an old one is in nobody's way.
+            with suppress(OSError):
+                path.unlink()
+            lock.release()
+
     def open(self) -> None:
         """See what is there. Raises LongCatError for another's file, and for a state of other settings."""
         if not self.state.exists():
@@ -271,7 +292,7 @@ def train_lora(
 
     Goes on from the state beside `output`. VAE and text encoder are loaded, used and freed before the transformer is
     loaded. Raises LongCatError for what does not fit together, before anything is loaded; for a loss that is not
-    finite, when what was saved stays.
+    finite, when what was saved stays; where another run trains the same file.
     """
     recipe.check()
     paths.check()
@@ -280,21 +301,22 @@ def train_lora(
     check_place(output, estimate_bytes(checkpoint.config, recipe))
     settings = recipe.decides() | paths.fingerprints() | {"clips": clips_fingerprint(clips)}
     file = LoraFile(output, recipe, settings | {"dtype": str(dtype).removeprefix("torch.")})
-    file.open()
-    if file.done >= recipe.steps:
-        file.finish()
+    with file.held():
+        file.open()
+        if file.done >= recipe.steps:
+            file.finish()
+            return file
+        samples, null = _encode(paths, clips, recipe, checkpoint.config, dtype, device, report)
+        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
+        trainer = LoraTrainer(model, recipe)
+        if file.done:
+            trainer.load_state(read_tensors(file.state), file.done)
+        for number in range(file.done, recipe.steps):
+            loss = trainer.step(number, samples, null)
+            report("training", number + 1, recipe.steps, loss)
+            if (number + 1) % recipe.save_every == 0 or number + 1 == recipe.steps:
+                file.write(trainer.state(), number + 1)
         return file
-    samples, null = _encode(paths, clips, recipe, checkpoint.config, dtype, device, report)
-    model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
-    trainer = LoraTrainer(model, recipe)
-    if file.done:
-        trainer.load_state(read_tensors(file.state), file.done)
-    for number in range(file.done, recipe.steps):
-        loss = trainer.step(number, samples, null)
-        report("training", number + 1, recipe.steps, loss)
-        if (number + 1) % recipe.save_every == 0 or number + 1 == recipe.steps:
-            file.write(trainer.state(), number + 1)
-    return file
 
 
 def check_output(output: Path) -> None:

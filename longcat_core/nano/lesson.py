@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import LongCatError
-from ..generate.media import write_video
+from ..generate.media import atomic_path, write_video
 from .scorer import Observation
 from .world import BASE_FPS, COLOURS, MOTIONS, SHAPES, Actor, Scene, caption, place, render, sample_scene
 
@@ -57,7 +57,10 @@ def clip(scene: Scene, seed: int, *, frames: int, height: int, width: int) -> np
 def write_lesson(
     folder: Path, count: int = 96, *, seed: int = 0, frames: int = 17, height: int = 64, width: int = 96
 ) -> None:
-    """Write `count` clips with captions, two of three of the new colour. Raises LongCatError for a folder in use."""
+    """Write `count` clips with captions, two of three of the new colour: all, or none.
+
+    Raises LongCatError for a folder in use, or one that cannot be written to.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LongCatError(f"{folder} is there and not empty; name a new folder")
     if count < 2:
@@ -65,17 +68,26 @@ def write_lesson(
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"lesson {seed}")
     size = {"frames": frames, "height": height, "width": width}
-    for number in range(count):
-        new = number % 3 < 2
-        scene = draw(rng, SHOWN) if new else sample_scene(rng)
-        if new:
-            video, words = clip(scene, number, **size), text(scene, rng)
-        else:
-            video = (render(place([scene], number), **size)[0] * 255).round().to(torch.uint8).numpy()
-            words = caption(scene, rng)
-        path = folder / f"{number:03}.mkv"
-        write_video(path, video, BASE_FPS)
-        path.with_suffix(".txt").write_text(words + "\n", encoding="utf-8")
+    written: list[Path] = []
+    try:
+        for number in range(count):
+            new = number % 3 < 2
+            scene = draw(rng, SHOWN) if new else sample_scene(rng)
+            if new:
+                video, words = clip(scene, number, **size), text(scene, rng)
+            else:
+                video = (render(place([scene], number), **size)[0] * 255).round().to(torch.uint8).numpy()
+                words = caption(scene, rng)
+            path = folder / f"{number:03}.mkv"
+            written += (path, path.with_suffix(".txt"))
+            write_video(path, video, BASE_FPS)
+            with atomic_path(path.with_suffix(".txt")) as temporary:
+                temporary.write_text(words + "\n", encoding="utf-8")
+    except BaseException:
+        # Half a lesson would stand in the way of the next.
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def questions(count: int, seed: int = 0) -> list[tuple[str, Observation]]:

@@ -377,6 +377,17 @@ def test_bad_input_is_one_sentence(arguments, word, tmp_path, capsys):
     assert word in told and "\n" not in told and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("place", "said"), [("file", "is no folder"), ("file/in", "is no folder"), ("/proc/x", "/proc")]
+)
+def test_a_place_that_takes_no_results_is_told_first(place, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workload, "load_model", lambda *_: pytest.fail("a model was made first"))
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "paths", *SMALL, "--device", "cpu", "--output", str(tmp_path / place)]) == cli.BAD_INPUT
+    told = capsys.readouterr().err.strip()
+    assert said in told and "choose another" in told and "\n" not in told
+
+
 def test_missing_matplotlib_is_told_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)

@@ -113,8 +113,9 @@ def test_wrong_shape_fails(copy):
     assert check(case, Golden(copy)).verdict == "fail: shape [13] instead of [12]"
 
 
-def test_no_golden_folder(tmp_path):
+def test_no_golden_folder(tmp_path, capsys):
     with pytest.raises(LongCatError, match="no folder"):
         run_verify(tmp_path / "nothing")
     with pytest.raises(LongCatError, match="config"):
         run_verify(tmp_path)
+    assert capsys.readouterr().out == ""

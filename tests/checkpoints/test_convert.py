@@ -168,6 +168,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, golden, caps
     folder.mkdir()
     write_safetensors(folder / "shard.safetensors", golden)
     (tmp_path / "taken.safetensors").mkdir()
+    (tmp_path / "folder.json").mkdir()
     os.link(source, tmp_path / "link.safetensors")
     bad = tmp_path / "nan.safetensors"
     write_safetensors(bad, golden | {"blocks.0.ffn.w2.weight": golden["blocks.0.ffn.w2.weight"] * float("nan")})
@@ -186,6 +187,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, golden, caps
         ("has NaN or infinite values in blocks.0.ffn.down.weight", bad, new, "--to", "bf16"),
         ("holds LoRA, not", GOLDEN / "lora.safetensors", new, "--to", "bf16"),
         ("report.txt is not called .json", source, new, "--to", "bf16", "--report", tmp_path / "report.txt"),
+        ("folder.json is a folder", source, new, "--to", "bf16", "--report", tmp_path / "folder.json"),
+        ("/proc is not writable", source, new, "--to", "bf16", "--report", "/proc/r.json"),
         ("its folder does not exist", source, new, "--to", "bf16", "--report", tmp_path / "no" / "r.json"),
     ):
         files = sorted(tmp_path.rglob("*"))

@@ -341,8 +341,9 @@ def test_what_does_not_match_is_reported(model, tmp_path):
 
 
 def test_8_bit_weights_and_strengths_that_are_none(model):
-    with pytest.raises(LongCatError, match=r"strength nan of .* is no number"):
-        merge_lora(model, LORA, float("nan"))
+    for strength in (float("nan"), float("inf"), 1e39, -1001.0):
+        with pytest.raises(LongCatError, match=rf"strength {re.escape(f'{strength:g}')} of .* is out of range"):
+            merge_lora(model, LORA, strength)
     quantize(model)
     with pytest.raises(LongCatError, match="cannot be merged into 8-bit weights"):
         merge_lora(model, LORA)

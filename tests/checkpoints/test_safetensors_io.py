@@ -16,6 +16,7 @@ from longcat_core.checkpoints.safetensors_io import (
     read_header,
     read_metadata,
     read_tensors,
+    stream_safetensors,
     write_safetensors,
 )
 from longcat_core.errors import CheckpointError
@@ -69,6 +70,14 @@ def test_failed_write_leaves_the_old_file(tmp_path, good):
         write_safetensors(good, {"x": shared, "y": shared})
     assert good.read_bytes() == before
     assert os.listdir(tmp_path) == [good.name]
+
+
+def test_what_a_killed_process_of_this_number_left_is_in_nobodys_way(tmp_path):
+    left = tmp_path / f".x.safetensors.{os.getpid()}.tmp"
+    left.write_bytes(b"half")
+    write_safetensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    stream_safetensors(tmp_path / "x.safetensors", {"x": (torch.float32, (2,))}, [("x", torch.ones(2))])
+    assert left.read_bytes() == b"half" and len(os.listdir(tmp_path)) == 2
 
 
 def test_write_into_a_missing_folder(tmp_path):

@@ -51,6 +51,17 @@ def test_mp4_says_its_colour_matrix(tmp_path: Path) -> None:
         assert (int(frame.colorspace), int(frame.color_range)) == (1, 1)
 
 
+def test_equal_frames_make_equal_mp4(tmp_path: Path) -> None:
+    """By its macroblock tree x264 makes several files of these frames, each in half of all runs at most."""
+    y, x = np.mgrid[:64, :96]
+    video = np.random.default_rng(0).integers(0, 12, (33, 64, 96, 3), dtype=np.uint8) + np.uint8((20, 60, 200))
+    for i, frame in enumerate(video):
+        frame[(x - 3 * i % 96) ** 2 + (y - 32) ** 2 < 200] += np.uint8((200, 0, 0))
+    for number in range(10):
+        media.write_video(tmp_path / f"{number}.mp4", video, 15)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_webp_is_exact(tmp_path: Path) -> None:
     video = np.random.default_rng(0).integers(0, 256, (5, 16, 32, 3), dtype=np.uint8)
     media.write_video(tmp_path / "a.webp", video, 15)
@@ -251,6 +262,13 @@ def test_other_picture_modes(tmp_path: Path, mode: str, colour: object, expected
     assert read.shape == (2, 4, 3) and read.dtype == np.uint8 and (read == expected).all()
 
 
+@pytest.mark.parametrize(("mode", "colour"), [("I", 1 << 20), ("F", 0.5)])
+def test_pictures_of_32_bits_are_refused(tmp_path: Path, mode: str, colour: float) -> None:
+    Image.new(mode, (4, 2), colour).save(tmp_path / "a.tiff")
+    with pytest.raises(LongCatError, match=r"a\.tiff is no readable image \(its numbers have 32 bits; save it with 8"):
+        media.read_image(tmp_path / "a.tiff")
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.webp", "a.gif"])
 @pytest.mark.parametrize("content", [b"", b"no video at all", b"\0" * 4096])
 def test_unreadable_video(tmp_path: Path, name: str, content: bytes) -> None:
@@ -267,6 +285,22 @@ def test_video_that_is_cut_short(tmp_path: Path, share: float) -> None:
     (tmp_path / "a.mp4").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(LongCatError, match="is cut short"):
         media.read_video(tmp_path / "a.mp4")
+
+
+def test_a_video_that_changes_its_size(tmp_path: Path) -> None:
+    import av
+
+    for height in (32, 64):
+        with av.open(str(tmp_path / f"{height}.ts"), "w", format="mpegts") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.height, stream.width, stream.pix_fmt = height, 48, "yuv420p"
+            for picture in moving_bar(9, height, 48):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    (tmp_path / "a.ts").write_bytes(b"".join((tmp_path / f"{height}.ts").read_bytes() for height in (32, 64)))
+    with pytest.raises(LongCatError, match=r"a\.ts changes its size from 32x48 to 64x48; cut it"):
+        media.read_video(tmp_path / "a.ts")
+    assert media.read_video(tmp_path / "a.ts", first=5)[0].shape == (5, 32, 48, 3)
 
 
 def test_sound_without_pictures_is_no_video(tmp_path: Path) -> None:

@@ -195,7 +195,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["--stream-blocks", "1000"], "1000 blocks are to wait in CPU memory, the model has"),
     ],
 )
-def test_bad_input(tmp_path, capsys, options, said):
+def test_bad_input(tmp_path, capsys, monkeypatch, options, said):
+    # Before any part is loaded.
+    monkeypatch.setattr(pipelines, "load_vae", None)
     output = tmp_path / "a.mkv"
     assert main([*COMMAND, *options, "--output", str(output)]) == 2
     assert said in capsys.readouterr().err and not output.exists()

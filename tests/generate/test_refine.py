@@ -222,7 +222,7 @@ def command(tiny, tmp_path, monkeypatch):
 def test_the_command_doubles_the_rate(command, tmp_path, capsys):
     code, loaded = command("clip.webp", "--steps", "12", "--piece", "5", "--overlap", "1", "--seed", "2")
     assert code == 0 and len(loaded) == 1
-    frames, fps = read_video(tmp_path / "clip-720p.mp4")
+    frames, fps = read_video(tmp_path / "clip-refined.mp4")
     assert frames.shape == (18, 64, 96, 3) and fps == 20
     assert "18 frames of 64x96 at 20 fps, seed 2" in capsys.readouterr().out
     code, _ = command("clip.webp", "--steps", "12", "--spatial-only", "--size", "32x48", "-o", "small.webp")

@@ -407,7 +407,9 @@ def test_no_room_is_told_before_a_segment_is_begun(folder, monkeypatch):
 
     monkeypatch.setattr(segments.shutil, "disk_usage", free(SPARE_BYTES + 5_000_000))
     folder.check_room(1, 5_000_000)
-    with pytest.raises(LongCatError, match=r"segment 2 may take 5.0 MB but .* has 21.8 MB free") as raised:
+    with pytest.raises(
+        LongCatError, match=r"segment 2 may take 5.0 MB and 16.8 MB must stay free, but .* has 21.8 MB"
+    ) as raised:
         folder.check_room(1, 5_000_001)
     assert str(raised.value).endswith(REMEDY) and asked == [folder.path] * 2
 

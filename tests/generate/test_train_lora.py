@@ -103,6 +103,15 @@ def test_gradient_checkpointing_and_compiled_blocks_train_the_same(train, monkey
         torch.testing.assert_close(compiled[name], short[name], atol=1e-4, rtol=1e-3)
 
 
+def test_a_file_is_trained_by_one_run_at_a_time(train, tmp_path):
+    def second(*_: Any) -> None:
+        with pytest.raises(LongCatError, match=r"another run is training .*a\.safetensors; wait for its end or name"):
+            train("a", replace(RECIPE, seed=1))
+
+    train("a", replace(RECIPE, steps=2), report=second)
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "a.state.safetensors", "clip.mkv"]
+
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

@@ -10,9 +10,11 @@ import torch
 
 from longcat_core import cli
 from longcat_core.errors import LongCatError
+from longcat_core.generate import media
 from longcat_core.generate.clips import find_clips
 from longcat_core.generate.media import write_video
 from longcat_core.generate.pipeline import Pipeline
+from longcat_core.nano import lesson
 from longcat_core.nano.lesson import (
     ASKED,
     COLOUR,
@@ -56,6 +58,24 @@ def test_the_lesson_is_what_it_says(tmp_path):
     with pytest.raises(LongCatError, match="not empty"):
         write_lesson(tmp_path / "a", 9)
     assert {wanted.background for _, wanted in questions(16)} == set(ASKED) and set(SHOWN + ASKED) == set(BACKGROUNDS)
+
+
+def test_a_lesson_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    write, written = media.write_video, []
+
+    def third_fails(path, *rest):
+        if len(written) == 2:
+            raise LongCatError("the disk is full")
+        written.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(lesson, "write_video", third_fails)
+    with pytest.raises(LongCatError, match="full"):
+        write_lesson(tmp_path / "a", 3, frames=5)
+    assert len(written) == 2 and not list((tmp_path / "a").iterdir())
+    monkeypatch.undo()
+    write_lesson(tmp_path / "a", 3, frames=5)
+    assert len(list((tmp_path / "a").iterdir())) == 6
 
 
 def test_the_scorer_knows_the_new_colour():
