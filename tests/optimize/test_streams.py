@@ -15,7 +15,8 @@ from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize.streaming import pinned
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
-from tests.pretend_cuda import CUDA, Event, Stream, WrongOrder, pretended
+
+from ..pretend_cuda import CUDA, Event, Stream, WrongOrder, pretended
 
 CONFIG = ModelConfig(hidden_size=64, depth=4, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
 
