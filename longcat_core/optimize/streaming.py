@@ -41,7 +41,7 @@ def pinned(size: int) -> Tensor:
         cuda, address = torch.cuda.cudart(), buffer.data_ptr()
         if int(cuda.cudaHostRegister(address, pages, 0)) == 0:
             # Called before the memory is freed, which is what NumPy's arrays are here for.
-            weakref.finalize(memory, _unpin, address)
+            weakref.finalize(memory, _unpin, address).atexit = False
         else:
             # CUDA keeps the refusal and tells whoever launches the next kernel.
             with contextlib.suppress(RuntimeError):
