@@ -306,6 +306,15 @@ class _Runtime:
         # Of a call that failed, told by the next kernel.
         self.pending = ""
         self.refuses = False
+        # Of memory that this process may have, as it was limited.
+        self.fractions: list[float] = []
+
+    def limit(self, fraction: float, device: Any = None) -> None:
+        if not (isinstance(device, int) or device.index is not None):
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
+        self.fractions.append(fraction)
 
     def launch(self) -> None:
         if self.pending:
@@ -376,7 +385,7 @@ def pretended() -> Iterator[_Runtime]:
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: Properties,
         "get_device_name": lambda device=None: Properties.name,
-        "set_per_process_memory_fraction": lambda fraction, device=None: None,
+        "set_per_process_memory_fraction": runtime.limit,
         "reset_peak_memory_stats": lambda device=None: None,
     }
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):

@@ -13,6 +13,8 @@ from longcat_core.benchmark.measure import Budget
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.quantization import Fp8Linear, quantize
 
+from ..pretend_cuda import Properties, pretended
+
 SMALL = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
 CPU = torch.device("cpu")
 
@@ -67,3 +69,13 @@ def test_settling_moves_and_keeps_everything():
     assert places == ["cpu", "cpu"] and isinstance(model.blocks[0].ffn.down, Fp8Linear)
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor.float(), before[name].float()), name
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_limit_holds_while_it_is_entered(name):
+    total = Properties.total_memory
+    with pretended() as gpu:
+        for size in (total // 4, 2 * total, None):
+            with cards.within(torch.device(name), size):
+                pass
+    assert gpu.fractions == [0.25, 1.0, 1.0, 1.0]
