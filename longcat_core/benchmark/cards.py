@@ -13,7 +13,7 @@ from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.kernels import HALF
 from ..optimize.kernels import missing as kernels_missing
-from ..optimize.plan import WORKSPACE, Plan, Weights, Work, apply_plan, choose_plan, needed_bytes
+from ..optimize.plan import WORKSPACE, Plan, Weights, Work, apply_plan, choose_plan, limit_memory, needed_bytes
 from ..optimize.quantization import Policy
 from ..optimize.streaming import pinned
 from ..sampling.sampler import sample
@@ -54,14 +54,11 @@ def within(device: torch.device, size: int | None) -> Iterator[None]:
     if size is None or device.type != "cuda":
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    # This alone of all PyTorch's functions takes no "cuda" without a number.
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), index)
+    limit_memory(device, size)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, index)
+        limit_memory(device, None)
 
 
 class _Counted:

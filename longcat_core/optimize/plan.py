@@ -158,6 +158,14 @@ def free_bytes(device: torch.device, memory: int | None = None) -> int:
     return free if memory is None else min(free, memory - used)
 
 
+def limit_memory(device: torch.device, size: int | None) -> None:
+    """PyTorch takes no more than `size` bytes of a CUDA device's memory from now on; None: all there is."""
+    share = 1.0 if size is None else min(1.0, size / torch.cuda.get_device_properties(device).total_memory)
+    # This alone of PyTorch's functions takes no "cuda" without a number.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(share, index)
+
+
 def apply_plan(model: LongCatTransformer, plan: Plan) -> None:
     """Have a network that lies on the device, or streams already, run as `plan` says; nothing comes back to the device.
 
