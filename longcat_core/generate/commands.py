@@ -426,7 +426,7 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> None:
     """Raise LongCatError for a limit or a plan that cannot be, and set the limit."""
     import torch
 
-    from ..optimize.plan import GIB
+    from ..optimize.plan import GIB, limit_memory
 
     if args.stream_blocks < 0:
         raise LongCatError(f"--stream-blocks {args.stream_blocks} is less than none; give 0 or more")
@@ -437,7 +437,7 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     if not 0 < args.memory <= total / GIB:
         raise LongCatError(f"--memory {args.memory:g} is out of range; the GPU has {total / GIB:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(args.memory * GIB / total, device)
+    limit_memory(device, int(args.memory * GIB))
 
 
 def load_pipeline(paths: Any, **options: Any) -> Any:

@@ -56,7 +56,7 @@ class KVCache:
         self.k, self.v = (_empty(shape, dtype, torch.device(device)) for _ in range(2))
         self.rotated = False
         self.out: Tensor | None = None
-        self._fetched: tuple[int, Tensor, Tensor, torch.cuda.Event] | None = None
+        self._near: list[_Near] = []
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -65,6 +65,7 @@ class KVCache:
 
     def store(self, block: int, k: Tensor, v: Tensor) -> None:
         """Keep one block's keys (before RoPE) and values, each [batch, tokens, heads, head_dim]."""
+        self._near = []
         self.k[block].copy_(k)
         self.v[block].copy_(v)
 
@@ -72,6 +73,7 @@ class KVCache:
         """Apply RoPE to all keys, once; further calls do nothing. device: where to do it; None: where they lie."""
         if self.rotated:
             return
+        self._near = []
         device = device or self.k.device
         cos, sin = rope_table(self.head_dim, *self.grid, 0, device)
         for k in self.k:
@@ -95,30 +97,38 @@ class KVCache:
             return self.k[block], self.v[block]
         if device.type != "cuda":
             return self.k[block].to(device), self.v[block].to(device)
-        fetched = self._fetched if self._fetched and self._fetched[0] == block else self._fetch(block, device)
-        _, k, v, arrived = fetched
         now = torch.cuda.current_stream(device)
-        now.wait_event(arrived)
-        for tensor in (k, v):
-            # Made on another stream: its memory may be given away only once this one is done with it.
-            tensor.record_stream(now)
+        near = self._fetch(block, device)
+        now.wait_event(near.arrived)
         # The next step begins with the first block again.
-        self._fetched = self._fetch((block + 1) % len(self.k), device)
-        return k, v
+        self._fetch((block + 1) % len(self.k), device, keep=near)
+        return near.k, near.v
 
-    def _fetch(self, block: int, device: torch.device) -> tuple[int, Tensor, Tensor, torch.cuda.Event]:
-        """Begin to copy a block's keys and values to the device, beside what runs there."""
-        if self._stream is None:
+    def _fetch(self, block: int, device: torch.device, keep: _Near | None = None) -> _Near:
+        """Room on the device that holds a block's keys and values, or will: begins to copy them there, beside what
+        runs, over the older ones.
+
+        Always the same room: memory that is taken and given back block by block is free only when the device has come
+        so far, and the host is a whole network ahead of it.
+        """
+        if not self._near:
             self._stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream):
-            k, v = (buffer[block].to(device, non_blocking=True) for buffer in (self.k, self.v))
-            arrived = torch.cuda.Event()
-            arrived.record(self._stream)
-        return block, k, v, arrived
+            self._near = [_Near(self.k[0], self.v[0], device, self._stream) for _ in range(min(2, len(self.k)))]
+        near = next((near for near in self._near if near.block == block), None)
+        if near is None:
+            near = next(near for near in self._near if near is not keep)
+            # Whoever read it is in the current stream already.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                near.k.copy_(self.k[block], non_blocking=True)
+                near.v.copy_(self.v[block], non_blocking=True)
+                near.arrived.record(self._stream)
+            near.block = block
+        return near
 
     def to(self, device: torch.device | str) -> KVCache:
         """Move the buffers, for instance to "cpu" to free GPU memory; `read` fetches a block at a time."""
-        self._fetched = None
+        self._near = []
         device = torch.device(device)
         if self.k.device != device:
             self.k, self.v = (_empty(x.shape, x.dtype, device).copy_(x) for x in (self.k, self.v))
@@ -127,6 +137,17 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
+
+
+class _Near:
+    """Room on the device for one block's keys and values, and whose they are."""
+
+    def __init__(self, k: Tensor, v: Tensor, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self.k, self.v = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (k, v))
+        for x in (self.k, self.v):
+            # Given back while something is being copied there, it must not be another's before that has come.
+            x.record_stream(stream)
+        self.arrived, self.block = torch.cuda.Event(), -1
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -32,11 +32,18 @@ def activation_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int)
 # kernels, the smaller the video the more, 0.78 by our own (480p and 720p with and without guidance, H100, 2026-11-23;
 # `longcat bench memory` measures it).
 MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.8
+# Of PyTorch's kernels where 8-bit layers quantise what they are given, by three copies of it in fp32: 1.3, followed
+# tensor by tensor, and as much more as MEMORY_FIT has.
+MEMORY_FIT_QUANTISING = 1.45
 
 
-def forward_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int, own: bool) -> int:
-    """`activation_bytes` as measured. own: the element-wise work is done by `optimize.kernels`."""
-    return int(activation_bytes(config, latents, itemsize) * (MEMORY_FIT_OWN if own else MEMORY_FIT))
+def forward_bytes(
+    config: ModelConfig, latents: Sequence[int], itemsize: int, own: bool, eight_bit: bool = False
+) -> int:
+    """`activation_bytes` as measured. own: the element-wise work is done by `optimize.kernels`. eight_bit: there are
+    8-bit layers."""
+    fit = MEMORY_FIT_OWN if own else MEMORY_FIT_QUANTISING if eight_bit else MEMORY_FIT
+    return int(activation_bytes(config, latents, itemsize) * fit)
 
 
 def kv_cache_bytes(config: ModelConfig, latents: int, height: int, width: int, itemsize: int) -> int:

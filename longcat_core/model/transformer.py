@@ -382,7 +382,7 @@ class LongCatTransformer(nn.Module):
             return self.linear_fp32(second, F.silu(self.linear_fp32(first, features)))
 
     def _block_texts(
-        self, text: TextTokens | None, keep: bool, batch: int, kernels: backends.Kernels, folded: bool
+        self, text: TextTokens | None, keep: bool, batch: int, kernels: backends.Kernels, folded: bool = False
     ) -> _Texts:
         """What blocks attend to, in the form that the kernels want.
 

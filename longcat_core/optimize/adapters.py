@@ -35,16 +35,28 @@ class Adapted:
         out = super().forward(x)
         size = getattr(self, "kernel_size", None)
         if size is None:
-            return out + self.lora_change(x)
+            return self._added(out, x)
         t, h, w = size
         patches = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=t, ph=h, pw=w)
         return out + self.lora_change(patches).permute(0, 4, 1, 2, 3)
 
     def lora_change(self, x: Tensor) -> Tensor:
         """What the LoRAs add for x [.., in] -> [.., out], computed in x's dtype."""
-        # Summed over the ranks of all LoRAs in one product; rows that a LoRA leaves alone are zeros of lora_up.
-        h = F.linear(x, self.lora_down.to(x.dtype)) * self.lora_scale
-        return F.linear(h.to(x.dtype), self.lora_up.to(x.dtype))
+        return F.linear(self._ranks(x), self.lora_up.to(x.dtype))
+
+    def _ranks(self, x: Tensor) -> Tensor:
+        # Those of all LoRAs in one product; rows that a LoRA leaves alone are zeros of lora_up.
+        return (F.linear(x, self.lora_down.to(x.dtype)) * self.lora_scale).to(x.dtype)
+
+    def _added(self, out: Tensor, x: Tensor) -> Tensor:
+        """out [.., out], of the layer itself, and what the LoRAs add for x [.., in]."""
+        ranks, up = self._ranks(x), self.lora_up.to(x.dtype)
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, ranks, up))
+        if learns or torch.compiler.is_compiling() or out.dtype != x.dtype or not out.is_contiguous():
+            return out + F.linear(ranks, up)
+        # Of fused projections the change and the sum would be the largest tensors of a forward pass.
+        out.flatten(0, -2).addmm_(ranks.flatten(0, -2), up.t())
+        return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         own = {name: getattr(self, name).data for name in NAMES}

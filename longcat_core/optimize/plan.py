@@ -56,10 +56,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a network: of every block, and of the rest."""
+    """Bytes of a network: of every block, and of the rest. eight_bit: some of its layers are."""
 
     block: int
     rest: int
+    eight_bit: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: torch.dtype, fp8: Policy | None = None) -> Weights:
@@ -75,7 +76,7 @@ class Weights:
             weight = block[f"{name}.weight"]
             small += weight.numel() + 4 * weight.shape[0] - weight.nbytes
         share = len(fp8.names(config.depth)) / (len(fp8.layers) * config.depth) if fp8 and fp8.layers else 0
-        return cls(math.ceil(whole + share * small), rest)
+        return cls(math.ceil(whole + share * small), rest, share > 0)
 
 
 def needed_bytes(
@@ -90,7 +91,7 @@ def needed_bytes(
     blocks = config.depth - plan.streamed + min(SLOTS, plan.streamed)
     lying = weights.rest + blocks * weights.block + others
     at_once = batch * (1 if plan.split_guidance else halves)
-    activations = forward_bytes(config, (at_once, channels, *grid), itemsize, own)
+    activations = forward_bytes(config, (at_once, channels, *grid), itemsize, own, weights.eight_bit)
     activations += text_bytes(config, halves * batch, TEXT_ROWS, itemsize)
     if work.cond_latents:
         cache = kv_cache_bytes(config, work.cond_latents, *grid[1:], itemsize)
@@ -155,6 +156,14 @@ def free_bytes(device: torch.device, memory: int | None = None) -> int:
     own, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     free += own - used
     return free if memory is None else min(free, memory - used)
+
+
+def limit_memory(device: torch.device, size: int | None) -> None:
+    """PyTorch takes no more than `size` bytes of a CUDA device's memory from now on; None: all there is."""
+    share = 1.0 if size is None else min(1.0, size / torch.cuda.get_device_properties(device).total_memory)
+    # This alone of PyTorch's functions takes no "cuda" without a number.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(share, index)
 
 
 def apply_plan(model: LongCatTransformer, plan: Plan) -> None:

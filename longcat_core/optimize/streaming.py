@@ -6,10 +6,13 @@ same numbers, multiplied on the same device.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from mmap import PAGESIZE
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,13 +31,29 @@ def spread(depth: int, streamed: int) -> list[int]:
 
 def pinned(size: int) -> Tensor:
     """`size` bytes [size] uint8 in CPU memory; where there is CUDA, it can copy from and to them beside other work."""
-    buffer = torch.empty(size, dtype=torch.uint8)
+    # Pages of its own: CUDA refuses a page of which another buffer's part is pinned already.
+    pages = -(-size // PAGESIZE) * PAGESIZE
+    memory = np.empty(pages + PAGESIZE, dtype=np.uint8)
+    start = -memory.ctypes.data % PAGESIZE
+    buffer = torch.from_numpy(memory[start : start + size])
     if size and torch.cuda.is_available():
         # Not tensor.pin_memory(), whose allocator takes the next power of two: of a whole model that is too much.
         cuda, address = torch.cuda.cudart(), buffer.data_ptr()
-        if int(cuda.cudaHostRegister(address, size, 0)) == 0:
-            weakref.finalize(buffer.untyped_storage(), lambda: cuda.cudaHostUnregister(address))
+        if int(cuda.cudaHostRegister(address, pages, 0)) == 0:
+            # Called before the memory is freed, which is what NumPy's arrays are here for.
+            weakref.finalize(memory, _unpin, address).atexit = False
+        else:
+            # CUDA keeps the refusal and tells whoever launches the next kernel.
+            with contextlib.suppress(RuntimeError):
+                torch.ones((), device="cuda")
     return buffer
+
+
+def _unpin(address: int) -> None:
+    # Something may still be copied from there.
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class _Waiting:
@@ -73,7 +92,7 @@ class _Waiting:
 class _Slot:
     """Room on the device for one block, and what lies in it."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, beside: torch.cuda.Stream | None) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: tuple | None = None
         self.whole = False
@@ -82,6 +101,8 @@ class _Slot:
         if cuda:
             # The memory may have been somebody else's until now.
             self.free.record(torch.cuda.current_stream(device))
+            # And must not be another's before what is copied there has come.
+            self.buffer.record_stream(beside)
 
 
 class BlockStream:
@@ -156,7 +177,7 @@ class BlockStream:
         """The slot that holds block i, or will; begins to copy into one other than `keep` if none does."""
         if not self._slots:
             size = max(waiting.buffer.nbytes for waiting in self._waiting.values())
-            self._slots = [_Slot(size, self.device) for _ in range(min(SLOTS, len(self._waiting)))]
+            self._slots = [_Slot(size, self.device, self._beside) for _ in range(min(SLOTS, len(self._waiting)))]
         waiting = self._waiting[i]
         holds = i, waiting.stamp()
         for slot in self._slots:

@@ -72,8 +72,8 @@ def sample(
     out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at every
     step. Without guidance all are the same. offload_kv_cache keeps the cache in CPU memory.
     step_cache: threshold of `StepCache`; 0 computes every step. Faster, and another result.
-    make_room: called where memory runs out, before that forward is tried once more; it may change how the network runs.
-    A cache of keys goes to CPU memory then. False: there is no more to be had, and without such a cache the error
+    make_room: called where memory runs out, each time before that forward is tried again; it may change how the network
+    runs. A cache of keys goes to CPU memory then. False: there is no more to be had, and without such a cache the error
     stands.
     Errors: LongCatError where shapes do not fit; whatever `callback` raises.
     """
@@ -160,8 +160,8 @@ def sample(
 
 
 def _with_room(run: Callable[[], Any], make_room: Callable[[], bool] | None) -> Any:
-    """run(), once more if memory runs out and room can be made."""
-    if make_room is not None:
+    """run(), again and again as long as memory runs out and room can be made."""
+    while make_room is not None:
         try:
             return run()
         except torch.OutOfMemoryError as error:

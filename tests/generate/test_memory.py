@@ -112,6 +112,15 @@ def test_out_of_memory_goes_on_with_the_next_smaller_plan(clip, plain, monkeypat
     assert np.abs(found.frames.astype(int) - plain[1]).max() <= 1
 
 
+def test_room_is_made_until_it_is_enough(monkeypatch):
+    pipeline = Pipeline.load()
+    depth = pipeline.model.config.depth
+    Short(monkeypatch, LongCatTransformer, "forward", 0, 1, 2, 3)
+    with pytest.warns(UserWarning) as warned:
+        assert pipeline.generate(request()).frames.shape == (17, 32, 48, 3)
+    assert len(warned) == 4 and pipeline.plan.split_guidance and 3 < pipeline.plan.streamed <= depth
+
+
 def test_out_of_memory_with_nothing_left_is_an_error(monkeypatch):
     pipeline = Pipeline.load(least=Plan(Pipeline.load().model.config.depth, True))
     Short(monkeypatch, LongCatTransformer, "forward", 0)

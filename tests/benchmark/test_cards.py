@@ -1,0 +1,81 @@
+"""What `bench cards` leaves on the device between its parts."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from longcat_core.benchmark import ablation, cards, results, workload
+from longcat_core.benchmark.measure import Budget
+from longcat_core.model.config import ModelConfig
+from longcat_core.optimize.quantization import Fp8Linear, quantize
+
+from ..pretend_cuda import Properties, pretended
+
+SMALL = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+CPU = torch.device("cpu")
+
+
+def fresh() -> ablation.Bench:
+    model = workload.random_model(SMALL, CPU, torch.float32)
+    return ablation.Bench(model, workload.Size(32, 48, 5), CPU, 1, Budget(None), say=lambda sentence: None)
+
+
+@pytest.fixture(autouse=True)
+def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "COPIED", 1 << 16)
+    monkeypatch.setattr(cards, "SHARES", (0.6,))
+
+
+@pytest.fixture
+def report(tmp_path) -> results.Report:
+    return results.Report("cards", tmp_path, CPU, {}, {"machine": {}, "commit": ""})
+
+
+def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
+    """Left on a GPU, the first model's weights would pass for another model's, and plans would be smaller."""
+    made: list[weakref.ref] = []
+    done: list[object] = []
+
+    def watched() -> ablation.Bench:
+        gc.collect()
+        assert not [ref for ref in made if ref() is not None]
+        bench = fresh()
+        made.append(weakref.ref(bench.model))
+        return bench
+
+    settle, counted = cards.settle, cards._Counted
+    monkeypatch.setattr(cards, "settle", lambda *args: (done.append("settled"), settle(*args)))
+    monkeypatch.setattr(cards, "_Counted", lambda bench, fp8: (done.append(fp8), counted(bench, fp8))[1])
+    cards.cards(fresh(), report, watched)
+    assert len(made) == 2 and len([row for row in report.rows if row["status"] == "ok"]) == 5
+    # Quantised weights are laid out anew before anything is counted.
+    assert done == [False, "settled", True]
+
+
+def test_settling_moves_and_keeps_everything():
+    places = []
+
+    model = fresh().model
+    quantize(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        to = type(model).to
+        patch.setattr(type(model), "to", lambda self, device: (places.append(str(device)), to(self, device))[1])
+        cards.settle(model, CPU)
+    assert places == ["cpu", "cpu"] and isinstance(model.blocks[0].ffn.down, Fp8Linear)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor.float(), before[name].float()), name
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_limit_holds_while_it_is_entered(name):
+    total = Properties.total_memory
+    with pretended() as gpu:
+        for size in (total // 4, 2 * total, None):
+            with cards.within(torch.device(name), size):
+                pass
+    assert gpu.fractions == [0.25, 1.0, 1.0, 1.0]
