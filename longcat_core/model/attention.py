@@ -284,9 +284,9 @@ class CrossAttention(nn.Module):
         k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in project(self.kv, tokens, 2, fused))
         return self.k_norm(k), v
 
-    def forward(self, x: Any, text: BlockText, how: Any, kernels: Kernels) -> Tensor:
-        """x [B, T, S, C] attends to text; returns [B, T*S, C]. how: the block's."""
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+    def forward(self, inputs: list[Any], text: BlockText, how: Any, kernels: Kernels) -> Tensor:
+        """inputs: as SelfAttention has them; x [B, T, S, C] attends to text; returns [B, T*S, C]. how: the block's."""
+        q = self.q(inputs.pop()).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
         k, v = self.keys_values(text.tokens, how.fused_qkv) if text.keys is None else text.keys
         if how.fused_text:
             return self.proj(text_attention(q, self.q_norm.weight.to(q.device), k, v, text.bias).flatten(-2))

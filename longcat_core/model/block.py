@@ -173,12 +173,12 @@ class Block(nn.Module):
         # In a list, from which the last owner takes it: it is not needed beside the keys.
         inputs = [h]
         del h
-        h = self.attn(inputs, rope, num_cond_latents * x.shape[2], cached, how, kernels, keep).view_as(x)
+        updates = [self.attn(inputs, rope, num_cond_latents * x.shape[2], cached, how, kernels, keep).view_as(x)]
         gate = gate_a
         if text is not None:
-            x, h = self._cross(x, h, gate_a, text, num_cond_latents, how, kernels)
+            x = self._cross(x, updates, gate_a, text, num_cond_latents, how, kernels)
             gate = None
-        x, h = self._normed(x, h, gate, scale_f, shift_f, self.ffn.gate_up, how)
+        x, h = self._normed(x, updates.pop(), gate, scale_f, shift_f, self.ffn.gate_up, how)
         return self._feed_forward(x, h, gate_f, how)
 
     def _normed(
@@ -202,19 +202,30 @@ class Block(nn.Module):
             return x, modulate(x, shift, scale)
 
     def _cross(
-        self, x: Tensor, update: Tensor, gate: Tensor, text: BlockText, num_cond_latents: int, how: How, kernels: Any
-    ) -> tuple[Tensor, Tensor]:
-        """x + gate * update, and what its noisy frames take from the text; conditioning frames know nothing of it."""
+        self,
+        x: Tensor,
+        updates: list[Tensor],
+        gate: Tensor,
+        text: BlockText,
+        num_cond_latents: int,
+        how: How,
+        kernels: Any,
+    ) -> Tensor:
+        """x + gate * update; in place of the one update, what its noisy frames take from the text. Conditioning frames
+        know nothing of it."""
         if how.fused_kernels and not num_cond_latents:
             norm, layer = self.cross_norm, self.cross_attn.q
             weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
-            x, h = fused_kernels.residual_norm(x, update, gate, weight, bias, fp8=takes_quantised(layer))
-            return x, self.cross_attn(h, text, how, kernels).view_as(x)
+            # Alone in a list again: beside queries, keys and output nobody needs it.
+            x, *inputs = fused_kernels.residual_norm(x, updates.pop(), gate, weight, bias, fp8=takes_quantised(layer))
+            updates.append(self.cross_attn(inputs, text, how, kernels).view_as(x))
+            return x
         with fp32_region(x, how.explicit_fp32):
-            x = gated(x, update, gate)
+            x = gated(x, updates.pop(), gate)
         noisy = x[:, num_cond_latents:]
-        out = self.cross_attn(self.cross_norm(noisy), text, how, kernels).view_as(noisy)
-        return x, F.pad(out, (0, 0, 0, 0, num_cond_latents, 0)) if num_cond_latents else out
+        out = self.cross_attn([self.cross_norm(noisy)], text, how, kernels).view_as(noisy)
+        updates.append(F.pad(out, (0, 0, 0, 0, num_cond_latents, 0)) if num_cond_latents else out)
+        return x
 
     def _feed_forward(self, x: Tensor, h: Tensor, gate: Tensor, how: How) -> Tensor:
         """x + gate * ffn(h). Without gradients and outside of graphs the result is written into x."""
