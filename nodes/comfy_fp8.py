@@ -18,7 +18,7 @@ from torch import Tensor
 from ..longcat_core.checkpoints.load import Checkpoint, read_parameter
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
-from ..longcat_core.optimize.kernels import Quantised, Unscaled, quantise_rows
+from ..longcat_core.optimize.kernels import Quantised, quantise_rows
 from ..longcat_core.optimize.quantization import (
     Policy,
     check_sizes,
@@ -26,7 +26,6 @@ from ..longcat_core.optimize.quantization import (
     missing,
     quantised_linear,
     scale_rows,
-    unscaled_product,
     with_scales,
     without_scales,
 )
@@ -111,15 +110,6 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             out = torch.nn.functional.linear(x, full, None if bias is None else bias.to(dtype))
         else:
             out = quantised_linear(x, weight, scales, bias, dtype, fp8=self.fp8, native=self.native)
-        if streamed is not None:
-            comfy.ops.uncast_bias_weight(*streamed)
-        return out
-
-    def unscaled(self, x: Quantised) -> Unscaled:
-        """See `quantization.Fp8Linear`."""
-        comfy.ops.run_every_op()
-        packed, _, streamed = self._bare(x.values)
-        out = unscaled_product(x, *without_scales(packed, self.out_features), native=self.native)
         if streamed is not None:
             comfy.ops.uncast_bias_weight(*streamed)
         return out

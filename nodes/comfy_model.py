@@ -232,8 +232,7 @@ class DiffusionModel(LongCatTransformer):
     def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype) -> int:
         """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
         own = self.asked.fused_kernels and self.asked.explicit_fp32 and dtype in HALF and not kernels_missing()
-        eight_bit = any(hasattr(module, "fp8") for module in self.modules())
-        return forward_bytes(self.config, latents, dtype.itemsize, own, eight_bit)
+        return forward_bytes(self.config, latents, dtype.itemsize, own, self.eight_bit)
 
     def read_text(self, context: Tensor) -> TextTokens:
         """Text [B, L, caption], padded with zero rows, as `embed_text` arranges it."""

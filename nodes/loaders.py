@@ -21,6 +21,7 @@ from ..longcat_core.checkpoints.load import CONFIG_KEY, QUANT_METADATA, open_che
 from ..longcat_core.checkpoints.safetensors_io import read_header
 from ..longcat_core.checkpoints.tensor_files import is_gguf, open_file
 from ..longcat_core.errors import CheckpointError, LongCatError
+from ..longcat_core.model.backends import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
 
@@ -141,6 +142,7 @@ class ModelLoader(io.ComfyNode):
         path = _find("diffusion_models", model_name)
         # Headers only: tells in a sentence what the file is, if it is no LongCat-Video.
         checkpoint = open_checkpoint(path)
+        import_ahead(comfy.model_management.get_torch_device())
         if weight_dtype == FP8_ROWWISE:
             model = load_rowwise(str(path))
         else:

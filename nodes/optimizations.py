@@ -25,7 +25,7 @@ TOOLTIPS = {
     "fused_ffn": "One matrix product for the FFN's gate and up instead of two. Same result; off only to measure.",
     "text_mode": "exact: all padding counts as one text token, as fast as dropping it and the same result. padded: the "
     "same the plain way, slower. packed: padding is dropped, which changes what the released model makes.",
-    "attention": "The attention kernel. auto: the fastest exact one. sage is faster and lossy.",
+    "attention": "The attention kernel. auto: the fastest exact one. cudnn-fp8 and sage are faster and lossy.",
     "compile": "blocks: torch.compile of the transformer block. The first step takes a minute, later ones are faster.",
     "explicit_fp32": "Norms and gates in fp32 by explicit casts; off: by autocast, as public implementations have it.",
     "gradient_checkpointing": "For training: recompute activations in the backward pass. No effect on sampling.",
@@ -37,23 +37,12 @@ TOOLTIPS = {
     "fused_kernels": "Norms, RoPE, gates and activations by the pack's own Triton kernels, on CUDA and in 16 bits.",
     "split_guidance": "The halves of guidance one after the other: half the memory for activations, about the same "
     "time where videos are large. ComfyUI decides by its own estimate otherwise. Same result.",
-    "late_scales": "In fp8: the FFN's products by the GPU's faster kernel with one scale, the other scales by the "
-    "pack's own kernels after it. Not measured yet, so it is off.",
-    "fused_text": "Attention to the text by the pack's own Triton kernel, on CUDA and in 16 bits. Same result. Not "
-    "measured yet, so it is off.",
+    "fused_text": "Attention to the text by the pack's own Triton kernel, on CUDA and in 16 bits, where the prompt is "
+    "not very long. Same result.",
 }
 CALC = "sampler_calc_cond_batch_function"
 # Later than the first workflows that were saved with this node, which lack them.
-ADDED = (
-    "reuse_text",
-    "reuse_modulation",
-    "fused_step",
-    "fp8",
-    "fused_kernels",
-    "split_guidance",
-    "late_scales",
-    "fused_text",
-)
+ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance", "fused_text")
 
 
 def _input(name: str, kind: Any, default: Any) -> io.Input:
@@ -86,8 +75,6 @@ def report(
             line += f" (without effect: {why})"
         if name == "fused_text" and value and (why := _no_fused_kernels(optimizations)):
             line += f" (without effect: {why})"
-        if name == "late_scales" and value and (why := _no_late_scales(optimizations, eight)):
-            line += f" (without effect: {why})"
         if name == "fp8":
             line += _fp8(value, device, eight)
         if name == "gradient_checkpointing" and value:
@@ -107,14 +94,6 @@ def _fp8(value: bool, device: torch.device, eight: int) -> str:
     if value and (why := missing(device)):
         return f" ({eight} layers, by the same numbers in wider precision: {why})"
     return f" ({eight} layers)"
-
-
-def _no_late_scales(optimizations: Optimizations, eight: int) -> str:
-    if not (eight and optimizations.fp8):
-        return "no layer is in fp8"
-    if optimizations.compile != "off":
-        return "blocks are compiled"
-    return _no_fused_kernels(optimizations)
 
 
 def _no_fused_kernels(optimizations: Optimizations) -> str:

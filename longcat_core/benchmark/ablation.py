@@ -21,19 +21,15 @@ from .baseline import BaselineTransformer
 from .measure import GIB, Budget, attempt, clean_up, measure
 from .results import Report, say
 
-EAGER, COMPILED, EXACT, FP8, FP8_SAGE = (
+EAGER, COMPILED, EXACT, FP8, FP8_8BIT = (
     "baseline, eager",
     "baseline, compiled whole",
     "exact",
     "fp8",
     "fp8 and 8-bit attention",
 )
-# What no path has yet, being measured beside it.
-TRIED = {
-    f"{EXACT}, own kernel for text": {"fused_text": True},
-    f"{FP8}, scales applied late": {"late_scales": True},
-    f"{FP8}, scales applied late, own kernel for text": {"late_scales": True, "fused_text": True},
-}
+# What rows call the own kernel for text.
+FUSED_TEXT = "fused_text"
 # Where our own kernels do not pay, or do not run, the compiler's stand in for them.
 NO_KERNELS = ", without own kernels"
 # Whether a path's blocks are compiled: own kernels leave little to be gained by it, and its first call takes long. The
@@ -67,6 +63,7 @@ SWITCHES = (
     Switch("compile", "off", "blocks", "blocks compiled", 5.0),
     Switch("fused_step", False, True, "fused sampler step"),
     Switch("fused_kernels", False, True, "own Triton kernels"),
+    Switch("fused_text", False, True, "own kernel for text"),
 )
 LAYOUT = Switch("layout", None, None, "one token layout", 3.0)
 
@@ -109,19 +106,21 @@ class Bench:
         return {switch.name: switch.full for switch in SWITCHES} | {"attention": self.attention}
 
     def path(self, name: str) -> dict[str, Any]:
-        """Values of the path EXACT, FP8 or FP8_SAGE."""
-        if name == FP8_SAGE:
-            return self.path(FP8) | {"attention": "sage"}
+        """Values of the path EXACT, FP8 or FP8_8BIT."""
+        if name == FP8_8BIT:
+            return self.eight_bit_paths()[FP8_8BIT]
         return self.full() | {"compile": PATH_COMPILE[name]}
+
+    def eight_bit_paths(self) -> dict[str, dict[str, Any]]:
+        """Names and values of FP8_8BIT and of the same by the other kernels."""
+        fastest, *others = eight_bit()
+        attends = {FP8_8BIT: fastest} | {f"{FP8_8BIT}, {other}": other for other in others}
+        return {name: self.path(FP8) | {"attention": attention} for name, attention in attends.items()}
 
     def other_way(self, name: str) -> tuple[str, dict[str, Any]]:
         """The same path with its blocks compiled if they are not, or not if they are."""
         compiled = "blocks" if PATH_COMPILE[name] == "off" else "off"
         return name + SUFFIXES[compiled], self.full() | {"compile": compiled}
-
-    def tried(self, path: str) -> dict[str, dict[str, Any]]:
-        """Names and values of what is measured beside a path."""
-        return {name: self.path(path) | more for name, more in TRIED.items() if name.startswith(path)}
 
     # --- one variant ---
 
@@ -147,7 +146,9 @@ class Bench:
                 timing = measure(step, self.device, self.repeats, self.budget, warm_up=int(compiled))
                 kernels = self.model.choose_kernels(self.device)
                 out = timing.as_row() | {"notes": notes, "attention": kernel_name(kernels.attend)}
-                out["text_attention"] = kernel_name(kernels.text or kernels.attend)
+                text = self.model.embed_text(inputs.context, inputs.mask)
+                own = self.model.own_text_kernel(text.tokens, text)
+                out["text_attention"] = FUSED_TEXT if own else kernel_name(kernels.text or kernels.attend)
                 out["weights_gib"] = sum(p.nbytes for p in self.model.parameters()) / GIB
                 # Then the network ran as it is, and said so.
                 out["compiled"] = compiled and not any("uncompiled" in note for note in notes)
@@ -174,11 +175,19 @@ class Bench:
         def run() -> dict[str, Any]:
             torch._dynamo.reset()
             with torch.no_grad():
-                timing = measure(lambda: quantize(self.model), self.device, 0, Budget(0.0))
+                timing = measure(lambda: quantize(self.model), self.device, 0, self.budget)
             clean_up(self.device)
             return {"first_s": timing.first_s, "ms": timing.ms, "peak_gib": timing.peak_gib}
 
         return self._attempt({"name": "quantising the weights", "phase": "preparation"}, run)
+
+
+def eight_bit() -> list[str]:
+    """8-bit attention kernels, the fastest of those that are there first."""
+    from ..model.backends import BACKENDS
+
+    lossy = [backend for backend in BACKENDS if not backend.exact]
+    return [backend.name for backend in sorted(lossy, key=lambda backend: bool(backend.missing()))]
 
 
 def kernel_name(attend: Any) -> str:
@@ -226,26 +235,28 @@ def removed(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
             yield switch, full | {switch.name: plain[switch.name]}
 
 
-def paths(bench: Bench, report: Report, part: str = "all") -> None:
+def paths(bench: Bench, report: Report, part: str = "all", both_ways: bool = True) -> None:
     """The baselines, the exact path, fp8, and each as the distilled model runs it: batch 1, without guidance.
 
     part: `exact` stops before the weights are quantised, `fp8` begins there, on a report that has the first rows.
+    both_ways: compiled paths uncompiled as well, and uncompiled ones compiled.
     """
     if part != "fp8":
         first = report.add(bench.run_baseline(EAGER, False, phase="baseline"))
         report.add(bench.run_baseline(COMPILED, True, phase="baseline"))
         report.add(compared(bench.run_network(EXACT, bench.path(EXACT), phase="path"), first, None))
         report.add(bench.run_network(f"{EXACT}, distilled", bench.path(EXACT), 1, phase="distilled"))
-        name, values = bench.other_way(EXACT)
-        report.add(compared(bench.run_network(name, values, phase="path"), first, None))
-        for name, values in bench.tried(EXACT).items():
+        if both_ways:
+            name, values = bench.other_way(EXACT)
             report.add(compared(bench.run_network(name, values, phase="path"), first, None))
     if part != "exact":
         by_name = {row["name"]: row for row in report.rows}
-        lossy(bench, report, by_name.get(EAGER, {}), by_name.get(EXACT, {}), distilled=True)
+        lossy(bench, report, by_name.get(EAGER, {}), by_name.get(EXACT, {}), distilled=True, both_ways=both_ways)
 
 
-def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool = False) -> None:
+def lossy(
+    bench: Bench, report: Report, first: dict, full: dict, distilled: bool = False, both_ways: bool = True
+) -> None:
     """fp8 weights: with 8-bit GEMMs, with 16-bit ones, with 8-bit attention."""
     if report.add(bench.quantize())["status"] != "ok":
         return
@@ -253,12 +264,11 @@ def lossy(bench: Bench, report: Report, first: dict, full: dict, distilled: bool
     row = report.add(compared(bench.run_network(FP8, values, phase="fp8"), first, full))
     if distilled:
         report.add(bench.run_network(f"{FP8}, distilled", values, 1, phase="distilled"))
-        name, other = bench.other_way(FP8)
-        report.add(compared(bench.run_network(name, other, phase="fp8"), first, full))
-        for name, other in bench.tried(FP8).items():
-            report.add(compared(bench.run_network(name, other, phase="fp8"), first, row))
-    sage = bench.run_network(FP8_SAGE, bench.path(FP8_SAGE), phase="fp8")
-    report.add(compared(sage, first, row))
+        if both_ways:
+            name, other = bench.other_way(FP8)
+            report.add(compared(bench.run_network(name, other, phase="fp8"), first, full))
+    for name, other in bench.eight_bit_paths().items():
+        report.add(compared(bench.run_network(name, other, phase="fp8"), first, row))
     if not distilled:
         row = bench.run_network("fp8 weights, 16-bit GEMMs", values | {"fp8": False}, phase="fp8")
         report.add(compared(row, first, full))

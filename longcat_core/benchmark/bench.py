@@ -33,7 +33,11 @@ PARTS = {
     "load": "Loading a checkpoint, beside reading its file.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
 }
-# Parts of `all` that need no whole model run on so many of its blocks.
+# Parts of `all` that need no whole model, in their order, and on how many of its blocks they run.
+FEW = (
+    *("exactness", "memory", "recompiles", "load", "training", "ablation", "policies", "scale", "cards"),
+    *("continuation", "refine"),
+)
 FEW_BLOCKS = 4
 # Height, width and frames on a GPU and on a CPU: of a video, and of what refining makes of it.
 VIDEO = (480, 832, 93), (32, 48, 5)
@@ -83,8 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, n
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         sub.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
         sub.add_argument("--attention", default="auto", metavar="NAME", help="of the full set (see longcat backends)")
-        sub.add_argument("--variant", default="exact", metavar="NAME",
-                         help="for profile: exact (default), fp8, fp8+sage, plain or baseline")  # fmt: skip
+        sub.add_argument("--variant", default="exact", metavar="NAME", help="for profile: exact (default), fp8, "
+                         "fp8+8bit, plain, baseline, refine or refine+fp8")  # fmt: skip
+        sub.add_argument("--parts", metavar="NAMES", help="for all: these alone, separated by commas")
         sub.add_argument("--no-fp8", action="store_true", help="leave fp8 out")
         sub.add_argument("--no-plots", action="store_true", help="numbers only; `report` draws the plots later")
         sub.add_argument(
@@ -119,7 +124,8 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
 
     cuda = device.type == "cuda"
     args.model = args.model or (FULL_RANDOM if cuda else NANO)
-    *sides, frames = _default(REFINED if args.part == "refine" else VIDEO, device)
+    refined = args.part == "refine" or (args.part == "profile" and args.variant in profiling.REFINING)
+    *sides, frames = _default(REFINED if refined else VIDEO, device)
     args.size, args.frames = args.size or tuple(sides), args.frames or frames
     for name in ("repeats", "steps", "blocks", "few_blocks"):
         value = getattr(args, name)
@@ -129,6 +135,11 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
         raise LongCatError(f"--budget {args.budget} is no time; give seconds above 0")
     backends.check(args.attention)
     profiling.check(args.variant)
+    if args.parts is not None:
+        args.parts = [part.strip() for part in args.parts.split(",")]
+        unknown = [part for part in args.parts if part not in PARTS]
+        if unknown:
+            raise LongCatError(f"--parts has no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     size = Size(*args.size, args.frames, args.batch)
     size.latents()
     if args.model not in (FULL_RANDOM, NANO) and not Path(args.model).exists():
@@ -194,7 +205,7 @@ def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact"
     args = settings.args
     if kind == "continuation":
         bench = bench.sized(continuation.with_room(bench.size))
-    elif kind == "refine":
+    elif kind == "refine" or (kind == "profile" and variant in profiling.REFINING):
         bench = bench.sized(replace(bench.size, batch=1))
     report = _report(kind, bench, settings, profiling.file_name(variant) if kind == "profile" else "")
     if kind == "ablation":
@@ -255,50 +266,46 @@ def _everything(settings: Settings, size: Any) -> None:
     """One whole model for what needs it, quantised last of all; then its first blocks alone."""
     from ..optimize.quantization import quantised_layers
     from . import ablation, workload
-    from .profiling import VARIANTS
+    from .profiling import REFINING, VARIANTS
     from .results import say
 
     args = settings.args
-    bench = _bench(settings, size, args.blocks)
-    depth = bench.model.config.depth
-    # First, so that a first call is one: what compiles a kernel later finds it in a cache.
-    report = _report("paths", bench, settings)
-    ablation.paths(bench, report, "exact")
-    finish(report, args.no_plots)
-    _guarded("profile", bench, settings)
-    if not args.no_fp8:
-        ablation.paths(bench, report, "fp8")
-        finish(report, args.no_plots)
+    wanted = args.parts or list(PARTS)
+    depth = args.blocks
+    if {"paths", "profile", "backends"} & set(wanted):
+        bench = _bench(settings, size, args.blocks)
+        depth = bench.model.config.depth
+        report = _report("paths", bench, settings)
+        if "paths" in wanted:
+            # First, so that a first call is one: what compiles a kernel later finds it in a cache.
+            ablation.paths(bench, report, "exact", both_ways=args.parts is None)
+            finish(report, args.no_plots)
+        if "profile" in wanted:
+            _guarded("profile", bench, settings)
+        if not args.no_fp8 and "paths" in wanted:
+            ablation.paths(bench, report, "fp8", both_ways=args.parts is None)
+            finish(report, args.no_plots)
         ran = {row["name"] for row in report.rows if row["status"] == "ok"}
-        for variant in ("fp8", "fp8+sage"):
-            if VARIANTS[variant] in ran:
+        for variant in ("fp8", "fp8+8bit"):
+            if VARIANTS[variant] in ran and "profile" in wanted:
                 _guarded("profile", bench, settings, variant)
-    _guarded("backends", bench, settings)
-    del bench
-    few = min(args.few_blocks, depth)
-    bench = _bench(settings, size, few)
-    kinds = (
-        "exactness",
-        "memory",
-        "recompiles",
-        "load",
-        "training",
-        "ablation",
-        "policies",
-        "scale",
-        "continuation",
-        "cards",
-        "refine",
-    )
-    for kind in kinds:
-        if kind == "policies" and args.no_fp8:
+        if "backends" in wanted:
+            _guarded("backends", bench, settings)
+        del bench
+    few = args.few_blocks if depth is None else min(args.few_blocks, depth)
+    bench = None
+    kinds = [(kind, "exact") for kind in FEW] + [("profile", variant) for variant in REFINING]
+    for kind, variant in kinds:
+        if kind not in wanted or (variant in REFINING and "refine" not in wanted):
             continue
-        if bench.model is None or quantised_layers(bench.model):
+        if args.no_fp8 and (kind == "policies" or variant == "refine+fp8"):
+            continue
+        if bench is None or bench.model is None or quantised_layers(bench.model):
             # A part left it so, and the exact path would be none.
             bench = _bench(settings, size, few)
-        if kind == "refine":
+        if kind == "refine" or variant in REFINING:
             bench = bench.sized(workload.Size(*_default(REFINED, settings.device)))
-        _guarded(kind, bench, settings)
+        _guarded(kind, bench, settings, variant)
     say(f"results are in {args.output}")
 
 

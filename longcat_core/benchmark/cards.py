@@ -93,7 +93,7 @@ class _Counted:
 
 
 def cards(bench: Bench, report: Report, fresh: Callable[[], Bench], fp8: bool = True) -> None:
-    """A row for every path and limit, the exact path first. fresh: the same again with weights as they were.
+    """A row for every path and limit, fp8 first, which has targets. fresh: the same again with weights as they were.
 
     ms: of a step by the sampler; ratio: how many times as long as without a limit; transfer_ms: what a step copies, at
     the measured rate; floor_ms: the larger of the unlimited step and that; peak_gib: of the whole sampling.
@@ -101,7 +101,7 @@ def cards(bench: Bench, report: Report, fresh: Callable[[], Bench], fp8: bool = 
     """
     report.content["inputs"]["copy_gb_s"] = rate = copy_rate(bench.device) / 1e9
     bench.say(f"copies to the device: {rate:.1f} GB/s")
-    for path in (EXACT, *((FP8,) if fp8 else ())):
+    for path in (*((FP8,) if fp8 else ()), EXACT):
         # In a function of its own: nothing of a model may be left on the device when the next one is made and counted.
         _rows(fresh(), path, report, rate)
 

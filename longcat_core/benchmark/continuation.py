@@ -23,8 +23,8 @@ from .ablation import EXACT, Bench
 from .measure import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, synchronize
 from .results import Report
 
-# Given latent frames: of an image, and of the end of a clip.
-LATENTS = (1, 4)
+# Given latent frames: of the end of a clip, and of an image.
+LATENTS = (4, 1)
 
 
 class Variant(NamedTuple):

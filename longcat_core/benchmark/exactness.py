@@ -15,7 +15,7 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.quantization import policies as choices
 from ..optimize.quantization import quantize
 from . import workload
-from .ablation import EAGER, EXACT, FP8, FP8_SAGE, NO_KERNELS, Bench
+from .ablation import EAGER, EXACT, FP8, NO_KERNELS, Bench, eight_bit
 from .baseline import BaselineTransformer
 from .measure import attempt, clean_up, psnr, relative_error
 from .results import Report
@@ -87,7 +87,7 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
     first = _add(bench, report, EAGER, baseline, None)
     name, values = bench.other_way(EXACT)
     variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT), name: values}
-    variants |= {f"{EXACT}{NO_KERNELS}": bench.full() | {"fused_kernels": False}} | bench.tried(EXACT)
+    variants |= {f"{EXACT}{NO_KERNELS}": bench.full() | {"fused_kernels": False}}
     for name, values in variants.items():
         _add(bench, report, name, _network(bench, model, values, inputs, expected), first)
     if fp8:
@@ -108,7 +108,7 @@ def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: 
         return
     values = bench.path(FP8)
     wide = "fp8 weights, 16-bit GEMMs", values | {"fp8": False}
-    for name, chosen in ((FP8, values), *bench.tried(FP8).items(), wide, (FP8_SAGE, bench.path(FP8_SAGE))):
+    for name, chosen in ((FP8, values), wide, *bench.eight_bit_paths().items()):
         _add(bench, report, name, _network(bench, model, chosen, inputs, expected), first)
 
 
@@ -168,7 +168,7 @@ def generation(report: Report, device: torch.device, dtype: torch.dtype, steps: 
 
     plain = "nano video, 16-bit" if dtype != torch.float32 else "nano video"
     variants = {plain: (False, "auto"), "nano video, fp8": (True, "auto")}
-    variants["nano video, fp8, 8-bit attention"] = (True, "sage")
+    variants |= {f"nano video, fp8, 8-bit attention ({name})": (True, name) for name in eight_bit()}
     for name, variant in variants.items():
         row = report.add(attempt({"name": name, "phase": "generation"}, budget, path(*variant)))
         say(f"{name}: {row['status']}: {row.get('error', row.get('reason'))}")

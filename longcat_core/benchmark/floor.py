@@ -77,8 +77,9 @@ def parts(name: str, results: dict[str, Any], found: Found) -> Parts:
     precision = "bf16" if path.endswith(EXACT) else "fp8"
     ceiling = ceiling_ms(precision, inputs["batch"] * inputs["tokens"], blocks) if wide else None
     if results["kind"] == "refine":
-        row = rows.get(ALONE[SPARSE], {})
-        return Parts(blocks * row["ms"] if row.get("status") == "ok" else None, None, None, ceiling)
+        row, families = rows.get(ALONE[SPARSE], {}), _profiled(found, path, results)
+        alone = blocks * row["ms"] if row.get("status") == "ok" else None
+        return Parts(alone, families.get("attention"), families.get("GEMM"), ceiling)
     families = _profiled(found, path, results)
     whole = Parts(_alone(found.get("backends"), rows[name], results), families.get("attention"),
                   families.get("GEMM"), ceiling)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..model.backends import BACKENDS, Backend, Inputs
-from .ablation import Bench
+from ..optimize import text_attention
+from ..optimize.kernels import missing
+from .ablation import FUSED_TEXT, Bench
 from .measure import attempt, clean_up, measure, relative_error
 from .results import Report
 from .workload import SEED, TEXT_LENGTH
@@ -40,25 +43,55 @@ def random_qkv(bench: Bench, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def kernels(bench: Bench, report: Report) -> None:
-    """A row for every backend, over the video's own tokens and over the text's."""
+    """A row for every backend, over the video's own tokens and over the text's, and one for the own kernel for text.
+
+    That one norms its queries as well, and has the padding as one key.
+    """
     for what, keys in (("self", 0), ("cross", TEXT_LENGTH)):
         q, k, v = random_qkv(bench, keys)
         expected = reference(q, k, v)
-        flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         for backend in BACKENDS:
             row = {"name": backend.name, "attention": what, "exact": backend.exact, "shape": [*q.shape, k.shape[1]]}
 
-            def run(backend: Backend = backend, q=q, k=k, v=v, expected=expected, flops=flops) -> dict[str, Any]:
+            def run(backend: Backend = backend, q=q, k=k, v=v, expected=expected) -> dict[str, Any]:
                 refused = backend.missing() or backend.refuses(Inputs(q.device, q.dtype, q.shape[-1], False))
                 if refused:
                     raise LongCatError(refused)
                 out = backend.attend(q, k, v)
                 error = relative_error(out[:1, :QUERIES, :HEADS], expected)
                 del out
-                timing = measure(lambda: backend.attend(q, k, v), bench.device, max(5, bench.repeats), bench.budget)
-                return timing.as_row() | {"error": error, "tflops": flops / timing.ms / 1e9}
+                return _timed(bench, lambda: backend.attend(q, k, v), q, k) | {"error": error}
 
-            row = report.add(attempt(row, bench.budget, run))
-            clean_up(bench.device)
-            figure = f"{row['ms']:.2f} ms, {row['tflops']:.0f} TFLOP/s" if row["status"] == "ok" else row["reason"]
-            bench.say(f"{what}-attention, {backend.name}: {figure}")
+            _attempt(bench, report, row, run)
+    _own_text_kernel(bench, report)
+
+
+def _own_text_kernel(bench: Bench, report: Report) -> None:
+    keys = bench.inputs().folded_keys
+    q, k, v = random_qkv(bench, keys)
+    weight = torch.ones(q.shape[-1], dtype=q.dtype, device=q.device)
+    some = q[:, :QUERIES].clone()
+    expected = text_attention.plain_text_attention(some, weight, k, v, None)[:1, :, :HEADS]
+    row = {"name": FUSED_TEXT, "attention": "cross", "exact": True, "shape": [*q.shape, keys]}
+
+    def run() -> dict[str, Any]:
+        refused = missing() or text_attention.refuses(q, q.shape[-1], keys)
+        if refused:
+            raise LongCatError(refused)
+        out = text_attention.text_attention(some, weight, k, v, None).view(some.shape)
+        error = relative_error(out[:1, :, :HEADS], expected)
+        return _timed(bench, lambda: text_attention.text_attention(q, weight, k, v, None), q, k) | {"error": error}
+
+    _attempt(bench, report, row, run)
+
+
+def _timed(bench: Bench, attend: Callable[[], Tensor], q: Tensor, k: Tensor) -> dict[str, Any]:
+    timing = measure(attend, bench.device, max(5, bench.repeats), bench.budget)
+    return timing.as_row() | {"tflops": 4 * q.numel() * k.shape[1] / timing.ms / 1e9}
+
+
+def _attempt(bench: Bench, report: Report, row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+    row = report.add(attempt(row, bench.budget, run))
+    clean_up(bench.device)
+    figure = f"{row['ms']:.2f} ms, {row['tflops']:.0f} TFLOP/s" if row["status"] == "ok" else row["reason"]
+    bench.say(f"{row['attention']}-attention, {row['name']}: {figure}")

@@ -108,14 +108,17 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 def measure(
     function: Callable[[], Any], device: torch.device, repeats: int, budget: Budget, warm_up: int = 1
 ) -> Timing:
-    """Call `function` 1 + warm_up + repeats times; fewer where the budget ends, but once after the first if it can."""
+    """Call `function` 1 + warm_up + repeats times; fewer where the budget ends, but once after the first if it can.
+
+    repeats 0: once in all.
+    """
     reset_peak(device)
     synchronize(device)
     started = time.perf_counter()
     function()
     synchronize(device)
     timing = Timing(time.perf_counter() - started, first_peak_gib=peak_gib(device))
-    if budget.used_up:
+    if budget.used_up or not repeats:
         timing.peak_gib = timing.first_peak_gib
         return timing
     reset_peak(device)

@@ -10,17 +10,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..errors import LongCatError
 from ..generate.media import atomic_path
+from ..model.block_sparse import BlockSparse
 from ..model.config import Optimizations
 from ..optimize.quantization import quantised_layers, quantize
 from . import workload
-from .ablation import EXACT, FP8, FP8_SAGE, Bench
+from .ablation import EXACT, FP8, FP8_8BIT, Bench
 from .baseline import BaselineTransformer
 from .measure import attempt, clean_up, timed
+from .refine_step import SPARSE_EXACT, SPARSE_FP8, attending
 from .results import Report
 
 # What --variant names, with the names of the paths; each leaves files of its own.
 PLAIN, BASELINE = "plain", "baseline"
-VARIANTS = {"exact": EXACT, "fp8": FP8, "fp8+sage": FP8_SAGE, "plain": PLAIN, "baseline": BASELINE}
+VARIANTS = {"exact": EXACT, "fp8": FP8, "fp8+8bit": FP8_8BIT, "plain": PLAIN, "baseline": BASELINE}
+# Of the refinement, which attends block by block.
+REFINING = {"refine": SPARSE_EXACT, "refine+fp8": SPARSE_FP8}
+VARIANTS |= REFINING
+_PATHS = {SPARSE_EXACT: EXACT, SPARSE_FP8: FP8}
 # First match wins. What Triton fuses is element-wise work, whatever words its name is made of. The third line of
 # attention is what SageAttention does to its inputs, the second what block-sparse attention is made of.
 FAMILIES = (
@@ -75,11 +81,12 @@ def profile_step(bench: Bench, report: Report, variant: str = "exact") -> None:
     variant: one of VARIANTS. For fp8 the weights are quantised, in place, unless they are already.
     """
     name = VARIANTS[variant]
+    path = _PATHS.get(name, name)
 
     def run() -> dict[str, Any]:
-        if name in (FP8, FP8_SAGE) and not quantised_layers(bench.model):
+        if path in (FP8, FP8_8BIT) and not quantised_layers(bench.model):
             quantize(bench.model)
-        chosen = Optimizations(**(bench.plain() if name in (PLAIN, BASELINE) else bench.path(name)))
+        chosen = Optimizations(**(bench.plain() if name in (PLAIN, BASELINE) else bench.path(path)))
         workload.exactly(bench.model, chosen)
         inputs = bench.inputs()
         if name == BASELINE:
@@ -106,7 +113,8 @@ def profile_step(bench: Bench, report: Report, variant: str = "exact") -> None:
             prof.export_chrome_trace(str(temporary))
         return {"ms": ms, "kernels": kernels, "trace": trace.name, "notes": notes}
 
-    row = attempt({"name": name, "phase": "total"}, bench.budget, run)
+    with attending(bench.model, BlockSparse() if variant in REFINING else None):
+        row = attempt({"name": name, "phase": "total"}, bench.budget, run)
     clean_up(bench.device)
     kernels = row.pop("kernels", [])
     report.content["inputs"]["variant"] = name

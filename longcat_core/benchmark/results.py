@@ -21,7 +21,7 @@ from ..errors import LongCatError
 from ..generate.media import atomic_path, check_place
 
 SCHEMA = 1
-PACKAGES = ("triton", "flash-attn", "flash-attn-4", "sageattention", "xformers")
+PACKAGES = ("triton", "flash-attn", "flash-attn-4", "nvidia-cudnn-frontend", "sageattention", "xformers")
 
 
 def _command(*words: str) -> str:

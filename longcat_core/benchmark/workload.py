@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..model.attention import TextTokens
+from ..model.backends import import_ahead
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..sampling.conditioning import latent_shape
@@ -76,6 +77,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int 
     """`nano`, `full-random` (13.58 B parameters unless `blocks` are fewer) or a checkpoint's path."""
     if name == FULL_RANDOM:
         config = ModelConfig() if blocks is None else replace(ModelConfig(), depth=blocks)
+        # As loading a checkpoint does.
+        import_ahead(device)
         return random_model(config, device, dtype)
     from ..checkpoints.load import load_transformer
     from ..generate.pipeline import NANO_MODEL
@@ -109,6 +112,8 @@ class Inputs:
         shape = size.latents(config.in_channels)
         self.latents = torch.randn((1, *shape[1:]), generator=generator, device=device)
         lengths = [TEXT_TOKENS[(b + 2 - size.batch) % 2] for b in range(size.batch)]
+        # With all padding as one key.
+        self.folded_keys = max(lengths) + 1
         self.mask = (torch.arange(TEXT_LENGTH)[None] < torch.tensor(lengths)[:, None]).to(device).long()
         self.context = torch.randn(
             (size.batch, TEXT_LENGTH, config.caption_channels), generator=generator, device=device

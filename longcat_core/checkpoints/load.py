@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
+from ..model.backends import import_ahead
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.kernels import quantise_rows
@@ -381,6 +382,7 @@ def load_transformer(
     parts = match_parameters(checkpoint, parameters)
     reader = Reader(checkpoint)
     reader.check_formats()
+    import_ahead(device, model.optimizations.attention)
     stack = LoraStack(lora, {name: parameter.shape for name, parameter in parameters.items()})
     eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth))
     for name in eight_bit:

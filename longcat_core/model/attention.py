@@ -42,6 +42,11 @@ def sliceable(layer: nn.Module, x: Tensor) -> bool:
     return type(layer) is nn.Linear
 
 
+def takes_quantised(layer: nn.Module) -> bool:
+    """Whether the layer's input may come as e4m3 already, row by row."""
+    return getattr(layer, "takes_quantised", False)
+
+
 def project(layer: nn.Module, x: Any, parts: int, fused: bool) -> tuple[Tensor, ...]:
     """`parts` equal slices of a fused projection of x [..., C_in], each [..., C_out/parts].
 
@@ -255,10 +260,15 @@ class SelfAttention(nn.Module):
         elif num_cond_tokens:
             n = num_cond_tokens
             out = torch.cat((attend(q[:, :n], k[:, :n], v[:, :n]), attend(q[:, n:], k, v)), dim=1)
+        elif (
+            kernels.quantised and how.fused_kernels and takes_quantised(self.proj) and not torch.compiler.is_compiling()
+        ):
+            # In graphs the kernel stands as an operator, which gives 16 bits.
+            out = kernels.quantised(q, k, v)
         else:
             out = attend(q, k, v)
         del q, k, v
-        return self.proj(out.flatten(-2))
+        return self.proj(out.flatten(-2) if isinstance(out, Tensor) else out)
 
 
 class CrossAttention(nn.Module):
@@ -289,7 +299,8 @@ class CrossAttention(nn.Module):
         q = self.q(inputs.pop()).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
         k, v = self.keys_values(text.tokens, how.fused_qkv) if text.keys is None else text.keys
         if how.fused_text:
-            return self.proj(text_attention(q, self.q_norm.weight.to(q.device), k, v, text.bias).flatten(-2))
+            fp8 = takes_quantised(self.proj)
+            return self.proj(text_attention(q, self.q_norm.weight.to(q.device), k, v, text.bias, fp8=fp8))
         q = norm_rope(q, self.q_norm.weight.to(q.device), None) if how.fused_kernels else self.q_norm(q)
         if text.packing is not None:
             out = attend_packed(kernels.varlen, q, k, v, text.packing)

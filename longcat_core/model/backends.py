@@ -25,6 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import BackendUnavailable
+from ..optimize import fp8_attention
+from ..optimize.kernels import Quantised
+from ..optimize.kernels import missing as missing_triton
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -61,7 +64,8 @@ class Backend:
     """One attention kernel.
 
     `missing` answers "" where the kernel can run in this installation, otherwise the reason. `exact` is False for
-    kernels that quantise their inputs: `auto` never takes those. `dtypes` None means any.
+    kernels that quantise their inputs: `auto` never takes those. `dtypes` None means any. `quantised`: the same with an
+    output of 8 bits, [B, Nq, C], for a product that takes it so.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = HALF
     max_head_dim: int = 256
     needs_no_grad: bool = False
+    quantised: Callable[[Tensor, Tensor, Tensor], Quantised] | None = None
 
     def refuses(self, inputs: Inputs) -> str:
         """Why this kernel cannot take such inputs, or ""."""
@@ -88,24 +93,34 @@ class Backend:
         return ""
 
 
+# Names of packages that are not their modules'.
+_PACKAGES = {"cudnn": "nvidia-cudnn-frontend"}
+
+
 @cache
 def _load(module: str) -> tuple[Any, str]:
     """An optional module, or None and the reason; a broken installation must not take the program down."""
     try:
         return importlib.import_module(module), ""
     except ModuleNotFoundError:
-        return None, f"package {module.split('.')[0]} is not installed"
+        package = module.split(".")[0]
+        return None, f"package {_PACKAGES.get(package, package)} is not installed"
     except Exception as error:  # an ABI mismatch raises anything from OSError to AttributeError
         return None, f"{module} does not load: {type(error).__name__}: {error}".splitlines()[0]
 
 
 @dataclass(frozen=True)
 class _Needs:
-    """`missing` of a backend that needs an optional package and a GPU."""
+    """`missing` of a backend that needs an optional package and a GPU.
+
+    alone: on GPUs of this capability and no other. triton: there are kernels of our own around it.
+    """
 
     module: str
     attribute: str
     capability: tuple[int, int] = (8, 0)
+    alone: bool = False
+    triton: bool = False
 
     def __call__(self) -> str:
         loaded, reason = _load(self.module)
@@ -113,17 +128,21 @@ class _Needs:
             return reason
         if not hasattr(loaded, self.attribute):
             return f"{self.module} has no {self.attribute}: its version does not fit"
-        return _needs_cuda(self.capability)
+        return _needs_cuda(self.capability, self.alone) or (missing_triton() if self.triton else "")
 
     def absent(self) -> bool:
         """Whether it is sure to be missing, told without importing the package."""
-        return bool(_needs_cuda(self.capability)) or find_spec(self.module.split(".")[0]) is None
+        return bool(_needs_cuda(self.capability, self.alone)) or find_spec(self.module.split(".")[0]) is None
 
 
-def _needs_cuda(capability: tuple[int, int]) -> str:
+def _needs_cuda(capability: tuple[int, int], alone: bool = False) -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"
     have = torch.cuda.get_device_capability()
+    if alone and have != capability:
+        return (
+            f"is known to work on compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
+        )
     if have < capability:
         return f"needs compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
     return ""
@@ -324,6 +343,16 @@ BACKENDS: tuple[Backend, ...] = (
         max_head_dim=1 << 16,
     ),
     Backend(
+        "cudnn-fp8",
+        "cuDNN in fp8 (nvidia-cudnn-frontend; Hopper; lossy; only by name)",
+        _Needs("cudnn", "pygraph", (9, 0), alone=True, triton=True),
+        opaque("cudnn-fp8", fp8_attention.attend),
+        exact=False,
+        max_head_dim=128,
+        needs_no_grad=True,
+        quantised=fp8_attention.attend_quantised,
+    ),
+    Backend(
         "sage",
         "SageAttention (8-bit, lossy; only by name)",
         _Needs("sageattention", "sageattn"),
@@ -364,6 +393,27 @@ def listed() -> tuple[str, ...]:
     return tuple(name for name in names() if name not in absent)
 
 
+def import_ahead(device: torch.device | str = "cuda", name: str = "auto") -> threading.Thread | None:
+    """Begin to import the package that attention on `device` will ask for; the thread that does it, or None.
+
+    For whoever is about to wait for a disk: the packages take seconds to import, of the first step otherwise.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    for backend in BACKENDS:
+        if backend.name != name and not (name == "auto" and backend.exact):
+            continue
+        if isinstance(backend.missing, _Needs):
+            if not backend.missing.absent():
+                thread = threading.Thread(target=_load, args=(backend.missing.module,), name="longcat import")
+                thread.start()
+                return thread
+        elif not backend.missing():
+            # One of PyTorch's own comes first.
+            return None
+    return None
+
+
 def report(trial: Inputs | None = None) -> list[tuple[str, bool, str]]:
     """(name, usable in this installation, what it is or why it is not usable) for every backend.
 
@@ -393,15 +443,32 @@ class Kernels(NamedTuple):
 
     attend: self-attention. varlen: text of different lengths in one batch; None: through SDPA with a bias. text: text
     with all its padding written out, which is `exact` without a bias; None: padding stays folded, under a bias.
+    quantised: self-attention with an output of 8 bits, where the backend has it.
     """
 
     attend: Attend
     varlen: AttendVarlen | None
     text: Attend | None = None
+    quantised: Callable[[Tensor, Tensor, Tensor], Quantised] | None = None
 
 
 # Tokens of a trial, and how far its output may be from the definition, relative: of 16 bits, and of 8 bits.
 _TRIAL_TOKENS, _TOLERANCES = 256, (0.02, 0.25)
+
+
+def trial(run: Callable[[], tuple[Tensor, Tensor]], tolerance: float) -> str:
+    """Why a kernel does not work, or "". run: returns its output and the right one, fp32, in one place."""
+    try:
+        with torch.no_grad():
+            out, wanted = run()
+            error = ((out - wanted).norm() / wanted.norm()).item()
+    except torch.OutOfMemoryError:
+        # Not the kernel's fault, nor for long.
+        raise
+    except Exception as error:  # of compilers, loaders, launches: anything
+        return f"it fails on this GPU: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    # So written, NaN is wrong too.
+    return "" if error <= tolerance else f"its output is wrong on this GPU (error {error:.2g})"
 
 
 @cache
@@ -416,18 +483,12 @@ def fails(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) ->
     shape = 3, 1, _TRIAL_TOKENS, 2, head_dim
     q, k, v = torch.randn(shape, generator=generator, device=device).to(dtype)
     backend = _BY_NAME[name]
-    try:
-        with torch.no_grad():
-            out = backend.attend(q, k, v).float()
-            wanted = _any_sdpa(q.float().cpu(), k.float().cpu(), v.float().cpu())
-            error = ((out.cpu() - wanted).norm() / wanted.norm()).item()
-    except torch.OutOfMemoryError:
-        # Not the kernel's fault, nor for long.
-        raise
-    except Exception as error:  # of compilers, loaders, launches: anything
-        return f"it fails on this GPU: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    # So written, NaN is wrong too.
-    return "" if error <= _TOLERANCES[not backend.exact] else f"its output is wrong on this GPU (error {error:.2g})"
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = backend.attend(q, k, v).float()
+        return out.cpu(), _any_sdpa(q.float().cpu(), k.float().cpu(), v.float().cpu())
+
+    return trial(run, _TOLERANCES[not backend.exact])
 
 
 def why_not(backend: Backend, inputs: Inputs) -> str:
@@ -478,4 +539,4 @@ def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
         usable = not cudnn.missing() and not why_not(cudnn, inputs)
         exact = backend if backend.exact else resolve("auto", inputs)
         text = (cudnn if name == "auto" and usable else exact).attend
-    return Kernels(backend.attend, varlen, text)
+    return Kernels(backend.attend, varlen, text, backend.quantised)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..optimize import kernels as fused_kernels
-from ..optimize.kernels import Quantised, Unscaled
+from ..optimize.kernels import Quantised
 from . import backends
-from .attention import BlockText, CrossAttention, SelfAttention, project, sliceable
+from .attention import BlockText, CrossAttention, SelfAttention, project, sliceable, takes_quantised
 from .config import ModelConfig
 
 
@@ -38,7 +38,6 @@ class How(NamedTuple):
     pieces: into how many runs of frames the FFN and the final layer cut each sample; 0: all samples at once.
     fused_kernels: element-wise work by `optimize.kernels`; the tensors must be such as these take.
     fused_text: attention to text by `optimize.text_attention`, under the same condition.
-    late_scales: of the FFN's 8-bit products, applied by these kernels; not in compiled graphs.
     """
 
     fused_qkv: bool = True
@@ -47,12 +46,6 @@ class How(NamedTuple):
     pieces: int = 0
     fused_kernels: bool = False
     fused_text: bool = False
-    late_scales: bool = False
-
-
-def takes_quantised(layer: nn.Module) -> bool:
-    """Whether the layer's input may come as e4m3 already, row by row."""
-    return getattr(layer, "takes_quantised", False)
 
 
 class FeedForward(nn.Module):
@@ -64,19 +57,12 @@ class FeedForward(nn.Module):
         self.down = operations.Linear(hidden, dim, bias=False, dtype=dtype, device=device)
         self.sliceable = getattr(operations, "sliceable", sliceable)
 
-    def forward(self, x: Tensor | Quantised, how: How) -> Tensor | Unscaled:
+    def forward(self, x: Tensor | Quantised, how: How) -> Tensor:
         whole = how.fused_ffn or not self.sliceable(self.gate_up, x)
-        if how.late_scales and whole and self._leaves_scales(x):
-            return self.down.unscaled(fused_kernels.gated_product(self.gate_up.unscaled(x), fp8=True))
         if how.fused_kernels and whole:
             return self.down(fused_kernels.gated_product(self.gate_up(x), fp8=takes_quantised(self.down)))
         gate, up = project(self.gate_up, x, 2, whole)
         return self.down(F.silu(gate) * up)
-
-    def _leaves_scales(self, x: Tensor | Quantised) -> bool:
-        if torch.compiler.is_compiling() or not isinstance(x, Quantised):
-            return False
-        return all(takes_quantised(layer) and hasattr(layer, "unscaled") for layer in (self.gate_up, self.down))
 
 
 class LayerNorm(nn.Module):
@@ -216,8 +202,11 @@ class Block(nn.Module):
         if how.fused_kernels and not num_cond_latents:
             norm, layer = self.cross_norm, self.cross_attn.q
             weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
-            # Alone in a list again: beside queries, keys and output nobody needs it.
-            x, *inputs = fused_kernels.residual_norm(x, updates.pop(), gate, weight, bias, fp8=takes_quantised(layer))
+            x, h = fused_kernels.residual_norm(x, updates.pop(), gate, weight, bias, fp8=takes_quantised(layer))
+            # Alone in a list again: beside queries, keys and output nobody needs it. (`x, *inputs = ` would make it a
+            # tuple within a compiled graph.)
+            inputs = [h]
+            del h
             updates.append(self.cross_attn(inputs, text, how, kernels).view_as(x))
             return x
         with fp32_region(x, how.explicit_fp32):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, LongCatError
 from ..optimize import block_sparse_kernel as kernels
-from .backends import Attend, Kernels
+from .backends import Attend, Kernels, trial
 from .rope import rope_table
 
 Shape = tuple[int, int, int]
 Kernel = Literal["auto", "triton", "fa4", "plain"]
 KERNELS = ("auto", "triton", "fa4", "plain")
 # Fastest first.
-_AUTO = ("triton",)
+_AUTO = ("fa4", "triton")
 # Keys and values that the plain version gathers at a time.
 _GATHERED_BYTES = 1 << 27
 _SORTED_BYTES = 1 << 28
@@ -52,7 +52,7 @@ class BlockSparse:
         The same of a query chunk, multiples of `chunk`; None: the same. All tokens of a query chunk attend to the same
         keys; 128 of them run faster than 64.
     kernel
-        `triton`, `fa4` (FlashAttention-4), `plain` (PyTorch), or `auto`: Triton where it runs, else plain.
+        `triton`, `fa4` (FlashAttention-4), `plain` (PyTorch), or `auto`: the first of these that runs.
     """
 
     sparsity: float | None = 0.9375
@@ -292,6 +292,31 @@ def attend_plain(
     return torch.stack(samples).permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
+# Chunks of a trial, and how far its output may be from the definition, relative.
+_TRIAL_CHUNKS, _TOLERANCE = 4, 0.02
+
+
+@cache
+def fails(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, q_chunk: int, k_chunk: int) -> str:
+    """Why a kernel does not work on `device`, tried on a few chunks, or ""; it may need another version's package."""
+    chunks, picked = _TRIAL_CHUNKS, _TRIAL_CHUNKS // 2
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn((1, chunks * chunk, 2, dim), generator=generator, device=device).to(dtype)
+        for chunk in (q_chunk, k_chunk, k_chunk)
+    )
+    indices = torch.arange(chunks, device=device)[:, None] // 2 + torch.arange(picked, device=device)
+    indices = indices.to(torch.int32).expand(1, 2, -1, -1).contiguous()
+    counts = torch.full(indices.shape[:-1], picked, dtype=torch.int32, device=device)
+    sizes = torch.full((chunks,), k_chunk, dtype=torch.int32, device=device)
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = kernels.attend_chunks(q, k, v, indices, counts, sizes, q_chunk, False, kernel).float()
+        return out, attend_plain(q.float(), k.float(), v.float(), indices, counts, sizes, q_chunk, False)
+
+    return trial(run, _TOLERANCE)
+
+
 def choose_kernel(settings: BlockSparse, q: Tensor, q_chunk: int, k_chunk: int, padded: bool) -> str:
     """`triton`, `fa4` or `plain` for such queries. Raises BackendUnavailable if a kernel asked for by name cannot."""
     if settings.kernel == "plain":
@@ -300,6 +325,8 @@ def choose_kernel(settings: BlockSparse, q: Tensor, q_chunk: int, k_chunk: int, 
     for name in _AUTO if settings.kernel == "auto" else (settings.kernel,):
         reason = "" if q.is_cuda else f"it runs on CUDA, the tensors are on {q.device.type}"
         reason = reason or kernels.missing(name) or kernels.refuses(name, q, q_chunk, k_chunk, padded)
+        if name == "fa4" and not reason and not torch.compiler.is_compiling():
+            reason = fails(name, q.device, q.dtype, q.shape[-1], q_chunk, k_chunk)
         if not reason:
             return name
     if settings.kernel == "auto":
@@ -374,7 +401,8 @@ def with_block_sparse(kernels: Kernels, layout: ChunkLayout, settings: BlockSpar
 
     layout: of all keys, those of cached conditioning frames included.
     """
-    return kernels._replace(attend=block_sparse_attend(layout, settings), text=kernels.text or kernels.attend)
+    text = kernels.text or kernels.attend
+    return kernels._replace(attend=block_sparse_attend(layout, settings), text=text, quantised=None)
 
 
 def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSparse, cond_frames: int = 0) -> Tensor:

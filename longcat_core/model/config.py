@@ -116,8 +116,8 @@ class Optimizations:
         padding is dropped. `padded`: the same values the plain way, over every position. `packed`: padding is
         dropped always; on a `text_tokens_zero_pad` checkpoint (the released one) that changes the output.
     attention
-        Name of an attention backend or `auto`, the fastest exact one that this machine has. Lossy ones (`sage`) only
-        by name; the first output is then checked, and one of NaN or zeros is computed anew by `auto`.
+        Name of an attention backend or `auto`, the fastest exact one that this machine has. Lossy ones (`cudnn-fp8`,
+        `sage`) only by name; the first output is then checked, and one of NaN or zeros is computed anew by `auto`.
     compile
         `blocks`: torch.compile of the transformer block, one graph for all blocks, steps and prompts. Same
         mathematics, other rounding.
@@ -145,13 +145,10 @@ class Optimizations:
     split_guidance
         The halves of guidance one after the other instead of as one batch: activations take half the memory. Same
         mathematics, other rounding where kernels choose by batch.
-    late_scales
-        Where fp8, fused_kernels and uncompiled blocks come together: the FFN's 8-bit products are made with one scale,
-        which is the GPU's faster kernel, and the scales of rows and columns applied by the kernels that read them. Same
-        mathematics, other rounding.
     fused_text
-        Attention to the text with the norm of its queries by a Triton kernel of our own, where fused_kernels acts;
-        folded padding stays folded there. Same mathematics, other rounding.
+        Attention to the text with the norm of its queries by a Triton kernel of our own, where fused_kernels acts and
+        the text is short enough for it to be the faster one; folded padding stays folded there. Same mathematics, other
+        rounding.
     """
 
     fused_qkv: bool = True
@@ -167,8 +164,7 @@ class Optimizations:
     fp8: bool = True
     fused_kernels: bool = True
     split_guidance: bool = False
-    late_scales: bool = False
-    fused_text: bool = False
+    fused_text: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):

@@ -154,12 +154,17 @@ class LongCatTransformer(nn.Module):
         else:
             self.stream.extend(streamed)
 
+    @property
+    def eight_bit(self) -> bool:
+        """Whether there are 8-bit layers, the owner's or those of `optimize.quantization`."""
+        return any(hasattr(module, "fp8") for module in self.modules())
+
     def _lossy(self) -> list[tuple[str, Optimizations]]:
         """What in force may spoil the output, in words, and the optimizations without it."""
         now, found = self.optimizations, []
         if not backends.is_exact(now.attention):
             found.append((f"attention backend {now.attention!r}", replace(now, attention="auto")))
-        if now.fp8 and any(hasattr(module, "fp8") for module in self.modules()):
+        if now.fp8 and self.eight_bit:
             found.append(("fp8", replace(now, fp8=False)))
         return found
 
@@ -194,6 +199,16 @@ class LongCatTransformer(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.compute_dtype
         inputs = backends.Inputs(device, dtype, self.config.head_dim, self._learns())
         return backends.resolve_kernels(self.optimizations.attention, inputs)
+
+    def own_kernels(self, x: Tensor) -> bool:
+        """Whether the element-wise work on activations like x goes through kernels of our own."""
+        # They are explicit fp32 throughout: they cannot stand for autocast regions.
+        return self.optimizations.fused_kernels and self.optimizations.explicit_fp32 and kernels_usable(x)
+
+    def own_text_kernel(self, x: Tensor, text: TextTokens) -> bool:
+        """The same of attention from activations like x to a text."""
+        wanted = self.optimizations.fused_text and self.own_kernels(x)
+        return wanted and not text_attention_refuses(x, self.config.head_dim, text.tokens.shape[1])
 
     def _learns(self, *inputs: Tensor) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
@@ -294,16 +309,14 @@ class LongCatTransformer(nn.Module):
             raise LongCatError("streamed blocks have no backward pass; train with the whole model on the device")
         recompute = optimizations.gradient_checkpointing and grad
         pieces = 0 if grad else ffn_pieces(config, batch, *tokens.shape[1:3], tokens.element_size())
-        # Kernels of our own are explicit fp32 throughout: they cannot stand for autocast regions.
-        own = optimizations.fused_kernels and optimizations.explicit_fp32 and not grad and kernels_usable(tokens)
+        own = not grad and self.own_kernels(tokens)
         how = How(
             optimizations.fused_qkv,
             optimizations.fused_ffn,
             optimizations.explicit_fp32,
             pieces,
             own,
-            fused_text=own and optimizations.fused_text and not text_attention_refuses(tokens, config.head_dim),
-            late_scales=own and optimizations.late_scales,
+            fused_text=own and text is not None and self.own_text_kernel(tokens, text),
         )
         texts = self._block_texts(text, context is text and not grad, batch, kernels, how.fused_text)
         call = (
@@ -434,7 +447,7 @@ class LongCatTransformer(nn.Module):
         if torch.compiler.is_compiling():
             return run_block
         known = backends.is_known(kernels.attend)
-        within = kernels if known else kernels._replace(attend=backends.attend_foreign)
+        within = kernels if known else kernels._replace(attend=backends.attend_foreign, quantised=None)
 
         def call(
             block: Block,

@@ -82,13 +82,13 @@ def plain_gated_product(gate_up: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _store(out, scales, row, channel, mask, value, width, FP8: tl.constexpr):
+    def _store(out, scales, row, columns, mask, value, width, FP8: tl.constexpr):
         if FP8:
             scale = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-12) / 448.0
             tl.store(scales + row, scale)
             # Rounding may lift the quotient above the largest e4m3 number, which has no infinity to fall back on.
             value = tl.minimum(tl.maximum(value / scale, -448.0), 448.0)
-        tl.store(out + row * width + channel, value.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _residual_norm(
@@ -100,8 +100,6 @@ if triton is not None:
         x_out,
         out,
         scales,
-        rows,
-        columns,
         frames,
         spatial,
         width,
@@ -111,7 +109,6 @@ if triton is not None:
         norm_frame,
         eps,
         UPDATE: tl.constexpr,
-        SCALED: tl.constexpr,
         GATE: tl.constexpr,
         NORM: tl.constexpr,
         ONE_PLUS: tl.constexpr,
@@ -122,15 +119,12 @@ if triton is not None:
         frame = tl.program_id(0).to(tl.int64)
         sample = frame // frames
         own = frame % frames
-        channel = tl.arange(0, WIDTH)
-        mask = channel < width
+        columns = tl.arange(0, WIDTH)
+        mask = columns < width
         if GATE:
-            g = tl.load(gate + sample * gate_sample + own * gate_frame + channel, mask=mask, other=0).to(tl.float32)
-        if SCALED:
-            scale = tl.load(columns + channel, mask=mask, other=0)
-            g = g * scale if GATE else scale
+            g = tl.load(gate + sample * gate_sample + own * gate_frame + columns, mask=mask, other=0).to(tl.float32)
         if NORM:
-            at = sample * norm_sample + own * norm_frame + channel
+            at = sample * norm_sample + own * norm_frame + columns
             w = tl.load(weight + at, mask=mask, other=0).to(tl.float32)
             b = tl.load(bias + at, mask=mask, other=0).to(tl.float32)
             if ONE_PLUS:
@@ -139,22 +133,20 @@ if triton is not None:
         for i in range(ROWS):
             if first + i < spatial:
                 row = frame * spatial + first + i
-                value = tl.load(x + row * width + channel, mask=mask, other=0).to(tl.float32)
+                value = tl.load(x + row * width + columns, mask=mask, other=0).to(tl.float32)
                 if UPDATE:
-                    more = tl.load(update + row * width + channel, mask=mask, other=0).to(tl.float32)
-                    if SCALED:
-                        more *= tl.load(rows + row)
-                    if GATE or SCALED:
+                    more = tl.load(update + row * width + columns, mask=mask, other=0).to(tl.float32)
+                    if GATE:
                         more *= g
                     # The norm reads what the residual stream holds, rounded.
                     rounded = (value + more).to(x_out.dtype.element_ty)
-                    tl.store(x_out + row * width + channel, rounded, mask=mask)
+                    tl.store(x_out + row * width + columns, rounded, mask=mask)
                     value = rounded.to(tl.float32)
                 if NORM:
                     mean = tl.sum(value, axis=0) / width
                     centred = tl.where(mask, value - mean, 0.0)
                     spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
-                    _store(out, scales, row, channel, mask, centred * spread * w + b, width, FP8)
+                    _store(out, scales, row, columns, mask, centred * spread * w + b, width, FP8)
 
     @triton.jit
     def _norm_rope(
@@ -188,34 +180,32 @@ if triton is not None:
         tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _gated_product(
-        gate_up, rows, columns, out, scales, width, SCALED: tl.constexpr, FP8: tl.constexpr, WIDTH: tl.constexpr
-    ):
+    def _gated_product(gate_up, out, scales, width, FP8: tl.constexpr, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        channel = tl.arange(0, WIDTH)
-        mask = channel < width
-        gate = tl.load(gate_up + row * 2 * width + channel, mask=mask, other=0).to(tl.float32)
-        up = tl.load(gate_up + row * 2 * width + width + channel, mask=mask, other=0).to(tl.float32)
-        if SCALED:
-            # All rows read the columns' scales: they should stay in the cache that the rows pass through.
-            own = tl.load(rows + row)
-            gate *= own * tl.load(columns + channel, mask=mask, other=0, eviction_policy="evict_last")
-            up *= own * tl.load(columns + width + channel, mask=mask, other=0, eviction_policy="evict_last")
-        _store(out, scales, row, channel, mask, gate / (1 + tl.exp(-gate)) * up, width, FP8)
+        columns = tl.arange(0, WIDTH)
+        mask = columns < width
+        gate = tl.load(gate_up + row * 2 * width + columns, mask=mask, other=0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + columns, mask=mask, other=0).to(tl.float32)
+        _store(out, scales, row, columns, mask, gate / (1 + tl.exp(-gate)) * up, width, FP8)
 
     @triton.jit
     def _quantise(x, out, scales, width, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        channel = tl.arange(0, WIDTH)
-        mask = channel < width
-        value = tl.load(x + row * width + channel, mask=mask, other=0).to(tl.float32)
-        _store(out, scales, row, channel, mask, value, width, True)
+        columns = tl.arange(0, WIDTH)
+        mask = columns < width
+        value = tl.load(x + row * width + columns, mask=mask, other=0).to(tl.float32)
+        _store(out, scales, row, columns, mask, value, width, True)
 
 
 def _block(width: int) -> tuple[int, int]:
     """The next power of two that holds `width` columns, and how many warps work on them."""
     size = 1 << (width - 1).bit_length()
     return size, min(16, max(1, size // 512))
+
+
+def whole_tokens(x: Tensor) -> Tensor:
+    """x [B, N, heads, head_dim] with the channels of a token together; a copy only where they are not."""
+    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
 
 
 def _strides(vector: Tensor | None) -> tuple[int, int]:
@@ -240,17 +230,15 @@ def _launch_residual_norm(
     total: Tensor,
     one_plus: bool = False,
     fp8: bool = False,
-    of_update: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, frames, spatial, width = x.shape
     norm = weight is not None
     out, scales = _out(x, width, fp8) if norm else (x.new_empty(0), x.new_empty(0, dtype=torch.float32))
     size, warps = _block(width)
     _residual_norm[(batch * frames, triton.cdiv(spatial, ROWS))](
-        *(x, update, gate, weight, bias, total, out, scales, *(of_update or (None, None)), frames, spatial, width),
+        *(x, update, gate, weight, bias, total, out, scales, frames, spatial, width),
         *(*_strides(gate), *_strides(weight), EPS),
         UPDATE=update is not None,
-        SCALED=of_update is not None,
         GATE=gate is not None,
         NORM=norm,
         ONE_PLUS=one_plus,
@@ -291,24 +279,12 @@ def _norm_rope_op(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | N
     return _launch_norm_rope(x, weight, cos, sin, x.new_empty(x.shape))
 
 
-def _launch_gated_product(
-    gate_up: Tensor, fp8: bool, rows: Tensor | None = None, columns: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _gated_product_op(gate_up: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     width = gate_up.shape[-1] // 2
     out, scales = _out(gate_up, width, fp8)
     size, warps = _block(width)
-    _gated_product[(gate_up.numel() // (2 * width),)](
-        *(gate_up, rows, columns, out, scales, width),
-        SCALED=rows is not None,
-        FP8=fp8,
-        WIDTH=size,
-        num_warps=warps,
-    )
+    _gated_product[(gate_up.numel() // (2 * width),)](gate_up, out, scales, width, FP8=fp8, WIDTH=size, num_warps=warps)
     return out, scales
-
-
-def _gated_product_op(gate_up: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    return _launch_gated_product(gate_up, fp8)
 
 
 def _quantise_op(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,22 +338,6 @@ class Quantised(NamedTuple):
     scales: Tensor
 
 
-class Unscaled(NamedTuple):
-    """A product [.., N] of e4m3 numbers without the scales of its rows and columns: values * rows * columns.
-
-    values in 16 bits; rows [.., 1], columns [N] fp32.
-    """
-
-    values: Tensor
-    rows: Tensor
-    columns: Tensor
-
-
-def scaled(x: Unscaled) -> Tensor:
-    """The product [.., N] fp32."""
-    return x.values.float() * x.rows * x.columns
-
-
 def residual_norm(
     x: Tensor,
     update: Tensor | None,
@@ -398,15 +358,12 @@ def residual_norm(
     return x if update is None else total, Quantised(out, scales) if fp8 else out
 
 
-def residual_(x: Tensor, update: Tensor | Unscaled, gate: Tensor) -> Tensor:
+def residual_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update, summed in fp32 and written into x [B, T, S, C] contiguous; gate [B or 1, T or 1, 1, C] fp32.
 
     Not for compiled graphs.
     """
-    of_update = None
-    if isinstance(update, Unscaled):
-        update, of_update = update.values, (update.rows.contiguous(), update.columns.contiguous())
-    _launch_residual_norm(x, update.contiguous(), gate, None, None, x, of_update=of_update)
+    _launch_residual_norm(x, update.contiguous(), gate, None, None, x)
     return x
 
 
@@ -427,16 +384,9 @@ def norm_rope(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor] | None) -> 
     )
 
 
-def gated_product(gate_up: Tensor | Unscaled, *, fp8: bool = False) -> Tensor | Quantised:
-    """silu(gate) * up of gate_up [.., 2*C] in 16 bits, gate first -> [.., C]. fp8: quantised row by row.
-
-    gate_up may lack its scales, but not in compiled graphs.
-    """
-    if isinstance(gate_up, Unscaled):
-        of_rows, of_columns = gate_up.rows.contiguous(), gate_up.columns.contiguous()
-        out, scales = _launch_gated_product(gate_up.values.contiguous(), fp8, of_rows, of_columns)
-    else:
-        out, scales = _gated_product_op(gate_up.contiguous(), fp8)
+def gated_product(gate_up: Tensor, *, fp8: bool = False) -> Tensor | Quantised:
+    """silu(gate) * up of gate_up [.., 2*C] in 16 bits, gate first -> [.., C]. fp8: quantised row by row."""
+    out, scales = _gated_product_op(gate_up.contiguous(), fp8)
     return Quantised(out, scales) if fp8 else out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import LongCatError
 from . import kernels
-from .kernels import Quantised, Unscaled, quantise_rows
+from .kernels import Quantised, quantise_rows
 
 # The layers of a block that hold its work. Modulation, embeddings and the final layer are fp32 islands, and the text's
 # keys and values are computed once.
@@ -112,10 +112,6 @@ class Fp8Linear(nn.Module):
         dtype = self.dtype if isinstance(x, Quantised) else x.dtype
         return quantised_linear(x, self.weight, self.weight_scale, self.bias, dtype, fp8=self.fp8, native=self.native)
 
-    def unscaled(self, x: Quantised) -> Unscaled:
-        """The product without its scales, which are left to whoever reads it; for layers without bias."""
-        return unscaled_product(x, self.weight, self.weight_scale, native=self.native)
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, fp8={self.fp8}"
 
@@ -207,28 +203,6 @@ def scaled_product(
         *(values, weight.t(), scales, weight_scale.t()), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
     )
     return out.to(dtype).view(shape)
-
-
-@cache
-def _one(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones((), device=device)
-
-
-def unscaled_product(x: Quantised, weight: Tensor, weight_scale: Tensor, *, native: bool) -> Unscaled:
-    """x [.., in] times weight [out, in] e4m3, whose scales [out, 1] fp32 come along with those of x's rows.
-
-    The GPU's product with one scale is faster than that of rows with scales. Its largest values, about 448^2 * in, are
-    nothing to bf16, and rounding is relative: the result is as exact as that of `scaled_product`.
-    """
-    shape = (*x.values.shape[:-1], weight.shape[0])
-    values = x.values.flatten(0, -2)
-    if native:
-        one = _one(values.device)
-        out = torch._scaled_mm(values, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-    else:
-        out = F.linear(values.float(), weight.float()).to(torch.bfloat16)
-    return Unscaled(out.view(shape), x.scales, weight_scale.flatten())
 
 
 def quantize(model: nn.Module, policy: Policy | None = None) -> int:

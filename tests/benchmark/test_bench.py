@@ -118,21 +118,13 @@ def test_paths_hold_the_baselines_and_fp8(everything):
         row = rows[name]
         assert (row["compiled"], row["optimizations"]["compile"], row["batch"]) == (way == "blocks", way, 2)
     assert rows["exact, distilled"]["batch"] == 1
-    assert rows[ablation.FP8_SAGE]["status"] == "unavailable" and "sage" in rows[ablation.FP8_SAGE]["reason"]
+    assert rows[ablation.FP8_8BIT]["status"] == "unavailable" and "cudnn-fp8" in rows[ablation.FP8_8BIT]["reason"]
 
 
 def test_every_switch_is_added_once_and_removed_once(everything):
     rows = list(rows_of(everything, "ablation").values())
     # Of training; of memory; of 8-bit layers, which come after the others.
-    tried = {switch for more in ablation.TRIED.values() for switch in more}
-    known = (
-        {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "split_guidance", "fp8"} - tried
-    )
-    assert tried == {"fused_text", "late_scales"}
-    for name, more in ablation.TRIED.items():
-        for part in ("paths", "exactness"):
-            assert rows_of(everything, part)[name]["status"] == "ok"
-        assert more.items() <= rows_of(everything, "paths")[name]["optimizations"].items()
+    known = {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "split_guidance", "fp8"}
     added = [row for row in rows if row.get("phase") == "added"]
     assert {row["switch"] for row in added} == known | {"layout"}
     for before, row in pairwise(added):
@@ -181,7 +173,7 @@ def test_a_graph_more_only_where_it_may_be(everything):
 def test_a_cache_of_given_frames_gives_what_none_gives(everything):
     rows = rows_of(everything, "continuation")
     ways = ("off", "exact", "official", "exact, offloaded")
-    assert list(rows) == [f"{n} given, {way}" for n in (1, 4) for way in ways]
+    assert list(rows) == [f"{n} given, {way}" for n in (4, 1) for way in ways]
     for n in (1, 4):
         off, exact, official, offloaded = (rows[f"{n} given, {way}"] for way in ways)
         assert "cache_gib" not in off and "ratio" not in off
@@ -198,19 +190,21 @@ def test_a_cache_of_given_frames_gives_what_none_gives(everything):
 def test_refining_ends_in_fp8(everything):
     names = [row["name"] for row in results.read(everything / "refine.json")["rows"]]
     alone = [refine_step.ALONE["dense"], refine_step.ALONE["block-sparse"]]
-    exact = [refine_step.DENSE_EXACT, refine_step.SPARSE_EXACT]
-    assert names == [*exact, *alone, "quantising the weights", refine_step.SPARSE_FP8, refine_step.DENSE_FP8]
+    exact = [refine_step.SPARSE_EXACT, refine_step.DENSE_EXACT]
+    assert names == [*alone, *exact, "quantising the weights", refine_step.SPARSE_FP8, refine_step.DENSE_FP8]
     rows = rows_of(everything, "refine")
     for name in (*exact, refine_step.SPARSE_FP8, refine_step.DENSE_FP8):
         row = rows[name]
         assert 0 < row["ms"] < math.inf and row["batch"] == 1
         assert row["attention"] == ("sdpa" if "dense" in name else "block-sparse, plain")
-    assert rows[exact[1]]["ratio"] == pytest.approx(rows[exact[0]]["ms"] / rows[exact[1]]["ms"])
+    assert rows[exact[0]]["ratio"] == pytest.approx(rows[exact[1]]["ms"] / rows[exact[0]]["ms"])
     assert rows[alone[1]]["ratio"] == pytest.approx(rows[alone[0]]["ms"] / rows[alone[1]]["ms"])
     assert rows[exact[1]]["weights_gib"] > 1.5 * rows[refine_step.SPARSE_FP8]["weights_gib"]
 
 
-def test_refining_attends_block_by_block_only_where_it_says_so(tmp_path, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """Block-sparse settings of the networks that run from here on, and whether they have 8-bit layers."""
     seen = []
     original = workload.network_forward
 
@@ -219,24 +213,44 @@ def test_refining_attends_block_by_block_only_where_it_says_so(tmp_path, monkeyp
         return original(model, inputs)
 
     monkeypatch.setattr(workload, "network_forward", watched)
+    return seen
+
+
+def test_refining_attends_block_by_block_only_where_it_says_so(tmp_path, seen):
     run("refine", tmp_path, "--no-plots")
     assert [(sparse is not None, fp8) for sparse, fp8 in seen] == [
-        (False, False), (True, False), (True, True), (False, True)
+        (True, False), (False, False), (True, True), (False, True)
     ]  # fmt: skip
-    assert seen[1][0] == BlockSparse()
+    assert seen[0][0] == BlockSparse()
     assert results.read(tmp_path / "refine.json")["inputs"]["size"] == "32x48x5"
 
 
+def test_a_profile_of_refining_attends_block_by_block(tmp_path, seen):
+    for variant in ("refine", "refine+fp8"):
+        run("profile", tmp_path, "--variant", variant, "--no-plots")
+    assert seen == [(BlockSparse(), False), (BlockSparse(), True)]
+
+
+def test_some_parts_of_all(tmp_path):
+    run("all", tmp_path, "--parts", "profile, training", "--no-plots")
+    assert {path.name for path in tmp_path.glob("*.json")} == {"profile.json", "training.json"}
+
+
 def test_profiles_of_several_paths_do_not_meet(everything, tmp_path):
-    for name, variant in (("profile", "exact"), ("profile-fp8", "fp8")):
+    refining = {"profile-refine": refine_step.SPARSE_EXACT, "profile-refine-fp8": refine_step.SPARSE_FP8}
+    for name, variant in ({"profile": "exact", "profile-fp8": "fp8"} | refining).items():
         content = results.read(everything / f"{name}.json")
         assert (content["kind"], content["name"], content["inputs"]["variant"]) == ("profile", name, variant)
-        assert (everything / f"trace-{variant}.json.gz").stat().st_size
+        trace = "exact" if name == "profile" else name.removeprefix("profile-")
+        assert (everything / f"trace-{trace}.json.gz").stat().st_size
+        assert content["inputs"]["batch"] == (1 if name in refining else 2)
+        same = results.read(everything / "refine.json")["inputs"]["size"] == content["inputs"]["size"]
+        assert same == (name in refining)
     # Not where its path did not run.
-    assert not (everything / "profile-fp8-sage.json").exists()
-    run("profile", tmp_path, "--variant", "fp8+sage", "--no-plots")
-    content = results.read(tmp_path / "profile-fp8-sage.json")
-    assert content["inputs"]["variant"] == ablation.FP8_SAGE and "sage" in content["rows"][0]["reason"]
+    assert not (everything / "profile-fp8-8bit.json").exists()
+    run("profile", tmp_path, "--variant", "fp8+8bit", "--no-plots")
+    content = results.read(tmp_path / "profile-fp8-8bit.json")
+    assert content["inputs"]["variant"] == ablation.FP8_8BIT and "cudnn-fp8" in content["rows"][0]["reason"]
 
 
 def test_gradients_are_the_same_with_checkpointing(everything):
@@ -364,7 +378,8 @@ def test_a_size_that_does_not_fit_ends_the_scale(tmp_path, monkeypatch):
         (["--repeats", "0"], "--repeats"),
         (["--budget", "0"], "--budget"),
         (["--attention", "nothing"], "attention backend"),
-        (["--variant", "fp9"], "fp8+sage"),
+        (["--variant", "fp9"], "fp8+8bit"),
+        (["--parts", "paths,nothing"], "no part 'nothing'"),
         (["--model", "/no/such/model"], "--model"),
         (["--blocks", "99"], "--blocks 99"),
     ],
@@ -446,7 +461,7 @@ def test_families_of_kernels(kernel, what):
 def test_cards_wait_for_what_does_not_fit(everything):
     rows = rows_of(everything, "cards")
     limits = ("no limit", "80 % of the need", "60 % of the need", "45 % of the need")
-    names = [f"exact, {limit}" for limit in limits] + [f"fp8, {limit}" for limit in limits]
+    names = [f"{path}, {limit}" for path in ("fp8", "exact") for limit in limits]
     assert [name for name in rows if name != "quantising the weights"] == names
     for path in ("exact", "fp8"):
         first, *others = (rows[f"{path}, {limit}"] for limit in limits)

@@ -32,7 +32,7 @@ def found():
         path(ablation.EXACT, 6500.0, first_s=15.0),
         path(f"{ablation.EXACT}, distilled", 3300.0),
         path(ablation.FP8, 4950.0, peak_gib=19.5),
-        path(ablation.FP8_SAGE, 4700.0, attention="sage", text="flash4"),
+        path(ablation.FP8_8BIT, 4700.0, attention="sage", text="flash4"),
         path(f"{ablation.FP8}, distilled", 2500.0),
     ]
     backends = [
@@ -134,6 +134,12 @@ def test_targets_of_refining_stand_beside_the_measured_at_full_size_only():
     ceiling = 48 * 28.52 * 168_960 / (2 * TOKENS)
     assert name == "block-sparse, fp8: evaluation of the refinement"
     assert cells[1:] == ["7.50 s", "2.88 s", "-", floor.NO_PROFILE, "-", f"{2.88 + ceiling / 1000:.2f} s"]
+    families = {"attention": 3100.0, "GEMM": 3500.0}
+    rows = [{"name": name, "phase": "family", "ms": ms, "calls": 1, "share": 0.5} for name, ms in families.items()]
+    known = {"size": "704x1280x189", "batch": 1, "variant": refine_step.SPARSE_FP8}
+    profile = made_up("profile", rows, "profile-refine-fp8", **known)
+    told = lines(floor.section({"refine": refined(), "profile-refine-fp8": profile}))
+    assert told["block-sparse, fp8: evaluation of the refinement"][2:5] == ["2.88 s", "3.10 s", "3.50 s"]
     for changed in ({"blocks": 4}, {"size": "64x96x29"}):
         page = report.page({"refine": refined(**changed)}, {})
         assert "floor allows" not in page and "| target |" not in page and "| block-sparse, fp8 |" in page

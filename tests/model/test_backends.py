@@ -63,7 +63,18 @@ def test_names_are_those_of_the_report(no_gpu):
     assert backends.names()[0] == "auto"
     report = backends.report()
     assert tuple(name for name, _, _ in report) == backends.names()[1:]
-    expected = {"flash2", "flash3", "flash4", "sage", "xformers", "cudnn", "sdpa", "sdpa-flash", "sdpa-math"}
+    expected = {
+        "flash2",
+        "flash3",
+        "flash4",
+        "cudnn-fp8",
+        "sage",
+        "xformers",
+        "cudnn",
+        "sdpa",
+        "sdpa-flash",
+        "sdpa-math",
+    }
     assert {name for name, _, _ in report} == expected
 
 
@@ -110,7 +121,7 @@ def test_unknown_and_unavailable_names_list_what_is_there(no_gpu):
 
 def test_auto_on_a_cpu_is_sdpa(no_gpu):
     assert backends.resolve("auto", PLAIN).name == "sdpa"
-    assert backends.resolve_kernels("auto", PLAIN) == (BY_NAME["sdpa"].attend, None, None)
+    assert backends.resolve_kernels("auto", PLAIN) == backends.Kernels(BY_NAME["sdpa"].attend, None)
 
 
 def test_auto_takes_the_first_that_accepts_the_inputs(gpu):
@@ -134,6 +145,23 @@ def test_flash4_comes_first_but_not_in_training(gpu, monkeypatch):
     half = Inputs(CUDA, torch.bfloat16, 128, False)
     assert backends.resolve("auto", half).name == "flash4"
     assert backends.resolve("auto", half._replace(grad=True)).name == "flash3"
+
+
+def test_a_package_is_imported_while_a_checkpoint_loads(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(backends, "_load", lambda module: loaded.append(module))
+    monkeypatch.setattr(backends, "_needs_cuda", lambda capability, alone=False: "")
+    there = {"flash_attn", "sageattention"}
+    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name in there else None)
+    for name in ("auto", "sage", "cudnn"):
+        thread = backends.import_ahead("cuda", name)
+        if thread is not None:
+            thread.join()
+    assert loaded == ["flash_attn.cute", "sageattention"]
+    assert backends.import_ahead("cpu") is None
+    there.remove("flash_attn")
+    there.add("xformers")
+    assert backends.import_ahead("cuda") is None, "cuDNN comes before it"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from longcat_core.model.attention import TextTokens
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.memory import forward_bytes
 from longcat_core.model.transformer import LongCatTransformer
-from longcat_core.optimize import kernels, quantization
+from longcat_core.optimize import kernels, quantization, text_attention
 
 ONE = replace(ModelConfig(), depth=1)
 META, BF16 = torch.device("meta"), torch.bfloat16
@@ -53,7 +53,7 @@ def own(request, monkeypatch) -> bool:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return q.new_empty(q.shape)
 
-    def launch(x, update, gate, weight, bias, total, one_plus=False, fp8=False, of_update=None):
+    def launch(x, update, gate, weight, bias, total, one_plus=False, fp8=False):
         return None if weight is None else kernels._out(x, x.shape[-1], fp8)
 
     def scaled_mm(a: Tensor, b: Tensor, *scales: Tensor, out_dtype: torch.dtype, **options: object) -> Tensor:
@@ -62,6 +62,7 @@ def own(request, monkeypatch) -> bool:
     # In place, as outside of graphs.
     monkeypatch.setattr(kernels, "_launch_norm_rope", lambda x, weight, cos, sin, out: out)
     monkeypatch.setattr(kernels, "_launch_residual_norm", launch)
+    monkeypatch.setattr(text_attention, "_launch", lambda q, weight, k, v, bias, out: out)
     for module, name in ((kernels, "usable"), (transformer, "kernels_usable")):
         monkeypatch.setattr(module, name, lambda x: request.param and x.dtype in kernels.HALF)
     monkeypatch.setattr(quantization, "missing", lambda device: "")

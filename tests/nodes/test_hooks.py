@@ -97,7 +97,7 @@ def test_owners_layers_run_whole(inputs):
 
 def test_backends_to_offer_are_told_without_importing_them(monkeypatch):
     monkeypatch.setattr(backends, "_load", lambda module: pytest.fail(f"{module} is imported"))
-    monkeypatch.setattr(backends, "_needs_cuda", lambda capability: "")
+    monkeypatch.setattr(backends, "_needs_cuda", lambda capability, alone=False: "")
     monkeypatch.setattr(backends, "find_spec", lambda name: object() if name == "sageattention" else None)
     listed = backends.listed()
     assert listed[0] == "auto" and {"sage", "sdpa", "sdpa-math"} <= set(listed)

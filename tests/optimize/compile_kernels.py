@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longcat_core.optimize import block_sparse_kernel as kernels
-from longcat_core.optimize import text_attention
+from longcat_core.optimize import fp8_attention, text_attention
 
 
 def build(kernel, capability: tuple[int, int], types: dict[str, str], tiles: kernels.Tiles, **constants) -> None:
@@ -33,7 +33,7 @@ def build(kernel, capability: tuple[int, int], types: dict[str, str], tiles: ker
         },
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers or None}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     built = compile(source, target=target, options=options)
     row = {"kernel": kernel.fn.__name__, "capability": capability, "shared": built.metadata.shared}
     row["wanted"] = tiles.shared_bytes(128)
@@ -63,16 +63,41 @@ def main() -> None:
                 TMA=tiles.tma,
             )
         rows, columns = text_attention.ROWS, text_attention.COLUMNS
-        build(
-            text_attention._text_attention,
-            capability,
-            {**dict.fromkeys(("q", "weight", "k", "v", "out"), half), "bias": "*fp32", "scale": "fp32", "eps": "fp32"},
-            kernels.Tiles(rows, columns, 1, text_attention.WARPS, text_attention.STAGES, False),
-            BIAS=True,
-            ROWS=rows,
-            COLUMNS=columns,
-            DIM=128,
-        )
+        for out, fp8 in ((half, False), ("*fp8e4nv", True)):
+            types = dict.fromkeys(("q", "weight", "k", "v"), half) | {"out": out, "bias": "*fp32", "scales": "*fp32"}
+            types |= {"scale": "fp32", "eps": "fp32"}
+            build(
+                text_attention._text_attention,
+                capability,
+                types,
+                kernels.Tiles(rows, columns, 1, text_attention.WARPS, text_attention.STAGES, False),
+                BIAS=True,
+                FP8=fp8,
+                ROWS=rows,
+                COLUMNS=columns,
+                DIM=128,
+            )
+            build(
+                text_attention._short_text_attention,
+                capability,
+                types,
+                kernels.Tiles(text_attention.SHORT_ROWS, 128, 1, text_attention.SHORT_WARPS, 1, False),
+                BIAS=True,
+                FP8=fp8,
+                ROWS=text_attention.SHORT_ROWS,
+                TILES=text_attention.SHORT_TILES,
+                KEYS=text_attention.SHORT,
+                DIM=128,
+            )
+    parts = {"CHUNK": fp8_attention.CHUNK, "ROWS": fp8_attention.ROWS}
+    extent = {"x": half, "largest": "*fp32", "sums": "*fp32"}
+    build(fp8_attention._fp8_attention_extent, (9, 0), extent, tiles, DIM=128, **parts)
+    packed = {"x": half, "mean": "*fp32", "scale": "*fp32", "out": "*fp8e4nv"}
+    for centred in (False, True):
+        rows = fp8_attention.ROWS
+        build(fp8_attention._fp8_attention_pack, (9, 0), packed, tiles, CENTRED=centred, ROWS=rows, DIM=128)
+    back = {"x": "*fp8e4nv", "scale": "*fp32", "out": half}
+    build(fp8_attention._fp8_attention_unpack, (9, 0), back, tiles, SIZE=fp8_attention.SIZE)
     types = {"x": half, "sizes": "*i32", "out": half}
     build(kernels._pool, (9, 0), types, tiles, CHUNK=128, PART=64, DIM=128)
     build(kernels._top_k, (9, 0), {"scores": "*i16", "sizes": "*i32", "out": "*i32"}, tiles, PADDED=True, WIDTH=4096)

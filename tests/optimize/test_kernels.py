@@ -16,11 +16,11 @@ from torch import Tensor
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.model import backends, transformer
 from longcat_core.model.attention import RMSNorm
+from longcat_core.model.block_sparse import BlockSparse
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.rope import apply_rope, rope_table
 from longcat_core.optimize import kernels, text_attention
-from longcat_core.optimize.adapters import adapt
-from longcat_core.optimize.quantization import Fp8Linear, quantize
+from longcat_core.optimize.quantization import quantize
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
@@ -121,26 +121,6 @@ def test_gated_product(width):
     check_quantised(kernels.gated_product(gate_up, fp8=True), wanted)
 
 
-def unscaled(*shape: int, seed: int = 0) -> kernels.Unscaled:
-    values = randn(*shape, seed=seed, dtype=torch.float32) * 7e5
-    rows = randn(*shape[:-1], 1, seed=seed + 1, dtype=torch.float32).abs() * 1e-3
-    columns = randn(shape[-1], seed=seed + 2, dtype=torch.float32).abs() * 1e-3
-    return kernels.Unscaled(values.bfloat16(), rows, columns)
-
-
-def test_products_may_come_without_their_scales():
-    gate_up = unscaled(2, 3, 5, 2 * 100)
-    wanted = kernels.plain_gated_product(kernels.scaled(gate_up))
-    check_quantised(kernels.gated_product(gate_up, fp8=True), wanted)
-    # The interpreter rounds bf16 towards zero.
-    torch.testing.assert_close(kernels.gated_product(gate_up).float(), wanted, rtol=8e-3, atol=8e-3)
-    # As pieces of a larger tensor have them.
-    x, update, gate = randn(*SHAPE), unscaled(*SHAPE), randn(2, 3, 1, SHAPE[-1], seed=3, dtype=torch.float32)
-    wanted = (x.float() + gate * kernels.scaled(update)).half()
-    assert kernels.residual_(x, update, gate) is x
-    torch.testing.assert_close(x, wanted, rtol=1e-3, atol=1e-3)
-
-
 def test_quantise_keeps_zeros_outliers_and_tiny_rows():
     x = randn(5, 96)
     x[1], x[3] = 0, x[3] * 1e-4
@@ -186,7 +166,7 @@ def test_the_network_is_the_same_with_them(case, pieces, monkeypatch):
     run = Runs(monkeypatch)
     used = []
     launch = kernels._launch_residual_norm
-    monkeypatch.setattr(kernels, "_launch_residual_norm", lambda *args, **more: used.append(1) or launch(*args, **more))
+    monkeypatch.setattr(kernels, "_launch_residual_norm", lambda *args: used.append(1) or launch(*args))
     plain = run(False, **case)
     assert not used
     fused = run(True, **case)
@@ -200,10 +180,13 @@ def test_text_attended_by_a_kernel_of_its_own(case, monkeypatch):
     seen = []
     launch = text_attention._launch
     monkeypatch.setattr(text_attention, "_launch", lambda *args: seen.append(args) or launch(*args))
-    plain = run(False, **case, fused_text=True)
-    run(True, **case)
-    assert not seen
-    fused = run(True, **case, fused_text=True)
+    plain = run(False, **case)
+    run(True, **case, fused_text=False)
+    with monkeypatch.context() as context:
+        context.setattr(text_attention, "LONGEST", 7)
+        run(True, **case)
+    assert not seen, "switched off, and over more keys than it is the faster one for"
+    fused = run(True, **case)
     assert len(seen) == CONFIG.depth and (fused - plain).norm() / plain.norm() < 3e-3
     keys, bias = seen[0][2], seen[0][4]
     if case.get("text_mode") == "padded":
@@ -212,24 +195,54 @@ def test_text_attended_by_a_kernel_of_its_own(case, monkeypatch):
         assert keys.shape[1] == 9 and bias.dtype == torch.float32, "all padding is one key"
 
 
-@pytest.mark.parametrize("pieces", [0, 2])
-def test_scales_applied_late(pieces, monkeypatch):
-    monkeypatch.setattr(transformer, "ffn_pieces", lambda *_: pieces)
+def test_text_in_8_bits_where_the_next_product_is(monkeypatch):
     run = Runs(monkeypatch)
     quantize(run.model)
-    early = run(True)
-    made = []
-    product = Fp8Linear.unscaled
-    monkeypatch.setattr(Fp8Linear, "unscaled", lambda layer, x: made.append(layer) or product(layer, x))
-    late = run(True, late_scales=True)
-    assert len(made) == 2 * CONFIG.depth * (1 if not pieces else 2 * pieces), "both products of every piece"
-    assert not torch.equal(late, early) and (late - early).norm() / early.norm() < 1e-2
-    made.clear()
-    run(False, late_scales=True)
-    adapt(run.model.blocks[0].ffn.down, 2)
-    run(True, late_scales=True)
-    assert not any(layer in made for layer in (run.model.blocks[0].ffn.gate_up, run.model.blocks[0].ffn.down))
-    assert run.model.blocks[1].ffn.down in made
+    wide = run(True, fused_text=False)
+    packed, operator = [], text_attention._text_attention_fp8_op
+    monkeypatch.setattr(text_attention, "_text_attention_fp8_op", lambda *args: packed.append(1) or operator(*args))
+    fused = run(True)
+    assert len(packed) == CONFIG.depth, "no block writes 16 bits to read them again"
+    assert not torch.equal(fused, wide) and (fused - wide).norm() / wide.norm() < 4e-2
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ({}, {"8 bits"}),
+        # Of pieces that are put together, or beside 16-bit products.
+        ({"cond": 1}, {"16 bits"}),
+        # Filling the cache, then beside it.
+        ({"cached": True}, {"8 bits", "16 bits"}),
+        ({"wide": True}, {"16 bits"}),
+        ({"sparse": True}, set()),
+    ],
+    ids=["plain", "cond", "cached", "wide", "sparse"],
+)
+def test_attention_in_8_bits_goes_on_in_8_bits(case, expected, monkeypatch):
+    run, asked = Runs(monkeypatch), []
+    case = dict(case)
+    own = backends.resolve_kernels("sdpa", backends.Inputs(DEVICE, torch.float16, CONFIG.head_dim, False))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        asked.append("16 bits")
+        return own.attend(q, k, v)
+
+    def quantised(q: Tensor, k: Tensor, v: Tensor) -> kernels.Quantised:
+        asked.append("8 bits")
+        return kernels.Quantised(*kernels.quantise_rows(own.attend(q, k, v).flatten(2)))
+
+    if case.pop("sparse", False):
+        run.model.block_sparse = BlockSparse(sparsity=0.5, chunk=(2, 2, 2))
+    if not case.pop("wide", False):
+        quantize(run.model)
+    chosen = own
+    monkeypatch.setattr(type(run.model), "choose_kernels", lambda self, device: chosen)
+    wanted = run(True, **case)
+    chosen = own._replace(attend=attend, quantised=quantised)
+    found = run(True, **case)
+    assert set(asked) == expected
+    assert (found - wanted).norm() / wanted.norm() < 2e-2
 
 
 def test_gradients_and_other_precisions_go_around_them():

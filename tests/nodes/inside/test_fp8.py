@@ -138,13 +138,7 @@ def test_the_switch_and_what_is_said_of_it(comfy, loaded, model, sample, empty):
     off, report = comfy("LongCatOptimizations", model=loaded, fp8=False)
     assert f"fp8: off ({layers} layers)" in report
     _, report = comfy("LongCatOptimizations", model=model)
-    assert "fp8: on (without effect: no layer is in fp8" in report and "late_scales: off" in report
-    for given, switches, why in (
-        (model, {}, "no layer is in fp8"),
-        (loaded, {"fused_kernels": False}, "fused_kernels"),
-    ):
-        _, report = comfy("LongCatOptimizations", model=given, late_scales=True, **switches)
-        assert f"late_scales: on (without effect: {why}" in report
+    assert "fp8: on (without effect: no layer is in fp8" in report
     eight, sixteen, plain = sample(empty, on), sample(empty, off), sample(empty, model)
     assert torch.equal(eight, sample(empty, loaded))
     assert error(plain, sixteen) > 1e-3 and error(plain, sixteen) < error(plain, eight) < 0.5
@@ -207,20 +201,3 @@ def test_torch_compile_model(comfy, one_block, sample, empty):
     assert error(plain, sample(empty, patched, **one)) < 0.05
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch._dynamo.reset()
-
-
-def test_a_product_without_its_scales(comfy, loaded, monkeypatch):
-    from comfy import ops
-
-    kernels = comfy.core("optimize.kernels")
-    layer = comfy.node("comfy_fp8").layers(loaded.model.diffusion_model)["blocks.0.ffn.down"]
-    rows = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
-    x = kernels.Quantised(*kernels.quantise_rows(rows))
-    found = layer.unscaled(x)
-    assert found.values.dtype == torch.bfloat16
-    torch.testing.assert_close(kernels.scaled(found), layer(x).float(), rtol=1e-2, atol=1e-2)
-    # A weight that was streamed is given back.
-    given, back = (layer, layer.weight.detach().clone(), None, None), []
-    monkeypatch.setattr(type(layer), "_bare", lambda self, x: (given[1], None, given))
-    monkeypatch.setattr(ops, "uncast_bias_weight", lambda *streamed: back.append(streamed))
-    assert torch.equal(layer.unscaled(x).values, found.values) and len(back) == 1 and back[0][1] is given[1]

@@ -235,8 +235,7 @@ ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels")
         ("explicit_fp32", False),
         ("gradient_checkpointing", True),
         ("split_guidance", True),
-        ("late_scales", True),
-        ("fused_text", True),
+        ("fused_text", False),
         *((name, False) for name in ADDED),
     ],
 )
