@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,11 @@ class SegmentFolder:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the folder, made if need be, for writing. Raises LongCatError where another run holds it."""
+        """Hold the folder, made if need be, for writing; one that was made and stayed empty is gone afterwards.
+
+        Raises LongCatError where another run holds it.
+        """
+        made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / LOCK, timeout=0)
@@ -141,6 +145,10 @@ class SegmentFolder:
             yield
         finally:
             lock.release()
+            with suppress(OSError):
+                if made and {entry.name for entry in self.path.iterdir()} <= {LOCK}:
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    self.path.rmdir()
 
     def find(self, number: int, settings: Settings, before: str) -> Record | None:
         """The record of a segment that is there as wanted, made from the segment with content `before`, else None."""

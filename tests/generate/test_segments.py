@@ -378,10 +378,23 @@ def test_a_folder_is_held_by_one_process_until_it_ends(folder):
 
 
 def test_an_error_while_it_is_open_gives_the_folder_back(folder):
+    folder.path.mkdir(parents=True)
     with pytest.raises(KeyError), folder.open():
         raise KeyError
     with folder.open():
         pass
+    assert folder.path.is_dir()
+
+
+@pytest.mark.parametrize("left", [None, "notes.txt"])
+def test_a_folder_that_was_made_and_stayed_empty_is_gone(folder, left):
+    with pytest.raises(KeyError), folder.open():
+        if left is not None:
+            (folder.path / left).touch()
+        raise KeyError
+    assert folder.path.exists() == (left is not None)
+    save(folder, 0)
+    assert folder.find(0, SETTINGS, "") is not None
 
 
 @pytest.mark.parametrize("suffix", ["new", "old"])
@@ -478,7 +491,7 @@ def test_a_disk_that_fills_up(folder, monkeypatch, what):
 def test_frames_that_cannot_be_written_say_why(folder):
     with folder.open(), pytest.raises(LongCatError, match="there are no frames"):
         folder.save(0, made(0)[0][:0], made(0)[1], settings=SETTINGS, before="", fps=12, notes={})
-    assert [item.name for item in folder.path.iterdir()] == [".lock"]
+    assert not folder.path.exists()
 
 
 def test_an_interrupt_while_a_segment_is_written(folder, monkeypatch):
