@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 import warnings
 from abc import ABC, abstractmethod
@@ -26,10 +27,17 @@ from ..model.config import ModelConfig, Optimizations
 from ..model.kv_cache import KVMode
 from ..optimize.kernels import HALF
 from ..optimize.kernels import missing as kernels_missing
-from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, free_bytes, smaller
+from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, free_bytes, needed_bytes, smaller
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
-from ..sampling.conditioning import last_frames, latent_shape, seeded_noise, to_pixels
+from ..sampling.conditioning import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    last_frames,
+    latent_shape,
+    seeded_noise,
+    to_pixels,
+)
 from ..sampling.sampler import Callback, sample
 from ..sampling.schedules import Schedule, make_schedule
 from .media import resize_and_crop
@@ -226,6 +234,8 @@ def _plan(
     least = replace(
         least or Plan(), split_guidance=optimizations.split_guidance or bool(least and least.split_guidance)
     )
+    if work is not None and device.type == "cpu":
+        _check_host(config, dtype, fp8, replace(least, streamed=0), work, text_encoder + others)
     if work is None or device.type != "cuda":
         return least, least.told(config.depth)
     own = optimizations.fused_kernels and optimizations.explicit_fp32 and dtype in HALF and not kernels_missing()
@@ -248,6 +258,27 @@ def _plan(
             stacklevel=3,
         )
     return plan, f"{free / GIB:.1f} GiB of GPU memory are free: {told}" if told else ""
+
+
+def _check_host(
+    config: ModelConfig, dtype: torch.dtype, fp8: Policy | None, plan: Plan, work: Work, others: int
+) -> None:
+    """Raise LongCatError where a sampling on the CPU takes more than all the machine's memory: it would be killed."""
+    import psutil
+
+    weights = Weights.of(config, dtype, fp8)
+    sampling = needed_bytes(plan, config, weights, work, dtype.itemsize, own=False, others=others)
+    batch, _, frames, height, width = work.latents
+    shape = 1 + TEMPORAL_FACTOR * (frames - 1), SPATIAL_FACTOR * height, SPATIAL_FACTOR * width
+    # Three colours of the decoded video in fp32, of which three copies live at once while it is brought to 0..1.
+    decoding = weights.rest + weights.block * config.depth + others + batch * math.prod(shape) * 3 * 4 * 3
+    needed, there = max(sampling, decoding), psutil.virtual_memory().total + psutil.swap_memory().total
+    if needed > there:
+        raise LongCatError(
+            f"{shape[0]} frames of {shape[1]}x{shape[2]} (height x width) with this model take about "
+            f"{needed / GIB:,.0f} GiB of memory and this machine has {there / GIB:,.0f} GiB; ask for a smaller or "
+            "shorter video, or run it on a GPU"
+        )
 
 
 def check_finite(latents: Tensor) -> None:

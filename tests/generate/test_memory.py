@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from longcat_core.checkpoints.safetensors_io import write_safetensors
 from longcat_core.cli import main
+from longcat_core.errors import LongCatError
 from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.generate.refine import RefineRequest
@@ -162,6 +166,38 @@ def test_a_plan_is_made_for_what_is_free(monkeypatch):
         chosen, told = plan(0)
     assert chosen.streamed == config.depth and chosen.split_guidance
     assert told == f"0.0 GiB of GPU memory are free: {chosen.told(config.depth)}"
+
+
+def test_what_no_memory_of_the_machine_could_hold_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    def machine(ram: float, swap: float) -> None:
+        for name, size in (("virtual_memory", ram), ("swap_memory", swap)):
+            monkeypatch.setattr(psutil, name, lambda size=size: SimpleNamespace(total=int(size * GIB)))
+
+    def command(size: str, frames: int) -> tuple[int, str]:
+        output = tmp_path / "a.mp4"
+        code = main([*COMMAND, "--size", size, "--frames", str(frames), "--output", str(output)])
+        assert output.exists() == (code == 0)
+        return code, capsys.readouterr().err
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    machine(24, 8)
+    code, said = command("4096x4096", 2001)
+    assert code == 2
+    assert re.search(
+        r"2001 frames of 4096x4096 \(height x width\) with this model take about [\d,]+ GiB of memory and this machine "
+        "has 32 GiB; ask for a smaller or shorter video, or run it on a GPU",
+        said,
+    )
+    # What is decoded takes more than an unguided sampling: 36 bytes a pixel.
+    decoded, work = 2001 * 4096 * 4096 * 36 / GIB, Work((1, 16, 501, 512, 512), guided=False)
+    machine(decoded * 0.99, 0)
+    with pytest.raises(LongCatError, match=f"{decoded:,.0f} GiB of memory and this machine has"):
+        Pipeline.load(work=work)
+    machine(decoded * 1.01, 0)
+    Pipeline.load(work=work)
+    # What is just enough with the swap space is tried.
+    machine(0.5, 1.5)
+    assert command("32x48", 5)[0] == 0
 
 
 def test_what_a_request_takes(clip):
