@@ -361,7 +361,7 @@ def _top_k_op(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor:
         *(scores.view(torch.int16), sizes, out, chunks, keep),
         PADDED=padded,
         WIDTH=width,
-        num_warps=min(16, max(1, width // 512)),
+        num_warps=min(16, max(1, width // 1024)),
     )
     return out
 
