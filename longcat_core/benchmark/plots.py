@@ -82,10 +82,17 @@ def _worth(results: dict[str, Any]) -> bytes:
         if row.get("guess_s"):
             shares[name]["guess"] = 100 * row["guess_s"] / GUESSED_OF_S
     figure, axes = _figure(9, 1.6 + 0.55 * len(shares))
-    kinds = (("added", BLUE, "added"), ("removed", ORANGE, "taken alone from the full set"), ("guess", GREY, "guess"))
-    for offset, (kind, colour, label) in zip((-0.27, 0, 0.27), kinds, strict=True):
-        values = [found.get(kind, 0.0) for found in shares.values()]
-        axes.barh([i + offset for i in range(len(shares))], values, height=0.26, color=colour, label=label)
+    kinds = (
+        (-0.27, "added", BLUE, "added"),
+        (0, "removed", ORANGE, "taken alone from the full set"),
+        (0, "fp8", GREEN, "lossy: fp8 over the exact set, 8-bit attention over fp8"),
+        (0.27, "guess", GREY, "guess"),
+    )
+    for offset, kind, colour, label in kinds:
+        values = {i: found[kind] for i, found in enumerate(shares.values()) if kind in found}
+        if values:
+            at = [i + offset for i in values]
+            axes.barh(at, list(values.values()), height=0.26, color=colour, label=label)
     axes.set_yticks(range(len(shares)), list(shares))
     axes.invert_yaxis()
     axes.legend(frameon=False)

@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -523,3 +524,22 @@ def test_reading_reads_all(tmp_path, monkeypatch, size):
     monkeypatch.setattr(loading, "open", lambda *args, **options: Counted(path), raising=False)
     loading.read_whole(path)
     assert sum(counted) == size
+
+
+def test_the_published_page_is_what_the_results_beside_it_give():
+    docs = Path(__file__).parents[2] / "docs"
+    found = {results.name_of(r): r for r in map(results.read, sorted((docs / "performance").glob("*.json")))}
+    named = {name: b"" for content in found.values() for name in plots.picture_names(content)}
+    text = (docs / "performance.md").read_text(encoding="utf-8")
+    assert len(found) >= 18 and report.page(found, named) == text
+    assert named and all((docs / f"performance-{name}").read_bytes()[:4] == b"\x89PNG" for name in named)
+
+
+def test_the_worth_of_lossy_optimizations_is_drawn_and_a_row_without_any_is_none():
+    row = {"status": "ok", "phase": "added", "share": 0.1, "name": "fused q, k, v", "guess_s": 20}
+    lossy = row | {"name": "fp8", "phase": "fp8", "share": 0.2, "guess_s": None}
+    drawn = [plots.pictures({"kind": "ablation", "name": "ablation", "inputs": {}, "rows": rows})
+             for rows in ([row], [row, lossy], [row, lossy | {"share": 0.05}])]  # fmt: skip
+    worth = [found["ablation-worth.png"] for found in drawn]
+    # A lossy row has a bar of its own length.
+    assert len(set(worth)) == 3
