@@ -124,8 +124,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
 
     cuda = device.type == "cuda"
     args.model = args.model or (FULL_RANDOM if cuda else NANO)
-    refined = args.part == "refine" or (args.part == "profile" and args.variant in profiling.REFINING)
-    *sides, frames = _default(REFINED if refined else VIDEO, device)
+    *sides, frames = _default(REFINED if profiling.refines(args.part, args.variant) else VIDEO, device)
     args.size, args.frames = args.size or tuple(sides), args.frames or frames
     for name in ("repeats", "steps", "blocks", "few_blocks"):
         value = getattr(args, name)
@@ -205,7 +204,7 @@ def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact"
     args = settings.args
     if kind == "continuation":
         bench = bench.sized(continuation.with_room(bench.size))
-    elif kind == "refine" or (kind == "profile" and variant in profiling.REFINING):
+    elif profiling.refines(kind, variant):
         bench = bench.sized(replace(bench.size, batch=1))
     report = _report(kind, bench, settings, profiling.file_name(variant) if kind == "profile" else "")
     if kind == "ablation":
@@ -266,7 +265,7 @@ def _everything(settings: Settings, size: Any) -> None:
     """One whole model for what needs it, quantised last of all; then its first blocks alone."""
     from ..optimize.quantization import quantised_layers
     from . import ablation, workload
-    from .profiling import REFINING, VARIANTS
+    from .profiling import REFINING, VARIANTS, refines
     from .results import say
 
     args = settings.args
@@ -303,7 +302,7 @@ def _everything(settings: Settings, size: Any) -> None:
         if bench is None or bench.model is None or quantised_layers(bench.model):
             # A part left it so, and the exact path would be none.
             bench = _bench(settings, size, few)
-        if kind == "refine" or variant in REFINING:
+        if refines(kind, variant):
             bench = bench.sized(workload.Size(*_default(REFINED, settings.device)))
         _guarded(kind, bench, settings, variant)
     say(f"results are in {args.output}")

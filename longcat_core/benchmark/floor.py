@@ -77,12 +77,12 @@ def parts(name: str, results: dict[str, Any], found: Found) -> Parts:
     precision = "bf16" if path.endswith(EXACT) else "fp8"
     ceiling = ceiling_ms(precision, inputs["batch"] * inputs["tokens"], blocks) if wide else None
     if results["kind"] == "refine":
-        row, families = rows.get(ALONE[SPARSE], {}), _profiled(found, path, results)
+        row = rows.get(ALONE[SPARSE], {})
         alone = blocks * row["ms"] if row.get("status") == "ok" else None
-        return Parts(alone, families.get("attention"), families.get("GEMM"), ceiling)
+    else:
+        alone = _alone(found.get("backends"), rows[name], results)
     families = _profiled(found, path, results)
-    whole = Parts(_alone(found.get("backends"), rows[name], results), families.get("attention"),
-                  families.get("GEMM"), ceiling)  # fmt: skip
+    whole = Parts(alone, families.get("attention"), families.get("GEMM"), ceiling)
     if name == path:
         return whole
     return Parts(*(None if ms is None else ms / 2 for ms in whole))

@@ -70,6 +70,11 @@ def check(variant: str) -> None:
         raise LongCatError(f"--variant {variant} is unknown; choose one of {', '.join(VARIANTS)}")
 
 
+def refines(part: str, variant: str) -> bool:
+    """Whether a part of the benchmark, or `profile` of this variant, is of the refinement and its larger video."""
+    return part == "refine" or (part == "profile" and variant in REFINING)
+
+
 def file_name(variant: str) -> str:
     """What the results of a variant are called, without suffix: `profile` for the exact path."""
     return "profile" if VARIANTS[variant] == EXACT else f"profile-{variant.replace('+', '-')}"

@@ -139,13 +139,10 @@ def _needs_cuda(capability: tuple[int, int], alone: bool = False) -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"
     have = torch.cuda.get_device_capability()
-    if alone and have != capability:
-        return (
-            f"is known to work on compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
-        )
-    if have < capability:
-        return f"needs compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
-    return ""
+    if have == capability or (have > capability and not alone):
+        return ""
+    verb = "is known to work on" if alone else "needs"
+    return f"{verb} compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
 
 
 # ComfyUI loads the pack under a name of its own, and another copy of it may be there.
