@@ -44,3 +44,14 @@ def test_nodes_inputs_and_outputs(comfy):
     ours = [kind for kind in comfy.mappings.values() if kind.__module__.startswith(f"{comfy.pack}.")]
     schemas = [kind.define_schema() for kind in ours]
     assert_frozen("nodes", {schema.node_id: described(schema) for schema in schemas})
+
+
+def test_settings_of_segments_that_nodes_write(comfy, model, clip, vae):
+    """Folders of earlier code are continued only if these values, fingerprints of the weights included, are equal."""
+    switched, _ = comfy("LongCatOptimizations", model=model)
+    sparse = comfy("LongCatStepCache", model=comfy("LongCatBlockSparseAttention", model=switched))
+    engines = {
+        name: comfy.node("engine").ComfyEngine("LongCat", each, clip, vae, [""])
+        for name, each in (("plain", model), ("with options", sparse))
+    }
+    assert_frozen("node_settings", {name: engine.settings() for name, engine in engines.items()})
