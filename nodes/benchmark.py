@@ -15,13 +15,13 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..longcat_core.benchmark import comparison
 from ..longcat_core.benchmark.ablation import kernel_name, plain
-from ..longcat_core.benchmark.comparison import Side
-from ..longcat_core.benchmark.measure import GIB, peak_bytes, psnr, relative_error
-from ..longcat_core.benchmark.results import machine, shown
 from ..longcat_core.benchmark.workload import SEED, TEXT_TOKENS
 from ..longcat_core.errors import LongCatError
+from ..longcat_core.measure import comparison
+from ..longcat_core.measure.clock import GIB, peak_bytes, psnr, relative_error
+from ..longcat_core.measure.comparison import Side
+from ..longcat_core.measure.results import machine, shown
 from ..longcat_core.model.config import Optimizations
 from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen

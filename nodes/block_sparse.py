@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..longcat_core.model.block_sparse import BlockSparse
+from ..longcat_core.optimize.block_sparse import BlockSparse
 from .comfy_model import BLOCK_SPARSE_KEY
 from .loaders import CATEGORY
 from .sampling import _require_longcat

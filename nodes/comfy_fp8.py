@@ -18,7 +18,7 @@ from torch import Tensor
 from ..longcat_core.checkpoints.load import Checkpoint, read_parameter
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
-from ..longcat_core.optimize.kernels import Quantised, quantise_rows
+from ..longcat_core.optimize.kernels.elementwise import Quantised, quantise_rows
 from ..longcat_core.optimize.quantization import (
     Policy,
     check_sizes,

@@ -31,15 +31,15 @@ from ..longcat_core.checkpoints.load import CONFIG_KEY, infer_config
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
-from ..longcat_core.model.backends import Kernels
 from ..longcat_core.model.block import run_block
 from ..longcat_core.model.config import ModelConfig, Optimizations, TextMode
-from ..longcat_core.model.frames import count_clean, noisy_frames
 from ..longcat_core.model.kv_cache import KVCache
-from ..longcat_core.model.memory import forward_bytes, text_bytes
 from ..longcat_core.model.transformer import LongCatTransformer
-from ..longcat_core.optimize.kernels import HALF
-from ..longcat_core.optimize.kernels import missing as kernels_missing
+from ..longcat_core.optimize.attention import Kernels
+from ..longcat_core.optimize.kernels.elementwise import HALF
+from ..longcat_core.optimize.kernels.elementwise import missing as kernels_missing
+from ..longcat_core.optimize.memory import forward_bytes, text_bytes
+from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8
 from .comfy_attention import user_kernels

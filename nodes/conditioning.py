@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.generate.media import resize_and_crop
+from ..longcat_core.files.media import resize_and_crop
 from ..longcat_core.generate.request import MAX_FPS, MAX_FRAMES, MAX_SIDE, SIDE_MULTIPLE, check_frames, check_side
 from ..longcat_core.sampling.buckets import BUCKETS, nearest_bucket
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, last_frames, latent_frames, latent_shape

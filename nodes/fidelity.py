@@ -13,11 +13,11 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..longcat_core.benchmark import fidelity as core
-from ..longcat_core.benchmark.fidelity import FLOOR, REFERENCE, Setting
-from ..longcat_core.benchmark.fidelity_pictures import plot, side_by_side
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.model.backends import Inputs
+from ..longcat_core.measure import fidelity as core
+from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
+from ..longcat_core.measure.fidelity_pictures import plot, side_by_side
+from ..longcat_core.optimize.attention import Inputs
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
 from ..longcat_core.sampling.schedules import MODES, make_schedule
 from .comfy_attention import chosen

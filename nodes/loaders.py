@@ -16,12 +16,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..longcat_core.checkpoints import umt5
 from ..longcat_core.checkpoints.load import CONFIG_KEY, QUANT_METADATA, open_checkpoint
-from ..longcat_core.checkpoints.safetensors_io import read_header
-from ..longcat_core.checkpoints.tensor_files import is_gguf, open_file
 from ..longcat_core.errors import CheckpointError, LongCatError
-from ..longcat_core.model.backends import import_ahead
+from ..longcat_core.files.safetensors_io import read_header
+from ..longcat_core.files.tensor_files import is_gguf, open_file
+from ..longcat_core.generate import umt5
+from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
 

@@ -17,9 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from longcat_core import cli
+from longcat_core.cli import generate as commands
+from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
-from longcat_core.generate import commands, media, pipeline
+from longcat_core.files import media
+from longcat_core.generate import pipeline
 from longcat_core.generate.pipeline import Generation, ModelPaths
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.optimize import compilation
@@ -454,7 +456,7 @@ def test_no_path_is_the_embedded_model() -> None:
 
 
 def test_backends_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
-    from longcat_core.model.backends import names
+    from longcat_core.optimize.attention import names
 
     assert cli.main(["backends"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -490,7 +492,7 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from longcat_core import cli\n"
-        "from longcat_core.generate.media import atomic_path\n"
+        "from longcat_core.files.media import atomic_path\n"
         "from pathlib import Path\n"
         "def run(args):\n"
         "    with atomic_path(args.directory) as temporary:\n"
@@ -556,7 +558,7 @@ def test_plan_refuses(argv, capsys):
     [(["--steps", "0"], "0 steps"), (["--guidance", "nan"], "guidance nan"), (["--prompts", "1"], "1 prompts")],
 )
 def test_score_nano_refuses(argv, said, monkeypatch, capsys):
-    from longcat_core.benchmark import adherence
+    from longcat_core.nano import adherence
 
     monkeypatch.setattr(adherence.Pipeline, "load", lambda **_: pytest.fail("a model was loaded first"))
     assert cli.main(["score-nano", *argv]) == 2

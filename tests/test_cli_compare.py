@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from longcat_core import cli
-from longcat_core.benchmark import fidelity_commands
-from longcat_core.generate import media
+from longcat_core.cli import compare as fidelity_commands
+from longcat_core.cli import main as cli
+from longcat_core.files import media
 from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
 from longcat_core.generate.request import GenerateRequest
-from longcat_core.model import backends
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize import attention as backends
 
 PROMPT = "a red circle moves right on a blue background"
 SMALL = ("--steps", "6", "--frames", "5")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longcat_core import cli
-from longcat_core.generate import commands, media
-from longcat_core.generate.media import read_video, write_video
+from longcat_core.cli import generate as commands
+from longcat_core.cli import main as cli
+from longcat_core.files import media
+from longcat_core.files.media import read_video, write_video
 
 from .generate.tiny import tiny_pipeline
 
@@ -239,7 +240,7 @@ def test_another_model_is_refused(folder: Path, loads: list, capsys: Any) -> Non
 def test_an_interrupt_keeps_finished_segments(folder: Path, loads: list, capsys: Any, monkeypatch: Any) -> None:
     arguments = ["long", ONE, "--segments", "3", *SMALL, "-o", "a.webp"]
     with monkeypatch.context() as patch:
-        patch.setattr("longcat_core.console.Progress.__call__", stop_at("segment 2/3"))
+        patch.setattr("longcat_core.cli.console.Progress.__call__", stop_at("segment 2/3"))
         assert cli.main(arguments) == cli.INTERRUPTED
     assert sorted(os.listdir("a-segments")) == [".lock", "segment-001"] and not Path("a.webp").exists()
     assert cli.main(arguments) == 0

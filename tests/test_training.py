@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
+from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.nano.autoencoder import decode_whole, encode_whole, moments, new_autoencoder, recolour
 from longcat_core.nano.train import TEXT_LENGTH, Lesson, Trainer
 from longcat_core.sampling.conditioning import seeded_noise
-from longcat_core.training import WeightAverage, drop_text, flow_matching_loss, initialise, sample_sigmas
+from longcat_core.training.step import WeightAverage, drop_text, flow_matching_loss, initialise, sample_sigmas
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")

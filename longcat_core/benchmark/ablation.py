@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import LongCatError
+from ..measure.clock import GIB, Budget, attempt, clean_up, measure
+from ..measure.results import Report, say
 from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.quantization import quantize
 from . import workload
 from .baseline import BaselineTransformer
-from .measure import GIB, Budget, attempt, clean_up, measure
-from .results import Report, say
 
 EAGER, COMPILED, EXACT, FP8, FP8_8BIT = (
     "baseline, eager",
@@ -184,14 +184,14 @@ class Bench:
 
 def eight_bit() -> list[str]:
     """8-bit attention kernels, the fastest of those that are there first."""
-    from ..model.backends import BACKENDS
+    from ..optimize.attention import BACKENDS
 
     lossy = [backend for backend in BACKENDS if not backend.exact]
     return [backend.name for backend in sorted(lossy, key=lambda backend: bool(backend.missing()))]
 
 
 def kernel_name(attend: Any) -> str:
-    from ..model.backends import BACKENDS
+    from ..optimize.attention import BACKENDS
 
     return next((backend.name for backend in BACKENDS if backend.attend is attend), "?")
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LongCatError
-from ..model import backends
 from ..model.block import Block
 from ..model.config import ModelConfig
 from ..model.rope import BASE
 from ..model.transformer import LongCatTransformer, timestep_features
+from ..optimize import attention as backends
 
 Grid = tuple[int, int, int]
 

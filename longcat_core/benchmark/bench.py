@@ -13,8 +13,8 @@ from ..errors import LongCatError
 if TYPE_CHECKING:
     import torch
 
+    from ..measure.results import Report
     from .ablation import Bench
-    from .results import Report
 
 # Each with what it measures; `all` runs them in this order on as few models as it can.
 PARTS = {
@@ -116,9 +116,10 @@ class Settings:
 
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
     """One part, or all. Bad input is told before a model is made; a part that fails is a row of its results."""
-    from ..model import backends
-    from . import profiling, results
-    from .measure import Budget
+    from ..measure import results
+    from ..measure.clock import Budget
+    from ..optimize import attention as backends
+    from . import profiling
     from .plots import require_matplotlib
     from .workload import FULL_RANDOM, NANO, Size
 
@@ -157,8 +158,8 @@ def _default(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[
 
 
 def _bench(settings: Settings, size: Any, blocks: int | None) -> Bench:
+    from ..measure.clock import clean_up
     from .ablation import Bench
-    from .measure import clean_up
     from .workload import load_model
 
     args = settings.args
@@ -169,7 +170,7 @@ def _bench(settings: Settings, size: Any, blocks: int | None) -> Bench:
 
 
 def _report(kind: str, bench: Bench, settings: Settings, name: str = "") -> Report:
-    from .results import Report
+    from ..measure.results import Report
 
     args, config = settings.args, bench.model.config
     inputs = bench.inputs().describe() | {
@@ -237,9 +238,9 @@ def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact"
 
 def finish(report: Report, no_plots: bool) -> None:
     """The table on the screen, the file and the pictures on disk."""
-    from ..generate.media import atomic_path
+    from ..files.media import atomic_path
+    from ..measure.results import say, table
     from .plots import pictures
-    from .results import say, table
 
     report.write()
     columns = COLUMNS[report.content["kind"]]
@@ -263,10 +264,10 @@ def _part(settings: Settings, size: Any) -> None:
 
 def _everything(settings: Settings, size: Any) -> None:
     """One whole model for what needs it, quantised last of all; then its first blocks alone."""
+    from ..measure.results import say
     from ..optimize.quantization import quantised_layers
     from . import ablation, workload
     from .profiling import REFINING, VARIANTS, refines
-    from .results import say
 
     args = settings.args
     wanted = args.parts or list(PARTS)
@@ -310,8 +311,8 @@ def _everything(settings: Settings, size: Any) -> None:
 
 def _guarded(kind: str, bench: Bench, settings: Settings, variant: str = "exact") -> None:
     """A part that fails as a whole must not end the others."""
-    from .measure import clean_up
-    from .results import say
+    from ..measure.clock import clean_up
+    from ..measure.results import say
 
     if settings.budget.used_up:
         say(f"{kind}: not run: the budget was used up")

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, timed
+from ..measure.results import Report
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
-from ..optimize.kernels import HALF
-from ..optimize.kernels import missing as kernels_missing
+from ..optimize.kernels.elementwise import HALF
+from ..optimize.kernels.elementwise import missing as kernels_missing
 from ..optimize.plan import WORKSPACE, Plan, Weights, Work, apply_plan, choose_plan, limit_memory, needed_bytes
 from ..optimize.quantization import Policy
 from ..optimize.streaming import pinned
@@ -20,8 +22,6 @@ from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
 from . import workload
 from .ablation import EXACT, FP8, Bench
-from .measure import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, timed
-from .results import Report
 
 # Of a GPU, for the released model; of what another model needs.
 LIMITS_GIB, SHARES = (24.0, 16.0, 12.0), (0.8, 0.6, 0.45)

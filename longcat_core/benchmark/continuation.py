@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import LongCatError
+from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, synchronize
+from ..measure.results import Report
 from ..model.config import Optimizations
 from ..model.kv_cache import KVCache, KVMode
 from ..model.transformer import LongCatTransformer
@@ -20,8 +22,6 @@ from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
 from . import workload
 from .ablation import EXACT, Bench
-from .measure import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, synchronize
-from .results import Report
 
 # Given latent frames: of the end of a clip, and of an image.
 LATENTS = (4, 1)

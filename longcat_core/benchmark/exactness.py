@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..measure.clock import attempt, clean_up, psnr, relative_error
+from ..measure.results import Report
 from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.quantization import policies as choices
@@ -17,8 +19,6 @@ from ..optimize.quantization import quantize
 from . import workload
 from .ablation import EAGER, EXACT, FP8, NO_KERNELS, Bench, eight_bit
 from .baseline import BaselineTransformer
-from .measure import attempt, clean_up, psnr, relative_error
-from .results import Report
 
 # fp32 takes twice the memory and ten times the time.
 DEPTH = 4

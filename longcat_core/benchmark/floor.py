@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..measure.results import markdown, shown
 from .ablation import EXACT
 from .refine_step import ALONE, SPARSE
-from .results import markdown, shown
 from .targets import DISTILLED, DISTILLED_STEPS, Row, Target, by_name, missed
 
 Found = dict[str, dict[str, Any]]

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.clock import attempt, clean_up, measure, relative_error
+from ..measure.results import Report
 from ..model.config import Optimizations
-from ..training import flow_matching_loss
+from ..training.step import flow_matching_loss
 from . import workload
 from .ablation import Bench
-from .measure import attempt, clean_up, measure, relative_error
-from .results import Report
 
 # Gradients of the same mathematics, recomputed: equal but for kernels whose sums have no fixed order.
 SAME = 1e-2

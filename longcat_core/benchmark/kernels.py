@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..model.backends import BACKENDS, Backend, Inputs
-from ..optimize import text_attention
-from ..optimize.kernels import missing
+from ..measure.clock import attempt, clean_up, measure, relative_error
+from ..measure.results import Report
+from ..optimize.attention import BACKENDS, Backend, Inputs
+from ..optimize.kernels import text_attention
+from ..optimize.kernels.elementwise import missing
 from .ablation import FUSED_TEXT, Bench
-from .measure import attempt, clean_up, measure, relative_error
-from .results import Report
 from .workload import SEED, TEXT_LENGTH
 
 # The slice that is computed in fp32: queries of some heads over all keys.

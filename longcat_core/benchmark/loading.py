@@ -13,12 +13,12 @@ from typing import Any
 
 from ..checkpoints.formats import OFFICIAL
 from ..checkpoints.load import load_transformer, official_state
-from ..checkpoints.read_ahead import THREADS
-from ..checkpoints.safetensors_io import write_safetensors
+from ..files.read_ahead import THREADS
+from ..files.safetensors_io import write_safetensors
+from ..measure.clock import attempt, clean_up, synchronize
+from ..measure.results import Report
 from ..optimize.quantization import Policy
 from .ablation import Bench
-from .measure import attempt, clean_up, synchronize
-from .results import Report
 
 # What loading must reach of the disk's own rate, and for files of how many bytes: what is small takes other time.
 SHARE, LARGE = 0.8, 10**9

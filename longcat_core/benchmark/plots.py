@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import LongCatError
-from .results import name_of
+from ..measure.results import name_of
 
 BLUE, ORANGE, GREEN, GREY, RED = "#3b6fb6", "#d9822b", "#4c9f70", "#9aa3ad", "#c44e52"
 PHASE_COLOURS = {"baseline": GREY, "added": BLUE, "removed": ORANGE, "fp8": GREEN, "path": BLUE, "distilled": ORANGE}

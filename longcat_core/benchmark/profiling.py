@@ -9,16 +9,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..errors import LongCatError
-from ..generate.media import atomic_path
-from ..model.block_sparse import BlockSparse
+from ..files.media import atomic_path
+from ..measure.clock import attempt, clean_up, timed
+from ..measure.results import Report
 from ..model.config import Optimizations
+from ..optimize.block_sparse import BlockSparse
 from ..optimize.quantization import quantised_layers, quantize
 from . import workload
 from .ablation import EXACT, FP8, FP8_8BIT, Bench
 from .baseline import BaselineTransformer
-from .measure import attempt, clean_up, timed
 from .refine_step import SPARSE_EXACT, SPARSE_FP8, attending
-from .results import Report
 
 # What --variant names, with the names of the paths; each leaves files of its own.
 PLAIN, BASELINE = "plain", "baseline"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from ..measure.clock import attempt, clean_up, synchronize
+from ..measure.results import Report
 from ..model.config import Optimizations
 from . import workload
 from .ablation import Bench
-from .measure import attempt, clean_up, synchronize
-from .results import Report
 
 FRAMES = 13
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ..model.block_sparse import BlockSparse, ChunkLayout, block_sparse_attend, choose_kernel, chunk_layout
+from ..measure.clock import attempt, clean_up, measure
+from ..measure.results import Report
 from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
+from ..optimize.block_sparse import BlockSparse, ChunkLayout, block_sparse_attend, choose_kernel, chunk_layout
 from . import workload
 from .ablation import EXACT, FP8, Bench, compared, kernel_name
 from .kernels import random_qkv
-from .measure import attempt, clean_up, measure
-from .results import Report
 
 DENSE, SPARSE = "dense", "block-sparse"
 DENSE_EXACT, SPARSE_EXACT = f"{DENSE}, {EXACT}", f"{SPARSE}, {EXACT}"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LongCatError
-from ..generate.media import atomic_path
+from ..files.media import atomic_path
+from ..measure.results import markdown, name_of, read, shown
 from . import floor, targets
 from .ablation import COMPILED, GUESSED_OF_S
 from .plots import picture_names, pictures, require_matplotlib
-from .results import markdown, name_of, read, shown
 from .targets import DISTILLED_STEPS, EXACT_LIMIT
 
 # Order of the page.

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from ..measure.clock import GIB, attempt, clean_up, measure, peak_bytes, reset_peak
+from ..measure.results import Report
 from ..model.config import Optimizations
-from ..model.memory import activation_bytes
+from ..optimize.memory import activation_bytes
 from . import workload
 from .ablation import Bench
-from .measure import GIB, attempt, clean_up, measure, peak_bytes, reset_peak
-from .results import Report
 from .workload import Size
 
 # Height, width, frames: 4,680 to 168,960 tokens of the released model, as batch 1.

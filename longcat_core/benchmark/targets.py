@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from ..measure.results import markdown, shown
 from .ablation import COMPILED, EAGER, EXACT, FP8, FP8_8BIT
 from .refine_step import SPARSE_EXACT, SPARSE_FP8
-from .results import markdown, shown
 
 DISTILLED, DISTILLED_STEPS = ", distilled", 16
 # What the public implementations take on an H100 80GB at 480x832x93 with guidance, in seconds a step.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..model.attention import TextTokens
-from ..model.backends import import_ahead
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
+from ..optimize.attention import import_ahead
 from ..sampling.conditioning import latent_shape
 from ..sampling.step import STEP, take_step
 from .baseline import BaselineTransformer

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
+from ..files.safetensors_io import Header, stream_safetensors
 from ..model.transformer import LongCatTransformer
-from ..optimize.kernels import E4M3_MAX, TINY
+from ..optimize.kernels.elementwise import E4M3_MAX, TINY
 from ..optimize.quantization import LAYERS
 from .formats import COMFYUI, OFFICIAL, Format, Table
 from .load import CONFIG_KEY, Checkpoint, Part, Reader, match_parameters, open_checkpoint
-from .safetensors_io import Header, stream_safetensors
 
 INT8_MAX = 127
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
-from ..model.backends import import_ahead
+from ..files.read_ahead import ReadAhead
+from ..files.tensor_files import TensorFile, is_gguf, open_file
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
-from ..optimize.kernels import quantise_rows
+from ..optimize.attention import import_ahead
+from ..optimize.kernels.elementwise import quantise_rows
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
 from .lora import Lora, LoraStack
-from .read_ahead import ReadAhead
-from .tensor_files import TensorFile, is_gguf, open_file
 
 CONFIG_KEY = "config"
 # Where the transformer lies in a folder of all parts: the official one's, and that of Diffusers, which FastVideo has.

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
+from ..files.safetensors_io import read_tensors
 from ..model.transformer import LongCatTransformer
 from .formats import targets
-from .safetensors_io import read_tensors
 
 PREFIX = "lora___lorahyphen___"
 SEPARATOR = "___lorahyphen___"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from ..model.transformer import LongCatTransformer
-from ..optimize.kernels import quantise_rows
+from ..optimize.kernels.elementwise import quantise_rows
 from ..optimize.quantization import Fp8Linear
 from .load import Checkpoint, Reader
 from .lora import Lora, LoraStack

@@ -19,28 +19,21 @@ from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer, open_checkpoint
 from ..checkpoints.lora import Lora, check_loras
 from ..checkpoints.merged import MergedLoras
-from ..checkpoints.safetensors_io import fingerprint
 from ..errors import CheckpointError, LongCatError
-from ..model.backends import check as check_attention
-from ..model.block_sparse import BlockSparse
+from ..files.media import resize_and_crop
+from ..files.safetensors_io import fingerprint
 from ..model.config import ModelConfig, Optimizations
 from ..model.kv_cache import KVMode
-from ..optimize.kernels import HALF
-from ..optimize.kernels import missing as kernels_missing
+from ..optimize.attention import check as check_attention
+from ..optimize.block_sparse import BlockSparse
+from ..optimize.kernels.elementwise import HALF
+from ..optimize.kernels.elementwise import missing as kernels_missing
 from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, free_bytes, needed_bytes, smaller
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
-from ..sampling.conditioning import (
-    SPATIAL_FACTOR,
-    TEMPORAL_FACTOR,
-    last_frames,
-    latent_shape,
-    seeded_noise,
-    to_pixels,
-)
+from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, last_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback, sample
 from ..sampling.schedules import Schedule, make_schedule
-from .media import resize_and_crop
 from .request import NANO, RELEASED, Defaults, GenerateRequest
 from .text import TextEncoder, load_text_encoder
 from .vae import VideoVAE, load_vae

@@ -20,17 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..model.block_sparse import BlockSparse
+from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
-from ..sampling.conditioning import (
-    TEMPORAL_FACTOR,
-    latent_frames,
-    latent_shape,
-    seeded_noise,
-    to_pixels,
-    video_frames,
-)
+from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels, video_frames
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .pipeline import Engine, check_finite

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LongCatError
+from ..files.media import read_image, read_video
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
-from .media import read_image, read_video
 
 # A token is 2x2 latents, a latent 8x8 pixels.
 SIDE_MULTIPLE = 2 * SPATIAL_FACTOR

@@ -28,9 +28,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..checkpoints.safetensors_io import read_tensors, write_safetensors
 from ..errors import LongCatError
-from .media import read_video, write_video
+from ..files.media import read_video, write_video
+from ..files.safetensors_io import read_tensors, write_safetensors
 
 VERSION = 1
 LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.json", ".lock"

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checkpoints import umt5
-from ..checkpoints.safetensors_io import Header, check_tensors, read_header, read_tensors
 from ..errors import CheckpointError, LongCatError
+from ..files.safetensors_io import Header, check_tensors, read_header, read_tensors
 from ..optimize.streaming import BlockStream
+from . import umt5
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel

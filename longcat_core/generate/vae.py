@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import wan_vae
-from ..checkpoints.safetensors_io import check_tensors, read_header, read_tensors, write_safetensors
 from ..errors import CheckpointError, LongCatError
+from ..files.safetensors_io import check_tensors, read_header, read_tensors, write_safetensors
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from . import wan_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

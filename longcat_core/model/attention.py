@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LongCatError
-from ..optimize.kernels import norm_rope
-from ..optimize.text_attention import text_attention
-from .backends import AttendVarlen, Kernels, Varlen
+from ..optimize.attention import AttendVarlen, Kernels, Varlen
+from ..optimize.kernels.elementwise import norm_rope
+from ..optimize.kernels.text_attention import text_attention
 from .config import TextMode
 from .rope import apply_rope
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..optimize import kernels as fused_kernels
-from ..optimize.kernels import Quantised
-from . import backends
+from ..optimize import attention as backends
+from ..optimize.kernels import elementwise as fused_kernels
+from ..optimize.kernels.elementwise import Quantised
 from .attention import BlockText, CrossAttention, SelfAttention, project, sliceable, takes_quantised
 from .config import ModelConfig
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import LongCatError
+from ..optimize import attention as backends
+from ..optimize.block_sparse import BlockSparse, ChunkLayout, chunk_layout, chunked_rope_table, with_block_sparse
 from ..optimize.compilation import Regional
-from ..optimize.kernels import usable as kernels_usable
+from ..optimize.kernels.elementwise import usable as kernels_usable
+from ..optimize.kernels.text_attention import refuses as text_attention_refuses
 from ..optimize.streaming import BlockStream
-from ..optimize.text_attention import refuses as text_attention_refuses
-from . import backends
 from .attention import BlockText, TextTokens, arrange_text, unfold_padding
 from .block import Block, FinalLayer, How, ffn_pieces, fp32_region, linear_fp32, run_block
-from .block_sparse import BlockSparse, ChunkLayout, chunk_layout, chunked_rope_table, with_block_sparse
 from .config import ModelConfig, Optimizations
 from .kv_cache import KVCache
 from .rope import rope_table

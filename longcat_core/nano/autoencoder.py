@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import LongCatError
 from ..generate.vae import load_vae, save_vae
-from ..training import captured
+from ..training.step import captured
 from .world import Placements, place, render, sample_scene
 
 BASE_DIM = 8

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import LongCatError
-from ..generate.media import atomic_path, write_video
+from ..files.media import atomic_path, write_video
 from .scorer import Observation
 from .world import BASE_FPS, COLOURS, MOTIONS, SHAPES, Actor, Scene, caption, place, render, sample_scene
 

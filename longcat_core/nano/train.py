@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..checkpoints.formats import OFFICIAL
 from ..checkpoints.load import official_state
-from ..checkpoints.safetensors_io import read_tensors, write_safetensors
 from ..errors import LongCatError
+from ..files.safetensors_io import read_tensors, write_safetensors
 from ..generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, NANO_WEIGHTS
 from ..generate.text import TextEncoder, load_text_encoder
 from ..generate.vae import load_vae
@@ -29,7 +29,7 @@ from ..model.attention import fold_padding
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from ..training import WeightAverage, captured, drop_text, flow_matching_loss, initialise, sample_sigmas
+from ..training.step import WeightAverage, captured, drop_text, flow_matching_loss, initialise, sample_sigmas
 from .autoencoder import encode_whole, train_autoencoder, train_decoder
 from .reading import train_text_encoder
 from .world import caption, corpus, place, render, sample_scene

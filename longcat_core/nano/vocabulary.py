@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoints import umt5
-from ..checkpoints.safetensors_io import write_safetensors
 from ..errors import LongCatError
+from ..files.safetensors_io import write_safetensors
+from ..generate import umt5
 from ..generate.text import EOS, FIXED_CONFIG, PAD
 
 if TYPE_CHECKING:

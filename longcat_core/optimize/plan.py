@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..model.config import ModelConfig
-from ..model.memory import forward_bytes, kv_cache_bytes, text_bytes
 from ..model.transformer import LongCatTransformer
+from .memory import forward_bytes, kv_cache_bytes, text_bytes
 from .quantization import Policy
 from .streaming import SLOTS, spread
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LongCatError
-from . import kernels
-from .kernels import Quantised, quantise_rows
+from .kernels import elementwise as kernels
+from .kernels.elementwise import Quantised, quantise_rows
 
 # The layers of a block that hold its work. Modulation, embeddings and the final layer are fp32 islands, and the text's
 # keys and values are computed once.

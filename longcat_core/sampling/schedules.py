@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..model.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
+from .flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 Mode = Literal["base", "distilled", "enhance_hf", "refine"]
 MODES: tuple[Mode, ...] = get_args(Mode)

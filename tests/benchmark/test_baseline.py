@@ -10,8 +10,8 @@ import torch
 
 from longcat_core.benchmark.baseline import BaselineTransformer, shares_storage
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import LongCatError
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

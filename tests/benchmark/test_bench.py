@@ -15,14 +15,15 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from longcat_core import cli
-from longcat_core.benchmark import ablation, bench, cards, loading, plots, refine_step, report, results, workload
-from longcat_core.benchmark.measure import Budget, attempt, measure, psnr, relative_error
+from longcat_core.benchmark import ablation, bench, cards, loading, plots, refine_step, report, workload
 from longcat_core.benchmark.profiling import family
+from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
-from longcat_core.model.block_sparse import BlockSparse
+from longcat_core.measure import results
+from longcat_core.measure.clock import Budget, attempt, measure, psnr, relative_error
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.quantization import quantised_layers
 
 SMALL = ["--size", "32x48", "--frames", "5", "--blocks", "1", "--few-blocks", "1", "--repeats", "1"]

@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 
-from longcat_core.benchmark import ablation, cards, results, workload
-from longcat_core.benchmark.measure import Budget
+from longcat_core.benchmark import ablation, cards, workload
+from longcat_core.measure import results
+from longcat_core.measure.clock import Budget
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.quantization import Fp8Linear, quantize
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from longcat_core.benchmark import fidelity, fidelity_pictures
-from longcat_core.benchmark.fidelity import Fidelity, Setting, distance, picks, psnr
 from longcat_core.errors import LongCatError
-from longcat_core.model import backends
-from longcat_core.model.backends import Inputs
+from longcat_core.measure import fidelity, fidelity_pictures
+from longcat_core.measure.fidelity import Fidelity, Setting, distance, picks, psnr
+from longcat_core.optimize import attention as backends
+from longcat_core.optimize.attention import Inputs
 
 HERE = Inputs(torch.device("cpu"), torch.float32, 32, False)
 

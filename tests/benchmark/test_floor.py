@@ -6,7 +6,8 @@ import copy
 
 import pytest
 
-from longcat_core.benchmark import ablation, floor, refine_step, report, results, targets
+from longcat_core.benchmark import ablation, floor, refine_step, report, targets
+from longcat_core.measure import results
 
 TOKENS = 37_440
 

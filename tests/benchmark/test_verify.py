@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_core.benchmark.verify import SCHEDULES, Golden, cases, check, half_units, run_verify
-from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
 from longcat_core.errors import LongCatError
+from longcat_core.files.safetensors_io import read_tensors, write_safetensors
+from longcat_core.measure.verify import SCHEDULES, Golden, cases, check, half_units, run_verify
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 NAMES = [case.name for case in cases(2)]

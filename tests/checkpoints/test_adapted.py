@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from longcat_core import cli
 from longcat_core.checkpoints import lora as lora_files
 from longcat_core.checkpoints.adapted import STEP, RuntimeLoras
 from longcat_core.checkpoints.formats import OFFICIAL
 from longcat_core.checkpoints.load import load_transformer, official_state
 from longcat_core.checkpoints.lora import read_lora
-from longcat_core.checkpoints.safetensors_io import read_tensors
+from longcat_core.cli import generate as commands
+from longcat_core.cli import main as cli
 from longcat_core.errors import CheckpointError, LongCatError
-from longcat_core.generate import commands
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.model.attention import sliceable
 from longcat_core.model.block import run_block, takes_quantised

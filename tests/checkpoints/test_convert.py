@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_core import cli
-from longcat_core.checkpoints import commands, convert, load
+from longcat_core.checkpoints import convert, load
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
-from longcat_core.checkpoints.safetensors_io import (
+from longcat_core.cli import convert as commands
+from longcat_core.cli import main as cli
+from longcat_core.errors import CheckpointError, LongCatError
+from longcat_core.files.safetensors_io import (
     read_header,
     read_metadata,
     read_tensors,
     stream_safetensors,
     write_safetensors,
 )
-from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.optimize.quantization import Policy
 
 from .written_forms import State, comfyui, fastvideo, fp8_scaled, is_matrix, write_gguf

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.checkpoints import load, read_ahead, tensor_files
+from longcat_core.checkpoints import load
 from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint, read_parameter
-from longcat_core.checkpoints.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.errors import CheckpointError
+from longcat_core.files import read_ahead, tensor_files
+from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize.quantization import Fp8Linear, Policy

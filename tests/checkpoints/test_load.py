@@ -19,8 +19,8 @@ from longcat_core.checkpoints.load import (
     read_parameter,
     require_finite,
 )
-from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
 from longcat_core.errors import CheckpointError, LongCatError
+from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

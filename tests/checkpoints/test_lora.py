@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core import cli
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
 from longcat_core.checkpoints.lora import PREFIX, SEPARATOR, merge_lora, read_lora
 from longcat_core.checkpoints.merged import MergedLoras
-from longcat_core.checkpoints.safetensors_io import fingerprint, read_tensors, write_safetensors
+from longcat_core.cli import generate as commands
+from longcat_core.cli import main as cli
 from longcat_core.errors import CheckpointError, LongCatError
-from longcat_core.generate import commands
+from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.transformer import LongCatTransformer

@@ -11,7 +11,8 @@ import struct
 import pytest
 import torch
 
-from longcat_core.checkpoints.safetensors_io import (
+from longcat_core.errors import CheckpointError
+from longcat_core.files.safetensors_io import (
     check_tensors,
     read_header,
     read_metadata,
@@ -19,7 +20,6 @@ from longcat_core.checkpoints.safetensors_io import (
     stream_safetensors,
     write_safetensors,
 )
-from longcat_core.errors import CheckpointError
 
 
 def raw(header: dict | bytes, data: bytes = b"") -> bytes:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from longcat_core.checkpoints import wan_vae
-from longcat_core.checkpoints.safetensors_io import read_header
 from longcat_core.errors import CheckpointError
+from longcat_core.files.safetensors_io import read_header
+from longcat_core.generate import wan_vae
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longcat_core.generate.media import read_video
+from longcat_core.files.media import read_video
 
 from .client import Client
 from .server import PACK, Installation, Server

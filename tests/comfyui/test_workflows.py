@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from longcat_core.checkpoints.safetensors_io import read_header
-from longcat_core.generate.media import write_video
+from longcat_core.files.media import write_video
+from longcat_core.files.safetensors_io import read_header
 from longcat_core.generate.pipeline import NANO_MODEL
 from longcat_core.nano.scorer import analyse
 from longcat_core.nano.world import Actor, Scene, render_clip

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from tiny import tiny_pipeline
 
-from longcat_core.generate import media, segments
+from longcat_core.files import media
+from longcat_core.generate import segments
 from longcat_core.generate.long_video import LongVideoRequest, long_video, segment_folder
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import RefineRequest, piece_folder, refine_in_folder

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from longcat_core.generate import train_lora
-from longcat_core.generate.clips import Clip, Sample
 from longcat_core.generate.pipeline import ModelPaths
-from longcat_core.generate.train_lora import Recipe
+from longcat_core.training import lora as train_lora
+from longcat_core.training.clips import Clip, Sample
+from longcat_core.training.lora import Recipe
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PATHS = ModelPaths(GOLDEN / "dit.safetensors", GOLDEN / "vae.safetensors", GOLDEN / "dit.safetensors")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longcat_core.cli import main
+from longcat_core.cli.main import main
 
 from ..pretend_cuda import pretended
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from longcat_core.errors import LongCatError
+from longcat_core.files.media import write_video
 from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate import segments
 from longcat_core.generate.long_video import (
@@ -29,7 +30,6 @@ from longcat_core.generate.long_video import (
     segment_folder,
     spread_prompts,
 )
-from longcat_core.generate.media import write_video
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import MAX_SEED, NANO, RELEASED, GenerateRequest
 from longcat_core.generate.segments import FRAMES, LATENTS, RECORD

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from longcat_core.errors import LongCatError
-from longcat_core.generate import media
+from longcat_core.files import media
 
 
 def moving_bar(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:

@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 
-from longcat_core.checkpoints.safetensors_io import write_safetensors
-from longcat_core.cli import main
+from longcat_core.cli.main import main
 from longcat_core.errors import LongCatError
+from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.generate.refine import RefineRequest

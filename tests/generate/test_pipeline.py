@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longcat_core import cli
 from longcat_core.checkpoints.load import load_transformer
+from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
 from longcat_core.generate import pipeline as pipeline_module
 from longcat_core.generate.pipeline import ModelPaths, Pipeline

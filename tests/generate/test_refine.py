@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longcat_core import cli
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
+from longcat_core.cli import generate as commands
+from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
-from longcat_core.generate import commands
+from longcat_core.files.media import read_video, write_video
 from longcat_core.generate import pipeline as pipelines
-from longcat_core.generate.media import read_video, write_video
 from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
 from longcat_core.generate.refine import Padding, RefineRequest, enlarge, pieces, refine, target_size
 from longcat_core.generate.request import NANO, GenerateRequest
 from longcat_core.generate.vae import load_vae
-from longcat_core.model.block_sparse import BlockSparse
 from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
-from longcat_core.optimize.kernels import quantise_rows
+from longcat_core.optimize.block_sparse import BlockSparse
+from longcat_core.optimize.kernels.elementwise import quantise_rows
 from longcat_core.sampling.conditioning import latent_frames
 from longcat_core.sampling.sampler import Interrupted
 

@@ -15,7 +15,7 @@ from longcat_core.generate.pipeline import Engine
 from longcat_core.generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
 from longcat_core.generate.request import NANO
 from longcat_core.generate.segments import FRAMES, SegmentFolder
-from longcat_core.model.block_sparse import BlockSparse
+from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.sampling.sampler import Interrupted
 
 from .folders import contents, copied, flipped, state

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from longcat_core.errors import LongCatError
-from longcat_core.generate.media import write_video
+from longcat_core.files.media import write_video
 from longcat_core.generate.request import (
     MAX_SEED,
     NANO,

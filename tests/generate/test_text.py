@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import UMT5EncoderModel
 
-from longcat_core.checkpoints.safetensors_io import read_tensors, write_safetensors
 from longcat_core.errors import CheckpointError, LongCatError
+from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.text import TextEncoder, clean_prompt, load_text_encoder
 from longcat_core.nano.vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
 from longcat_core.nano.world import corpus

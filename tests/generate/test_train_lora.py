@@ -17,15 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from longcat_core import cli
 from longcat_core.checkpoints.adapted import RuntimeLoras
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_metadata, read_tensors, write_safetensors
+from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
-from longcat_core.generate import media, train_lora
-from longcat_core.generate.clips import find_clips
-from longcat_core.generate.train_lora import LAYERS, LoraTrainer, Recipe
+from longcat_core.files import media
+from longcat_core.files.safetensors_io import read_metadata, read_tensors, write_safetensors
 from longcat_core.model.config import Optimizations
+from longcat_core.training import lora as train_lora
+from longcat_core.training.clips import find_clips
+from longcat_core.training.lora import LAYERS, LoraTrainer, Recipe
 
 from . import killed_training
 from .killed_training import PATHS, RECIPE, samples

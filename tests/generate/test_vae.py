@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.checkpoints import wan_vae
-from longcat_core.checkpoints.safetensors_io import read_header, read_tensors, write_safetensors
 from longcat_core.errors import CheckpointError, LongCatError
+from longcat_core.files.safetensors_io import read_header, read_tensors, write_safetensors
+from longcat_core.generate import wan_vae
 from longcat_core.generate.vae import load_vae, save_vae
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

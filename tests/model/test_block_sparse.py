@@ -12,11 +12,13 @@ from einops import rearrange
 from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import BackendUnavailable, LongCatError
-from longcat_core.model import block_sparse
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.block import How
-from longcat_core.model.block_sparse import (
+from longcat_core.model.config import ModelConfig
+from longcat_core.model.rope import rope_table
+from longcat_core.optimize import block_sparse
+from longcat_core.optimize.block_sparse import (
     BlockSparse,
     attend_grid,
     block_sparse_attend,
@@ -26,8 +28,6 @@ from longcat_core.model.block_sparse import (
     select_chunks,
     with_block_sparse,
 )
-from longcat_core.model.config import ModelConfig
-from longcat_core.model.rope import rope_table
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CPU = torch.device("cpu")

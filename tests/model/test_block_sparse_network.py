@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_tensors
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model import block
 from longcat_core.model.block import run_block
-from longcat_core.model.block_sparse import BlockSparse
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.sampling.sampler import sample

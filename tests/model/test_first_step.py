@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_tensors
-from longcat_core.model import backends
-from longcat_core.model.backends import Backend
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize import attention as backends
+from longcat_core.optimize.attention import Backend
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")

@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.model import backends, transformer
+from longcat_core.model import transformer
 from longcat_core.model.attention import TextTokens
 from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.memory import forward_bytes
 from longcat_core.model.transformer import LongCatTransformer
-from longcat_core.optimize import kernels, quantization, text_attention
+from longcat_core.optimize import attention as backends
+from longcat_core.optimize import quantization
+from longcat_core.optimize.kernels import elementwise as kernels
+from longcat_core.optimize.kernels import text_attention
+from longcat_core.optimize.memory import forward_bytes
 
 ONE = replace(ModelConfig(), depth=1)
 META, BF16 = torch.device("meta"), torch.bfloat16

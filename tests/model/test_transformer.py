@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import BackendUnavailable, LongCatError
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.attention import TextTokens
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.kv_cache import KVCache

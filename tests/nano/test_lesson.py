@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from longcat_core import cli
+from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
-from longcat_core.generate import media
-from longcat_core.generate.clips import find_clips
-from longcat_core.generate.media import write_video
+from longcat_core.files import media
+from longcat_core.files.media import write_video
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.nano import lesson
 from longcat_core.nano.lesson import (
@@ -34,6 +33,7 @@ from longcat_core.nano.world import BACKGROUNDS, COLOURS, Actor, Scene
 from longcat_core.sampling.conditioning import latent_shape, seeded_noise
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
+from longcat_core.training.clips import find_clips
 
 
 def near(video: np.ndarray, colour: tuple[int, int, int]) -> float:

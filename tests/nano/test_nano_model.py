@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from longcat_core.benchmark.adherence import measure
 from longcat_core.checkpoints.load import open_checkpoint, require_finite
-from longcat_core.checkpoints.safetensors_io import read_header
+from longcat_core.files.safetensors_io import read_header
 from longcat_core.generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, Pipeline
 from longcat_core.generate.request import GenerateRequest
+from longcat_core.nano.adherence import measure
 from longcat_core.nano.scorer import score
 from longcat_core.nano.train import CONFIG
 from longcat_core.nano.world import Actor, Scene, caption, render_clip

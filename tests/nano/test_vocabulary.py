@@ -9,8 +9,8 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from longcat_core.checkpoints.safetensors_io import read_header, read_tensors
 from longcat_core.errors import LongCatError
+from longcat_core.files.safetensors_io import read_header, read_tensors
 from longcat_core.nano.vocabulary import SIZE, new_text_encoder, save_text_encoder, train_vocabulary
 from longcat_core.nano.world import VOCABULARY_WORDS, corpus
 from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT

@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.model import attention, backends
+from longcat_core.model import attention
 from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.frames import count_clean, noisy_frames
-from longcat_core.model.memory import activation_bytes
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize import attention as backends
+from longcat_core.optimize.memory import activation_bytes
+from longcat_core.sampling.frames import count_clean, noisy_frames
 
 SMALL = ModelConfig(hidden_size=64, depth=2, num_heads=4, caption_channels=24, ffn_hidden=256, adaln_dim=32)
 

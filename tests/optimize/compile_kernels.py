@@ -14,8 +14,9 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longcat_core.optimize import block_sparse_kernel as kernels
-from longcat_core.optimize import fp8_attention, text_attention
+from longcat_core.optimize.kernels import block_sparse as kernels
+from longcat_core.optimize.kernels import cudnn_fp8 as fp8_attention
+from longcat_core.optimize.kernels import text_attention
 
 
 def build(kernel, capability: tuple[int, int], types: dict[str, str], tiles: kernels.Tiles, **constants) -> None:

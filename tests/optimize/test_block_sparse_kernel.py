@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.model import block_sparse as plain
-from longcat_core.model.block_sparse import BlockSparse, chunk_layout
-from longcat_core.optimize import block_sparse_kernel as kernels
-from longcat_core.optimize.block_sparse_kernel import Tiles
+from longcat_core.optimize import block_sparse as plain
+from longcat_core.optimize.block_sparse import BlockSparse, chunk_layout
+from longcat_core.optimize.kernels import block_sparse as kernels
+from longcat_core.optimize.kernels.block_sparse import Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIVIDED, PADDED = (4, 8, 8), (5, 6, 5)

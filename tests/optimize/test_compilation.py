@@ -14,10 +14,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
-from longcat_core.model import backends, block
+from longcat_core.model import block
 from longcat_core.model.block import run_block
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize import attention as backends
 from longcat_core.optimize.compilation import NOTICE, Regional
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

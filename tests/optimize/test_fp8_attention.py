@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from longcat_core.optimize import fp8_attention as eight
-from longcat_core.optimize.fp8_attention import Scaled
+from longcat_core.optimize.kernels import cudnn_fp8 as eight
+from longcat_core.optimize.kernels.cudnn_fp8 import Scaled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 2, 32

@@ -9,8 +9,8 @@ import torch
 
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KVCache
-from longcat_core.model.memory import kv_cache_bytes
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.memory import kv_cache_bytes
 from longcat_core.optimize.plan import GIB, Plan, Weights, Work, choose_plan, needed_bytes, plans, smaller
 from longcat_core.optimize.quantization import Policy, quantize
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from longcat_core.benchmark.exactness import Captured
-from longcat_core.benchmark.measure import psnr, relative_error
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
-from longcat_core.checkpoints.safetensors_io import write_safetensors
 from longcat_core.errors import LongCatError
+from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate.pipeline import NANO_MODEL
+from longcat_core.measure.clock import psnr, relative_error
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
-from longcat_core.optimize.kernels import Quantised, quantise_rows
+from longcat_core.optimize.kernels.elementwise import Quantised, quantise_rows
 from longcat_core.optimize.quantization import (
     LAYERS,
     Fp8Linear,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.optimize import text_attention as kernels
+from longcat_core.optimize.kernels import text_attention as kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 3, 32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.checkpoints.safetensors_io import read_tensors
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT, cfg_zero, cfg_zero_scale
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import LongCatError
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.block import linear_fp32, run_block
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.kv_cache import KV_MODES

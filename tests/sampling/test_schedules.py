@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_core.checkpoints.safetensors_io import read_tensors
 from longcat_core.errors import LongCatError
-from longcat_core.model.flow import shift_sigmas
+from longcat_core.files.safetensors_io import read_tensors
+from longcat_core.sampling.flow import shift_sigmas
 from longcat_core.sampling.schedules import MODES, SHIFT, make_schedule
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import LongCatError
+from ..errors import LongCatError
 
 if TYPE_CHECKING:
     import torch
 
-    from .sampling.sampler import Step
+    from ..sampling.sampler import Step
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

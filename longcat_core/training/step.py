@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model.attention import TextTokens
-from .model.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
-from .model.transformer import LongCatTransformer
+from ..model.attention import TextTokens
+from ..model.transformer import LongCatTransformer
+from ..sampling.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 
 def sample_sigmas(batch: int, shift: float, *, device: torch.device | str = "cpu") -> Tensor:

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints.load import load_transformer, open_checkpoint
-from ..checkpoints.safetensors_io import read_metadata, read_tensors, write_safetensors
 from ..errors import CheckpointError, LongCatError
+from ..files.media import check_place
+from ..files.safetensors_io import read_metadata, read_tensors, write_safetensors
+from ..generate.pipeline import ModelPaths
+from ..generate.request import check_frames, check_number, check_seed, check_side
+from ..generate.text import MAX_LENGTH, load_text_encoder
+from ..generate.vae import load_vae
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.adapters import adapt
 from ..sampling.schedules import SHIFT
-from ..training import drop_text, flow_matching_loss, sample_sigmas
 from .clips import Clip, Sample, clips_fingerprint, encode_captions, encode_clips
-from .media import check_place
-from .pipeline import ModelPaths
-from .request import check_frames, check_number, check_seed, check_side
-from .text import MAX_LENGTH, load_text_encoder
-from .vae import load_vae
+from .step import drop_text, flow_matching_loss, sample_sigmas
 
 # Of a block; the rest of the network is small, in fp32, and best left alone.
 LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.kv", "cross_attn.proj", "ffn.gate_up", "ffn.down")

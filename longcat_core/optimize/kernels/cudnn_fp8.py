@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import E4M3_MAX, TINY, Quantised, find_spec, whole_tokens
+from .elementwise import E4M3_MAX, TINY, Quantised, find_spec, whole_tokens
 
 if find_spec("triton") is not None:
     import triton

@@ -15,13 +15,13 @@ from ..checkpoints.lora import Lora
 from ..errors import LongCatError
 from ..generate.pipeline import Pipeline
 from ..generate.request import MAX_GUIDANCE, NANO, check_number
-from ..nano.lesson import PALETTE, questions
-from ..nano.scorer import Observation, analyse, compare
-from ..nano.world import COLOURS, MAX_ACTORS, Scene, caption, sample_scene
 from ..sampling.conditioning import latent_shape, seeded_noise
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
+from .lesson import PALETTE, questions
+from .scorer import Observation, analyse, compare
+from .world import COLOURS, MAX_ACTORS, Scene, caption, sample_scene
 
 BATCH = 16
 

@@ -6,8 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from ..console import DTYPES, device_of, dtype_of, notes_from_warnings, number, progress, size, whole
 from ..errors import LongCatError
+from .console import DTYPES, device_of, dtype_of, notes_from_warnings, number, progress, size, whole
 
 
 def add_train_lora(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +65,12 @@ def add_train_lora(parser: argparse.ArgumentParser) -> None:
 
 def train_lora(args: argparse.Namespace) -> int:
     """`longcat train-lora`: everything is checked before a model is loaded; the same command goes on where it was."""
-    from ..model.backends import check as check_attention
+    from ..generate.pipeline import ModelPaths
     from ..model.config import Optimizations
+    from ..optimize.attention import check as check_attention
     from ..optimize.compilation import why_not
-    from . import train_lora as training
-    from .clips import find_clips
-    from .pipeline import ModelPaths
+    from ..training import lora as training
+    from ..training.clips import find_clips
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     height, width = args.size or (paths.defaults.height, paths.defaults.width)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..checkpoints.load import load_transformer
 from ..checkpoints.lora import merge_lora
-from ..checkpoints.safetensors_io import read_tensors
 from ..errors import LongCatError
-from ..model.block_sparse import BlockSparse, attend_grid
+from ..files.safetensors_io import read_tensors
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
 from ..model.transformer import LongCatTransformer
-from ..optimize.block_sparse_kernel import missing
+from ..optimize.block_sparse import BlockSparse, attend_grid
+from ..optimize.kernels.block_sparse import missing
 from ..sampling.conditioning import to_pixels
 from ..sampling.guidance import cfg_zero, cfg_zero_scale
 from ..sampling.sampler import sample

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import LongCatError
-from ..generate.media import atomic_path, check_place
+from ..files.media import atomic_path, check_place
 
 SCHEMA = 1
 PACKAGES = ("triton", "flash-attn", "flash-attn-4", "nvidia-cudnn-frontend", "sageattention", "xformers")

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import HALF, _operator, find_spec
-from .kernels import missing as missing_triton
+from .elementwise import HALF, _operator, find_spec
+from .elementwise import missing as missing_triton
 
 if find_spec("triton") is not None:
     import triton

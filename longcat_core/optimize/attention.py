@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import BackendUnavailable
-from ..optimize import fp8_attention
-from ..optimize.kernels import Quantised
-from ..optimize.kernels import missing as missing_triton
+from .kernels import cudnn_fp8 as fp8_attention
+from .kernels.elementwise import Quantised
+from .kernels.elementwise import missing as missing_triton
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

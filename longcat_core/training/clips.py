@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.safetensors_io import fingerprint
 from ..errors import LongCatError
+from ..files.media import read_image, read_video, resize_and_crop
+from ..files.safetensors_io import fingerprint
+from ..generate.request import check_text
+from ..generate.segments import checksum
+from ..generate.text import TextEncoder
+from ..generate.vae import VideoVAE
 from ..sampling.conditioning import to_pixels
-from .media import read_image, read_video, resize_and_crop
-from .request import check_text
-from .segments import checksum
-from .text import TextEncoder
-from .vae import VideoVAE
 
 CLIPS = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".gif", ".webp")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")

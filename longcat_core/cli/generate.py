@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import DTYPES, device_of, dtype_of, lora, note, notes_from_warnings, number, progress, size, whole
 from ..errors import LongCatError
+from .console import DTYPES, device_of, dtype_of, lora, note, notes_from_warnings, number, progress, size, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,9 +182,9 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """`longcat generate`: everything is checked before a model is loaded, and files appear whole or not at all."""
-    from .media import check_output, contact_sheet, estimate_bytes, write_video
-    from .pipeline import ModelPaths
-    from .request import work_of
+    from ..files.media import check_output, contact_sheet, estimate_bytes, write_video
+    from ..generate.pipeline import ModelPaths
+    from ..generate.request import work_of
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     request = request_of(args, args.prompt).filled(paths.defaults)
@@ -217,10 +217,10 @@ def long(args: argparse.Namespace) -> int:
     """`longcat long`: segment by segment, each kept in a folder, from which the same command goes on."""
     from dataclasses import replace
 
-    from .long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
-    from .media import check_output, estimate_bytes, write_video
-    from .pipeline import ModelPaths
-    from .request import work_of
+    from ..files.media import check_output, estimate_bytes, write_video
+    from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
+    from ..generate.pipeline import ModelPaths
+    from ..generate.request import work_of
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     prompts = spread_prompts(prompts_of(args), args.segments)
@@ -260,10 +260,10 @@ def long(args: argparse.Namespace) -> int:
 
 def refine(args: argparse.Namespace) -> int:
     """`longcat refine`: like `generate`, piece by piece."""
-    from ..model.block_sparse import BlockSparse
-    from .media import check_output, estimate_bytes, read_video, write_video
-    from .pipeline import ModelPaths
-    from .refine import RefineRequest, check_video, piece_folder, refine, refine_in_folder
+    from ..files.media import check_output, estimate_bytes, read_video, write_video
+    from ..generate.pipeline import ModelPaths
+    from ..generate.refine import RefineRequest, check_video, piece_folder, refine, refine_in_folder
+    from ..optimize.block_sparse import BlockSparse
 
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     height, width = args.size or (None, None)
@@ -330,7 +330,7 @@ def refine(args: argparse.Namespace) -> int:
 
 def request_of(args: argparse.Namespace, prompt: str) -> Any:
     """What the options of `add_what` and `add_sampling` ask for, not yet filled in."""
-    from .request import GenerateRequest
+    from ..generate.request import GenerateRequest
 
     height, width = _sides(args)
     return GenerateRequest(
@@ -369,7 +369,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 
 def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) -> dict[str, Any]:
     """What of the model and its options decides the result."""
-    from ..checkpoints.safetensors_io import fingerprint
+    from ..files.safetensors_io import fingerprint
 
     found = paths.fingerprints() | {
         "lora": None
@@ -412,7 +412,7 @@ def machine_of(args: argparse.Namespace, paths: Any) -> torch.device:
     """The device, once the files of models and LoRAs, the attention and the memory that are asked for are found to be
     there."""
     from ..checkpoints.lora import check_loras
-    from ..model.backends import check as check_attention
+    from ..optimize.attention import check as check_attention
 
     paths.check()
     check_loras(args.lora or ())
@@ -442,7 +442,7 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> None:
 
 def load_pipeline(paths: Any, **options: Any) -> Any:
     """Load the models: the one place where `generate` becomes heavy."""
-    from .pipeline import Pipeline
+    from ..generate.pipeline import Pipeline
 
     return Pipeline.load(paths, **options)
 
@@ -462,8 +462,8 @@ def _schedule(args: argparse.Namespace) -> str | None:
 
 
 def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> str:
-    from ..optimize import kernels
     from ..optimize.compilation import why_not
+    from ..optimize.kernels import elementwise as kernels
 
     mode = args.compile
     if mode == "auto":

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import dtype_of, note, notes_from_warnings, number, progress, whole
 from ..errors import LongCatError
-from ..generate.commands import (
+from .console import dtype_of, note, notes_from_warnings, number, progress, whole
+from .generate import (
     add_model,
     add_sampling,
     add_what,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from .fidelity import Fidelity, Setting
+    from ..measure.fidelity import Fidelity, Setting
 
 OUTPUT = "longcat-compare"
 REPORT, PLOT, SIDE_BY_SIDE = "report.md", "plot.png", "side-by-side.png"
@@ -151,7 +151,7 @@ def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Si
 
 def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
     """A and all that is held against it. Raises LongCatError for what cannot be compared."""
-    from .fidelity import REFERENCE, letters
+    from ..measure.fidelity import REFERENCE, letters
 
     first = _side(REFERENCE, "", args, prompt)
     sides = [first]
@@ -209,7 +209,7 @@ def _speed(fidelity: Fidelity, setting: Setting) -> str:
 
 
 def _check_floor(args: argparse.Namespace) -> None:
-    from ..model import backends
+    from ..optimize import attention as backends
 
     if args.floor in ("auto", "off"):
         return
@@ -224,7 +224,7 @@ def _check_floor(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace, request: Any, videos: int) -> Path:
-    from ..generate.media import check_output, estimate_bytes
+    from ..files.media import check_output, estimate_bytes
 
     folder = args.output or free_name(Path(OUTPUT))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -238,7 +238,7 @@ def _check_output(args: argparse.Namespace, request: Any, videos: int) -> Path:
 
 
 def _check_page(page: Path) -> None:
-    from ..generate.media import check_output
+    from ..files.media import check_output
 
     if page.suffix.lower() != ".md":
         raise LongCatError(f"page {str(page)!r} must end in .md")
@@ -257,7 +257,7 @@ class _Run:
     a machine that is slower for a while is so for all."""
 
     def __init__(self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Any) -> None:
-        from .fidelity import Setting, picks
+        from ..measure.fidelity import Setting, picks
 
         self.sides, self.videos, self.folder, self.bar = sides, videos, folder, bar
         request = sides[0].request
@@ -269,7 +269,7 @@ class _Run:
         self.frames: list[np.ndarray] = []
 
     def compare(self) -> Fidelity:
-        from .fidelity import FLOOR, Fidelity, described
+        from ..measure.fidelity import FLOOR, Fidelity, described
 
         first = self.sides[0]
         waiting = list(self.sides)
@@ -293,7 +293,7 @@ class _Run:
 
     def _load(self, group: Sequence[_Side]) -> None:
         from ..generate.request import work_of
-        from .measure import clean_up
+        from ..measure.clock import clean_up
 
         side = group[0]
         if self.pipeline is not None:
@@ -305,8 +305,8 @@ class _Run:
 
     def _floor(self, side: _Side) -> list[_Side]:
         """A with another exact kernel; nothing, and why, where there is none."""
-        from ..model.backends import Inputs, resolve
-        from .fidelity import FLOOR, Setting, other_kernel
+        from ..measure.fidelity import FLOOR, Setting, other_kernel
+        from ..optimize.attention import Inputs, resolve
 
         kernel, own = side.args.floor, side.args.attention
         if kernel == "off":
@@ -327,8 +327,8 @@ class _Run:
         return [replace(side, name=FLOOR, args=args)]
 
     def _run(self, group: list[_Side]) -> None:
-        from .fidelity import FLOOR
-        from .measure import is_out_of_memory
+        from ..measure.clock import is_out_of_memory
+        from ..measure.fidelity import FLOOR
 
         for side in group:
             if side.name != FLOOR:
@@ -353,8 +353,8 @@ class _Run:
             network.set_optimizations(switches)
 
     def _video(self, side: _Side, i: int) -> None:
-        from ..generate.media import write_video
-        from .fidelity import FLOOR, distance
+        from ..files.media import write_video
+        from ..measure.fidelity import FLOOR, distance
 
         self._switch(side)
         setting = self.settings[side.name]
@@ -376,8 +376,8 @@ class _Run:
 
     def _first_step(self, side: _Side) -> float:
         """Seconds until one step is done: what compiles or is chosen at first must not count in the samplings."""
+        from ..measure.clock import synchronize
         from ..sampling.sampler import Interrupted
-        from .measure import synchronize
 
         def stop(_: Any) -> None:
             synchronize(side.device)
@@ -399,7 +399,7 @@ class _Clock:
         self.started, self.seconds, self.computed, self.steps = time.perf_counter(), 0.0, 0, 0
 
     def __call__(self, step: Any) -> None:
-        from .measure import synchronize
+        from ..measure.clock import synchronize
 
         self.computed += not step.reused
         self.steps = step.total
@@ -415,8 +415,8 @@ class _Clock:
 def _write(
     fidelity: Fidelity, args: argparse.Namespace, device: torch.device, videos: Sequence[Any], folder: Path
 ) -> None:
-    from .fidelity_pictures import plot, side_by_side
-    from .results import Report
+    from ..measure.fidelity_pictures import plot, side_by_side
+    from ..measure.results import Report
 
     request = videos[0]
     size = f"{request.height}x{request.width}"
@@ -439,7 +439,7 @@ def _write(
 def _write_page(
     path: Path, fidelity: Fidelity, content: dict[str, Any], pictures: dict[str, Image.Image], prefix: str
 ) -> None:
-    from ..generate.media import atomic_path
+    from ..files.media import atomic_path
 
     for name, picture in pictures.items():
         with atomic_path(path.with_name(prefix + name)) as temporary:
@@ -449,7 +449,7 @@ def _write_page(
 
 
 def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
-    from .fidelity import text
+    from ..measure.fidelity import text
 
     inputs = content["inputs"]
     seeds = f"seed {inputs['seed']}" if inputs["seeds"] == 1 else f"{inputs['seeds']} seeds from {inputs['seed']} on"

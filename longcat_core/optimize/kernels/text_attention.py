@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import E4M3_MAX, EPS, HALF, TINY, Quantised, _operator, find_spec, whole_tokens
+from .elementwise import E4M3_MAX, EPS, HALF, TINY, Quantised, _operator, find_spec, whole_tokens
 
 if find_spec("triton") is not None:
     import triton

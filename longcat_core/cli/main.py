@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__
-from .benchmark import fidelity_commands as comparing_tasks
-from .checkpoints import commands as checkpoint_tasks
+from .. import __version__
+from ..errors import LongCatError
+from . import compare as comparing_tasks
+from . import convert as checkpoint_tasks
+from . import generate as tasks
+from . import train as training_tasks
 from .console import DTYPES, device_of, dtype_of, lora, number, size, whole
-from .errors import LongCatError
-from .generate import commands as tasks
-from .generate import train_commands as training_tasks
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # What cards have, and the released text encoder's weights in 16 bits.
@@ -98,21 +98,21 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     _add_bench(sub)
     sub = command("train-nano", train_nano, "Train the embedded model anew.")
     if argv[:1] == ["train-nano"]:
-        from .nano.train import add_arguments
+        from ..nano.train import add_arguments
 
         add_arguments(sub)
     return parser
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from .benchmark.bench import add_arguments
+    from ..benchmark.bench import add_arguments
 
     add_arguments(parser, size=size, whole=whole, number=number, dtypes=DTYPES)
 
 
 def verify(args: argparse.Namespace) -> int:
     """`longcat verify`."""
-    from .benchmark.verify import run_verify
+    from ..measure.verify import run_verify
 
     return run_verify(args.directory)
 
@@ -121,11 +121,11 @@ def plan(args: argparse.Namespace) -> int:
     """`longcat plan`."""
     import torch
 
-    from .benchmark.results import markdown
-    from .generate.request import check_frames, check_side
-    from .model.config import ModelConfig
-    from .optimize.plan import Work, plan_table
-    from .sampling.conditioning import latent_frames, latent_shape
+    from ..generate.request import check_frames, check_side
+    from ..measure.results import markdown
+    from ..model.config import ModelConfig
+    from ..optimize.plan import Work, plan_table
+    from ..sampling.conditioning import latent_frames, latent_shape
 
     for name, side in zip(("height", "width"), args.size, strict=True):
         check_side(name, side)
@@ -146,7 +146,7 @@ def backends(args: argparse.Namespace) -> int:
     """`longcat backends`."""
     import torch
 
-    from .model.backends import Inputs, report
+    from ..optimize.attention import Inputs, report
 
     # As the released model has them.
     cuda = torch.cuda.is_available()
@@ -160,10 +160,10 @@ def backends(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     """`longcat bench`."""
     if args.part == "report":
-        from .benchmark.report import write_page
+        from ..benchmark.report import write_page
 
         return write_page(args.folders, args.output)
-    from .benchmark.bench import run
+    from ..benchmark.bench import run
 
     device = device_of(args.device)
     return run(args, device, dtype_of(args.dtype, device))
@@ -171,14 +171,14 @@ def bench(args: argparse.Namespace) -> int:
 
 def score_nano(args: argparse.Namespace) -> int:
     """`longcat score-nano`."""
-    from .benchmark.adherence import run
+    from ..nano.adherence import run
 
     return run(args.prompts, args.steps, args.guidance, args.lora, args.lesson)
 
 
 def lesson_nano(args: argparse.Namespace) -> int:
     """`longcat lesson-nano`."""
-    from .nano.lesson import write_lesson
+    from ..nano.lesson import write_lesson
 
     write_lesson(args.folder, args.clips)
     print(f"{args.folder}: {args.clips} clips with captions")
@@ -187,7 +187,7 @@ def lesson_nano(args: argparse.Namespace) -> int:
 
 def train_nano(args: argparse.Namespace) -> int:
     """`longcat train-nano`."""
-    from .nano.train import run
+    from ..nano.train import run
 
     return run(args) or 0
 

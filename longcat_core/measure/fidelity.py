@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..model import backends
-from ..model.backends import Inputs
+from ..optimize import attention as backends
+from ..optimize.attention import Inputs
 from .results import machine, markdown, shown
 
 PEAK = 255.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .config import ModelConfig
+from ..model.config import ModelConfig
 
 
 def activation_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int) -> int:

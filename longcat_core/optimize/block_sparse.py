@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendUnavailable, LongCatError
-from ..optimize import block_sparse_kernel as kernels
-from .backends import Attend, Kernels, trial
-from .rope import rope_table
+from ..model.rope import rope_table
+from .attention import Attend, Kernels, trial
+from .kernels import block_sparse as kernels
 
 Shape = tuple[int, int, int]
 Kernel = Literal["auto", "triton", "fa4", "plain"]

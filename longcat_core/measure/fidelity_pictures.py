@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..generate.media import cell_form, wrap
+from ..files.media import cell_form, wrap
 from .comparison import COLOURS, FAINT, INK, MARGIN, PAPER, WIDTH
 from .fidelity import Fidelity, Setting, decibels, psnr
 

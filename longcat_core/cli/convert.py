@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import LongCatError
 
 if TYPE_CHECKING:
-    from .convert import LayerError
+    from ..checkpoints.convert import LayerError
 
 FORMS = ("bf16", "comfyui-fp8", "int8")
 
@@ -31,7 +31,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 def convert(args: argparse.Namespace) -> int:
     """`longcat convert`: what was written is read back and measured before it takes its name."""
-    from . import convert as conversion
+    from ..checkpoints import convert as conversion
 
     if args.report is not None:
         _check_report(args.report)

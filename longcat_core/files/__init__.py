@@ -1,0 +1,1 @@
+"""Reading and writing: tensor files, media, places, atomic writes, locks."""

@@ -1,0 +1,1 @@
+"""Numbers and pictures that nodes may use: clock, results, fidelity, verification."""

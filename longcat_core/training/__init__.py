@@ -1,0 +1,1 @@
+"""Flow-matching training and LoRA training."""
