@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from longcat_core.benchmark.results import Report
 from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.checkpoints.safetensors_io import read_metadata, read_tensors
-from longcat_core.cli import build_parser, main
+from longcat_core.cli.main import build_parser, main
+from longcat_core.files.safetensors_io import read_metadata, read_tensors
+from longcat_core.measure.results import Report
 
 from .public_face import COMPARE, DATA, GENERATE, KEEPING, KEPT, ROOT, assert_frozen, schema
 
