@@ -1,4 +1,4 @@
-"""LongCat Benchmark: two settings of the model on the user's own machine, timed under ComfyUI's sampling machinery."""
+"""LongCat Benchmark: time two settings of the model on the user's own machine, in ComfyUI's own sampling."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..longcat_core.benchmark.ablation import kernel_name, plain
-from ..longcat_core.benchmark.workload import SEED, TEXT_TOKENS
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.measure import comparison
-from ..longcat_core.measure.clock import GIB, peak_bytes, psnr, relative_error
-from ..longcat_core.measure.comparison import Side
+from ..longcat_core.measure import speed
+from ..longcat_core.measure.clock import peak_gib
+from ..longcat_core.measure.fidelity import relative_error, tensor_psnr
 from ..longcat_core.measure.results import machine, shown
+from ..longcat_core.measure.speed import SEED, TEXT_TOKENS, Side, kernel_name, plain
 from ..longcat_core.model.config import Optimizations
+from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY
@@ -31,12 +31,12 @@ from .sampling import Clock, _require_longcat, guidance_input, make_guider, star
 
 NODE = "LongCat Benchmark"
 MAX_TIMED = 20
-# Steps of the schedule whose first ones are run.
+# Only the first steps of a schedule of this length are run.
 SCHEDULE_STEPS = 50
 
 
 def without_optimizations(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """The same MODEL with every switch off."""
+    """A clone of the MODEL with every switch off."""
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     model = model.clone()
     options = model.model_options.setdefault("transformer_options", {})
@@ -45,7 +45,7 @@ def without_optimizations(model: comfy.model_patcher.ModelPatcher) -> comfy.mode
 
 
 def _random_text(model: comfy.model_patcher.ModelPatcher, tokens: int) -> list:
-    """A conditioning [1, tokens, caption] of random numbers: what the text says makes no difference to speed."""
+    """A random conditioning [1, tokens, caption]: the meaning of the text does not affect speed."""
     generator = torch.Generator().manual_seed(SEED + tokens)
     width = model.model.diffusion_model.config.caption_channels
     return [[torch.randn(1, tokens, width, generator=generator), {}]]
@@ -105,15 +105,15 @@ class Benchmark(io.ComfyNode):
             estimates.append(x0)
         heading = _heading(model.load_device, latent_image["samples"].shape, guidance)
         closing = _closing(estimates, model_b is None)
-        picture = comparison.draw(sides, heading, closing)
+        picture = speed.draw(sides, heading, closing)
         image = torch.from_numpy(np.asarray(picture).copy())[None].float() / 255
-        return io.NodeOutput(image, comparison.text(sides, heading, closing), ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(image, speed.text(sides, heading, closing), ui=ui.PreviewImage(image, cls=cls))
 
 
 def _run(
     name: str, model: Any, latent_image: dict, steps: int, guidance: float, positive: Any, negative: Any
 ) -> tuple[Side, Tensor]:
-    """The first 1 + `steps` steps of a sampling, timed, and the last estimate of the clean latents."""
+    """Time the first 1 + `steps` steps of a sampling; also returns the last estimate of the clean latents."""
     text = [_random_text(model, tokens) for tokens in reversed(TEXT_TOKENS)]
     guider = make_guider(model, positive or text[0], negative or text[1], guidance, "exact", NODE)
     samples = starting_latents(model, latent_image)
@@ -130,18 +130,18 @@ def _run(
         disable_pbar=True,
         seed=SEED,
     )
-    peak = peak_bytes(device)
+    peak = peak_gib(device)
     switches = switches_of(model)
     kernel = chosen(switches, model.model_options.get("transformer_options", {}))
     kernel = kernel or kernel_name(model.model.diffusion_model.choose_kernels(device).attend)
     first, *later = clock.seconds
     times = tuple(1000 * seconds for seconds in later)
-    return Side(name, switches, kernel, first, times, None if peak is None else peak / GIB), clock.x0
+    return Side(name, switches, kernel, first, times, peak), clock.x0
 
 
 def _heading(device: torch.device, shape: Any, guidance: float) -> str:
     here = machine(device)
-    size = f"{8 * shape[4]}x{8 * shape[3]}, {4 * (shape[2] - 1) + 1} frames"
+    size = f"{8 * shape[4]}x{8 * shape[3]}, {video_frames(shape[2])} frames"
     half = "without guidance" if guidance == 1 else "with guidance"
     return f"{here.get('gpu') or here['cpu']}, PyTorch {here['torch']}; {size}, {half}; {date.today()}"
 
@@ -151,7 +151,7 @@ def _closing(estimates: list[Tensor], plain_b: bool) -> str:
     error = relative_error(one, other)
     said = "A and B give the same numbers."
     if error:
-        said = f"After these steps A and B differ by {shown(100 * error)} % (PSNR {shown(psnr(one, other))} dB)."
+        said = f"After these steps A and B differ by {shown(100 * error)} % (PSNR {shown(tensor_psnr(one, other))} dB)."
     return f"{said} B is A with every optimization off." if plain_b else said
 
 

@@ -1,4 +1,4 @@
-"""LongCat Fidelity: what a setting costs. Two MODELs at one seed under LongCat Sampler, and the noise floor."""
+"""LongCat Fidelity: how far a setting moves the video. Samples two MODELs at one seed, and the noise floor."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.measure import fidelity as core
+from ..longcat_core.measure.charts import fidelity_plot, side_by_side
 from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
-from ..longcat_core.measure.fidelity_pictures import plot, side_by_side
 from ..longcat_core.optimize.attention import Inputs
-from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
+from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import MODES, make_schedule
 from .comfy_attention import chosen
 from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
@@ -48,7 +48,7 @@ def _dtype(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
 
 
 def with_attention(model: comfy.model_patcher.ModelPatcher, name: str) -> comfy.model_patcher.ModelPatcher:
-    """The same MODEL with another attention kernel; the one that comes in stays as it is."""
+    """A clone of the MODEL with another attention kernel."""
     switches = replace(switches_of(model), attention=name)
     model = model.clone()
     model.model_options.setdefault("transformer_options", {})[OPTIMIZATIONS_KEY] = switches
@@ -56,7 +56,7 @@ def with_attention(model: comfy.model_patcher.ModelPatcher, name: str) -> comfy.
 
 
 def floor_kernel(model: comfy.model_patcher.ModelPatcher) -> str:
-    """Another exact kernel than the MODEL runs with. Raises LongCatError with the reason where there is none."""
+    """An exact kernel other than the MODEL's own. Raises LongCatError with the reason if there is none."""
     switches, options = switches_of(model), model.model_options.get("transformer_options", {})
     if other := chosen(switches, options):
         raise LongCatError(f"{other} decides over A's attention, and whether that is exact is not known")
@@ -65,7 +65,7 @@ def floor_kernel(model: comfy.model_patcher.ModelPatcher) -> str:
 
 
 def _settings(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
-    """What of a MODEL may decide its video."""
+    """Everything about a MODEL that can change its video."""
     options = model.model_options.get("transformer_options", {})
     wrappers = {str(name) for kind in options.get("wrappers", {}).values() for name in kind} - {THRESHOLD_KEY}
     return asdict(switches_of(model)) | {
@@ -78,11 +78,11 @@ def _settings(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
 
 
 def differences(model: comfy.model_patcher.ModelPatcher, other: comfy.model_patcher.ModelPatcher) -> str:
-    """What `other` has that `model` has not, in words; "" where that is not to be seen."""
+    """How `other` differs from `model`, in words; "" if no difference is visible."""
     one, two = _settings(model), _settings(other)
     words = {True: "on", False: "off"}
-    told = {name: words[value] if isinstance(value, bool) else value for name, value in two.items()}
-    return ", ".join(f"{name} {told[name]}" for name in two if two[name] != one[name])
+    shown = {name: words[value] if isinstance(value, bool) else value for name, value in two.items()}
+    return ", ".join(f"{name} {shown[name]}" for name in two if two[name] != one[name])
 
 
 class Fidelity(io.ComfyNode):
@@ -154,8 +154,7 @@ class Fidelity(io.ComfyNode):
         require_wan_vae(vae)
         shape = starting_latents(model, latent_image).shape
         given = given_frames(latent_image.get("noise_mask"))
-        given = given and 1 + TEMPORAL_FACTOR * (given - 1)
-        frames = 1 + TEMPORAL_FACTOR * (shape[2] - 1)
+        given, frames = given and video_frames(given), video_frames(shape[2])
         runs, no_floor = {REFERENCE: (model, ""), "B": (model_b, differences(model, model_b))}, "it is switched off"
         if noise_floor:
             try:
@@ -168,7 +167,7 @@ class Fidelity(io.ComfyNode):
         per_run = len(make_schedule(mode, steps))
         picks, settings, images = core.picks(frames, given), {}, {}
         reference: list[np.ndarray] = []
-        # No previews: the page would go on showing the last of them in the place of the plot.
+        # No previews: the page would keep showing the last one in place of the plot.
         bar, total = comfy.utils.ProgressBar(len(runs) * per_run), len(runs) * per_run
         for i, (name, (patcher, options)) in enumerate(runs.items()):
             clock = Clock(patcher.load_device)
@@ -197,9 +196,9 @@ class Fidelity(io.ComfyNode):
         found = core.Fidelity(
             settings[REFERENCE], [settings["B"]], settings.get(FLOOR), no_floor, f"{what}; seed {seed}", picks, TIMED
         )
-        pictures = [to_image(np.array(picture)[None]) for picture in (plot(found), side_by_side(found))]
+        pictures = [to_image(np.array(picture)[None]) for picture in (fidelity_plot(found), side_by_side(found))]
         shown = ui.PreviewImage(pictures[0], cls=cls)
-        # Of another size, hence a preview of its own.
+        # Its size differs, so it needs a preview of its own.
         shown.values = [*shown.values, *ui.PreviewImage(pictures[1], cls=cls).values]
         decoded = (images[name].flatten(0, -4) for name in (REFERENCE, "B"))
         return io.NodeOutput(*pictures, *decoded, core.text(found), ui=shown)

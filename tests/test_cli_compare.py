@@ -196,7 +196,7 @@ def test_a_given_image_is_not_compared_and_a_page_is_written_anew(run: Any) -> N
     assert report["inputs"]["given"] == 1 and report["rows"][1]["first_frame"] == 1
     assert np.shape(report["rows"][1]["frame_ssim"]) == (2, 4)
     text = Path("page.md").read_text(encoding="utf-8")
-    assert "generated frames only, from frame 1 on" in text and "There is no noise floor: it was not asked for" in text
+    assert "generated frames only, from frame 1 on" in text and "No noise floor: it was not asked for" in text
 
 
 def test_floor_that_runs_out_of_memory_costs_only_the_floor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from ..errors import LongCatError
 from ..measure.clock import GIB, Budget, attempt, clean_up, measure
 from ..measure.results import Report, say
+from ..measure.speed import PLAIN, kernel_name, plain
 from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.quantization import quantize
@@ -41,39 +42,29 @@ GUESSED_OF_S = 475.0
 
 
 class Switch(NamedTuple):
-    """name: a field of `Optimizations`; plain and full: its values without and with the optimization; guess_s: the
-    published guess in seconds of `GUESSED_OF_S`; None: there is none."""
+    """name: a field of `Optimizations`; guess_s: the published guess in seconds of `GUESSED_OF_S`, if any."""
 
     name: str
-    plain: Any
-    full: Any
     what: str
     guess_s: float | None = None
 
 
+FULL = Optimizations(compile="blocks")
 # In this order they are added. `attention` of the plain network is FlashAttention-2 where there is CUDA.
 SWITCHES = (
-    Switch("fused_qkv", False, True, "fused q, k, v", 20.0),
-    Switch("fused_ffn", False, True, "fused gate and up", 15.0),
-    Switch("explicit_fp32", False, True, "explicit casts, no autocast", 2.0),
-    Switch("text_mode", "padded", "exact", "text padding folded", 5.0),
-    Switch("reuse_text", False, True, "text keys once per prompt"),
-    Switch("reuse_modulation", False, True, "modulation once per timestep"),
-    Switch("attention", "sdpa-flash", "auto", "fastest exact attention"),
-    Switch("compile", "off", "blocks", "blocks compiled", 5.0),
-    Switch("fused_step", False, True, "fused sampler step"),
-    Switch("fused_kernels", False, True, "own Triton kernels"),
-    Switch("fused_text", False, True, "own kernel for text"),
+    Switch("fused_qkv", "fused q, k, v", 20.0),
+    Switch("fused_ffn", "fused gate and up", 15.0),
+    Switch("explicit_fp32", "explicit casts, no autocast", 2.0),
+    Switch("text_mode", "text padding folded", 5.0),
+    Switch("reuse_text", "text keys once per prompt"),
+    Switch("reuse_modulation", "modulation once per timestep"),
+    Switch("attention", "fastest exact attention"),
+    Switch("compile", "blocks compiled", 5.0),
+    Switch("fused_step", "fused sampler step"),
+    Switch("fused_kernels", "own Triton kernels"),
+    Switch("fused_text", "own kernel for text"),
 )
-LAYOUT = Switch("layout", None, None, "one token layout", 3.0)
-
-
-def plain(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Values of all switches without the optimizations, for a network on `device` in `dtype`."""
-    values = {switch.name: switch.plain for switch in SWITCHES}
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        values["attention"] = "sdpa"
-    return values
+LAYOUT = Switch("layout", "one token layout", 3.0)
 
 
 @dataclass
@@ -103,7 +94,7 @@ class Bench:
         return plain(self.device, self.model.dtype)
 
     def full(self) -> dict[str, Any]:
-        return {switch.name: switch.full for switch in SWITCHES} | {"attention": self.attention}
+        return {name: getattr(FULL, name) for name in PLAIN} | {"attention": self.attention}
 
     def path(self, name: str) -> dict[str, Any]:
         """Values of the path EXACT, FP8 or FP8_8BIT."""
@@ -188,12 +179,6 @@ def eight_bit() -> list[str]:
 
     lossy = [backend for backend in BACKENDS if not backend.exact]
     return [backend.name for backend in sorted(lossy, key=lambda backend: bool(backend.missing()))]
-
-
-def kernel_name(attend: Any) -> str:
-    from ..optimize.attention import BACKENDS
-
-    return next((backend.name for backend in BACKENDS if backend.attend is attend), "?")
 
 
 # --- the lists of variants -------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, timed
+from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, reset_peak, timed
+from ..measure.fidelity import relative_error
 from ..measure.results import Report
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer

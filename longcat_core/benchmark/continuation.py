@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import LongCatError
-from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, relative_error, reset_peak, synchronize
+from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, reset_peak, synchronize
+from ..measure.fidelity import relative_error
 from ..measure.results import Report
 from ..model.config import Optimizations
 from ..model.kv_cache import KVCache, KVMode

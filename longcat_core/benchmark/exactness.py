@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..measure.clock import attempt, clean_up, psnr, relative_error
+from ..measure.clock import attempt, clean_up
+from ..measure.fidelity import relative_error, tensor_psnr
 from ..measure.results import Report
 from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
@@ -51,7 +52,7 @@ def _errors(out: Tensor, blocks: list[Tensor], reference: tuple[Tensor, list[Ten
         raise RuntimeError("the output is not finite")
     expected, expected_blocks = reference
     per_block = [relative_error(a, b) for a, b in zip(blocks, expected_blocks, strict=True)]
-    return {"error": relative_error(out, expected), "psnr": psnr(out, expected), "per_block": per_block}
+    return {"error": relative_error(out, expected), "psnr": tensor_psnr(out, expected), "per_block": per_block}
 
 
 @torch.no_grad()
@@ -162,7 +163,7 @@ def generation(report: Report, device: torch.device, dtype: torch.dtype, steps: 
             # A first step that was not finite falls back to an exact backend.
             if attention not in ("auto", model.optimizations.attention):
                 raise LongCatError("; ".join(notes))
-            return {"error": relative_error(given, expected), "psnr": psnr(given, expected), "steps": steps}
+            return {"error": relative_error(given, expected), "psnr": tensor_psnr(given, expected), "steps": steps}
 
         return run
 
@@ -191,7 +192,7 @@ def policies(bench: Bench, report: Report, depth: int = DEPTH) -> None:
             lossy = copy.deepcopy(model)
             quantize(lossy, policy)
             out = output(lossy)
-            return {"error": relative_error(out, expected), "psnr": psnr(out, expected)}
+            return {"error": relative_error(out, expected), "psnr": tensor_psnr(out, expected)}
 
         row = report.add(attempt({"name": name}, bench.budget, run))
         clean_up(bench.device)

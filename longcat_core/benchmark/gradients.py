@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measure.clock import attempt, clean_up, measure, relative_error
+from ..measure.clock import attempt, clean_up, measure
+from ..measure.fidelity import relative_error
 from ..measure.results import Report
 from ..model.config import Optimizations
 from ..training.step import flow_matching_loss

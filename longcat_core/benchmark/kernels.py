@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..measure.clock import attempt, clean_up, measure, relative_error
+from ..measure.clock import attempt, clean_up, measure
+from ..measure.fidelity import relative_error
 from ..measure.results import Report
 from ..optimize.attention import BACKENDS, Backend, Inputs
 from ..optimize.kernels import text_attention

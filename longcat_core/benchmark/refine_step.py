@@ -11,11 +11,12 @@ import torch
 
 from ..measure.clock import attempt, clean_up, measure
 from ..measure.results import Report
+from ..measure.speed import kernel_name
 from ..model.config import Optimizations
 from ..model.transformer import LongCatTransformer
 from ..optimize.block_sparse import BlockSparse, ChunkLayout, block_sparse_attend, choose_kernel, chunk_layout
 from . import workload
-from .ablation import EXACT, FP8, Bench, compared, kernel_name
+from .ablation import EXACT, FP8, Bench, compared
 from .kernels import random_qkv
 
 DENSE, SPARSE = "dense", "block-sparse"

@@ -50,7 +50,7 @@ have {EXACT_LIMIT}.""",
     "policies": "## What to keep out of fp8\n\nError against the 16-bit network with only some layers in fp8.",
     "memory": """## Memory
 
-Peak of a forward over what the model holds, beside what `longcat_core.model.memory.activation_bytes` counts. The
+Peak of a forward over what the model holds, beside what `longcat_core.optimize.memory.activation_bytes` counts. The
 largest ratio is what estimates have to be multiplied by (`MEMORY_FIT_OWN` there).""",
     "scale": "## By number of tokens\n\nThe exact path, without guidance.",
     "recompiles": """## Compiling

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..measure.speed import SEED, TEXT_TOKENS
 from ..model.attention import TextTokens
 from ..model.config import ModelConfig, Optimizations
 from ..model.transformer import LongCatTransformer
@@ -20,12 +21,9 @@ from ..sampling.step import STEP, take_step
 from .baseline import BaselineTransformer
 
 NANO, FULL_RANDOM = "nano", "full-random"
-# Tokens of an unconditional and a conditional prompt: the default negative prompt's, and a sentence or two.
-TEXT_TOKENS = (126, 77)
 TEXT_LENGTH = 512
 # Some step in the middle: its numbers do not matter to speed.
 TIMESTEP, SIGMA, SIGMA_CHANGE, GUIDANCE = 800.0, 0.8, -0.02, 4.0
-SEED = 0
 
 
 @dataclass(frozen=True)

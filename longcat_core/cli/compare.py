@@ -415,7 +415,7 @@ class _Clock:
 def _write(
     fidelity: Fidelity, args: argparse.Namespace, device: torch.device, videos: Sequence[Any], folder: Path
 ) -> None:
-    from ..measure.fidelity_pictures import plot, side_by_side
+    from ..measure.charts import fidelity_plot, side_by_side
     from ..measure.results import Report
 
     request = videos[0]
@@ -428,7 +428,7 @@ def _write(
         if setting in fidelity.others:
             row |= {"verdict": fidelity.verdict(setting), "times_as_fast": fidelity.faster(setting)}
         report.rows.append(row)
-    pictures = {PLOT: plot(fidelity), SIDE_BY_SIDE: side_by_side(fidelity)}
+    pictures = {PLOT: fidelity_plot(fidelity), SIDE_BY_SIDE: side_by_side(fidelity)}
     _write_page(folder / REPORT, fidelity, report.content, pictures, "")
     if args.page is not None:
         _write_page(args.page, fidelity, report.content, pictures, f"{args.page.stem}-")

@@ -1,4 +1,4 @@
-"""Time and memory of a function on a device, within a budget; what fails is a result like any other."""
+"""Time and memory of a function on a device, within a budget; a failure is a result like any other."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import LongCatError
 
 GIB = 1 << 30
-# What a row of results says of how it came about.
+# The status of a row of results.
 OK, FAILED, NOT_RUN, UNAVAILABLE = "ok", "failed", "not run", "unavailable"
 
 
 class Budget:
-    """Seconds that a run may take; nothing new begins once they are used up."""
+    """Seconds that a run may take; nothing new starts once they are used up."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self.ends = None if seconds is None else time.monotonic() + seconds
@@ -38,8 +37,9 @@ class Budget:
 
 @dataclass
 class Timing:
-    """first_s: the first call, with whatever compiles; times_ms: each later call; peak_gib: of those calls, weights
-    included, and first_peak_gib of the first; None where the device does not tell."""
+    """first_s: seconds of the first call, compilation included; times_ms: milliseconds of each later call; peak_gib:
+    peak memory of the later calls, weights included, and first_peak_gib that of the first; None where the device does
+    not report it."""
 
     first_s: float
     times_ms: list[float] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Timing:
 
     @property
     def ms(self) -> float:
-        """Median of the later calls, or the first where the budget allowed no other."""
+        """Median of the later calls, or the first call where the budget allowed only that."""
         return statistics.median(self.times_ms) if self.times_ms else 1000 * self.first_s
 
     def as_row(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def peak_gib(device: torch.device) -> float | None:
 
 
 def clean_up(device: torch.device) -> None:
-    """Give back what the last variant left behind, its compiled graphs included."""
+    """Free what the last variant left behind, compiled graphs included."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -91,7 +91,7 @@ def clean_up(device: torch.device) -> None:
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device. CUDA's own clock where there is one."""
+    """Seconds of one call, from an idle device to an idle device; on CUDA by the device's own clock."""
     synchronize(device)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -108,10 +108,7 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 def measure(
     function: Callable[[], Any], device: torch.device, repeats: int, budget: Budget, warm_up: int = 1
 ) -> Timing:
-    """Call `function` 1 + warm_up + repeats times; fewer where the budget ends, but once after the first if it can.
-
-    repeats 0: once in all.
-    """
+    """Call `function` 1 + warm_up + repeats times, or fewer when the budget runs out. repeats 0: one call in all."""
     reset_peak(device)
     synchronize(device)
     started = time.perf_counter()
@@ -135,14 +132,14 @@ def measure(
 
 
 class Laps:
-    """Times between calls of `mark`, by CUDA's own clock where there is one: nothing waits for it then."""
+    """Times between calls of `mark`; on CUDA by the device's own clock, so that nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self._marks: list[Any] = []
 
     def mark(self, *_: Any) -> None:
-        """End a lap, or begin the first. Takes whatever a callback is given."""
+        """End a lap, or start the first. Takes any arguments, so that it serves as a callback."""
         if not self.cuda:
             self._marks.append(time.perf_counter())
             return
@@ -151,20 +148,20 @@ class Laps:
         self._marks.append(event)
 
     def times_ms(self) -> list[float]:
-        """Milliseconds of every lap, one less than there were marks."""
+        """Milliseconds of every lap: one fewer than calls of `mark`."""
         if self.cuda and self._marks:
             self._marks[-1].synchronize()
         return [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairwise(self._marks)]
 
 
 def attempt(row: dict[str, Any], budget: Budget, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`row` filled by `run`, or with why there is nothing: one variant that fails must not end the others."""
+    """`row` with the results of `run`, or with the reason it has none: one failing variant must not end the others."""
     if budget.used_up:
         return row | {"status": NOT_RUN, "reason": "the budget was used up"}
     try:
         return row | {"status": OK} | run()
     except LongCatError as error:
-        # A backend or module that this machine lacks, told in a sentence.
+        # This machine lacks a backend or a module; the error says which.
         return row | {"status": UNAVAILABLE, "reason": str(error)}
     except Exception as error:  # a compiler or a kernel may raise anything
         sentence = " ".join(str(error).split())[:500]
@@ -175,17 +172,3 @@ def attempt(row: dict[str, Any], budget: Budget, run: Callable[[], dict[str, Any
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
-
-
-def relative_error(given: Tensor, expected: Tensor) -> float:
-    """|given - expected| / |expected|, of tensors of one shape, in fp32."""
-    given, expected = given.float(), expected.float()
-    return ((given - expected).norm() / expected.norm()).item()
-
-
-def psnr(given: Tensor, expected: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB; the peak is the range of `expected`."""
-    given, expected = given.float(), expected.float()
-    mse = (given - expected).square().mean().item()
-    span = (expected.max() - expected.min()).item()
-    return float("inf") if mse == 0 else 10 * torch.log10(torch.tensor(span * span / mse)).item()

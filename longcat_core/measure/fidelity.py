@@ -1,9 +1,8 @@
-"""What a setting costs in fidelity: its video against another setting's at the same seed, frame by frame.
+"""How far a setting moves the video: frame-by-frame distance from a reference at the same seed, and the noise floor.
 
-Scores of single videos do not tell: a video that is another one altogether scores as well. So two videos are held
-against each other, and what that distance means is told by a third: the reference's own settings with another exact
-attention kernel. Both kernels are right and differ in rounding alone; what lies no further from the reference than the
-two lie apart is within the noise floor.
+Quality scores of single videos cannot show this: an entirely different video may score as well. So each video is
+compared with the reference's. A third run, the reference's settings with another exact attention kernel, gives the
+scale: both kernels are right and differ only in rounding, so a distance no larger than theirs is noise.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from ..optimize.attention import Inputs
 from .results import machine, markdown, shown
 
 PEAK = 255.0
-# Of SSIM, as published (Wang et al. 2004): a Gaussian window of 11 pixels, sigma 1.5, where it fits into the frame.
+# SSIM as published (Wang et al. 2004): a Gaussian window of 11 pixels, sigma 1.5, only where it fits into the frame.
 WINDOW = 11
-# Frames at a time.
+# Frames compared at a time.
 CHUNK = 8
-# One run of another kernel is one draw of the noise. As far again, in square error, still counts as within it.
+# One run of another kernel is one sample of the noise; twice its square error still counts as noise.
 MARGIN_DB = 3.0
 REFERENCE, FLOOR = "A", "noise floor"
-# Tokens, heads of what two kernels are tried on.
+# Batch, tokens and heads of the input on which kernels are compared.
 PROBE = (1, 512, 2)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Of one video from another, frame by frame. mse: mean square error in squared levels of 0..255, ssim: in -1..1,
-    both [F] fp64, of generated frames only; given: how many given frames stand before them."""
+    """Distance of one video from another, frame by frame. mse: mean square error in squared levels of 0..255, ssim: in
+    -1..1, both [F] fp64, of generated frames only; given: the number of given frames before them."""
 
     mse: np.ndarray
     ssim: np.ndarray
@@ -46,10 +45,10 @@ class Distance:
 
 
 def distance(video: np.ndarray, reference: np.ndarray, given: int = 0) -> Distance:
-    """Videos uint8 [F, H, W, 3] of one shape, whose first `given` frames are not compared.
+    """Compare videos, uint8 [F, H, W, 3] of one shape, except their first `given` frames.
 
-    Errors over R, G and B alike; SSIM is the mean over the three. Raises LongCatError for videos that do not fit each
-    other or are too small for SSIM, and without the package kornia.
+    The error is the mean over R, G and B, and so is SSIM. Raises LongCatError for videos of different shapes or too
+    small for SSIM, and if the package kornia is missing.
     """
     for frames in (video, reference):
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
@@ -69,28 +68,40 @@ def distance(video: np.ndarray, reference: np.ndarray, given: int = 0) -> Distan
 
 
 def _ssim(one: Tensor, other: Tensor) -> np.ndarray:
-    """Of frames [F, 3, H, W] in 0..1, one number each."""
+    """SSIM [F] of frames [F, 3, H, W] in 0..1."""
     try:
         from kornia.metrics import ssim
     except ImportError as error:
         raise LongCatError("SSIM needs the package kornia; run: pip install 'longcat-video[headless]'") from error
-    # In fp64: flat regions are differences of nearly equal numbers. Without eps, which takes 1e-5 from equal frames.
+    # fp64, since flat regions subtract nearly equal numbers; eps=0, since eps takes 1e-5 from identical frames.
     one, other = one.double().contiguous(), other.double().contiguous()
     return ssim(one, other, WINDOW, max_val=1.0, eps=0.0, padding="valid").mean(dim=(1, 2, 3)).numpy()
 
 
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean square error in levels of 0..255; infinite for equal frames."""
-    return 10 * math.log10(PEAK**2 / mse) if mse > 0 else math.inf
+def psnr(mse: float, peak: float = PEAK) -> float:
+    """Peak signal-to-noise ratio in dB of a mean square error; infinite for identical frames."""
+    return 10 * math.log10(peak**2 / mse) if mse > 0 else math.inf
+
+
+def tensor_psnr(given: Tensor, expected: Tensor) -> float:
+    """PSNR in dB of a tensor such as latents; the peak is the range of `expected`."""
+    given, expected = given.float(), expected.float()
+    return psnr((given - expected).square().mean().item(), (expected.max() - expected.min()).item())
+
+
+def relative_error(given: Tensor, expected: Tensor) -> float:
+    """|given - expected| / |expected|, of tensors of one shape, in fp32."""
+    given, expected = given.float(), expected.float()
+    return ((given - expected).norm() / expected.norm()).item()
 
 
 @dataclass
 class Setting:
-    """One setting and what was measured of it. options: in words, what it has that the reference has not.
+    """One setting and its measurements. options: how it differs from the reference, in words.
 
-    distances: of each video from the reference's, none for the reference; seconds: of each sampling; first_s: of a
-    first step, with whatever compiles; computed: evaluated steps of each sampling, of `steps`; shots: some frames of
-    the first video, uint8 [n, H, W, 3].
+    distances: one for each video, empty for the reference; seconds: of each sampling; first_s: of a first step,
+    compilation included; computed: steps of each sampling that evaluated the network, out of `steps`; shots: some
+    frames of the first video, uint8 [n, H, W, 3].
     """
 
     name: str
@@ -122,22 +133,22 @@ class Setting:
 
     @property
     def psnr(self) -> float:
-        """Of the video in the middle. Sampling may part ways in a single video, which would then be all of a mean."""
+        """The median over the videos: a single video that diverged would dominate a mean."""
         return statistics.median_low(self.videos)
 
     @property
     def typical_ssim(self) -> float:
-        """Of the video in the middle."""
+        """The median over the videos."""
         return statistics.median_low(self.ssim.mean(axis=1).tolist())
 
     @property
     def videos(self) -> list[float]:
-        """PSNR of every video by itself."""
+        """PSNR of every video."""
         return [psnr(mse) for mse in self.mse.mean(axis=1)]
 
     @property
     def time(self) -> float | None:
-        """Of the fastest video: what else a machine does only adds to it."""
+        """Seconds of the fastest video: other work on the machine only adds to it."""
         return min(self.seconds, default=None)
 
     @property
@@ -145,7 +156,7 @@ class Setting:
         return sum(self.computed) / len(self.computed) if self.computed else None
 
     def as_row(self) -> dict[str, Any]:
-        """Plain values; what is infinite in dB is said by `identical`."""
+        """Values for JSON; `identical` stands for an infinite PSNR."""
         row = {"name": self.name, "options": self.options, "seconds": self.seconds, "first_s": self.first_s}
         row |= {"computed": self.computed, "steps": self.steps}
         if self.distances:
@@ -159,9 +170,9 @@ class Setting:
 
 @dataclass
 class Fidelity:
-    """A reference, the settings held against it, and the noise floor: the reference with another exact kernel, or None
-    and why there is none. what: videos, machine, date in a sentence; picks: indices of the frames in `Setting.shots`;
-    timed: what `Setting.seconds` are seconds of."""
+    """A reference, the settings compared with it, and the noise floor: the reference with another exact kernel, or
+    None, with the reason in no_floor. what: videos and machine in a sentence; picks: indices of the frames in
+    `Setting.shots`; timed: what `Setting.seconds` measures."""
 
     reference: Setting
     others: list[Setting]
@@ -173,24 +184,24 @@ class Fidelity:
 
     @property
     def compared(self) -> list[Setting]:
-        """All that have distances, the floor last."""
+        """All settings that have distances, the floor last."""
         return [*self.others, *([] if self.floor is None else [self.floor])]
 
     def within(self, setting: Setting) -> bool | None:
-        """Whether a setting is within the noise floor; None where there is no floor to tell it by."""
+        """Whether a setting is within the noise floor; None if there is no floor."""
         if setting.identical:
             return True
         return None if self.floor is None else setting.psnr >= self.floor.psnr - MARGIN_DB
 
     def verdict(self, setting: Setting) -> str:
-        """One sentence: how far the setting lies from the reference, and how that stands to the noise floor."""
+        """One sentence: the distance from the reference, and whether that is noise."""
         if setting.identical:
             return f"{setting.name} is identical to {self.reference.name}, every pixel of every frame."
         said = f"{setting.name} differs from {self.reference.name} by {decibels(setting.psnr)}"
         if len(setting.videos) > 1:
             said += f" ({decibels(min(setting.videos))} in the farthest of {len(setting.videos)} videos)"
         if self.floor is None:
-            return f"{said}; what of that is noise is not known: {self.no_floor}."
+            return f"{said}; how much of that is noise is not known: {self.no_floor}."
         apart = "make identical frames" if self.floor.identical else f"differ by {decibels(self.floor.psnr)}"
         place = "within" if self.within(setting) else "beyond"
         return f"{said}; two exact kernels {apart}: {place} the noise floor."
@@ -203,7 +214,7 @@ class Fidelity:
 def described(
     count: int, size: Sequence[int], steps: int, guidance: float, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """What was compared, and where, in a sentence. size: frames, height and width of each of `count` videos."""
+    """What was compared, and on which machine, in a sentence. size: frames, height and width of each video."""
     here = machine(device)
     frames, height, width = size
     where = here.get("gpu") or f"{here['cpu']}, {here['cores']} cores"
@@ -218,7 +229,7 @@ def decibels(value: float) -> str:
 
 
 def picks(frames: int, given: int = 0, count: int = 4) -> list[int]:
-    """Evenly spaced generated frames, the first and the last among them."""
+    """Evenly spaced generated frames, including the first and the last."""
     return sorted({round(i) for i in np.linspace(given, frames - 1, min(count, frames - given)).tolist()})
 
 
@@ -235,10 +246,9 @@ def letters() -> Iterator[str]:
 
 
 def other_kernel(name: str, inputs: Inputs) -> str:
-    """An exact attention backend that rounds otherwise than the backend `name` (or `auto`) does on such inputs.
+    """The fastest exact attention backend that rounds differently from the backend `name` (or `auto`) on such inputs.
 
-    The fastest that is there. Raises LongCatError where there is none, or `name` itself is lossy; the sentence is
-    fit for a report.
+    Raises LongCatError, with a sentence fit for a report, if there is none or if `name` is lossy.
     """
     if not backends.is_exact(name):
         raise LongCatError(f"the reference's own attention, {name}, is lossy; give the reference an exact one")
@@ -249,11 +259,11 @@ def other_kernel(name: str, inputs: Inputs) -> str:
             continue
         try:
             differs = not torch.equal(_probe(backend.attend, inputs), out)
-        except Exception:  # a kernel that this machine has and cannot run is no other kernel
+        except Exception:  # a kernel that is installed and cannot run does not count
             continue
         if differs:
             return backend.name
-    raise LongCatError(f"this machine has no second exact attention kernel that rounds otherwise than {own.name}")
+    raise LongCatError(f"this machine has no second exact attention kernel that rounds differently from {own.name}")
 
 
 def _probe(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Tensor:
@@ -267,7 +277,7 @@ def _probe(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -
 
 
 def table(fidelity: Fidelity) -> str:
-    """Markdown, a row a setting, the floor last; a column where anything is known of it."""
+    """Markdown: one row for each setting, the floor last; columns without any value are left out."""
     columns: tuple[tuple[str, Callable[[Setting], Any]], ...] = (
         ("steps computed", lambda s: _of(s.evaluations, s.steps)),
         (f"{fidelity.timed} (s)", lambda s: s.time),
@@ -304,7 +314,7 @@ def _range(videos: Sequence[float]) -> str | None:
 
 
 def text(fidelity: Fidelity) -> str:
-    """The report: what was compared, the verdicts, the table, and what its figures are."""
+    """The report: what was compared, the verdicts, the table and its legend."""
     verdicts = "\n".join(f"- {fidelity.verdict(setting)}" for setting in fidelity.others)
     return "\n\n".join((fidelity.what, verdicts, table(fidelity), _legend(fidelity)))
 
@@ -313,15 +323,15 @@ def _legend(fidelity: Fidelity) -> str:
     given = fidelity.compared[0].distances[0].given if fidelity.compared else 0
     frames = f"generated frames only, from frame {given} on" if given else "all frames"
     several = bool(fidelity.compared) and len(fidelity.compared[0].distances) > 1
-    middle = "of the video in the middle, " if several else ""
+    middle = "median over the videos, " if several else ""
     legend = (
         f"PSNR (peak 255, of the mean square error of R, G and B over the frames of a video) and SSIM (Gaussian window "
         f"of {WINDOW} pixels, mean over the frames), {middle}against {fidelity.reference.name} at the same seed, "
-        f"{frames}; the higher, the nearer."
+        f"{frames}; higher is closer."
     )
     if fidelity.floor is None:
-        return f"{legend} There is no noise floor: {fidelity.no_floor}."
+        return f"{legend} No noise floor: {fidelity.no_floor}."
     return (
-        f"{legend} Noise floor: {fidelity.reference.name} once more with {fidelity.floor.options}; both kernels are "
-        f"exact and differ in rounding alone. Within it is what lies at most {MARGIN_DB:g} dB further off."
+        f"{legend} Noise floor: {fidelity.reference.name} repeated with {fidelity.floor.options}; both kernels are "
+        f"exact and differ only in rounding. A setting up to {MARGIN_DB:g} dB farther away is within it."
     )

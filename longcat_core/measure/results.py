@@ -1,4 +1,4 @@
-"""Results: what a file of them holds, the machine they come from, and tables of them as text."""
+"""Files of results: their content, the machine that they come from, and tables as text."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a measurement depends on besides its inputs."""
+    """The hardware and software that a measurement depends on."""
     found: dict[str, Any] = {
         "device": str(device),
         "cpu": _cpu(),
@@ -76,23 +76,23 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that runs, with a + where files differ from it; empty outside of a checkout.
+    """The commit of this checkout, with a + if tracked files differ from it; empty outside a checkout.
 
-    LONGCAT_COMMIT in the environment goes first: for a copy that was laid on another machine without its history.
+    LONGCAT_COMMIT in the environment overrides it, for copies without the repository's history.
     """
-    if told := os.environ.get("LONGCAT_COMMIT"):
-        return told
+    if given := os.environ.get("LONGCAT_COMMIT"):
+        return given
     found = _command("git", "rev-parse", "--short=12", "HEAD")
     return found + ("+" if found and _command("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def say(sentence: str) -> None:
-    """A line on the screen, at once: a run that is cut off must have told how far it came."""
+    """Print a line at once: a run that is cut off must have shown how far it got."""
     print(sentence, flush=True)
 
 
 class Report:
-    """One file of results, written anew after every row, so that an end at any time loses nothing."""
+    """One file of results, rewritten after every row, so that an interrupted run loses nothing."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Report:
         known: dict[str, Any] | None = None,
         name: str = "",
     ) -> None:
-        """known: machine and commit, where they were asked for before. name: of the files, where not the kind."""
+        """known: machine and commit, if already looked up. name: the name of the files; default: the kind."""
         known = known or {"machine": machine(device), "commit": commit()}
         name = name or kind
         self.path = folder / f"{name}.json"
@@ -135,7 +135,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """NaN and infinity, which JSON lacks, become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -146,27 +146,27 @@ def _plain(value: Any) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise LongCatError unless results can be written to `folder`, which need not be there yet."""
+    """Raise LongCatError unless results can be written to `folder`, which may not exist yet."""
     path = folder.absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir():
-        raise LongCatError(f"results cannot lie in {folder}: {there} is no folder; choose another --output")
+        raise LongCatError(f"cannot write results to {folder}: {there} is not a folder; choose another --output")
     check_place(there / "results.json", 0)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One file of results. Raises LongCatError for any other file."""
+    """Read one file of results. Raises LongCatError for any other file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LongCatError(f"{path} is no readable file of results ({error}); run longcat bench again") from error
+        raise LongCatError(f"cannot read {path} as a file of results ({error}); run longcat bench again") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("rows"), list):
-        raise LongCatError(f"{path} is no file of results of this version; run longcat bench again")
+        raise LongCatError(f"{path} is not a file of results of this version; run longcat bench again")
     return content
 
 
 def name_of(results: dict[str, Any]) -> str:
-    """What tells results of one kind apart, such as profiles of several paths: the name of their files."""
+    """The name of the files of these results: results of one kind, such as profiles of several paths, differ in it."""
     return results.get("name", results["kind"])
 
 
@@ -174,7 +174,7 @@ def name_of(results: dict[str, Any]) -> str:
 
 
 def shown(value: Any, digits: int = 2) -> str:
-    """A cell of a table; what is not known is a dash."""
+    """The text of a table's cell; unknown values are a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -189,7 +189,7 @@ def shown(value: Any, digits: int = 2) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns for a terminal: the first left, the rest right."""
+    """Columns for a terminal, the first aligned left, the others right."""
     cells = [list(header), *([shown(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
@@ -201,7 +201,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The same for a page."""
+    """A Markdown table."""
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for row in rows:
         lines.append(f"| {' | '.join(shown(value).replace('|', '/') for value in row)} |")

@@ -14,7 +14,7 @@ from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate.pipeline import NANO_MODEL
-from longcat_core.measure.clock import psnr, relative_error
+from longcat_core.measure.fidelity import relative_error, tensor_psnr
 from longcat_core.model.config import ModelConfig, Optimizations
 from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize.kernels.elementwise import Quantised, quantise_rows
@@ -172,7 +172,7 @@ def test_the_network_with_it_and_its_switch(model):
     assert len(found) == 1 + CONFIG.depth
     whole, *blocks = [relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
     assert 1e-3 < whole < 0.1 and all(1e-4 < block < 0.1 for block in blocks)
-    assert all(psnr(a, b) > 20 for a, b in zip(found[1:], wanted[1:], strict=True))
+    assert all(tensor_psnr(a, b) > 20 for a, b in zip(found[1:], wanted[1:], strict=True))
     eight.set_optimizations(Optimizations(attention="sdpa", fp8=False))
     assert relative_error(eight(*inputs()), wanted[0]) < whole
     eight.set_optimizations(SWITCHES)

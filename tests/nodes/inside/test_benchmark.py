@@ -23,14 +23,14 @@ def test_a_against_everything_off(comfy, model, prompts, small):
     assert plot.ndim == 4 and plot.shape[0] == 1 and plot.shape[3] == 3 and 0 <= plot.min() < plot.max() <= 1
     # Bars of both colours.
     flat = (plot * 255).round().int().reshape(-1, 3)
-    for colour in comfy.core("benchmark.comparison").COLOURS:
+    for colour in comfy.core("measure.charts").COLORS[:2]:
         assert (flat == torch.tensor(colour)).all(1).sum() > 500
     key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
     ran = [options.get(key) for options in seen]
     config = comfy.core("model.config")
     assert len(ran) == 6 and ran[:3] == [None] * 3 and len(set(ran[3:])) == 1
     assert ran[3] == config.Optimizations(
-        **comfy.core("benchmark.ablation").plain(torch.device("cpu"), torch.float32), fp8=False
+        **comfy.core("measure.speed").plain(torch.device("cpu"), torch.float32), fp8=False
     )
     assert "| a step (ms) |" in report and "| fused_qkv | on | off |" in report and "96x64, 9 frames" in report
     assert "B is A with every optimization off" in report and "peak memory" not in report, "no peak on a CPU"

@@ -48,7 +48,7 @@ def test_b_is_what_the_sampler_gives_and_the_floor_another_kernel(comfy, model, 
     other, _ = comfy("LongCatOptimizations", model=model, text_mode="packed")
     before = copy.deepcopy(model.model_options)
     plot, side, a, b, report = fidelity(model_b=other)
-    backends = comfy.core("model.backends")
+    backends = comfy.core("optimize.attention")
     names = {backend.attend: backend.name for backend in backends.BACKENDS}
     assert [names[kernel] for kernel in kernels] == ["sdpa"] * 2 * STEPS + ["sdpa-math"] * STEPS
     for patcher, images in ((model, a), (other, b)):
@@ -62,13 +62,13 @@ def test_b_is_what_the_sampler_gives_and_the_floor_another_kernel(comfy, model, 
     )
     assert "| B: text_mode packed |" in report and "| noise floor: attention sdpa-math |" in report
     assert "One video of 9 frames of 64x96, 3 steps, guidance 4" in report and "seed 5" in report
-    lines = comfy.core("benchmark.fidelity_pictures")
+    charts = comfy.core("measure.charts")
     flat = (plot * 255).round().int().reshape(-1, 3)
-    for colour in (lines.LINES[0], lines.FLOOR_LINE):
+    for colour in (charts.COLORS[0], charts.FLOOR_COLOR):
         assert (flat == torch.tensor(colour)).all(1).sum() > 100
     assert side.ndim == 4 and 0 <= side.min() < side.max() <= 1
     # The first frame of A stands in it, pixel by pixel twice as large.
-    margin, label = lines.MARGIN, lines.ROW_LABEL
+    margin, label = charts.MARGIN, charts.ROW_LABEL
     shown = side[0, margin + label : margin + label + 128 : 2, margin : margin + 192 : 2]
     assert (shown - a[0]).abs().max() < 1 / 255
 
@@ -78,7 +78,7 @@ def test_same_settings_are_identical(fidelity, kernels):
     assert (
         torch.equal(a, b)
         and "B is identical to A" in report
-        and "There is no noise floor: it is switched off" in report
+        and "No noise floor: it is switched off" in report
     )
     assert len(kernels) == 2 * STEPS and plot.shape[1] > 300
 
@@ -138,6 +138,6 @@ def test_bad_input(comfy, model, one_block, vae, fidelity, monkeypatch):
         fidelity(model_b=one_block)
     with pytest.raises(error, match="connect the Wan 2"):
         fidelity(vae=type("Vae", (), {"first_stage_model": torch.nn.Identity()})())
-    fp8 = comfy.core("model.backends")
+    fp8 = comfy.core("optimize.attention")
     monkeypatch.setattr(fp8, "BACKENDS", tuple(replace(b, exact=b.name == "sdpa") for b in fp8.BACKENDS))
     assert "no second exact attention kernel" in fidelity(steps=1)[4]

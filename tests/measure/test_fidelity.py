@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from longcat_core.errors import LongCatError
-from longcat_core.measure import fidelity, fidelity_pictures
-from longcat_core.measure.fidelity import Fidelity, Setting, distance, picks, psnr
+from longcat_core.measure import charts, fidelity
+from longcat_core.measure.fidelity import Fidelity, Setting, distance, picks, psnr, relative_error, tensor_psnr
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.attention import Inputs
 
@@ -129,7 +129,7 @@ def test_verdicts():
     assert "two exact kernels make identical frames: beyond" in found(far, reference=clean, floor=exact).verdict(far)
     none = found(far, same, reference=clean, floor=None, no_floor="only one kernel")
     assert none.within(far) is None and "not known: only one kernel" in none.verdict(far)
-    assert "There is no noise floor: only one kernel" in fidelity.text(none) and none.within(same) is True
+    assert "No noise floor: only one kernel" in fidelity.text(none) and none.within(same) is True
 
 
 def test_text_is_a_table_of_the_video_in_the_middle_and_the_farthest():
@@ -162,24 +162,24 @@ def test_plot_has_a_line_for_every_setting_and_the_floor():
     made = found(
         *others, setting("D", clean, clean), reference=clean, floor=setting("noise floor", noisy(clean, 1), clean)
     )
-    picture = fidelity_pictures.plot(made)
+    picture = charts.fidelity_plot(made)
     legend = 5 * 7 * 6
-    for colour in (*fidelity_pictures.LINES[:3], fidelity_pictures.FLOOR_LINE):
+    for colour in (*charts.COLORS[:3], charts.FLOOR_COLOR):
         assert count(picture, colour) > legend + 300, colour
     # Less noise lies higher.
     panel = np.asarray(picture)[80:480]
-    heights = [np.argwhere((panel == np.array(c)).all(-1))[:, 0].mean() for c in fidelity_pictures.LINES[:3]]
+    heights = [np.argwhere((panel == np.array(c)).all(-1))[:, 0].mean() for c in charts.COLORS[:3]]
     assert heights[2] < heights[0] < heights[1]
-    without = fidelity_pictures.plot(found(*others, reference=clean, floor=None, no_floor="only one"))
-    assert count(without, fidelity_pictures.FLOOR_LINE) < count(picture, fidelity_pictures.FLOOR_LINE) - 300
+    without = charts.fidelity_plot(found(*others, reference=clean, floor=None, no_floor="only one"))
+    assert count(without, charts.FLOOR_COLOR) < count(picture, charts.FLOOR_COLOR) - 300
 
 
 @pytest.mark.parametrize("frames", [1, 2, 9])
 def test_plot_of_few_and_of_equal_frames(frames):
     clean = video(frames=frames)
     for other in (clean, noisy(clean, 4)):
-        picture = fidelity_pictures.plot(found(setting("B", other, clean), reference=clean, floor=None))
-        assert count(picture, fidelity_pictures.LINES[0]) > 140 + 8 * frames
+        picture = charts.fidelity_plot(found(setting("B", other, clean), reference=clean, floor=None))
+        assert count(picture, charts.COLORS[0]) > 140 + 8 * frames
 
 
 def test_side_by_side_shows_the_frames_and_the_amplified_difference():
@@ -187,8 +187,8 @@ def test_side_by_side_shows_the_frames_and_the_amplified_difference():
     other = clean.copy()
     other[:, 10:20, 30:40] += 3
     made = found(setting("B", other, clean), reference=clean, floor=None)
-    picture = np.asarray(fidelity_pictures.side_by_side(made))
-    margin, label, gap = (getattr(fidelity_pictures, name) for name in ("MARGIN", "ROW_LABEL", "CELL_GAP"))
+    picture = np.asarray(charts.side_by_side(made))
+    margin, label, gap = (getattr(charts, name) for name in ("MARGIN", "ROW_LABEL", "CELL_GAP"))
     step, right = 128 + label + gap, 2 * margin + 4 * (192 + gap)
 
     def cell(row: int, x: int, column: int) -> np.ndarray:
@@ -200,7 +200,7 @@ def test_side_by_side_shows_the_frames_and_the_amplified_difference():
         apart = cell(1, right, column)
         assert (apart[10:20, 30:40] == 3 * 64).all() and apart.sum() == 3 * 64 * 300
     same = found(setting("B", clean, clean), reference=clean, floor=None)
-    assert not np.asarray(fidelity_pictures.side_by_side(same))[margin + step + label :, right:][:100, :100].any()
+    assert not np.asarray(charts.side_by_side(same))[margin + step + label :, right:][:100, :100].any()
 
 
 def test_other_kernel_is_exact_and_rounds_otherwise(monkeypatch):
@@ -216,5 +216,13 @@ def test_other_kernel_is_exact_and_rounds_otherwise(monkeypatch):
     twin, broken = replace(sdpa, name="twin"), replace(sdpa, name="broken", attend=fails)
     monkeypatch.setattr(backends, "BACKENDS", (broken, twin, sdpa))
     monkeypatch.setattr(backends, "resolve", lambda name, inputs: sdpa)
-    with pytest.raises(LongCatError, match="no second exact attention kernel that rounds otherwise than sdpa"):
+    with pytest.raises(LongCatError, match="no second exact attention kernel that rounds differently from sdpa"):
         fidelity.other_kernel("auto", HERE)
+
+
+def test_errors_of_tensors():
+    a = torch.tensor([3.0, 4.0])
+    assert relative_error(a, a) == 0 and relative_error(2 * a, a) == pytest.approx(1)
+    other, expected = torch.tensor([0.0, 1.1]), torch.tensor([0.0, 1.0])
+    assert tensor_psnr(other, expected) == pytest.approx(10 * 2.30103, rel=1e-4)
+    assert tensor_psnr(a, a) == math.inf

@@ -1,0 +1,374 @@
+"""Bar charts, line charts and frames side by side, drawn with Pillow, which ComfyUI ships. Every image is RGB."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..files.media import cell_form, wrap
+from .fidelity import Fidelity, Setting, decibels, psnr
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Color = tuple[int, int, int]
+Point = tuple[float, float]
+
+WIDTH, MARGIN = 960, 28
+INK, FAINT, PAPER, GRID = (35, 38, 42), (120, 126, 133), (255, 255, 255), (226, 229, 232)
+BLUE, ORANGE, GREEN, GREY = (59, 111, 182), (217, 130, 43), (76, 159, 112), (154, 163, 173)
+COLORS = (BLUE, ORANGE, GREEN, (196, 78, 82), (129, 91, 166), (140, 98, 70), (40, 160, 170), (205, 95, 150))
+FLOOR_COLOR = FAINT
+# Lines are drawn at this multiple of their size and reduced, which antialiases them.
+FINE = 3
+LEFT, LEGEND, DASH = 84, 24, 7
+CELL, CELL_GAP, ROW_LABEL = 216, 12, 28
+# A difference is amplified by the largest gain that keeps this percentage of its pixels below white.
+GAINS, KEPT = (1, 2, 4, 8, 16, 32, 64, 128), 99.9
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def cut(words: str, font: Any, width: float) -> str:
+    """`words`, shortened with three dots where they are wider than `width` pixels."""
+    if font.getlength(words) <= width:
+        return words
+    while words and font.getlength(f"{words}...") > width:
+        words = words[:-1]
+    return f"{words}..."
+
+
+def _sheet(width: int, height: int) -> tuple[Image.Image, Any]:
+    from PIL import Image, ImageDraw
+
+    sheet = Image.new("RGB", (width, int(height)), PAPER)
+    return sheet, ImageDraw.Draw(sheet)
+
+
+def _heading(title: str, above: Sequence[str]) -> tuple[int, Callable[[Any], None]]:
+    """Height of a title with lines of small print below it, and what draws them."""
+    lines = [line for words in above for line in wrap(words, _font(15).getlength, WIDTH - 2 * MARGIN)]
+
+    def write(pen: Any) -> None:
+        pen.text((MARGIN, 22), cut(title, _font(24), WIDTH - 2 * MARGIN), fill=INK, font=_font(24))
+        for i, line in enumerate(lines):
+            pen.text((MARGIN, 60 + 20 * i), line, fill=FAINT, font=_font(15))
+
+    return 66 + 20 * len(lines), write
+
+
+# --- bars ------------------------------------------------------------------------------------------------------------
+
+
+class Bar(NamedTuple):
+    """A bar without a label belongs to the bar above it. shown: the value as text, written at its end."""
+
+    label: str
+    value: float
+    color: Color
+    shown: str
+
+
+class Bars(NamedTuple):
+    """Bars on one scale, with a heading above them."""
+
+    heading: str
+    bars: Sequence[Bar]
+
+
+def bar_chart(
+    title: str,
+    groups: Sequence[Bars],
+    above: Sequence[str] = (),
+    below: Sequence[str] = (),
+    legend: Sequence[tuple[str, Color]] = (),
+) -> Image.Image:
+    """Horizontal bars from the top down, each group on its own scale. above, below: lines of small print."""
+    bars = [bar for group in groups for bar in group.bars]
+    thick = 34 if len(bars) <= 8 else 20 if all(bar.label for bar in bars) else 13
+    font = _font(15)
+    left = MARGIN + 12 + min(max(font.getlength(bar.label) for bar in bars), WIDTH * 0.4)
+    room = WIDTH - MARGIN - left - max(font.getlength(bar.shown) for bar in bars) - 12
+    top, write_heading = _heading(title, above)
+    rows = [(group, bar) for group in groups for bar in group.bars]
+    gaps = sum(8 for _, bar in rows if bar.label and thick < 20)
+    height = top + LEGEND * len(legend) + (thick + 4) * len(rows) + gaps + 38 * len(groups) + 24 * len(below) + MARGIN
+    sheet, pen = _sheet(WIDTH, height)
+    write_heading(pen)
+    y = top + 6
+    for words, color in legend:
+        pen.rectangle((MARGIN, y + 4, MARGIN + 20, y + 14), fill=color)
+        pen.text((MARGIN + 32, y), words, fill=INK, font=font)
+        y += LEGEND
+    for group in groups:
+        pen.text((MARGIN, y), group.heading, fill=INK, font=_font(18))
+        y += 26
+        low, high = min(0.0, *(bar.value for bar in group.bars)), max(0.0, *(bar.value for bar in group.bars))
+        zero = left - room * low / ((high - low) or 1)
+        for bar in group.bars:
+            y += 8 if bar.label and thick < 20 else 0
+            end = zero + room * bar.value / ((high - low) or 1)
+            label = cut(bar.label, font, left - MARGIN - 12)
+            pen.text((left - 12, y + thick / 2), label, fill=INK, font=font, anchor="rm")
+            pen.rectangle((min(zero, end), y, max(zero, end, zero + 1), y + thick), fill=bar.color)
+            pen.text((max(zero, end) + 10, y + thick / 2), bar.shown, fill=INK, font=font, anchor="lm")
+            y += thick + 4
+        y += 12
+    for words in below:
+        pen.text((MARGIN, y), cut(words, font, WIDTH - 2 * MARGIN), fill=FAINT, font=font)
+        y += 24
+    return sheet
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+class Axis(NamedTuple):
+    """ticks: where they stand, in the units of low and high, and what they say."""
+
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+
+    def place(self, value: float, start: float, end: float) -> float:
+        """The pixel of a value on a line from `start` (low) to `end` (high)."""
+        if self.low == self.high:
+            return (start + end) / 2
+        return start + (end - start) * (min(value, self.high) - self.low) / (self.high - self.low)
+
+
+class Line(NamedTuple):
+    """points: (x, y) in the units of the axes, from left to right; y may be infinite, which is drawn at the top."""
+
+    points: Sequence[Point]
+    color: Color
+    dashed: bool = False
+
+
+class Panel(NamedTuple):
+    name: str
+    height: int
+    y: Axis
+    lines: Sequence[Line]
+
+
+def line_chart(
+    title: str,
+    panels: Sequence[Panel],
+    x: Axis,
+    x_name: str,
+    above: Sequence[str] = (),
+    legend: Sequence[tuple[str, Color, bool]] = (),
+    note: str = "",
+) -> Image.Image:
+    """Panels one below the other over one x axis. legend: text, color, dashed; note: small print below it."""
+    from PIL import Image, ImageDraw
+
+    top, write_heading = _heading(title, above)
+    boxes, y = [], top + 30
+    for panel in panels:
+        boxes.append((LEFT, y, WIDTH - MARGIN, y + panel.height))
+        y += panel.height + 70
+    legend_at = y - 26
+    sheet, _ = _sheet(WIDTH, legend_at + LEGEND * (len(legend) + bool(note)) + MARGIN)
+    fine = Image.new("RGB", (WIDTH * FINE, sheet.height * FINE), PAPER)
+    fine_pen = ImageDraw.Draw(fine)
+    for box, panel in zip(boxes, panels, strict=True):
+        for value, _ in panel.y.ticks:
+            at = FINE * panel.y.place(value, box[3], box[1])
+            fine_pen.line([(box[0] * FINE, at), (box[2] * FINE, at)], fill=GRID, width=FINE)
+        for line in panel.lines:
+            _draw_line(
+                fine_pen,
+                [(FINE * x.place(a, box[0], box[2]), FINE * panel.y.place(b, box[3], box[1])) for a, b in line.points],
+                line,
+            )
+    sheet.paste(fine.reduce(FINE), (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    write_heading(pen)
+    for box, panel in zip(boxes, panels, strict=True):
+        pen.text((MARGIN, box[1] - 26), panel.name, fill=INK, font=_font(17))
+        for value, label in panel.y.ticks:
+            at = panel.y.place(value, box[3], box[1])
+            pen.text((box[0] - 8, at), label, fill=FAINT, font=_font(14), anchor="rm")
+        for value, label in x.ticks:
+            pen.text((x.place(value, box[0], box[2]), box[3] + 8), label, fill=FAINT, font=_font(14), anchor="ma")
+        pen.text((box[2], box[3] + 24), x_name, fill=FAINT, font=_font(14), anchor="ra")
+    for i, (words, color, dashed) in enumerate(legend):
+        y = legend_at + LEGEND * i
+        for at in (0, 8, 16) if dashed else range(0, 21, 4):
+            pen.rectangle((MARGIN + at, y + 6, MARGIN + at + 4, y + 12), fill=color)
+        pen.text((MARGIN + 32, y), cut(words, _font(15), WIDTH - 2 * MARGIN - 32), fill=INK, font=_font(15))
+    words = cut(note, _font(15), WIDTH - 2 * MARGIN)
+    pen.text((MARGIN, legend_at + LEGEND * len(legend)), words, fill=FAINT, font=_font(15))
+    return sheet
+
+
+def _draw_line(pen: Any, points: Sequence[Point], line: Line) -> None:
+    if len(points) > 1:
+        for piece in _dashes(points) if line.dashed else [points]:
+            pen.line(piece, fill=line.color, width=2 * FINE, joint="curve")
+    radius = 2.5 * FINE
+    for x, y in points if not line.dashed or len(points) == 1 else ():
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=line.color)
+
+
+def _dashes(points: Sequence[Point]) -> Iterator[list[Point]]:
+    """Every other stretch of DASH pixels along the line."""
+    line = np.array(points)
+    along = np.concatenate(([0], np.cumsum(np.hypot(*np.diff(line, axis=0).T))))
+    for start in np.arange(0, along[-1], 2 * DASH * FINE):
+        inner = along[(along > start) & (along < start + DASH * FINE)]
+        at = np.concatenate(([start], inner, [min(start + DASH * FINE, along[-1])]))
+        yield [(float(np.interp(a, along, line[:, 0])), float(np.interp(a, along, line[:, 1]))) for a in at]
+
+
+def _step(room: float, most: int) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that divides `room` into at most `most` parts."""
+    unit = 10 ** math.floor(math.log10(room / most))
+    return next(factor * unit for factor in (1, 2, 5, 10) if room / (factor * unit) <= most)
+
+
+def zero_axis(values: Sequence[float]) -> Axis:
+    """From zero to at least the largest value."""
+    step = _step(max(values), 6)
+    count = math.ceil(max(values) / step)
+    return Axis(0, count * step, [(i * step, f"{i * step:g}") for i in range(count + 1)])
+
+
+def log_axis(values: Sequence[float]) -> Axis:
+    """Of base-10 logarithms of positive values; ticks at 1, 2 and 5 times powers of ten."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [factor * 10**power for power in range(low, high + 1) for factor in (1, 2, 5)]
+    below = max((tick for tick in ticks if tick <= min(values)), default=ticks[0])
+    above = min((tick for tick in ticks if tick >= max(values)), default=ticks[-1])
+    shown = [(math.log10(tick), f"{tick:,}") for tick in ticks if below <= tick <= above]
+    return Axis(math.log10(below), math.log10(above), shown)
+
+
+# --- fidelity --------------------------------------------------------------------------------------------------------
+
+
+def fidelity_color(fidelity: Fidelity, setting: Setting) -> Color:
+    """The color of a setting's line."""
+    return FLOOR_COLOR if setting is fidelity.floor else COLORS[fidelity.others.index(setting) % len(COLORS)]
+
+
+def fidelity_plot(fidelity: Fidelity) -> Image.Image:
+    """PSNR and SSIM of every frame against the reference, each the median over the videos; the noise floor dashed."""
+    settings = fidelity.compared
+    first, several = settings[0].distances[0].given, len(settings[0].distances) > 1
+
+    def panel(name: str, height: int, axis: Callable[..., Axis], values: Callable[[Setting], list[float]]) -> Panel:
+        series = {id(setting): values(setting) for setting in settings}
+        # The floor first: on top it would hide what coincides with it.
+        order = sorted(settings, key=lambda setting: setting is not fidelity.floor)
+        lines = [
+            Line(
+                list(enumerate(series[id(setting)], first)),
+                fidelity_color(fidelity, setting),
+                setting is fidelity.floor,
+            )
+            for setting in order
+        ]
+        return Panel(name, height, axis(list(series.values())), lines)
+
+    panels = (
+        panel("PSNR (dB)", 330, _decibel_axis, lambda s: [psnr(statistics.median_high(v)) for v in s.mse.T.tolist()]),
+        panel("SSIM", 230, _share_axis, lambda s: [statistics.median_low(v) for v in s.ssim.T.tolist()]),
+    )
+    last = first + settings[0].mse.shape[1] - 1
+    legend = [
+        (
+            f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.typical_ssim:.4f}",
+            fidelity_color(fidelity, setting),
+            setting is fidelity.floor,
+        )
+        for setting in settings
+    ]
+    return line_chart(
+        f"Every frame against {fidelity.reference.name}, same seed{'; median over the videos' if several else ''}",
+        panels,
+        Axis(first, last, [(frame, str(frame)) for frame in _frame_ticks(first, last)]),
+        "frame",
+        [fidelity.what],
+        legend,
+        "" if fidelity.floor else f"no noise floor: {fidelity.no_floor}",
+    )
+
+
+def _decibel_axis(series: Sequence[Sequence[float]]) -> Axis:
+    """Identical frames, of infinite PSNR, stand on top of all others."""
+    finite = [value for values in series for value in values if math.isfinite(value)]
+    step = 10 if finite and max(finite) - min(finite) > 30 else 5
+    low = step * math.floor(min(finite) / step) if finite else 0
+    high = step * math.ceil(max(finite) / step) if finite else step
+    high = max(high, low + step)
+    ticks = [(value, str(value)) for value in range(low, high + 1, step)]
+    if len(finite) < sum(map(len, series)):
+        high += step
+        ticks.append((high, "identical"))
+    return Axis(low, high, ticks)
+
+
+def _share_axis(series: Sequence[Sequence[float]]) -> Axis:
+    """From just below the lowest value up to 1."""
+    room = max(1 - min(value for values in series for value in values), 1e-3)
+    step = _step(room, 5)
+    count = math.ceil(room / step - 1e-9)
+    places = max(0, -math.floor(math.log10(step)))
+    return Axis(1 - count * step, 1.0, [(1 - i * step, f"{1 - i * step:.{places}f}") for i in range(count + 1)])
+
+
+def _frame_ticks(first: int, last: int) -> list[int]:
+    step = next((s for s in (1, 2, 4, 8, 16, 20, 40, 100, 200) if (last - first) / s <= 12), 400)
+    return [first, *(frame for frame in range(0, last + 1, step) if frame > first + step / 2)]
+
+
+def side_by_side(fidelity: Fidelity) -> Image.Image:
+    """Frames of the first video, one row for each setting: on the left its own, on the right the amplified difference
+    from the reference."""
+    from PIL import Image
+
+    reference = fidelity.reference.shots
+    size, resampling = cell_form(*reference.shape[1:3], CELL)
+    half = max(len(reference) * (size[0] + CELL_GAP), CELL)
+    step = size[1] + ROW_LABEL + CELL_GAP
+    settings = [fidelity.reference, *fidelity.compared]
+    sheet, pen = _sheet(2 * (MARGIN + half) + MARGIN, MARGIN + len(settings) * step + MARGIN)
+    columns = (MARGIN, 2 * MARGIN + half)
+    for row, setting in enumerate(settings):
+        parts = [(setting.title, setting.shots)]
+        if setting.distances:
+            own = f"{setting.title}   {decibels(setting.videos[0])}", setting.shots
+            parts = [own, _difference(setting, fidelity)]
+        y = MARGIN + row * step
+        for x, (label, shots) in zip(columns, parts, strict=False):
+            pen.text((x, y), cut(label, _font(18), half), fill=INK, font=_font(18))
+            for column, shot in enumerate(shots):
+                cell = Image.fromarray(np.ascontiguousarray(shot)).resize(size, resampling)
+                sheet.paste(cell, (x + column * (size[0] + CELL_GAP), y + ROW_LABEL))
+    for x in columns:
+        for column, frame in enumerate(fidelity.picks):
+            at = x + column * (size[0] + CELL_GAP), MARGIN + len(settings) * step - 4
+            pen.text(at, f"frame {frame}", fill=FAINT, font=_font(16))
+    return sheet
+
+
+def _difference(setting: Setting, fidelity: Fidelity) -> tuple[str, np.ndarray]:
+    """Label and pixels of |setting - reference| times the gain."""
+    reference = fidelity.reference
+    apart = np.abs(setting.shots.astype(np.int16) - reference.shots.astype(np.int16))
+    if not apart.any():
+        return f"no difference from {reference.name} in these frames", apart.astype(np.uint8)
+    bright = max(np.percentile(apart, KEPT), 1)
+    gain = max(gain for gain in GAINS if gain == 1 or gain * bright <= 255)
+    return f"difference from {reference.name}, times {gain}", np.clip(apart * gain, 0, 255).astype(np.uint8)
