@@ -14,7 +14,7 @@ from longcat_core.measure.clock import Budget
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.quantization import Fp8Linear, quantize
 
-from ..pretend_cuda import Properties, pretended
+from ..support.pretend_cuda import Properties, pretended
 
 SMALL = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
 CPU = torch.device("cpu")

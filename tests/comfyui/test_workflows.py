@@ -17,9 +17,9 @@ from longcat_core.files.safetensors_io import read_header
 from longcat_core.generate.pipeline import NANO_MODEL
 from longcat_core.nano.scorer import analyse
 from longcat_core.nano.world import Actor, Scene, render_clip
+from workflows.build import NANO, WORKFLOWS, graphs
 
 from .browser import OVERHANG, find_chromium, open_page
-from .build_workflows import NANO, WORKFLOWS, graphs
 from .prompts import FPS
 from .server import PACK_NAME
 

@@ -9,7 +9,7 @@ from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import MAX_SEED
 
-from .tiny import SEED, tiny_pipeline
+from ..support.tiny import SEED, tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import tiny_pipeline
 
 from longcat_core.files import media
 from longcat_core.generate import segments
@@ -28,6 +27,8 @@ from longcat_core.generate.long_video import LongVideoRequest, long_video, segme
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import RefineRequest, piece_folder, refine_in_folder
 from longcat_core.generate.request import NANO, GenerateRequest
+
+from ..support.tiny import tiny_pipeline
 
 FIRST = GenerateRequest("", height=16, width=16, frames=9, steps=2, seed=3)
 REFINE = RefineRequest("a", 3, False, 16, 16, steps=12, piece=9, overlap=5)

@@ -8,7 +8,7 @@ import pytest
 
 from longcat_core.cli.main import main
 
-from ..pretend_cuda import pretended
+from ..support.pretend_cuda import pretended
 
 COMMAND = ["generate", "a red circle moves right", "--steps", "2", "--size", "32x48", "--dtype", "float32"]
 WAITING = ["--stream-blocks", "4", "--stream-text-encoder", "--offload-kv-cache"]

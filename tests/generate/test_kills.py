@@ -47,7 +47,7 @@ Start = Callable[..., Run]
 def start(tmp_path_factory) -> Iterator[Start]:
     """Makes a run in a process of its own; see killed_run.py."""
     logs = tmp_path_factory.mktemp("logs")
-    command = [sys.executable, str(Path(__file__).with_name("killed_run.py"))]
+    command = [sys.executable, "-m", "tests.generate.killed_run"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=ENVIRONMENT) as process:
 

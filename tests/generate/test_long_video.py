@@ -36,8 +36,8 @@ from longcat_core.generate.segments import FRAMES, LATENTS, RECORD
 from longcat_core.sampling.conditioning import to_pixels
 from longcat_core.sampling.sampler import Interrupted
 
-from .folders import contents, copied, flipped, state
-from .tiny import SEED, unwanted
+from ..support.folders import contents, copied, flipped, state
+from ..support.tiny import SEED, unwanted
 
 PROMPTS = ("a", "b", "c", "d")
 FIRST = GenerateRequest("", height=16, width=32, frames=9, steps=2, seed=SEED)

@@ -18,8 +18,8 @@ from longcat_core.generate.segments import FRAMES, SegmentFolder
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.sampling.sampler import Interrupted
 
-from .folders import contents, copied, flipped, state
-from .tiny import SEED, unwanted
+from ..support.folders import contents, copied, flipped, state
+from ..support.tiny import SEED, unwanted
 
 REFINE = RefineRequest("a", seed=SEED, height=16, width=32, steps=12, piece=9, overlap=5, doubled=False)
 

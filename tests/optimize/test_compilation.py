@@ -198,7 +198,7 @@ def test_any_kernel_is_an_operator_in_the_graph():
 
 def test_packed_text_in_the_graph():
     """The kernel for texts of different lengths, with the padding's key added from the log-sum-exp."""
-    from tests.model.test_backends import plain_varlen
+    from tests.optimize.test_attention import plain_varlen
 
     run = Run()
     varlen = backends.opaque_varlen("test", plain_varlen)

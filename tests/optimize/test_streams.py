@@ -16,7 +16,7 @@ from longcat_core.optimize.streaming import pinned
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
 
-from ..pretend_cuda import CUDA, Event, Stream, WrongOrder, pretended
+from ..support.pretend_cuda import CUDA, Event, Stream, WrongOrder, pretended
 
 CONFIG = ModelConfig(hidden_size=64, depth=4, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
 

@@ -1,6 +1,6 @@
 """Writes workflows/*.json through ComfyUI's own page, and their pictures.
 
-    python -m tests.comfyui.build_workflows        # from the pack's folder; wants a checkout and Chromium
+    python -m workflows.build        # from the pack's folder; wants a checkout and Chromium
 
 The graphs are told here by node and socket names; the page knows the rest of the file format.
 """
@@ -22,9 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-
-from .browser import Page, open_page
-from .server import PACK, Installation, Server
+from tests.comfyui.browser import Page, open_page
+from tests.comfyui.server import PACK, Installation, Server
 
 WORKFLOWS = PACK / "workflows"
 FIXED = {"control_after_generate": "fixed"}

@@ -17,7 +17,7 @@ from longcat_core.cli import main as cli
 from longcat_core.files import media
 from longcat_core.files.media import read_video, write_video
 
-from .generate.tiny import tiny_pipeline
+from ..support.tiny import tiny_pipeline
 
 ONE, TWO = "a red circle moves right on a blue background", "a red circle moves up on a blue background"
 SMALL = ["--size", "16x32", "--frames", "9", "--overlap", "5", "--steps", "2", "--device", "cpu"]

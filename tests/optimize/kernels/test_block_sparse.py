@@ -187,7 +187,7 @@ def test_they_compile_without_a_gpu(tmp_path):
     program = Path(__file__).with_name("compile_kernels.py")
     run = subprocess.run(
         [sys.executable, str(program)],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(program.parents[2])},
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(program.parents[3])},
         capture_output=True,
         text=True,
     )

@@ -24,7 +24,7 @@ from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
 from longcat_core.optimize.quantization import quantize
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (2, 3, 11, 192)

@@ -20,7 +20,7 @@ from longcat_core.nano.train import TEXT_LENGTH, Lesson, Trainer
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.training.step import WeightAverage, drop_text, flow_matching_loss, initialise, sample_sigmas
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
 CPU = torch.device("cpu")
 SHAPE = (2, 16, 3, 4, 6)
