@@ -21,7 +21,7 @@ from ..longcat_core.measure.clock import peak_gib
 from ..longcat_core.measure.fidelity import relative_error, tensor_psnr
 from ..longcat_core.measure.results import machine, shown
 from ..longcat_core.measure.speed import SEED, TEXT_TOKENS, Side, kernel_name, plain
-from ..longcat_core.model.config import Optimizations
+from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen

@@ -9,8 +9,8 @@ from comfy.cli_args import args
 from comfy.ldm.modules import attention
 from torch import Tensor
 
-from ..longcat_core.model.config import Optimizations
 from ..longcat_core.optimize.attention import Kernels
+from ..longcat_core.optimize.switches import Optimizations
 
 OVERRIDE = "optimized_attention_override"
 # Start options of ComfyUI that name an attention; --use-pytorch-cross-attention is what the network does anyway.

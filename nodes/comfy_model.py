@@ -30,15 +30,16 @@ from ..longcat_core.checkpoints.formats import detect as detect_form
 from ..longcat_core.checkpoints.load import CONFIG_KEY, infer_config
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
-from ..longcat_core.model.attention import TextTokens, fold_padding, real_tokens, trim_text
 from ..longcat_core.model.block import run_block
-from ..longcat_core.model.config import ModelConfig, Optimizations, TextMode
+from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.kv_cache import KVCache
+from ..longcat_core.model.text import TextMode, TextTokens, fold_padding, real_tokens, trim_text
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.attention import Kernels
 from ..longcat_core.optimize.kernels.elementwise import HALF
 from ..longcat_core.optimize.kernels.elementwise import missing as kernels_missing
 from ..longcat_core.optimize.memory import forward_bytes, text_bytes
+from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8

@@ -9,11 +9,11 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..longcat_core.model.config import Optimizations
 from ..longcat_core.optimize import attention as backends
 from ..longcat_core.optimize.compilation import why_not
 from ..longcat_core.optimize.kernels import elementwise as kernels
 from ..longcat_core.optimize.quantization import missing
+from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY

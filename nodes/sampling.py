@@ -20,8 +20,8 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.request import MAX_GUIDANCE, MAX_STEPS, check_number
 from ..longcat_core.measure.clock import reset_peak, synchronize
-from ..longcat_core.model.config import Optimizations
 from ..longcat_core.model.kv_cache import KV_MODES, KVMode, check_mode
+from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import MODES, make_schedule
 from ..longcat_core.sampling.step import guide

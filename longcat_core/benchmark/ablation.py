@@ -16,9 +16,9 @@ from ..errors import LongCatError
 from ..measure.clock import GIB, Budget, attempt, clean_up, measure
 from ..measure.results import Report, say
 from ..measure.speed import PLAIN, kernel_name, plain
-from ..model.config import Optimizations
-from ..model.transformer import LongCatTransformer
+from ..optimize.execution import OptimizedTransformer
 from ..optimize.quantization import quantize
+from ..optimize.switches import Optimizations
 from . import workload
 from .baseline import BaselineTransformer
 
@@ -71,7 +71,7 @@ LAYOUT = Switch("layout", "one token layout", 3.0)
 class Bench:
     """What all variants share: the model, its inputs, how long and how often."""
 
-    model: LongCatTransformer
+    model: OptimizedTransformer
     size: workload.Size
     device: torch.device
     repeats: int

@@ -4,7 +4,7 @@ Every choice that costs time is theirs: separate projections for q, k, v and for
 modulation in fp32, one operation after the other, under autocast; tokens reshaped between [B, N, C] and [B, T, S, C];
 RoPE angles kept on the host and brought to the device by every block; the text embedded, and its keys and values
 computed over all its positions, at every step; timesteps embedded for every frame of every sample; FlashAttention-2;
-torch.compile around the whole network, if at all. The mathematics is that of `LongCatTransformer`.
+torch.compile around the whole network, if at all. The mathematics is that of `OptimizedTransformer`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..errors import LongCatError
 from ..model.block import Block
 from ..model.config import ModelConfig
+from ..model.layers import timestep_features
 from ..model.rope import BASE
-from ..model.transformer import LongCatTransformer, timestep_features
 from ..optimize import attention as backends
+from ..optimize.execution import OptimizedTransformer
 
 Grid = tuple[int, int, int]
 
@@ -183,9 +184,9 @@ class PlainBlock(nn.Module):
 
 
 class BaselineTransformer(nn.Module):
-    """The plain network on the weights of a loaded `LongCatTransformer`, whose storage it shares."""
+    """The plain network on the weights of a loaded `OptimizedTransformer`, whose storage it shares."""
 
-    def __init__(self, model: LongCatTransformer, attention: str | None = None) -> None:
+    def __init__(self, model: OptimizedTransformer, attention: str | None = None) -> None:
         """attention: a backend's name; None: FlashAttention-2 where there is CUDA and a 16-bit dtype, else SDPA."""
         super().__init__()
         self.config: ModelConfig = model.config
@@ -252,7 +253,7 @@ class BaselineTransformer(nn.Module):
         return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, out.shape[-1], frames, rows * ph, columns * pw)
 
 
-def shares_storage(baseline: BaselineTransformer, model: LongCatTransformer) -> bool:
+def shares_storage(baseline: BaselineTransformer, model: OptimizedTransformer) -> bool:
     """Whether no weight of the baseline takes memory of its own."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     return all(math.prod(p.shape) == 0 or p.untyped_storage().data_ptr() in known for p in baseline.parameters())

@@ -12,13 +12,14 @@ import torch
 from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, reset_peak, timed
 from ..measure.fidelity import relative_error
 from ..measure.results import Report
-from ..model.config import ModelConfig, Optimizations
-from ..model.transformer import LongCatTransformer
+from ..model.config import ModelConfig
+from ..optimize.execution import OptimizedTransformer
 from ..optimize.kernels.elementwise import HALF
 from ..optimize.kernels.elementwise import missing as kernels_missing
 from ..optimize.plan import WORKSPACE, Plan, Weights, Work, apply_plan, choose_plan, limit_memory, needed_bytes
 from ..optimize.quantization import Policy
 from ..optimize.streaming import pinned
+from ..optimize.switches import Optimizations
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
 from . import workload
@@ -132,7 +133,7 @@ def _rows(bench: Bench, path: str, report: Report, rate: float) -> None:
         bench.say(f"{row['name']}: {row['plan']}: {figure}")
 
 
-def settle(model: LongCatTransformer, device: torch.device) -> None:
+def settle(model: OptimizedTransformer, device: torch.device) -> None:
     """Weights to CPU memory and back, as if they had been loaded so.
 
     Weights that were quantised in place lie in pieces of what was there before and while they were made. The gaps

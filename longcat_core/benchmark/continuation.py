@@ -15,9 +15,9 @@ from ..errors import LongCatError
 from ..measure.clock import GIB, Laps, attempt, clean_up, peak_gib, reset_peak, synchronize
 from ..measure.fidelity import relative_error
 from ..measure.results import Report
-from ..model.config import Optimizations
 from ..model.kv_cache import KVCache, KVMode
-from ..model.transformer import LongCatTransformer
+from ..optimize.execution import OptimizedTransformer
+from ..optimize.switches import Optimizations
 from ..sampling.conditioning import video_frames
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
@@ -51,7 +51,7 @@ def with_room(size: workload.Size) -> workload.Size:
 
 
 @contextmanager
-def _filling(model: LongCatTransformer, device: torch.device) -> Iterator[dict[str, float]]:
+def _filling(model: OptimizedTransformer, device: torch.device) -> Iterator[dict[str, float]]:
     """What it takes the sampler to fill a cache while this is entered, and how large the cache is."""
     seen: dict[str, float] = {}
     fill = model.fill_kv_cache

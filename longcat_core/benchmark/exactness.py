@@ -13,10 +13,10 @@ from ..errors import LongCatError
 from ..measure.clock import attempt, clean_up
 from ..measure.fidelity import relative_error, tensor_psnr
 from ..measure.results import Report
-from ..model.config import Optimizations
-from ..model.transformer import LongCatTransformer
+from ..optimize.execution import OptimizedTransformer
 from ..optimize.quantization import policies as choices
 from ..optimize.quantization import quantize
+from ..optimize.switches import Optimizations
 from . import workload
 from .ablation import EAGER, EXACT, FP8, NO_KERNELS, Bench, eight_bit
 from .baseline import BaselineTransformer
@@ -41,7 +41,7 @@ class Captured:
         self.blocks.append(out.float().flatten(1, -2))
 
 
-def _forward(model: LongCatTransformer, inputs: workload.Inputs, around: Any) -> Tensor:
+def _forward(model: OptimizedTransformer, inputs: workload.Inputs, around: Any) -> Tensor:
     text = model.embed_text(inputs.context, inputs.mask)
     timestep = torch.full((1, 1), workload.TIMESTEP, device=inputs.device)
     return model(inputs.given(), timestep, text, around_block=around)
@@ -95,7 +95,7 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
         _quantised(bench, report, model, inputs, expected, first)
 
 
-def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: Any, expected: Any, first: Any) -> None:
+def _quantised(bench: Bench, report: Report, model: OptimizedTransformer, inputs: Any, expected: Any, first: Any) -> None:
     try:
         model = copy.deepcopy(model)
         quantize(model)
@@ -113,7 +113,7 @@ def _quantised(bench: Bench, report: Report, model: LongCatTransformer, inputs: 
         _add(bench, report, name, _network(bench, model, chosen, inputs, expected), first)
 
 
-def _network(bench: Bench, model: LongCatTransformer, values: dict, inputs: Any, expected: Any) -> Callable[[], dict]:
+def _network(bench: Bench, model: OptimizedTransformer, values: dict, inputs: Any, expected: Any) -> Callable[[], dict]:
     def run() -> dict[str, Any]:
         seen, chosen = Captured(), Optimizations(**values)
         with workload.Notes(model) as notes:
@@ -142,7 +142,7 @@ def generation(report: Report, device: torch.device, dtype: torch.dtype, steps: 
     from ..sampling.sampler import sample
     from ..sampling.schedules import make_schedule
 
-    def latents(model: LongCatTransformer) -> Tensor:
+    def latents(model: OptimizedTransformer) -> Tensor:
         size = workload.Size(64, 96, 33)
         inputs = workload.Inputs(model.config, size, device)
         noise = seeded_noise((1, *latent_shape(size.frames, size.height, size.width)), workload.SEED).to(device)
@@ -181,7 +181,7 @@ def policies(bench: Bench, report: Report, depth: int = DEPTH) -> None:
     model = workload.first_blocks(bench.model, min(depth, bench.model.config.depth))
     inputs, eager = bench.inputs(), Optimizations(**(bench.full() | {"compile": "off", "fp8": True}))
 
-    def output(network: LongCatTransformer) -> Tensor:
+    def output(network: OptimizedTransformer) -> Tensor:
         workload.exactly(network, eager)
         return _forward(network, inputs, None)
 

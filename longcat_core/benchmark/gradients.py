@@ -11,7 +11,7 @@ from torch import Tensor
 from ..measure.clock import attempt, clean_up, measure
 from ..measure.fidelity import relative_error
 from ..measure.results import Report
-from ..model.config import Optimizations
+from ..optimize.switches import Optimizations
 from ..training.step import flow_matching_loss
 from . import workload
 from .ablation import Bench

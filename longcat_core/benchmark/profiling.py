@@ -12,9 +12,9 @@ from ..errors import LongCatError
 from ..files.media import atomic_path
 from ..measure.clock import attempt, clean_up, timed
 from ..measure.results import Report
-from ..model.config import Optimizations
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.quantization import quantised_layers, quantize
+from ..optimize.switches import Optimizations
 from . import workload
 from .ablation import EXACT, FP8, FP8_8BIT, Bench
 from .baseline import BaselineTransformer

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from ..measure.clock import attempt, clean_up, synchronize
 from ..measure.results import Report
-from ..model.config import Optimizations
+from ..optimize.switches import Optimizations
 from . import workload
 from .ablation import Bench
 

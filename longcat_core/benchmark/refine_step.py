@@ -12,9 +12,9 @@ import torch
 from ..measure.clock import attempt, clean_up, measure
 from ..measure.results import Report
 from ..measure.speed import kernel_name
-from ..model.config import Optimizations
-from ..model.transformer import LongCatTransformer
 from ..optimize.block_sparse import BlockSparse, ChunkLayout, block_sparse_attend, choose_kernel, chunk_layout
+from ..optimize.execution import OptimizedTransformer
+from ..optimize.switches import Optimizations
 from . import workload
 from .ablation import EXACT, FP8, Bench, compared
 from .kernels import random_qkv
@@ -26,7 +26,7 @@ ALONE = {DENSE: f"attention alone, {DENSE}", SPARSE: f"attention alone, {SPARSE}
 
 
 @contextmanager
-def attending(model: LongCatTransformer, settings: BlockSparse | None) -> Iterator[None]:
+def attending(model: OptimizedTransformer, settings: BlockSparse | None) -> Iterator[None]:
     before, model.block_sparse = model.block_sparse, settings
     try:
         yield

@@ -9,8 +9,8 @@ import torch
 
 from ..measure.clock import GIB, attempt, clean_up, measure, peak_bytes, reset_peak
 from ..measure.results import Report
-from ..model.config import Optimizations
 from ..optimize.memory import activation_bytes
+from ..optimize.switches import Optimizations
 from . import workload
 from .ablation import Bench
 from .workload import Size

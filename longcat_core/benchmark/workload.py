@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..measure.speed import SEED, TEXT_TOKENS
-from ..model.attention import TextTokens
-from ..model.config import ModelConfig, Optimizations
-from ..model.transformer import LongCatTransformer
+from ..model.config import ModelConfig
+from ..model.text import TextTokens
 from ..optimize.attention import import_ahead
+from ..optimize.execution import OptimizedTransformer
+from ..optimize.switches import Optimizations
 from ..sampling.conditioning import latent_shape
 from ..sampling.step import STEP, take_step
 from .baseline import BaselineTransformer
@@ -58,9 +59,9 @@ class Size:
         return f"{self.height}x{self.width}x{self.frames}"
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LongCatTransformer:
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> OptimizedTransformer:
     """A network of random weights, made on the device: projections normal of deviation 0.02, norms 1."""
-    model = LongCatTransformer(config, dtype=dtype, device="meta").to_empty(device=device)
+    model = OptimizedTransformer(config, dtype=dtype, device="meta").to_empty(device=device)
     generator = torch.Generator(device).manual_seed(SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +72,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return model.eval().requires_grad_(False)
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int | None = None) -> LongCatTransformer:
+def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int | None = None) -> OptimizedTransformer:
     """`nano`, `full-random` (13.58 B parameters unless `blocks` are fewer) or a checkpoint's path."""
     if name == FULL_RANDOM:
         config = ModelConfig() if blocks is None else replace(ModelConfig(), depth=blocks)
@@ -90,10 +91,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int 
     return first_blocks(model, blocks)
 
 
-def first_blocks(model: LongCatTransformer, depth: int) -> LongCatTransformer:
+def first_blocks(model: OptimizedTransformer, depth: int) -> OptimizedTransformer:
     """The network with its first `depth` blocks alone; the modules are the same ones."""
     config = replace(model.config, depth=depth)
-    small = LongCatTransformer(config, model.optimizations, dtype=model.dtype, device="meta")
+    small = OptimizedTransformer(config, model.optimizations, dtype=model.dtype, device="meta")
     for name in ("patch_embed", "time_embed", "text_embed", "final_layer"):
         setattr(small, name, getattr(model, name))
     small.blocks = torch.nn.ModuleList(list(model.blocks)[:depth])
@@ -128,7 +129,7 @@ class Inputs:
         return self.latents.expand(self.size.batch, -1, -1, -1, -1).contiguous()
 
 
-def exactly(model: LongCatTransformer, chosen: Optimizations) -> None:
+def exactly(model: OptimizedTransformer, chosen: Optimizations) -> None:
     """Switch the model, and let nothing of an earlier variant serve this one."""
     torch._dynamo.reset()
     model.set_optimizations(chosen)
@@ -136,7 +137,7 @@ def exactly(model: LongCatTransformer, chosen: Optimizations) -> None:
         function.forget()
 
 
-def network_forward(model: LongCatTransformer, inputs: Inputs) -> Callable[[], Tensor]:
+def network_forward(model: OptimizedTransformer, inputs: Inputs) -> Callable[[], Tensor]:
     """One forward as the sampler makes it: [batch, C, T, H, W] fp32. Call under no_grad."""
     text: TextTokens | None = None
     timestep = torch.full((1, 1), TIMESTEP, device=inputs.device)
@@ -173,7 +174,7 @@ def step_of(forward: Callable[[], Tensor], inputs: Inputs, chosen: Optimizations
 class Notes:
     """Collects what a model announces while this is entered, as a list."""
 
-    def __init__(self, model: LongCatTransformer) -> None:
+    def __init__(self, model: OptimizedTransformer) -> None:
         self.model, self.sentences = model, []
 
     def __enter__(self) -> list[str]:

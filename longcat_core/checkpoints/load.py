@@ -14,11 +14,12 @@ from torch import Tensor
 from ..errors import CheckpointError, LongCatError
 from ..files.read_ahead import ReadAhead
 from ..files.tensor_files import TensorFile, is_gguf, open_file
-from ..model.config import ModelConfig, Optimizations
-from ..model.transformer import LongCatTransformer
+from ..model.config import ModelConfig
 from ..optimize.attention import import_ahead
+from ..optimize.execution import OptimizedTransformer
 from ..optimize.kernels.elementwise import quantise_rows
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
+from ..optimize.switches import Optimizations
 from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
 from .lora import Lora, LoraStack
 
@@ -365,7 +366,7 @@ def load_transformer(
     fp8: Policy | None = None,
     lora: Sequence[Lora] = (),
     streamed: Sequence[int] = (),
-) -> LongCatTransformer:
+) -> OptimizedTransformer:
     """A network with the weights at `path`, in eval mode, every parameter in `dtype` on `device`.
 
     streamed: blocks whose weights wait in CPU memory (`optimize.streaming`); each is worked up on the device.
@@ -377,7 +378,7 @@ def load_transformer(
     """
     checkpoint = open_checkpoint(path, config)
     with torch.device("meta"):
-        model = LongCatTransformer(checkpoint.config, optimizations, dtype=dtype)
+        model = OptimizedTransformer(checkpoint.config, optimizations, dtype=dtype)
     parameters = dict(model.named_parameters())
     parts = match_parameters(checkpoint, parameters)
     reader = Reader(checkpoint)
@@ -450,7 +451,7 @@ def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
     return whole[0] if len(whole) == 1 else torch.cat(whole)
 
 
-def official_state(model: LongCatTransformer, form: Format) -> dict[str, Tensor]:
+def official_state(model: OptimizedTransformer, form: Format) -> dict[str, Tensor]:
     """The network's weights under the names of `form`, fused weights split into the rows that the form keeps apart."""
     table = dict(form.modules(model.config.depth))
     state = {}
@@ -461,7 +462,7 @@ def official_state(model: LongCatTransformer, form: Format) -> dict[str, Tensor]
     return state
 
 
-def require_finite(model: LongCatTransformer, source: str) -> None:
+def require_finite(model: OptimizedTransformer, source: str) -> None:
     """Raise CheckpointError if a weight is NaN or infinite; reads every weight once."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -387,8 +387,8 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
 
 def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work: Any) -> Any:
     """The models as the options of `add_model` ask for them, in room for `work`."""
-    from ..model.config import Optimizations
     from ..optimize.plan import GIB, Plan
+    from ..optimize.switches import Optimizations
 
     pipeline = load_pipeline(
         paths,

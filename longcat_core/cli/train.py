@@ -66,9 +66,9 @@ def add_train_lora(parser: argparse.ArgumentParser) -> None:
 def train_lora(args: argparse.Namespace) -> int:
     """`longcat train-lora`: everything is checked before a model is loaded; the same command goes on where it was."""
     from ..generate.pipeline import ModelPaths
-    from ..model.config import Optimizations
     from ..optimize.attention import check as check_attention
     from ..optimize.compilation import why_not
+    from ..optimize.switches import Optimizations
     from ..training import lora as training
     from ..training.clips import find_clips
 

@@ -22,7 +22,7 @@ from ..checkpoints.merged import MergedLoras
 from ..errors import CheckpointError, LongCatError
 from ..files.media import resize_and_crop
 from ..files.safetensors_io import fingerprint
-from ..model.config import ModelConfig, Optimizations
+from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
 from ..optimize.attention import check as check_attention
 from ..optimize.block_sparse import BlockSparse
@@ -31,6 +31,7 @@ from ..optimize.kernels.elementwise import missing as kernels_missing
 from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, free_bytes, needed_bytes, smaller
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
+from ..optimize.switches import Optimizations
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, last_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback, sample
 from ..sampling.schedules import Schedule, make_schedule
@@ -39,7 +40,7 @@ from .text import TextEncoder, load_text_encoder
 from .vae import VideoVAE, load_vae
 
 if TYPE_CHECKING:
-    from ..model.transformer import LongCatTransformer
+    from ..optimize.execution import OptimizedTransformer
 
 # Summed into the weights, which then cost nothing; or beside them, where strengths change at once.
 LoraMode = Literal["merged", "runtime"]
@@ -286,7 +287,7 @@ def check_finite(latents: Tensor) -> None:
 class Pipeline(Engine):
     """A loaded model with its VAE and text encoder."""
 
-    model: LongCatTransformer
+    model: OptimizedTransformer
     vae: VideoVAE
     text_encoder: TextEncoder
     defaults: Defaults = RELEASED

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..model.config import Optimizations
 from ..optimize.attention import BACKENDS
+from ..optimize.switches import Optimizations
 from .charts import COLORS, Bar, Bars, bar_chart
 from .results import markdown, shown
 

@@ -22,8 +22,8 @@ from ..errors import LongCatError
 from ..files.safetensors_io import read_tensors
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
-from ..model.transformer import LongCatTransformer
 from ..optimize.block_sparse import BlockSparse, attend_grid
+from ..optimize.execution import OptimizedTransformer
 from ..optimize.kernels.block_sparse import missing
 from ..sampling.conditioning import to_pixels
 from ..sampling.guidance import cfg_zero, cfg_zero_scale
@@ -67,7 +67,7 @@ class Golden:
         return read_tensors(self.folder / "bsa.safetensors")
 
     @cached_property
-    def model(self) -> LongCatTransformer:
+    def model(self) -> OptimizedTransformer:
         return self.load("dit.safetensors")
 
     @cached_property
@@ -76,7 +76,7 @@ class Golden:
 
         return load_vae(self.folder / "vae.safetensors")
 
-    def load(self, name: str, **changes: Any) -> LongCatTransformer:
+    def load(self, name: str, **changes: Any) -> OptimizedTransformer:
         return load_transformer(self.folder / name, config=replace(self.config, **changes))
 
 

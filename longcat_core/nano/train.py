@@ -25,9 +25,10 @@ from ..files.safetensors_io import read_tensors, write_safetensors
 from ..generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, NANO_WEIGHTS
 from ..generate.text import TextEncoder, load_text_encoder
 from ..generate.vae import load_vae
-from ..model.attention import fold_padding
-from ..model.config import ModelConfig, Optimizations
-from ..model.transformer import LongCatTransformer
+from ..model.config import ModelConfig
+from ..model.text import fold_padding
+from ..optimize.execution import OptimizedTransformer
+from ..optimize.switches import Optimizations
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..training.step import WeightAverage, captured, drop_text, flow_matching_loss, initialise, sample_sigmas
 from .autoencoder import encode_whole, train_autoencoder, train_decoder
@@ -138,7 +139,7 @@ def encode_clips(vae: Any, bucket: Bucket, encoder: TextEncoder, seed: int, devi
 
 
 @torch.no_grad()
-def prefer_text(model: LongCatTransformer) -> None:
+def prefer_text(model: OptimizedTransformer) -> None:
     """Fresh weights with which cross-attention looks at the text and not at its padding.
 
     A caption of nano has about ten tokens and 500 of padding, which weigh as much as one key raised by ln(500): with
@@ -160,7 +161,7 @@ class Trainer:
     its blocks are compiled for the lessons that come often.
     """
 
-    def __init__(self, model: LongCatTransformer, device: torch.device) -> None:
+    def __init__(self, model: OptimizedTransformer, device: torch.device) -> None:
         self.model, self.device = model, device
         self.parameters = list(model.parameters())
         self.rate = torch.tensor(0.0, device=device)
@@ -266,7 +267,7 @@ def train_transformer(
     print(f"encoded {sum(len(c.latents) for c in data.values())} clips, {time.monotonic() - started:.0f} s", flush=True)
 
     optimizations = Optimizations(attention="sdpa", gradient_checkpointing=gradient_checkpointing)
-    model = LongCatTransformer(CONFIG, optimizations).to(device).train()
+    model = OptimizedTransformer(CONFIG, optimizations).to(device).train()
     initialise(model)
     prefer_text(model)
     trainer = Trainer(model, device)

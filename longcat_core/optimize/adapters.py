@@ -31,8 +31,9 @@ class Adapted:
     # The LoRA wants the input in 16 bits; an 8-bit layer quantises it by itself then.
     takes_quantised = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
+    def forward(self, x: Tensor, **how: Any) -> Tensor:
+        """x [.., in] -> [.., out]. how: what the layer itself takes beside x."""
+        out = super().forward(x, **how)
         size = getattr(self, "kernel_size", None)
         if size is None:
             return self._added(out, x)

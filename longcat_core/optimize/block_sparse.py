@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, LongCatError
 from ..model.rope import rope_table
+from ..model.transformer import BlockCache, FrameLayout
 from .attention import Attend, Kernels, trial
 from .kernels import block_sparse as kernels
 
@@ -205,6 +206,67 @@ def chunked_rope_table(head_dim: int, layout: ChunkLayout, start_frame: int, dev
     """`rope_table` of the layout's grid, laid out: cosines and sines, each [slots, head_dim/2] fp32."""
     tables = rope_table(head_dim, *layout.grid, start_frame, torch.device(device))
     return tuple(layout.arrange(table, 0) for table in tables)
+
+
+class ChunkedLayout(FrameLayout):
+    """Tokens laid out chunk after chunk: the blocks see slabs instead of frames.
+
+    tokens: how x is laid out; keys: all keys, those of cached frames in front of x included; before: those alone.
+    """
+
+    def __init__(self, tokens: ChunkLayout, keys: ChunkLayout, before: ChunkLayout | None) -> None:
+        self.tokens, self.keys, self.before = tokens, keys, before
+
+    @classmethod
+    def of(cls, grid: Shape, settings: BlockSparse, num_cond: int, start: int, device: Any) -> ChunkedLayout:
+        """The layout of a grid behind `start` cached frames; num_cond: conditioning frames at its front."""
+        shapes = settings.chunk, settings.query_chunk
+        tokens = chunk_layout(grid, *shapes, num_cond, device)
+        if not start:
+            return cls(tokens, tokens, None)
+        keys = chunk_layout((start + grid[0], *grid[1:]), *shapes, start, device)
+        return cls(tokens, keys, chunk_layout((start, *grid[1:]), *shapes, 0, device))
+
+    def sizes(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        return self.tokens.slabs, self.tokens.slots // self.tokens.slabs
+
+    def arrange(self, tokens: Tensor) -> Tensor:
+        return self.tokens.arrange(tokens.flatten(1, 2)).unflatten(1, (self.tokens.slabs, -1))
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        return self.restore_rows(tokens.flatten(1, 2)).unflatten(1, (self.tokens.grid[0], -1))
+
+    def restore_rows(self, rows: Tensor) -> Tensor:
+        return self.tokens.restore(rows)
+
+    def rope(
+        self, head_dim: int, grid: tuple[int, ...], start: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        return chunked_rope_table(head_dim, self.tokens, start, device)
+
+    def per_frame(self, temb: Tensor) -> Tensor:
+        return temb if temb.shape[1] == 1 else temb[:, self.tokens.slab_frames]
+
+    def leading(self, frames: int) -> int:
+        # The layout was made for these conditioning frames.
+        return self.tokens.cond_slabs
+
+    def cached(self, cache: BlockCache) -> BlockCache:
+        return cache if self.before is None else _ArrangedCache(cache, self.before)
+
+
+class _ArrangedCache:
+    """A cache, which is in the order of frames, read in the order of chunks."""
+
+    def __init__(self, cache: BlockCache, layout: ChunkLayout) -> None:
+        self.cache, self.layout, self.num_latents = cache, layout, cache.num_latents
+
+    def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.cache.read(block, like)
+        return self.layout.arrange(k), self.layout.arrange(v)
+
+    def keep(self, block: int) -> None:
+        return None
 
 
 # --- which chunks ----------------------------------------------------------------------------------------------------

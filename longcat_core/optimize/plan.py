@@ -10,6 +10,7 @@ import torch
 
 from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
+from .execution import OptimizedTransformer
 from .memory import forward_bytes, kv_cache_bytes, text_bytes
 from .quantization import Policy
 from .streaming import SLOTS, spread
@@ -166,7 +167,7 @@ def limit_memory(device: torch.device, size: int | None) -> None:
     torch.cuda.set_per_process_memory_fraction(share, index)
 
 
-def apply_plan(model: LongCatTransformer, plan: Plan) -> None:
+def apply_plan(model: OptimizedTransformer, plan: Plan) -> None:
     """Have a network that lies on the device, or streams already, run as `plan` says; nothing comes back to the device.
 
     Blocks that begin to wait are spread among those that did not.

@@ -64,9 +64,13 @@ def missing(device: torch.device) -> str:
 class Fp8Linear(nn.Module):
     """A linear layer with e4m3 weights. x [.., in] in 16 bits or fp32, or quantised already -> [.., out] in its dtype.
 
-    weight [out, in] e4m3; weight_scale [out, 1] fp32; bias [out] or None. `fp8` off: the same weights, multiplied out,
-    in a product of x's own precision. `dtype` is that of the output where x comes quantised. No backward pass.
+    weight [out, in] e4m3; weight_scale [out, 1] fp32; bias [out] or None. Called with fp8=False: the same weights,
+    multiplied out, in a product of x's own precision. `dtype` is that of the output where x comes quantised. There is
+    no backward pass.
     """
+
+    # `optimize.fused` chooses how such layers multiply, and hands their input over quantised.
+    eight_bit = takes_quantised = True
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -75,7 +79,6 @@ class Fp8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype or torch.get_default_dtype()
-        self.fp8 = True
         self.run_on(weight.device)
 
     @classmethod
@@ -103,17 +106,12 @@ class Fp8Linear(nn.Module):
         # Asked for here and not in a graph, which must not run what answers it.
         self.native = not missing(device)
 
-    @property
-    def takes_quantised(self) -> bool:
-        """Whether x may come quantised: otherwise that would lose precision for nothing."""
-        return self.fp8
-
-    def forward(self, x: Tensor | Quantised) -> Tensor:
+    def forward(self, x: Tensor | Quantised, fp8: bool = True) -> Tensor:
         dtype = self.dtype if isinstance(x, Quantised) else x.dtype
-        return quantised_linear(x, self.weight, self.weight_scale, self.bias, dtype, fp8=self.fp8, native=self.native)
+        return quantised_linear(x, self.weight, self.weight_scale, self.bias, dtype, fp8=fp8, native=self.native)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, fp8={self.fp8}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 def dequantised(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -214,3 +214,15 @@ def _run_on(block: nn.Module, device: torch.device) -> None:
         run_on = getattr(module, "run_on", None)
         if run_on is not None:
             run_on(device)
+
+
+def streamed(
+    run: Callable[..., Tensor], stream: BlockStream, need_weights: Callable[[int], bool]
+) -> Callable[..., Tensor]:
+    """run(i, block, ...) with block i's weights on the device. need_weights: whether it takes those that are late."""
+
+    def running(i: int, *args: object) -> Tensor:
+        with stream.running(i, need_weights(i)):
+            return run(i, *args)
+
+    return running

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..model.attention import TextTokens
 from ..model.kv_cache import KVCache, KVMode, check_mode
-from ..model.transformer import LongCatTransformer
+from ..model.text import TextTokens
+from ..optimize.execution import OptimizedTransformer
 from .schedules import Schedule
 from .step import take_step
 from .step_cache import StepCache
@@ -48,7 +48,7 @@ Callback = Callable[[Step], None]
 
 @torch.no_grad()
 def sample(
-    model: LongCatTransformer,
+    model: OptimizedTransformer,
     noise: Tensor,
     schedule: Schedule,
     context: Tensor,
@@ -177,7 +177,7 @@ class _Texts:
 
     def __init__(
         self,
-        model: LongCatTransformer,
+        model: OptimizedTransformer,
         batch: int,
         context: Tensor,
         mask: Tensor | None,

@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..model.config import Optimizations
 from ..optimize.compilation import Regional
+from ..optimize.switches import Optimizations
 from .guidance import cfg_zero
 
 

@@ -30,9 +30,10 @@ from ..generate.pipeline import ModelPaths
 from ..generate.request import check_frames, check_number, check_seed, check_side
 from ..generate.text import MAX_LENGTH, load_text_encoder
 from ..generate.vae import load_vae
-from ..model.config import ModelConfig, Optimizations
-from ..model.transformer import LongCatTransformer
+from ..model.config import ModelConfig
 from ..optimize.adapters import adapt
+from ..optimize.execution import OptimizedTransformer
+from ..optimize.switches import Optimizations
 from ..sampling.schedules import SHIFT
 from .clips import Clip, Sample, clips_fingerprint, encode_captions, encode_clips
 from .step import drop_text, flow_matching_loss, sample_sigmas
@@ -113,7 +114,7 @@ class Recipe:
 class LoraTrainer:
     """A frozen network with adapters that learn, and their optimizer."""
 
-    def __init__(self, model: LongCatTransformer, recipe: Recipe) -> None:
+    def __init__(self, model: OptimizedTransformer, recipe: Recipe) -> None:
         self.model, self.recipe = model.requires_grad_(False), recipe
         self.parameters: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -272,7 +273,7 @@ class LoraFile:
 def estimate_bytes(config: ModelConfig, recipe: Recipe) -> int:
     """Of the file and its state, each there twice while it is written."""
     with torch.device("meta"):
-        block = LongCatTransformer(ModelConfig(**{**config.to_dict(), "depth": 1})).blocks[0]
+        block = OptimizedTransformer(ModelConfig(**{**config.to_dict(), "depth": 1})).blocks[0]
     sides = sum(sum(block.get_submodule(name).weight.shape) for name in recipe.layers)
     return 8 * 4 * recipe.rank * config.depth * sides + (1 << 20)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.attention import TextTokens
-from ..model.transformer import LongCatTransformer
+from ..model.text import TextTokens
+from ..optimize.execution import OptimizedTransformer
 from ..sampling.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 
@@ -20,7 +20,7 @@ def sample_sigmas(batch: int, shift: float, *, device: torch.device | str = "cpu
 
 
 def flow_matching_loss(
-    model: LongCatTransformer,
+    model: OptimizedTransformer,
     latents: Tensor,
     sigmas: Tensor,
     context: Tensor | TextTokens,
@@ -116,7 +116,7 @@ def captured(
 
 
 @torch.no_grad()
-def initialise(model: LongCatTransformer) -> None:
+def initialise(model: OptimizedTransformer) -> None:
     """Fresh weights: Xavier for projections, zero for modulation and output (DiT, arXiv 2212.09748).
 
     So the gated parts of a block start as identity and the network's output at zero; cross-attention has no gate.

@@ -21,10 +21,11 @@ from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
 from longcat_core.measure import results
 from longcat_core.measure.clock import Budget, attempt, measure
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.block_sparse import BlockSparse
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import quantised_layers
+from longcat_core.optimize.switches import Optimizations
 
 SMALL = ["--size", "32x48", "--frames", "5", "--blocks", "1", "--few-blocks", "1", "--repeats", "1"]
 
@@ -32,7 +33,7 @@ SMALL = ["--size", "32x48", "--frames", "5", "--blocks", "1", "--few-blocks", "1
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
     """Graphs are captured and run as they are: their code is another test's matter."""
-    monkeypatch.setattr(LongCatTransformer.compiled_block, "backend", "eager")
+    monkeypatch.setattr(OptimizedTransformer.compiled_block, "backend", "eager")
     monkeypatch.setattr(workload.STEP, "backend", "eager")
     compile_ = torch.compile
 
@@ -41,7 +42,7 @@ def no_compiler(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", captured)
     yield
-    LongCatTransformer.compiled_block.forget()
+    OptimizedTransformer.compiled_block.forget()
     workload.STEP.forget()
     torch._dynamo.reset()
 
@@ -70,13 +71,13 @@ def everything(tmp_path_factory):
         if (folder / "run").exists():
             return folder / "run"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LongCatTransformer.compiled_block, "backend", "eager")
+            patch.setattr(OptimizedTransformer.compiled_block, "backend", "eager")
             patch.setattr(workload.STEP, "backend", "eager")
             compile_ = torch.compile
             patch.setattr(torch, "compile", lambda f, **o: compile_(f, **o | {"backend": "eager", "options": None}))
             run("all", folder / "unfinished")
         (folder / "unfinished").rename(folder / "run")
-    LongCatTransformer.compiled_block.forget()
+    OptimizedTransformer.compiled_block.forget()
     torch._dynamo.reset()
     return folder / "run"
 
@@ -329,14 +330,14 @@ def test_nothing_begins_once_the_budget_is_used_up(tmp_path):
 
 
 def test_a_variant_that_raises_is_told_and_the_others_run(tmp_path, monkeypatch):
-    original = LongCatTransformer.set_optimizations
+    original = OptimizedTransformer.set_optimizations
 
     def broken(self, optimizations):
         if not optimizations.fused_ffn and optimizations.compile == "blocks":
             raise RuntimeError("kernel\n exploded")
         original(self, optimizations)
 
-    monkeypatch.setattr(LongCatTransformer, "set_optimizations", broken)
+    monkeypatch.setattr(OptimizedTransformer, "set_optimizations", broken)
     run("ablation", tmp_path, "--no-fp8", "--no-plots")
     rows = rows_of(tmp_path, "ablation")
     failed = [row for row in rows.values() if row["status"] == "failed"]
@@ -486,7 +487,7 @@ def test_targets_of_cards(path, gib, ms, met):
 def test_a_card_of_another_size_than_it_was_asked_for(monkeypatch):
     """On a GPU the released model meets real cards' sizes, another model shares of its need."""
     small = ModelConfig(hidden_size=64, depth=2, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
-    model = LongCatTransformer(small).requires_grad_(False)
+    model = OptimizedTransformer(small).requires_grad_(False)
     one = ablation.Bench(model, workload.Size(32, 48, 5), torch.device("cpu"), 1, Budget(None))
     counted = cards._Counted(one, False)
     counted.config = ModelConfig()

@@ -24,24 +24,24 @@ from longcat_core.cli import main as cli
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
-from longcat_core.model.attention import sliceable
-from longcat_core.model.block import run_block, takes_quantised
-from longcat_core.model.config import Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.block import run_block
 from longcat_core.optimize.adapters import Adapted
 from longcat_core.optimize.compilation import Regional
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.fused import sliceable, takes_quantised
 from longcat_core.optimize.quantization import Fp8Linear, Policy, quantize
+from longcat_core.optimize.switches import Optimizations
 
 from .test_lora import FORWARD, GOLDEN, KINDS, LORA, kohya, output, parted, peft, saved, whole
 from .written_forms import COMFYUI
 
 
-def load(**options: object) -> LongCatTransformer:
+def load(**options: object) -> OptimizedTransformer:
     return load_transformer(GOLDEN / "dit.safetensors", **options)
 
 
 @pytest.fixture
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     return load()
 
 

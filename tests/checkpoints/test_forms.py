@@ -21,7 +21,7 @@ from longcat_core.errors import CheckpointError
 from longcat_core.files import read_ahead, tensor_files
 from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, Policy
 
 from .written_forms import (
@@ -69,7 +69,7 @@ def assert_same(model: torch.nn.Module, state: State) -> None:
     assert all(torch.equal(given[name], value) for name, value in state.items())
 
 
-def error(model: LongCatTransformer, forward: State, name: str = "t2v.out") -> float:
+def error(model: OptimizedTransformer, forward: State, name: str = "t2v.out") -> float:
     """Of the output against the golden one: the largest difference over the golden one's standard deviation."""
     with torch.no_grad():
         out = model(*(forward[key].to(model.dtype) for key in ("x", "t", "context")), forward["mask"])

@@ -21,7 +21,7 @@ from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.model.config import ModelConfig
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import Policy, quantize
 
 from .written_forms import COMFYUI, FASTVIDEO, comfyui, fp8_scaled, renamed
@@ -33,7 +33,7 @@ OTHER_BLOCK = PREFIX + SEPARATOR.join(("blocks", "9", "attn", "proj")) + ".alpha
 
 
 @pytest.fixture
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     return load_transformer(GOLDEN / "dit.safetensors")
 
 
@@ -175,7 +175,7 @@ def saved(folder: Path, tensors: dict[str, Tensor], name: str = "lora.safetensor
     return folder / name
 
 
-def output(model: LongCatTransformer) -> Tensor:
+def output(model: OptimizedTransformer) -> Tensor:
     given = read_tensors(FORWARD)
     with torch.no_grad():
         return model(given["x"], given["t"], given["context"], given["mask"])
@@ -246,7 +246,7 @@ def test_loras_are_exchanged_exactly(tmp_path, kind):
     options = {"dtype": torch.float32 if kind == "fp32" else torch.bfloat16}
     options["fp8"] = Policy() if "fp8" in kind else None
 
-    def same(model: LongCatTransformer, loras: list) -> bool:
+    def same(model: OptimizedTransformer, loras: list) -> bool:
         wanted = load_transformer(path, lora=loras, **options).state_dict()
         return all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
@@ -335,7 +335,7 @@ def test_what_does_not_match_is_reported(model, tmp_path):
         merge_lora(model, path)
     with pytest.warns(UserWarning, match="matches 19 of its 21 modules"):
         load_transformer(GOLDEN / "dit.safetensors", lora=[(path, 1.0)])
-    shallow = LongCatTransformer(replace(ModelConfig.from_json(GOLDEN / "config.json"), depth=1))
+    shallow = OptimizedTransformer(replace(ModelConfig.from_json(GOLDEN / "config.json"), depth=1))
     with pytest.warns(UserWarning, match=r"10 of its 19 modules; not matched: blocks\.1\.\S+, .* and 6 more"):
         merge_lora(shallow.requires_grad_(False), LORA)
 

@@ -18,9 +18,9 @@ from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.generate.refine import RefineRequest
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest, work_of
-from longcat_core.model.config import Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.plan import GIB, Plan, Work, free_bytes
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise
 
 PROMPT = "a red circle moves right on a black background"
@@ -102,7 +102,7 @@ class Short:
 def test_out_of_memory_goes_on_with_the_next_smaller_plan(clip, plain, monkeypatch):
     pipeline = Pipeline.load()
     depth = pipeline.model.config.depth
-    Short(monkeypatch, LongCatTransformer, "forward", 1, 4)
+    Short(monkeypatch, OptimizedTransformer, "forward", 1, 4)
     seen = []
     with pytest.warns(UserWarning) as warned:
         found = pipeline.generate(request(given=clip), callback=lambda step: seen.append(step.index))
@@ -119,7 +119,7 @@ def test_out_of_memory_goes_on_with_the_next_smaller_plan(clip, plain, monkeypat
 def test_room_is_made_until_it_is_enough(monkeypatch):
     pipeline = Pipeline.load()
     depth = pipeline.model.config.depth
-    Short(monkeypatch, LongCatTransformer, "forward", 0, 1, 2, 3)
+    Short(monkeypatch, OptimizedTransformer, "forward", 0, 1, 2, 3)
     with pytest.warns(UserWarning) as warned:
         assert pipeline.generate(request()).frames.shape == (17, 32, 48, 3)
     assert len(warned) == 4 and pipeline.plan.split_guidance and 3 < pipeline.plan.streamed <= depth
@@ -127,7 +127,7 @@ def test_room_is_made_until_it_is_enough(monkeypatch):
 
 def test_out_of_memory_with_nothing_left_is_an_error(monkeypatch):
     pipeline = Pipeline.load(least=Plan(Pipeline.load().model.config.depth, True))
-    Short(monkeypatch, LongCatTransformer, "forward", 0)
+    Short(monkeypatch, OptimizedTransformer, "forward", 0)
     with pytest.raises(torch.OutOfMemoryError, match="ask for a smaller size"):
         pipeline.generate(request())
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.errors import BackendUnavailable, LongCatError
 from longcat_core.files.safetensors_io import read_tensors
-from longcat_core.model.attention import TextTokens
-from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KVCache
+from longcat_core.model.layers import linear_fp32
 from longcat_core.model.rope import apply_rope, rope_table
-from longcat_core.model.transformer import LongCatTransformer, linear_fp32
+from longcat_core.model.text import TextTokens
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
@@ -31,7 +33,7 @@ def data() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LongCatTransformer:
+def loaded() -> OptimizedTransformer:
     return load_transformer(GOLDEN / "dit.safetensors", config=CONFIG)
 
 
@@ -43,12 +45,12 @@ def model(loaded):
 
 
 @pytest.fixture(scope="module")
-def packing() -> LongCatTransformer:
+def packing() -> OptimizedTransformer:
     """The same weights under `text_tokens_zero_pad` false."""
     return load_transformer(GOLDEN / "dit.safetensors", config=replace(CONFIG, text_tokens_zero_pad=False))
 
 
-def t2v(model: LongCatTransformer, data: dict[str, Tensor], **changes: Tensor) -> Tensor:
+def t2v(model: OptimizedTransformer, data: dict[str, Tensor], **changes: Tensor) -> Tensor:
     given = {key: data[key] for key in ("x", "t", "context", "mask")} | changes
     return model(given["x"], given["t"], given["context"], given["mask"])
 
@@ -292,7 +294,7 @@ def test_moving_the_model_changes_what_it_casts_to(loaded, data):
 # Gradients
 
 
-def gradients(model: LongCatTransformer, data: dict[str, Tensor], cond: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model: OptimizedTransformer, data: dict[str, Tensor], cond: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     t = data["vc.t"] if cond else data["t"]
     loss = model(data["x"], t, data["context"], data["mask"], num_cond_latents=cond).square().mean()
@@ -361,7 +363,7 @@ class Operations:
 @pytest.mark.parametrize("fused", [True, False])
 def test_operations_are_used_for_every_layer(loaded, data, fused):
     switches = replace(FUSED, fused_qkv=fused, fused_ffn=fused)
-    owned = LongCatTransformer(CONFIG, switches, operations=Operations, dtype=torch.float32, device="cpu")
+    owned = OptimizedTransformer(CONFIG, switches, operations=Operations, dtype=torch.float32, device="cpu")
     owned.load_state_dict(loaded.state_dict())
     assert all(type(m) is Operations.Linear for m in owned.modules() if isinstance(m, nn.Linear))
     assert isinstance(owned.patch_embed, Operations.Conv3d)

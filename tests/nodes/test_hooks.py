@@ -12,19 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longcat_core.model import attention
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.memory import activation_bytes
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.frames import count_clean, noisy_frames
 
 SMALL = ModelConfig(hidden_size=64, depth=2, num_heads=4, caption_channels=24, ffn_hidden=256, adaln_dim=32)
 
 
 @pytest.fixture(scope="module")
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     torch.manual_seed(0)
-    return LongCatTransformer(SMALL).eval().requires_grad_(False)
+    return OptimizedTransformer(SMALL).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_owners_layers_run_whole(inputs):
 
     off = Optimizations(fused_qkv=False, fused_ffn=False)
     torch.manual_seed(0)
-    model = LongCatTransformer(SMALL, off, operations=Operations).requires_grad_(False)
+    model = OptimizedTransformer(SMALL, off, operations=Operations).requires_grad_(False)
     whole = []
     for layer in (model.blocks[0].attn.qkv, model.blocks[0].cross_attn.kv, model.blocks[0].ffn.gate_up):
         layer.register_forward_hook(lambda *args: whole.append(1))
@@ -139,7 +140,7 @@ def test_activation_bytes_are_those_of_a_counted_forward(monkeypatch, dtype, sha
     """On the released model's sizes, by tensors that hold no data; one block, since blocks give memory back."""
     monkeypatch.setattr(attention, "_attend_biased", lambda q, k, v, bias: torch.empty_like(q))
     config = replace(ModelConfig(), depth=1)
-    model = LongCatTransformer(config, dtype=dtype, device="meta").requires_grad_(False)
+    model = OptimizedTransformer(config, dtype=dtype, device="meta").requires_grad_(False)
     x, t = torch.empty(shape, device="meta", dtype=dtype), torch.empty(shape[0], shape[2], device="meta")
     context = torch.empty(shape[0], 512, config.caption_channels, device="meta", dtype=dtype)
     own = [parameter.data for parameter in model.parameters()]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longcat_core.errors import BackendUnavailable
-from longcat_core.model.attention import TextTokens, _attend_biased, arrange_text, attend_packed
+from longcat_core.model.text import TextTokens, arrange_text
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.attention import BACKENDS, Inputs, Varlen
+from longcat_core.optimize.fused import _attend_biased, attend_packed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -14,7 +14,6 @@ from torch import Tensor
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.errors import BackendUnavailable, LongCatError
 from longcat_core.files.safetensors_io import read_tensors
-from longcat_core.model.block import How
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.rope import rope_table
 from longcat_core.optimize import block_sparse

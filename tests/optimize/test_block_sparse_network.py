@@ -13,10 +13,11 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model import block
 from longcat_core.model.block import run_block
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
@@ -29,7 +30,7 @@ HALF = BlockSparse(0.5, chunk=(2, 2, 2))
 
 
 @pytest.fixture
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     return load_transformer(GOLDEN / "dit.safetensors", config=CONFIG, optimizations=Optimizations(attention="sdpa"))
 
 
@@ -42,7 +43,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.std()).item()
 
 
-def forward(model: LongCatTransformer, data: dict[str, Tensor], case: str, **more) -> Tensor:
+def forward(model: OptimizedTransformer, data: dict[str, Tensor], case: str, **more) -> Tensor:
     cond = int((data["vc.t"][0] == 0).sum())
     t = data["t" if case in ("t2v", "vc_cached") else f"{case}.t"]
     text = data["context"], data["mask"]

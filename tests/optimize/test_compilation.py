@@ -16,10 +16,11 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.model import block
 from longcat_core.model.block import run_block
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.compilation import NOTICE, Regional
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
@@ -249,4 +250,4 @@ def test_generated_code(tmp_path, monkeypatch):
         counts.append(dict(torch._dynamo.utils.counters["inductor"]))
     assert counts[0]["fxgraph_cache_miss"] == 1 and "fxgraph_cache_hit" not in counts[0]
     assert counts[1]["fxgraph_cache_hit"] == 1 and "fxgraph_cache_miss" not in counts[1]
-    assert LongCatTransformer.compiled_block.backend == "inductor"
+    assert OptimizedTransformer.compiled_block.backend == "inductor"

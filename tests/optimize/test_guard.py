@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.files.safetensors_io import read_tensors
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.attention import Backend
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
@@ -41,7 +42,7 @@ def kernel(monkeypatch) -> Kernel:
 
 
 @pytest.fixture
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     model = load_transformer(GOLDEN / "dit.safetensors", config=CONFIG, optimizations=PLAIN)
     model.said = []
     model.announce = model.said.append
@@ -55,7 +56,7 @@ def inputs() -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def run(model: LongCatTransformer, inputs: tuple[Tensor, ...], **changes) -> Tensor:
+def run(model: OptimizedTransformer, inputs: tuple[Tensor, ...], **changes) -> Tensor:
     return model(*inputs, **changes)
 
 

@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longcat_core.model import transformer
-from longcat_core.model.attention import TextTokens
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
+from longcat_core.model.text import TextTokens
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize import quantization
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
 from longcat_core.optimize.memory import forward_bytes
+from longcat_core.optimize.switches import Optimizations
 
 ONE = replace(ModelConfig(), depth=1)
 META, BF16 = torch.device("meta"), torch.bfloat16
@@ -70,15 +71,15 @@ def own(request, monkeypatch) -> bool:
         monkeypatch.setattr(module, name, lambda x: request.param and x.dtype in kernels.HALF)
     monkeypatch.setattr(quantization, "missing", lambda device: "")
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(LongCatTransformer, "_give_up", lambda self, out: False)
+    monkeypatch.setattr(OptimizedTransformer, "_give_up", lambda self, out: False)
     chosen = backends.Kernels(attend, None, attend)
-    monkeypatch.setattr(LongCatTransformer, "choose_kernels", lambda self, device: chosen)
+    monkeypatch.setattr(OptimizedTransformer, "choose_kernels", lambda self, device: chosen)
     return request.param
 
 
 @torch.no_grad()
 def peak(batch: int, grid: tuple[int, int, int], fp8: bool) -> int:
-    model = LongCatTransformer(ONE, Optimizations(), dtype=BF16, device=META).requires_grad_(False)
+    model = OptimizedTransformer(ONE, Optimizations(), dtype=BF16, device=META).requires_grad_(False)
     if fp8:
         quantization.quantize(model)
     text = TextTokens(torch.empty(batch, 127, ONE.hidden_size, dtype=BF16, device=META), lengths=[126] * batch)

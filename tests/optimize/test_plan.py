@@ -9,7 +9,7 @@ import torch
 
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KVCache
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.memory import kv_cache_bytes
 from longcat_core.optimize.plan import GIB, Plan, Weights, Work, choose_plan, needed_bytes, plans, smaller
 from longcat_core.optimize.quantization import Policy, quantize
@@ -31,7 +31,7 @@ def chosen(gib: float, work: Work = T2V, fp8: bool = False, **options: object) -
 
 @pytest.mark.parametrize("fp8", [None, Policy(), Policy(("ffn.down", "attn.qkv")), Policy(keep_first=2, keep_last=1)])
 def test_weights_are_counted_as_they_lie(fp8):
-    model = LongCatTransformer(SMALL, dtype=torch.bfloat16).requires_grad_(False)
+    model = OptimizedTransformer(SMALL, dtype=torch.bfloat16).requires_grad_(False)
     if fp8 is not None:
         quantize(model, fp8)
     blocks = sum(p.nbytes for p in model.blocks.parameters())

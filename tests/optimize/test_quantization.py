@@ -15,8 +15,8 @@ from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate.pipeline import NANO_MODEL
 from longcat_core.measure.fidelity import relative_error, tensor_psnr
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kernels.elementwise import Quantised, quantise_rows
 from longcat_core.optimize.quantization import (
     LAYERS,
@@ -31,6 +31,7 @@ from longcat_core.optimize.quantization import (
     with_scales,
     without_scales,
 )
+from longcat_core.optimize.switches import Optimizations
 
 CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
 SWITCHES = Optimizations(attention="sdpa")
@@ -41,9 +42,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     torch.manual_seed(0)
-    return LongCatTransformer(CONFIG, SWITCHES).eval().requires_grad_(False)
+    return OptimizedTransformer(CONFIG, SWITCHES).eval().requires_grad_(False)
 
 
 def inputs(caption: int = CONFIG.caption_channels) -> tuple[Tensor, ...]:
@@ -162,7 +163,7 @@ def test_half_the_memory(model):
 
 
 def test_the_network_with_it_and_its_switch(model):
-    def outputs(network: LongCatTransformer) -> list[Tensor]:
+    def outputs(network: OptimizedTransformer) -> list[Tensor]:
         seen = Captured()
         return [network(*inputs(), around_block=seen.around), *seen.blocks]
 

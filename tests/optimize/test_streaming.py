@@ -13,12 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from longcat_core.errors import LongCatError
 from longcat_core.model.block import run_block
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import streaming
 from longcat_core.optimize.compilation import Regional
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, quantize
 from longcat_core.optimize.streaming import ALIGN, SLOTS, BlockStream, spread
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
 
@@ -35,27 +36,27 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     torch.manual_seed(0)
-    model = LongCatTransformer(CONFIG, SWITCHES).eval().requires_grad_(False)
+    model = OptimizedTransformer(CONFIG, SWITCHES).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         # Fresh gates and the final layer could hide a wrong block.
         parameter.copy_(randn(*parameter.shape, seed=len(name)) * parameter[0].numel() ** -0.5 / 2)
     return model
 
 
-def streamed(model: LongCatTransformer, blocks: tuple[int, ...]) -> LongCatTransformer:
+def streamed(model: OptimizedTransformer, blocks: tuple[int, ...]) -> OptimizedTransformer:
     other = copy.deepcopy(model)
     other.stream = BlockStream(other.blocks, "cpu", blocks, late)
     return other
 
 
 @torch.no_grad()
-def step(model: LongCatTransformer, text: object, seed: int = 0) -> Tensor:
+def step(model: OptimizedTransformer, text: object, seed: int = 0) -> Tensor:
     return model(randn(2, 16, 3, 4, 6, seed=seed), torch.tensor([700.0]), text)
 
 
-def text_of(model: LongCatTransformer) -> object:
+def text_of(model: OptimizedTransformer) -> object:
     return model.embed_text(randn(2, 8, 32, seed=1), torch.tensor([[1] * 5 + [0] * 3, [1] * 8]))
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KVCache
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.streaming import pinned
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
 
@@ -33,7 +34,7 @@ def randn(*shape: int) -> Tensor:
 
 def sampled(streamed: tuple[int, ...] = (), offload: bool = False) -> Tensor:
     torch.manual_seed(0)
-    model = LongCatTransformer(CONFIG, Optimizations(attention="sdpa")).eval().requires_grad_(False).to(CUDA)
+    model = OptimizedTransformer(CONFIG, Optimizations(attention="sdpa")).eval().requires_grad_(False).to(CUDA)
     for parameter in model.parameters():
         parameter.copy_(randn(*parameter.shape).to(CUDA) * parameter[0].numel() ** -0.5)
     if streamed:

@@ -13,11 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_tensors
-from longcat_core.model.block import linear_fp32, run_block
-from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.block import run_block
+from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KV_MODES
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.layers import linear_fp32
 from longcat_core.optimize.compilation import Regional
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling import step as steps
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.sampling.sampler import Interrupted, Step, sample
@@ -31,7 +33,7 @@ GIVEN = 2
 
 
 @pytest.fixture(scope="module")
-def model() -> LongCatTransformer:
+def model() -> OptimizedTransformer:
     config = ModelConfig.from_json(GOLDEN / "config.json")
     return load_transformer(GOLDEN / "dit.safetensors", config=config, optimizations=Optimizations(attention="sdpa"))
 
@@ -56,7 +58,7 @@ def given() -> Tensor:
     return seeded_noise((1, 16, GIVEN, *SHAPE[3:]), 99)
 
 
-def run(model: LongCatTransformer, noise: Tensor, text: dict[str, Tensor], steps: int = STEPS, **options) -> Tensor:
+def run(model: OptimizedTransformer, noise: Tensor, text: dict[str, Tensor], steps: int = STEPS, **options) -> Tensor:
     return sample(model, noise, make_schedule("base", steps), **{**text, **options})
 
 
@@ -317,17 +319,17 @@ def test_halves_of_guidance_one_after_the_other(model, text, given, cache, maske
 class Short:
     """Runs out of memory at the named forwards, counted over all."""
 
-    def __init__(self, model: LongCatTransformer, monkeypatch: pytest.MonkeyPatch, *fails: int) -> None:
+    def __init__(self, model: OptimizedTransformer, monkeypatch: pytest.MonkeyPatch, *fails: int) -> None:
         self.calls, self.asked = 0, 0
-        forward = LongCatTransformer.forward
+        forward = OptimizedTransformer.forward
 
-        def limited(model: LongCatTransformer, *args: object, **options: object) -> Tensor:
+        def limited(model: OptimizedTransformer, *args: object, **options: object) -> Tensor:
             self.calls += 1
             if self.calls - 1 in fails:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return forward(model, *args, **options)
 
-        monkeypatch.setattr(LongCatTransformer, "forward", limited)
+        monkeypatch.setattr(OptimizedTransformer, "forward", limited)
 
     def room(self) -> bool:
         self.asked += 1

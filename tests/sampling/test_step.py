@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from longcat_core.model.config import Optimizations
 from longcat_core.optimize.compilation import Regional
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling import step
 from longcat_core.sampling.guidance import cfg_zero
 from longcat_core.sampling.step import euler_step, guide, take_step

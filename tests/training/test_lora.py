@@ -23,7 +23,7 @@ from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
 from longcat_core.files import media
 from longcat_core.files.safetensors_io import read_metadata, read_tensors, write_safetensors
-from longcat_core.model.config import Optimizations
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.training import lora as train_lora
 from longcat_core.training.clips import find_clips
 from longcat_core.training.lora import LAYERS, LoraTrainer, Recipe

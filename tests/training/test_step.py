@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
-from longcat_core.model.config import ModelConfig, Optimizations
-from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.model.config import ModelConfig
 from longcat_core.nano.autoencoder import decode_whole, encode_whole, moments, new_autoencoder, recolour
 from longcat_core.nano.train import TEXT_LENGTH, Lesson, Trainer
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.training.step import WeightAverage, drop_text, flow_matching_loss, initialise, sample_sigmas
 
@@ -27,7 +28,7 @@ SHAPE = (2, 16, 3, 4, 6)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LongCatTransformer:
+def loaded() -> OptimizedTransformer:
     return load_transformer(GOLDEN / "dit.safetensors", config=CONFIG, optimizations=Optimizations(attention="sdpa"))
 
 
@@ -38,15 +39,15 @@ def text() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def fresh() -> LongCatTransformer:
+def fresh() -> OptimizedTransformer:
     """New weights, to be trained."""
     torch.manual_seed(0)
-    model = LongCatTransformer(CONFIG, Optimizations(attention="sdpa"))
+    model = OptimizedTransformer(CONFIG, Optimizations(attention="sdpa"))
     initialise(model)
     return model
 
 
-def loss_of(model: LongCatTransformer, text: dict[str, Tensor], latents: Tensor, noise: Tensor, **options: Any) -> Any:
+def loss_of(model: OptimizedTransformer, text: dict[str, Tensor], latents: Tensor, noise: Tensor, **options: Any) -> Any:
     return flow_matching_loss(model, latents, torch.tensor([0.9, 0.4]), **text, noise=noise, **options)
 
 
@@ -207,7 +208,7 @@ LENGTHS = (4, 6)
 
 def new_trainer() -> Trainer:
     torch.manual_seed(0)
-    model = LongCatTransformer(CONFIG, Optimizations(attention="sdpa")).train()
+    model = OptimizedTransformer(CONFIG, Optimizations(attention="sdpa")).train()
     model.load_state_dict(load_transformer(GOLDEN / "dit.safetensors", config=CONFIG).state_dict())
     return Trainer(model, CPU)
 

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.model import transformer
-from longcat_core.model.attention import RMSNorm
-from longcat_core.model.config import ModelConfig, Optimizations
+from longcat_core.model.config import ModelConfig
+from longcat_core.model.layers import RMSNorm
 from longcat_core.model.rope import apply_rope, rope_table
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
 from longcat_core.optimize.quantization import quantize
+from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")

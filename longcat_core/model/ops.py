@@ -1,0 +1,158 @@
+"""The operations that the network is written against, and their definition in plain PyTorch.
+
+A block asks an `Ops` for attention, attention to text, norms, SwiGLU and gated residuals. Whatever makes the network
+fast, sparse, quantized or distributed is another `Ops`, installed from outside; `PlainOps` says what each of them must
+compute, and tests compare the others with it.
+
+Shapes: x, update [B, T, S, C] with S = H*W; gate, scale, shift [B or 1, T or 1, 1, C] fp32; q, k, v [B, N, heads,
+head_dim]. `reader` is the linear layer that reads a result: an `Ops` may hand the result over in a form that only this
+layer takes, such as 8-bit rows with scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import LayerNorm, RMSNorm, gated, modulate
+from .rope import apply_rope
+from .text import BlockText, TextForm, TextTokens
+
+# A tensor [.., C], or what the layer that reads it takes in its place.
+Activations = Any
+Rope = tuple[Tensor, Tensor]
+T = TypeVar("T")
+
+
+class Once(Generic[T]):
+    """Holds activations for their only reader, which takes them out so that they are freed while it runs."""
+
+    def __init__(self, value: T) -> None:
+        self.value: T | None = value
+
+    def take(self) -> T:
+        value, self.value = self.value, None
+        return value
+
+
+class Ops(Protocol):
+    """What the network asks for; see `PlainOps` for what each method computes."""
+
+    def fp32_region(self, device: torch.device) -> AbstractContextManager: ...
+
+    def linear(self, layer: nn.Module, x: Activations) -> Tensor: ...
+
+    def project(self, layer: nn.Module, x: Activations, parts: int) -> tuple[Tensor, ...]: ...
+
+    def norm_modulate(
+        self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, reader: nn.Module
+    ) -> tuple[Tensor, Activations]: ...
+
+    def residual_norm(
+        self, x: Tensor, update: Once[Tensor], gate: Tensor, norm: LayerNorm, skip: int, reader: nn.Module
+    ) -> tuple[Tensor, Activations]: ...
+
+    def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor: ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations: ...
+
+    def text_form(self, text: TextTokens, batch: int) -> TextForm: ...
+
+    def attend_text(
+        self, q: Tensor, norm: RMSNorm, k: Tensor, v: Tensor, text: BlockText, reader: nn.Module
+    ) -> Activations: ...
+
+    def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor: ...
+
+    def feed_forward(
+        self, x: Tensor, h: Activations, gate: Tensor, gate_up: nn.Module, down: nn.Module
+    ) -> Tensor: ...
+
+    def modulated_fp32(
+        self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]
+    ) -> Tensor: ...
+
+
+class PlainOps:
+    """The definition of every operation, in plain PyTorch, on any device, with gradients."""
+
+    def fp32_region(self, device: torch.device) -> AbstractContextManager:
+        """The context in which the fp32 islands (time embedding, modulation, norms, gates) are computed."""
+        return nullcontext()
+
+    def linear(self, layer: nn.Module, x: Activations) -> Tensor:
+        """layer(x): [.., C_in] -> [.., C_out]."""
+        return layer(x)
+
+    def project(self, layer: nn.Module, x: Activations, parts: int) -> tuple[Tensor, ...]:
+        """`parts` equal slices of a fused projection of x [.., C_in], each [.., C_out/parts]."""
+        return self.linear(layer, x).chunk(parts, dim=-1)
+
+    def norm_modulate(
+        self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, reader: nn.Module
+    ) -> tuple[Tensor, Activations]:
+        """x + gate * update (no update: x; no gate: 1), and LayerNorm of that, times 1 + scale, plus shift."""
+        with self.fp32_region(x.device):
+            if update is not None:
+                x = x + update if gate is None else gated(x, update, gate)
+            return x, modulate(x, shift, scale)
+
+    def residual_norm(
+        self, x: Tensor, update: Once[Tensor], gate: Tensor, norm: LayerNorm, skip: int, reader: nn.Module
+    ) -> tuple[Tensor, Activations]:
+        """x + gate * update, and `norm` of that without its first `skip` frames."""
+        with self.fp32_region(x.device):
+            x = gated(x, update.take(), gate)
+        return x, norm(x[:, skip:])
+
+    def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
+        """RMSNorm over head_dim, then RoPE by tables [N, head_dim/2] (None: the norm alone). x may be overwritten."""
+        x = norm(x)
+        return x if rope is None else apply_rope(x, *rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations:
+        """softmax(q k^T / sqrt(head_dim)) v without a mask: q [B, Nq, ..], k and v [B, Nk, ..] -> [B, Nq, C]."""
+        return attend_with_bias(q, k, v, None).flatten(-2)
+
+    def text_form(self, text: TextTokens, batch: int) -> TextForm:
+        """How `attend_text` reads a text of 1 or `batch` samples."""
+        full = text.expand(batch)
+        return TextForm(lambda rows: rows.expand(batch, *rows.shape[1:]).contiguous(), full.bias)
+
+    def attend_text(
+        self, q: Tensor, norm: RMSNorm, k: Tensor, v: Tensor, text: BlockText, reader: nn.Module
+    ) -> Activations:
+        """Attention of norm(q) [B, N, ..] over a text's keys and values [B, M, ..], with its bias -> [B, N, C]."""
+        return attend_with_bias(self.norm_rope(q, norm, None), k, v, text.bias).flatten(-2)
+
+    def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
+        """down(silu(gate) * up) with gate and up the halves of gate_up(x) (arXiv 2002.05202)."""
+        gate, up = self.linear(gate_up, x).chunk(2, dim=-1)
+        return self.linear(down, F.silu(gate) * up)
+
+    def feed_forward(self, x: Tensor, h: Activations, gate: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
+        """x + gate * swiglu(h). Without gradients the result may be written into x."""
+        update = self.swiglu(gate_up, down, h)
+        with self.fp32_region(x.device):
+            return gated(x, update, gate)
+
+    def modulated_fp32(
+        self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """project(LayerNorm(x) * (1 + scale) + shift), all in fp32: the final layer. -> [B, T, S, C_out] fp32."""
+        return project(modulate(x.float(), shift, scale))
+
+
+PLAIN = PlainOps()
+
+
+def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """SDPA over [B, N, heads, head_dim] with a bias [B, 1, 1, M] on the logits, or None."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

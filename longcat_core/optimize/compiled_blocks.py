@@ -1,0 +1,61 @@
+"""Blocks under torch.compile: which inputs make a graph of their own, and which sizes are symbolic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from ..model.block import Block, run_block
+from ..model.ops import Rope
+from ..model.text import BlockText
+from . import attention
+from .compilation import Regional
+from .fused import TorchOps
+
+# One graph of a block serves all blocks of all networks of a process.
+COMPILED_BLOCK = Regional(run_block, "the transformer block")
+
+
+def compiled_call(
+    compiled: Regional, ops: TorchOps, grid: Sequence[int], announce: Callable[[str], None]
+) -> Callable[..., Tensor]:
+    """`run_block` through `compiled`, for tokens of this grid (frames, tokens of a frame)."""
+    known = attention.is_known(ops.kernels.attend)
+    within = ops if known else ops.with_kernels(attend=attention.attend_foreign, quantised=None)
+
+    def call(
+        block: Block,
+        x: Tensor,
+        temb: Tensor,
+        text: BlockText | None,
+        rope: Rope,
+        cached: tuple[Tensor, Tensor] | None,
+        ops: TorchOps,
+        num_cond: int,
+        *keep: Any,
+    ) -> Tensor:
+        frames = temb.shape[1]
+        kind = x.shape[0], temb.shape[0], frames == 1, cached is None, num_cond, x.dtype, x.device, within
+        size = grid, None if cached is None else cached[0].shape[1]
+        sized = [(x, (1, 2)), *((table, (0,)) for table in rope), *((part, (1,)) for part in cached or ())]
+        if frames > 1:
+            sized.append((temb, (1,)))
+        varying = []
+        if text is not None and text.bias is not None:
+            varying = [*((rows, (1,)) for rows in text.keys or (text.tokens,)), (text.bias, (3,))]
+            if text.packing is not None:
+                varying.append((text.packing.rows, (0,)))
+        with nullcontext() if known else attention.foreign_kernel(ops.kernels.attend):
+            return compiled(
+                *(block, x, temb, text, rope, cached, within, num_cond, *keep),
+                kind=kind,
+                size=size,
+                varying=varying,
+                sized=sized,
+                announce=announce,
+            )
+
+    return call

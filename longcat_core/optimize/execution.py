@@ -1,0 +1,402 @@
+"""How a network runs: switches become an `Ops`, a token layout, a KV cache and a way of calling each block.
+
+An `Execution` changes nothing in the network, so several of them can share one: each clone of a ComfyUI MODEL has its
+own. `OptimizedTransformer` is a network with the execution that belongs to it, for use without ComfyUI.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LongCatError
+from ..model.block import Block, run_block
+from ..model.config import ModelConfig
+from ..model.kv_cache import Filling, KVCache
+from ..model.text import TextTokens, arrange_text
+from ..model.transformer import BlockCache, FrameLayout, LongCatTransformer, NoCache, Run, Shared
+from . import attention
+from .block_sparse import BlockSparse, ChunkedLayout, with_block_sparse
+from .compilation import Regional
+from .compiled_blocks import COMPILED_BLOCK, compiled_call
+from .fused import FusedOps, OpSwitches, TorchOps, ffn_pieces, sliceable
+from .guard import is_spoilt, lossy_switches
+from .kernels.elementwise import usable as kernels_usable
+from .kernels.text_attention import refuses as text_attention_refuses
+from .kv_offload import OffloadableKVCache
+from .recomputation import recomputed
+from .streaming import BlockStream, streamed
+from .switches import Optimizations
+from .text_keys import KeptTexts, NoText, TokenTexts
+
+# Called as around_block(i, run, tokens) with tokens [B, T, S, C]; run(tokens) is block i. Returns tokens.
+AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+class Execution:
+    """One network under one set of switches.
+
+    optimizations: the switches in force. asked: those that were asked for, which stay where a lossy one is given up.
+    block_sparse: self-attention of videos block by block, which changes the output; None: in full. stream: where the
+    weights of some blocks wait in CPU memory; None: all lie on the device. announce: receives sentences for the user,
+    when compiling begins or a lossy switch is given up.
+    """
+
+    def __init__(
+        self,
+        network: LongCatTransformer,
+        optimizations: Optimizations | None = None,
+        *,
+        block_sparse: BlockSparse | None = None,
+        dtype: torch.dtype | None = None,
+        sliceable: Callable[[nn.Module, Tensor], bool] = sliceable,
+        uncompiled: Callable[[Block, torch.device], bool] | None = None,
+        announce: Callable[[str], None] = _warn,
+    ) -> None:
+        """dtype: of activations; None: the network's. sliceable: see `optimize.fused`. uncompiled: tells of a block and
+        the device of its tokens that it must not be compiled; None: all may be.
+        """
+        self.network, self.block_sparse, self.sliceable = network, block_sparse, sliceable
+        self.uncompiled, self.announce, self._dtype = uncompiled, announce, dtype
+        self.stream: BlockStream | None = None
+        self.compiled_block: Regional = COMPILED_BLOCK
+        self.set_optimizations(optimizations or Optimizations())
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return self._dtype or self.network.dtype
+
+    def set_optimizations(self, optimizations: Optimizations) -> None:
+        """Switch how the network runs; weights stay as they are.
+
+        Raises BackendUnavailable for an attention backend that this machine lacks, and changes nothing then.
+        """
+        attention.check(optimizations.attention)
+        self.asked = self.optimizations = optimizations
+        self._trusted = False
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether there are 8-bit layers, the owner's or those of `optimize.quantization`."""
+        return any(getattr(module, "eight_bit", False) for module in self.network.blocks.modules())
+
+    def stream_blocks(self, device: torch.device | str, streamed: Iterable[int]) -> None:
+        """Keep these blocks' weights in CPU memory until they run on `device`, in addition to those kept there already.
+
+        No gradients from then on. The other weights must lie on the device.
+        """
+        if self.stream is None:
+            # Keys of the text are made once for a prompt.
+            late = "cross_attn.kv."
+            self.stream = BlockStream(self.network.blocks, device, streamed, lambda name: name.startswith(late))
+        else:
+            self.stream.extend(streamed)
+
+    def embed_text(self, context: Tensor, mask: Tensor | None = None, length: int | None = None) -> TextTokens:
+        """Text for every block, computed once per prompt.
+
+        context [B, L, caption]; mask [B, L] (1: real token) or None: all are real; length: tokens with all padding,
+        where context was cut to fewer.
+        """
+        mode, zero_pad = self.optimizations.text_mode, self.config.text_tokens_zero_pad
+        context = context.to(self.compute_dtype)
+        return arrange_text(context, mask, mode, zero_pad, self.network.embed_tokens, length)
+
+    def choose_kernels(self, device: torch.device) -> attention.Kernels:
+        """The kernels that `optimizations` name, for tensors on `device`."""
+        inputs = attention.Inputs(device, self._active_dtype(device), self.config.head_dim, self._learns())
+        return attention.resolve_kernels(self.optimizations.attention, inputs)
+
+    def own_kernels(self, x: Tensor) -> bool:
+        """Whether the element-wise work on activations like x goes through kernels of our own."""
+        # They are explicit fp32 throughout: they cannot stand for autocast regions.
+        return self.optimizations.fused_kernels and self.optimizations.explicit_fp32 and kernels_usable(x)
+
+    def own_text_kernel(self, x: Tensor, text: TextTokens) -> bool:
+        """Whether attention from activations like x to a text goes through a kernel of our own."""
+        wanted = self.optimizations.fused_text and self.own_kernels(x)
+        return wanted and not text_attention_refuses(x, self.config.head_dim, text.tokens.shape[1])
+
+    def new_kv_cache(
+        self, num_latents: int, height: int, width: int, batch: int = 1, device: torch.device | str | None = None
+    ) -> KVCache:
+        """An empty cache for `num_latents` conditioning frames of `height` x `width` latents, beside the weights."""
+        _, ph, pw = self.config.patch_size
+        device = self.network.patch_embed.weight.device if device is None else device
+        grid = (num_latents, height // ph, width // pw)
+        return OffloadableKVCache(self.config, *grid, batch=batch, dtype=self.compute_dtype, device=device)
+
+    def fill_kv_cache(
+        self,
+        cond_latents: Tensor,
+        device: torch.device | str | None = None,
+        kernels: attention.Kernels | None = None,
+    ) -> KVCache:
+        """One pass over clean latents [B, C, n, H, W] at timestep 0 and without text; returns the filled cache.
+
+        What the network returns for these frames is kept in it as `out`.
+
+        device: where the cache shall live; None: beside the latents. kernels: see `__call__`.
+        """
+        device = torch.device(device or cond_latents.device)
+        cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0], device=device)
+        timesteps = cond_latents.new_zeros(cond_latents.shape[0])
+        cache.out = self(cond_latents, timesteps, None, fill=cache, kernels=kernels)
+        cache.rotate(cond_latents.device)
+        return cache
+
+    def __call__(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | TextTokens | None,
+        mask: Tensor | None = None,
+        *,
+        num_cond_latents: int = 0,
+        kv_cache: KVCache | None = None,
+        fill: KVCache | None = None,
+        kernels: attention.Kernels | None = None,
+        around_block: AroundBlock | None = None,
+    ) -> Tensor:
+        """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32; see `LongCatTransformer.forward`.
+
+        context: text [B, L, caption] with mask [B, L] (1: real), or the result of `embed_text`; None leaves
+        cross-attention out. kv_cache: of clean frames that stand in front of x and are not part of it. fill: a cache
+        that receives this pass's keys (before RoPE) and values. kernels: instead of those that the optimizations name.
+        around_block: called in place of every block. With `block_sparse` set, blocks see tokens chunk after chunk, in
+        slabs instead of frames.
+        """
+        text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
+        if text is not None and text.tokens.shape[0] not in (1, x.shape[0]):
+            raise LongCatError(f"{text.tokens.shape[0]} texts for {x.shape[0]} videos; give one, or one for each")
+        grad = self._learns(x, *(() if text is None else (text.tokens,)))
+        if grad and self.stream is not None:
+            raise LongCatError("streamed blocks have no backward pass; train with the whole model on the device")
+        chosen = kernels or self.choose_kernels(x.device)
+        cache: BlockCache = NoCache()
+        if kv_cache is not None:
+            kv_cache.rotate()
+            cache = kv_cache
+        layout, chosen = self._layout(x, num_cond_latents, cache.num_latents, fill is not None, chosen)
+        if fill is not None:
+            cache = Filling(fill, layout.restore_rows)
+        sizes = layout.sizes(self._grid(x))
+        ops = self._ops(x, text, chosen, sizes, grad)
+        texts = self._texts(text, ops, x.shape[0], kept=context is text and not grad)
+        out = LongCatTransformer.forward(
+            self.network,
+            x.to(self.compute_dtype),
+            self._timesteps(timestep, x),
+            texts,
+            ops,
+            num_cond_latents=num_cond_latents,
+            cache=layout.cached(cache),
+            layout=layout,
+            run=self._run(ops, texts, sizes, grad, fill is not None, around_block),
+        )
+        if self._trusted or grad or torch.compiler.is_compiling():
+            return out
+        # A cache that is being filled is checked by itself, and does not stand for the first step.
+        self._trusted = fill is None
+        if not self._give_up(out):
+            return out
+        del out
+        again = {"num_cond_latents": num_cond_latents, "kv_cache": kv_cache, "fill": fill, "around_block": around_block}
+        kernels = None if kernels is None else self.choose_kernels(x.device)
+        return self(x, timestep, context, mask, kernels=kernels, **again)
+
+    def _give_up(self, out: Tensor) -> bool:
+        """Check the first output [B, ...] under lossy switches; if it is spoilt, take one of them back and say so."""
+        lossy = lossy_switches(self.optimizations, self.eight_bit)
+        if not lossy or not is_spoilt(out):
+            return False
+        what, rest = lossy[0]
+        asked = self.asked
+        self.set_optimizations(rest)
+        self.asked = asked
+        self.announce(f"{what} gave NaN or a black picture at the first step; going on without it")
+        return True
+
+    def _learns(self, *inputs: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.network.parameters()))
+
+    def _active_dtype(self, device: torch.device) -> torch.dtype:
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else self.compute_dtype
+
+    def _grid(self, x: Tensor) -> tuple[int, int, int]:
+        return tuple(size // step for size, step in zip(x.shape[2:], self.config.patch_size, strict=True))
+
+    def _layout(
+        self, x: Tensor, num_cond: int, start: int, filling: bool, kernels: attention.Kernels
+    ) -> tuple[FrameLayout, attention.Kernels]:
+        """The order of tokens, and the kernels for it. start: cached frames in front of x."""
+        grid = self._grid(x)
+        # A cache is filled for noise frames to come, so the frames are more than one then.
+        if self.block_sparse is None or not BlockSparse.applies(start + grid[0] + filling):
+            return FrameLayout(), kernels
+        layout = ChunkedLayout.of(grid, self.block_sparse, num_cond, start, x.device)
+        return layout, with_block_sparse(kernels, layout.keys, self.block_sparse)
+
+    def _timesteps(self, timestep: Tensor, x: Tensor) -> Tensor:
+        timestep = timestep[:, None] if timestep.ndim == 1 else timestep
+        if self.optimizations.reuse_modulation or timestep.shape[0] not in (1, len(x)):
+            return timestep
+        return timestep if timestep.shape[1] not in (1, x.shape[2]) else timestep.expand(len(x), x.shape[2])
+
+    def _ops(
+        self, x: Tensor, text: TextTokens | None, kernels: attention.Kernels, sizes: tuple[int, int], grad: bool
+    ) -> TorchOps:
+        """The operations of one pass. sizes: frames or slabs, and the tokens of each."""
+        chosen = self.optimizations
+        like = x.new_empty(0, dtype=self._active_dtype(x.device))
+        own = not grad and self.own_kernels(like)
+        pieces = 0 if grad else ffn_pieces(self.config, len(x), *sizes, like.element_size())
+        fused_text = own and text is not None and self.own_text_kernel(like, text)
+        numerics = chosen.fused_qkv, chosen.fused_ffn, chosen.explicit_fp32, chosen.fp8
+        return (FusedOps if own else TorchOps)(kernels, OpSwitches(*numerics, pieces, fused_text), self.sliceable)
+
+    def _texts(
+        self, text: TextTokens | None, ops: TorchOps, batch: int, kept: bool
+    ) -> NoText | TokenTexts | KeptTexts:
+        """What blocks attend to. kept: `text` will be here at the next step."""
+        if text is None:
+            return NoText()
+        form = ops.text_form(text, batch)
+        if not (kept and self.optimizations.reuse_text) or torch.compiler.is_compiling():
+            return TokenTexts(text, form)
+        how = self.optimizations.fused_qkv, self.optimizations.fp8
+        return KeptTexts(text, form, self.network.blocks, ops, how)
+
+    def _run(
+        self,
+        ops: TorchOps,
+        texts: NoText | TokenTexts | KeptTexts,
+        sizes: tuple[int, int],
+        grad: bool,
+        filling: bool,
+        around_block: AroundBlock | None,
+    ) -> Run:
+        """How a block is called, from the inside out: compiled, recomputed, under a hook, streamed."""
+        call = run_block
+        if self.optimizations.compile == "blocks" and not filling and not torch.compiler.is_compiling():
+            call = compiled_call(self.compiled_block, ops, sizes, self.announce)
+            call = call if self.uncompiled is None else _unless(self.uncompiled, call)
+        if self.optimizations.gradient_checkpointing and grad:
+            call = recomputed(call)
+
+        def run(i: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
+            return call(block, x, *shared.of(i, x))
+
+        run = run if around_block is None else _hooked(run, around_block)
+        return run if self.stream is None else streamed(run, self.stream, texts.need_weights)
+
+
+def _unless(
+    uncompiled: Callable[[Block, torch.device], bool], compiled: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    def call(block: Block, x: Tensor, *args: Any) -> Tensor:
+        return (run_block if uncompiled(block, x.device) else compiled)(block, x, *args)
+
+    return call
+
+
+def _hooked(run: Run, around_block: AroundBlock) -> Run:
+    def hooked(i: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
+        return around_block(i, lambda tokens: run(i, block, tokens, shared), x)
+
+    return hooked
+
+
+def _of_execution(name: str) -> property:
+    def get(self: OptimizedTransformer) -> Any:
+        return getattr(self.execution, name)
+
+    def put(self: OptimizedTransformer, value: Any) -> None:
+        setattr(self.execution, name, value)
+
+    return property(get, put, doc=f"`Execution.{name}`.")
+
+
+class OptimizedTransformer(LongCatTransformer):
+    """A network together with its own `Execution`; called with latents, timesteps and text like the execution."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizations: Optimizations | None = None,
+        *,
+        operations: Any = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(config, operations=operations, dtype=dtype, device=device)
+        # Past nn.Module's registration: the execution holds this network.
+        self.__dict__["execution"] = Execution(
+            self, optimizations, sliceable=getattr(operations, "sliceable", sliceable)
+        )
+
+    optimizations = _of_execution("optimizations")
+    asked = _of_execution("asked")
+    block_sparse = _of_execution("block_sparse")
+    stream = _of_execution("stream")
+    announce = _of_execution("announce")
+    compiled_block = _of_execution("compiled_block")
+
+    @property
+    def network(self) -> LongCatTransformer:
+        """The network itself, for whoever reads or writes weights."""
+        return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.execution.compute_dtype
+
+    @property
+    def eight_bit(self) -> bool:
+        return self.execution.eight_bit
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Execution.__call__`."""
+        return self.execution(*args, **kwargs)
+
+    def set_optimizations(self, optimizations: Optimizations) -> None:
+        """See `Execution.set_optimizations`."""
+        self.execution.set_optimizations(optimizations)
+
+    def stream_blocks(self, device: torch.device | str, streamed: Sequence[int]) -> None:
+        """See `Execution.stream_blocks`."""
+        self.execution.stream_blocks(device, streamed)
+
+    def embed_text(self, context: Tensor, mask: Tensor | None = None, length: int | None = None) -> TextTokens:
+        """See `Execution.embed_text`."""
+        return self.execution.embed_text(context, mask, length)
+
+    def choose_kernels(self, device: torch.device) -> attention.Kernels:
+        """See `Execution.choose_kernels`."""
+        return self.execution.choose_kernels(device)
+
+    def own_text_kernel(self, x: Tensor, text: TextTokens) -> bool:
+        """See `Execution.own_text_kernel`."""
+        return self.execution.own_text_kernel(x, text)
+
+    def new_kv_cache(self, *args: Any, **kwargs: Any) -> KVCache:
+        """See `Execution.new_kv_cache`."""
+        return self.execution.new_kv_cache(*args, **kwargs)
+
+    def fill_kv_cache(self, *args: Any, **kwargs: Any) -> KVCache:
+        """See `Execution.fill_kv_cache`."""
+        return self.execution.fill_kv_cache(*args, **kwargs)

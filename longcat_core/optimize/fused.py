@@ -1,0 +1,268 @@
+"""The operations of the network as they are run: by PyTorch under the switches, or by kernels of our own.
+
+`TorchOps` adds to `model.ops.PlainOps` what needs no Triton: an attention backend, slices of fused weights, autocast
+regions, 8-bit layers multiplied out, and a feed-forward cut into pieces. `FusedOps` replaces its element-wise regions
+by Triton kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model.config import ModelConfig
+from ..model.layers import LayerNorm, RMSNorm, gated, modulate
+from ..model.ops import Activations, Once, PlainOps, Rope, attend_with_bias
+from ..model.text import BlockText, Packing, TextForm, TextTokens, unfold_padding
+from .attention import AttendVarlen, Kernels, Varlen
+from .kernels import elementwise
+from .kernels.elementwise import Quantised
+from .kernels.text_attention import text_attention
+
+
+class OpSwitches(NamedTuple):
+    """The constants of a block's forward pass: each set of them is one graph where blocks are compiled.
+
+    pieces: into how many runs of frames the feed-forward and the final layer cut each sample; 0: all samples at once.
+    fused_text: attention to text by `kernels.text_attention`, in `FusedOps` only. The others: see `Optimizations`.
+    """
+
+    fused_qkv: bool = True
+    fused_ffn: bool = True
+    explicit_fp32: bool = True
+    fp8: bool = True
+    pieces: int = 0
+    fused_text: bool = False
+
+
+def sliceable(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a slice of the layer's weight may multiply x alone.
+
+    Layers that are more than a plain nn.Linear (streamed, quantized or patched by their owner) must run whole.
+    """
+    return type(layer) is nn.Linear
+
+
+def takes_quantised(layer: nn.Module) -> bool:
+    """Whether the layer's input may come as e4m3 already, row by row."""
+    return getattr(layer, "takes_quantised", False)
+
+
+def _sliced(layer: nn.Module, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """One GEMM per slice of the same weight, so that the switch needs no other weights."""
+    biases = (None,) * parts if layer.bias is None else layer.bias.chunk(parts)
+    return tuple(F.linear(x, w, b) for w, b in zip(layer.weight.chunk(parts), biases, strict=True))
+
+
+class TorchOps(PlainOps):
+    """`PlainOps` under the switches, in PyTorch: the same mathematics."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        switches: OpSwitches | None = None,
+        sliceable: Callable[[nn.Module, Tensor], bool] = sliceable,
+    ) -> None:
+        """sliceable: tells whether a slice of a layer's weight may be used alone; see `sliceable` above."""
+        self.kernels, self.switches, self.sliceable = kernels, switches or OpSwitches(), sliceable
+
+    def _key(self) -> tuple:
+        return type(self), self.kernels, self.switches, self.sliceable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TorchOps) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def with_kernels(self, **kernels: Any) -> TorchOps:
+        """The same with other kernels."""
+        return type(self)(self.kernels._replace(**kernels), self.switches, self.sliceable)
+
+    def fp32_region(self, device: torch.device) -> AbstractContextManager:
+        # Autocast to fp32 exists on CUDA only; elsewhere the explicit casts serve both settings of the switch.
+        explicit = self.switches.explicit_fp32 or device.type != "cuda"
+        return nullcontext() if explicit else torch.autocast("cuda", dtype=torch.float32)
+
+    def linear(self, layer: nn.Module, x: Activations) -> Tensor:
+        wide = not self.switches.fp8 and getattr(layer, "eight_bit", False)
+        return layer(x, fp8=False) if wide else layer(x)
+
+    def project(self, layer: nn.Module, x: Activations, parts: int) -> tuple[Tensor, ...]:
+        whole = self.switches.fused_qkv or not self.sliceable(layer, x)
+        return super().project(layer, x, parts) if whole else _sliced(layer, x, parts)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations:
+        return self.kernels.attend(q, k, v).flatten(-2)
+
+    def text_form(self, text: TextTokens, batch: int) -> TextForm:
+        bias, packing, length = text.bias, None, None
+        if self.kernels.text is not None and text.pad_counts is not None and not self.switches.fused_text:
+            # Written out, folded padding needs no bias, which only slow kernels know.
+            length, bias = text.length, None
+        elif bias is not None:
+            full = text.expand(batch)
+            bias = full.bias
+            packed = self.kernels.varlen is not None and full.lengths is not None and min(full.lengths) > 0
+            packing = full.packing() if packed and not self.switches.fused_text else None
+
+        def rows(rows: Tensor) -> Tensor:
+            rows = rows if length is None else unfold_padding(rows, length)
+            return rows.expand(batch, *rows.shape[1:]).contiguous()
+
+        return TextForm(rows, bias, packing)
+
+    def attend_text(
+        self, q: Tensor, norm: RMSNorm, k: Tensor, v: Tensor, text: BlockText, reader: nn.Module
+    ) -> Activations:
+        q = self.norm_rope(q, norm, None)
+        if text.packing is not None:
+            out = attend_packed(self.kernels.varlen, q, k, v, text.packing)
+        elif text.bias is not None:
+            out = attend_with_bias(q, k, v, text.bias)
+        else:
+            out = (self.kernels.text or self.kernels.attend)(q, k, v)
+        return out.flatten(-2)
+
+    def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
+        if self.switches.fused_ffn or not self.sliceable(gate_up, x):
+            return super().swiglu(gate_up, down, x)
+        gate, up = _sliced(gate_up, x, 2)
+        return self.linear(down, F.silu(gate) * up)
+
+    def feed_forward(self, x: Tensor, h: Activations, gate: Tensor, gate_up: nn.Module, down: nn.Module) -> Tensor:
+        if not self.switches.pieces:
+            return self._add(x, self.swiglu(gate_up, down, h), gate)
+        outs = []
+        for piece in cut(x, self.switches.pieces):
+            own, update = part(x, *piece), self.swiglu(gate_up, down, part(h, *piece))
+            out = self._add(own, update, part(gate, *piece))
+            if torch.compiler.is_compiling():
+                # A graph must not write into slices; its compiler makes the pieces where they belong.
+                outs.append(out.flatten(0, 2))
+            elif out is not own:
+                own.copy_(out)
+            del own, update, out
+        return torch.cat(outs).view_as(x) if outs else x
+
+    def _add(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        """x + gate * update, as a new tensor or in x."""
+        with self.fp32_region(x.device):
+            return gated(x, update, gate)
+
+    def modulated_fp32(
+        self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        if not self.switches.pieces:
+            return super().modulated_fp32(x, scale, shift, project)
+        # In fp32 the whole would be the largest tensor of all.
+        outs = []
+        for piece in cut(x, self.switches.pieces):
+            h = modulate(part(x, *piece).float(), part(shift, *piece), part(scale, *piece))
+            outs.append(project(h).flatten(0, 2))
+        return torch.cat(outs).view(*x.shape[:3], -1)
+
+
+class FusedOps(TorchOps):
+    """`TorchOps` with the element-wise regions in Triton (`kernels.elementwise`), on CUDA, 16 bits, no gradients."""
+
+    def _quantised(self, reader: nn.Module | None) -> bool:
+        """Whether the layer that reads a result takes it as 8-bit rows."""
+        return self.switches.fp8 and reader is not None and takes_quantised(reader)
+
+    def norm_modulate(
+        self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, reader: nn.Module
+    ) -> tuple[Tensor, Activations]:
+        fp8 = self._quantised(reader)
+        return elementwise.residual_norm(x, update, gate, scale, shift, one_plus=True, fp8=fp8)
+
+    def residual_norm(
+        self, x: Tensor, update: Once[Tensor], gate: Tensor, norm: LayerNorm, skip: int, reader: nn.Module
+    ) -> tuple[Tensor, Activations]:
+        if skip:
+            return super().residual_norm(x, update, gate, norm, skip, reader)
+        weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
+        return elementwise.residual_norm(x, update.take(), gate, weight, bias, fp8=self._quantised(reader))
+
+    def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
+        return elementwise.norm_rope(x, norm.weight.to(x.device), rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations:
+        if self.kernels.quantised and self._quantised(reader) and not torch.compiler.is_compiling():
+            # In graphs the kernel stands as an operator, which gives 16 bits.
+            return self.kernels.quantised(q, k, v)
+        return super().attend(q, k, v)
+
+    def attend_text(
+        self, q: Tensor, norm: RMSNorm, k: Tensor, v: Tensor, text: BlockText, reader: nn.Module
+    ) -> Activations:
+        if not self.switches.fused_text:
+            return super().attend_text(q, norm, k, v, text, reader)
+        return text_attention(q, norm.weight.to(q.device), k, v, text.bias, fp8=self._quantised(reader))
+
+    def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
+        if not self.switches.fused_ffn and self.sliceable(gate_up, x):
+            return super().swiglu(gate_up, down, x)
+        product = elementwise.gated_product(self.linear(gate_up, x), fp8=self._quantised(down))
+        return self.linear(down, product)
+
+    def _add(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super()._add(x, update, gate)
+        return elementwise.residual_(x, update, gate)
+
+
+# FFN intermediates of less than this are not worth cutting.
+_WHOLE_FFN_BYTES = 1 << 28
+# gate and up are 5.4 times the width of a token: a quarter of them at a time needs less than self-attention does.
+_PARTS = 4
+
+
+def ffn_pieces(config: ModelConfig, batch: int, frames: int, spatial: int, itemsize: int) -> int:
+    """`OpSwitches.pieces` for tokens [batch, frames, spatial, C] without gradients."""
+    if 2 * config.ffn_hidden * itemsize * batch * frames * spatial <= _WHOLE_FFN_BYTES:
+        return 0
+    return min(frames, math.ceil(_PARTS / batch))
+
+
+def cut(x: Tensor, pieces: int) -> list[tuple[int, int, int]]:
+    """(sample, first frame, frame after the last) of every piece of x [B, T, S, C], each contiguous if x is."""
+    frames = x.shape[1]
+    bounds = [(frames * i // pieces, frames * (i + 1) // pieces) for i in range(pieces)]
+    return [(b, *bound) for b in range(x.shape[0]) for bound in bounds]
+
+
+def part(x: Activations, sample: int, start: int, stop: int) -> Activations:
+    """One piece of tokens, or of a modulation [B or 1, T or 1, 1, C] that is shared by samples or frames."""
+    if isinstance(x, Quantised):
+        return Quantised(*(part(tensor, sample, start, stop) for tensor in x))
+    x = x[sample : sample + 1] if x.shape[0] > 1 else x
+    return x[:, start:stop] if x.shape[1] > 1 else x
+
+
+def attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Attend to the real tokens alone, then add the padding key from the log-sum-exp.
+
+    With weights w = exp(logit): (sum w_i v_i + n w_p v_p) / (sum w_i + n w_p) is a blend of the attended output and
+    v_p by sigmoid(ln n + logit_p - lse).
+    """
+    batch, tokens, heads, dim = q.shape
+    ends = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device, dtype=torch.int32)
+    # The longest text has every row but the padding's.
+    longest = k.shape[1] - (0 if packing.log_counts is None else 1)
+    real = (x.flatten(0, 1)[packing.rows] for x in (k, v))
+    out, lse = varlen(q.flatten(0, 1), *real, Varlen(ends, packing.ends, tokens, longest))
+    out = out.view(batch, tokens, heads, dim)
+    if packing.log_counts is None:
+        return out
+    k_pad, v_pad = k[:, -1:], v[:, -1:]
+    logit = (q.float() * k_pad.float()).sum(-1) * dim**-0.5
+    lse = lse.view(heads, batch, tokens).permute(1, 2, 0)
+    weight = torch.sigmoid(packing.log_counts[:, None, None] + logit - lse)[..., None]
+    return torch.lerp(out.float(), v_pad.float().expand_as(out), weight).to(q.dtype)
