@@ -11,20 +11,17 @@ from torch import Tensor, nn
 from .attention import CrossAttention, Keep, SelfAttention
 from .config import ModelConfig
 from .layers import LayerNorm, linear_fp32
-from .ops import Activations, Once, Ops, Rope
+from .ops import Once, Ops, Rope
 from .text import BlockText
 
 
 class FeedForward(nn.Module):
-    """The weights of a SwiGLU (arXiv 2002.05202), without biases; gate and up are one weight."""
+    """The weights of a SwiGLU (arXiv 2002.05202), without biases; gate and up are one weight. `Ops` computes it."""
 
     def __init__(self, dim: int, hidden: int, *, operations: Any, dtype: Any, device: Any) -> None:
         super().__init__()
         self.gate_up = operations.Linear(dim, 2 * hidden, bias=False, dtype=dtype, device=device)
         self.down = operations.Linear(hidden, dim, bias=False, dtype=dtype, device=device)
-
-    def forward(self, x: Activations, ops: Ops) -> Tensor:
-        return ops.swiglu(self.gate_up, self.down, x)
 
 
 class Block(nn.Module):

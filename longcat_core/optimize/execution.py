@@ -50,6 +50,8 @@ class Execution:
     when compiling begins or a lossy switch is given up.
     """
 
+    compiled_block: Regional = COMPILED_BLOCK
+
     def __init__(
         self,
         network: LongCatTransformer,
@@ -67,7 +69,6 @@ class Execution:
         self.network, self.block_sparse, self.sliceable = network, block_sparse, sliceable
         self.uncompiled, self.announce, self._dtype = uncompiled, announce, dtype
         self.stream: BlockStream | None = None
-        self.compiled_block: Regional = COMPILED_BLOCK
         self.set_optimizations(optimizations or Optimizations())
 
     @property

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longcat_core.errors import BackendUnavailable
+from longcat_core.model.ops import attend_with_bias
 from longcat_core.model.text import TextTokens, arrange_text
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.attention import BACKENDS, Inputs, Varlen
-from longcat_core.optimize.fused import _attend_biased, attend_packed
+from longcat_core.optimize.fused import attend_packed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -296,7 +297,7 @@ def test_packed_text_is_attended_like_biased_text(zero_pad, lengths):
         return [(x @ weights[i] + shift[i]).unflatten(-1, (heads, dim)) for i in range(2)]
 
     packed = attend_packed(plain_varlen, q, *keys_values(arranged.tokens), arranged.packing())
-    biased = _attend_biased(q, *keys_values(arranged.tokens), arranged.bias)
+    biased = attend_with_bias(q, *keys_values(arranged.tokens), arranged.bias)
     torch.testing.assert_close(packed, biased, atol=1e-5, rtol=1e-5)
 
     # And both like every position attended the plain way.

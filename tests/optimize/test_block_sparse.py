@@ -27,6 +27,7 @@ from longcat_core.optimize.block_sparse import (
     select_chunks,
     with_block_sparse,
 )
+from longcat_core.optimize.fused import TorchOps
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CPU = torch.device("cpu")
@@ -229,17 +230,18 @@ class LaidOut:
             )
             cache_layout = chunk_layout((cached_frames, *grid[1:]), settings.chunk, settings.query_chunk)
         tokens = layout.arrange(tokens).unflatten(1, (layout.slabs, -1))
-        temb = model._embed_time(timestep, *tokens.shape[:1], grid[0])
+        per_frame = timestep[:, None] if timestep.ndim == 1 else timestep
+        temb = model.embed_time(per_frame, x.dtype)
         temb = temb if temb.shape[1] == 1 else temb[:, layout.slab_frames]
         rope = chunked_rope_table(model.config.head_dim, layout, cached_frames, CPU)
-        kernels = with_block_sparse(model.choose_kernels(CPU), keys, settings)
+        ops = TorchOps(with_block_sparse(model.choose_kernels(CPU), keys, settings))
         text = model.embed_text(self.data["context"], self.data["mask"])
-        text = model._block_texts(text, False, len(x), kernels).of
+        text = ops.text_form(text, len(x)).tokens(text.tokens)
         for i, block in enumerate(model.blocks):
             cached = None if cache is None else tuple(map(cache_layout.arrange, cache.read(i, tokens)))
-            tokens = block(tokens, temb, text(i), rope, cached, kernels, How(), layout.cond_slabs)
+            tokens = block(tokens, temb, text, rope, cached, ops, layout.cond_slabs)
         tokens = layout.restore(tokens.flatten(1, 2)).unflatten(1, (grid[0], -1))
-        out = model.final_layer(tokens, model._embed_time(timestep, len(x), grid[0]), How())
+        out = model.final_layer(tokens, model.embed_time(per_frame, x.dtype), ops)
         return rearrange(out, "b t (h w) (p q c) -> b c t (h p) (w q)", h=grid[1], w=grid[2], p=2, q=2)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.files.safetensors_io import read_tensors
-from longcat_core.model import block
 from longcat_core.model.block import run_block
 from longcat_core.model.config import ModelConfig
+from longcat_core.optimize import fused
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
 from longcat_core.optimize.execution import OptimizedTransformer
@@ -111,7 +111,7 @@ def test_compiled_blocks(model, data, batch):
 def test_an_ffn_in_pieces(model, data, monkeypatch):
     model.block_sparse = HALF
     wanted = forward(model, data, "vc")
-    monkeypatch.setattr(block, "_WHOLE_FFN_BYTES", 0)
+    monkeypatch.setattr(fused, "_WHOLE_FFN_BYTES", 0)
     assert error(forward(model, data, "vc"), wanted) <= 1e-5
 
 

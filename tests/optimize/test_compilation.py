@@ -14,12 +14,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
-from longcat_core.model import block
 from longcat_core.model.block import run_block
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
+from longcat_core.optimize import fused
 from longcat_core.optimize.compilation import NOTICE, Regional
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.compiled_blocks import COMPILED_BLOCK
 from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -167,9 +167,9 @@ def test_more_kinds_than_the_compiler_allows_by_default():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_ffn_in_pieces(monkeypatch, batch):
     run = Run()
-    monkeypatch.setattr(block, "_WHOLE_FFN_BYTES", 0)
+    monkeypatch.setattr(fused, "_WHOLE_FFN_BYTES", 0)
     sizes = []
-    run.plain.blocks[0].ffn.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[:2]))
+    run.plain.blocks[0].ffn.gate_up.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[:2]))
     assert run.step(batch=batch) == 1
     assert sizes == [(1, n) for n in ([1, 1, 1] if batch == 1 else [1, 2, 1, 2])]
     assert run.step(batch=batch, grid=(5, 4, 6)) == 2
@@ -250,4 +250,4 @@ def test_generated_code(tmp_path, monkeypatch):
         counts.append(dict(torch._dynamo.utils.counters["inductor"]))
     assert counts[0]["fxgraph_cache_miss"] == 1 and "fxgraph_cache_hit" not in counts[0]
     assert counts[1]["fxgraph_cache_hit"] == 1 and "fxgraph_cache_miss" not in counts[1]
-    assert OptimizedTransformer.compiled_block.backend == "inductor"
+    assert COMPILED_BLOCK.backend == "inductor"

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.model import transformer
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.text import TextTokens
 from longcat_core.optimize import attention as backends
-from longcat_core.optimize import quantization
+from longcat_core.optimize import execution, quantization
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
@@ -67,13 +66,13 @@ def own(request, monkeypatch) -> bool:
     monkeypatch.setattr(kernels, "_launch_norm_rope", lambda x, weight, cos, sin, out: out)
     monkeypatch.setattr(kernels, "_launch_residual_norm", launch)
     monkeypatch.setattr(text_attention, "_launch", lambda q, weight, k, v, bias, out: out)
-    for module, name in ((kernels, "usable"), (transformer, "kernels_usable")):
+    for module, name in ((kernels, "usable"), (execution, "kernels_usable")):
         monkeypatch.setattr(module, name, lambda x: request.param and x.dtype in kernels.HALF)
     monkeypatch.setattr(quantization, "missing", lambda device: "")
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(OptimizedTransformer, "_give_up", lambda self, out: False)
+    monkeypatch.setattr(execution.Execution, "_give_up", lambda self, out: False)
     chosen = backends.Kernels(attend, None, attend)
-    monkeypatch.setattr(OptimizedTransformer, "choose_kernels", lambda self, device: chosen)
+    monkeypatch.setattr(execution.Execution, "choose_kernels", lambda self, device: chosen)
     return request.param
 
 

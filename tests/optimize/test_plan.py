@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from longcat_core.model.config import ModelConfig
-from longcat_core.model.kv_cache import KVCache
 from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.kv_offload import OffloadableKVCache
 from longcat_core.optimize.memory import kv_cache_bytes
 from longcat_core.optimize.plan import GIB, Plan, Weights, Work, choose_plan, needed_bytes, plans, smaller
 from longcat_core.optimize.quantization import Policy, quantize
@@ -41,7 +41,7 @@ def test_weights_are_counted_as_they_lie(fp8):
 
 
 def test_a_cache_is_counted_as_it_lies():
-    cache = KVCache(SMALL, 3, 4, 6, dtype=torch.bfloat16)
+    cache = OffloadableKVCache(SMALL, 3, 4, 6, dtype=torch.bfloat16)
     assert kv_cache_bytes(SMALL, 3, 8, 12, 2) == cache.nbytes
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longcat_core.model.config import ModelConfig
-from longcat_core.model.kv_cache import KVCache
 from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.kv_offload import OffloadableKVCache
 from longcat_core.optimize.streaming import pinned
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.sampler import sample
@@ -70,7 +70,7 @@ def test_without_waiting_the_pretended_gpu_notices(gpu, monkeypatch, left_out, c
 
 def test_keys_are_read_into_the_same_room_block_after_block(gpu):
     """However far the host is ahead of the GPU, two blocks' keys are there at the most."""
-    cache = KVCache(CONFIG, 1, 2, 3, device="cpu")
+    cache = OffloadableKVCache(CONFIG, 1, 2, 3, device="cpu")
     cache.k.copy_(randn(*cache.k.shape))
     cache.v.copy_(-cache.k)
     cache.rotated = True
@@ -83,7 +83,7 @@ def test_keys_are_read_into_the_same_room_block_after_block(gpu):
 
 
 def test_keys_that_change_are_fetched_anew(gpu):
-    cache = KVCache(CONFIG, 1, 2, 3, device="cpu")
+    cache = OffloadableKVCache(CONFIG, 1, 2, 3, device="cpu")
     like, one = torch.empty(1, device=CUDA), torch.ones(1, 6, 2, 32, device=CUDA)
     for number in (1.0, 2.0):
         for block in range(CONFIG.depth):

@@ -18,8 +18,10 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KV_MODES
 from longcat_core.model.layers import linear_fp32
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.execution import Execution, OptimizedTransformer
+from longcat_core.optimize.fused import TorchOps
 from longcat_core.optimize.switches import Optimizations
+from longcat_core.optimize.text_keys import KeptTexts
 from longcat_core.sampling import step as steps
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.sampling.sampler import Interrupted, Step, sample
@@ -282,8 +284,9 @@ def test_kept_keys_are_those_of_the_weights(model, text):
     layer = model.blocks[0].cross_attn.kv
 
     def keys() -> list:
-        of = model._block_texts(read, True, len(text["context"]), model.choose_kernels(read.tokens.device)).of
-        return [of(i).keys[0] for i in range(len(model.blocks))]
+        ops = TorchOps(model.choose_kernels(read.tokens.device))
+        texts = KeptTexts(read, ops.text_form(read, len(text["context"])), model.blocks, ops, None)
+        return [texts(i).keys[0] for i in range(len(model.blocks))]
 
     calls = []
     layer.register_forward_hook(lambda *_: calls.append(1))
@@ -321,15 +324,15 @@ class Short:
 
     def __init__(self, model: OptimizedTransformer, monkeypatch: pytest.MonkeyPatch, *fails: int) -> None:
         self.calls, self.asked = 0, 0
-        forward = OptimizedTransformer.forward
+        forward = Execution.__call__
 
-        def limited(model: OptimizedTransformer, *args: object, **options: object) -> Tensor:
+        def limited(execution: Execution, *args: object, **options: object) -> Tensor:
             self.calls += 1
             if self.calls - 1 in fails:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(model, *args, **options)
+            return forward(execution, *args, **options)
 
-        monkeypatch.setattr(OptimizedTransformer, "forward", limited)
+        monkeypatch.setattr(Execution, "__call__", limited)
 
     def room(self) -> bool:
         self.asked += 1

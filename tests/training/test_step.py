@@ -47,7 +47,9 @@ def fresh() -> OptimizedTransformer:
     return model
 
 
-def loss_of(model: OptimizedTransformer, text: dict[str, Tensor], latents: Tensor, noise: Tensor, **options: Any) -> Any:
+def loss_of(
+    model: OptimizedTransformer, text: dict[str, Tensor], latents: Tensor, noise: Tensor, **options: Any
+) -> Any:
     return flow_matching_loss(model, latents, torch.tensor([0.9, 0.4]), **text, noise=noise, **options)
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer
-from longcat_core.model import transformer
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.layers import RMSNorm
 from longcat_core.model.rope import apply_rope, rope_table
 from longcat_core.optimize import attention as backends
+from longcat_core.optimize import execution
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
@@ -142,7 +142,7 @@ class Runs:
     """The small model in fp16 with and without the kernels, which are told to be usable here."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transformer, "kernels_usable", lambda x: x.dtype == torch.float16)
+        monkeypatch.setattr(execution, "kernels_usable", lambda x: x.dtype == torch.float16)
         self.switches = Optimizations(attention="sdpa")
         self.model = load_transformer(GOLDEN / "dit.safetensors", config=CONFIG, dtype=torch.float16, device=DEVICE)
 
@@ -165,7 +165,7 @@ class Runs:
 )
 @pytest.mark.parametrize("pieces", [0, 2])
 def test_the_network_is_the_same_with_them(case, pieces, monkeypatch):
-    monkeypatch.setattr(transformer, "ffn_pieces", lambda *_: pieces)
+    monkeypatch.setattr(execution, "ffn_pieces", lambda *_: pieces)
     run = Runs(monkeypatch)
     used = []
     launch = kernels._launch_residual_norm
@@ -240,7 +240,7 @@ def test_attention_in_8_bits_goes_on_in_8_bits(case, expected, monkeypatch):
     if not case.pop("wide", False):
         quantize(run.model)
     chosen = own
-    monkeypatch.setattr(type(run.model), "choose_kernels", lambda self, device: chosen)
+    monkeypatch.setattr(execution.Execution, "choose_kernels", lambda self, device: chosen)
     wanted = run(True, **case)
     chosen = own._replace(attend=attend, quantised=quantised)
     found = run(True, **case)
