@@ -25,7 +25,7 @@ from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
-from .comfy_model import OPTIMIZATIONS_KEY
+from .comfy_model import OPTIMIZATIONS_KEY, execution_of
 from .loaders import CATEGORY
 from .sampling import Clock, _require_longcat, guidance_input, make_guider, starting_latents, switches_of
 
@@ -133,7 +133,7 @@ def _run(
     peak = peak_gib(device)
     switches = switches_of(model)
     kernel = chosen(switches, model.model_options.get("transformer_options", {}))
-    kernel = kernel or kernel_name(model.model.diffusion_model.choose_kernels(device).attend)
+    kernel = kernel or kernel_name(execution_of(model).choose_kernels(device).attend)
     first, *later = clock.seconds
     times = tuple(1000 * seconds for seconds in later)
     return Side(name, switches, kernel, first, times, peak), clock.x0

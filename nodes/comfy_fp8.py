@@ -44,6 +44,8 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     weight as the checkpoint has it, for a LoRA to be merged into before it is quantised.
     """
 
+    eight_bit = True
+
     def __init__(self, layer: torch.nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -59,7 +61,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             bias = torch.empty(self.out_features, dtype=layer.bias_comfy_model_dtype, device=device)
             self.bias = torch.nn.Parameter(bias, requires_grad=False)
         self.weight_function, self.bias_function = [], []
-        self.fp8, self.native, self.dtype = True, False, torch.bfloat16
+        self.native, self.dtype = False, torch.bfloat16
         self.original: Callable[[], Tensor] | None = None
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -81,7 +83,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     @property
     def takes_quantised(self) -> bool:
-        return self.fp8 and not self.weight_function
+        return not self.weight_function
 
     def _bare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """The packed weight and the bias on x's device, streamed there if they are not, and what to release after."""
@@ -96,7 +98,8 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, **options)
         return weight, bias, (layer, weight, bias, stream)
 
-    def forward(self, x: Tensor | Quantised) -> Tensor:
+    def forward(self, x: Tensor | Quantised, fp8: bool = True) -> Tensor:
+        """fp8: multiply in 8 bits; otherwise the same weights, multiplied out."""
         comfy.ops.run_every_op()
         given = x.values if isinstance(x, Quantised) else x
         dtype = self.dtype if isinstance(x, Quantised) else x.dtype
@@ -109,7 +112,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
                 full = function(full)
             out = torch.nn.functional.linear(x, full, None if bias is None else bias.to(dtype))
         else:
-            out = quantised_linear(x, weight, scales, bias, dtype, fp8=self.fp8, native=self.native)
+            out = quantised_linear(x, weight, scales, bias, dtype, fp8=fp8, native=self.native)
         if streamed is not None:
             comfy.ops.uncast_bias_weight(*streamed)
         return out
@@ -143,7 +146,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return None
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, fp8={self.fp8}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 def install(model: torch.nn.Module, config: ModelConfig) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import comfy.conds
 import comfy.latent_formats
@@ -30,12 +30,12 @@ from ..longcat_core.checkpoints.formats import detect as detect_form
 from ..longcat_core.checkpoints.load import CONFIG_KEY, infer_config
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
-from ..longcat_core.model.block import run_block
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.kv_cache import KVCache
 from ..longcat_core.model.text import TextMode, TextTokens, fold_padding, real_tokens, trim_text
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.attention import Kernels
+from ..longcat_core.optimize.execution import Execution
 from ..longcat_core.optimize.kernels.elementwise import HALF
 from ..longcat_core.optimize.kernels.elementwise import missing as kernels_missing
 from ..longcat_core.optimize.memory import forward_bytes, text_bytes
@@ -52,6 +52,8 @@ OPTIMIZATIONS_KEY = "longcat_optimizations"
 CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
 TEXT_CACHE_KEY = "longcat_text_cache"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
+# Sets of switches whose executions a network keeps: clones of a MODEL in one workflow.
+EXECUTIONS = 16
 
 
 def _replaced(layer: torch.nn.Module) -> bool:
@@ -99,7 +101,7 @@ class ConditioningCache:
     """Keys and values of the clean frames of one generation, computed at its first step.
 
     A LongCat Guider puts one into transformer_options for the time it samples. Other clean frames (a context window
-    further on) are computed anew; several GPUs have one each.
+    further on) are computed again; several GPUs have one each.
     """
 
     def __init__(self, exact: bool) -> None:
@@ -107,17 +109,17 @@ class ConditioningCache:
         self.exact = exact
         self.caches: dict[torch.device, tuple[Tensor, KVCache]] = {}
 
-    def get(self, network: DiffusionModel, latents: Tensor, room: int, kernels: Kernels | None) -> KVCache:
+    def get(self, execution: Execution, latents: Tensor, room: int, kernels: Kernels | None) -> KVCache:
         """The cache of `latents` [B, C, n, H, W]. room: bytes that must stay free on the device besides the cache."""
         if bool((latents == latents[:1]).all()):
             latents = latents[:1]
         known = self.caches.pop(latents.device, None)
         if known is None or known[0].shape != latents.shape or not torch.equal(known[0], latents):
             del known
-            size = network.new_kv_cache(*latents.shape[2:], batch=latents.shape[0], device="meta").nbytes
+            size = execution.new_kv_cache(*latents.shape[2:], batch=latents.shape[0], device="meta").nbytes
             free = comfy.model_management.get_free_memory(latents.device)
             home = latents.device if free > size + room else torch.device("cpu")
-            known = latents.clone(), network.fill_kv_cache(latents, home, kernels)
+            known = latents.clone(), execution.fill_kv_cache(latents, home, kernels)
         self.caches[latents.device] = known
         return known[1]
 
@@ -125,7 +127,7 @@ class ConditioningCache:
 class TextCache:
     """Texts of one generation with their keys and values in every block, for a LongCat Guider's sampling.
 
-    ComfyUI hands over the same text at every step as another tensor: it is known by its content.
+    ComfyUI hands over the same text at every step as another tensor: it is recognized by its content.
     """
 
     SIZE = 4
@@ -133,23 +135,37 @@ class TextCache:
     def __init__(self) -> None:
         self.texts: list[tuple[Tensor, TextMode, TextTokens]] = []
 
-    def get(self, network: DiffusionModel, context: Tensor) -> TextTokens:
-        """What `network` makes of text [B, L, caption]."""
-        mode = network.optimizations.text_mode
+    def get(self, execution: Execution, context: Tensor) -> TextTokens:
+        """Text [B, L, caption] as `read_text` arranges it for this execution."""
+        mode = execution.optimizations.text_mode
         for known, known_mode, text in self.texts:
             same = known.shape == context.shape and known.device == context.device and known.dtype == context.dtype
             if same and known_mode == mode and torch.equal(known, context):
                 return text
-        text = network.read_text(context)
+        text = read_text(execution, context)
         self.texts = [*self.texts[1 - self.SIZE :], (context.clone(), mode, text)]
         return text
 
 
-class DiffusionModel(LongCatTransformer):
-    """The network as ComfyUI builds and calls it."""
+def read_text(execution: Execution, context: Tensor) -> TextTokens:
+    """Text [B, L, caption], padded with zero rows, as `Execution.embed_text` arranges it."""
+    real, length = real_tokens(context), max(MAX_LENGTH, context.shape[1])
+    exact = execution.optimizations.text_mode == "exact" and execution.config.text_tokens_zero_pad
+    if exact and torch.compiler.is_compiling():
+        # The same without reading the number of tokens back from the device.
+        return fold_padding(context, real, execution.network.embed_tokens, length)
+    return execution.embed_text(context, real, length)
 
-    # Of the activations: what ComfyUI hands in. Weights may be stored in another dtype.
-    compute_dtype: torch.dtype = torch.float32
+
+class Prepared(NamedTuple):
+    """How one forward runs, chosen before it."""
+
+    execution: Execution
+    kernels: Kernels
+
+
+class DiffusionModel(LongCatTransformer):
+    """The network as ComfyUI builds and calls it. Clones of a MODEL share it, each with an execution of its own."""
 
     def __init__(
         self,
@@ -161,16 +177,15 @@ class DiffusionModel(LongCatTransformer):
         fp8: bool = False,
         **config: Any,
     ) -> None:
-        hooks = {"linear_fp32": staticmethod(_linear_fp32), "sliceable": staticmethod(_sliceable)}
-        operations = type("Operations", (operations,), hooks)
+        operations = type("Operations", (operations,), {"linear_fp32": staticmethod(_linear_fp32)})
         super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
         if fp8:
             comfy_fp8.install(self, self.config)
-            self.set_optimizations(self.optimizations)
         for layer in self._fp32_layers():
             # fp32 input on a layer that does not cast raises; these must take it.
             layer.comfy_cast_weights = True
-        self.announce = lambda sentence: logging.warning("LongCat: %s", sentence)
+        # By what makes them; see `execution`.
+        self.executions: dict[tuple, Execution] = {}
 
     def _fp32_layers(self) -> list[torch.nn.Module]:
         final = [self.final_layer.modulation, self.final_layer.linear]
@@ -179,6 +194,36 @@ class DiffusionModel(LongCatTransformer):
     def _apply(self, fn: Any, recurse: bool = True) -> DiffusionModel:
         # ComfyUI takes `dtype` for what it asked for, also while weights are not loaded or come as the file has them.
         return torch.nn.Module._apply(self, fn, recurse)
+
+    def execution(self, dtype: torch.dtype, options: dict[str, Any]) -> Execution:
+        """How a MODEL with these transformer_options runs, with activations in `dtype`; the same one for the same.
+
+        One that has given up a lossy switch stays so until other switches have been in use.
+        """
+        key = dtype, options.get(OPTIMIZATIONS_KEY, Optimizations()), options.get(BLOCK_SPARSE_KEY)
+        if key not in self.executions:
+            made = Execution(
+                self,
+                key[1],
+                block_sparse=key[2],
+                dtype=dtype,
+                sliceable=_sliceable,
+                uncompiled=_is_streamed,
+                announce=lambda sentence: logging.warning("LongCat: %s", sentence),
+            )
+            # The newest few: every execution holds only its switches.
+            self.executions = dict([*self.executions.items()][1 - EXECUTIONS :]) | {key: made}
+        return self.executions[key]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Prepared:
+        """The execution and kernels of the MODEL that is about to run.
+
+        Not a part of `forward`, so that a compiled graph of the whole network holds none of the look-ups.
+        """
+        comfy_fp8.prepare(self, device, dtype)
+        execution = self.execution(dtype, options)
+        own = execution.choose_kernels(device)
+        return Prepared(execution, user_kernels(execution.asked, options, own))
 
     def forward(
         self,
@@ -189,7 +234,7 @@ class DiffusionModel(LongCatTransformer):
         transformer_options: dict[str, Any] | None = None,
         num_cond_latents: int = 0,
         shared_timestep: bool = False,
-        kernels: Kernels | None = None,
+        prepared: Prepared | None = None,
         **unused: Any,
     ) -> Tensor:
         """Latents x [B, 16, T, H, W] -> flow velocity (noise - x0), the same shape, fp32.
@@ -201,48 +246,16 @@ class DiffusionModel(LongCatTransformer):
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
+        prepared = self.prepare(x.device, x.dtype, options) if prepared is None else prepared
         # A copy: EasyCache writes into the input, which in fp32 is the sampler's own tensor.
-        return executor.execute(x.clone(), timestep, context, num_cond_latents, shared_timestep, kernels, options)
+        return executor.execute(x.clone(), timestep, context, num_cond_latents, shared_timestep, prepared, options)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Kernels:
-        """Set the switches of the MODEL that is about to run, and choose its kernels.
-
-        Clones of a MODEL share this network, each with its own switches. Not a part of `forward`, so that a compiled
-        graph of the whole network holds neither the switching nor the look-ups.
-        """
-        self.compute_dtype = dtype
-        comfy_fp8.prepare(self, device, dtype)
-        self.block_sparse = options.get(BLOCK_SPARSE_KEY)
-        optimizations = options.get(OPTIMIZATIONS_KEY, Optimizations())
-        if optimizations != self.asked:
-            self.set_optimizations(optimizations)
-        return user_kernels(optimizations, options, self.choose_kernels(device))
-
-    def _compiled_call(self, kernels: Kernels, grid: Sequence[int]) -> Callable[..., Tensor]:
-        """Blocks whose weights ComfyUI hands over as they are used run uncompiled: each would be a graph of its own, of
-        its LoRAs' names and strengths, and what ComfyUI does beside it does not compile."""
-        compiled = super()._compiled_call(kernels, grid)
-        if torch.compiler.is_compiling():
-            return compiled
-
-        def call(block: torch.nn.Module, x: Tensor, *args: Any) -> Tensor:
-            return (run_block if _is_streamed(block, x.device) else compiled)(block, x, *args)
-
-        return call
-
-    def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype) -> int:
+    def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype, options: dict[str, Any] | None = None) -> int:
         """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
-        own = self.asked.fused_kernels and self.asked.explicit_fp32 and dtype in HALF and not kernels_missing()
-        return forward_bytes(self.config, latents, dtype.itemsize, own, self.eight_bit)
-
-    def read_text(self, context: Tensor) -> TextTokens:
-        """Text [B, L, caption], padded with zero rows, as `embed_text` arranges it."""
-        real, length = real_tokens(context), max(MAX_LENGTH, context.shape[1])
-        exact = self.optimizations.text_mode == "exact" and self.config.text_tokens_zero_pad
-        if exact and torch.compiler.is_compiling():
-            # The same without reading the tokens' number back from the device.
-            return fold_padding(context, real, self.embed_tokens, length)
-        return self.embed_text(context, real, length)
+        switches = (options or {}).get(OPTIMIZATIONS_KEY, Optimizations())
+        own = switches.fused_kernels and switches.explicit_fp32 and dtype in HALF and not kernels_missing()
+        eight_bit = any(getattr(module, "eight_bit", False) for module in self.modules())
+        return forward_bytes(self.config, latents, dtype.itemsize, own, eight_bit)
 
     def _run(
         self,
@@ -251,20 +264,21 @@ class DiffusionModel(LongCatTransformer):
         context: Tensor,
         num_cond: int,
         shared: bool,
-        kernels: Kernels | None,
+        prepared: Prepared,
         options: dict[str, Any],
     ) -> Tensor:
+        execution, kernels = prepared
         texts = options.get(TEXT_CACHE_KEY)
-        known = texts is not None and self.optimizations.reuse_text and not torch.compiler.is_compiling()
-        text = texts.get(self, context) if known else self.read_text(context)
+        known = texts is not None and execution.optimizations.reuse_text and not torch.compiler.is_compiling()
+        text = texts.get(execution, context) if known else read_text(execution, context)
         around = self._around_block(x, timestep, context, options)
         timestep = timestep[:1] if shared else timestep
         cache, holder = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and holder is not None:
-            room = self.forward_bytes(x.shape, x.dtype)
-            cache = holder.get(self, x[:, :, :num_cond], room, kernels)
+            room = self.forward_bytes(x.shape, x.dtype, options)
+            cache = holder.get(execution, x[:, :, :num_cond], room, kernels)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
-        out = super().forward(
+        out = execution(
             x,
             timestep,
             text,
@@ -357,7 +371,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
         kwargs["shared_timestep"] = bool((t == t[:1]).all()) and (noisy is None or bool((noisy == noisy[:1]).all()))
         options = {} if transformer_options is None else transformer_options
         network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
-        kwargs["kernels"] = network.prepare(x.device, self.manual_cast_dtype or self.get_dtype(), options)
+        kwargs["prepared"] = network.prepare(x.device, self.manual_cast_dtype or self.get_dtype(), options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def process_timestep(self, timestep: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -390,6 +404,17 @@ class LongCatVideo(comfy.model_base.BaseModel):
         tokens = max((shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())), default=0)
         text = text_bytes(network.config, input_shape[0], tokens + 1, dtype.itemsize)
         return network.forward_bytes(input_shape, dtype) + text
+
+
+def compute_dtype(patcher: Any) -> torch.dtype:
+    """The dtype of activations of a MODEL."""
+    return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+
+
+def execution_of(patcher: Any) -> Execution:
+    """How a MODEL runs, by its own switches."""
+    network = getattr(patcher.model.diffusion_model, "_orig_mod", patcher.model.diffusion_model)
+    return network.execution(compute_dtype(patcher), patcher.model_options.get("transformer_options", {}))
 
 
 def _check_latents(latents: Tensor | None, config: ModelConfig) -> None:

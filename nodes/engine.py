@@ -22,7 +22,7 @@ from ..longcat_core.generate.request import RELEASED, Defaults
 from ..longcat_core.model.kv_cache import KVMode
 from ..longcat_core.sampling.sampler import Callback, Step
 from ..longcat_core.sampling.schedules import Schedule
-from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
+from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY, compute_dtype
 from .conditioning import put_given, require_wan_vae, to_bytes
 from .sampling import make_guider, preview_callback
 from .step_cache import THRESHOLD_KEY
@@ -111,7 +111,7 @@ class ComfyEngine(Engine):
             "model": fingerprint(self.model),
             "text encoder": fingerprint(self.clip.patcher),
             "vae": fingerprint(self.vae.patcher),
-            "dtype": str(self.model.model.diffusion_model.compute_dtype).removeprefix("torch."),
+            "dtype": str(compute_dtype(self.model)).removeprefix("torch."),
             "optimizations": "defaults" if switches is None else repr(switches),
             "block-sparse": None if sparse is None else repr(sparse),
             "step cache": options.get(THRESHOLD_KEY),

@@ -235,7 +235,7 @@ class Execution:
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.network.parameters()))
 
     def _active_dtype(self, device: torch.device) -> torch.dtype:
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if autocast else self.compute_dtype
 
     def _grid(self, x: Tensor) -> tuple[int, int, int]:

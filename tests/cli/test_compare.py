@@ -18,7 +18,7 @@ from longcat_core.files import media
 from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.optimize import attention as backends
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.execution import Execution
 
 PROMPT = "a red circle moves right on a blue background"
 SMALL = ("--steps", "6", "--frames", "5")
@@ -121,20 +121,20 @@ def test_versus_takes_a_single_option_too() -> None:
 def run(work: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command on the embedded model: (loads, kernel of every forward)."""
     loads, kernels = [], []
-    load, choose = fidelity_commands.load_models, OptimizedTransformer.choose_kernels
+    load, choose = fidelity_commands.load_models, Execution.choose_kernels
     names = {backend.attend: backend.name for backend in backends.BACKENDS}
 
     def load_models(args: Any, *rest: Any) -> Pipeline:
         loads.append((args.fp8, args.dtype))
         return load(args, *rest)
 
-    def choose_kernels(self: OptimizedTransformer, device: torch.device) -> Any:
+    def choose_kernels(self: Execution, device: torch.device) -> Any:
         chosen = choose(self, device)
         kernels.append(names[chosen.attend])
         return chosen
 
     monkeypatch.setattr(fidelity_commands, "load_models", load_models)
-    monkeypatch.setattr(OptimizedTransformer, "choose_kernels", choose_kernels)
+    monkeypatch.setattr(Execution, "choose_kernels", choose_kernels)
 
     def run(*arguments: str) -> tuple[list, list[str]]:
         loads.clear(), kernels.clear()
@@ -200,14 +200,14 @@ def test_a_given_image_is_not_compared_and_a_page_is_written_anew(run: Any) -> N
 
 
 def test_floor_that_runs_out_of_memory_costs_only_the_floor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = OptimizedTransformer.choose_kernels
+    choose = Execution.choose_kernels
 
-    def exhausted(self: OptimizedTransformer, device: torch.device) -> Any:
+    def exhausted(self: Execution, device: torch.device) -> Any:
         if self.optimizations.attention == "sdpa-math":
             raise torch.OutOfMemoryError("out of memory")
         return choose(self, device)
 
-    monkeypatch.setattr(OptimizedTransformer, "choose_kernels", exhausted)
+    monkeypatch.setattr(Execution, "choose_kernels", exhausted)
     run(PROMPT, *SMALL, *B, "--steps", "2")
     report = json.loads(Path("longcat-compare/report.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in report["rows"]] == ["A", "B"]

@@ -162,7 +162,7 @@ def test_saved_as_bf16_and_loaded_again(comfy, loaded, sample, empty, tmp_path):
 
     comfy("ModelSave", model=loaded, filename_prefix="diffusion_models/eight")
     (path,) = Path(folder_paths.get_output_directory(), "diffusion_models").glob("eight*.safetensors")
-    header = comfy.core("checkpoints.safetensors_io").read_header(path)
+    header = comfy.core("files.safetensors_io").read_header(path)
     assert header["model.diffusion_model.blocks.0.attn.qkv.weight"][0] == torch.bfloat16
     (comfy.folder / "models" / "diffusion_models" / path.name).symlink_to(path)
     again = comfy("LongCatModelLoader", model_name=path.name, weight_dtype="fp8 rowwise")

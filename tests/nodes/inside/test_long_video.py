@@ -113,7 +113,7 @@ def test_progress_and_pictures_of_segments(comfy, long, monkeypatch):
 @pytest.mark.parametrize("count", [1, 9])
 def test_begun_with_an_image_or_a_clip(comfy, vae, long, frames, count):
     images, _ = long(f"begun/{count}", "a red circle moves right on a blue background", begin_with=frames[:count])
-    fitted = comfy.core("generate.media").resize_and_crop
+    fitted = comfy.core("files.media").resize_and_crop
     given = [
         fitted(frame.mul(255).byte().numpy(), cases.HEIGHT, cases.WIDTH) for frame in frames[max(0, count - 5) : count]
     ]
@@ -189,7 +189,7 @@ def test_what_is_kept_is_for_other_programs_too(comfy, long):
     long("kept")
     record = json.loads((output(comfy) / "kept" / "segment-002" / "segment.json").read_text())
     assert record["settings"]["prompt"] == PROMPTS.splitlines()[1] and record["settings"]["seed"] == 4
-    frames, fps = comfy.core("generate.media").read_video(output(comfy) / "kept" / "segment-002" / "frames.mkv")
+    frames, fps = comfy.core("files.media").read_video(output(comfy) / "kept" / "segment-002" / "frames.mkv")
     assert frames.shape == (9, cases.HEIGHT, cases.WIDTH, 3) and frames.dtype == np.uint8 and fps == 15
 
 

@@ -28,7 +28,7 @@ MODULES = {
 
 def shapes(comfy) -> dict[str, tuple[int, int]]:
     path = comfy.core("generate.pipeline").NANO_MODEL
-    return {name: shape for name, (_, shape) in comfy.core("checkpoints.safetensors_io").read_header(path).items()}
+    return {name: shape for name, (_, shape) in comfy.core("files.safetensors_io").read_header(path).items()}
 
 
 def official(comfy, modules=MODULES) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_a_lora_that_was_trained_here(comfy, model, sample, empty, node):
         generator = torch.Generator().manual_seed(0)
         latents, context = (torch.randn(*shape, generator=generator) for shape in ((16, 2, 8, 12), (5, 128)))
         for number in range(6):
-            trainer.step(number, {2: [comfy.core("generate.clips").Sample(latents, context)]}, context[:1])
+            trainer.step(number, {2: [comfy.core("training.clips").Sample(latents, context)]}, context[:1])
         training.LoraFile(path, recipe, {"model": "nano"}).write(trainer.state(), 6)
         network = load.load_transformer(nano, lora=[(path, STRENGTH)])
     name = comfy.save("diffusion_models", "merged_trained.safetensors", load.official_state(network, formats.OFFICIAL))

@@ -39,12 +39,12 @@ def streaming(monkeypatch, loaded):
 
 
 @pytest.fixture
-def compiles(monkeypatch, loaded):
-    network = type(loaded.model.diffusion_model).__mro__[1]
-    monkeypatch.setattr(network.compiled_block, "backend", CompileCounterWithBackend("aot_eager"))
-    network.compiled_block.forget()
-    yield network.compiled_block
-    network.compiled_block.forget()
+def compiles(comfy, monkeypatch):
+    compiled = comfy.core("optimize.compiled_blocks").COMPILED_BLOCK
+    monkeypatch.setattr(compiled, "backend", CompileCounterWithBackend("aot_eager"))
+    compiled.forget()
+    yield compiled
+    compiled.forget()
     torch._dynamo.reset()
 
 

@@ -288,7 +288,7 @@ def video(comfy, vae, clip_latent):
 
 
 def test_vae_decode_shows_the_clip(comfy, video, frames):
-    media = comfy.core("generate.media")
+    media = comfy.core("files.media")
     given = media.resize_and_crop(cases.clip()[-13:], cases.HEIGHT, cases.WIDTH) / 255
     assert video.shape == (13, cases.HEIGHT, cases.WIDTH, 3)
     assert (video - torch.from_numpy(given).float()).abs().mean() < 0.05
