@@ -95,7 +95,9 @@ def exactness(bench: Bench, report: Report, depth: int = DEPTH, fp8: bool = True
         _quantised(bench, report, model, inputs, expected, first)
 
 
-def _quantised(bench: Bench, report: Report, model: OptimizedTransformer, inputs: Any, expected: Any, first: Any) -> None:
+def _quantised(
+    bench: Bench, report: Report, model: OptimizedTransformer, inputs: Any, expected: Any, first: Any
+) -> None:
     try:
         model = copy.deepcopy(model)
         quantize(model)

@@ -27,7 +27,7 @@ def test_a_against_everything_off(comfy, model, prompts, small):
         assert (flat == torch.tensor(colour)).all(1).sum() > 500
     key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
     ran = [options.get(key) for options in seen]
-    config = comfy.core("model.config")
+    config = comfy.core("optimize.switches")
     assert len(ran) == 6 and ran[:3] == [None] * 3 and len(set(ran[3:])) == 1
     assert ran[3] == config.Optimizations(
         **comfy.core("measure.speed").plain(torch.device("cpu"), torch.float32), fp8=False

@@ -52,7 +52,7 @@ def test_every_node_explains_itself(comfy, node):
 
 
 def test_one_input_for_each_optimization(comfy):
-    config = comfy.core("model.config")
+    config = comfy.core("optimize.switches")
     fields = comfy.mappings["LongCatOptimizations"].define_schema().inputs[1:]
     assert [field.id for field in fields] == list(config.Optimizations.__dataclass_fields__)
     attention = next(field for field in fields if field.id == "attention")
@@ -248,14 +248,10 @@ def test_exact_switches_change_nothing(comfy, model, sample, empty, switch, valu
 
 
 def test_switches_reach_the_network(comfy, model, sample, empty, monkeypatch):
-    attention = comfy.core("model.attention")
+    ops = comfy.core("optimize.fused").TorchOps
     fused = []
-    project = attention.project
-    monkeypatch.setattr(
-        attention,
-        "project",
-        lambda layer, x, parts, together: fused.append(together) or project(layer, x, parts, together),
-    )
+    project = ops.project
+    monkeypatch.setattr(ops, "project", lambda self, *args: fused.append(self.switches.fused_qkv) or project(self, *args))
     switched, _ = comfy("LongCatOptimizations", model=model, **SWITCHES | {"fused_qkv": False})
     sample(empty, switched, steps=1)
     assert fused and not any(fused)
@@ -335,7 +331,7 @@ def test_compiled_blocks_side_by_side_with_plain_ones(comfy, one_block, sample, 
     assert torch.equal(plain, sample(empty, one_block, steps=2, guidance=1.0))
     assert torch.equal(out, sample(empty, compiled, steps=2, guidance=1.0))
     assert counters["stats"]["unique_graphs"] == graphs
-    assert not comfy.core("model.transformer").LongCatTransformer.compiled_block._failed
+    assert not comfy.core("optimize.compiled_blocks").COMPILED_BLOCK._failed
 
 
 def test_compile_without_a_compiler_is_said(comfy, model, monkeypatch):
