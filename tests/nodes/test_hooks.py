@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.model import attention
+from longcat_core.model import text
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
+from longcat_core.optimize import fused
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.memory import activation_bytes
 from longcat_core.optimize.switches import Optimizations
@@ -52,10 +53,10 @@ def test_frames_of_a_mask():
 def test_text_is_cut_to_its_tokens():
     context = torch.zeros(2, 8, 3)
     context[0, :3], context[1, 4] = 1, 2
-    assert attention.real_tokens(context).sum().item() == 4
-    assert attention.trim_text(context, 512).shape == (2, 5, 3)
-    assert attention.trim_text(context, 4).shape == (2, 4, 3)
-    assert attention.trim_text(torch.zeros(1, 8, 3), 512).shape == (1, 1, 3), "a text of nothing keeps a row"
+    assert text.real_tokens(context).sum().item() == 4
+    assert text.trim_text(context, 512).shape == (2, 5, 3)
+    assert text.trim_text(context, 4).shape == (2, 4, 3)
+    assert text.trim_text(torch.zeros(1, 8, 3), 512).shape == (1, 1, 3), "a text of nothing keeps a row"
 
 
 def test_around_block_may_skip_and_change(model, inputs):
@@ -138,7 +139,7 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("shape", [(1, 16, 24, 60, 104), (2, 16, 24, 60, 104), (1, 16, 24, 88, 160)])
 def test_activation_bytes_are_those_of_a_counted_forward(monkeypatch, dtype, shape):
     """On the released model's sizes, by tensors that hold no data; one block, since blocks give memory back."""
-    monkeypatch.setattr(attention, "_attend_biased", lambda q, k, v, bias: torch.empty_like(q))
+    monkeypatch.setattr(fused, "attend_with_bias", lambda q, k, v, bias: torch.empty_like(q))
     config = replace(ModelConfig(), depth=1)
     model = OptimizedTransformer(config, dtype=dtype, device="meta").requires_grad_(False)
     x, t = torch.empty(shape, device="meta", dtype=dtype), torch.empty(shape[0], shape[2], device="meta")

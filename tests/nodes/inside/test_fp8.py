@@ -145,15 +145,15 @@ def test_the_switch_and_what_is_said_of_it(comfy, loaded, model, sample, empty):
 
 
 def test_compiled_blocks(comfy, loaded, sample, empty, monkeypatch):
-    network = type(loaded.model.diffusion_model).__mro__[1]
-    monkeypatch.setattr(network.compiled_block, "backend", "aot_eager")
-    network.compiled_block.forget()
+    compiled_block = comfy.core("optimize.compiled_blocks").COMPILED_BLOCK
+    monkeypatch.setattr(compiled_block, "backend", "aot_eager")
+    compiled_block.forget()
     compiled, _ = comfy("LongCatOptimizations", model=loaded, compile="blocks")
     try:
         assert error(sample(empty, loaded, steps=1), sample(empty, compiled, steps=1)) < 1e-3
-        assert not network.compiled_block._failed
+        assert not compiled_block._failed
     finally:
-        network.compiled_block.forget()
+        compiled_block.forget()
         torch._dynamo.reset()
 
 

@@ -77,7 +77,7 @@ def test_official_lora(comfy, model, sample, empty, lora, merged, node):
 def test_a_lora_that_was_trained_here(comfy, model, sample, empty, node):
     """What `longcat train-lora` writes, through stock loaders: all of its modules, as the headless merge has them."""
     training, load, formats = (
-        comfy.core(name) for name in ("generate.train_lora", "checkpoints.load", "checkpoints.formats")
+        comfy.core(name) for name in ("training.lora", "checkpoints.load", "checkpoints.formats")
     )
     path = comfy.folder / "models" / "loras" / "trained.safetensors"
     nano = comfy.core("generate.pipeline").NANO_MODEL

@@ -251,7 +251,12 @@ def test_switches_reach_the_network(comfy, model, sample, empty, monkeypatch):
     ops = comfy.core("optimize.fused").TorchOps
     fused = []
     project = ops.project
-    monkeypatch.setattr(ops, "project", lambda self, *args: fused.append(self.switches.fused_qkv) or project(self, *args))
+
+    def seen(self, *args):
+        fused.append(self.switches.fused_qkv)
+        return project(self, *args)
+
+    monkeypatch.setattr(ops, "project", seen)
     switched, _ = comfy("LongCatOptimizations", model=model, **SWITCHES | {"fused_qkv": False})
     sample(empty, switched, steps=1)
     assert fused and not any(fused)
@@ -305,8 +310,8 @@ def test_text_is_read_once_under_the_guider(comfy, model, sample, prompts, empty
 def test_timesteps_are_worked_up_once(comfy, model, sample, empty, image_latent, monkeypatch):
     rows = []
     network = model.model.diffusion_model
-    embed = network._embed_time
-    monkeypatch.setattr(network, "_embed_time", lambda *args: rows.append(embed(*args).shape[:2]) or embed(*args))
+    embed = network.embed_time
+    monkeypatch.setattr(network, "embed_time", lambda *args: rows.append(embed(*args).shape[:2]) or embed(*args))
     sample(empty, steps=1, guidance=4.0)
     sample(image_latent, steps=1, guidance=4.0, kv_cache="off")
     assert rows == [(1, 1), (1, 9)], "one for both halves of guidance"
