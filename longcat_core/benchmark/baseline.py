@@ -1,15 +1,14 @@
-"""LongCat-Video the plain way, as public implementations run it: what optimizations are measured against.
+"""LongCat-Video as public implementations run it: the baseline against which optimizations are measured.
 
-Every choice that costs time is theirs: separate projections for q, k, v and for w1, w3; norms, RoPE, gates and
-modulation in fp32, one operation after the other, under autocast; tokens reshaped between [B, N, C] and [B, T, S, C];
-RoPE angles kept on the host and brought to the device by every block; the text embedded, and its keys and values
-computed over all its positions, at every step; timesteps embedded for every frame of every sample; FlashAttention-2;
-torch.compile around the whole network, if at all. The mathematics is that of `OptimizedTransformer`.
+It makes the same costly choices: separate projections for q, k, v and for w1, w3; norms, RoPE, gates and modulation in
+fp32, one operation at a time, under autocast; tokens reshaped between [B, N, C] and [B, T, S, C]; RoPE angles kept on
+the host and copied to the device by every block; the text embedded at every step, with keys and values of all its
+positions; timesteps embedded for every frame of every sample; FlashAttention-2; torch.compile around the whole network
+or not at all. The mathematics is that of `OptimizedTransformer`.
 """
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,7 +27,7 @@ Grid = tuple[int, int, int]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer on given weights [out, in], which are not copied."""
+    """A layer on the given weights [out, in], which are not copied."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
@@ -40,14 +39,14 @@ def _split(layer: nn.Linear, parts: int) -> list[nn.Linear]:
     if type(layer) is not nn.Linear:
         raise LongCatError(
             f"the baseline slices plain linear layers, this model has a {type(layer).__name__}; make the baseline "
-            "before the model is quantised"
+            "before the model is quantized"
         )
     biases = [None] * parts if layer.bias is None else layer.bias.chunk(parts)
     return [_linear(weight, bias) for weight, bias in zip(layer.weight.chunk(parts), biases, strict=True)]
 
 
 def _fp32_autocast(x: Tensor) -> AbstractContextManager:
-    # Autocast knows fp32 on CUDA only.
+    # Only CUDA has an autocast to fp32.
     return torch.autocast("cuda", dtype=torch.float32) if x.device.type == "cuda" else nullcontext()
 
 
@@ -59,7 +58,7 @@ def _autocast_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over head_dim, op by op in fp32."""
+    """RMSNorm over head_dim in fp32, one operation at a time."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -102,7 +101,7 @@ def quarter_turn(x: Tensor) -> Tensor:
 
 
 class PlainSelfAttention(nn.Module):
-    """q, k, v and proj apart; heads in front of tokens, as rotary code has them."""
+    """Separate q, k, v and proj; heads come before tokens, as in public rotary code."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -126,7 +125,7 @@ class PlainSelfAttention(nn.Module):
 
 
 class PlainCrossAttention(nn.Module):
-    """Every position of the text is attended, or with a mask every real one."""
+    """Attends every position of the text, or with a mask every real one."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -184,7 +183,7 @@ class PlainBlock(nn.Module):
 
 
 class BaselineTransformer(nn.Module):
-    """The plain network on the weights of a loaded `OptimizedTransformer`, whose storage it shares."""
+    """The plain network on the weights of a loaded `OptimizedTransformer`, sharing their storage."""
 
     def __init__(self, model: OptimizedTransformer, attention: str | None = None) -> None:
         """attention: a backend's name; None: FlashAttention-2 where there is CUDA and a 16-bit dtype, else SDPA."""
@@ -210,7 +209,7 @@ class BaselineTransformer(nn.Module):
         if grid not in self.blocks[0].attn.angles:
             angles = rope_angles(self.config.head_dim, grid)
             for block in self.blocks:
-                # Each block has its own and none shares a copy: so do the public ones.
+                # One copy for each block, as in public implementations.
                 block.attn.angles[grid] = angles.clone()
 
     def _grid(self, latents: tuple[int, ...]) -> Grid:
@@ -251,9 +250,3 @@ class BaselineTransformer(nn.Module):
         _, ph, pw = self.config.patch_size
         out = tokens.view(-1, frames, rows, columns, ph, pw, self.config.out_channels)
         return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, out.shape[-1], frames, rows * ph, columns * pw)
-
-
-def shares_storage(baseline: BaselineTransformer, model: OptimizedTransformer) -> bool:
-    """Whether no weight of the baseline takes memory of its own."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return all(math.prod(p.shape) == 0 or p.untyped_storage().data_ptr() in known for p in baseline.parameters())

@@ -1,10 +1,11 @@
-"""`longcat bench`: its options, its parts, and the tables that they print. PyTorch is imported when a part runs."""
+"""`longcat bench`: its options, its parts, and a run of one part or of all. PyTorch is imported when a part runs."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,143 +14,128 @@ from ..errors import LongCatError
 if TYPE_CHECKING:
     import torch
 
+    from ..measure.clock import Budget
     from ..measure.results import Report
-    from .ablation import Bench
+    from .part import Part
+    from .variants import Bench
 
-# Each with what it measures; `all` runs them in this order on as few models as it can.
+# What each part measures. Its record lies in the file of its name, which imports PyTorch: --help does without.
 PARTS = {
     "backends": "Every attention backend at the model's shapes.",
     "paths": "The baselines, the exact path and fp8, side by side; the distilled model's steps.",
     "profile": "Kernels of one step by family, and the profiler's trace.",
     "exactness": "Error of every path against fp32, on the first blocks.",
-    "memory": "Measured peak of a forward over the counted.",
-    "ablation": "Each optimization added one at a time, and taken alone from the full set.",
-    "policies": "What fp8 costs by which layers are in it.",
+    "memory": "Measured peak of a forward over the estimate.",
+    "ablation": "Each optimization added in turn, and removed alone from the full set.",
+    "policies": "Error of fp8 by the layers in it.",
     "training": "A training step with and without gradient checkpointing.",
-    "scale": "Tokens against time and memory.",
-    "continuation": "A step with given frames: their keys and values at every step, or from a cache.",
-    "refine": "One evaluation of the refinement to 720p: attention in full and block-sparse, exact and fp8.",
+    "scale": "Time and memory by the number of tokens.",
+    "continuation": "A step with given frames: their keys and values at every step, or from a KV cache.",
+    "refine": "One evaluation of the refinement to 720p: dense and block-sparse attention, exact and fp8.",
     "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
     "load": "Loading a checkpoint, beside reading its file.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
 }
-# Parts of `all` that need no whole model, in their order, and on how many of its blocks they run.
+# Order of sections on the page.
+PAGE = (
+    *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
+    *("cards", "load", "training", "continuation", "refine"),
+)
+# Parts that `all` runs on the first blocks of the model, in this order, after those that need the whole model.
 FEW = (
     *("exactness", "memory", "recompiles", "load", "training", "ablation", "policies", "scale", "cards"),
     *("continuation", "refine"),
 )
 FEW_BLOCKS = 4
-# Height, width and frames on a GPU and on a CPU: of a video, and of what refining makes of it.
+# Height, width and frames on a GPU and on a CPU: of a video, and of its refinement.
 VIDEO = (480, 832, 93), (32, 48, 5)
 REFINED = (704, 1280, 189), (64, 96, 29)
-COLUMNS = {
-    "ablation": ("name", "ms", "first_s", "peak_gib", "ratio", "worth_ms", "share", "guess_s", "status"),
-    "paths": ("name", "ms", "first_s", "peak_gib", "ratio", "attention", "status"),
-    "profile": ("name", "ms", "calls", "share", "status"),
-    "exactness": ("name", "error", "ratio", "psnr", "status"),
-    "policies": ("name", "error", "psnr", "status"),
-    "memory": ("name", "counted_gib", "measured_gib", "fit", "status"),
-    "training": ("name", "ms", "peak_gib", "gradient_difference", "status"),
-    "scale": ("size", "tokens", "ms", "peak_gib", "status"),
-    "continuation": ("name", "ms", "ratio", "once_ms", "cache_gib", "peak_gib", "difference", "status"),
-    "refine": ("name", "ms", "peak_gib", "ratio", "attention", "status"),
-    "cards": ("name", "ms", "ratio", "floor_ms", "peak_gib", "plan", "status"),
-    "load": ("name", "seconds", "gb_s", "share", "status"),
-    "recompiles": ("name", "graphs", "at_most", "first_s", "status"),
-    "backends": ("name", "attention", "ms", "tflops", "error", "status"),
-}
 
 Kind = Callable[[str], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, number: Kind, dtypes: Any) -> None:
-    """Options of every part. size, whole, number: how the command reads such values."""
+    """Add the options of every part. size, whole, number: how the command parses such values."""
     parts = parser.add_subparsers(metavar="PART", required=True, dest="part")
-    for name, summary in (*PARTS.items(), ("all", "All of these on one model, until the budget is used up.")):
+    for name, summary in (*PARTS.items(), ("all", "All of these on one model, until the budget runs out.")):
         sub = parts.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        sub.add_argument("--size", type=size, metavar="HxW", help="pixels (default: 480x832, for refine 704x1280; "
-                         "on a CPU 32x48 and 64x96)")  # fmt: skip
-        sub.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 93, for refine 189; on a CPU 5 "
-                         "and 29)")  # fmt: skip
-        sub.add_argument(
-            "--batch", type=whole, default=2, choices=(1, 2), help="2: with guidance (default), 1: without"
-        )
-        sub.add_argument("--steps", type=whole, default=50, metavar="N", help="of a whole video (default: 50)")
-        sub.add_argument(
-            "--repeats", type=whole, default=3, metavar="N", help="calls to take the median of (default: 3)"
-        )
-        sub.add_argument("--blocks", type=whole, metavar="N", help="blocks of the model (default: all)")
-        sub.add_argument("--few-blocks", type=whole, default=FEW_BLOCKS, metavar="N",
-                         help="blocks where few will do: exactness, policies, training; in `all` all parts but "
-                         f"backends, paths and profile (default: {FEW_BLOCKS})")  # fmt: skip
-        sub.add_argument("--model", metavar="NAME", help="nano, full-random or a checkpoint's path (default: "
-                         "full-random; on a CPU nano)")  # fmt: skip
-        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        sub.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
-        sub.add_argument("--attention", default="auto", metavar="NAME", help="of the full set (see longcat backends)")
-        sub.add_argument("--variant", default="exact", metavar="NAME", help="for profile: exact (default), fp8, "
-                         "fp8+8bit, plain, baseline, refine or refine+fp8")  # fmt: skip
-        sub.add_argument("--parts", metavar="NAMES", help="for all: these alone, separated by commas")
-        sub.add_argument("--no-fp8", action="store_true", help="leave fp8 out")
-        sub.add_argument("--no-plots", action="store_true", help="numbers only; `report` draws the plots later")
-        sub.add_argument(
-            "--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s"
-        )
-        sub.add_argument("--budget", type=number, metavar="S", help="seconds after which nothing new is begun")
+        option = sub.add_argument
+        option("--size", type=size, metavar="HxW",
+               help="pixels (default: 480x832, for refine 704x1280; on a CPU 32x48 and 64x96)")  # fmt: skip
+        option("--frames", type=whole, metavar="N",
+               help="4k+1 (default: 93, for refine 189; on a CPU 5 and 29)")  # fmt: skip
+        option("--batch", type=whole, default=2, choices=(1, 2), help="2: with guidance (default), 1: without")
+        option("--steps", type=whole, default=50, metavar="N", help="steps of a whole video (default: 50)")
+        option("--repeats", type=whole, default=3, metavar="N", help="timed calls, of which the median counts "
+               "(default: 3)")  # fmt: skip
+        option("--blocks", type=whole, metavar="N", help="blocks of the model (default: all)")
+        option("--few-blocks", type=whole, default=FEW_BLOCKS, metavar="N",
+               help="blocks for exactness, policies and training, and in `all` for all parts but backends, paths and "
+               f"profile (default: {FEW_BLOCKS})")  # fmt: skip
+        option("--model", metavar="NAME", help="nano, full-random or the path of a checkpoint (default: full-random; "
+               "on a CPU nano)")  # fmt: skip
+        option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        option("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+        option("--attention", default="auto", metavar="NAME",
+               help="attention of the full set (see longcat backends)")  # fmt: skip
+        option("--variant", default="exact", metavar="NAME", help="for profile: exact (default), fp8, fp8+8bit, "
+               "plain, baseline, refine or refine+fp8")  # fmt: skip
+        option("--parts", metavar="NAMES", help="for all: run only these parts, separated by commas")
+        option("--no-fp8", action="store_true", help="leave fp8 out")
+        option("--no-plots", action="store_true", help="write numbers only; `report` draws the plots later")
+        option("--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s")
+        option("--budget", type=number, metavar="S", help="start nothing new after this many seconds")
     sub = parts.add_parser("report", help="Write the page of performance from results.", allow_abbrev=False)
-    sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what --output of bench named")
+    sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that bench wrote to (--output)")
     sub.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="the page, for instance docs/performance.md"
     )
 
 
-@dataclass
-class Settings:
-    """The options, checked, and what the parts share."""
-
-    args: argparse.Namespace
-    device: torch.device
-    dtype: torch.dtype
-    budget: Any
-    known: dict[str, Any]
+def part(name: str) -> Part:
+    """The record of a part; imports PyTorch."""
+    return import_module(f".parts.{name}", __package__).PART
 
 
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
-    """One part, or all. Bad input is told before a model is made; a part that fails is a row of its results."""
-    from ..measure import results
+    """Run one part, or all. Bad input raises LongCatError before a model is made; a failing variant becomes a row."""
+    from ..measure.charts import require_pillow
     from ..measure.clock import Budget
-    from ..optimize import attention as backends
-    from . import profiling
-    from .plots import require_matplotlib
+    from ..measure.results import check_folder, commit, machine
+    from ..optimize import attention
+    from .parts import profile
     from .workload import FULL_RANDOM, NANO, Size
 
     cuda = device.type == "cuda"
     args.model = args.model or (FULL_RANDOM if cuda else NANO)
-    *sides, frames = _default(REFINED if profiling.refines(args.part, args.variant) else VIDEO, device)
+    *sides, frames = _default(REFINED if profile.refines(args.part, args.variant) else VIDEO, device)
     args.size, args.frames = args.size or tuple(sides), args.frames or frames
     for name in ("repeats", "steps", "blocks", "few_blocks"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise LongCatError(f"--{name.replace('_', '-')} {value} is too small; give at least 1")
     if args.budget is not None and not args.budget > 0:
-        raise LongCatError(f"--budget {args.budget} is no time; give seconds above 0")
-    backends.check(args.attention)
-    profiling.check(args.variant)
+        raise LongCatError(f"--budget {args.budget} must be a positive number of seconds")
+    attention.check(args.attention)
+    profile.check(args.variant)
     if args.parts is not None:
-        args.parts = [part.strip() for part in args.parts.split(",")]
-        unknown = [part for part in args.parts if part not in PARTS]
+        args.parts = [name.strip() for name in args.parts.split(",")]
+        unknown = [name for name in args.parts if name not in PARTS]
         if unknown:
             raise LongCatError(f"--parts has no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     size = Size(*args.size, args.frames, args.batch)
     size.latents()
     if args.model not in (FULL_RANDOM, NANO) and not Path(args.model).exists():
-        raise LongCatError(f"--model {args.model} does not exist; give nano, full-random or a checkpoint's path")
-    results.check_folder(args.output)
+        raise LongCatError(f"--model {args.model} does not exist; give nano, full-random or the path of a checkpoint")
+    check_folder(args.output)
     if not args.no_plots:
-        require_matplotlib(", or give --no-plots and draw them elsewhere with longcat bench report")
-    known = {"machine": results.machine(device), "commit": results.commit()}
-    settings = Settings(args, device, dtype, Budget(args.budget), known)
-    _everything(settings, size) if args.part == "all" else _part(settings, size)
+        require_pillow(", or give --no-plots and draw them elsewhere with longcat bench report")
+    known = {"machine": machine(device), "commit": commit()}
+    job = Job(args, device, dtype, Budget(args.budget), known)
+    if args.part == "all":
+        _everything(job, size)
+    else:
+        job.measure(args.part, job.bench(size, args.blocks), args.variant)
     return 0
 
 
@@ -157,140 +143,121 @@ def _default(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[
     return sizes[0 if device.type == "cuda" else 1]
 
 
-def _bench(settings: Settings, size: Any, blocks: int | None) -> Bench:
-    from ..measure.clock import clean_up
-    from .ablation import Bench
-    from .workload import load_model
+@dataclass
+class Job:
+    """The checked options, and what the parts of a run share."""
 
-    args = settings.args
-    clean_up(settings.device)
-    model = load_model(args.model, settings.device, settings.dtype, blocks)
-    size.check(model.config)
-    return Bench(model, size, settings.device, args.repeats, settings.budget, args.attention)
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    budget: Budget
+    known: dict[str, Any]
 
+    def bench(self, size: Any, blocks: int | None) -> Bench:
+        """A bench with a new model."""
+        from ..measure.clock import clean_up
+        from .variants import Bench
+        from .workload import load_model
 
-def _report(kind: str, bench: Bench, settings: Settings, name: str = "") -> Report:
-    from ..measure.results import Report
+        args = self.args
+        clean_up(self.device)
+        model = load_model(args.model, self.device, self.dtype, blocks)
+        size.check(model.config)
+        both_ways = args.part != "all" or args.parts is None
+        options = {"fp8": not args.no_fp8, "few_blocks": args.few_blocks, "both_ways": both_ways}
+        return Bench(model, size, self.device, args.repeats, self.budget, args.attention, **options)
 
-    args, config = settings.args, bench.model.config
-    inputs = bench.inputs().describe() | {
-        "size": str(bench.size),
-        "model": args.model,
-        "blocks": config.depth,
-        "hidden_size": config.hidden_size,
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "steps": args.steps,
-        "repeats": args.repeats,
-        "attention": args.attention,
-    }
-    return Report(kind, args.output, settings.device, inputs, settings.known, name)
+    def report(self, kind: str, bench: Bench) -> Report:
+        from ..measure.results import Report
+        from .parts.profile import file_name
 
+        args, config = self.args, bench.model.config
+        inputs = bench.inputs().describe() | {
+            "size": str(bench.size),
+            "model": args.model,
+            "blocks": config.depth,
+            "hidden_size": config.hidden_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "steps": args.steps,
+            "repeats": args.repeats,
+            "attention": args.attention,
+        }
+        name = file_name(bench.variant) if kind == "profile" else kind
+        return Report(kind, args.output, self.device, inputs, self.known, name)
 
-def _measure(kind: str, bench: Bench, settings: Settings, variant: str = "exact") -> None:
-    """One part on a model that is there; its table and its plots. variant: of `profile`."""
-    from . import (
-        ablation,
-        cards,
-        continuation,
-        exactness,
-        gradients,
-        kernels,
-        loading,
-        profiling,
-        recompiles,
-        refine_step,
-        scale,
-    )
+    def measure(self, kind: str, bench: Bench, variant: str = "exact") -> None:
+        """Run one part on a bench; print its table, write its results and charts. variant: of `profile`."""
+        record = part(kind)
+        bench.variant = variant
+        bench = record.sized(bench)
+        size, depth = bench.size, bench.model.config.depth
+        bench.report, bench.fresh = self.report(kind, bench), lambda: self.bench(size, depth)
+        record.run(bench)
+        self.finish(bench.report)
 
-    args = settings.args
-    if kind == "continuation":
-        bench = bench.sized(continuation.with_room(bench.size))
-    elif profiling.refines(kind, variant):
-        bench = bench.sized(replace(bench.size, batch=1))
-    report = _report(kind, bench, settings, profiling.file_name(variant) if kind == "profile" else "")
-    if kind == "ablation":
-        ablation.ablation(bench, report, fp8=not args.no_fp8)
-    elif kind == "paths":
-        ablation.paths(bench, report, "exact" if args.no_fp8 else "all")
-    elif kind == "exactness":
-        exactness.exactness(bench, report, args.few_blocks, fp8=not args.no_fp8)
-        if not args.no_fp8:
-            exactness.generation(report, bench.device, settings.dtype, 16, bench.budget, bench.say)
-    elif kind == "policies":
-        exactness.policies(bench, report, args.few_blocks)
-    elif kind == "profile":
-        profiling.profile_step(bench, report, variant)
-    elif kind == "refine":
-        refine_step.refine(bench, report, fp8=not args.no_fp8)
-    elif kind == "cards":
-        size, blocks = bench.size, bench.model.config.depth
-        # Two of them do not fit the device.
-        bench.model = None
-        cards.cards(bench, report, lambda: _bench(settings, size, blocks), fp8=not args.no_fp8)
-    elif kind == "training":
-        gradients.training(bench, report, args.few_blocks)
-    else:
-        parts = {"backends": kernels.kernels, "memory": scale.memory, "scale": scale.scale}
-        parts |= {"recompiles": recompiles.recompiles, "continuation": continuation.continuation}
-        (parts | {"load": loading.loading})[kind](bench, report)
-    finish(report, args.no_plots)
+    def finish(self, report: Report) -> None:
+        """Print the table; write the file and its charts."""
+        from ..files.media import atomic_path
+        from ..measure.results import say, table
 
-
-def finish(report: Report, no_plots: bool) -> None:
-    """The table on the screen, the file and the pictures on disk."""
-    from ..files.media import atomic_path
-    from ..measure.results import say, table
-    from .plots import pictures
-
-    report.write()
-    columns = COLUMNS[report.content["kind"]]
-    say(f"\n{report.content['name']}")
-    say(table(columns, [[row.get(name) for name in columns] for row in report.rows]))
-    for row in report.rows:
-        for sentence in (row.get("reason"), *row.get("notes", ())):
-            if sentence:
-                say(f"  {row['name']}: {sentence}")
-    say(str(report.path))
-    if not no_plots:
-        for name, data in pictures(report.content).items():
+        record = part(report.content["kind"])
+        report.write()
+        say(f"\n{report.content['name']}")
+        say(table(record.columns, [[row.get(name) for name in record.columns] for row in report.rows]))
+        for row in report.rows:
+            for sentence in (row.get("reason"), *row.get("notes", ())):
+                if sentence:
+                    say(f"  {row['name']}: {sentence}")
+        say(str(report.path))
+        for name, data in {} if self.args.no_plots else record.draw(report.content).items():
             with atomic_path(report.path.with_name(name)) as temporary:
                 temporary.write_bytes(data)
 
+    def guarded(self, kind: str, bench: Bench, variant: str = "exact") -> None:
+        """`measure`, except that a part that fails as a whole does not end the others."""
+        from ..measure.clock import clean_up
+        from ..measure.results import say
 
-def _part(settings: Settings, size: Any) -> None:
-    args = settings.args
-    _measure(args.part, _bench(settings, size, args.blocks), settings, args.variant)
+        if self.budget.used_up:
+            say(f"{kind}: not run: the budget was used up")
+            return
+        try:
+            self.measure(kind, bench, variant)
+        except Exception as error:
+            say(f"{kind} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        clean_up(self.device)
 
 
-def _everything(settings: Settings, size: Any) -> None:
-    """One whole model for what needs it, quantised last of all; then its first blocks alone."""
+def _everything(job: Job, size: Any) -> None:
+    """Parts that need the whole model, which is quantized as late as possible; then parts on its first blocks."""
     from ..measure.results import say
     from ..optimize.quantization import quantised_layers
-    from . import ablation, workload
-    from .profiling import REFINING, VARIANTS, refines
+    from .parts import paths
+    from .parts.profile import REFINING, VARIANTS, refines
+    from .workload import Size
 
-    args = settings.args
-    wanted = args.parts or list(PARTS)
-    depth = args.blocks
+    args = job.args
+    wanted, depth = args.parts or list(PARTS), args.blocks
     if {"paths", "profile", "backends"} & set(wanted):
-        bench = _bench(settings, size, args.blocks)
+        bench = job.bench(size, depth)
         depth = bench.model.config.depth
-        report = _report("paths", bench, settings)
+        report = bench.report = job.report("paths", bench)
         if "paths" in wanted:
-            # First, so that a first call is one: what compiles a kernel later finds it in a cache.
-            ablation.paths(bench, report, "exact", both_ways=args.parts is None)
-            finish(report, args.no_plots)
+            # Before all others, so that first calls do not find kernels in a cache.
+            paths.exact_paths(bench)
+            job.finish(report)
         if "profile" in wanted:
-            _guarded("profile", bench, settings)
-        if not args.no_fp8 and "paths" in wanted:
-            ablation.paths(bench, report, "fp8", both_ways=args.parts is None)
-            finish(report, args.no_plots)
+            job.guarded("profile", bench)
+        if bench.fp8 and "paths" in wanted:
+            bench.report = report
+            paths.lossy_paths(bench)
+            job.finish(report)
         ran = {row["name"] for row in report.rows if row["status"] == "ok"}
         for variant in ("fp8", "fp8+8bit"):
             if VARIANTS[variant] in ran and "profile" in wanted:
-                _guarded("profile", bench, settings, variant)
+                job.guarded("profile", bench, variant)
         if "backends" in wanted:
-            _guarded("backends", bench, settings)
+            job.guarded("backends", bench)
         del bench
     few = args.few_blocks if depth is None else min(args.few_blocks, depth)
     bench = None
@@ -301,24 +268,9 @@ def _everything(settings: Settings, size: Any) -> None:
         if args.no_fp8 and (kind == "policies" or variant == "refine+fp8"):
             continue
         if bench is None or bench.model is None or quantised_layers(bench.model):
-            # A part left it so, and the exact path would be none.
-            bench = _bench(settings, size, few)
+            # An earlier part quantized or dropped the model.
+            bench = job.bench(size, few)
         if refines(kind, variant):
-            bench = bench.sized(workload.Size(*_default(REFINED, settings.device)))
-        _guarded(kind, bench, settings, variant)
+            bench = bench.sized(Size(*_default(REFINED, job.device)))
+        job.guarded(kind, bench, variant)
     say(f"results are in {args.output}")
-
-
-def _guarded(kind: str, bench: Bench, settings: Settings, variant: str = "exact") -> None:
-    """A part that fails as a whole must not end the others."""
-    from ..measure.clock import clean_up
-    from ..measure.results import say
-
-    if settings.budget.used_up:
-        say(f"{kind}: not run: the budget was used up")
-        return
-    try:
-        _measure(kind, bench, settings, variant)
-    except Exception as error:
-        say(f"{kind} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
-    clean_up(bench.device)

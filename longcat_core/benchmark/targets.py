@@ -1,38 +1,45 @@
-"""What is to be reached, and whether results do: for a step, whose rows `paths` makes, and for refining."""
+"""Targets and public figures from a JSON file beside the page, and where the time of missed targets goes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..errors import LongCatError
 from ..measure.results import markdown, shown
-from .ablation import COMPILED, EAGER, EXACT, FP8, FP8_8BIT
-from .refine_step import SPARSE_EXACT, SPARSE_FP8
+from .part import Results, Row, by_name, met
+from .parts.paths import DISTILLED_STEPS
+from .parts.refine import ALONE, SPARSE
+from .variants import DISTILLED, EXACT
 
-DISTILLED, DISTILLED_STEPS = ", distilled", 16
-# What the public implementations take on an H100 80GB at 480x832x93 with guidance, in seconds a step.
-PUBLIC = {EAGER: 11.88, COMPILED: 9.45}
-PUBLIC_SIZE, PUBLIC_TOLERANCE, PUBLIC_BLOCKS = "480x832x93", 0.05, 48
-# The same of one evaluation that refines: latents 48x88x160, no guidance, block-sparse attention.
-PUBLIC_REFINE, REFINE_SIZE = 18.13, "704x1280x189"
-EXACT_LIMIT = 1.1
+Found = dict[str, Results]
 
-Row = dict[str, Any]
+FLOOR = """## What the floor allows
+
+Every missed target, in the target's own unit. *Attention alone*: its kernels as measured below, times the blocks. *In
+the step* and *projections*: attention and GEMMs of that path in the profiler; for a distilled step, half of those with
+guidance. *Rest*: what remains of the measured value after attention alone and projections; of memory, all but the
+weights; of a first call, all but one step, which is compilation and warm-up. *Floor*: attention alone plus the
+projections as fast as an H100 multiplies such matrices by themselves; of memory, the weights; of a first call, one
+step."""
+NO_PROFILE = "no profile of this path"
 
 
 class Target(NamedTuple):
-    """name: of a row; limit: in `unit`. kind: the row's step, first call, peak or steps of a distilled video, or how
-    many times faster it is than the row `over`: of that alone more is better."""
+    """name: of a row; limit: in `unit`. kind: the row's step, first call, peak, or steps of a distilled video, which
+    must stay below the limit, or its speedup over the row `over`, which must reach it."""
 
     name: str
     what: str
+    kind: Literal["step", "ratio", "peak", "first", "whole"]
     limit: float
     unit: str
-    kind: Literal["step", "ratio", "peak", "first", "whole"]
     over: str = ""
 
     def value(self, rows: dict[str, Row]) -> float | None:
-        """What the rows have of it, in `unit`; None where they do not."""
+        """The value in `unit`, or None if it was not measured."""
         row, other = (rows.get(name, {}) for name in (self.name, self.over))
         if row.get("status") != "ok" or (self.over and other.get("status") != "ok"):
             return None
@@ -46,89 +53,179 @@ class Target(NamedTuple):
         return value >= self.limit if self.kind == "ratio" else value <= self.limit
 
     @property
-    def asked(self) -> str:
+    def bound(self) -> str:
         return f"{'>=' if self.kind == 'ratio' else '<='} {self.limit:g} {self.unit}"
 
 
-TARGETS = (
-    Target(EXACT, "step with guidance", 6.0, "s", "step"),
-    Target(EXACT, "against the compiled baseline", 1.55, "x", "ratio", COMPILED),
-    Target(EXACT, "against the eager baseline", 1.95, "x", "ratio", EAGER),
-    Target(EXACT, "peak memory", 30.0, "GiB", "peak"),
-    Target(EXACT, "first call", 12.0, "s", "first"),
-    Target(FP8, "step with guidance", 5.0, "s", "step"),
-    Target(FP8, "against the compiled baseline", 1.9, "x", "ratio", COMPILED),
-    Target(FP8, "against the eager baseline", 2.35, "x", "ratio", EAGER),
-    Target(FP8, "peak memory", 19.0, "GiB", "peak"),
-    Target(FP8, "first call", 15.0, "s", "first"),
-    Target(FP8_8BIT, "step with guidance", 4.2, "s", "step"),
-    Target(f"{EXACT}{DISTILLED}", f"{DISTILLED_STEPS} steps, no guidance", 50.0, "s", "whole"),
-    Target(f"{FP8}{DISTILLED}", f"{DISTILLED_STEPS} steps, no guidance", 42.0, "s", "whole"),
-)
-REFINE_TARGETS = (
-    Target(SPARSE_EXACT, "evaluation of the refinement", 9.5, "s", "step"),
-    Target(SPARSE_FP8, "evaluation of the refinement", 7.0, "s", "step"),
-)
-# By kind of results: the targets, and the size and batch that they are for.
-FOR = {"paths": (TARGETS, PUBLIC_SIZE, 2), "refine": (REFINE_TARGETS, REFINE_SIZE, 1)}
+class Share(NamedTuple):
+    """Milliseconds of one evaluation, each None if unknown: attention alone, attention and GEMMs in the profile, and
+    projections at their own speed."""
+
+    alone: float | None
+    within: float | None
+    gemms: float | None
+    projections: float | None
+
+    @property
+    def floor(self) -> float | None:
+        return None if self.alone is None or self.projections is None else self.alone + self.projections
 
 
-def by_name(results: dict[str, Any]) -> dict[str, Row]:
-    return {row["name"]: row for row in results["rows"]}
+class Targets:
+    """The content of a file of targets."""
 
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+        self.public_refine_s: float = content["refine"]["public_s"]
 
-def comparable(results: dict[str, Any]) -> bool:
-    """Whether results are of the size, batch and depth that targets and public figures are for."""
-    inputs, (_, size, batch) = results["inputs"], FOR[results["kind"]]
-    return (inputs.get("size"), inputs.get("batch"), inputs.get("blocks")) == (size, batch, PUBLIC_BLOCKS)
+    @classmethod
+    def beside(cls, page: Path) -> Targets | None:
+        """Targets from PAGE-targets.json, None if there is no such file. Raises LongCatError for a broken one."""
+        path = page.with_name(f"{page.stem}-targets.json")
+        if not path.exists():
+            return None
+        try:
+            return cls(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LongCatError(f"cannot read {path} as targets ({error}); restore or remove it") from error
 
+    def of(self, kind: str) -> list[Target]:
+        """Targets of results of the kind `paths` or `refine`."""
+        return [Target(**target) for target in self.content[kind]["targets"]]
 
-def missed(results: dict[str, Any]) -> Iterator[tuple[Target, float]]:
-    """Targets that comparable results do not meet, with what was measured."""
-    rows = by_name(results)
-    for target in FOR[results["kind"]][0] if comparable(results) else ():
-        value = target.value(rows)
-        if value is not None and not target.met(value):
-            yield target, value
+    @property
+    def guesses(self) -> dict[str, float]:
+        """Published guesses of what an optimization is worth, in percent of a video's time."""
+        guesses = self.content["guesses"]
+        return {name: 100 * seconds / guesses["of_s"] for name, seconds in guesses["seconds"].items()}
 
+    def comparable(self, results: Results) -> bool:
+        """Whether results have the size, batch and depth of the targets."""
+        known = self.content[results["kind"]]
+        return all(results["inputs"].get(key) == known[key] for key in ("size", "batch", "blocks"))
 
-def table(results: dict[str, Any], exactness: dict[str, Any] | None) -> str:
-    """Targets of `paths` beside what was measured, and the baseline beside the public implementations' figures."""
-    rows, same = by_name(results), comparable(results)
-    lines = []
-    for target in TARGETS:
-        value = target.value(rows)
-        if value is None:
-            verdict = f"not measured ({rows.get(target.name, {}).get('status', 'not run')})"
+    def missed(self, results: Results) -> Iterator[tuple[Target, float]]:
+        """Targets that comparable results do not meet, with the measured value."""
+        rows = by_name(results)
+        for target in self.of(results["kind"]) if self.comparable(results) else ():
+            value = target.value(rows)
+            if value is not None and not target.met(value):
+                yield target, value
+
+    def table(self, results: Results, exactness: Results | None) -> str:
+        """Targets of `paths` beside the measured values, and the baseline beside the public implementations."""
+        rows, same, known = by_name(results), self.comparable(results), self.content["paths"]
+        lines = []
+        for target in self.of("paths"):
+            value = target.value(rows)
+            if value is None:
+                verdict = f"not measured ({rows.get(target.name, {}).get('status', 'not run')})"
+            else:
+                verdict = met(target.met(value)) if same else "of another run"
+            measured = None if value is None else f"{shown(value)} {target.unit}"
+            lines.append((target.name, target.what, target.bound, measured, verdict))
+        # An fp32 run has no 16-bit path to compare with.
+        rounded = exactness is not None and exactness["inputs"].get("dtype") != "float32"
+        ratio = by_name(exactness).get(EXACT, {}).get("ratio") if rounded else None
+        if ratio is not None:
+            most = self.content["exactness"]["ratio"]
+            bound = f"<= {most} x", f"{shown(ratio)} x", met(ratio <= most)
+            lines.append((EXACT, "error over the plain 16-bit path's", *bound))
+        note = f"{known['size']}, {known['blocks']} blocks, batch {known['batch']} on an H100"
+        notes = "" if same else f"\n\nThe targets are for {note}; this run was another."
+        return f"{markdown(('path', 'what', 'target', 'measured', ''), lines)}{notes}\n\n{self._public(rows)}"
+
+    def _public(self, rows: dict[str, Row]) -> str:
+        known, lines = self.content["paths"], []
+        tolerance = known["public_tolerance"]
+        for name, public in known["public_s"].items():
+            row = rows.get(name, {})
+            if row.get("status") != "ok":
+                lines.append((name, f"{public} s", "-", "-", "not measured"))
+                continue
+            off = row["ms"] / 1000 / public - 1
+            within = "within" if abs(off) <= tolerance else "not within"
+            measured = f"{shown(row['ms'] / 1000)} s", f"{off:+.1%}", f"{within} {tolerance:.0%}"
+            lines.append((name, f"{public} s", *measured))
+        return markdown(("", "public LongCat-Video, H100", "measured", "difference", ""), lines)
+
+    # --- where the time of a missed target goes ---
+
+    def floor(self, found: Found) -> str:
+        """The section on missed targets, from results by name; "" if all are met or the results are of another run."""
+        lines = []
+        for kind in ("paths", "refine"):
+            results = found.get(kind)
+            for target, value in self.missed(results) if results else ():
+                cells = self._cells(target, value, results, found)
+                lines.append((f"{target.name}: {target.what}", target.bound, _with(value, target.unit), *cells))
+        head = ("", "target", "measured", "attention alone", "in the step", "projections", "rest", "floor")
+        return f"{FLOOR}\n\n{markdown(head, lines)}" if lines else ""
+
+    def _cells(self, target: Target, value: float, results: Results, found: Found) -> tuple[Any, ...]:
+        """Attention alone, in the step, projections, rest, floor."""
+        row = by_name(results)[target.name]
+        if target.kind == "peak":
+            weights = row.get("weights_gib")
+            return None, None, None, _with(_less(value, weights), "GiB"), _with(weights, "GiB")
+        if target.kind == "first":
+            rest = value - row["ms"] / 1000
+            return None, None, None, f"{shown(rest)} s ({rest / value:.0%})", _with(row["ms"] / 1000, "s")
+        share = self.share(target.name, results, found)
+        scale = (DISTILLED_STEPS if target.kind == "whole" else 1) / 1000
+        alone, within, gemms, floor = (None if ms is None else scale * ms for ms in (*share[:3], share.floor))
+        rest = _with(_less(scale * row["ms"], alone, gemms), "s")
+        if target.kind == "ratio":
+            floor = None if floor is None else by_name(results)[target.over]["ms"] / 1000 / floor
+        projections = NO_PROFILE if gemms is None else _with(gemms, "s")
+        return _with(alone, "s"), _with(within, "s"), projections, rest, _with(floor, target.unit)
+
+    def share(self, name: str, results: Results, found: Found) -> Share:
+        """Of one evaluation of the row `name` in results of `paths` or of `refine`."""
+        rows, inputs = by_name(results), results["inputs"]
+        path, blocks = name.removesuffix(DISTILLED), inputs["blocks"]
+        if results["kind"] == "refine":
+            row = rows.get(ALONE[SPARSE], {})
+            alone = blocks * row["ms"] if row.get("status") == "ok" else None
         else:
-            verdict = ("met" if target.met(value) else "missed") if same else "of another run"
-        measured = "-" if value is None else f"{shown(value)} {target.unit}"
-        lines.append((target.name, target.what, target.asked, measured, verdict))
-    # In fp32 there is no 16-bit path to compare with.
-    rounded = exactness is not None and exactness["inputs"].get("dtype") != "float32"
-    for row in exactness["rows"] if rounded else ():
-        if row["name"] == EXACT and row.get("ratio") is not None:
-            verdict = "met" if row["ratio"] <= EXACT_LIMIT else "missed"
-            told = f"{shown(row['ratio'])} x"
-            lines.append((EXACT, "error over the plain 16-bit path's", f"<= {EXACT_LIMIT} x", told, verdict))
-    notes = ""
-    if not same:
-        notes = (
-            f"\n\nThe targets are for {PUBLIC_SIZE}, {PUBLIC_BLOCKS} blocks, batch 2 on an H100; this run was another."
-        )
-    return f"{markdown(('path', 'what', 'target', 'measured', ''), lines)}{notes}\n\n{_anchors(rows)}"
+            alone = _alone(found.get("backends"), rows[name], results)
+        families, known = _profiled(found, path, results), self.content["projections"]
+        projections = None
+        if inputs.get("hidden_size", known["hidden_size"]) == known["hidden_size"]:
+            precision = "bf16" if path.endswith(EXACT) else "fp8"
+            projections = self.projections_ms(precision, inputs["batch"] * inputs["tokens"], blocks)
+        whole = Share(alone, families.get("attention"), families.get("GEMM"), projections)
+        return whole if name == path else Share(*(None if ms is None else ms / 2 for ms in whole))
+
+    def projections_ms(self, precision: str, tokens: int, blocks: int) -> float:
+        """Projections of all blocks by themselves, over the tokens of all samples, in `bf16` or `fp8`."""
+        known = self.content["projections"]
+        return sum(known["ms"][precision].values()) * blocks * tokens / known["tokens"]
 
 
-def _anchors(rows: dict[str, Row]) -> str:
-    """The baseline beside the public implementations' figures, which were measured elsewhere and are constants here."""
-    lines = []
-    for name, public in PUBLIC.items():
-        row = rows.get(name, {})
-        if row.get("status") != "ok":
-            lines.append((name, f"{public} s", "-", "-", "not measured"))
-            continue
-        seconds = row["ms"] / 1000
-        off = seconds / public - 1
-        within = "within" if abs(off) <= PUBLIC_TOLERANCE else "not within"
-        lines.append((name, f"{public} s", f"{shown(seconds)} s", f"{off:+.1%}", f"{within} {PUBLIC_TOLERANCE:.0%}"))
-    return markdown(("", "public LongCat-Video, H100", "measured", "difference", ""), lines)
+def _alone(backends: Results | None, row: Row, results: Results) -> float | None:
+    """Attention of all blocks by the kernels that the row names, as measured at the same size."""
+    inputs = results["inputs"]
+    if backends is None or any(backends["inputs"].get(key) != inputs.get(key) for key in ("size", "batch")):
+        return None
+    found = {(r["attention"], r["name"]): r["ms"] for r in backends["rows"] if r["status"] == "ok"}
+    self_ms = found.get(("self", row.get("attention")))
+    cross_ms = found.get(("cross", row.get("text_attention")))
+    return None if self_ms is None or cross_ms is None else inputs["blocks"] * (self_ms + cross_ms)
+
+
+def _profiled(found: Found, path: str, results: Results) -> dict[str, float]:
+    """Milliseconds by family from the profile of a path with the same inputs."""
+    for other in found.values():
+        same = all(other["inputs"].get(key) == results["inputs"].get(key) for key in ("size", "batch", "blocks"))
+        if other["kind"] == "profile" and other["inputs"].get("variant") == path and same:
+            return {row["name"]: row["ms"] for row in other["rows"] if row.get("phase") == "family"}
+    return {}
+
+
+def _less(value: float, *others: float | None) -> float | None:
+    return None if None in others else value - sum(others)
+
+
+def _with(value: float | None, unit: str) -> str | None:
+    return None if value is None else f"{shown(value)} {unit}"

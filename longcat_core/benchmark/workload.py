@@ -1,8 +1,13 @@
-"""What is measured: a model (embedded, from disk, or of random weights), its inputs, and one denoising step of it."""
+"""The model to measure (embedded, from disk, or with random weights), its inputs, and one denoising step.
+
+Parts switch the network only through the functions of this module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +16,25 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..measure.speed import SEED, TEXT_TOKENS
+from ..measure.clock import Laps, peak_gib, reset_peak
+from ..measure.speed import SEED, TEXT_TOKENS, kernel_name
 from ..model.config import ModelConfig
 from ..model.text import TextTokens
 from ..optimize.attention import import_ahead
+from ..optimize.block_sparse import BlockSparse
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.conditioning import latent_shape
+from ..sampling.sampler import sample
+from ..sampling.schedules import make_schedule
 from ..sampling.step import STEP, take_step
 from .baseline import BaselineTransformer
 
 NANO, FULL_RANDOM = "nano", "full-random"
 TEXT_LENGTH = 512
-# Some step in the middle: its numbers do not matter to speed.
+# Rows call our own text kernel by this name.
+FUSED_TEXT = "fused_text"
+# A step in the middle; its numbers do not affect speed.
 TIMESTEP, SIGMA, SIGMA_CHANGE, GUIDANCE = 800.0, 0.8, -0.02, 4.0
 
 
@@ -53,14 +64,14 @@ class Size:
             ("width", self.width, config.patch_size[2]),
         ):
             if side < 8 * patch or side % (8 * patch):
-                raise LongCatError(f"{name} {side} is no multiple of {8 * patch}; give sides that are, in --size HxW")
+                raise LongCatError(f"{name} {side} is not a multiple of {8 * patch}; give such sides in --size HxW")
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}x{self.frames}"
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> OptimizedTransformer:
-    """A network of random weights, made on the device: projections normal of deviation 0.02, norms 1."""
+    """A network with random weights, made on the device: norms 1, all other weights normal with deviation 0.02."""
     model = OptimizedTransformer(config, dtype=dtype, device="meta").to_empty(device=device)
     generator = torch.Generator(device).manual_seed(SEED)
     with torch.no_grad():
@@ -73,10 +84,10 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int | None = None) -> OptimizedTransformer:
-    """`nano`, `full-random` (13.58 B parameters unless `blocks` are fewer) or a checkpoint's path."""
+    """`nano`, `full-random` (13.58 B parameters, or fewer with fewer `blocks`) or the path of a checkpoint."""
     if name == FULL_RANDOM:
         config = ModelConfig() if blocks is None else replace(ModelConfig(), depth=blocks)
-        # As loading a checkpoint does.
+        # Loading a checkpoint does this as well.
         import_ahead(device)
         return random_model(config, device, dtype)
     from ..checkpoints.load import load_transformer
@@ -92,7 +103,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int 
 
 
 def first_blocks(model: OptimizedTransformer, depth: int) -> OptimizedTransformer:
-    """The network with its first `depth` blocks alone; the modules are the same ones."""
+    """The network with only its first `depth` blocks; modules are shared, not copied."""
     config = replace(model.config, depth=depth)
     small = OptimizedTransformer(config, model.optimizations, dtype=model.dtype, device="meta")
     for name in ("patch_embed", "time_embed", "text_embed", "final_layer"):
@@ -102,7 +113,7 @@ def first_blocks(model: OptimizedTransformer, depth: int) -> OptimizedTransforme
 
 
 class Inputs:
-    """Latents [1, C, T, H, W], timestep, and text of one denoising step, the same ones for all variants."""
+    """Latents [1, C, T, H, W], timestep and text of one denoising step, the same for all variants."""
 
     def __init__(self, config: ModelConfig, size: Size, device: torch.device) -> None:
         size.check(config)
@@ -111,7 +122,7 @@ class Inputs:
         shape = size.latents(config.in_channels)
         self.latents = torch.randn((1, *shape[1:]), generator=generator, device=device)
         lengths = [TEXT_TOKENS[(b + 2 - size.batch) % 2] for b in range(size.batch)]
-        # With all padding as one key.
+        # All padding counts as one key.
         self.folded_keys = max(lengths) + 1
         self.mask = (torch.arange(TEXT_LENGTH)[None] < torch.tensor(lengths)[:, None]).to(device).long()
         self.context = torch.randn(
@@ -130,11 +141,38 @@ class Inputs:
 
 
 def exactly(model: OptimizedTransformer, chosen: Optimizations) -> None:
-    """Switch the model, and let nothing of an earlier variant serve this one."""
+    """Switch the model, and drop everything that an earlier variant compiled."""
     torch._dynamo.reset()
     model.set_optimizations(chosen)
     for function in (model.compiled_block, STEP):
         function.forget()
+
+
+def require(model: OptimizedTransformer, chosen: Optimizations, notes: Sequence[str], name: str) -> None:
+    """Raise LongCatError if the network fell back from the optimizations that were chosen for it."""
+    if model.optimizations != chosen:
+        raise LongCatError(f"{name} was given up at its first step: {'; '.join(notes) or model.optimizations}")
+
+
+@contextmanager
+def attending(model: OptimizedTransformer, settings: BlockSparse | None) -> Iterator[None]:
+    """Self-attention is block-sparse, or dense for None, while this context is open."""
+    before, model.block_sparse = model.block_sparse, settings
+    try:
+        yield
+    finally:
+        model.block_sparse = before
+
+
+def kernels_of(model: OptimizedTransformer, inputs: Inputs) -> dict[str, str]:
+    """Names of the kernels in use: `attention` and `text_attention`."""
+    kernels = model.choose_kernels(inputs.device)
+    text = model.embed_text(inputs.context, inputs.mask)
+    own = model.own_text_kernel(text.tokens, text)
+    return {
+        "attention": kernel_name(kernels.attend),
+        "text_attention": FUSED_TEXT if own else kernel_name(kernels.text or kernels.attend),
+    }
 
 
 def network_forward(model: OptimizedTransformer, inputs: Inputs) -> Callable[[], Tensor]:
@@ -146,7 +184,7 @@ def network_forward(model: OptimizedTransformer, inputs: Inputs) -> Callable[[],
         nonlocal text
         if not model.optimizations.reuse_text:
             return model(inputs.given(), timestep, inputs.context, inputs.mask)
-        # In the first call, since that is when a sampler embeds its text.
+        # Embedded in the first call, as by the sampler.
         text = model.embed_text(inputs.context, inputs.mask) if text is None else text
         return model(inputs.given(), timestep, text)
 
@@ -154,7 +192,7 @@ def network_forward(model: OptimizedTransformer, inputs: Inputs) -> Callable[[],
 
 
 def baseline_forward(baseline: BaselineTransformer, inputs: Inputs, compiled: bool = False) -> Callable[[], Tensor]:
-    """The same of the baseline; compiled: the whole of it."""
+    """One forward of the baseline; compiled: as one graph."""
     baseline.prepare(inputs.size.latents())
     network = torch.compile(baseline) if compiled else baseline
     timestep = torch.full((inputs.size.batch,), TIMESTEP, device=inputs.device)
@@ -162,7 +200,7 @@ def baseline_forward(baseline: BaselineTransformer, inputs: Inputs, compiled: bo
 
 
 def step_of(forward: Callable[[], Tensor], inputs: Inputs, chosen: Optimizations) -> Callable[[], Tensor]:
-    """A whole denoising step: the forward, guidance and Euler. Returns the latents after it."""
+    """A whole denoising step: forward, guidance and Euler update. Returns the new latents."""
 
     def step() -> Tensor:
         with torch.no_grad():
@@ -171,8 +209,29 @@ def step_of(forward: Callable[[], Tensor], inputs: Inputs, chosen: Optimizations
     return step
 
 
+@torch.no_grad()
+def timed_sampling(model: OptimizedTransformer, inputs: Inputs, repeats: int, **options: Any) -> dict[str, Any]:
+    """Run 1 + `repeats` steps of the sampler, with `options` of `sample`; the first step, which embeds the text and
+    compiles, is not timed.
+
+    ms: median of a step; times_ms: each step; peak_gib: of the whole sampling; out: the latents.
+    """
+    guidance: dict[str, Any] = {"guidance_scale": 1.0}
+    if inputs.size.batch == 2:
+        negative = {"negative_context": inputs.context[:1], "negative_mask": inputs.mask[:1]}
+        guidance = {"guidance_scale": GUIDANCE, **negative}
+    laps = Laps(inputs.device)
+    with Notes(model) as notes:
+        reset_peak(inputs.device)
+        text, schedule = (inputs.context[-1:], inputs.mask[-1:]), make_schedule("base", 1 + repeats)
+        out = sample(model, inputs.latents, schedule, *text, callback=laps.mark, **guidance, **options)
+        peak = peak_gib(inputs.device)
+    times = laps.times_ms()
+    return {"ms": statistics.median(times), "times_ms": times, "peak_gib": peak, "notes": notes, "out": out}
+
+
 class Notes:
-    """Collects what a model announces while this is entered, as a list."""
+    """Context manager that collects a model's announcements in a list."""
 
     def __init__(self, model: OptimizedTransformer) -> None:
         self.model, self.sentences = model, []
@@ -182,7 +241,7 @@ class Notes:
         return self.sentences
 
     def _note(self, sentence: str) -> None:
-        # That compiling begins is no news here.
+        # Compiling is expected here.
         if not sentence.startswith("compiling"):
             self.sentences.append(sentence)
 

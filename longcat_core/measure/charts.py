@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..errors import LongCatError
 from ..files.media import cell_form, wrap
 from .fidelity import Fidelity, Setting, decibels, psnr
 
@@ -29,6 +30,14 @@ LEFT, LEGEND, DASH = 84, 24, 7
 CELL, CELL_GAP, ROW_LABEL = 216, 12, 28
 # A difference is amplified by the largest gain that keeps this percentage of its pixels below white.
 GAINS, KEPT = (1, 2, 4, 8, 16, 32, 64, 128), 99.9
+
+
+def require_pillow(instead: str = "") -> None:
+    """Raise LongCatError if Pillow is missing. instead: another way out, appended to the remedy."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise LongCatError(f"charts need Pillow; run: pip install 'pillow>=10.1'{instead}") from error
 
 
 def _font(size: int) -> Any:

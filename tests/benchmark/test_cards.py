@@ -8,7 +8,8 @@ import weakref
 import pytest
 import torch
 
-from longcat_core.benchmark import ablation, cards, workload
+from longcat_core.benchmark import variants, workload
+from longcat_core.benchmark.parts import cards
 from longcat_core.measure import results
 from longcat_core.measure.clock import Budget
 from longcat_core.model.config import ModelConfig
@@ -20,9 +21,9 @@ SMALL = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, f
 CPU = torch.device("cpu")
 
 
-def fresh() -> ablation.Bench:
+def fresh() -> variants.Bench:
     model = workload.random_model(SMALL, CPU, torch.float32)
-    return ablation.Bench(model, workload.Size(32, 48, 5), CPU, 1, Budget(None), say=lambda sentence: None)
+    return variants.Bench(model, workload.Size(32, 48, 5), CPU, 1, Budget(None), say=lambda sentence: None)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
     made: list[weakref.ref] = []
     done: list[object] = []
 
-    def watched() -> ablation.Bench:
+    def watched() -> variants.Bench:
         gc.collect()
         assert not [ref for ref in made if ref() is not None]
         bench = fresh()
@@ -51,9 +52,11 @@ def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
     settle, counted = cards.settle, cards._Counted
     monkeypatch.setattr(cards, "settle", lambda *args: (done.append("settled"), settle(*args)))
     monkeypatch.setattr(cards, "_Counted", lambda bench, fp8: (done.append(fp8), counted(bench, fp8))[1])
-    cards.cards(fresh(), report, watched)
+    bench = fresh()
+    bench.report, bench.fresh = report, watched
+    cards.run(bench)
     assert len(made) == 2 and len([row for row in report.rows if row["status"] == "ok"]) == 5
-    # Quantised weights are laid out anew before anything is counted.
+    # Quantized weights are laid out anew before anything is counted.
     assert done == ["settled", True, False]
 
 

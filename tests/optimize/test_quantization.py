@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longcat_core.benchmark.exactness import Captured
+from longcat_core.benchmark.parts.exactness import Captured
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError

@@ -8,29 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LongCatError
-from ..measure.clock import attempt, clean_up, measure
-from ..measure.fidelity import relative_error
-from ..measure.results import Report
-from ..optimize.attention import BACKENDS, Backend, Inputs
-from ..optimize.kernels import text_attention
-from ..optimize.kernels.elementwise import missing
-from .ablation import FUSED_TEXT, Bench
-from .workload import SEED, TEXT_LENGTH
+from ...errors import LongCatError
+from ...measure.charts import BLUE, ORANGE
+from ...measure.clock import measure
+from ...measure.fidelity import relative_error
+from ...optimize.attention import BACKENDS, Backend, Inputs
+from ...optimize.kernels import text_attention
+from ...optimize.kernels.elementwise import missing
+from ..part import Chart, Part, Results, bars, columns, ok_rows
+from ..variants import Bench
+from ..workload import FUSED_TEXT, SEED, TEXT_LENGTH
 
-# The slice that is computed in fp32: queries of some heads over all keys.
+# The error is measured on a slice: these queries and heads over all keys.
 QUERIES, HEADS = 256, 4
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v in fp32 of a slice of q [B, N, H, D]: [1, queries, heads, D]."""
+    """softmax(q k^T / sqrt(D)) v in fp32 for the slice of q [B, N, H, D]; returns [1, queries, heads, D]."""
     q, k, v = (x[:1, :, :HEADS].float().transpose(1, 2) for x in (q[:, :QUERIES], k, v))
     weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
     return (weights @ v).transpose(1, 2)
 
 
 def random_qkv(bench: Bench, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, N, heads, head_dim] of the bench's size and dtype, and `keys` keys and values (0: as many)."""
+    """Queries [B, N, heads, head_dim] at the bench's size and dtype, and `keys` keys and values (0: N)."""
     config, inputs = bench.model.config, bench.inputs()
     generator = torch.Generator(bench.device).manual_seed(SEED)
     tokens = inputs.size.tokens(config)
@@ -43,39 +44,36 @@ def random_qkv(bench: Bench, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def kernels(bench: Bench, report: Report) -> None:
-    """A row for every backend, over the video's own tokens and over the text's, and one for the own kernel for text.
+def run(bench: Bench) -> None:
+    """Rows of every backend, over the video's own tokens and over the text's, and one of our own kernel for text.
 
-    That one norms its queries as well, and has the padding as one key.
+    That kernel also norms its queries and folds the padding into one key.
     """
     for what, keys in (("self", 0), ("cross", TEXT_LENGTH)):
         q, k, v = random_qkv(bench, keys)
         expected = reference(q, k, v)
         for backend in BACKENDS:
-            row = {"name": backend.name, "attention": what, "exact": backend.exact, "shape": [*q.shape, k.shape[1]]}
 
-            def run(backend: Backend = backend, q=q, k=k, v=v, expected=expected) -> dict[str, Any]:
+            def one(backend: Backend = backend, q=q, k=k, v=v, expected=expected) -> dict[str, Any]:
                 refused = backend.missing() or backend.refuses(Inputs(q.device, q.dtype, q.shape[-1], False))
                 if refused:
                     raise LongCatError(refused)
-                out = backend.attend(q, k, v)
-                error = relative_error(out[:1, :QUERIES, :HEADS], expected)
-                del out
+                error = relative_error(backend.attend(q, k, v)[:1, :QUERIES, :HEADS], expected)
                 return _timed(bench, lambda: backend.attend(q, k, v), q, k) | {"error": error}
 
-            _attempt(bench, report, row, run)
-    _own_text_kernel(bench, report)
+            shape = [*q.shape, k.shape[1]]
+            bench.add({"name": backend.name, "attention": what, "exact": backend.exact, "shape": shape}, one)
+    _own_text_kernel(bench)
 
 
-def _own_text_kernel(bench: Bench, report: Report) -> None:
+def _own_text_kernel(bench: Bench) -> None:
     keys = bench.inputs().folded_keys
     q, k, v = random_qkv(bench, keys)
     weight = torch.ones(q.shape[-1], dtype=q.dtype, device=q.device)
     some = q[:, :QUERIES].clone()
     expected = text_attention.plain_text_attention(some, weight, k, v, None)[:1, :, :HEADS]
-    row = {"name": FUSED_TEXT, "attention": "cross", "exact": True, "shape": [*q.shape, keys]}
 
-    def run() -> dict[str, Any]:
+    def one() -> dict[str, Any]:
         refused = missing() or text_attention.refuses(q, q.shape[-1], keys)
         if refused:
             raise LongCatError(refused)
@@ -83,7 +81,7 @@ def _own_text_kernel(bench: Bench, report: Report) -> None:
         error = relative_error(out[:1, :, :HEADS], expected)
         return _timed(bench, lambda: text_attention.text_attention(q, weight, k, v, None), q, k) | {"error": error}
 
-    _attempt(bench, report, row, run)
+    bench.add({"name": FUSED_TEXT, "attention": "cross", "exact": True, "shape": [*q.shape, keys]}, one)
 
 
 def _timed(bench: Bench, attend: Callable[[], Tensor], q: Tensor, k: Tensor) -> dict[str, Any]:
@@ -91,8 +89,25 @@ def _timed(bench: Bench, attend: Callable[[], Tensor], q: Tensor, k: Tensor) -> 
     return timing.as_row() | {"tflops": 4 * q.numel() * k.shape[1] / timing.ms / 1e9}
 
 
-def _attempt(bench: Bench, report: Report, row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
-    row = report.add(attempt(row, bench.budget, run))
-    clean_up(bench.device)
-    figure = f"{row['ms']:.2f} ms, {row['tflops']:.0f} TFLOP/s" if row["status"] == "ok" else row["reason"]
-    bench.say(f"{row['attention']}-attention, {row['name']}: {figure}")
+def chart(results: Results, _: Any) -> Any:
+    rows = sorted((r for r in ok_rows(results, "ms", "tflops") if r["attention"] == "self"), key=lambda r: r["ms"])
+    return bars(
+        rows,
+        "Self-attention of one block (orange: lossy)",
+        "ms",
+        "ms",
+        "{:.1f}",
+        color=lambda row: BLUE if row["exact"] else ORANGE,
+        label=lambda row: f"{row['name']}, {row['tflops']:.0f} TFLOP/s",
+    )
+
+
+PART = Part(
+    text="## Attention kernels\n\nAt the model's shapes. The error is relative, against fp32 on a slice.",
+    run=run,
+    columns=("name", "attention", "ms", "tflops", "error", "status"),
+    table=columns(
+        name="", attention="attention", ms="ms", tflops="TFLOP/s", error="error", exact="exact", status=""
+    ),
+    charts=(Chart(chart, ("tflops",)),),
+)

@@ -1,4 +1,4 @@
-"""How many graphs the compiler makes of a block over everything that changes between and within videos."""
+"""How many graphs of a block the compiler makes as inputs change within and between videos."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ..measure.clock import attempt, clean_up, synchronize
-from ..measure.results import Report
-from ..optimize.switches import Optimizations
-from . import workload
-from .ablation import Bench
+from ...measure.clock import attempt, clean_up, synchronize
+from ...optimize.switches import Optimizations
+from .. import workload
+from ..part import Part, columns
+from ..variants import Bench
 
 FRAMES = 13
 
 
 class Change(NamedTuple):
-    """What of a forward is other than in the first; at_most: graphs that this may add to those before it."""
+    """How a forward differs from the first one; at_most: graphs that it may add."""
 
     name: str
     at_most: int
@@ -59,16 +59,16 @@ def _text(inputs: workload.Inputs, tokens: tuple[int, int], batch: int) -> tuple
 
 
 def _merge(model: Any, strength: float) -> None:
-    """As merging a LoRA does: other numbers in the same tensors."""
+    """Change weights in place, as merging a LoRA does."""
     for block in model.blocks:
         weight = block.ffn.down.weight
         weight.add_(torch.sign(weight), alpha=1e-4 * strength)
 
 
 @torch.no_grad()
-def recompiles(bench: Bench, report: Report) -> None:
-    """Rows of `CHANGES`, one after the other on the bench's model: new graphs, and the first forward's seconds."""
-    model, size = bench.model, bench.size
+def run(bench: Bench) -> None:
+    """Rows of `CHANGES`, one after the other on the bench's model: new graphs, and seconds of the first forward."""
+    model, size, report = bench.model, bench.size, bench.report
     # Room for given frames.
     size = workload.Size(size.height, size.width, max(size.frames, FRAMES), 2)
     inputs = workload.Inputs(model.config, size, bench.device)
@@ -87,7 +87,7 @@ def recompiles(bench: Bench, report: Report) -> None:
         text = model.embed_text(context, mask)
         model(x, timestep, text, num_cond_latents=change.cond, kv_cache=cache)
 
-    def run(change: Change) -> Iterator[tuple[str, Any]]:
+    def one(change: Change) -> Iterator[tuple[str, Any]]:
         before, started = counters["stats"]["unique_graphs"], time.perf_counter()
         if change.merged:
             _merge(model, change.merged)
@@ -98,13 +98,24 @@ def recompiles(bench: Bench, report: Report) -> None:
         yield "graphs", counters["stats"]["unique_graphs"] - before
         yield "notes", notes
 
+    def finish(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"held": row["graphs"] <= row["at_most"]}
+
     for change in CHANGES:
         head = {"name": change.name, "at_most": change.at_most, "depth": model.config.depth}
-        row = attempt(head, bench.budget, lambda change=change: dict(run(change)))
-        if row["status"] == "ok":
-            row["held"] = row["graphs"] <= change.at_most
-        report.add(row)
-        told = f"{row['graphs']} graphs, {row['first_s']:.1f} s" if row["status"] == "ok" else row["reason"]
-        bench.say(f"recompiles, {change.name}: {told}")
+        # Freeing memory as `Bench.add` does would drop the graphs.
+        row = attempt(head, bench.budget, lambda change=change: dict(one(change)))
+        report.add(finish(row) if row["status"] == "ok" else row)
+        bench.say(f"recompiles, {change.name}: {row.get('reason') or row['graphs']}")
     _merge(model, -sum(change.merged for change in CHANGES))
     clean_up(bench.device)
+
+
+PART = Part(
+    text="""## Compiling
+
+One model with compiled blocks, and one change after the other. *Graphs* is how many were compiled for the change.""",
+    run=run,
+    columns=("name", "graphs", "at_most", "first_s", "status"),
+    table=columns(name="", graphs="graphs", at_most="at most", held="held", first_s="first forward s", status=""),
+)

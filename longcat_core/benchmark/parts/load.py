@@ -1,4 +1,4 @@
-"""How fast a checkpoint loads, beside how fast its disk reads."""
+"""The speed of loading a checkpoint beside that of reading its file."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.formats import OFFICIAL
-from ..checkpoints.load import load_transformer, official_state
-from ..files.read_ahead import THREADS
-from ..files.safetensors_io import write_safetensors
-from ..measure.clock import attempt, clean_up, synchronize
-from ..measure.results import Report
-from ..optimize.quantization import Policy
-from .ablation import Bench
+from ...checkpoints.formats import OFFICIAL
+from ...checkpoints.load import load_transformer, official_state
+from ...files.read_ahead import THREADS
+from ...files.safetensors_io import write_safetensors
+from ...measure.clock import OK, attempt, clean_up, synchronize
+from ...measure.results import markdown, shown
+from ...optimize.quantization import Policy
+from ..part import Part, Results, met
+from ..variants import Bench
 
-# What loading must reach of the disk's own rate, and for files of how many bytes: what is small takes other time.
+# Loading must reach this share of the disk's rate, for files from this size in bytes: small ones have other costs.
 SHARE, LARGE = 0.8, 10**9
 BLOCK = 1 << 24
 RAW = "reading the file"
 
 
 def forget(path: Path) -> bool:
-    """Have the system drop what it keeps of a file in memory; whether it can be asked to."""
+    """Ask the system to drop a file from its cache; returns whether it can be asked."""
     if not hasattr(os, "posix_fadvise"):
         return False
     with open(path, "rb") as file:
@@ -37,7 +38,7 @@ def forget(path: Path) -> bool:
 
 
 def read_whole(path: Path) -> None:
-    """Read a file and drop it, as loading reads: by as many threads, each a stretch of it."""
+    """Read a file the way loading does, on as many threads, and discard it."""
     size = path.stat().st_size
 
     def stretch(i: int) -> None:
@@ -51,10 +52,10 @@ def read_whole(path: Path) -> None:
         list(pool.map(stretch, range(THREADS)))
 
 
-def loading(bench: Bench, report: Report) -> None:
-    """Rows of reading a file of the bench's model and of loading it, from the disk each time: gb_s, and share of the
-    disk's rate. The file lies in the folder of the results for as long as this takes."""
-    device, dtype = bench.device, bench.model.dtype
+def run(bench: Bench) -> None:
+    """Rows of reading a file of the bench's model and of loading it, each time from the disk: gb_s, and share of the
+    rate of reading. The file stays in the folder of results only for the duration."""
+    device, dtype, report = bench.device, bench.model.dtype, bench.report
     folder = report.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -75,7 +76,7 @@ def loading(bench: Bench, report: Report) -> None:
         }
         times: dict[str, list[float]] = {name: [] for name in runs}
         rows = {name: {"name": name, "phase": "load"} for name in runs}
-        # In turn, since a disk's rate changes from minute to minute.
+        # Alternating, since a disk's rate drifts.
         for _ in range(bench.repeats):
             for name, run in runs.items():
 
@@ -93,10 +94,32 @@ def loading(bench: Bench, report: Report) -> None:
     for name, row in rows.items():
         if times[name]:
             seconds = statistics.median(times[name])
-            row |= {"status": "ok", "seconds": seconds, "times_s": times[name], "gb_s": size / seconds / 1e9}
-            row.pop("reason", None)
+            row = {"name": name, "phase": "load", "status": OK, "seconds": seconds, "times_s": times[name]}
+            row["gb_s"] = size / seconds / 1e9
             if name != RAW and raw is not None:
                 row |= {"share": raw / seconds, "target": SHARE if name == "loading" and size >= LARGE else None}
         report.add(row)
-        figure = f"{row['gb_s']:.2f} GB/s" if row["status"] == "ok" else row["reason"]
-        bench.say(f"load, {name}: {figure}")
+        bench.say(f"load, {name}: {row.get('reason') or shown(row['gb_s']) + ' GB/s'}")
+
+
+def table(results: Results, _: Any) -> str:
+    lines = []
+    for row in results["rows"]:
+        share, least = row.get("share"), row.get("target")
+        bound = None if share is None or least is None else f">= {least:.0%}: {met(share >= least)}"
+        of_disk = None if share is None else f"{share:.0%}"
+        lines.append((row["name"], row.get("seconds"), row.get("gb_s"), of_disk, bound, row["status"]))
+    inputs = results["inputs"]
+    cached = "" if inputs.get("cold") else " The system's cache held it, since this system cannot be asked to drop it."
+    return markdown(("", "s", "GB/s", "share", "target", ""), lines) + f"\n\n{shown(inputs['file_gb'])} GB.{cached}"
+
+
+PART = Part(
+    text="""## Loading
+
+Medians, from a file that the system was asked to drop from its cache, alternating with reading it on as many threads.
+*Share* is of the rate of reading. To fp8, weights are quantized as they arrive.""",
+    run=run,
+    columns=("name", "seconds", "gb_s", "share", "status"),
+    table=table,
+)

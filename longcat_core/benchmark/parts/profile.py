@@ -1,4 +1,4 @@
-"""Where the time of one step goes: kernels of the PyTorch profiler, by family, and the trace."""
+"""Kernels of one step under the PyTorch profiler, by family, and the trace."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..errors import LongCatError
-from ..files.media import atomic_path
-from ..measure.clock import attempt, clean_up, timed
-from ..measure.results import Report
-from ..optimize.block_sparse import BlockSparse
-from ..optimize.quantization import quantised_layers, quantize
-from ..optimize.switches import Optimizations
-from . import workload
-from .ablation import EXACT, FP8, FP8_8BIT, Bench
-from .baseline import BaselineTransformer
-from .refine_step import SPARSE_EXACT, SPARSE_FP8, attending
+from ...errors import LongCatError
+from ...files.media import atomic_path
+from ...measure.clock import attempt, clean_up, timed
+from ...measure.results import markdown, shown
+from ...optimize.block_sparse import BlockSparse
+from ...optimize.quantization import quantised_layers, quantize
+from ...optimize.switches import Optimizations
+from .. import workload
+from ..baseline import BaselineTransformer
+from ..part import Chart, Part, Results, bars, ok_rows
+from ..variants import EXACT, FP8, FP8_8BIT, Bench
+from . import refine
+from .refine import SPARSE_EXACT, SPARSE_FP8
 
-# What --variant names, with the names of the paths; each leaves files of its own.
+# Values of --variant and the paths they stand for; each has files of its own.
 PLAIN, BASELINE = "plain", "baseline"
 VARIANTS = {"exact": EXACT, "fp8": FP8, "fp8+8bit": FP8_8BIT, "plain": PLAIN, "baseline": BASELINE}
-# Of the refinement, which attends block by block.
+# Variants of the refinement, with block-sparse attention.
 REFINING = {"refine": SPARSE_EXACT, "refine+fp8": SPARSE_FP8}
 VARIANTS |= REFINING
 _PATHS = {SPARSE_EXACT: EXACT, SPARSE_FP8: FP8}
-# First match wins. What Triton fuses is element-wise work, whatever words its name is made of. The third line of
-# attention is what SageAttention does to its inputs, the second what block-sparse attention is made of.
+# The first match wins. The second line of attention has the kernels of block-sparse attention, the third those that
+# prepare SageAttention's inputs. Triton's fused kernels are element-wise, though other words occur in their names.
 FAMILIES = (
     ("attention", r"flash|fmha|attention|sdpa|sage|qk_int8|attn"),
     ("attention", r"^_(attend|pool|top_k)$"),
     ("attention", r"(thread|warp|block)_int8|quantint8|submean|meanscale|transposepadpermute"),
-    ("element-wise", r"^triton_|_kernel_0d1d|norm_|rope_|^_(residual_norm|norm_rope|gated_product|quantise)"),
+    ("element-wise", r"^triton_|_kernel_0d1d|norm_|rope_|^_(residual_norm|norm_rope|gated_product|quanti[sz]e)"),
     ("GEMM", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|scaled_mm|^aten::(add)?mm$|^aten::b?mm$|conv|mkl"),
     ("copies", r"memcpy|memset|copy|^aten::(cat|clone|contiguous|to)$|catarray"),
     ("element-wise", r"elementwise|vectorized|reduce|norm|softmax|silu|gelu|triton|^aten::|^graph_|cpp_fused"),
@@ -44,20 +46,20 @@ ANNOTATIONS = ("ProfilerStep", "## Call", "Torch-Compiled Region", "TorchDynamo"
 
 
 def family(kernel: str) -> str:
-    """Which family a kernel (or, without a GPU, an operator) belongs to."""
+    """The family of a kernel or, without a GPU, of an operator."""
     name = kernel.lower()
     return next((what for what, pattern in FAMILIES if re.search(pattern, name)), OTHER)
 
 
 def _kernels(prof: Any, cuda: bool) -> list[tuple[str, float, int]]:
-    """(name, ms, calls) of everything that took time, longest first."""
+    """(name, ms, calls) of everything that took time, the longest first."""
     found = []
     for event in prof.key_averages():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if cuda != on_device:
             continue
         us = event.self_device_time_total if cuda else event.self_cpu_time_total
-        # Annotations span kernels, which would count twice.
+        # Annotations span kernels, which would be counted twice.
         spans = getattr(event, "is_user_annotation", False) or event.key.startswith(ANNOTATIONS)
         if us > 0 and not spans:
             found.append((event.key, us / 1000, event.count))
@@ -70,25 +72,30 @@ def check(variant: str) -> None:
         raise LongCatError(f"--variant {variant} is unknown; choose one of {', '.join(VARIANTS)}")
 
 
-def refines(part: str, variant: str) -> bool:
-    """Whether a part of the benchmark, or `profile` of this variant, is of the refinement and its larger video."""
-    return part == "refine" or (part == "profile" and variant in REFINING)
+def refines(name: str, variant: str) -> bool:
+    """Whether a part, or `profile` of this variant, measures the refinement and its larger video."""
+    return name == "refine" or (name == "profile" and variant in REFINING)
 
 
 def file_name(variant: str) -> str:
-    """What the results of a variant are called, without suffix: `profile` for the exact path."""
+    """The name of a variant's results, without suffix: `profile` for the exact path."""
     return "profile" if VARIANTS[variant] == EXACT else f"profile-{variant.replace('+', '-')}"
 
 
-def profile_step(bench: Bench, report: Report, variant: str = "exact") -> None:
+def sized(bench: Bench) -> Bench:
+    return refine.sized(bench) if bench.variant in REFINING else bench
+
+
+def run(bench: Bench) -> None:
     """Rows of kernel families of one step, after warm-up; the longest kernels and the variant's name in the results.
 
-    variant: one of VARIANTS. For fp8 the weights are quantised, in place, unless they are already.
+    For fp8 the weights are quantized in place, unless they are already.
     """
+    variant, report = bench.variant, bench.report
     name = VARIANTS[variant]
     path = _PATHS.get(name, name)
 
-    def run() -> dict[str, Any]:
+    def one() -> dict[str, Any]:
         if path in (FP8, FP8_8BIT) and not quantised_layers(bench.model):
             quantize(bench.model)
         chosen = Optimizations(**(bench.plain() if name in (PLAIN, BASELINE) else bench.path(path)))
@@ -103,8 +110,7 @@ def profile_step(bench: Bench, report: Report, variant: str = "exact") -> None:
             step()
             step()
             ms = 1000 * timed(step, bench.device)
-        if bench.model.optimizations != chosen:
-            raise LongCatError(f"{name} was given up at its first step: {'; '.join(notes)}")
+        workload.require(bench.model, chosen, notes, name)
         cuda = bench.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as prof:
@@ -118,8 +124,8 @@ def profile_step(bench: Bench, report: Report, variant: str = "exact") -> None:
             prof.export_chrome_trace(str(temporary))
         return {"ms": ms, "kernels": kernels, "trace": trace.name, "notes": notes}
 
-    with attending(bench.model, BlockSparse() if variant in REFINING else None):
-        row = attempt({"name": name, "phase": "total"}, bench.budget, run)
+    with workload.attending(bench.model, BlockSparse() if variant in REFINING else None):
+        row = attempt({"name": name, "phase": "total"}, bench.budget, one)
     clean_up(bench.device)
     kernels = row.pop("kernels", [])
     report.content["inputs"]["variant"] = name
@@ -138,3 +144,31 @@ def profile_step(bench: Bench, report: Report, variant: str = "exact") -> None:
         report.rows.append(found)
     report.add(row | {"busy_ms": busy})
     bench.say(f"profile of {name}: {row['status']}: {row.get('ms') or row.get('reason')}")
+
+
+def table(results: Results, _: Any) -> str:
+    families = [r for r in results["rows"] if r.get("phase") == "family"]
+    whole = next((r for r in results["rows"] if r.get("phase") == "total"), {})
+    lines = [(r["name"], r["ms"], f"{100 * r['share']:.1f} %", r["calls"]) for r in families]
+    longest = [
+        (k["name"].replace("`", "'")[:90], k["family"], k["ms"], k["calls"]) for k in results.get("kernels", [])[:12]
+    ]
+    busy = f"Kernels take {shown(whole.get('busy_ms'))} ms of a step of {shown(whole.get('ms'))} ms."
+    tables = markdown(("family", "ms", "share", "calls"), lines), markdown(("kernel", "family", "ms", "calls"), longest)
+    return f"{busy}\n\n{tables[0]}\n\nThe longest:\n\n{tables[1]}"
+
+
+def chart(results: Results, _: Any) -> Any:
+    title = f"Where one step goes: {results['inputs'].get('variant', '')}"
+    label = lambda row: f"{row['name']} ({100 * row['share']:.0f} %)"  # noqa: E731
+    return bars(ok_rows(results, "ms", "share"), title, "ms on the device", "ms", "{:.1f}", label=label)
+
+
+PART = Part(
+    text="## Where the time goes: {variant}\n\nKernels of one step under the PyTorch profiler, by family.",
+    run=run,
+    columns=("name", "ms", "calls", "share", "status"),
+    table=table,
+    charts=(Chart(chart, ("ms", "share")),),
+    sized=sized,
+)

@@ -1,15 +1,19 @@
-"""What the floor allows, and the targets of refining, on results made up for it."""
+"""Targets, and where the time of missed ones goes, on made-up results."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 
-from longcat_core.benchmark import ablation, floor, refine_step, report, targets
+from longcat_core.benchmark import report, targets, variants
+from longcat_core.benchmark.parts import refine
+from longcat_core.errors import LongCatError
 from longcat_core.measure import results
 
 TOKENS = 37_440
+TARGETS = targets.Targets.beside(Path(__file__).parents[2] / "docs" / "performance.md")
 
 
 def made_up(kind, rows, name="", **inputs):
@@ -28,13 +32,13 @@ def path(name, ms, first_s=8.0, peak_gib=18.0, weights_gib=14.0, attention="flas
 @pytest.fixture
 def found():
     paths = [
-        path(ablation.EAGER, 11800.0),
-        path(ablation.COMPILED, 9300.0),
-        path(ablation.EXACT, 6500.0, first_s=15.0),
-        path(f"{ablation.EXACT}, distilled", 3300.0),
-        path(ablation.FP8, 4950.0, peak_gib=19.5),
-        path(ablation.FP8_8BIT, 4700.0, attention="sage", text="flash4"),
-        path(f"{ablation.FP8}, distilled", 2500.0),
+        path(variants.EAGER, 11800.0),
+        path(variants.COMPILED, 9300.0),
+        path(variants.EXACT, 6500.0, first_s=15.0),
+        path(f"{variants.EXACT}, distilled", 3300.0),
+        path(variants.FP8, 4950.0, peak_gib=19.5),
+        path(variants.FP8_8BIT, 4700.0, attention="sage", text="flash4"),
+        path(f"{variants.FP8}, distilled", 2500.0),
     ]
     backends = [
         {"name": "flash4", "attention": "self", "ms": 66.0},
@@ -45,12 +49,12 @@ def found():
     profile = [
         {"name": "attention", "phase": "family", "ms": 3390.0, "calls": 96, "share": 0.6},
         {"name": "GEMM", "phase": "family", "ms": 2400.0, "calls": 300, "share": 0.4},
-        {"name": ablation.EXACT, "phase": "total", "ms": 6510.0, "busy_ms": 6500.0},
+        {"name": variants.EXACT, "phase": "total", "ms": 6510.0, "busy_ms": 6500.0},
     ]
     return {
         "paths": made_up("paths", paths),
         "backends": made_up("backends", backends, blocks=4),
-        "profile": made_up("profile", profile, variant=ablation.EXACT),
+        "profile": made_up("profile", profile, variant=variants.EXACT),
     }
 
 
@@ -60,23 +64,23 @@ def lines(text):
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def test_the_ceiling_is_that_of_the_feasibility_probe():
+def test_projections_by_themselves():
     # A block's GEMMs with guidance: 51 ms in bf16, 28 in fp8.
-    assert floor.ceiling_ms("bf16", 2 * TOKENS, 1) == pytest.approx(50.59)
-    assert floor.ceiling_ms("fp8", 2 * TOKENS, 1) == pytest.approx(28.52)
-    assert floor.ceiling_ms("bf16", TOKENS, 48) == pytest.approx(24 * 50.59)
+    assert TARGETS.projections_ms("bf16", 2 * TOKENS, 1) == pytest.approx(50.59)
+    assert TARGETS.projections_ms("fp8", 2 * TOKENS, 1) == pytest.approx(28.52)
+    assert TARGETS.projections_ms("bf16", TOKENS, 48) == pytest.approx(24 * 50.59)
 
 
 def test_where_the_time_of_a_missed_target_goes(found):
-    told = lines(floor.section(found))
-    missed = {f"{target.name}: {target.what}" for target, _ in targets.missed(found["paths"])}
+    told = lines(TARGETS.floor(found))
+    missed = {f"{target.name}: {target.what}" for target, _ in TARGETS.missed(found["paths"])}
     assert told.keys() == missed and "fp8: step with guidance" not in missed
     # 48 x (66 + 1.25) ms by itself, 48 x 50.59 ms at the ceiling.
     alone, ceiling = 3.228, 2.42832
     step = told["exact: step with guidance"]
     assert step == ["<= 6 s", "6.50 s", "3.23 s", "3.39 s", "2.40 s", f"{6.5 - alone - 2.4:.2f} s", "5.66 s"]
     assert alone + ceiling == pytest.approx(5.66, abs=5e-3)
-    ratio = told["exact: against the compiled baseline"]
+    ratio = told["exact: speedup over the compiled baseline"]
     assert ratio[1] == "1.43 x" and ratio[2:6] == step[2:6] and ratio[6] == f"{9.3 / (alone + ceiling):.2f} x"
     # Half of it at each of sixteen steps.
     whole = told["exact, distilled: 16 steps, no guidance"]
@@ -88,7 +92,7 @@ def test_where_the_time_of_a_missed_target_goes(found):
         "4.70 s",
         f"{48 * 0.0595:.2f} s",
         "-",
-        floor.NO_PROFILE,
+        targets.NO_PROFILE,
         "-",
         f"{48 * (59.5 + 28.52) / 1000:.2f} s",
     ]
@@ -98,34 +102,34 @@ def test_a_profile_or_kernels_of_another_run_tell_nothing(found):
     other = copy.deepcopy(found)
     other["profile"]["inputs"]["size"] = "480x832x49"
     other["backends"]["inputs"]["batch"] = 1
-    assert lines(floor.section(other))["exact: step with guidance"][2:] == ["-", "-", floor.NO_PROFILE, "-", "-"]
+    assert lines(TARGETS.floor(other))["exact: step with guidance"][2:] == ["-", "-", targets.NO_PROFILE, "-", "-"]
     del other["profile"], other["backends"]
-    assert lines(floor.section(other))["exact: first call"] == lines(floor.section(found))["exact: first call"]
+    assert lines(TARGETS.floor(other))["exact: first call"] == lines(TARGETS.floor(found))["exact: first call"]
 
 
 def test_no_floor_where_all_is_met_or_the_run_was_another(found):
     small = copy.deepcopy(found)
     small["paths"]["inputs"]["blocks"] = 4
-    assert floor.section(small) == "" and floor.section({}) == ""
+    assert TARGETS.floor(small) == "" and TARGETS.floor({}) == ""
     for row in found["paths"]["rows"][2:]:
         row |= {"ms": 10.0, "first_s": 1.0, "peak_gib": 1.0}
-    assert floor.section(found) == "" and "floor allows" not in report.page(found, {})
+    assert TARGETS.floor(found) == "" and "floor allows" not in report.page(found, {}, targets=TARGETS)
 
 
 def refined(**inputs):
     rows = [
-        path(refine_step.DENSE_EXACT, 40_000.0) | {"phase": "baseline"},
-        path(refine_step.SPARSE_EXACT, 9_065.0) | {"phase": "path", "ratio": 4.4},
-        path(refine_step.ALONE["dense"], 680.0) | {"phase": "attention"},
-        path(refine_step.ALONE["block-sparse"], 60.0) | {"phase": "attention"},
-        path(refine_step.SPARSE_FP8, 7_500.0) | {"phase": "fp8", "ratio": 5.3},
+        path(refine.DENSE_EXACT, 40_000.0) | {"phase": "baseline"},
+        path(refine.SPARSE_EXACT, 9_065.0) | {"phase": "path", "ratio": 4.4},
+        path(refine.ALONE["dense"], 680.0) | {"phase": "attention"},
+        path(refine.ALONE["block-sparse"], 60.0) | {"phase": "attention"},
+        path(refine.SPARSE_FP8, 7_500.0) | {"phase": "fp8", "ratio": 5.3},
     ]
     known = {"size": "704x1280x189", "batch": 1, "tokens": 168_960}
     return made_up("refine", rows, **known | inputs)
 
 
 def test_targets_of_refining_stand_beside_the_measured_at_full_size_only():
-    text = report.page({"refine": refined()}, {})
+    text = report.page({"refine": refined()}, {}, targets=TARGETS)
     told = lines(text.split("## Refining")[1])
     assert told["block-sparse, exact"][3:6] == ["<= 9.5 s", "met", "2.00"]
     assert told["block-sparse, fp8"][3:6] == ["<= 7 s", "missed", "2.42"]
@@ -134,24 +138,32 @@ def test_targets_of_refining_stand_beside_the_measured_at_full_size_only():
     ((name, cells),) = floored.items()
     ceiling = 48 * 28.52 * 168_960 / (2 * TOKENS)
     assert name == "block-sparse, fp8: evaluation of the refinement"
-    assert cells[1:] == ["7.50 s", "2.88 s", "-", floor.NO_PROFILE, "-", f"{2.88 + ceiling / 1000:.2f} s"]
+    assert cells[1:] == ["7.50 s", "2.88 s", "-", targets.NO_PROFILE, "-", f"{2.88 + ceiling / 1000:.2f} s"]
     families = {"attention": 3100.0, "GEMM": 3500.0}
     rows = [{"name": name, "phase": "family", "ms": ms, "calls": 1, "share": 0.5} for name, ms in families.items()]
-    known = {"size": "704x1280x189", "batch": 1, "variant": refine_step.SPARSE_FP8}
+    known = {"size": "704x1280x189", "batch": 1, "variant": refine.SPARSE_FP8}
     profile = made_up("profile", rows, "profile-refine-fp8", **known)
-    told = lines(floor.section({"refine": refined(), "profile-refine-fp8": profile}))
+    told = lines(TARGETS.floor({"refine": refined(), "profile-refine-fp8": profile}))
     assert told["block-sparse, fp8: evaluation of the refinement"][2:5] == ["2.88 s", "3.10 s", "3.50 s"]
     for changed in ({"blocks": 4}, {"size": "64x96x29"}):
-        page = report.page({"refine": refined(**changed)}, {})
+        page = report.page({"refine": refined(**changed)}, {}, targets=TARGETS)
         assert "floor allows" not in page and "| target |" not in page and "| block-sparse, fp8 |" in page
 
 
 def test_profiles_of_several_paths_are_sections_of_their_own(found):
     rows = [{"name": "GEMM", "phase": "family", "ms": 1.0, "calls": 2, "share": 1.0}]
-    found["profile-fp8"] = made_up("profile", rows, "profile-fp8", variant=ablation.FP8)
+    found["profile-fp8"] = made_up("profile", rows, "profile-fp8", variant=variants.FP8)
     plots = {"profile.png": b"", "profile-fp8.png": b""}
-    text = report.page(found, plots)
+    text = report.page(found, plots, targets=TARGETS)
     first, second = text.split("## Where the time goes: ")[1:]
     assert first.startswith("exact\n") and second.startswith("fp8\n")
     assert first.count("](performance-profile.png)") == 1 and "profile-fp8.png" not in first
     assert second.count("](performance-profile-fp8.png)") == 1
+
+
+def test_a_page_without_targets_beside_it_and_a_broken_file(tmp_path):
+    page = tmp_path / "page.md"
+    assert targets.Targets.beside(page) is None
+    (tmp_path / "page-targets.json").write_text("{}")
+    with pytest.raises(LongCatError, match=r"page-targets\.json as targets"):
+        targets.Targets.beside(page)

@@ -1,0 +1,1 @@
+"""One file for each part of the benchmark, with its record `PART`."""

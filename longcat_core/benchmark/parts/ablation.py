@@ -1,0 +1,135 @@
+"""The worth of each optimization: added in turn to the plain network, and removed alone from the full set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...measure.charts import BLUE, GREEN, GREY, ORANGE, Bar, Bars, bar_chart
+from ...measure.results import markdown
+from ..part import STEPS, Chart, Part, Results, Row, ok_rows
+from ..variants import COMPILED, EAGER, Bench, compared, lossy
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Switch(NamedTuple):
+    """name: a field of `Optimizations`; what: its name in rows."""
+
+    name: str
+    what: str
+
+
+# Optimizations are added in this order. The plain network's `attention` is FlashAttention-2 on CUDA.
+SWITCHES = (
+    Switch("fused_qkv", "fused q, k, v"),
+    Switch("fused_ffn", "fused gate and up"),
+    Switch("explicit_fp32", "explicit casts, no autocast"),
+    Switch("text_mode", "text padding folded"),
+    Switch("reuse_text", "text keys once per prompt"),
+    Switch("reuse_modulation", "modulation once per timestep"),
+    Switch("attention", "fastest exact attention"),
+    Switch("compile", "blocks compiled"),
+    Switch("fused_step", "fused sampler step"),
+    Switch("fused_kernels", "own Triton kernels"),
+    Switch("fused_text", "own kernel for text"),
+)
+LAYOUT = Switch("layout", "one token layout")
+# Color and legend of each phase, and of published guesses.
+SERIES = {
+    "added": (BLUE, "added"),
+    "removed": (ORANGE, "removed alone from the full set"),
+    "fp8": (GREEN, "lossy: fp8 over the exact set, 8-bit attention over fp8"),
+    "guess": (GREY, "published guess"),
+}
+
+
+def run(bench: Bench) -> None:
+    """Rows of the phases baseline, added and removed, and last, since it changes the weights, fp8."""
+    first = bench.baseline(EAGER, False)
+    bench.baseline(COMPILED, True)
+    before = bench.network(
+        LAYOUT.what, bench.plain(), finish=compared(first, first), phase="added", switch=LAYOUT.name
+    )
+    for switch, values in added(bench):
+        finish = compared(first, before)
+        row = bench.network(switch.what, values, finish=finish, phase="added", switch=switch.name)
+        before = row if row["status"] == "ok" else before
+    full = before
+    for switch, values in removed(bench):
+        finish = compared(first, full, removed=True)
+        bench.network(f"without {switch.what}", values, finish=finish, phase="removed", switch=switch.name)
+    if bench.fp8:
+        lossy(bench, first, full, paths=False)
+
+
+def added(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
+    """Each switch with the values of it and all before it."""
+    values, full = bench.plain(), bench.full()
+    for switch in SWITCHES:
+        values = values | {switch.name: full[switch.name]}
+        yield switch, values
+
+
+def removed(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
+    """Each switch with the full set except for it."""
+    plain, full = bench.plain(), bench.full()
+    for switch in SWITCHES:
+        if plain[switch.name] != full[switch.name]:
+            yield switch, full | {switch.name: plain[switch.name]}
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:+.1f} %"
+
+
+def table(results: Results, targets: Any) -> str:
+    phases: dict[str, dict[str, Row]] = {}
+    for row in results["rows"]:
+        phases.setdefault(row.get("phase", ""), {})[row["name"]] = row
+    lines, alone = [], phases.get("removed", {})
+    for name, row in phases.get("baseline", {}).items():
+        lines.append((name, row.get("ms"), None, None, None, None, row.get("peak_gib"), row["status"]))
+    for phase, sign in (("added", "+ "), ("fp8", "")):
+        for name, row in phases.get(phase, {}).items():
+            taken = _percent(alone.get(f"without {name}", {}).get("share")) if phase == "added" else None
+            figures = row.get("ms"), row.get("ratio"), row.get("worth_ms"), _percent(row.get("share")), taken
+            lines.append((f"{sign}{name}", *figures, row.get("peak_gib"), row["status"]))
+    head = ["", "ms a step", "x eager", "worth ms", "share", "share, removed alone", "peak GiB", ""]
+    if targets is None:
+        return markdown(head, lines)
+    guesses = {f"+ {name}": f"{percent:.1f} %" for name, percent in targets.guesses.items()}
+    rows = [(*line[:-2], guesses.get(line[0]), *line[-2:]) for line in lines]
+    return markdown([*head[:-2], "published guess", *head[-2:]], rows)
+
+
+def worth(results: Results, targets: Any) -> Image.Image:
+    """Share of the eager baseline's time, added and removed alone, beside published guesses."""
+    shares: dict[str, dict[str, float]] = {}
+    for row in ok_rows(results, "share"):
+        shares.setdefault(row["name"].removeprefix("without "), {})[row["phase"]] = 100 * row["share"]
+    for name, percent in {} if targets is None else targets.guesses.items():
+        if name in shares:
+            shares[name]["guess"] = percent
+    bars = []
+    for name, found in shares.items():
+        for phase, value in found.items():
+            label = "" if bars and bars[-1][0] == name else name
+            bars.append((name, Bar(label, value, SERIES[phase][0], f"{value:+.1f} %")))
+    used = {phase for found in shares.values() for phase in found}
+    legend = [(words, color) for phase, (color, words) in SERIES.items() if phase in used]
+    groups = [Bars("% of the eager baseline's time", [bar for _, bar in bars])]
+    return bar_chart("What each optimization is worth", groups, legend=legend)
+
+
+PART = Part(
+    text="""## What each optimization is worth
+
+*Added*: optimizations are added in this order to the plain network, and each is compared with the row before it.
+*Removed alone*: the full set without it, compared with the full set. Worth is a share of the eager baseline's time.""",
+    run=run,
+    columns=("name", "ms", "first_s", "peak_gib", "ratio", "worth_ms", "share", "status"),
+    table=table,
+    charts=(STEPS, Chart(worth, ("share",), "-worth")),
+)
