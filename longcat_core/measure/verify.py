@@ -1,7 +1,7 @@
-"""`longcat verify`: every case of a folder of golden data, run through this code.
+"""`longcat verify`: run every case of a folder of golden data through this code.
 
-The folder holds inputs and outputs of the public LongCat-Video code on a tiny random model; any folder of that form
-will do, whatever its sizes and seed. A case that is missing fails.
+The folder holds inputs and outputs of the public LongCat-Video code on a tiny random model; its sizes and seed are
+arbitrary. A missing case fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
 
 TOLERANCE = 2e-5
-# Of attention in bf16, besides the rounding of its output.
+# For attention in bf16, beyond the rounding of its output.
 BSA_TOLERANCE = 2e-2
 GUIDANCE_SCALE = 4.0
 STEPS = 6
@@ -41,7 +41,7 @@ BSA_CASES = "abcd"
 
 
 class Golden:
-    """A folder of golden data; files are read when a case first asks for them."""
+    """A folder of golden data; each file is read when a case first needs it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class Golden:
         return load_transformer(self.folder / name, config=replace(self.config, **changes))
 
 
-# A case computes (what this code gives, what the golden data says).
+# What a case returns: this code's output and the golden one.
 Result = tuple[Tensor, Tensor]
 
 
@@ -105,7 +105,7 @@ def _lora(golden: Golden) -> Result:
 
 
 def _cond_latents(golden: Golden) -> int:
-    """How many of the frames are conditioning frames in the cases of continuation: those with timestep 0."""
+    """The number of conditioning frames in the continuation cases: frames at timestep 0."""
     return int((golden.forward["vc.t"][0] == 0).sum())
 
 
@@ -190,7 +190,7 @@ def _bsa(case: str, kernel: str) -> Callable[[Golden], Result]:
         # Golden layout: [1, heads, tokens, head_dim], tokens in (frames, rows, columns) order.
         device = "cpu" if kernel == "plain" else "cuda"
         q, k, v = (data[f"{case}.{name}"].transpose(1, 2).to(device) for name in "qkv")
-        # Stored in fp32; int((1 - sparsity) * n) is meant of the number as it was written.
+        # Stored in fp32, but int((1 - sparsity) * n) is defined for the decimal number.
         sparsity = round(data[f"{case}.sparsity"].item(), 6)
         settings = BlockSparse(sparsity=sparsity, chunk=tuple(data[f"{case}.chunk"].tolist()), kernel=kernel)
         out = attend_grid(q, k, v, tuple(data[f"{case}.grid"].tolist()), settings)
@@ -200,7 +200,7 @@ def _bsa(case: str, kernel: str) -> Callable[[Golden], Result]:
 
 
 def half_units(x: Tensor) -> Tensor:
-    """By how much rounding to x's dtype may have moved each number: half a unit in its last place; 0 for fp32."""
+    """The largest rounding error of each number in x's dtype: half a unit in its last place; 0 for fp32."""
     if x.dtype.itemsize > 2 or not x.dtype.is_floating_point:
         return torch.zeros(())
     # frexp's mantissas lie between a half and one.
@@ -233,15 +233,15 @@ def cases(depth: int) -> Iterator[Case]:
     yield Case("cfg.scale", _cfg_scale)
     yield Case("generate t2v", _generation("t2v.latents", "base", STEPS))
     yield Case("generate t2v_distill", _generation("t2v_distill.latents", "distilled", DISTILLED_STEPS, guided=False))
-    # The golden data without a cache holds for the exact one too.
-    for cache, told in (("off", ""), ("exact", ", exact cache")):
-        yield Case(f"generate i2v{told}", _generation("i2v.latents", "base", STEPS, "i2v.cond_latents", cache))
-    for number, cache, told in ((0, "off", ""), (0, "exact", ", exact cache"), (1, "official", "")):
+    # The exact cache must reproduce the golden data without a cache.
+    for cache, suffix in (("off", ""), ("exact", ", exact cache")):
+        yield Case(f"generate i2v{suffix}", _generation("i2v.latents", "base", STEPS, "i2v.cond_latents", cache))
+    for number, cache, suffix in ((0, "off", ""), (0, "exact", ", exact cache"), (1, "official", "")):
         for hf in (0, 1):
             mode = "enhance_hf" if hf else "base"
             out = f"vc.cache{number}.hf{hf}.latents"
             run = _generation(out, mode, STEPS, "vc.cond_latents", cache)
-            yield Case(f"generate {out.removesuffix('.latents')}{told}", run)
+            yield Case(f"generate {out.removesuffix('.latents')}{suffix}", run)
     yield Case("vae decode", _decoded)
     yield Case("vae encode image", _encoded("image", "i2v.cond_latents"))
     yield Case("vae encode clip", _encoded("clip", "vc.cond_latents"))
@@ -253,10 +253,8 @@ def cases(depth: int) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. error: largest difference over the expected output's standard deviation.
-
-    Numbers in 16 bits stand for all that is rounded to them: the difference is what is left without that.
-    """
+    """One line of the table. error: largest difference beyond 16-bit rounding, over the expected output's standard
+    deviation."""
 
     name: str
     error: float
@@ -270,7 +268,7 @@ class Row:
 
 @torch.no_grad()
 def check(case: Case, golden: Golden) -> Row:
-    """Run one case. Whatever goes wrong, a missing file or tensor included, is a fail that says why."""
+    """Run one case. Any error, such as a missing file or tensor, becomes a fail with its reason."""
     try:
         given, expected = case.run(golden)
     except KeyError as error:
@@ -280,22 +278,22 @@ def check(case: Case, golden: Golden) -> Row:
     if given.shape != expected.shape:
         verdict = f"fail: shape {list(given.shape)} instead of {list(expected.shape)}"
         return Row(case.name, math.nan, case.tolerance, verdict)
-    # A single number, or a constant, has no deviation to compare with: its own size serves.
+    # A constant has no deviation; its magnitude serves instead.
     deviation = expected.float().std(correction=0).item() or expected.float().abs().max().item() or 1.0
     difference = (given.float() - expected.float()).abs() - half_units(given) - half_units(expected)
     error = difference.clamp(min=0).max().item() / deviation
-    # Written so that NaN fails.
+    # NaN must fail, hence `<=`.
     return Row(case.name, error, case.tolerance, "pass" if error <= case.tolerance else "fail")
 
 
 def run_verify(directory: Path) -> int:
     """Print the table for a golden folder; returns 1 if any case fails or is missing, else 0.
 
-    Raises LongCatError if `directory` is no folder with a config.json.
+    Raises LongCatError if `directory` is not a folder with a config.json.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise LongCatError(f"{directory} is no folder; give a folder of golden data with its config.json")
+        raise LongCatError(f"{directory} is not a folder; give a folder of golden data with its config.json")
     golden = Golden(directory)
     depth, rows = golden.config.depth, []
     print(f"{'case':36} {'max error / std':>16} {'tolerance':>10}  result")

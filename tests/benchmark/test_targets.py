@@ -59,7 +59,7 @@ def found():
 
 
 def lines(text):
-    """Cells of the table's rows by the first of them."""
+    """Cells of the table's rows by the first cell."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows[2:]}
 
@@ -72,22 +72,22 @@ def test_projections_by_themselves():
 
 
 def test_where_the_time_of_a_missed_target_goes(found):
-    told = lines(TARGETS.floor(found))
+    cells_of = lines(TARGETS.floor(found))
     missed = {f"{target.name}: {target.what}" for target, _ in TARGETS.missed(found["paths"])}
-    assert told.keys() == missed and "fp8: step with guidance" not in missed
+    assert cells_of.keys() == missed and "fp8: step with guidance" not in missed
     # 48 x (66 + 1.25) ms by itself, 48 x 50.59 ms at the ceiling.
     alone, ceiling = 3.228, 2.42832
-    step = told["exact: step with guidance"]
+    step = cells_of["exact: step with guidance"]
     assert step == ["<= 6 s", "6.50 s", "3.23 s", "3.39 s", "2.40 s", f"{6.5 - alone - 2.4:.2f} s", "5.66 s"]
     assert alone + ceiling == pytest.approx(5.66, abs=5e-3)
-    ratio = told["exact: speedup over the compiled baseline"]
+    ratio = cells_of["exact: speedup over the compiled baseline"]
     assert ratio[1] == "1.43 x" and ratio[2:6] == step[2:6] and ratio[6] == f"{9.3 / (alone + ceiling):.2f} x"
     # Half of it at each of sixteen steps.
-    whole = told["exact, distilled: 16 steps, no guidance"]
+    whole = cells_of["exact, distilled: 16 steps, no guidance"]
     assert whole[1:] == ["52.80 s", "25.82 s", "27.12 s", "19.20 s", f"{52.8 - 25.824 - 19.2:.2f} s", "45.25 s"]
-    assert told["exact: first call"][1:] == ["15.00 s", "-", "-", "-", "8.50 s (57%)", "6.50 s"]
-    assert told["fp8: peak memory"][1:] == ["19.50 GiB", "-", "-", "-", "5.50 GiB", "14.00 GiB"]
-    sage = told["fp8 and 8-bit attention: step with guidance"]
+    assert cells_of["exact: first call"][1:] == ["15.00 s", "-", "-", "-", "8.50 s (57%)", "6.50 s"]
+    assert cells_of["fp8: peak memory"][1:] == ["19.50 GiB", "-", "-", "-", "5.50 GiB", "14.00 GiB"]
+    sage = cells_of["fp8 and 8-bit attention: step with guidance"]
     assert sage[1:] == [
         "4.70 s",
         f"{48 * 0.0595:.2f} s",
@@ -98,7 +98,7 @@ def test_where_the_time_of_a_missed_target_goes(found):
     ]
 
 
-def test_a_profile_or_kernels_of_another_run_tell_nothing(found):
+def test_a_profile_or_kernels_of_another_run_are_ignored(found):
     other = copy.deepcopy(found)
     other["profile"]["inputs"]["size"] = "480x832x49"
     other["backends"]["inputs"]["batch"] = 1
@@ -130,10 +130,10 @@ def refined(**inputs):
 
 def test_targets_of_refining_stand_beside_the_measured_at_full_size_only():
     text = report.page({"refine": refined()}, {}, targets=TARGETS)
-    told = lines(text.split("## Refining")[1])
-    assert told["block-sparse, exact"][3:6] == ["<= 9.5 s", "met", "2.00"]
-    assert told["block-sparse, fp8"][3:6] == ["<= 7 s", "missed", "2.42"]
-    assert told["dense, exact"][3:6] == ["-", "-", "0.45"] and told["attention alone, dense"][5] == "-"
+    cells_of = lines(text.split("## Refining")[1])
+    assert cells_of["block-sparse, exact"][3:6] == ["<= 9.5 s", "met", "2.00"]
+    assert cells_of["block-sparse, fp8"][3:6] == ["<= 7 s", "missed", "2.42"]
+    assert cells_of["dense, exact"][3:6] == ["-", "-", "0.45"] and cells_of["attention alone, dense"][5] == "-"
     floored = lines(text.split("## Refining")[0])
     ((name, cells),) = floored.items()
     ceiling = 48 * 28.52 * 168_960 / (2 * TOKENS)
@@ -143,8 +143,8 @@ def test_targets_of_refining_stand_beside_the_measured_at_full_size_only():
     rows = [{"name": name, "phase": "family", "ms": ms, "calls": 1, "share": 0.5} for name, ms in families.items()]
     known = {"size": "704x1280x189", "batch": 1, "variant": refine.SPARSE_FP8}
     profile = made_up("profile", rows, "profile-refine-fp8", **known)
-    told = lines(TARGETS.floor({"refine": refined(), "profile-refine-fp8": profile}))
-    assert told["block-sparse, fp8: evaluation of the refinement"][2:5] == ["2.88 s", "3.10 s", "3.50 s"]
+    cells_of = lines(TARGETS.floor({"refine": refined(), "profile-refine-fp8": profile}))
+    assert cells_of["block-sparse, fp8: evaluation of the refinement"][2:5] == ["2.88 s", "3.10 s", "3.50 s"]
     for changed in ({"blocks": 4}, {"size": "64x96x29"}):
         page = report.page({"refine": refined(**changed)}, {}, targets=TARGETS)
         assert "floor allows" not in page and "| target |" not in page and "| block-sparse, fp8 |" in page

@@ -114,7 +114,7 @@ def test_wrong_shape_fails(copy):
 
 
 def test_no_golden_folder(tmp_path, capsys):
-    with pytest.raises(LongCatError, match="no folder"):
+    with pytest.raises(LongCatError, match="not a folder"):
         run_verify(tmp_path / "nothing")
     with pytest.raises(LongCatError, match="config"):
         run_verify(tmp_path)
