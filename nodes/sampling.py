@@ -25,14 +25,8 @@ from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import MODES, make_schedule
 from ..longcat_core.sampling.step import guide
-from .comfy_model import (
-    CONDITIONING_CACHE_KEY,
-    OPTIMIZATIONS_KEY,
-    TEXT_CACHE_KEY,
-    ConditioningCache,
-    LongCatVideo,
-    TextCache,
-)
+from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
+from .comfy_model import OPTIMIZATIONS_KEY, LongCatVideo
 from .loaders import CATEGORY
 
 MODE_TOOLTIP = (

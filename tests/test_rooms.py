@@ -35,7 +35,7 @@ COMFYUI = {"app", "comfy", "comfy_api", "comfy_execution", "comfy_extras", "exec
            "latent_preview", "node_helpers", "nodes", "server"}  # fmt: skip
 LONGEST = 500
 # Files that are still longer, with their number of lines: they may shrink, not grow.
-UNFINISHED_FILES = {"longcat_core/optimize/attention.py": 539, "nodes/comfy_model.py": 515}
+UNFINISHED_FILES: dict[str, int] = {}
 
 FILES = [path for package in ("longcat_core", "nodes") for path in sorted((ROOT / package).rglob("*.py"))]
 

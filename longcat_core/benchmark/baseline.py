@@ -22,6 +22,7 @@ from ..model.layers import timestep_features
 from ..model.rope import BASE
 from ..optimize import attention as backends
 from ..optimize.execution import OptimizedTransformer
+from ..optimize.operators import Attend
 
 Grid = tuple[int, int, int]
 
@@ -112,7 +113,7 @@ class PlainSelfAttention(nn.Module):
         self.q_norm, self.k_norm = HeadNorm(source.q_norm.weight), HeadNorm(source.k_norm.weight)
         self.angles: dict[Grid, Tensor] = {}
 
-    def forward(self, x: Tensor, grid: Grid, attend: backends.Attend) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, attend: Attend) -> Tensor:
         q, k, v = (layer(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         angles = self.angles[grid].to(x.device)
@@ -135,7 +136,7 @@ class PlainCrossAttention(nn.Module):
         self.k, self.v = _split(source.kv, 2)
         self.q_norm, self.k_norm = HeadNorm(source.q_norm.weight), HeadNorm(source.k_norm.weight)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, attend: backends.Attend) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, attend: Attend) -> Tensor:
         q, k, v = (
             layer(rows).view(*rows.shape[:2], self.heads, -1)
             for layer, rows in ((self.q, x), (self.k, text), (self.v, text))
@@ -161,7 +162,7 @@ class PlainBlock(nn.Module):
         self.w2 = _split(block.ffn.down, 1)[0]
 
     def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, grid: Grid, attend: backends.Attend
+        self, x: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, grid: Grid, attend: Attend
     ) -> Tensor:
         """Tokens x [B, N, C], text [B, L, C], temb [B, T, adaLN] fp32 -> [B, N, C]."""
         batch, tokens, dim = x.shape

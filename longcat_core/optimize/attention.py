@@ -3,19 +3,16 @@
 A kernel takes q [B, Nq, H, D], k and v [B, Nk, H, D] and returns [B, Nq, H, D]: no mask, no causality, softmax scale
 D^-0.5. Optional packages are looked for when a backend is first asked for, never when this module is imported.
 
-Inside a compiled graph kernels are operators of their own, which the compiler calls and does not look into: neither the
-packages' launch code nor PyTorch's choice of a kernel can then break the graph.
+Inside a compiled graph kernels are operators of their own; see `operators`.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -28,22 +25,9 @@ from ..errors import BackendUnavailable
 from .kernels import cudnn_fp8 as fp8_attention
 from .kernels.elementwise import Quantised
 from .kernels.elementwise import missing as missing_triton
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from .operators import Attend, AttendVarlen, Varlen, attend_foreign, opaque, opaque_varlen
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-class Varlen(NamedTuple):
-    """Lengths of packed sequences, as flash-attention kernels take them.
-
-    cu_seqlens_*: int32 [B+1] running totals on the tensors' device; max_seqlen_*: tokens of the longest sequence.
-    """
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
 
 
 class Inputs(NamedTuple):
@@ -55,8 +39,6 @@ class Inputs(NamedTuple):
     grad: bool
 
 
-# q [sum Nq, H, D], k and v [sum Nk, H, D] -> output [sum Nq, H, D] and log-sum-exp [H, sum Nq] fp32.
-AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -143,85 +125,6 @@ def _needs_cuda(capability: tuple[int, int], alone: bool = False) -> str:
         return ""
     verb = "is known to work on" if alone else "needs"
     return f"{verb} compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
-
-
-# ComfyUI loads the pack under a name of its own, and another copy of it may be there.
-_NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
-
-
-def _attend_op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    return _RAW[backend](q, k, v).contiguous()
-
-
-def _varlen_op(
-    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    out, lse = _RAW_VARLEN[backend](q, k, v, Varlen(ends_q, ends_k, longest_q, longest_k))
-    return out.contiguous(), lse.contiguous()
-
-
-_attend_op = torch.library.custom_op(
-    f"{_NAMESPACE}::attend", _attend_op, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, str backend) -> Tensor"
-)
-_attend_op.register_fake(lambda q, k, v, backend: q.new_empty(q.shape))
-_varlen_op = torch.library.custom_op(
-    f"{_NAMESPACE}::attend_varlen",
-    _varlen_op,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, SymInt longest_q, SymInt longest_k, "
-    "str backend) -> (Tensor, Tensor)",
-)
-_varlen_op.register_fake(
-    lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
-)
-
-_RAW: dict[str, Attend] = {}
-_RAW_VARLEN: dict[str, AttendVarlen] = {}
-_foreign = threading.local()
-
-
-def _within_graph(*tensors: Tensor) -> bool:
-    # The operators have no backward pass. Where gradients flow, the compiler must look into the kernel.
-    if not torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-
-
-def opaque(name: str, kernel: Attend) -> Attend:
-    """`kernel` as it is, and in compiled graphs as an operator; `name` must be the kernel's alone."""
-    _RAW[name] = kernel
-
-    @wraps(kernel)
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend_op(q, k, v, name) if _within_graph(q, k, v) else kernel(q, k, v)
-
-    return attend
-
-
-def opaque_varlen(name: str, kernel: AttendVarlen) -> AttendVarlen:
-    """The same for a kernel over packed sequences."""
-    _RAW_VARLEN[name] = kernel
-
-    @wraps(kernel)
-    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
-        return _varlen_op(q, k, v, *lengths, name) if _within_graph(q, k, v) else kernel(q, k, v, lengths)
-
-    return attend
-
-
-# Stands in a compiled graph for a kernel that is no backend of ours and may be another object at every step.
-attend_foreign = opaque("foreign", lambda q, k, v: _foreign.attend(q, k, v))
-
-
-@contextmanager
-def foreign_kernel(attend: Attend) -> Iterator[None]:
-    """`attend_foreign` is `attend` inside the `with` block, in this thread."""
-    before = getattr(_foreign, "attend", None)
-    _foreign.attend = attend
-    try:
-        yield
-    finally:
-        _foreign.attend = before
 
 
 def _sdpa(kernel: SDPBackend) -> Attend:

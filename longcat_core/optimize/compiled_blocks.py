@@ -11,7 +11,7 @@ from torch import Tensor
 from ..model.block import Block, run_block
 from ..model.ops import Rope
 from ..model.text import BlockText
-from . import attention
+from . import attention, operators
 from .compilation import Regional
 from .fused import TorchOps
 
@@ -24,7 +24,7 @@ def compiled_call(
 ) -> Callable[..., Tensor]:
     """`run_block` through `compiled`, for tokens of this grid (frames, tokens of a frame)."""
     known = attention.is_known(ops.kernels.attend)
-    within = ops if known else ops.with_kernels(attend=attention.attend_foreign, quantised=None)
+    within = ops if known else ops.with_kernels(attend=operators.attend_foreign, quantised=None)
 
     def call(
         block: Block,
@@ -48,7 +48,7 @@ def compiled_call(
             varying = [*((rows, (1,)) for rows in text.keys or (text.tokens,)), (text.bias, (3,))]
             if text.packing is not None:
                 varying.append((text.packing.rows, (0,)))
-        with nullcontext() if known else attention.foreign_kernel(ops.kernels.attend):
+        with nullcontext() if known else operators.foreign_kernel(ops.kernels.attend):
             return compiled(
                 *(block, x, temb, text, rope, cached, within, num_cond, *keep),
                 kind=kind,

@@ -20,10 +20,11 @@ from ..model.config import ModelConfig
 from ..model.layers import LayerNorm, RMSNorm, gated, modulate
 from ..model.ops import Activations, Once, PlainOps, Rope, attend_with_bias
 from ..model.text import BlockText, Packing, TextForm, TextTokens, unfold_padding
-from .attention import AttendVarlen, Kernels, Varlen
+from .attention import Kernels
 from .kernels import elementwise
 from .kernels.elementwise import Quantised
 from .kernels.text_attention import text_attention
+from .operators import AttendVarlen, Varlen
 
 
 class OpSwitches(NamedTuple):

@@ -17,7 +17,7 @@ from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.model.block import run_block
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
-from longcat_core.optimize import fused
+from longcat_core.optimize import fused, operators
 from longcat_core.optimize.compilation import NOTICE, Regional
 from longcat_core.optimize.compiled_blocks import COMPILED_BLOCK
 from longcat_core.optimize.switches import Optimizations
@@ -202,7 +202,7 @@ def test_packed_text_in_the_graph():
     from tests.optimize.test_attention import plain_varlen
 
     run = Run()
-    varlen = backends.opaque_varlen("test", plain_varlen)
+    varlen = operators.opaque_varlen("test", plain_varlen)
     kernels = run.plain.choose_kernels(torch.device("cpu"))._replace(varlen=varlen)
     for tokens in (5, 9, 12):
         assert run.step(tokens=tokens, kernels=kernels) == 1

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .elementwise import HALF, _operator, find_spec
+from ..operators import operator
+from .elementwise import HALF, find_spec
 from .elementwise import missing as missing_triton
 
 if find_spec("triton") is not None:
@@ -374,10 +375,10 @@ def _fake_attend(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-_attend_op = _operator("attend_chunks", _attend_op, _fake_attend)
-_flash4_op = _operator("attend_chunks_flash4", _flash4_op, _fake_attend)
-_pool_op = _operator("pool_chunks", _pool_op, _fake_pool)
-_top_k_op = _operator("top_chunks", _top_k_op, _fake_top_k)
+_attend_op = operator("attend_chunks", _attend_op, _fake_attend)
+_flash4_op = operator("attend_chunks_flash4", _flash4_op, _fake_attend)
+_pool_op = operator("pool_chunks", _pool_op, _fake_pool)
+_top_k_op = operator("top_chunks", _top_k_op, _fake_top_k)
 
 
 # --- what block-sparse attention calls -------------------------------------------------------------------------------

@@ -9,15 +9,15 @@ Each public function has a twin in plain PyTorch, which says what it computes an
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..operators import operator
 
 EPS = 1e-6
 E4M3_MAX = 448.0
@@ -295,17 +295,6 @@ def _quantise_op(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-# In compiled graphs they stand as operators: the compiler calls them and does not look into them. ComfyUI loads the
-# pack under a name of its own, and another copy of it may be there.
-_NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
-
-
-def _operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    operator = torch.library.custom_op(f"{_NAMESPACE}::{name}", function, mutates_args=())
-    operator.register_fake(fake)
-    return operator
-
-
 def _fake_norm(
     x: Tensor,
     update: Tensor | None,
@@ -320,12 +309,12 @@ def _fake_norm(
     return x.new_empty(x.shape if update is not None else (0,)), *out
 
 
-_residual_norm_op = _operator("residual_norm", _residual_norm_op, _fake_norm)
-_norm_rope_op = _operator("norm_rope", _norm_rope_op, lambda x, weight, cos, sin: x.new_empty(x.shape))
-_gated_product_op = _operator(
+_residual_norm_op = operator("residual_norm", _residual_norm_op, _fake_norm)
+_norm_rope_op = operator("norm_rope", _norm_rope_op, lambda x, weight, cos, sin: x.new_empty(x.shape))
+_gated_product_op = operator(
     "gated_product", _gated_product_op, lambda gate_up, fp8: _out(gate_up, gate_up.shape[-1] // 2, fp8)
 )
-_quantise_op = _operator("quantise", _quantise_op, lambda x: _out(x, x.shape[-1], True))
+_quantise_op = operator("quantise", _quantise_op, lambda x: _out(x, x.shape[-1], True))
 
 
 # --- what the network calls ------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .elementwise import E4M3_MAX, EPS, HALF, TINY, Quantised, _operator, find_spec, whole_tokens
+from ..operators import operator
+from .elementwise import E4M3_MAX, EPS, HALF, TINY, Quantised, find_spec, whole_tokens
 
 if find_spec("triton") is not None:
     import triton
@@ -226,8 +227,8 @@ def _fake_fp8(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | No
     return values, q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
 
 
-_text_attention_op = _operator("text_attention", _text_attention_op, lambda q, weight, k, v, bias: q.new_empty(q.shape))
-_text_attention_fp8_op = _operator("text_attention_fp8", _launch_fp8, _fake_fp8)
+_text_attention_op = operator("text_attention", _text_attention_op, lambda q, weight, k, v, bias: q.new_empty(q.shape))
+_text_attention_fp8_op = operator("text_attention_fp8", _launch_fp8, _fake_fp8)
 
 
 def text_attention(

@@ -175,7 +175,7 @@ def test_given_frames_are_computed_once(comfy, model, sample, clip_latent, forwa
 
 
 def test_the_cache_does_not_outlive_the_sampling(comfy, model, sample, clip_latent):
-    key = comfy.node("comfy_model").CONDITIONING_CACHE_KEY
+    key = comfy.node("comfy_caches").CONDITIONING_CACHE_KEY
     sample(clip_latent)
     assert key not in model.model_options["transformer_options"]
 
@@ -288,7 +288,7 @@ def test_halves_of_guidance_in_turn(comfy, model, sample, prompts, empty, stock)
 
 def test_text_is_read_once_under_the_guider(comfy, model, sample, prompts, empty, monkeypatch):
     """Keys of the text: once for all steps of a sampling, then forgotten; stock samplers compute them at each."""
-    key = comfy.node("comfy_model").TEXT_CACHE_KEY
+    key = comfy.node("comfy_caches").TEXT_CACHE_KEY
     calls = []
     layer = model.model.diffusion_model.blocks[0].cross_attn
     keys_values = layer.keys_values

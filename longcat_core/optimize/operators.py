@@ -1,0 +1,120 @@
+"""Kernels as operators of their own inside compiled graphs: the compiler calls them and does not look into them.
+
+Neither the launch code of a package nor PyTorch's choice of a kernel can then break a graph.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# q [B, Nq, H, D], k and v [B, Nk, H, D] -> [B, Nq, H, D].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Varlen(NamedTuple):
+    """Lengths of packed sequences, as flash-attention kernels take them.
+
+    cu_seqlens_*: int32 [B+1] running totals on the tensors' device; max_seqlen_*: tokens of the longest sequence.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+# q [sum Nq, H, D], k and v [sum Nk, H, D] -> output [sum Nq, H, D] and log-sum-exp [H, sum Nq] fp32.
+AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
+
+# ComfyUI loads the pack under a name of its own, and another copy of it may be there.
+NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
+
+
+def _attend_op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    return _RAW[backend](q, k, v).contiguous()
+
+
+def _varlen_op(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    out, lse = _RAW_VARLEN[backend](q, k, v, Varlen(ends_q, ends_k, longest_q, longest_k))
+    return out.contiguous(), lse.contiguous()
+
+
+_attend_op = torch.library.custom_op(
+    f"{NAMESPACE}::attend", _attend_op, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, str backend) -> Tensor"
+)
+_attend_op.register_fake(lambda q, k, v, backend: q.new_empty(q.shape))
+_varlen_op = torch.library.custom_op(
+    f"{NAMESPACE}::attend_varlen",
+    _varlen_op,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, SymInt longest_q, SymInt longest_k, "
+    "str backend) -> (Tensor, Tensor)",
+)
+_varlen_op.register_fake(
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
+)
+
+_RAW: dict[str, Attend] = {}
+_RAW_VARLEN: dict[str, AttendVarlen] = {}
+_foreign = threading.local()
+
+
+def _within_graph(*tensors: Tensor) -> bool:
+    # The operators have no backward pass. Where gradients flow, the compiler must look into the kernel.
+    if not torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def opaque(name: str, kernel: Attend) -> Attend:
+    """`kernel` as it is, and in compiled graphs as an operator; `name` must be the kernel's alone."""
+    _RAW[name] = kernel
+
+    @wraps(kernel)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend_op(q, k, v, name) if _within_graph(q, k, v) else kernel(q, k, v)
+
+    return attend
+
+
+def opaque_varlen(name: str, kernel: AttendVarlen) -> AttendVarlen:
+    """The same for a kernel over packed sequences."""
+    _RAW_VARLEN[name] = kernel
+
+    @wraps(kernel)
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
+        return _varlen_op(q, k, v, *lengths, name) if _within_graph(q, k, v) else kernel(q, k, v, lengths)
+
+    return attend
+
+
+# Stands in a compiled graph for a kernel that is no backend of ours and may be another object at every step.
+attend_foreign = opaque("foreign", lambda q, k, v: _foreign.attend(q, k, v))
+
+
+@contextmanager
+def foreign_kernel(attend: Attend) -> Iterator[None]:
+    """`attend_foreign` is `attend` inside the `with` block, in this thread."""
+    before = getattr(_foreign, "attend", None)
+    _foreign.attend = attend
+    try:
+        yield
+    finally:
+        _foreign.attend = before
+
+
+def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose signature is its schema, as an operator; fake: makes outputs of the same shapes and dtypes."""
+    made = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+    made.register_fake(fake)
+    return made
