@@ -1,4 +1,4 @@
-"""Sizes that the released model was trained at, by resolution class and the number that divides both sides."""
+"""The sizes that the released model was trained on, by resolution class and the divisor of both sides."""
 
 from __future__ import annotations
 
@@ -168,10 +168,11 @@ def nearest_bucket(height: int, width: int, resolution: str = "480p", divisor: i
     """The (height, width) in pixels whose aspect ratio is nearest to that of `height` x `width`.
 
     Ratios are height / width, compared by difference after the table's are rounded to two digits, as the public
-    pipeline does; of two equally near ones the wider wins. Raises LongCatError for what the table does not hold.
+    pipeline does; of two equally near ratios the wider wins. Raises LongCatError for a resolution or divisor
+    that is not in the table.
     """
     if height < 1 or width < 1:
-        raise LongCatError(f"no aspect ratio in {height}x{width}; both sides must be at least 1 pixel")
+        raise LongCatError(f"{height}x{width} has no aspect ratio; both sides must be at least 1 pixel")
     table = BUCKETS.get(resolution)
     if table is None:
         raise LongCatError(f"unknown resolution {resolution!r}; choose one of {', '.join(BUCKETS)}")

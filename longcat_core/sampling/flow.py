@@ -1,4 +1,4 @@
-"""Facts of the flow-matching process that training and sampling share: sigma = timestep / 1000."""
+"""The flow-matching process that training and sampling share: sigma = timestep / 1000."""
 
 from __future__ import annotations
 

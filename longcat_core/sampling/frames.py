@@ -1,4 +1,4 @@
-"""Given (clean) and generated (noisy) latent frames, told by a mask over the latents."""
+"""Conditioning (clean) and generated (noisy) latent frames, as a mask over the latents marks them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def noisy_frames(mask: Tensor) -> Tensor:
-    """Which latent frames are to be generated, [B, T] bool; mask [B, C, T, H, W], 0 where latents are given.
+    """Which latent frames to generate, [B, T] bool; mask [B, C, T, H, W] is 0 where latents are given.
 
-    A frame that is given only in part is generated: the network knows clean frames and noisy ones, nothing between.
+    A frame that is given only in part counts as generated: to the network a frame is either clean or noisy.
     """
     return (mask != 0).any(-1).any(-1).any(1)
 
 
 def count_clean(noisy: Tensor) -> int:
-    """How many frames at the front of `noisy` [B, T] bool are given in every sample; 0 where nothing is generated."""
+    """Number of leading frames of `noisy` [B, T] bool that are clean in every sample; 0 if no frame is noisy."""
     frames = noisy.any(0).tolist()
     return frames.index(True) if True in frames else 0

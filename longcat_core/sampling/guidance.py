@@ -1,4 +1,4 @@
-"""Classifier-free guidance with an optimised scale for the unconditional half (CFG-Zero*, arXiv 2503.18886)."""
+"""Classifier-free guidance with an optimized scale for the unconditional half (CFG-Zero*, arXiv 2503.18886)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 def cfg_zero_scale(cond: Tensor, uncond: Tensor) -> Tensor:
     """<cond, uncond> / (|uncond|^2 + 1e-8) per sample, [B, 1, 1, 1, 1]; inputs [B, C, T, H, W] fp32.
 
-    The sums run over every frame given, so whether conditioning frames are among them changes the result.
+    The sums run over all frames of the inputs, so including conditioning frames changes the result.
     """
     dims = tuple(range(1, cond.ndim))
     dot = (cond * uncond).sum(dims, keepdim=True)
@@ -25,7 +25,7 @@ def cfg_zero_scale(cond: Tensor, uncond: Tensor) -> Tensor:
 def cfg_zero(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """a*uncond + scale*(cond - a*uncond) with a = cfg_zero_scale; the network's outputs [B, C, T, H, W] fp32.
 
-    The same for velocities as for their negatives.
+    Velocities and their negatives give the same result.
     """
     scaled = uncond * cfg_zero_scale(cond, uncond)
     return scaled + scale * (cond - scaled)

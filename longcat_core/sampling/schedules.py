@@ -1,4 +1,4 @@
-"""Noise schedules: which timesteps the sampler visits. All are fp32 and flow-matching: sigma = timestep / 1000."""
+"""Noise schedules: the timesteps that the sampler visits. All are fp32 with sigma = timestep / 1000 (flow matching)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def make_schedule(mode: str, steps: int) -> Schedule:
     """The schedule of `steps` nominal steps in one of four modes.
 
     base: linspace(1, 0.001, n), shifted. distilled: n of the distilled grid, shifted. enhance_hf: the base
-    timesteps above 500, then 500, 450 ... 50. refine: 500, then the base timesteps below 500. The last two have
-    another number of evaluations than `steps`; `len(schedule)` tells.
+    timesteps above 500, then 500, 450 ... 50. refine: 500, then the base timesteps below 500. In the last two
+    the number of evaluations, `len(schedule)`, differs from `steps`.
     """
     if mode not in MODES:
         raise LongCatError(f"unknown schedule {mode!r}; choose one of {', '.join(MODES)}")

@@ -56,7 +56,7 @@ def test_nothing_is_kept_without_a_threshold():
     for step in range(20):
         assert cache.find(step, latents(step), 1.0) is None
         cache.keep(latents(step), latents(1), 1.0)
-    assert cache.out is None and cache.kept is None
+    assert cache.out is None and cache.computed is None
 
 
 def test_given_frames_do_not_count():
@@ -70,7 +70,7 @@ def test_given_frames_do_not_count():
             if found is None:
                 more = (1 + step) * out
                 cache.keep(x, torch.cat((given, more), dim=2) if cache is beside else more, 1 - step / 20)
-    assert beside.added == pytest.approx(alone.added, rel=1e-6) and alone.added > 0
+    assert beside.accumulated == pytest.approx(alone.accumulated, rel=1e-6) and alone.accumulated > 0
 
 
 @pytest.fixture(scope="module")
