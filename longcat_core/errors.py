@@ -1,4 +1,4 @@
-"""Errors that a person is meant to read: one clear sentence that names the input and the remedy."""
+"""Errors for users to read: one clear sentence that names the input and the remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LongCatError(ValueError):
 
 
 class CheckpointError(LongCatError):
-    """A file that is no readable LongCat-Video checkpoint, or does not fit the network."""
+    """A file that cannot be read as a LongCat-Video checkpoint, or does not fit the network."""
 
     __module__ = MODULE
 

@@ -1,4 +1,4 @@
-"""The UMT5 encoder's single-file form: Hugging Face T5 names, ComfyUI's scaled fp8, sizes read off the shapes."""
+"""The UMT5 encoder's single-file form: Hugging Face T5 names, ComfyUI's scaled fp8, sizes inferred from the shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 
 SPIECE = "spiece_model"  # the SentencePiece model itself, as uint8 [bytes]
 EMBEDDING, TIED_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
-# What a file may carry beside the encoder's weights.
+# What a file may hold besides the encoder's weights.
 FP8_MARKER, FP8_SCALE, FP8_INPUT_SCALE = "scaled_fp8", ".scale_weight", ".scale_input"
 _BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
 
@@ -26,7 +26,7 @@ def weight_names(names: Mapping[str, object]) -> list[str]:
 def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the text encoder") -> dict[str, int]:
     """UMT5Config's sizes for a state dict given as name -> shape.
 
-    Raises CheckpointError, naming `source`, for what is no UMT5 encoder with a gated feed-forward.
+    Raises CheckpointError, naming `source`, for anything but a UMT5 encoder with a gated feed-forward.
     """
     block = "encoder.block.0.layer"
 
@@ -46,9 +46,9 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
     num_layers = 1 + max(int(match[1]) for name in shapes if (match := _BLOCK.match(name)))
     # T5 1.1 has the same names, but one position bias for all blocks.
     if num_layers > 1 and "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" not in shapes:
-        raise CheckpointError(f"{source} is a T5 encoder, not UMT5, which has a position bias in every block.")
+        raise CheckpointError(f"{source} is a T5 encoder, not UMT5, which has a position bias in every block")
     if inner % num_heads:
-        raise CheckpointError(f"{source} has {num_heads} heads, which do not divide its {inner} attention channels.")
+        raise CheckpointError(f"{source} has {num_heads} heads, which do not divide its {inner} attention channels")
     return {
         "vocab_size": vocab_size,
         "d_model": d_model,
@@ -60,7 +60,7 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
     }
 
 
-def dequantise(name: str, tensor: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
+def dequantize(name: str, tensor: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
     """The weight as stored, or weight * scale in fp32 where `scales` holds the module's `scale_weight`."""
     scale = scales.get(name.removesuffix(".weight") + FP8_SCALE)
     return tensor if scale is None else tensor.to(torch.float32) * scale.to(torch.float32)

@@ -1,4 +1,4 @@
-"""The video VAE: pixels to normalised latents and back, on diffusers' AutoencoderKLWan."""
+"""The video VAE: pixels to normalized latents and back, on diffusers' AutoencoderKLWan."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class VideoVAE:
-    """AutoencoderKLWan with the latent normalisation z = (mu - mean) / std built in.
+    """AutoencoderKLWan with the latent normalization z = (mu - mean) / std built in.
 
-    tiling: work on overlapping tiles of 256x256 pixels, which bounds memory on large frames and changes the result
+    tiling: work on overlapping tiles of 256x256 pixels. This bounds memory on large frames and changes the result
     slightly where tiles meet.
     """
 
@@ -58,12 +58,12 @@ class VideoVAE:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Video [B,3,F,H,W], float in -1..1, to normalised latents [B,16,1+(F-1)/4,H/8,W/8] fp32 on the VAE's device.
+        """Video [B,3,F,H,W], float in -1..1, to normalized latents [B,16,1+(F-1)/4,H/8,W/8] fp32 on the VAE's device.
 
         The mode of the posterior, not a sample. Raises LongCatError unless F is 4k+1 and H and W divide by 8.
         """
         if video.ndim != 5 or video.shape[1] != 3:
-            raise LongCatError(f"The VAE encodes videos [B,3,F,H,W], got shape {list(video.shape)}.")
+            raise LongCatError(f"the VAE encodes videos [B,3,F,H,W], got shape {list(video.shape)}")
         frames, height, width = video.shape[2:]
         if (
             frames % TEMPORAL_FACTOR != 1
@@ -73,18 +73,18 @@ class VideoVAE:
             or not width
         ):
             raise LongCatError(
-                f"The VAE encodes 4k+1 frames with sides that divide by {SPATIAL_FACTOR}, "
-                f"got {frames} frames of {height}x{width} (height x width)."
+                f"the VAE encodes 4k+1 frames with sides that divide by {SPATIAL_FACTOR}, "
+                f"got {frames} frames of {height}x{width} (height x width)"
             )
         mode = self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
         return (mode - self.mean.to(mode.device)) / self.std.to(mode.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B,16,T,h,w] to video [B,1+4(T-1),8h,8w,3], fp32 in 0..1, on the VAE's device."""
+        """Normalized latents [B,16,T,h,w] to video [B,1+4(T-1),8h,8w,3], fp32 in 0..1, on the VAE's device."""
         channels = self.mean.shape[1]
         if latents.ndim != 5 or latents.shape[1] != channels:
-            raise LongCatError(f"The VAE decodes latents [B,{channels},T,h,w], got shape {list(latents.shape)}.")
+            raise LongCatError(f"the VAE decodes latents [B,{channels},T,h,w], got shape {list(latents.shape)}")
         z = latents.to(self.device, torch.float32)
         z = z * self.std.to(z.device) + self.mean.to(z.device)
         video = self.model.decode(z.to(self.dtype)).sample
@@ -97,7 +97,7 @@ def load_vae(
     """A Wan 2.1 VAE from one .safetensors (ComfyUI/Wan or diffusers names) or a diffusers folder (or its parent).
 
     A diffusers-named file takes `vae_config.json` or a VAE's `config.json` beside it; otherwise all sizes come from the
-    tensors' shapes and the latent normalisation is Wan 2.1's own. Weights are cast to `dtype`, whatever the file holds.
+    tensors' shapes and the latent normalization is Wan 2.1's own. Weights are cast to `dtype`.
     Raises CheckpointError for a file that is unreadable, incomplete or not a Wan 2.1 VAE, and LongCatError without
     diffusers.
     """
@@ -126,7 +126,7 @@ def load_vae(
 def save_vae(path: str | Path, model: AutoencoderKLWan, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the weights as one .safetensors in ComfyUI's Wan names, which ComfyUI's own VAE loader reads.
 
-    The file carries no latent normalisation: readers use Wan 2.1's.
+    The file carries no latent normalization: readers use Wan 2.1's.
     """
     state = wan_vae.to_wan(model.state_dict())
     write_safetensors(path, {name: tensor.to(dtype) for name, tensor in state.items()}, {"format": "pt"})
@@ -141,11 +141,11 @@ def _find(path: Path) -> tuple[list[Path], Path | None]:
     config = folder / "config.json"
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file; name the VAE's own folder or file.")
+        raise CheckpointError(f"{folder} holds no .safetensors file; give the VAE's own folder or file")
     if not config.is_file():
-        raise CheckpointError(f"{folder} holds no config.json; name the VAE's .safetensors file itself.")
+        raise CheckpointError(f"{folder} holds no config.json; give the VAE's .safetensors file itself")
     if not _is_vae_config(config):
-        raise CheckpointError(f"{config} is not the config of an AutoencoderKLWan; name the VAE's own folder.")
+        raise CheckpointError(f"{config} is not the config of an AutoencoderKLWan; give the VAE's own folder")
     return files, config
 
 
@@ -153,9 +153,9 @@ def _read_json(file: Path) -> Mapping[str, object]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no readable JSON ({error}).") from error
+        raise CheckpointError(f"cannot read {file} as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is no config: it holds no JSON object.")
+        raise CheckpointError(f"{file} is not a config: it does not hold a JSON object")
     return content
 
 
@@ -168,7 +168,7 @@ def _read_config(file: Path) -> dict[str, object]:
     known = inspect.signature(_autoencoder().__init__).parameters
     config = {name: value for name, value in _read_json(file).items() if name in known}
     if config.get("is_residual") or config.get("patch_size"):
-        raise CheckpointError(f"{file} describes a Wan 2.2 VAE; LongCat-Video needs the Wan 2.1 VAE.")
+        raise CheckpointError(f"{file} describes a Wan 2.2 VAE; LongCat-Video needs the Wan 2.1 VAE")
     return config
 
 
@@ -177,7 +177,7 @@ def _autoencoder() -> type[AutoencoderKLWan]:
         from diffusers import AutoencoderKLWan
     except ImportError as error:
         raise LongCatError(
-            f"The VAE needs the diffusers package ({error}); run: pip install 'longcat-video[headless]'."
+            f"the VAE needs the diffusers package ({error}); run: pip install 'longcat-video[headless]'"
         ) from error
     return AutoencoderKLWan
 
@@ -188,4 +188,4 @@ def _meta_model(config: Mapping[str, object], source: Path) -> AutoencoderKLWan:
         with torch.device("meta"):
             return autoencoder(**config)
     except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{source} describes no VAE that can be built ({error}).") from error
+        raise CheckpointError(f"cannot build the VAE that {source} describes ({error})") from error

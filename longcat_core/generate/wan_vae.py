@@ -1,7 +1,7 @@
 """Names of the Wan 2.1 VAE: ComfyUI and Wan on one side, diffusers' AutoencoderKLWan on the other.
 
-One architecture of any width: four levels, two residual blocks a level in the encoder and three in the decoder, 2x in
-space between levels and 2x in time between the last three. The two codebases differ in names alone, so a table of
+One architecture of any width: four levels, two residual blocks per level in the encoder and three in the decoder, 2x in
+space between levels and 2x in time between the last three. The two codebases differ only in names, so a table of
 modules is the whole conversion.
 """
 
@@ -27,7 +27,7 @@ LATENTS_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
-# Wan 2.2 nests its blocks one level deeper; one name in each naming tells.
+# Wan 2.2 nests its blocks one level deeper; each naming has one name that shows it.
 WAN22_ONLY = (
     "decoder.upsamples.0.upsamples.0.residual.2.weight",
     "decoder.up_blocks.0.upsampler.time_conv.weight",
@@ -103,7 +103,7 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
     """
     named = to_diffusers(shapes) if is_wan_named(shapes) else dict(shapes)
     if any(name in named for name in WAN22_ONLY):
-        raise CheckpointError(f"{source} is a Wan 2.2 VAE (48 latent channels); LongCat-Video needs the Wan 2.1 VAE.")
+        raise CheckpointError(f"{source} is a Wan 2.2 VAE (48 latent channels); LongCat-Video needs the Wan 2.1 VAE")
     sizes = {}
     for key, name, axis in (
         ("base_dim", "encoder.conv_in.weight", 0),
@@ -114,15 +114,15 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
     ):
         shape = named.get(name, ())
         if len(shape) != 5:
-            raise CheckpointError(f"{source} is not a Wan 2.1 VAE: it has no 3-D convolution '{name}'.")
+            raise CheckpointError(f"{source} is not a Wan 2.1 VAE: it has no 3-D convolution '{name}'")
         sizes[key] = int(shape[axis])
     if sizes["z_dim"] != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{source} has {sizes['z_dim']} latent channels; LongCat-Video needs Wan 2.1's {LATENT_CHANNELS}."
+            f"{source} has {sizes['z_dim']} latent channels; LongCat-Video needs Wan 2.1's {LATENT_CHANNELS}"
         )
     if (sizes["in_channels"], sizes["out_channels"]) != (3, 3):
         raise CheckpointError(
-            f"{source} takes {sizes['in_channels']} and gives {sizes['out_channels']} image channels instead of 3."
+            f"{source} takes {sizes['in_channels']} and gives {sizes['out_channels']} image channels instead of 3"
         )
     if sizes["decoder_base_dim"] == sizes["base_dim"]:
         sizes["decoder_base_dim"] = None

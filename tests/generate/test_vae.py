@@ -200,7 +200,7 @@ def _wan22_config(path, state):
         (_transformer, r"is not a Wan 2.1 VAE"),
         (_wrong_config, "misshapen"),
         (_wrong_normalisation, "needs 16 values in latents_mean"),
-        (_broken_config, "no readable JSON"),
+        (_broken_config, "as JSON"),
         (_wan22_config, r"Wan 2.2"),
     ],
 )
