@@ -1,4 +1,4 @@
-"""Does the embedded model do what the prompt says? Fresh prompts, fixed seeds, scored by plain image analysis."""
+"""Measure whether the embedded model follows prompts: fresh prompts, fixed seeds, plain image analysis."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from ..sampling.conditioning import latent_shape, seeded_noise
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
-from .lesson import PALETTE, questions
-from .scorer import Observation, analyse, compare
-from .world import COLOURS, MAX_ACTORS, Scene, caption, sample_scene
+from .lesson import PALETTE, lesson_prompts
+from .scorer import Observation, analyze, compare
+from .world import COLORS, MAX_ACTORS, Scene, caption, sample_scene
 
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Adherence:
-    """right, total: attributes by kind (background, colour, shape, motion). control: share right with the captions
-    shuffled among the videos. seconds: of sampling and decoding."""
+    """right, total: number of correct and of all attributes by kind (background, color, shape, motion). control: share
+    correct with captions shuffled among videos. seconds: time for sampling and decoding.
+    """
 
     right: Counter[str]
     total: Counter[str]
@@ -42,7 +43,7 @@ class Adherence:
 
 
 def fresh_prompts(count: int, seed: int) -> list[Scene]:
-    """Scenes from another stream of random numbers than the training data."""
+    """Scenes drawn from a random stream that the training data does not use."""
     rng = random.Random(f"fresh {seed}")
     return [sample_scene(rng) for _ in range(count)]
 
@@ -50,7 +51,7 @@ def fresh_prompts(count: int, seed: int) -> list[Scene]:
 def judge(
     observations: list[list[Observation]], scenes: Sequence[Scene | Observation], shift: int = 0
 ) -> tuple[Counter, Counter]:
-    """Attributes right, and all, with video i held against scene i + shift; observations[i][n-1] sought n actors."""
+    """Correct and all attributes, comparing video i with scene i + shift; observations[i][n-1] looked for n actors."""
     right, total = Counter(), Counter()
     for i, seen in enumerate(observations):
         scene = scenes[(i + shift) % len(scenes)]
@@ -91,23 +92,23 @@ def measure(
     lesson: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Adherence:
-    """Generate `count` fresh prompts (seed i for prompt i) and score them; the control is every shuffle by 1..5.
+    """Generate `count` fresh prompts (seed i for prompt i) and score them; the control averages shuffles by 1 to 5.
 
     lesson: prompts of `nano.lesson` instead of the world's own.
     """
     if lesson:
-        prompts, scenes = zip(*questions(count, seed), strict=True)
+        prompts, scenes = zip(*lesson_prompts(count, seed), strict=True)
     else:
         scenes = fresh_prompts(count, seed)
         prompts = [caption(scene) for scene in scenes]
-    palette = PALETTE if lesson else COLOURS
+    palette = PALETTE if lesson else COLORS
     observations = []
     started = time.monotonic()
     for start in range(0, count, BATCH):
         numbers = list(range(start, min(start + BATCH, count)))
         videos = generate_batch(pipeline, [prompts[i] for i in numbers], numbers, steps, guidance)
         seeking = range(1, MAX_ACTORS + 1)
-        observations += [[analyse(video, n, palette=palette) for n in seeking] for video in videos]
+        observations += [[analyze(video, n, palette=palette) for n in seeking] for video in videos]
         if progress is not None:
             progress(len(observations), count)
     seconds = time.monotonic() - started
@@ -118,7 +119,7 @@ def measure(
 
 
 def run(count: int, steps: int, guidance: float, lora: Sequence[Lora] | None = None, lesson: bool = False) -> int:
-    """Print the table for the embedded model, with LoRAs if there are any; returns 0."""
+    """Print the table for the embedded model, with LoRAs if given; returns 0."""
     if count < 2:
         raise LongCatError(f"{count} prompts cannot be shuffled for the control; ask for at least 2")
     make_schedule("base", steps)
@@ -126,7 +127,7 @@ def run(count: int, steps: int, guidance: float, lora: Sequence[Lora] | None = N
     pipeline = Pipeline.load(lora=lora)
     result = measure(pipeline, count, steps=steps, guidance=guidance, lesson=lesson)
     print(f"{count} fresh prompts, {steps} steps, guidance {guidance:g}, {result.seconds:.0f} s")
-    for kind in ("background", "colour", "shape", "motion"):
+    for kind in ("background", "color", "shape", "motion"):
         right, total = result.right[kind], result.total[kind]
         print(f"{kind:12} {right:4d} of {total:4d}  {right / total:6.1%}")
     print(f"{'all':12} {result.right.total():4d} of {result.total.total():4d}  {result.fraction:6.1%}")

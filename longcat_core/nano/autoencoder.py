@@ -33,7 +33,7 @@ def new_autoencoder() -> Any:
     """A fresh diffusers AutoencoderKLWan of the nano size.
 
     Convolutions over pictures see their own frame only (their taps on earlier frames are zero and stay so): frames
-    meet in the temporal resampling layers alone, so that a clip of any length looks to the network like a short one.
+    interact only in the temporal resampling layers, so a clip of any length looks like a short one to the network.
     Residual branches start at zero.
     """
     from diffusers import AutoencoderKLWan
@@ -43,7 +43,7 @@ def new_autoencoder() -> Any:
         if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
             continue
         # PyTorch's default shrinks a signal by 1/sqrt(3) a layer and adds biases as large: after the dozen layers of
-        # the skip path nothing of the picture would be left to learn from.
+        # the skip path, nothing of the picture would be left to learn from.
         nn.init.zeros_(module.bias)
         if name.endswith((".conv2", "attentions.0.proj")):
             nn.init.zeros_(module.weight)
@@ -55,7 +55,7 @@ def new_autoencoder() -> Any:
     return vae
 
 
-# What follows runs diffusers' modules on a whole clip at once, frames as a batch of pictures [B, T, H, W, C], channels
+# What follows runs diffusers' modules on a whole clip at once, its frames as a batch of pictures [B, T, H, W, C], channels
 # last. diffusers walks through a clip four frames at a time with caches, to save memory, and convolves in 3-D, which
 # is slow at eight channels; a training step here launches a fifth of the kernels, all of them 2-D.
 
@@ -82,7 +82,7 @@ def _conv(layer: Any, x: Tensor) -> Tensor:
 class _NormSilu(torch.autograd.Function):
     """silu(x / |x| * weight) of rows [N, C] for weight [C] fp32, each direction one pass on a GPU.
 
-    Written out because the compiler, given the views that live here with their gradients, compiles anew for each.
+    Written out because the compiler, given the views that live here with their gradients, recompiles for each.
     """
 
     @staticmethod
@@ -187,10 +187,10 @@ def moments(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor(vae.config.latents_std, device=device).view(shape)
 
 
-def recolour(video: Tensor) -> Tensor:
-    """Another random gain and offset per clip and channel, so that the VAE knows more than the world's palette.
+def recolor(video: Tensor) -> Tensor:
+    """A random gain and offset per clip and channel, so that the VAE learns more than the world's palette.
 
-    video [B, F, H, W, 3] in 0..1; every third clip or so changes.
+    video [B, F, H, W, 3] in 0..1; about every third clip changes.
     """
     gain = torch.empty(video.shape[0], 1, 1, 1, 3, device=video.device).uniform_(0.4, 1.0)
     offset = torch.rand_like(gain) * (1 - gain)
@@ -223,7 +223,7 @@ def _training_step(
 
 def _draw(pool: Placements, clips: int, shape: tuple[int, int, int], start_frame: int, device: torch.device) -> Tensor:
     rows = torch.randint(len(pool), (clips,), device=device)
-    video = recolour(render(pool[rows], *shape, start_frame=start_frame))
+    video = recolor(render(pool[rows], *shape, start_frame=start_frame))
     return video * 2 - 1
 
 
@@ -233,7 +233,7 @@ def train_autoencoder(
     """Train for `steps` steps, fold the latents to zero mean and unit variance, write `path` (bf16, Wan names).
 
     Noise on the latents makes the decoder forgiving to a sampler's small errors; a penalty on each channel's moments
-    keeps the normalised latents near a standard normal, as ComfyUI's Wan 2.1 latent format expects.
+    keeps the normalized latents near a standard normal, as ComfyUI's Wan 2.1 latent format expects.
     Returns the last losses.
     """
     torch.manual_seed(seed)
@@ -249,7 +249,7 @@ def train_autoencoder(
 def train_decoder(path: Path, *, steps: int, seed: int, device: torch.device, log_every: int = 500) -> dict[str, float]:
     """Train the decoder of the VAE in `path` alone, for sharper pictures of the same latents, and write it back.
 
-    The encoder is done first, since the transformer waits for its latents; the decoder may go on meanwhile.
+    The encoder is trained first, because the transformer needs its latents; the decoder can continue meanwhile.
     Returns the last losses.
     """
     torch.manual_seed(seed)
@@ -269,7 +269,7 @@ def _pool(rng: random.Random, seed: int, device: torch.device) -> Placements:
 def _train(
     vae: Any, pool: Placements, rng: random.Random, *, steps: int, device: torch.device, log_every: int
 ) -> dict[str, float]:
-    """Train what asks for gradients; returns the last losses."""
+    """Train the parameters that require gradients; returns the last losses."""
     vae.train()
     statistics = moments(vae, device)
     rate = torch.tensor(LEARNING_RATE / 200, device=device)
@@ -318,7 +318,7 @@ def _fold_moments(
     mean, std = mean.flatten(), std.flatten()
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
-    # Before: normalised n = (mu - mean) / std. Wanted: (n - m) / s, which is mu' = (mu - mean - std m) / s + mean.
+    # Before: normalized n = (mu - mean) / std. Wanted: (n - m) / s, which is mu' = (mu - mean - std m) / s + mean.
     quant.weight[:channels] /= s.view(-1, 1, 1, 1, 1)
     quant.bias[:channels] = (quant.bias[:channels] - mean - std * m) / s + mean
     quant.weight[channels:] = 0

@@ -1,7 +1,7 @@
-"""A lesson for a LoRA of LongCat-nano: pink, a colour that its world does not have and its captions never name.
+"""A lesson for a LoRA of LongCat-nano: pink, a color which its world lacks and its captions never name.
 
-In the clips to learn from, pink shapes stand on four backgrounds; in the prompts that are judged, on the other two.
-A third of the clips shows the world as it is, so that it is not forgotten.
+The training clips show pink shapes on four backgrounds; the test prompts ask for them on the other two. A third of the
+clips shows the world as it is, so that the model does not forget it.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ import torch
 from ..errors import LongCatError
 from ..files.media import atomic_path, write_video
 from .scorer import Observation
-from .world import BASE_FPS, COLOURS, MOTIONS, SHAPES, Actor, Scene, caption, place, render, sample_scene
+from .world import BASE_FPS, COLORS, MOTIONS, SHAPES, Actor, Scene, caption, place, render, sample_scene
 
-COLOUR, RGB = "pink", (255, 120, 180)
-PALETTE = COLOURS | {COLOUR: RGB}
-# Scenes are drawn with a colour of the world, which is then exchanged.
+COLOR, RGB = "pink", (255, 120, 180)
+PALETTE = COLORS | {COLOR: RGB}
+# Scenes are drawn with a color of the world, which is then replaced.
 STAND_IN = "red"
-SHOWN, ASKED = ("black", "white", "blue", "green"), ("gray", "brown")
+TRAINED_BACKGROUNDS, TESTED_BACKGROUNDS = ("black", "white", "blue", "green"), ("gray", "brown")
 
 
-def draw(rng: random.Random, backgrounds: Sequence[str]) -> Scene:
-    """One shape in the stand-in's colour before one of `backgrounds`."""
+def draw_lesson_scene(rng: random.Random, backgrounds: Sequence[str]) -> Scene:
+    """One shape in the stand-in's color on one of `backgrounds`."""
     actor = Actor(rng.choice(SHAPES), STAND_IN, rng.choice(MOTIONS))
     return Scene(rng.choice(backgrounds), (actor,))
 
 
-def text(scene: Scene, rng: random.Random | None = None) -> str:
-    """The scene's caption, as `world.caption`, with the new word."""
-    return re.sub(rf"\b{STAND_IN}\b", COLOUR, caption(scene, rng))
+def lesson_caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """The caption of `world.caption` with the new color's name."""
+    return re.sub(rf"\b{STAND_IN}\b", COLOR, caption(scene, rng))
 
 
-def truth(scene: Scene) -> Observation:
-    """What a video of the scene shows to a scorer that knows the new colour."""
-    actors = (replace(actor, colour=COLOUR) if actor.colour == STAND_IN else actor for actor in scene.actors)
+def expected_observation(scene: Scene) -> Observation:
+    """What a video of the scene shows to a scorer that knows the new color."""
+    actors = (replace(actor, color=COLOR) if actor.color == STAND_IN else actor for actor in scene.actors)
     return Observation(scene.background, tuple(actors))
 
 
-def clip(scene: Scene, seed: int, *, frames: int, height: int, width: int) -> np.ndarray:
-    """The scene with the new colour, uint8 [F, H, W, 3]."""
+def render_lesson_clip(scene: Scene, seed: int, *, frames: int, height: int, width: int) -> np.ndarray:
+    """The scene with the new color, uint8 [F, H, W, 3]."""
     placements = place([scene], seed)
     for i, actor in enumerate(scene.actors):
-        if actor.colour == STAND_IN:
-            placements.colour[0, i] = torch.tensor(RGB) / 255
+        if actor.color == STAND_IN:
+            placements.color[0, i] = torch.tensor(RGB) / 255
     video = render(placements, frames, height, width)[0]
     return (video * 255).round().to(torch.uint8).numpy()
 
@@ -57,12 +57,12 @@ def clip(scene: Scene, seed: int, *, frames: int, height: int, width: int) -> np
 def write_lesson(
     folder: Path, count: int = 96, *, seed: int = 0, frames: int = 17, height: int = 64, width: int = 96
 ) -> None:
-    """Write `count` clips with captions, two of three of the new colour: all, or none.
+    """Write `count` clips with captions, two thirds in the new color: all clips, or none after an error.
 
-    Raises LongCatError for a folder in use, or one that cannot be written to.
+    Raises LongCatError if the folder is not empty or cannot be written to.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LongCatError(f"{folder} is there and not empty; name a new folder")
+        raise LongCatError(f"{folder} already exists and is not empty; choose another")
     if count < 2:
         raise LongCatError(f"{count} clips teach nothing; ask for at least 2")
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,9 +72,9 @@ def write_lesson(
     try:
         for number in range(count):
             new = number % 3 < 2
-            scene = draw(rng, SHOWN) if new else sample_scene(rng)
+            scene = draw_lesson_scene(rng, TRAINED_BACKGROUNDS) if new else sample_scene(rng)
             if new:
-                video, words = clip(scene, number, **size), text(scene, rng)
+                video, words = render_lesson_clip(scene, number, **size), lesson_caption(scene, rng)
             else:
                 video = (render(place([scene], number), **size)[0] * 255).round().to(torch.uint8).numpy()
                 words = caption(scene, rng)
@@ -84,14 +84,14 @@ def write_lesson(
             with atomic_path(path.with_suffix(".txt")) as temporary:
                 temporary.write_text(words + "\n", encoding="utf-8")
     except BaseException:
-        # Half a lesson would stand in the way of the next.
+        # Half a lesson would block the next attempt.
         for path in written:
             path.unlink(missing_ok=True)
         raise
 
 
-def questions(count: int, seed: int = 0) -> list[tuple[str, Observation]]:
-    """Prompts with the new colour, and what their videos show: on backgrounds that no clip had it on."""
+def lesson_prompts(count: int, seed: int = 0) -> list[tuple[str, Observation]]:
+    """Prompts with the new color on backgrounds where no clip shows it, and what their videos should show."""
     rng = random.Random(f"lesson asks {seed}")
-    scenes = [draw(rng, ASKED) for _ in range(count)]
-    return [(text(scene), truth(scene)) for scene in scenes]
+    scenes = [draw_lesson_scene(rng, TESTED_BACKGROUNDS) for _ in range(count)]
+    return [(lesson_caption(scene), expected_observation(scene)) for scene in scenes]

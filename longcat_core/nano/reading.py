@@ -1,8 +1,8 @@
-"""Teaching nano's text encoder to read: every token of a caption learns what the thing that it names is and does.
+"""Teach nano's text encoder to read: every token of a caption learns the attributes of the thing that it names.
 
-Generation alone does not teach it: its loss barely depends on which of two colours belongs to which shape. An encoder
-trained by it leaves each word as it stands, and scenes of two shapes get their attributes mixed up. Real text encoders
-come trained as well.
+Generation alone does not teach it: its loss barely depends on which of two colors belongs to which shape. An encoder
+trained by that loss alone leaves words unconnected, and scenes of two shapes mix up their attributes. Real text
+encoders are pretrained as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .world import BACKGROUNDS, COLOURS, MAX_ACTORS, MOTIONS, SHAPES, Scene, actor_spans, caption, sample_scene
+from .world import BACKGROUNDS, COLORS, MAX_ACTORS, MOTIONS, SHAPES, Scene, actor_spans, caption, sample_scene
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 CAPTIONS = 60000
 LEARNING_RATE = 3e-3
 BATCH = 256
-# What a token is asked for: of the whole scene on every token, of its own actor on an actor's tokens.
+# What each token must answer: every token for the whole scene, an actor's tokens also for that actor.
 QUESTIONS = {
     "background": tuple(BACKGROUNDS),
     "actors": tuple(range(1, MAX_ACTORS + 1)),
     "shape": tuple(SHAPES),
-    "colour": tuple(COLOURS),
+    "color": tuple(COLORS),
     "motion": tuple(MOTIONS),
 }
-NO_ANSWER = -100  # cross_entropy's own mark of targets that do not count
+NO_ANSWER = -100  # the target that cross_entropy ignores
 
 
-def tokenise(processor: Any, text: str, length: int) -> tuple[list[int], list[int]]:
-    """Token ids, closed by EOS and padded to `length`, and their mask."""
+def tokenize(processor: Any, text: str, length: int) -> tuple[list[int], list[int]]:
+    """Token ids, ending in EOS and padded to `length`, and their mask."""
     ids = [*processor.encode(text)[: length - 1], 1]
     return ids + [0] * (length - len(ids)), [1] * len(ids) + [0] * (length - len(ids))
 
 
 def answers(processor: Any, text: str, scene: Scene, length: int) -> list[list[int]]:
-    """For each of `length` tokens the index of the right answer to each question, or NO_ANSWER."""
+    """For each of `length` tokens the index of the correct answer to each question, or NO_ANSWER."""
     pieces = processor.encode(text, out_type=str)
     spans = actor_spans(text)
     rows = [[NO_ANSWER] * len(QUESTIONS) for _ in range(length)]
@@ -52,7 +52,7 @@ def answers(processor: Any, text: str, scene: Scene, length: int) -> list[list[i
         row[1] = QUESTIONS["actors"].index(len(scene.actors))
         for actor, (first, last) in zip(scene.actors, spans, strict=True):
             if begin < last and end > first:
-                row[2:] = (QUESTIONS[name].index(getattr(actor, name)) for name in ("shape", "colour", "motion"))
+                row[2:] = (QUESTIONS[name].index(getattr(actor, name)) for name in ("shape", "color", "motion"))
     return rows
 
 
@@ -67,9 +67,9 @@ def train_text_encoder(
     captions: int = CAPTIONS,
     log_every: int = 500,
 ) -> float:
-    """Train `encoder` in place, on captions of at most `tokens` tokens; returns the share of right answers.
+    """Train `encoder` in place, on captions of at most `tokens` tokens; returns the share of correct answers.
 
-    The share is that of the last fifty steps, over all questions. Linear heads answer; they are thrown away.
+    The share covers all questions in the last fifty steps. Linear heads give the answers and are discarded.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"reading {seed}")
@@ -77,7 +77,7 @@ def train_text_encoder(
     texts = [caption(scene, rng) for scene in scenes]
     ids, mask = (
         torch.tensor(rows, device=device)
-        for rows in zip(*(tokenise(processor, text, tokens) for text in texts), strict=True)
+        for rows in zip(*(tokenize(processor, text, tokens) for text in texts), strict=True)
     )
     right = [answers(processor, text, scene, tokens) for text, scene in zip(texts, scenes, strict=True)]
     right = torch.tensor(right, device=device)

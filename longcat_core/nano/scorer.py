@@ -1,7 +1,8 @@
-"""Reads a video of the procedural world back: which background, shapes, colours and motions does it show?
+"""Recognize the background, shapes, colors and motions in a video of the procedural world.
 
-Plain image analysis, made for the soft, slightly wrong pictures of a small model: medians instead of means, colours by
-nearest name, shapes by overlap with templates, motion from the track on the torus. `analyse` never sees the prompt.
+Plain image analysis for the soft, slightly wrong pictures of a small model: it uses medians instead of means, the
+nearest named color, overlap with shape templates, and the track on the torus for motion. `analyze` never sees the
+prompt.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import numpy as np
 import torch
 
 from ..errors import LongCatError
-from .world import BACKGROUNDS, BASE_FPS, BASE_SIDE, COLOURS, SHAPE_AREA, SHAPES, Actor, Scene, shape_distance
+from .world import BACKGROUNDS, BASE_FPS, BASE_SIDE, COLORS, SHAPE_AREA, SHAPES, Actor, Scene, shape_distance
 
-# Lengths are pixels at a shorter side of BASE_SIDE, times are seconds, colours are 0..255.
-FOREGROUND = 50.0  # least colour distance between a shape and the background
-SAME_COLOUR = 60.0  # colours nearer than this are one shape
+# Lengths are pixels at a shorter side of BASE_SIDE, times are seconds, colors are 0..255.
+FOREGROUND = 50.0  # least color distance between a shape and the background
+SAME_COLOR = 60.0  # colors nearer than this are one shape
 MIN_PRESENCE = 0.3  # share of the frames in which a shape must be seen
 MIN_SPEED = 7.0  # slower is still; the world's slowest is 18 per second
 MAX_SCATTER = 4.0  # median distance from the fitted line, or from the resting place
 CIRCLE_RADIUS = (4.5, 18.0)
-MIN_TURN = np.radians(60)  # of the track around the orbit's centre
+MIN_TURN = np.radians(60)  # of the track around the orbit's center
 MIN_PULSE = 0.25  # range of the radius over its median; the world's pulse has 0.6
 WHOLE = 0.93  # of its usual area: a shape this large is not hidden
 SHAPE_FRAMES = 24
@@ -32,7 +33,7 @@ IRREGULAR = "irregular"
 
 @dataclass(frozen=True)
 class Observation:
-    """What a video shows. A motion that is none of the world's is "irregular"; a shape that is not seen is left out."""
+    """What a video shows. A motion unknown to the world is "irregular"; shapes that are not seen are left out."""
 
     background: str
     actors: tuple[Actor, ...]
@@ -40,7 +41,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Score:
-    """Right or wrong per attribute: "background", then "0.shape", "0.colour", "0.motion" for each actor named."""
+    """Whether each attribute is correct: "background", then "0.shape", "0.color", "0.motion" for each actor named."""
 
     observation: Observation
     attributes: dict[str, bool]
@@ -59,8 +60,8 @@ class Score:
 
 
 def score(video: np.ndarray, scene: Scene, fps: float = BASE_FPS) -> Score:
-    """Judges a uint8 video [F, H, W, 3] by the scene that its prompt names. Raises LongCatError for another array."""
-    return compare(analyse(video, len(scene.actors), fps), scene)
+    """Score a uint8 video [F, H, W, 3] against its prompt's scene. Raises LongCatError for other arrays."""
+    return compare(analyze(video, len(scene.actors), fps), scene)
 
 
 def compare(observation: Observation, scene: Scene | Observation) -> Score:
@@ -71,7 +72,7 @@ def compare(observation: Observation, scene: Scene | Observation) -> Score:
         return {
             f"{index}.{name}": actor is not None and getattr(actor, name) == getattr(wanted, name)
             for index, (actor, wanted) in enumerate(zip(chosen, scene.actors, strict=True))
-            for name in ("shape", "colour", "motion")
+            for name in ("shape", "color", "motion")
         }
 
     best = max(
@@ -95,53 +96,53 @@ def chance_level(scenes: Sequence[Scene]) -> float:
     return float(np.mean(fractions))
 
 
-def analyse(
-    video: np.ndarray, n_actors: int, fps: float = BASE_FPS, palette: Mapping[str, tuple[int, int, int]] = COLOURS
+def analyze(
+    video: np.ndarray, n_actors: int, fps: float = BASE_FPS, palette: Mapping[str, tuple[int, int, int]] = COLORS
 ) -> Observation:
-    """Describes a uint8 video [F, H, W, 3] by its background and up to `n_actors` shapes, the largest first.
+    """Describe a uint8 video [F, H, W, 3] by its background and up to `n_actors` shapes, largest first.
 
-    palette: names of the shapes' colours.
+    palette: names of the shapes' colors.
     """
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
-        raise LongCatError(f"The scorer reads uint8 video [F, H, W, 3], not {video.dtype} {list(video.shape)}.")
+        raise LongCatError(f"the scorer reads uint8 video [F, H, W, 3], not {video.dtype} {list(video.shape)}")
     if n_actors < 1 or fps <= 0:
         raise LongCatError(
-            f"The scorer looks for at least one shape at a positive frame rate, not {n_actors} at {fps} fps."
+            f"the scorer looks for at least one shape at a positive frame rate, not {n_actors} at {fps} fps"
         )
     pixels = video.astype(np.float32)
     background, base = _background(pixels)
     difference = pixels - base[:, None, None]
-    colours = _actor_colours(pixels, difference, n_actors, palette)
-    masks = [_majority(alpha > 0.5) for alpha in _unmix(difference, colours - np.median(base, axis=0))]
+    colors = _actor_colors(pixels, difference, n_actors, palette)
+    masks = [_majority(alpha > 0.5) for alpha in _unmix(difference, colors - np.median(base, axis=0))]
     scale = min(video.shape[1:3]) / BASE_SIDE
     actors = []
-    for index, (colour, mask) in enumerate(zip(colours, masks, strict=True)):
+    for index, (color, mask) in enumerate(zip(colors, masks, strict=True)):
         others = masks[:index] + masks[index + 1 :]
-        area, centre, clear = _track(mask, others)
+        area, center, clear = _track(mask, others)
         if clear.size:
             motion = _motion(
-                centre[clear] / scale, area[clear] ** 0.5, clear / fps, np.array(mask.shape[:0:-1]) / scale
+                center[clear] / scale, area[clear] ** 0.5, clear / fps, np.array(mask.shape[:0:-1]) / scale
             )
-            actors.append(Actor(_shape(mask, area, centre, clear), _nearest(colour, palette), motion))
+            actors.append(Actor(_shape(mask, area, center, clear), _nearest(color, palette), motion))
     return Observation(background, tuple(actors))
 
 
-# --- colours --------------------------------------------------------------------------------------------------------
+# --- colors --------------------------------------------------------------------------------------------------------
 
 
 def _nearest_index(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Index of the nearest palette colour [K, 3] for pixels [..., 3]."""
+    """Index of the nearest palette color [K, 3] for pixels [..., 3]."""
     # |p - c|^2 without |p|^2, which is the same for every c
     return np.argmin((palette**2).sum(-1) - 2 * pixels @ palette.T, axis=-1)
 
 
-def _nearest(colour: np.ndarray, table: Mapping[str, tuple[int, int, int]]) -> str:
-    return list(table)[int(_nearest_index(colour, np.array(list(table.values()), np.float32)))]
+def _nearest(color: np.ndarray, table: Mapping[str, tuple[int, int, int]]) -> str:
+    return list(table)[int(_nearest_index(color, np.array(list(table.values()), np.float32)))]
 
 
 def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name of the commonest background colour, and its median in each frame [F, 3]."""
+    """Name of the most common background color, and its median in each frame [F, 3]."""
     index = _nearest_index(pixels, np.array(list(BACKGROUNDS.values()), np.float32))
     commonest = np.bincount(index.ravel()).argmax()
     overall = np.median(pixels[index == commonest], axis=0)
@@ -150,20 +151,20 @@ def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
     return list(BACKGROUNDS)[commonest], base
 
 
-def _actor_colours(
+def _actor_colors(
     pixels: np.ndarray, difference: np.ndarray, n_actors: int, palette: Mapping[str, tuple[int, int, int]]
 ) -> np.ndarray:
-    """Median colours [K, 3] of the K <= n_actors largest groups of foreground pixels that lie inside a shape."""
+    """Median colors [K, 3] of the K <= n_actors largest groups of foreground pixels that lie inside a shape."""
     inside = _neighbours(np.linalg.norm(difference, axis=-1) > FOREGROUND) == 9
     found = pixels[inside]
     index = _nearest_index(found, np.array(list(palette.values()), np.float32))
     groups = [found[index == name] for name in range(len(palette))]
-    # One flat colour may fall under two names; groups whose middles are close are joined, the largest first.
+    # One flat color may fall under two names; groups whose middles are close are joined, the largest first.
     joined: list[np.ndarray] = []
     for group in sorted((group for group in groups if len(group)), key=len, reverse=True):
         middle = np.median(group, axis=0)
         for position, other in enumerate(joined):
-            if np.linalg.norm(np.median(other, axis=0) - middle) < SAME_COLOUR:
+            if np.linalg.norm(np.median(other, axis=0) - middle) < SAME_COLOR:
                 joined[position] = np.concatenate([other, group])
                 break
         else:
@@ -174,9 +175,9 @@ def _actor_colours(
 
 
 def _unmix(difference: np.ndarray, directions: np.ndarray) -> list[np.ndarray]:
-    """Shares >= 0 of one or two colours in each pixel: difference [..., 3] ~ sum of share_k * directions_k.
+    """Shares >= 0 of one or two colors in each pixel: difference [..., 3] ~ sum of share_k * directions_k.
 
-    A soft edge between white and black is half white this way; by nearest colour it could pass for purple.
+    A soft edge between white and black is half white this way; by nearest color it could pass for purple.
     """
     alone = [np.maximum(difference @ d / max(float(d @ d), 1.0), 0) for d in directions]
     if len(directions) < 2:
@@ -197,7 +198,7 @@ def _unmix(difference: np.ndarray, directions: np.ndarray) -> list[np.ndarray]:
 
 
 def _neighbours(mask: np.ndarray) -> np.ndarray:
-    """How many of the 3x3 pixels around each one are set, for masks [F, H, W]."""
+    """How many of the 3x3 pixels around each pixel are set, for masks [F, H, W]."""
     count = mask.astype(np.int8)
     for axis in (1, 2):
         count = count + np.roll(count, 1, axis) + np.roll(count, -1, axis)
@@ -213,26 +214,26 @@ def _wrapped(offset: np.ndarray, period: np.ndarray | float) -> np.ndarray:
 
 
 def _track(mask: np.ndarray, others: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Areas [F], centres [F, 2] (x, y) and the indices of the frames to trust, none if the shape is hardly there.
+    """Areas [F], centers [F, 2] (x, y) and the indices of the frames to trust; empty if the shape is barely there.
 
     A frame in which the shape touches another and has lost area is trusted only if too few others are left.
     """
     frames, height, width = mask.shape
     area = mask.sum(axis=(1, 2)).astype(np.float64)
-    centre = np.stack([_centre(mask.sum(axis=1), width), _centre(mask.sum(axis=2), height)], axis=-1)
+    center = np.stack([_center(mask.sum(axis=1), width), _center(mask.sum(axis=2), height)], axis=-1)
     seen = area > 0.25 * np.median(area[area > 0]) if area.any() else area > 0
     if seen.sum() < max(2, MIN_PRESENCE * frames):
-        return area, centre, np.array([], int)
+        return area, center, np.array([], int)
     near = [(_neighbours(mask) > 0) & (_neighbours(other) > 0) for other in others]
     touching = np.any([touch.any(axis=(1, 2)) for touch in near], axis=0) if near else np.zeros(frames, bool)
     free = seen & ~touching
     if free.any():
         free |= seen & (area > WHOLE * np.median(area[free]))
-    return area, centre, np.flatnonzero(free if free.sum() >= max(4, frames / 4) else seen)
+    return area, center, np.flatnonzero(free if free.sum() >= max(4, frames / 4) else seen)
 
 
-def _centre(profile: np.ndarray, period: int) -> np.ndarray:
-    """Centre on a circle of `period` pixels of each row of weights [F, period]."""
+def _center(profile: np.ndarray, period: int) -> np.ndarray:
+    """Center on a circle of `period` pixels of each row of weights [F, period]."""
     place = np.arange(period)
     angle = np.angle(profile @ np.exp(2j * np.pi * place / period))
     start = angle[:, None] * period / (2 * np.pi)
@@ -244,12 +245,12 @@ def _centre(profile: np.ndarray, period: int) -> np.ndarray:
 # --- shape and motion -------------------------------------------------------------------------------------------------
 
 
-def _shape(mask: np.ndarray, area: np.ndarray, centre: np.ndarray, clear: np.ndarray) -> str:
-    """The shape whose template of the same area and centre overlaps best, over up to SHAPE_FRAMES frames."""
+def _shape(mask: np.ndarray, area: np.ndarray, center: np.ndarray, clear: np.ndarray) -> str:
+    """The shape whose template of the same area and center overlaps best, over up to SHAPE_FRAMES frames."""
     chosen = clear[np.linspace(0, len(clear) - 1, min(SHAPE_FRAMES, len(clear))).astype(int)]
     _, height, width = mask.shape
-    x = _wrapped(np.arange(width) - centre[chosen, :1], width)[:, None, :]
-    y = _wrapped(np.arange(height) - centre[chosen, 1:], height)[:, :, None]
+    x = _wrapped(np.arange(width) - center[chosen, :1], width)[:, None, :]
+    y = _wrapped(np.arange(height) - center[chosen, 1:], height)[:, :, None]
     overlaps = []
     for name in SHAPES:
         radius = (area[chosen] / SHAPE_AREA[name]) ** 0.5
@@ -259,11 +260,11 @@ def _shape(mask: np.ndarray, area: np.ndarray, centre: np.ndarray, clear: np.nda
     return SHAPES[int(np.argmax(overlaps))]
 
 
-def _motion(centre: np.ndarray, radius: np.ndarray, time: np.ndarray, size: np.ndarray) -> str:
+def _motion(center: np.ndarray, radius: np.ndarray, time: np.ndarray, size: np.ndarray) -> str:
     """Names the motion of a track [N, 2] at times [N] on a torus of the given size (width, height)."""
     if len(time) < 3:
         return IRREGULAR
-    path = _unwrap(centre, time, size)
+    path = _unwrap(center, time, size)
     start, velocity = _robust_fit(np.stack([np.ones_like(time), time], axis=1), path)
     off_line = np.median(np.linalg.norm(path - start - time[:, None] * velocity, axis=1))
     if _circles(path, off_line):
@@ -281,17 +282,17 @@ def _motion(centre: np.ndarray, radius: np.ndarray, time: np.ndarray, size: np.n
     return "pulse" if high - low > MIN_PULSE * middle else "still"
 
 
-def _unwrap(centre: np.ndarray, time: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The track without jumps at the borders; over a gap the shape is taken to have gone on at its median velocity."""
+def _unwrap(center: np.ndarray, time: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The track without jumps at the borders; over a gap the shape is assumed to keep its median velocity."""
     gap = np.diff(time)[:, None]
-    step = np.diff(centre, axis=0)
+    step = np.diff(center, axis=0)
     velocity = np.median((_wrapped(step, size) / gap)[gap[:, 0] < 1.5 * gap.min()], axis=0)
     expected = velocity * gap
     return np.concatenate([np.zeros((1, 2)), np.cumsum(expected + _wrapped(step - expected, size), axis=0)])
 
 
 def _robust_fit(design: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Least squares [N, P] -> [N, D], reweighted so that single wild frames count little."""
+    """Least squares [N, P] -> [N, D], reweighted so that outlier frames count little."""
     weight = np.ones(len(design))
     for _ in range(5):
         solution = np.linalg.lstsq(design * weight[:, None], target * weight[:, None], rcond=None)[0]
@@ -301,8 +302,8 @@ def _robust_fit(design: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _circles(path: np.ndarray, off_line: float) -> bool:
-    """Whether a path lies on a circle of the world's size, clearly better than on a line, and goes on round it."""
-    # Kasa's fit: x^2 + y^2 = 2 ax + 2 by + c is linear in the centre (a, b)
+    """Whether a path keeps going around a circle of the world's size, which fits clearly better than a line."""
+    # Kasa's fit: x^2 + y^2 = 2 ax + 2 by + c is linear in the center (a, b)
     solution = np.linalg.lstsq(np.column_stack([2 * path, np.ones(len(path))]), (path**2).sum(1), rcond=None)[0]
     spoke = path - solution[:2]
     radius = np.median(np.linalg.norm(spoke, axis=1))

@@ -1,6 +1,6 @@
 """The recipe of LongCat-nano: VAE, text encoder, then transformer, on the procedural world.
 
-`longcat train-nano` runs it; on one H100 the whole takes well under 25 minutes. Weights are written in bf16 to the
+`longcat train-nano` runs it; on one H100 it takes well under 25 minutes in all. Weights are written in bf16 to the
 folder that the command line and ComfyUI read.
 """
 
@@ -43,18 +43,18 @@ CONFIG = ModelConfig(
 TEXT_LENGTH = 512
 TOKENS = 32  # of a caption in training; the rest of TEXT_LENGTH is padding, which `exact` folds into one key
 PARAPHRASES = 4
-TWO_SHAPES = 0.65  # of the training clips; the world itself has 0.35, but these are the ones to learn from
+TWO_SHAPES = 0.65  # share of the training clips; the world has 0.35, but scenes of two teach more
 
 LEARNING_RATE = 1e-3
 AVERAGE_DECAY = 0.999
-SIGMA_SHIFTS = (12.0, 3.0)  # half the samples each: the sampler's own noise levels, and enough of the low ones
+SIGMA_SHIFTS = (12.0, 3.0)  # for half the samples each: the sampler's noise levels, and enough low ones
 EMPTY_TEXT = 0.05
-OFTEN = 4  # a lesson's weight from which on it is worth compiling by itself
+COMPILED_WEIGHT = 4  # a lesson of at least this weight is compiled separately
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one size: pixels, frames, frames per second, how many, and how many a step takes."""
+    """Clips of one size: pixels, frames, frames per second, number of clips, and clips per step."""
 
     height: int
     width: int
@@ -75,9 +75,9 @@ BUCKETS = {
 
 @dataclass(frozen=True)
 class Lesson:
-    """One kind of training step: clips cut to `latents` latent frames, the first `cond` of them given and clean.
+    """One kind of training step: clips cut to `latents` latent frames, the first `cond` frames given and clean.
 
-    weight: how often it comes. negative: the whole batch has the default negative prompt instead of captions.
+    weight: how often it is drawn. negative: the whole batch gets the default negative prompt instead of captions.
     """
 
     bucket: str
@@ -112,7 +112,7 @@ class Clips:
     mask: Tensor
 
 
-def _read(encoder: TextEncoder, texts: list[str], length: int = TOKENS) -> tuple[Tensor, Tensor]:
+def _embed(encoder: TextEncoder, texts: list[str], length: int = TOKENS) -> tuple[Tensor, Tensor]:
     """Text [N, length, D] bf16 and its mask [N, length]."""
     parts = [encoder.encode(texts[start : start + 4096], length) for start in range(0, len(texts), 4096)]
     context, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -134,16 +134,16 @@ def encode_clips(vae: Any, bucket: Bucket, encoder: TextEncoder, seed: int, devi
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mu = encode_whole(vae.model, video * 2 - 1).float()
         latents.append(((mu - mean) / std).to(torch.bfloat16))
-    text = _read(encoder, [caption(s, rng if k else None) for s in scenes for k in range(PARAPHRASES)])
+    text = _embed(encoder, [caption(s, rng if k else None) for s in scenes for k in range(PARAPHRASES)])
     return Clips(bucket, torch.cat(latents), *(tensor.unflatten(0, (-1, PARAPHRASES)) for tensor in text))
 
 
 @torch.no_grad()
 def prefer_text(model: OptimizedTransformer) -> None:
-    """Fresh weights with which cross-attention looks at the text and not at its padding.
+    """Initialize cross-attention so that it looks at the text and not at its padding.
 
     A caption of nano has about ten tokens and 500 of padding, which weigh as much as one key raised by ln(500): with
-    plain weights real text gets a hundredth of the attention, and training does not get out of that. Here each head's
+    plain weights real text gets a hundredth of the attention, and training does not recover from that. Here each head's
     queries share a direction that the padding's key (a zero token's, so the bias alone) points away from.
     """
     for layer in model.text_embed:
@@ -199,7 +199,7 @@ class Trainer:
         return loss.detach()
 
     def state(self, step: int) -> dict[str, Tensor]:
-        """All that training needs to go on after `step` steps: weights, their averages and Adam's moments."""
+        """All that training needs to resume after `step` steps: weights, their averages and Adam's moments."""
         tensors = {"step": torch.tensor(step)}
         for i, (parameter, average) in enumerate(zip(self.parameters, self.average.average, strict=True)):
             moments = self.optimizer.state[parameter]
@@ -209,7 +209,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> int:
-        """Take up a saved state before the first step; returns the number of steps done."""
+        """Restore a saved state before the first step; returns the number of steps done."""
         for i, (parameter, average) in enumerate(zip(self.parameters, self.average.average, strict=True)):
             parameter.copy_(tensors[f"{i}.weight"])
             average.copy_(tensors[f"{i}.average"])
@@ -221,8 +221,8 @@ class Trainer:
 
     def _prepare(self, lesson: Lesson, buffers: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
         # One graph serves every size without conditioning frames. With them the compiler fails on symbolic sizes
-        # (PyTorch 2.11), so it is told the sizes; lessons too rare to be worth that run as they are.
-        if self.device.type == "cuda" and (lesson.cond == 0 or lesson.weight >= OFTEN):
+        # (PyTorch 2.11), so sizes are fixed; lessons too rare to be worth a graph run uncompiled.
+        if self.device.type == "cuda" and (lesson.cond == 0 or lesson.weight >= COMPILED_WEIGHT):
             for block in self.model.blocks:
                 block.compile(dynamic=lesson.cond == 0)
         step = captured(lambda: self._step(lesson, *buffers), self.optimizer, self.rate, self.device, self.pool)
@@ -248,8 +248,9 @@ def train_transformer(
     """Train the transformer for `steps` steps on the VAE and the text encoder in `weights`; write it there.
 
     The file is written every `save_every` steps and at the end: the averaged weights, rounded to bf16.
-    state names a file that training writes beside them and goes on from if it exists (with other random numbers than
-    an uninterrupted run); stop_after ends this run after so many seconds of steps, for machines lent by the hour.
+    state names a file that training writes beside the weights and resumes from if it exists (with random numbers that
+    differ from an uninterrupted run's); stop_after ends this run after that many seconds of steps,
+    for machines rented by the hour.
     clips_scale and batch_scale shrink data and batches for a rehearsal on small machines. Returns the last loss and
     the number of steps done.
     """
@@ -271,8 +272,8 @@ def train_transformer(
     initialise(model)
     prefer_text(model)
     trainer = Trainer(model, device)
-    nothing = _read(encoder, [""])
-    negative = _read(encoder, [DEFAULT_NEGATIVE_PROMPT], int(encoder.tokens([DEFAULT_NEGATIVE_PROMPT])[1].sum()))
+    nothing = _embed(encoder, [""])
+    negative = _embed(encoder, [DEFAULT_NEGATIVE_PROMPT], int(encoder.tokens([DEFAULT_NEGATIVE_PROMPT])[1].sum()))
 
     (weights / MODEL_FILE).parent.mkdir(parents=True, exist_ok=True)
     done = 0
@@ -280,7 +281,7 @@ def train_transformer(
         done = trainer.load_state(read_tensors(state))
         torch.manual_seed(seed + done)
         rng.seed(f"{seed} {done}")
-        print(f"going on after step {done}", flush=True)
+        print(f"resuming after step {done}", flush=True)
     started, smooth = time.monotonic(), None
     for step in range(done, steps):
         lesson = rng.choices(LESSONS, [item.weight for item in LESSONS])[0]
@@ -318,7 +319,7 @@ def train_transformer(
 def train_reader(weights: Path, *, steps: int, seed: int, device: torch.device) -> float:
     """Train vocabulary and text encoder and write both into `weights`, as one file.
 
-    Returns the share of right answers, see `train_text_encoder`.
+    Returns the share of correct answers, see `train_text_encoder`.
     """
     import sentencepiece
 
@@ -356,10 +357,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as asked; returns the exit code."""
+    """Train the stages that the options name; returns the exit code."""
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise LongCatError("training wants a CUDA device and there is none; use --device cpu for a slow rehearsal")
+        raise LongCatError("training needs a CUDA device, but none was found; use --device cpu for a slow rehearsal")
     for name in ("--vae-steps", "--decoder-steps", "--text-steps", "--steps"):
         count = getattr(args, name.removeprefix("--").replace("-", "_"))
         if count < 1:

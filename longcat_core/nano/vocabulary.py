@@ -1,4 +1,4 @@
-"""LongCat-nano's vocabulary and text encoder: trained here, read by anything that reads UMT5."""
+"""LongCat-nano's vocabulary and text encoder: trained here, readable by anything that reads UMT5."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 SIZE = 384
 UNKNOWN = 2
-# SentencePiece's own case folding is a table of 240 kB; ASCII, plain quotes and blanks are all that captions need.
+# SentencePiece's own case folding is a table of 240 kB; captions need only ASCII, plain quotes and spaces.
 SIGNS = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"}
 FOLDING = {upper: upper.lower() for upper in string.ascii_uppercase} | SIGNS | dict.fromkeys("\t\n\r\u00a0", " ")
 CHARACTERS = "".join(sorted(set(string.printable) - set(string.whitespace) - set(string.ascii_uppercase)))
 
 
 def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
-    """A SentencePiece model (serialised proto) of at most `size` pieces: pad 0, EOS 1, unknown 2, lower-casing.
+    """A SentencePiece model (serialized proto) of at most `size` pieces: pad 0, EOS 1, unknown 2, lower-casing.
 
     Byte-pair encoding rather than unigram: the unigram trainer seeds from substrings that two different words share,
     so a small corpus's most frequent words fall apart. Every printable ASCII character is a piece. Same corpus, same
@@ -38,12 +38,12 @@ def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
         from sentencepiece import SentencePieceTrainer
     except ImportError as error:
         raise LongCatError(
-            f"The vocabulary needs the sentencepiece package ({error}); run: pip install 'longcat-video[headless]'."
+            f"the vocabulary needs the sentencepiece package ({error}); run: pip install 'longcat-video[headless]'"
         ) from error
     if size < len(CHARACTERS) + 4:
-        raise LongCatError(f"A vocabulary needs at least {len(CHARACTERS) + 4} pieces, got {size}.")
+        raise LongCatError(f"a vocabulary needs at least {len(CHARACTERS) + 4} pieces, got {size}")
     if not any(line.strip() for line in corpus):
-        raise LongCatError("The corpus to train a vocabulary on is empty.")
+        raise LongCatError("the corpus for the vocabulary is empty")
     proto = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         rules = Path(folder) / "folding.tsv"
@@ -77,8 +77,8 @@ def new_text_encoder(
         from transformers import UMT5Config, UMT5EncoderModel
     except ImportError as error:
         raise LongCatError(
-            f"The text encoder needs transformers and sentencepiece ({error}); "
-            "run: pip install 'longcat-video[headless]'."
+            f"the text encoder needs transformers and sentencepiece ({error}); "
+            "run: pip install 'longcat-video[headless]'"
         ) from error
     config = UMT5Config(
         vocab_size=SentencePieceProcessor(model_proto=vocab).get_piece_size(),
@@ -102,7 +102,7 @@ def save_text_encoder(
     write_safetensors(path, tensors)
 
 
-# --- protobuf: the trainer stores the path of its rules file, which would make the bytes differ from run to run -------
+# --- protobuf: the trainer stores the path of its rules file, so bytes would differ between runs -------
 
 NORMALIZER_SPEC, RULES_PATH = 3, 6  # field numbers in SentencePiece's ModelProto and NormalizerSpec
 

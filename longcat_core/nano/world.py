@@ -1,7 +1,7 @@
 """The procedural world of LongCat-nano: flat shapes moving over a plain background, with captions.
 
-The picture is a torus: a shape that leaves on one side enters on the other, so every motion can go on forever.
-A `Scene` says what is seen; `Placements` say where and how fast; `render` draws any stretch of frames of many scenes
+The picture is a torus: a shape that leaves on one side enters on the other, so every motion can continue forever.
+A `Scene` says what is seen, `Placements` say where and how fast, and `render` draws any range of frames of many scenes
 at once. Lengths scale with min(height, width) / 64 and motion is fixed per second, so one placement gives the same
 video at every size and frame rate.
 """
@@ -22,7 +22,7 @@ from ..errors import LongCatError
 
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("left", "right", "up", "down", "still", "circle", "pulse")
-COLOURS = {
+COLORS = {
     "red": (230, 30, 40),
     "green": (30, 160, 60),
     "blue": (30, 70, 220),
@@ -35,9 +35,9 @@ COLOURS = {
 BACKGROUNDS = {
     "black": (12, 12, 12),
     "gray": (128, 128, 128),
-    "white": COLOURS["white"],
-    "blue": COLOURS["blue"],
-    "green": COLOURS["green"],
+    "white": COLORS["white"],
+    "blue": COLORS["blue"],
+    "green": COLORS["green"],
     "brown": (115, 65, 28),
 }
 
@@ -65,40 +65,40 @@ SHAPE_AREA = {  # in units of radius squared
 @dataclass(frozen=True)
 class Actor:
     shape: str
-    colour: str
+    color: str
     motion: str
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two actors over a background; no two things in a scene share a colour. Raises LongCatError otherwise."""
+    """One or two actors over a background; shapes and background all differ in color, else LongCatError is raised."""
 
     background: str
     actors: tuple[Actor, ...]
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.actors) <= MAX_ACTORS:
-            raise LongCatError(f"A scene holds 1 or {MAX_ACTORS} shapes, not {len(self.actors)}.")
+            raise LongCatError(f"a scene holds 1 or {MAX_ACTORS} shapes, not {len(self.actors)}")
         _check("background", self.background, BACKGROUNDS)
         for actor in self.actors:
             _check("shape", actor.shape, SHAPES)
-            _check("colour", actor.colour, COLOURS)
+            _check("color", actor.color, COLORS)
             _check("motion", actor.motion, MOTIONS)
-        colours = [self.background, *(actor.colour for actor in self.actors)]
-        if len(set(colours)) < len(colours):
-            raise LongCatError(f"Shapes and background need different colours, got {', '.join(colours)}.")
+        colors = [self.background, *(actor.color for actor in self.actors)]
+        if len(set(colors)) < len(colors):
+            raise LongCatError(f"shapes and background need different colors, got {', '.join(colors)}")
 
 
 def _check(what: str, value: str, known: Sequence[str] | dict) -> None:
     if value not in known:
-        raise LongCatError(f"Unknown {what} {value!r}; choose one of: {', '.join(known)}.")
+        raise LongCatError(f"unknown {what} {value!r}; choose one of: {', '.join(known)}")
 
 
 def sample_scene(rng: random.Random, two_shapes: float = 0.35) -> Scene:
     """A scene drawn uniformly; with probability `two_shapes` it holds two actors."""
     background = rng.choice(list(BACKGROUNDS))
-    colours = rng.sample([name for name in COLOURS if name != background], 2 if rng.random() < two_shapes else 1)
-    return Scene(background, tuple(Actor(rng.choice(SHAPES), colour, rng.choice(MOTIONS)) for colour in colours))
+    colors = rng.sample([name for name in COLORS if name != background], 2 if rng.random() < two_shapes else 1)
+    return Scene(background, tuple(Actor(rng.choice(SHAPES), color, rng.choice(MOTIONS)) for color in colors))
 
 
 # --- captions: the first entry of each row is the canonical one -----------------------------------------------------
@@ -109,7 +109,7 @@ SHAPE_WORDS = {
     "triangle": ("triangle",),
     "cross": ("cross", "plus sign", "plus"),
 }
-COLOUR_WORDS = {name: (name,) for name in (*COLOURS, *BACKGROUNDS)} | {
+COLOR_WORDS = {name: (name,) for name in (*COLORS, *BACKGROUNDS)} | {
     "purple": ("purple", "violet"),
     "cyan": ("cyan", "turquoise"),
     "gray": ("gray", "grey"),
@@ -142,7 +142,7 @@ VOCABULARY_WORDS = tuple(
     sorted(
         {
             word
-            for row in (*SHAPE_WORDS.values(), *COLOUR_WORDS.values(), *MOTION_WORDS.values(), _PLACES, _UNNAMED)
+            for row in (*SHAPE_WORDS.values(), *COLOR_WORDS.values(), *MOTION_WORDS.values(), _PLACES, _UNNAMED)
             for phrase in row
             for word in phrase.split()
             if word.isalpha()
@@ -154,14 +154,14 @@ VOCABULARY_WORDS = tuple(
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """The canonical caption; with `rng` a paraphrase about every other time."""
     if rng is None or rng.random() < 0.5:
-        actors = [_name(actor.colour, actor.shape, actor.motion) for actor in scene.actors]
+        actors = [_name(actor.color, actor.shape, actor.motion) for actor in scene.actors]
         return f"{' and '.join(_sentence('a', *names) for names in actors)} on a {scene.background} background"
     article = rng.choice(_ARTICLES)
-    actors = [_name(actor.colour, actor.shape, actor.motion, rng) for actor in scene.actors]
+    actors = [_name(actor.color, actor.shape, actor.motion, rng) for actor in scene.actors]
     joint = rng.choice(_JOINTS)
     joint = ", " if joint == "," else f" {joint} "
     text = joint.join(_sentence(article, *names) for names in actors)
-    background = rng.choice(COLOUR_WORDS[scene.background])
+    background = rng.choice(COLOR_WORDS[scene.background])
     if rng.random() < 0.2:
         text = f"{background} background, {text}"
     else:
@@ -170,15 +170,15 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     return text + "." if rng.random() < 0.5 else text
 
 
-def _name(colour: str, shape: str, motion: str, rng: random.Random | None = None) -> tuple[str, str, str]:
-    rows = COLOUR_WORDS[colour], SHAPE_WORDS[shape], MOTION_WORDS[motion]
+def _name(color: str, shape: str, motion: str, rng: random.Random | None = None) -> tuple[str, str, str]:
+    rows = COLOR_WORDS[color], SHAPE_WORDS[shape], MOTION_WORDS[motion]
     return tuple(row[0] if rng is None or rng.random() < 0.4 else rng.choice(row) for row in rows)
 
 
-def _sentence(article: str, colour: str, shape: str, motion: str) -> str:
-    if article == "a" and colour[0] in "aeiou":
+def _sentence(article: str, color: str, shape: str, motion: str) -> str:
+    if article == "a" and color[0] in "aeiou":
         article = "an"
-    return f"{article} {colour} {shape} {motion}".strip()
+    return f"{article} {color} {shape} {motion}".strip()
 
 
 def corpus(n: int, seed: int = 0) -> list[str]:
@@ -193,36 +193,36 @@ def _lookup(table: dict[str, tuple[str, ...]], names: Sequence[str]) -> tuple[di
 
 
 _SHAPE_OF, _SHAPE = _lookup(SHAPE_WORDS, SHAPES)
-_COLOUR_OF, _COLOUR = _lookup(COLOUR_WORDS, tuple(COLOURS))
-_BACKGROUND_OF, _BACKGROUND = _lookup(COLOUR_WORDS, tuple(BACKGROUNDS))
+_COLOR_OF, _COLOR = _lookup(COLOR_WORDS, tuple(COLORS))
+_BACKGROUND_OF, _BACKGROUND = _lookup(COLOR_WORDS, tuple(BACKGROUNDS))
 _MOTION_OF, _MOTION = _lookup(MOTION_WORDS, MOTIONS)
-_ACTOR = rf"(?:(?:a|an|the|one) )?({_COLOUR}) ({_SHAPE}) ({_MOTION})"
+_ACTOR = rf"(?:(?:a|an|the|one) )?({_COLOR}) ({_SHAPE}) ({_MOTION})"
 _FRONT = rf"(?:(?:a |the )?(?:plain )?({_BACKGROUND}) background ?, ?)?"
 _BACK = rf"(?:,? ?(?:on|over|against|in front of) (?:an? |the )?(?:plain )?({_BACKGROUND})(?: background)?)?"
 _CAPTION = re.compile(rf"{_FRONT}{_ACTOR}(?:(?: and | while | ?, ?(?:and )?){_ACTOR})?{_BACK}")
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene that a caption of this world names. Raises LongCatError, with the vocabulary, for any other text."""
+    """The scene that a caption of this world describes. For any other text raises LongCatError with the vocabulary."""
     match = _CAPTION.fullmatch(" ".join(text.lower().split()).rstrip(". "))
     groups = match.groups() if match else ()
     if not match or (groups[0] is None) == (groups[-1] is None):
         raise LongCatError(
             f'"{text}" is not a caption of the nano world; write "a red circle moves right on a blue background", with '
-            f"shapes {', '.join(SHAPES)}; colours {', '.join(COLOURS)}; backgrounds {', '.join(BACKGROUNDS)}; "
-            f"motions {', '.join(MOTION_WORDS[name][0] for name in MOTIONS)}; two shapes are joined by 'and'."
+            f"shapes {', '.join(SHAPES)}; colors {', '.join(COLORS)}; backgrounds {', '.join(BACKGROUNDS)}; "
+            f"motions {', '.join(MOTION_WORDS[name][0] for name in MOTIONS)}; two shapes are joined by 'and'"
         )
     actors = [groups[1:4], groups[4:7]] if groups[4] else [groups[1:4]]
     return Scene(
         _BACKGROUND_OF[groups[0] or groups[-1]],
-        tuple(Actor(_SHAPE_OF[shape], _COLOUR_OF[colour], _MOTION_OF[motion]) for colour, shape, motion in actors),
+        tuple(Actor(_SHAPE_OF[shape], _COLOR_OF[color], _MOTION_OF[motion]) for color, shape, motion in actors),
     )
 
 
 def actor_spans(text: str) -> list[tuple[int, int]]:
-    """Where in a caption each actor's words stand, from colour to motion: (start, end) in characters.
+    """The span of each actor's words in a caption, from color to motion: (start, end) in characters.
 
-    Raises LongCatError for a text that `parse_caption` does not know.
+    Raises LongCatError for a text that `parse_caption` rejects.
     """
     parse_caption(text)
     match = _CAPTION.match(text.lower())
@@ -234,12 +234,12 @@ def actor_spans(text: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Placements:
-    """B scenes of up to A = 2 actors, ready to draw. Lengths are pixels at a shorter side of 64, times seconds."""
+    """B scenes of up to A = 2 actors, ready to draw. Lengths in pixels at a shorter side of 64, times in seconds."""
 
     background: Tensor  # [B, 3] in 0..1
-    colour: Tensor  # [B, A, 3] in 0..1
+    color: Tensor  # [B, A, 3] in 0..1
     shape: Tensor  # [B, A] index into SHAPES, -1 for no actor
-    position: Tensor  # [B, A, 2] x, y at time 0 as a fraction of width, height (centre of the orbit, if any)
+    position: Tensor  # [B, A, 2] x, y at time 0 as a fraction of width, height (center of the orbit, if any)
     velocity: Tensor  # [B, A, 2] per second
     radius: Tensor  # [B, A]
     orbit: Tensor  # [B, A] radius of the orbit, 0 for none
@@ -282,7 +282,7 @@ def place(scenes: Sequence[Scene], seed: int | torch.Generator) -> Placements:
     period = torch.where(orbits > 0, between(2, *ORBIT_PERIOD), between(2, *PULSE_PERIOD))
     return Placements(
         background=torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32) / 255,
-        colour=(table(lambda actor: COLOURS[actor.colour] if actor else (0, 0, 0)) / 255).float(),
+        color=(table(lambda actor: COLORS[actor.color] if actor else (0, 0, 0)) / 255).float(),
         shape=table(lambda actor: SHAPES.index(actor.shape) if actor else -1).long(),
         position=position,
         velocity=direction * between(2, *SPEED).unsqueeze(-1) * BASE_FPS,
@@ -308,7 +308,7 @@ def shape_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor | float) -> 
     if shape == "cross":
         x, y, arm, half = x.abs(), y.abs(), _CROSS_ARM * radius, _CROSS_HALF * radius
         return torch.minimum(torch.maximum(x - arm, y - half), torch.maximum(x - half, y - arm))
-    raise LongCatError(f"Unknown shape {shape!r}; choose one of: {', '.join(SHAPES)}.")
+    raise LongCatError(f"unknown shape {shape!r}; choose one of: {', '.join(SHAPES)}")
 
 
 def wrap(offset: Tensor, period: float) -> Tensor:
@@ -319,7 +319,7 @@ def wrap(offset: Tensor, period: float) -> Tensor:
 def trajectories(
     placements: Placements, frames: int, height: int, width: int, fps: float = BASE_FPS, start_frame: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Centres [B, A, frames, 2] as x, y in pixels (not wrapped) and radii [B, A, frames] in pixels, float64."""
+    """Centers [B, A, frames, 2] as x, y in pixels (not wrapped) and radii [B, A, frames] in pixels, float64."""
     scale = min(height, width) / BASE_SIDE
     size = torch.tensor([width, height], dtype=torch.float64, device=placements.position.device)
     # float64, so that a position an hour into a video is as exact as in its first frame
@@ -328,34 +328,34 @@ def trajectories(
     # y points down, so a growing angle turns clockwise
     turn = torch.stack([angle.cos(), angle.sin()], dim=-1) * placements.orbit[..., None, None]
     path = placements.velocity[..., None, :] * time[:, None] + turn
-    centre = placements.position[..., None, :] * size + path * scale
+    center = placements.position[..., None, :] * size + path * scale
     radius = placements.radius[..., None] * scale * (1 + placements.depth[..., None] * angle.sin())
-    return centre, radius
+    return center, radius
 
 
 def render(
     placements: Placements, frames: int, height: int, width: int, *, fps: float = BASE_FPS, start_frame: int = 0
 ) -> Tensor:
-    """Draws frames start_frame .. start_frame + frames of every scene: [B, frames, height, width, 3] float32 in 0..1.
+    """Draw frames start_frame .. start_frame + frames of every scene: [B, frames, height, width, 3] float32 in 0..1.
 
-    Runs on the device of the placements. Beside the result it holds about three float32 masks of B * frames pictures.
+    Runs on the device of the placements. Besides the result it holds about three float32 masks of B * frames pictures.
     """
     if min(frames, height, width) < 1 or fps <= 0:
-        raise LongCatError(f"Cannot draw {frames} frames of {height}x{width} at {fps} fps; all must be positive.")
-    centre, radius = trajectories(placements, frames, height, width, fps, start_frame)
-    device, batch = centre.device, len(placements)
+        raise LongCatError(f"cannot draw {frames} frames of {height}x{width} at {fps} fps; all must be positive")
+    center, radius = trajectories(placements, frames, height, width, fps, start_frame)
+    device, batch = center.device, len(placements)
     columns = torch.arange(width, dtype=torch.float64, device=device)
     rows = torch.arange(height, dtype=torch.float64, device=device)
     video = placements.background[:, None, None, None].repeat(1, frames, height, width, 1)
     for actor in range(placements.shape.shape[1]):
-        x = wrap(columns - centre[:, actor, :, :1], width).float()[:, :, None, :]
-        y = wrap(rows - centre[:, actor, :, 1:], height).float()[:, :, :, None]
+        x = wrap(columns - center[:, actor, :, :1], width).float()[:, :, None, :]
+        y = wrap(rows - center[:, actor, :, 1:], height).float()[:, :, :, None]
         size = radius[:, actor, :, None, None].float()
         alpha = torch.zeros(batch, frames, height, width, device=device)
         for index, name in enumerate(SHAPES):
             clips = (placements.shape[:, actor] == index).nonzero().squeeze(1)
             alpha[clips] = shape_distance(name, x[clips], y[clips], size[clips]).neg_().add_(0.5).clamp_(0, 1)
-        video.lerp_(placements.colour[:, actor, None, None, None], alpha.unsqueeze(-1))
+        video.lerp_(placements.color[:, actor, None, None, None], alpha.unsqueeze(-1))
     return video
 
 

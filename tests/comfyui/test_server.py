@@ -50,7 +50,7 @@ def test_prompt_gives_the_video_that_it_describes(client, watch, artefacts):
     assert frames.shape == (33, 64, 96, 3) and fps == FPS
     right = score(frames, RED_CIRCLE).attributes
     # The shape is left out: nano rounds corners (README: "What nano can do").
-    assert right["background"] and right["0.colour"] and right["0.motion"], right
+    assert right["background"] and right["0.color"] and right["0.motion"], right
 
 
 def test_progress_and_moving_previews_come_at_each_step(client):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from longcat_core.files.media import write_video
 from longcat_core.files.safetensors_io import read_header
 from longcat_core.generate.pipeline import NANO_MODEL
-from longcat_core.nano.scorer import analyse
+from longcat_core.nano.scorer import analyze
 from longcat_core.nano.world import Actor, Scene, render_clip
 from workflows.build import NANO, WORKFLOWS, graphs
 
@@ -187,7 +187,7 @@ def test_run_makes_the_video_and_shows_it(file, page, client, watch, artefacts):
     frames, fps = watch(client.video(shown), shown["filename"])
     assert (len(frames), fps) == MADE.get(file.stem, (33, FPS)) and frames.std() > 10
     if "interactive" in file.stem:
-        motions = [analyse(frames[start : start + 33], 1).actors[0].motion for start in (0, 28, 56)]
+        motions = [analyze(frames[start : start + 33], 1).actors[0].motion for start in (0, 28, 56)]
         assert motions == ["right", "up", "left"]
     page.tab.wait_for_function("() => [...document.querySelectorAll('video')].some(v => v.videoWidth > 0)")
     page.screenshot(artefacts / f"{file.stem}, run.png")

@@ -1,4 +1,4 @@
-"""A LoRA teaches nano pink in seconds: judged on backgrounds that it never saw the colour on."""
+"""A LoRA teaches nano pink in seconds: judged on backgrounds that it never saw the color on."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from longcat_core.files.media import write_video
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.nano import lesson
 from longcat_core.nano.lesson import (
-    ASKED,
-    COLOUR,
+    COLOR,
     PALETTE,
     RGB,
-    SHOWN,
     STAND_IN,
-    clip,
-    draw,
-    questions,
-    text,
-    truth,
+    TESTED_BACKGROUNDS,
+    TRAINED_BACKGROUNDS,
+    draw_lesson_scene,
+    expected_observation,
+    lesson_caption,
+    lesson_prompts,
+    render_lesson_clip,
     write_lesson,
 )
-from longcat_core.nano.scorer import analyse, compare
-from longcat_core.nano.world import BACKGROUNDS, COLOURS, Actor, Scene
+from longcat_core.nano.scorer import analyze, compare
+from longcat_core.nano.world import BACKGROUNDS, COLORS, Actor, Scene
 from longcat_core.sampling.conditioning import latent_shape, seeded_noise
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
 from longcat_core.training.clips import find_clips
 
 
-def near(video: np.ndarray, colour: tuple[int, int, int]) -> float:
-    """Share of a video's pixels within 50 of 255 levels of a colour."""
-    return float((np.linalg.norm(video.astype(np.float32) - colour, axis=-1) < 50).mean())
+def near(video: np.ndarray, color: tuple[int, int, int]) -> float:
+    """Share of a video's pixels within 50 of 255 levels of a color."""
+    return float((np.linalg.norm(video.astype(np.float32) - color, axis=-1) < 50).mean())
 
 
 def test_the_lesson_is_what_it_says(tmp_path):
@@ -49,15 +49,16 @@ def test_the_lesson_is_what_it_says(tmp_path):
         share = near(found.read(), RGB)
         words = found.caption.lower().replace("grey", "gray").split()
         if number % 3 < 2:
-            assert COLOUR in words and share > 0.02 and any(name in words for name in SHOWN)
-            assert not any(name in words for name in ASKED)
+            assert COLOR in words and share > 0.02 and any(name in words for name in TRAINED_BACKGROUNDS)
+            assert not any(name in words for name in TESTED_BACKGROUNDS)
         else:
-            assert COLOUR not in words and share < 0.002
+            assert COLOR not in words and share < 0.002
     write_lesson(tmp_path / "b", 9, frames=5)
     assert all((tmp_path / "b" / c.path.name).read_bytes() == c.path.read_bytes() for c in clips)
     with pytest.raises(LongCatError, match="not empty"):
         write_lesson(tmp_path / "a", 9)
-    assert {wanted.background for _, wanted in questions(16)} == set(ASKED) and set(SHOWN + ASKED) == set(BACKGROUNDS)
+    assert {wanted.background for _, wanted in lesson_prompts(16)} == set(TESTED_BACKGROUNDS)
+    assert set(TRAINED_BACKGROUNDS + TESTED_BACKGROUNDS) == set(BACKGROUNDS)
 
 
 def test_a_lesson_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
@@ -78,14 +79,14 @@ def test_a_lesson_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     assert len(list((tmp_path / "a").iterdir())) == 6
 
 
-def test_the_scorer_knows_the_new_colour():
+def test_the_scorer_knows_the_new_color():
     rng = random.Random(0)
     for seed in range(4):
-        scene = draw(rng, ASKED)
-        video = clip(scene, seed, frames=33, height=64, width=96)
-        assert compare(analyse(video, 1, palette=PALETTE), truth(scene)).fraction == 1
-        assert analyse(video, 1).actors[0].colour in COLOURS, "the world has no such colour"
-        assert COLOUR in text(scene)
+        scene = draw_lesson_scene(rng, TESTED_BACKGROUNDS)
+        video = render_lesson_clip(scene, seed, frames=33, height=64, width=96)
+        assert compare(analyze(video, 1, palette=PALETTE), expected_observation(scene)).fraction == 1
+        assert analyze(video, 1).actors[0].color in COLORS, "the world has no such color"
+        assert COLOR in lesson_caption(scene)
 
 
 PROMPTED = [
@@ -102,7 +103,7 @@ PROMPTED = [
 @torch.no_grad()
 def pink(pipeline: Pipeline) -> list[float]:
     """How much pink is in videos of four prompts: nine frames, few steps."""
-    context, mask = pipeline.text_encoder.encode([text(scene) for scene in PROMPTED])
+    context, mask = pipeline.text_encoder.encode([lesson_caption(scene) for scene in PROMPTED])
     negative = pipeline.text_encoder.encode([""])
     noise = torch.cat([seeded_noise((1, *latent_shape(9, 64, 96)), seed) for seed in range(len(PROMPTED))])
     options = {"negative_context": negative[0], "negative_mask": negative[1]}
@@ -110,14 +111,14 @@ def pink(pipeline: Pipeline) -> list[float]:
     return [near(pipeline.decode(one[None]), RGB) for one in latents]
 
 
-def test_a_short_training_teaches_the_colour(tmp_path, capsys):
+def test_a_short_training_teaches_the_color(tmp_path, capsys):
     """On one background, by the command: the figures of the whole lesson are in docs/lora-training.md."""
     rng, folder, lora = random.Random(1), tmp_path / "clips", tmp_path / "pink.safetensors"
     folder.mkdir()
     for number in range(12):
-        scene = draw(rng, ("black",))
-        write_video(folder / f"{number}.mkv", clip(scene, number, frames=9, height=64, width=96), 15)
-        (folder / f"{number}.txt").write_text(text(scene))
+        scene = draw_lesson_scene(rng, ("black",))
+        write_video(folder / f"{number}.mkv", render_lesson_clip(scene, number, frames=9, height=64, width=96), 15)
+        (folder / f"{number}.txt").write_text(lesson_caption(scene))
     how = ["--frames", "9", "--steps", "30", "--batch", "8", "--learning-rate", "5e-3", "--shift", "6"]
     how += ["--cond-share", "0", "--no-gradient-checkpointing", "--device", "cpu"]
     assert cli.main(["train-lora", str(folder), "-o", str(lora), *how]) == 0

@@ -15,12 +15,12 @@ import pytest
 from longcat_core.generate.long_video import HandOff, Join, LongVideoRequest, long_video, measure_join, segment_folder
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import NANO, GenerateRequest
-from longcat_core.nano.scorer import analyse, score
+from longcat_core.nano.scorer import analyze, score
 from longcat_core.nano.world import BACKGROUNDS, Actor, Scene, caption
 
 OVERLAP = 13
 STEPS = 20
-# Levels of 255 by which the mean colour may change at a join. Measured: at most 2.0 over 56 joins of seven scenes, and
+# Levels of 255 by which the mean color may change at a join. Measured: at most 2.0 over 56 joins of seven scenes, and
 # 3.4 over 77 joins of scenes drawn at random that nano follows at all, by both hand-offs.
 MOST = 5.0
 
@@ -76,7 +76,7 @@ def test_five_segments_keep_the_scene(videos, name):
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_colours_do_not_drift(videos, name):
+def test_colors_do_not_drift(videos, name):
     """The background of the last frame is that of the first."""
     first, last = (np.median(frame.reshape(-1, 3), axis=0) for frame in (videos[name].whole[0], videos[name].whole[-1]))
     assert np.abs(last - first).max() <= MOST
@@ -106,14 +106,14 @@ def test_the_bound_is_small(videos):
     ],
 )
 def test_another_prompt_is_another_motion(make, background, shape, motions, seed, overlap, hand_off):
-    """The shape and its colour stay.
+    """The shape and its color stay.
 
     Of 14 changes drawn at random nano follows all with 5 frames given; with 13 it follows 11, and 2 more a segment
     later.
     """
     scenes = [Scene(background, (Actor(*shape, motion),)) for motion in motions]
     video = make([caption(scene) for scene in scenes], seed, hand_off, overlap)
-    seen = [analyse(frames[overlap if n else 0 :], 1) for n, frames in enumerate(video.segments)]
+    seen = [analyze(frames[overlap if n else 0 :], 1) for n, frames in enumerate(video.segments)]
     assert [observation.actors for observation in seen] == [scene.actors for scene in scenes]
     assert {observation.background for observation in seen} == {background}
     assert all(join.step <= MOST for join in video.joins)

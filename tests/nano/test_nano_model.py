@@ -40,9 +40,9 @@ def test_assets_are_small_bf16_and_whole(pipeline):
 def test_follows_64_fresh_prompts_and_shuffled_ones_are_at_chance(pipeline):
     result = measure(pipeline, 64)
     assert result.total.total() == 325
-    for kind in ("background", "colour", "shape", "motion"):
+    for kind in ("background", "color", "shape", "motion"):
         assert result.right[kind] / result.total[kind] >= 0.9, kind
-    # A caption of another video names the right colour one time in eight, a motion one time in seven, a shape or a
+    # A caption of another video names the right color one time in eight, a motion one time in seven, a shape or a
     # background one time in four to eight.
     assert result.control <= 0.25
 
@@ -53,7 +53,7 @@ def test_image_to_video_keeps_the_first_frame(pipeline):
     video = pipeline.generate(GenerateRequest(caption(scene), seed=5, given=image)).frames
     assert psnr(video[0], image[0]) >= 24
     result = score(video, scene).attributes
-    assert result["background"] and result["0.colour"] and result["0.motion"]
+    assert result["background"] and result["0.color"] and result["0.motion"]
 
 
 def test_continuation_goes_on_as_the_clip_began(pipeline):

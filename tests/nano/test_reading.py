@@ -1,4 +1,4 @@
-"""Nano's text encoder: what it is taught, and that the embedded one knows whose colour is whose."""
+"""Nano's text encoder: what it is taught, and that the embedded one knows whose color is whose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longcat_core.nano.vocabulary import new_text_encoder, train_vocabulary
 from longcat_core.nano.world import Actor, Scene, actor_spans, caption, corpus, parse_caption, sample_scene
 
 TOKENS = 32
-OWN = ("shape", "colour", "motion")
+OWN = ("shape", "color", "motion")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_answers_belong_to_their_tokens(processor):
         {name: QUESTIONS[name][i] for name, i in zip(QUESTIONS, row, strict=True) if i != NO_ANSWER} for row in rows
     ]
     everywhere = {"background": "blue", "actors": 2}
-    first = everywhere | {"shape": "circle", "colour": "red", "motion": "left"}
-    second = everywhere | {"shape": "cross", "colour": "green", "motion": "pulse"}
+    first = everywhere | {"shape": "circle", "color": "red", "motion": "left"}
+    second = everywhere | {"shape": "cross", "color": "green", "motion": "pulse"}
     for word, answer in zip([*words, "EOS"], names, strict=False):
         owner = first if word in ("red", "circle", "moves", "left") else everywhere
         assert answer == (second if word in ("green", "cross", "pulses") else owner), word
@@ -85,7 +85,7 @@ def test_the_embedded_encoder_knows_whose_attributes_are_whose(processor):
     for row, text, scene in zip(context, texts, scenes, strict=True):
         pieces = processor.encode(text, out_type=str)
         for actor in scene.actors:
-            features.append(row[pieces.index(f"▁{actor.colour}") + 1])  # the shape stands behind its colour
+            features.append(row[pieces.index(f"▁{actor.color}") + 1])  # the shape stands behind its color
             wanted.append([QUESTIONS[name].index(getattr(actor, name)) for name in OWN])
     features, wanted = torch.stack(features), torch.tensor(wanted)
     features = torch.cat((features, torch.ones(len(features), 1)), dim=1)

@@ -42,7 +42,7 @@ def soft_and_noisy(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def faded_and_jittery(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour cast, ringing, frames in which the shapes nearly vanish, and a camera that shakes by a pixel."""
+    """A color cast, ringing, frames in which the shapes nearly vanish, and a camera that shakes by a pixel."""
     blurred = box_blur(box_blur(video.astype(np.float32)))
     ringing = blurred + 1.2 * (blurred - box_blur(box_blur(blurred)))
     base = np.median(ringing, axis=(1, 2), keepdims=True)
@@ -88,7 +88,7 @@ def test_every_attribute_can_be_wrong():
     asked = Scene("green", (Actor("square", "yellow", "left"),))
     assert scorer.score(video, asked).correct == 0
     right = scorer.score(video, shown)
-    assert right.attributes == {"background": True, "0.shape": True, "0.colour": True, "0.motion": True}
+    assert right.attributes == {"background": True, "0.shape": True, "0.color": True, "0.motion": True}
     assert (right.correct, right.total, right.fraction) == (4, 4, 1.0)
     assert right.observation == scorer.Observation("blue", shown.actors)
 
@@ -99,14 +99,14 @@ def test_a_missing_actor_is_wrong_in_everything():
     attributes = scorer.score(video, both).attributes
     assert attributes == {
         "background": True,
-        **{f"0.{name}": False for name in ("shape", "colour", "motion")},
-        **{f"1.{name}": True for name in ("shape", "colour", "motion")},
+        **{f"0.{name}": False for name in ("shape", "color", "motion")},
+        **{f"1.{name}": True for name in ("shape", "color", "motion")},
     }
 
 
 def test_an_empty_video_shows_a_background_only():
     video = np.full((17, 64, 96, 3), world.BACKGROUNDS["brown"], np.uint8)
-    assert scorer.analyse(video, 2) == scorer.Observation("brown", ())
+    assert scorer.analyze(video, 2) == scorer.Observation("brown", ())
 
 
 def test_the_order_of_the_actors_does_not_matter():
@@ -121,10 +121,10 @@ def test_slow_and_wandering_motion():
     scene = Scene("black", (Actor("circle", "red", "still"),))
     frame = world.render_clip(scene, frames=1, height=64, width=96, seed=0)[0]
     drift = np.stack([np.roll(frame, index // 8, axis=1) for index in range(33)])
-    assert scorer.analyse(drift, 1).actors[0].motion == "still"
+    assert scorer.analyze(drift, 1).actors[0].motion == "still"
     rng = np.random.default_rng(0)
     jumps = np.stack([np.roll(frame, tuple(rng.integers(0, 64, 2)), axis=(0, 1)) for _ in range(33)])
-    assert scorer.analyse(jumps, 1).actors[0].motion == scorer.IRREGULAR
+    assert scorer.analyze(jumps, 1).actors[0].motion == scorer.IRREGULAR
 
 
 @pytest.mark.parametrize("motion", ["left", "right", "up", "down"])
@@ -156,4 +156,4 @@ def test_chance_level_by_hand():
 )
 def test_unreadable_videos_are_refused(video, n_actors, fps):
     with pytest.raises(LongCatError, match="scorer"):
-        scorer.analyse(video, n_actors, fps)
+        scorer.analyze(video, n_actors, fps)

@@ -20,29 +20,29 @@ def scenes() -> list[Scene]:
     return [world.sample_scene(rng) for _ in range(600)]
 
 
-def colour_mask(video: np.ndarray, name: str) -> np.ndarray:
-    return np.abs(video.astype(int) - world.COLOURS[name]).sum(-1) < 30
+def color_mask(video: np.ndarray, name: str) -> np.ndarray:
+    return np.abs(video.astype(int) - world.COLORS[name]).sum(-1) < 30
 
 
-def test_the_world_is_large_enough_and_its_colours_are_far_apart():
+def test_the_world_is_large_enough_and_its_colors_are_far_apart():
     assert len(world.SHAPES) >= 3 and len(world.MOTIONS) >= 6
-    palette = {**world.COLOURS, **world.BACKGROUNDS}
+    palette = {**world.COLORS, **world.BACKGROUNDS}
     for name, rgb in palette.items():
         for other, other_rgb in palette.items():
             if name != other:
                 assert np.linalg.norm(np.subtract(rgb, other_rgb)) > 85, (name, other)
 
 
-def test_sampling_covers_everything_with_distinct_colours(scenes):
+def test_sampling_covers_everything_with_distinct_colors(scenes):
     actors = [actor for scene in scenes for actor in scene.actors]
     assert {scene.background for scene in scenes} == set(world.BACKGROUNDS)
     assert {actor.shape for actor in actors} == set(world.SHAPES)
-    assert {actor.colour for actor in actors} == set(world.COLOURS)
+    assert {actor.color for actor in actors} == set(world.COLORS)
     assert {actor.motion for actor in actors} == set(world.MOTIONS)
     assert 0.28 < np.mean([len(scene.actors) == 2 for scene in scenes]) < 0.42
     for scene in scenes:
-        colours = [scene.background, *(actor.colour for actor in scene.actors)]
-        assert len(set(colours)) == len(colours)
+        colors = [scene.background, *(actor.color for actor in scene.actors)]
+        assert len(set(colors)) == len(colors)
 
 
 def test_two_shapes_follows_its_argument():
@@ -58,8 +58,8 @@ def test_two_shapes_follows_its_argument():
         ("blue", (Actor("hexagon", "red", "left"),), "hexagon"),
         ("blue", (Actor("circle", "beige", "left"),), "beige"),
         ("blue", (Actor("circle", "red", "sideways"),), "sideways"),
-        ("blue", (Actor("circle", "blue", "left"),), "different colours"),
-        ("blue", (Actor("circle", "red", "left"), Actor("square", "red", "left")), "different colours"),
+        ("blue", (Actor("circle", "blue", "left"),), "different colors"),
+        ("blue", (Actor("circle", "red", "left"), Actor("square", "red", "left")), "different colors"),
         ("blue", (), "not 0"),
     ],
 )
@@ -69,8 +69,8 @@ def test_an_impossible_scene_is_refused(background, actors, named):
 
 
 def test_canonical_captions():
-    def says(motion: str, colour: str = "red") -> str:
-        return world.caption(Scene("blue", (Actor("circle", colour, motion),)))
+    def says(motion: str, color: str = "red") -> str:
+        return world.caption(Scene("blue", (Actor("circle", color, motion),)))
 
     assert says("right") == "a red circle moves right on a blue background"
     assert says("still") == "a red circle stays still on a blue background"
@@ -176,7 +176,7 @@ def test_the_shapes_differ_and_have_their_area():
 
 def test_a_shape_wraps_around_and_keeps_its_area():
     video = world.render_clip(RED_RIGHT, frames=93, height=64, width=96, seed=0)
-    mask = colour_mask(video, "red")
+    mask = color_mask(video, "red")
     area = mask.sum(axis=(1, 2))
     assert area.max() - area.min() < 0.12 * area.mean()
     split = mask[:, :, 0].any(1) & mask[:, :, -1].any(1) & ~mask.any(1).all(1)
@@ -186,8 +186,8 @@ def test_a_shape_wraps_around_and_keeps_its_area():
 @pytest.mark.parametrize(("motion", "sign"), [("left", (-1, 0)), ("right", (1, 0)), ("up", (0, -1)), ("down", (0, 1))])
 def test_straight_motion_has_direction_and_speed(motion, sign):
     placements = world.place([Scene("black", (Actor("square", "red", motion),))] * 20, 0)
-    centre, radius = world.trajectories(placements, 33, 64, 96)
-    step = centre[:, 0].diff(dim=1)
+    center, radius = world.trajectories(placements, 33, 64, 96)
+    step = center[:, 0].diff(dim=1)
     speed = step.norm(dim=-1)
     low, high = world.SPEED
     assert (speed > low - 1e-6).all() and (speed < high + 1e-6).all()
@@ -200,28 +200,28 @@ def test_still_orbit_and_pulse():
         return world.trajectories(world.place([Scene("black", (Actor("square", "red", motion),))] * 20, 0), 61, 64, 96)
 
     assert (paths("still")[0].diff(dim=2) == 0).all()
-    centre, radius = paths("pulse")
-    assert (centre.diff(dim=2) == 0).all()
+    center, radius = paths("pulse")
+    assert (center.diff(dim=2) == 0).all()
     ratio = radius[:, 0].amax(-1) / radius[:, 0].amin(-1)
     assert (ratio > 1.7).all() and (ratio < 1.9).all()
-    centre = paths("circle")[0][:, 0]
-    extent = (centre.amax(1) - centre.amin(1)) / 2
+    center = paths("circle")[0][:, 0]
+    extent = (center.amax(1) - center.amin(1)) / 2
     low, high = world.ORBIT_RADIUS
     assert (extent > low - 0.5).all() and (extent < high + 0.5).all()
-    before, after = centre.diff(dim=1)[:, :-1], centre.diff(dim=1)[:, 1:]
+    before, after = center.diff(dim=1)[:, :-1], center.diff(dim=1)[:, 1:]
     assert (before[..., 0] * after[..., 1] - before[..., 1] * after[..., 0] > 0).all()  # clockwise, as y points down
 
 
 def test_two_actors_start_apart_and_the_second_is_drawn_on_top():
     two = Scene("black", (Actor("circle", "red", "right"), Actor("circle", "white", "left")))
     placements = world.place([two] * 100, 0)
-    centre, _ = world.trajectories(placements, 1, 64, 96)
-    offset = (centre[:, 1, 0] - centre[:, 0, 0]).abs()
+    center, _ = world.trajectories(placements, 1, 64, 96)
+    offset = (center[:, 1, 0] - center[:, 0, 0]).abs()
     offset = torch.minimum(offset, torch.tensor([96.0, 64.0]) - offset)
     assert offset.norm(dim=-1).min() > 2 * world.RADIUS[1]
     placements.position[:, 1] = placements.position[:, 0]
     placements.radius[:, 0] = placements.radius[:, 1]
-    assert not colour_mask((world.render(placements[:3], 1, 64, 96) * 255).numpy(), "red").any()
+    assert not color_mask((world.render(placements[:3], 1, 64, 96) * 255).numpy(), "red").any()
 
 
 @pytest.mark.parametrize(("frames", "height", "fps"), [(0, 64, 15), (5, 0, 15), (5, 64, 0)])
@@ -234,4 +234,4 @@ def test_uint8_clip():
     clip = world.render_clip(RED_RIGHT, frames=5, height=48, width=80, seed=1)
     assert clip.shape == (5, 48, 80, 3) and clip.dtype == np.uint8
     background = np.abs(clip.astype(int) - world.BACKGROUNDS["blue"]).sum(-1) == 0
-    assert background.mean() > 0.6 and colour_mask(clip, "red").mean() > 0.02
+    assert background.mean() > 0.6 and color_mask(clip, "red").mean() > 0.02

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
-from longcat_core.nano.autoencoder import decode_whole, encode_whole, moments, new_autoencoder, recolour
+from longcat_core.nano.autoencoder import decode_whole, encode_whole, moments, new_autoencoder, recolor
 from longcat_core.nano.train import TEXT_LENGTH, Lesson, Trainer
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
@@ -326,15 +326,15 @@ def test_moments_are_those_of_wan(vae):
     assert mean.flatten()[0].item() == pytest.approx(-0.7571) and std.flatten()[0].item() == pytest.approx(2.8184)
 
 
-def test_recolouring_stays_in_range_and_changes_whole_clips():
+def test_recoloring_stays_in_range_and_changes_whole_clips():
     torch.manual_seed(0)
     video = torch.rand(64, 3, 4, 5, 3)
-    changed = recolour(video)
+    changed = recolor(video)
     assert changed.min() >= 0 and changed.max() <= 1
     same = (changed == video).flatten(1).all(1)
     assert 0.5 < same.float().mean().item() < 0.9
     clip = (~same).nonzero()[0, 0]
-    # One gain and one offset for every colour of a clip.
+    # One gain and one offset for every color of a clip.
     for old, new in zip(video[clip].flatten(0, 2).T, changed[clip].flatten(0, 2).T, strict=True):
         gain = new.std() / old.std()
         assert 0.4 <= gain <= 1
