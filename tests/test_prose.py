@@ -1,0 +1,143 @@
+"""The pack's prose keeps out the phrases that it used to overuse, and keeps to American spelling.
+
+Read are the pages, and the comments and strings of the code; names in the code are not prose.
+"""
+
+from __future__ import annotations
+
+import re
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Rooms and files that are still to be read: take one out once it is clean, and it stays clean.
+UNFINISHED = (
+    "longcat_core/benchmark/",
+    "longcat_core/checkpoints/",
+    "longcat_core/cli/",
+    "longcat_core/files/",
+    *(f"longcat_core/generate/{name}.py" for name in ("long_video", "pipeline", "refine", "request", "segments")),
+    "longcat_core/measure/",
+    "longcat_core/model/",
+    "longcat_core/optimize/",
+    "longcat_core/sampling/sampler.py",
+    "longcat_core/sampling/step.py",
+    "longcat_core/training/",
+    "nodes/",
+    "web/docs/",
+)
+# Written by a command from results: their prose is in the code.
+GENERATED = ("docs/performance.md", "docs/fidelity.md", "docs/fidelity-bf16.md", "docs/options.md")
+
+TICS = {
+    r"\btold\b": "say who says what: 'prints', 'reports', 'receives'",
+    r"\banew\b": "write 'again', or 're-' with the verb",
+    r"\bforetold\b": "write 'predicted'",
+    r"\bneed be\b": "write 'if necessary'",
+    r"\bso many\b": "name the number",
+    r"\bwhatever\b": "write 'any', 'regardless of' or 'everything that'",
+    # What follows in brackets before or after a phrase is plain English: "all of them", "there is no", "is no longer".
+    r"(?<!\b[Aa]ll )(?<!\beach )(?<!\bone )(?<!\bsome )(?<!\bany )\bof them\b": "repeat the noun, or drop it",
+    r"(?<!\bthere )\b(?:is|are) (?:no|none)\b(?! (?:longer|more|less|larger|smaller|better|worse)\b)": "write "
+    "'is not a', 'has no' or 'cannot'",
+}
+BRITISH = (
+    r"\b\w*(?:colour|behaviour|honour|favour|neighbour)\w*\b",
+    r"\b(?:re|de|un)?(?:quant|token|initial|normal|optim|recogn|serial|summar|minim|maxim|util|organ|synchron)"
+    r"is(?:e|ed|es|er|ers|ing|ation|ations)\b",
+    r"\b(?:licence|centre|centres|centred|catalogue|analyse|analyses|analysed|spoilt|learnt|artefacts?)\b",
+)
+RULES = [(re.compile(pattern.replace(" ", r"\s")), advice) for pattern, advice in TICS.items()]
+RULES += [(re.compile(pattern, re.IGNORECASE), "write it the American way") for pattern in BRITISH]
+
+
+def read_files() -> list[Path]:
+    """The pages and the code, as far as they are finished."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages += sorted((ROOT / "web" / "docs").glob("*.md"))
+    code = [path for package in ("longcat_core", "nodes") for path in sorted((ROOT / package).rglob("*.py"))]
+    names = {path: path.relative_to(ROOT).as_posix() for path in pages + code}
+    return [path for path, name in names.items() if not name.startswith((*UNFINISHED, *GENERATED))]
+
+
+@cache
+def prose(path: Path) -> str:
+    """The file's text, line for line; in code all but comments and strings is blanked out by a sign of its own."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    lines = text.splitlines(keepends=True)
+    kept = [[sign if sign.isspace() else "\0" for sign in line] for line in lines]
+    for row, line, first, last in pieces(path, lines):
+        # Prefixes, quotes and hashes become blanks, so that a phrase is found across two comments or two strings.
+        found = re.sub(r"\b[rbfu]{1,2}(?=[\"'])|[\"'#]", lambda match: " " * len(match[0]), line[first:last])
+        kept[row][first:last] = re.sub(r"\{[^{}]*\}", lambda match: "\0" * len(match[0]), found)
+    return "".join("".join(line) for line in kept)
+
+
+def pieces(path: Path, lines: list[str]) -> Iterator[tuple[int, str, int, int]]:
+    """Row, line, first and last column of every piece of a comment or string."""
+    kinds = {tokenize.COMMENT, tokenize.STRING}
+    kinds |= {getattr(tokenize, f"FSTRING_{part}", tokenize.STRING) for part in ("START", "MIDDLE", "END")}
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type in kinds:
+                (start, first), (stop, last) = token.start, token.end
+                for row in range(start, stop + 1):
+                    line = lines[row - 1]
+                    yield row - 1, line, first if row == start else 0, last if row == stop else len(line)
+
+
+def findings(text: str) -> Iterator[tuple[int, str, str]]:
+    """Line number, words and advice of everything in `text` that breaks a rule."""
+    # One blank between words, wherever a line ends, with the line of each sign kept beside it.
+    flat, numbers, line = [], [], 1
+    for sign in text:
+        if not (sign.isspace() and flat and flat[-1] == " "):
+            flat.append(" " if sign.isspace() else sign)
+            numbers.append(line)
+        line += sign == "\n"
+    joined = re.sub("`[^`]*`", lambda match: "\0" * len(match[0]), "".join(flat))
+    for rule, advice in RULES:
+        for match in rule.finditer(joined):
+            yield numbers[match.start()], match[0], advice
+
+
+def test_pages_and_code_are_plain_american_english():
+    wrong = sorted(
+        f"{path.relative_to(ROOT)}:{line}: '{words}': {advice}"
+        for path in read_files()
+        for line, words, advice in findings(prose(path))
+    )
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "The user is told.",
+        "made\n    anew",
+        "as if need be",
+        "A file that is\nno checkpoint",
+        "the colour of it",
+        "quantised rows",
+        "the halves of them",
+    ],
+)
+def test_a_tic_is_found(sentence):
+    assert list(findings(sentence))
+
+
+@pytest.mark.parametrize("sentence", ["if there is no cache", "there\nare no frames", "is no longer", "all of them"])
+def test_plain_english_passes(sentence):
+    assert not list(findings(sentence))
+
+
+def test_code_is_not_prose(tmp_path):
+    file = tmp_path / "code.py"
+    file.write_text('told = x is none  # of\n# them\nraise Error("it is "\n    f"no {told} file `told`")\n')
+    assert [(line, words) for line, words, _ in findings(prose(file))] == [(1, "of them"), (3, "is no")]
