@@ -55,7 +55,7 @@ def new_autoencoder() -> Any:
     return vae
 
 
-# What follows runs diffusers' modules on a whole clip at once, its frames as a batch of pictures [B, T, H, W, C], channels
+# What follows runs diffusers' modules on a whole clip at once, as a batch of pictures [B, T, H, W, C], channels
 # last. diffusers walks through a clip four frames at a time with caches, to save memory, and convolves in 3-D, which
 # is slow at eight channels; a training step here launches a fifth of the kernels, all of them 2-D.
 
