@@ -141,3 +141,13 @@ def test_code_is_not_prose(tmp_path):
     file = tmp_path / "code.py"
     file.write_text('told = x is none  # of\n# them\nraise Error("it is "\n    f"no {told} file `told`")\n')
     assert [(line, words) for line, words, _ in findings(prose(file))] == [(1, "of them"), (3, "is no")]
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if "://" not in link and not (page.parent / link).exists()
+    ]
+    assert not broken, "\n".join(broken)
