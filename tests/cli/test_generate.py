@@ -491,7 +491,7 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
     """A real process, stopped by SIGTERM in the middle of writing."""
     script = (
         "import sys, time\n"
-        "from longcat_core import cli\n"
+        "from longcat_core.cli import main as cli\n"
         "from longcat_core.files.media import atomic_path\n"
         "from pathlib import Path\n"
         "def run(args):\n"
@@ -512,7 +512,7 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_reader_that_has_seen_enough_is_not_an_error() -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "longcat_core", "backends"]
