@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 
 # Each of these takes minutes.
-LONG = ("test_nodes_inside_comfyui", "test_follows_64_fresh_prompts_and_shuffled_ones_are_at_chance")
+LONG = ("test_nodes_inside_comfyui", "test_follows_fresh_prompts_and_shuffled_ones_are_at_chance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

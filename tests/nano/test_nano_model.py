@@ -37,9 +37,10 @@ def test_assets_are_small_bf16_and_whole(pipeline):
     assert open_checkpoint(NANO_MODEL).config == CONFIG == pipeline.model.config
 
 
-def test_follows_64_fresh_prompts_and_shuffled_ones_are_at_chance(pipeline):
-    result = measure(pipeline, 64)
-    assert result.total.total() == 325
+def test_follows_fresh_prompts_and_shuffled_ones_are_at_chance(pipeline):
+    """The first half of the prompts that `longcat score-nano` asks; the other half would take CI minutes."""
+    result = measure(pipeline, 32)
+    assert result.total.total() == 161 and result.fraction >= 0.95
     for kind in ("background", "color", "shape", "motion"):
         assert result.right[kind] / result.total[kind] >= 0.9, kind
     # A caption of another video names the right color one time in eight, a motion one time in seven, a shape or a

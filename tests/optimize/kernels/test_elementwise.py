@@ -158,13 +158,23 @@ class Runs:
         return self.model(latents, steps, context, mask, num_cond_latents=cond, kv_cache=cache)
 
 
+CASES = {
+    "plain": {},
+    "cond": {"cond": 1},
+    "cached": {"cached": True},
+    "padded text": {"text_mode": "padded"},
+    "modulation not reused": {"reuse_modulation": False},
+    "plain FFN": {"fused_ffn": False},
+}
+
+
 @pytest.mark.parametrize(
-    "case",
-    [{}, {"cond": 1}, {"cached": True}, {"text_mode": "padded"}, {"reuse_modulation": False}, {"fused_ffn": False}],
-    ids=lambda case: next(iter(case), "plain"),
+    ("name", "pieces"),
+    # An FFN in pieces meets neither the cache nor the text.
+    [(name, 0) for name in CASES] + [(name, 2) for name in ("plain", "cond", "plain FFN")],
 )
-@pytest.mark.parametrize("pieces", [0, 2])
-def test_the_network_is_the_same_with_them(case, pieces, monkeypatch):
+def test_the_network_is_the_same_with_them(name, pieces, monkeypatch):
+    case = CASES[name]
     monkeypatch.setattr(execution, "ffn_pieces", lambda *_: pieces)
     run = Runs(monkeypatch)
     used = []
@@ -184,11 +194,7 @@ def test_text_attended_by_a_kernel_of_its_own(case, monkeypatch):
     launch = text_attention._launch
     monkeypatch.setattr(text_attention, "_launch", lambda *args: seen.append(args) or launch(*args))
     plain = run(False, **case)
-    run(True, **case, fused_text=False)
-    with monkeypatch.context() as context:
-        context.setattr(text_attention, "LONGEST", 7)
-        run(True, **case)
-    assert not seen, "switched off, and over more keys than it is the faster one for"
+    assert not seen
     fused = run(True, **case)
     assert len(seen) == CONFIG.depth and (fused - plain).norm() / plain.norm() < 3e-3
     keys, bias = seen[0][2], seen[0][4]
@@ -196,6 +202,15 @@ def test_text_attended_by_a_kernel_of_its_own(case, monkeypatch):
         assert keys.shape[1] == 8
     else:
         assert keys.shape[1] == 9 and bias.dtype == torch.float32, "all padding is one key"
+
+
+def test_text_goes_around_its_kernel_when_switched_off_or_long(monkeypatch):
+    run = Runs(monkeypatch)
+    monkeypatch.setattr(text_attention, "_launch", lambda *args: pytest.fail("the kernel is used"))
+    run(True, fused_text=False)
+    # More keys than it is the faster one for.
+    monkeypatch.setattr(text_attention, "LONGEST", 7)
+    run(True)
 
 
 def test_text_in_8_bits_where_the_next_product_is(monkeypatch):
