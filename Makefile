@@ -17,9 +17,10 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=12 --ignore=tests/comfyui
 
 # In the real ComfyUI program and, where there is a Chromium, its web page; -rs prints why a test does not run. One
-# thread here as well, beside the browser: a third less time on two cores.
+# thread here as well, beside the browser: a third less time on two cores. The tests of the program and those of the
+# page share no server, so each file has a worker and a server of its own.
 test-comfyui: $(COMFYUI_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/comfyui
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 2 --dist loadfile --durations=8 tests/comfyui
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,13 +45,14 @@ def artefacts(installation) -> Path:
 
 @pytest.fixture(scope="session")
 def server(installation, artefacts, tmp_path_factory) -> Iterator[Server]:
-    """The server that most tests share."""
+    """The server that most tests of a process share."""
     server = Server(installation, tmp_path_factory.mktemp("comfyui"))
     try:
         yield server.start()
     finally:
         server.stop()
-        shutil.copyfile(server.log_path, artefacts / "server.log")
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+        shutil.copyfile(server.log_path, artefacts / f"server{worker}.log")
         server.remove()
 
 
