@@ -127,7 +127,7 @@ def test_other_strengths_read_and_write_nothing_but_scales(tmp_path, model, monk
             loras.set([(path, strength), (LORA, 0.0)])
 
 
-def test_a_file_that_was_written_anew_is_read_anew(tmp_path, model):
+def test_a_rewritten_file_is_read_again(tmp_path, model):
     path = saved(tmp_path, peft(whole(), "transformer."))
     loras = RuntimeLoras(model, [(path, 1.0)])
     saved(tmp_path, kohya({name: (d, u * 0.3, s) for name, (d, u, s) in whole().items()}))
@@ -230,7 +230,7 @@ def counted(model) -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
-def test_strengths_and_other_loras_compile_nothing_anew(model, counted, tmp_path):
+def test_strengths_and_other_loras_do_not_recompile(model, counted, tmp_path):
     assert counted() == 1
     loras = RuntimeLoras(model, [(LORA, 1.0)])
     assert counted() == 2

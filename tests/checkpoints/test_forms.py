@@ -294,7 +294,7 @@ def test_gguf_in_a_folder_with_its_config(tmp_path, golden, wanted):
     assert not model.config.text_tokens_zero_pad
 
 
-def test_folders_of_gguf_are_told_apart(tmp_path, golden):
+def test_folders_of_gguf_are_distinguished(tmp_path, golden):
     marks = set()
     for i, kind in enumerate(("Q8_0", "F16")):
         (tmp_path / str(i)).mkdir()
@@ -347,7 +347,7 @@ def test_a_part_of_a_fused_weight_that_is_missing(tmp_path, golden, form):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", ["wide", "int8", "bias", "fp8"])
-def test_weights_that_are_no_numbers_are_named(tmp_path, golden, kind, value):
+def test_weights_that_are_not_numbers_are_named(tmp_path, golden, kind, value):
     if kind == "int8":
         state = read_tensors(GOLDEN / "dit_int8.safetensors")
         state["blocks.1.ffn.w2.weight_scale"] = state["blocks.1.ffn.w2.weight_scale"].index_fill(

@@ -212,7 +212,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path, state, change, 
     assert "\n" not in message and all(part in message for part in ("bad.safetensors", *said)), message
 
 
-def test_a_config_of_another_model_is_told_apart(folder):
+def test_a_config_of_another_model_is_recognized(folder):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"caption_channels": 40}))
     with pytest.raises(

@@ -340,7 +340,7 @@ def test_what_does_not_match_is_reported(model, tmp_path):
         merge_lora(shallow.requires_grad_(False), LORA)
 
 
-def test_8_bit_weights_and_strengths_that_are_none(model):
+def test_8_bit_weights_and_bad_strengths_are_refused(model):
     for strength in (float("nan"), float("inf"), 1e39, -1001.0):
         with pytest.raises(LongCatError, match=rf"strength {re.escape(f'{strength:g}')} of .* is out of range"):
             merge_lora(model, LORA, strength)

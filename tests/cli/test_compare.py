@@ -186,7 +186,7 @@ def test_settings_of_a_model_share_it_and_the_floor_has_another_kernel(run: Any,
             assert np.array_equal(np.asarray(page), np.asarray(own)) and np.asarray(page).std() > 20
 
 
-def test_a_given_image_is_not_compared_and_a_page_is_written_anew(run: Any) -> None:
+def test_a_given_image_is_not_compared_and_a_page_is_rewritten(run: Any) -> None:
     Image.fromarray(np.full((64, 96, 3), 90, np.uint8)).save("first.png")
     Path("page.md").write_text(fidelity_commands.TITLE, encoding="utf-8")
     options = ("--image", "first.png", "--steps", "2", "--frames", "5", "--floor", "off", "--output", "out")

@@ -141,7 +141,7 @@ def test_a_video_that_is_not_from_this_command_stays(folder: Path, capsys: Any) 
     assert "longcat-long.mp4 exists, and not from this command" in told and "--output" in told
 
 
-def test_a_full_disk_is_told_before_a_model_is_loaded(folder: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_a_full_disk_is_reported_before_a_model_is_loaded(folder: Path, capsys: Any, monkeypatch: Any) -> None:
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(media.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     told = refused(capsys, "long", ONE, *SMALL)

@@ -87,7 +87,7 @@ def test_prompts_in_a_row_do_not_grow_memory(client, server):
     assert after - before < 12 * 2**20
 
 
-def test_bad_input_is_told_at_the_node_and_the_next_prompt_works(client):
+def test_bad_input_is_reported_at_the_node_and_the_next_prompt_works(client):
     prompt = text_to_video(caption(RED_CIRCLE), steps=2, frames=5)
     prompt["i2v"] = {
         "class_type": "LongCatVideoContinuation",

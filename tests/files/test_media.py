@@ -303,7 +303,7 @@ def test_a_video_that_changes_its_size(tmp_path: Path) -> None:
     assert media.read_video(tmp_path / "a.ts", first=5)[0].shape == (5, 32, 48, 3)
 
 
-def test_sound_without_pictures_is_no_video(tmp_path: Path) -> None:
+def test_sound_without_pictures_is_not_a_video(tmp_path: Path) -> None:
     import wave
 
     with wave.open(str(tmp_path / "a.wav"), "wb") as sound:

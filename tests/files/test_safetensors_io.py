@@ -126,7 +126,7 @@ def test_bad_files(tmp_path, content, message):
         assert "\n" not in str(caught.value)
 
 
-def test_a_header_as_long_as_a_magic_number_is_no_web_page(tmp_path):
+def test_a_header_as_long_as_a_magic_number_is_not_a_web_page(tmp_path):
     text = json.dumps({"a": ENTRY}).encode().ljust(ord("<"))
     (tmp_path / "x.safetensors").write_bytes(raw(text, b"\0" * 8))
     assert read_header(tmp_path / "x.safetensors") == {"a": (torch.float32, (2,))}

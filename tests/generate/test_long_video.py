@@ -169,7 +169,7 @@ def test_a_model_is_loaded_once_and_only_when_it_is_needed(tiny, copy):
     assert [segment.reused for segment in segments] == [False, False, True] and loaded == [1]
 
 
-def test_joins_are_told_again_from_the_folder(tiny, whole, tmp_path):
+def test_joins_are_reported_again_from_the_folder(tiny, whole, tmp_path):
     finished = run(tiny, tmp_path / "v")
     again = list(long_video(unwanted, request(), segment_folder(tmp_path / "v")))
     assert [segment.join for segment in again] == [segment.join for segment in finished]
@@ -183,7 +183,7 @@ def test_joins_are_told_again_from_the_folder(tiny, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_another_prompt_makes_the_video_anew_from_there(tiny, whole, copy, made, number):
+def test_another_prompt_regenerates_the_video_from_there(tiny, whole, copy, made, number):
     before = contents(whole)
     run(tiny, copy, tuple("x" if n == number else prompt for n, prompt in enumerate(PROMPTS)))
     assert made == list(range(number, 4))
@@ -246,7 +246,7 @@ def test_other_settings_are_refused_and_touch_nothing(copy, name):
     assert state(copy) == before
 
 
-def test_the_frame_rate_of_the_file_is_no_setting(copy):
+def test_the_frame_rate_of_the_file_is_not_a_setting(copy):
     finished = list(long_video(unwanted, request(first=replace(FIRST, fps=24)), segment_folder(copy)))
     assert len(finished) == 4
 
@@ -484,7 +484,7 @@ def test_equal_parts_of_one_video_have_a_usual_join():
     assert join.color == (3.0, 0.0, 1.0) and join.usual == 3.0
 
 
-def test_joins_are_told(copy):
+def test_joins_are_reported(copy):
     finished = list(long_video(unwanted, request(), segment_folder(copy)))
     assert finished[0].told("here") == "segment 1 of 4: is in here already"
     fresh = replace(finished[1], reused=False, join=Join((1.25, -7.5, 0.0), -2.345, 0.5))

@@ -168,7 +168,7 @@ def test_a_plan_is_made_for_what_is_free(monkeypatch):
     assert told == f"0.0 GiB of GPU memory are free: {chosen.told(config.depth)}"
 
 
-def test_what_no_memory_of_the_machine_could_hold_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+def test_what_cannot_fit_in_memory_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
     def machine(ram: float, swap: float) -> None:
         for name, size in (("virtual_memory", ram), ("swap_memory", swap)):
             monkeypatch.setattr(psutil, name, lambda size=size: SimpleNamespace(total=int(size * GIB)))

@@ -144,7 +144,7 @@ def test_a_seed_is_a_video_bit_for_bit(tiny):
     assert np.array_equal(one, same) and not np.array_equal(one, other)
 
 
-def test_steps_are_told_and_may_stop(tiny):
+def test_steps_are_reported_and_may_stop(tiny):
     seen = []
 
     def callback(piece, of, step):

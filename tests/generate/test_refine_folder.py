@@ -65,7 +65,7 @@ def test_a_lost_piece_alone_is_refined_again(tiny, video, pieces, tmp_path, made
 
 
 @pytest.mark.parametrize(("frame", "first"), [(0, 0), (3, 0), (4, 0), (9, 1), (13, 2), (16, 2)])
-def test_another_frame_is_refined_anew_from_its_first_piece_on(tiny, video, pieces, tmp_path, made, frame, first):
+def test_another_frame_is_refined_again_from_its_first_piece_on(tiny, video, pieces, tmp_path, made, frame, first):
     path = copied(pieces, tmp_path / "v")
     other = video.copy()
     other[frame] ^= 255

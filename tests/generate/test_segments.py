@@ -180,7 +180,7 @@ def test_any_byte_of_the_record_counts(folder):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "7", '{"version": 1}', "[" * 100, "\ufeff{}"])
-def test_records_that_are_none(folder, text):
+def test_malformed_records_are_ignored(folder, text):
     save(folder, 0)
     (folder.path / "segment-001" / RECORD).write_text(text, encoding="utf-8")
     assert folder.find(0, SETTINGS, "") is None
@@ -223,7 +223,7 @@ def test_a_setting_that_is_gone_is_named(folder):
         folder.check([{name: value for name, value in SETTINGS.items() if name != "scale"}])
 
 
-def test_of_long_settings_the_difference_is_told(folder):
+def test_long_settings_error_shows_the_difference(folder):
     text = "blurry, " * 40
     save(folder, 0, negative=text + "gray" + text)
     with pytest.raises(LongCatError) as raised:
@@ -271,7 +271,7 @@ def a_dangling_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [theirs, among_ours, a_file, a_link, a_dangling_link])
-def test_what_is_not_ours_is_refused_and_stays(folder, make):
+def test_foreign_files_are_rejected_and_kept(folder, make):
     folder.path.mkdir(parents=True)
     make(folder.path / "segment-001")
     before = everything(folder.path)
@@ -280,7 +280,7 @@ def test_what_is_not_ours_is_refused_and_stays(folder, make):
     assert everything(folder.path) == before
 
 
-def test_a_file_is_no_folder(folder):
+def test_a_file_in_place_of_the_folder_is_refused(folder):
     folder.path.parent.mkdir()
     folder.path.write_bytes(b"precious")
     with pytest.raises(LongCatError, match="segments is no folder; name a folder"):
@@ -330,7 +330,7 @@ def test_a_folder_of_somebody_else(folder, tmp_path):
     assert result.stdout == ". cannot be written to (Permission denied); name another folder\n", result.stderr
 
 
-def test_what_file_managers_leave_is_no_hindrance(folder):
+def test_files_that_file_managers_leave_do_not_matter(folder):
     save(folder, 0)
     (folder.path / "segment-001" / ".DS_Store").write_bytes(b"seen")
     folder.check([folder._record(0).settings])
@@ -414,7 +414,7 @@ def test_leftovers_are_removed(folder, suffix):
 REMEDY = "what was finished before is kept: make room and run the same again to go on"
 
 
-def test_no_room_is_told_before_a_segment_is_begun(folder, monkeypatch):
+def test_a_full_disk_is_reported_before_a_segment_is_begun(folder, monkeypatch):
     save(folder, 0)
     usage = shutil.disk_usage(folder.path)
     asked = []

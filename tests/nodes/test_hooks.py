@@ -98,7 +98,7 @@ def test_owners_layers_run_whole(inputs):
     assert len(whole) == 3
 
 
-def test_backends_to_offer_are_told_without_importing_them(monkeypatch):
+def test_backends_are_listed_without_importing_them(monkeypatch):
     monkeypatch.setattr(backends, "_load", lambda module: pytest.fail(f"{module} is imported"))
     monkeypatch.setattr(backends, "_needs_cuda", lambda capability, alone=False: "")
     monkeypatch.setattr(backends, "find_spec", lambda name: object() if name == "sageattention" else None)

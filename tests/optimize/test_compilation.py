@@ -137,7 +137,7 @@ def test_sizes_that_one_kind_has_met_are_new_to_another():
     assert [run.step(**step) for step in steps] == [1, 2, 3, 3, 3]
 
 
-def test_lora_is_none(tmp_path):
+def test_lora_does_not_recompile(tmp_path):
     run = Run()
     assert run.step() == 1
     for strength in (1.0, -0.5):
@@ -146,7 +146,7 @@ def test_lora_is_none(tmp_path):
         assert run.step() == 1
 
 
-def test_switching_off_and_on_is_none():
+def test_toggling_does_not_recompile():
     run = Run()
     run.step()
     run.model.set_optimizations(run.plain.optimizations)

@@ -114,6 +114,6 @@ def test_smaller_and_smaller_until_there_is_nothing_left():
     assert smaller(Plan(), 2, False) == Plan(2) and smaller(Plan(2), 2, False) is None
 
 
-def test_what_was_chosen_is_told():
+def test_what_was_chosen_is_reported():
     said = Plan(12, True, True, True).told(48)
     assert re.search("12 of 48 blocks", said) and "guidance" in said and "given frames" in said and "text" in said

@@ -149,7 +149,7 @@ def test_what_is_copied_without_the_late_weights_is_less(model):
     assert 0 < stream.nbytes < 2 * sum(sizes.values())
 
 
-def test_weights_written_to_are_copied_anew(model):
+def test_weights_written_to_are_copied_again(model):
     other = streamed(model, (0, 1, 4))
     text = [text_of(m) for m in (model, other)]
     assert torch.equal(step(other, text[1]), step(model, text[0]))
@@ -194,7 +194,7 @@ def test_eight_bit_layers(model):
     assert torch.equal(step(other, texts[1]), step(model, texts[0]))
 
 
-def test_layers_are_told_the_device_they_will_run_on(model):
+def test_layers_learn_the_device_they_will_run_on(model):
     told = []
 
     class Told(nn.Linear):

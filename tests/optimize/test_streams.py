@@ -82,7 +82,7 @@ def test_keys_are_read_into_the_same_room_block_after_block(gpu):
     assert len(places) == 2
 
 
-def test_keys_that_change_are_fetched_anew(gpu):
+def test_keys_that_change_are_fetched_again(gpu):
     cache = OffloadableKVCache(CONFIG, 1, 2, 3, device="cpu")
     like, one = torch.empty(1, device=CUDA), torch.ones(1, 6, 2, 32, device=CUDA)
     for number in (1.0, 2.0):
@@ -117,7 +117,7 @@ def test_nothing_is_unpinned_while_it_is_being_copied(gpu):
     assert not beside.waiting and not gpu.registered
 
 
-def test_a_refusal_to_pin_is_no_error_of_the_next_kernel(gpu):
+def test_a_refusal_to_pin_is_not_an_error_of_the_next_kernel(gpu):
     gpu.refuses = True
     buffer = pinned(1000)
     assert not gpu.registered and not gpu.pending

@@ -187,7 +187,7 @@ def test_more_steps_go_on_and_other_settings_do_not(train, tmp_path):
         train("c")
 
 
-def test_a_loss_that_is_none_stops_and_keeps_what_was_saved(train, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(train, tmp_path, monkeypatch):
     loss_of = train_lora.flow_matching_loss
     count = 0
 

@@ -45,7 +45,7 @@ def test_pool(grid, query):
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)
 
 
-def test_pool_of_chunks_that_are_no_multiple_of_16():
+def test_pool_of_chunks_that_are_not_a_multiple_of_16():
     layout = chunk_layout((3, 7, 8), (3, 3, 3), None, 0, DEVICE)
     _, k, _ = projected(layout, heads=1)
     torch.testing.assert_close(
