@@ -86,10 +86,11 @@ def make_inputs(work: Path) -> None:
     os.mkfifo("pipe.mp4")
 
 
+# What a request refuses is tested in tests/generate/test_request.py, files that cannot be read in tests/files: here
+# each option has a row for a value of its type that is refused, and one for what is not of its type.
 BAD = [
     # the prompt
     bad("", said=("prompt is empty", "say what the video shows"), name="empty prompt"),
-    bad(" \n\t", said=("prompt is empty",), name="blank prompt"),
     bad("&nbsp;", said=("prompt is empty",), name="prompt of an HTML blank"),
     bad("a \udc80", said=("prompt is not valid UTF-8", "type it anew"), name="prompt not UTF-8"),
     bad(PROMPT, "--negative-prompt", "\udc80", said=("negative prompt is not valid UTF-8",), name="negative not UTF-8"),
@@ -102,37 +103,23 @@ BAD = [
     option("--size", "64x96x3", "'64x96x3'", "64x96"),
     option("--size", "-64x96", "--size"),
     option("--height", "0", "height 0", "16 to 4096"),
-    option("--height", "-64", "height -64", "16 to 4096"),
-    option("--width", "100000", "width 100000", "16 to 4096"),
     option("--width", "wide", "--width", "'wide' is no whole number"),
     bad(PROMPT, "--size", "64x96", "--width", "96", said=("--size", "--width", "one or the other"), name="size twice"),
     # frames
     option("--frames", "32", "32 frames", "29 and 33"),
-    option("--frames", "2", "2 frames", "1 and 5"),
-    option("--frames", "0", "0 frames", "1 to 2001"),
-    option("--frames", "-3", "-3 frames", "1 to 2001"),
-    option("--frames", "40001", "40001 frames", "1 to 2001"),
     option("--frames", "33.5", "'33.5' is no whole number"),
     option("--fps", "0", "fps 0", "1 to 120"),
-    option("--fps", "nan", "fps nan", "1 to 120"),
     option("--fps", "fast", "'fast' is no number"),
     # sampling
     option("--steps", "0", "0 steps", "1 to 1000"),
-    option("--steps", "-1", "-1 steps", "1 to 1000"),
-    option("--steps", "1001", "1001 steps", "1 to 1000"),
     option("--steps", "many", "'many' is no whole number"),
     bad(PROMPT, "--distilled", "--steps", "51", said=("51 steps", "distilled", "1 to 50"), name="distilled steps"),
     option("--guidance", "-1", "guidance -1", "0 to 30"),
-    option("--guidance", "31", "guidance 31", "0 to 30"),
-    option("--guidance", "nan", "guidance nan", "0 to 30"),
-    option("--guidance", "inf", "guidance inf", "0 to 30"),
     option("--guidance", "strong", "'strong' is no number"),
     option("--seed", "-1", "seed -1", "2^63"),
-    option("--seed", str(2**63), f"seed {2**63}", "2^63"),
     option("--seed", "9" * 5000, "9999", "no whole number"),
     option("--seed", "lucky", "'lucky' is no whole number"),
     option("--schedule", "fast", "'fast'", "base, distilled, enhance_hf"),
-    option("--schedule", "refine", "'refine'", "base, distilled, enhance_hf"),
     bad(PROMPT, "--distilled", "--schedule", "base", said=("--distilled", "--schedule base"), name="two schedules"),
     # given pictures
     option("--image", "missing.png", "missing.png does not exist"),
@@ -146,11 +133,8 @@ BAD = [
     option("--video", "empty.mp4", "empty.mp4 is no readable video", ".mp4"),
     option("--video", "moov.mp4", "moov.mp4 holds no video", ".mp4"),
     option("--video", "short.mp4", "short.mp4 has 5 frames", "13", "at most 5"),
-    option("--video", "short.webp", "short.webp has 5 frames", "13", "at most 5"),
     option("--cond-frames", "12", "12 conditioning frames", "9 and 13"),
-    option("--cond-frames", "-4", "-4 conditioning frames", "1 and 5"),
     bad(PROMPT, "--video", "short.mp4", "--cond-frames", "5", "--frames", "5", said=("5 frames", "9"), name="no room"),
-    bad(PROMPT, "--image", "good.png", "--frames", "1", said=("1 frames", "at least 5"), name="no room after image"),
     bad(PROMPT, "--image", "good.png", "--video", "short.mp4", said=("image", "video", "give the one"), name="both"),
     # outputs
     option("--output", "a.avi", "'a.avi'", ".mp4, .mkv, .webp, .gif"),

@@ -81,7 +81,6 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     # prompts and segments
     "no prompt": ([], ("prompt is empty", "say what the video shows")),
     "empty prompt": ([""], ("prompt is empty",)),
-    "later prompt empty": ([ONE, " "], ("prompt is empty",)),
     "prompt not UTF-8": ([ONE, "\udc80"], ("prompt of segment 2 is not valid UTF-8",)),
     "prompts twice": ([ONE, "--prompts-file", "two.txt"], ("--prompts-file", "one or the other")),
     "no file of prompts": (["--prompts-file", "none.txt"], ("none.txt",)),
@@ -90,34 +89,23 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "prompts not UTF-8": (["--prompts-file", "latin.txt"], ("latin.txt is no text in UTF-8",)),
     "a prompt of an HTML blank": (["--prompts-file", "blank.txt"], ("prompt is empty",)),
     "no segments": ([ONE, "--segments", "0"], ("0 segments are out of range", "1 to 999")),
-    "segments below none": ([ONE, "--segments", "-2"], ("-2 segments", "1 to 999")),
-    "too many segments": ([ONE, "--segments", "1000"], ("1000 segments are out of range", "1 to 999")),
     "segments no number": ([ONE, "--segments", "many"], ("'many' is no whole number",)),
     "more prompts than segments": ([ONE, TWO, "--segments", "1"], ("2 prompts are given for 1 segments", "at most")),
     # overlap
     "overlap not 4k+1": ([ONE, "--overlap", "12"], ("12 frames are not 4k+1", "9 and 13")),
-    "overlap 0": ([ONE, "--overlap", "0"], ("0 frames are not 4k+1", "1 and 5")),
     "overlap of all": ([ONE, "--frames", "13"], ("leave nothing new", "at least 17 frames", "smaller overlap")),
     "hand-off": ([ONE, "--hand-off", "mail"], ("--hand-off", "frames", "latents")),
-    # what all videos have
-    "height": ([ONE, "--size", "65x96"], ("height 65 is not divisible by 16", "64")),
+    # what all videos have: a row for all, see test_generate.py
     "frames": ([ONE, "--frames", "32"], ("32 frames are not of the form 4k+1", "29 and 33")),
-    "steps": ([ONE, "--steps", "0"], ("0 steps", "1 to 1000")),
-    "seed": ([ONE, "--seed", "-1"], ("seed -1", "2^63")),
-    "schedule": ([ONE, "--schedule", "fast"], ("'fast'", "base, distilled, enhance_hf")),
     "schedules": ([ONE, "--distilled", "--schedule", "base"], ("--distilled", "--schedule base")),
-    "device": ([ONE, "--device", "abacus"], ("'abacus'", "cpu")),
-    "attention": ([ONE, "--attention", "magic"], ("'magic'", "sdpa")),
     "model": ([ONE, "--model", "none"], ("none", "does not exist")),
     # what it begins with
     "no image": ([ONE, "--image", "none.png"], ("none.png does not exist",)),
     "image and clip": ([ONE, "--image", "good.png", "--video", "short.webp"], ("image", "video", "give the one")),
-    "short clip": ([ONE, "--video", "short.webp"], ("short.webp has 5 frames", "13 conditioning", "at most 5")),
     "short clip for 9": (
         [ONE, "--video", "short.webp", "--cond-frames", "9"],
         ("short.webp has 5 frames", "9 conditioning", "at most 5"),
     ),
-    "conditioning frames": ([ONE, "--video", "short.webp", "--cond-frames", "4"], ("4 conditioning", "1 and 5")),
     # where it goes
     "output's form": ([ONE, "-o", "a.avi"], ("'a.avi'", ".mp4, .mkv, .webp, .gif")),
     "output's folder": ([ONE, "-o", "none/a.mp4"], ("none", "does not exist")),
