@@ -82,7 +82,7 @@ class ModelConfig:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise LongCatError(
-                f"{path} is no readable model config ({error}); give a folder with its config.json"
+                f"{path} is not a readable model config ({error}); give a folder with its config.json"
             ) from error
         if not isinstance(values, dict):
             raise LongCatError(f"{path} holds no JSON object; give a folder with the model's own config.json")

@@ -110,7 +110,7 @@ class TextForm(NamedTuple):
 def unfold_padding(rows: Tensor, length: int) -> Tensor:
     """Rows [B, M, ...] whose last one stands for all padding, written out to `length` positions.
 
-    Real tokens are fewer than M, whatever stands between them and the last row is padding as well.
+    Real tokens are fewer than M: the last row and anything between it and the real tokens is padding.
     """
     last = rows[:, -1:]
     return torch.cat((rows[:, :-1], last.expand(-1, length - rows.shape[1] + 1, *last.shape[2:])), dim=1)

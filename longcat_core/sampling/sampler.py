@@ -73,9 +73,9 @@ def sample(
     step. Without guidance all are the same. offload_kv_cache keeps the cache in CPU memory.
     step_cache: threshold of `StepCache`; 0 computes every step. Faster, and another result.
     make_room: called where memory runs out, each time before that forward is tried again; it may change how the network
-    runs. A cache of keys goes to CPU memory then. False: there is no more to be had, and without such a cache the error
-    stands.
-    Errors: LongCatError where shapes do not fit; whatever `callback` raises.
+    runs. A KV cache moves to CPU memory then. It returns False when nothing more can be freed; without a KV cache the
+    out-of-memory error is then raised.
+    Raises LongCatError where shapes do not fit, and anything that `callback` raises.
     """
     check_mode(kv_cache)
     guided = guidance_scale != 1.0

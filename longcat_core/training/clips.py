@@ -44,7 +44,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Sample:
-    """latents [C, T, H/8, W/8] fp32, normalised; context [L, D] fp32: the caption's L tokens. On the CPU."""
+    """latents [C, T, H/8, W/8] fp32, normalized; context [L, D] fp32: the caption's L tokens. On the CPU."""
 
     latents: Tensor
     context: Tensor
@@ -57,7 +57,7 @@ def find_clips(folder: Path, frames: int) -> list[Clip]:
     a caption (the .txt of the same name) that is missing, empty or no text.
     """
     if not folder.is_dir():
-        raise LongCatError(f"{folder} is no folder; give one with clips and a .txt of the same name beside each")
+        raise LongCatError(f"{folder} is not a folder; give one with clips and a .txt of the same name beside each")
     files = [
         path
         for path in sorted(folder.iterdir())
@@ -91,7 +91,7 @@ def _caption(path: Path) -> str:
     try:
         caption = " ".join(file.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise LongCatError(f"{file} is no text in UTF-8; save it as such") from error
+        raise LongCatError(f"{file} is not UTF-8 text; save it as such") from error
     check_text(f"caption {file}", caption)
     if not caption:
         raise LongCatError(f"{file} is empty; write what {path.name} shows into it")

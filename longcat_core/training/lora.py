@@ -121,7 +121,7 @@ class LoraTrainer:
         for i in range(model.config.depth):
             for name in recipe.layers:
                 layer = model.get_submodule(f"blocks.{i}.{name}")
-                # fp32 on whatever base: the steps would be lost in 16 bits.
+                # fp32 on any base: 16 bits would lose the steps.
                 adapt(layer, recipe.rank, torch.float32)
                 with torch.no_grad():
                     bound = layer.lora_down.shape[1] ** -0.5
@@ -244,7 +244,7 @@ class LoraFile:
         try:
             there, self.done = json.loads(metadata["settings"]), int(metadata["step"])
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{self.state} is no state of a training; name another file with --output") from error
+            raise CheckpointError(f"{self.state} is not a training state; name another file with --output") from error
         now = json.loads(json.dumps(self.settings))
         differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
         if differing:

@@ -31,7 +31,7 @@ def flow_matching_loss(
 ) -> Tensor:
     """Mean squared error of the predicted x0 - noise over the noisy frames, a scalar fp32 (arXiv 2210.02747).
 
-    latents [B, C, T, H, W] fp32, normalised; sigmas [B] in 0..1; context and mask as for the network. The first
+    latents [B, C, T, H, W] fp32, normalized; sigmas [B] in 0..1; context and mask as for the network. The first
     `num_cond_latents` frames stay clean at timestep 0 and have no loss.
     """
     noise = torch.randn_like(latents) if noise is None else noise

@@ -249,7 +249,7 @@ def _written(name: str, text: str | bytes) -> Callable[[Path], object]:
 BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
     ([], lambda folder: (folder / "b.txt").unlink(), "b.webp has no caption; write what it shows into b.txt"),
     ([], _written("c.txt", " \n"), "c.txt is empty; write what c.png shows"),
-    ([], _written("c.txt", b"\xff\xfe\x00"), "c.txt is no text in UTF-8"),
+    ([], _written("c.txt", b"\xff\xfe\x00"), "c.txt is not UTF-8 text"),
     ([], _written("a.mkv", "no video" * 99), "a.mkv is no readable video"),
     ([], _written("c.png", "no picture"), "c.png is no readable image"),
     (["--frames", "13"], None, "are shorter than --frames 13 (a.mkv has 9, b.webp has 9)"),
@@ -290,4 +290,4 @@ def test_bad_input_is_one_sentence(folder, capsys, options, spoil, said):
 
 def test_a_missing_folder(capsys, tmp_path):
     assert cli.main(["train-lora", str(tmp_path / "none"), "-o", str(tmp_path / "a.safetensors")]) == 2
-    assert "none is no folder; give one with clips" in capsys.readouterr().err
+    assert "none is not a folder; give one with clips" in capsys.readouterr().err
