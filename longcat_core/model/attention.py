@@ -49,11 +49,11 @@ class SelfAttention(nn.Module):
         parts = ops.project(self.qkv, inputs.take(), 3)
         q, k, v = (part.flatten(1, 2).unflatten(-1, (self.num_heads, -1)) for part in parts)
         del parts
-        q = ops.norm_rope(q, self.q_norm, rope)
         if keep is None:
-            k = ops.norm_rope(k, self.k_norm, rope)
+            q, k = ops.norm_rope(q, self.q_norm, rope), ops.norm_rope(k, self.k_norm, rope)
         else:
-            k = self.k_norm(k)
+            # A cache keeps keys between norm and RoPE, as the definition has them.
+            q, k = apply_rope(self.q_norm(q), *rope), self.k_norm(k)
             keep(k, v)
             k = apply_rope(k, *rope)
         if cached is not None:
