@@ -79,10 +79,15 @@ def test_lora_is_merged_before_quantising(comfy, loaded, sample, empty, lora, me
     before, plain = weights(comfy, loaded), sample(empty, loaded)
     patched = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
     one = {"steps": 1, "guidance": 1.0}
-    out = sample(empty, patched, **one)
+    out, here = sample(empty, patched, **one), weights(comfy, patched)
     expected = comfy("LongCatModelLoader", model_name=merged, weight_dtype="fp8 rowwise")
-    assert error(sample(empty, loaded, **one), sample(empty, expected, **one)) > 0.1
-    assert error(sample(empty, expected, **one), out) < 1e-4
+    wanted, there = sample(empty, expected, **one), weights(comfy, expected)
+    # Processors add a LoRA in different orders, so now and then a number of e4m3 falls the other way; one of merging into
+    # quantized weights would differ everywhere.
+    changed = sum(int((before[name] != there[name]).sum()) for name in there)
+    differing = sum(int((here[name] != there[name]).sum()) for name in there)
+    assert changed > 1e5 and differing <= 1e-3 * changed
+    assert error(sample(empty, loaded, **one), wanted) > 0.1 > 10 * error(wanted, out)
     for strength in (0.3, 0.0):
         other = comfy("LoraLoaderModelOnly", model=patched, lora_name=lora, strength_model=strength)
         assert sample(empty, other).isfinite().all()
