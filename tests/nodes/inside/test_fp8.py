@@ -82,7 +82,7 @@ def test_lora_is_merged_before_quantising(comfy, loaded, sample, empty, lora, me
     out, here = sample(empty, patched, **one), weights(comfy, patched)
     expected = comfy("LongCatModelLoader", model_name=merged, weight_dtype="fp8 rowwise")
     wanted, there = sample(empty, expected, **one), weights(comfy, expected)
-    # Processors add a LoRA in different orders, so now and then a number of e4m3 falls the other way; one of merging into
+    # Processors add a LoRA in different orders, so now and then a number of e4m3 falls the other way. Merging into
     # quantized weights would differ everywhere.
     changed = sum(int((before[name] != there[name]).sum()) for name in there)
     differing = sum(int((here[name] != there[name]).sum()) for name in there)
