@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames
 from ..sampling.sampler import Step
+from .inputs import check_path, check_type, check_whole
 from .pipeline import Engine
 from .request import MAX_SEED, Defaults, GenerateRequest, check_text
 from .segments import Record, Segment, SegmentFolder, Settings, checksum
@@ -51,6 +52,9 @@ class LongVideoRequest:
 
     def filled(self, defaults: Defaults) -> LongVideoRequest:
         """A checked request without anything left to the model's defaults. Raises LongCatError."""
+        check_type("the first segment", self.first, GenerateRequest, "a GenerateRequest")
+        check_type("prompts", self.prompts, (tuple, list), "a tuple with one prompt a segment")
+        check_whole("the overlap", self.overlap)
         if not 1 <= len(self.prompts) <= MAX_SEGMENTS:
             raise LongCatError(f"{len(self.prompts)} segments are out of range; ask for 1 to {MAX_SEGMENTS}")
         if self.hand_off not in HAND_OFFS:
@@ -103,6 +107,9 @@ class LongVideoRequest:
 
 def spread_prompts(prompts: Sequence[str], segments: int | None) -> tuple[str, ...]:
     """One prompt a segment: the last is repeated for segments beyond it; by default there are as many as prompts."""
+    check_type("prompts", prompts, (tuple, list), "a list of prompts")
+    if segments is not None:
+        check_whole("the number of segments", segments)
     if not prompts:
         raise LongCatError('the prompt is empty; say what the video shows, such as "a red circle moves right"')
     count = len(prompts) if segments is None else segments
@@ -115,6 +122,7 @@ def spread_prompts(prompts: Sequence[str], segments: int | None) -> tuple[str, .
 
 def segment_folder(path: Any) -> SegmentFolder:
     """The folder of a long video: another prompt makes segments anew, any other change wants another folder."""
+    check_path("the folder of segments", path)
     return SegmentFolder(path, changing=("prompt",))
 
 

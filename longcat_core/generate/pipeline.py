@@ -7,9 +7,10 @@ import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from ..checkpoints.lora import Lora, check_loras
 from ..checkpoints.merged import MergedLoras
 from ..errors import CheckpointError, LongCatError
 from ..files.media import resize_and_crop
-from ..files.safetensors_io import fingerprint
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
 from ..optimize.attention import check as check_attention
@@ -32,11 +32,26 @@ from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, f
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
 from ..optimize.switches import Optimizations
-from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, last_frames, latent_shape, seeded_noise, to_pixels
+from ..sampling.conditioning import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    last_frames,
+    latent_frames,
+    latent_shape,
+    seeded_noise,
+    to_pixels,
+)
 from ..sampling.sampler import Callback, sample
 from ..sampling.schedules import Schedule, make_schedule
-from .request import NANO, RELEASED, Defaults, GenerateRequest
+from .inputs import check_callback, check_tensor, check_type, device_of, dtype_of, loras_of
+from .paths import NANO_MODEL as NANO_MODEL
+from .paths import NANO_TEXT_ENCODER as NANO_TEXT_ENCODER
+from .paths import NANO_VAE as NANO_VAE
+from .paths import NANO_WEIGHTS as NANO_WEIGHTS
+from .paths import ModelPaths
+from .request import RELEASED, Defaults, GenerateRequest
 from .text import TextEncoder, load_text_encoder
+from .turns import Turns
 from .vae import VideoVAE, load_vae
 
 if TYPE_CHECKING:
@@ -44,72 +59,6 @@ if TYPE_CHECKING:
 
 # Summed into the weights, which then cost nothing; or beside them, where strengths change at once.
 LoraMode = Literal["merged", "runtime"]
-
-NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
-NANO_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_bf16.safetensors"
-NANO_VAE = NANO_WEIGHTS / "vae" / "longcat_nano_vae_bf16.safetensors"
-NANO_TEXT_ENCODER = NANO_WEIGHTS / "text_encoders" / "longcat_nano_umt5_bf16.safetensors"
-
-
-@dataclass(frozen=True)
-class ModelPaths:
-    """Where the three parts lie: each a safetensors file or a folder of the official form. Defaults: the nano model."""
-
-    model: Path = NANO_MODEL
-    vae: Path = NANO_VAE
-    text_encoder: Path = NANO_TEXT_ENCODER
-
-    @classmethod
-    def of(
-        cls,
-        model: str | Path | None = None,
-        vae: str | Path | None = None,
-        text_encoder: str | Path | None = None,
-    ) -> ModelPaths:
-        """Fill in what is not named: the nano model, or the folders of the official root that `model` is.
-
-        Raises CheckpointError for a VAE or text encoder without a model and the other way round.
-        """
-        if model is None and vae is None and text_encoder is None:
-            paths = cls()
-        elif model is None:
-            raise CheckpointError("a VAE or text encoder is given without a model; give --model too, or none of them")
-        else:
-            root = Path(model)
-            for name, given in (("vae", vae), ("text_encoder", text_encoder)):
-                if given is None and root.exists() and not (root / name).is_dir():
-                    option = f"--{name.replace('_', '-')}"
-                    raise CheckpointError(f"{root} has no folder {name}; give LongCat-Video's folder or use {option}")
-            # The official root holds tokenizer/ beside text_encoder/, so the root itself stands for both.
-            paths = cls(root, Path(vae or root / "vae"), Path(text_encoder or root))
-        return paths
-
-    def check(self) -> None:
-        """Raise CheckpointError unless all three exist."""
-        for what, path in (("model", self.model), ("VAE", self.vae), ("text encoder", self.text_encoder)):
-            if path.exists():
-                continue
-            remedy = "reinstall, or run longcat train-nano" if self.is_nano else "give a file or LongCat-Video's folder"
-            raise CheckpointError(f"{what} {path} does not exist; {remedy}")
-
-    def fingerprints(self) -> dict[str, str]:
-        """What tells these models from others, by part."""
-        folders = {"model": ("dit",), "vae": (), "text_encoder": ("text_encoder",)}
-        found = {}
-        for part, names in folders.items():
-            path = getattr(self, part)
-            # The official root stands for more than one part.
-            inner = next((path / name for name in names if (path / name).is_dir()), path)
-            found[part] = fingerprint(inner)
-        return found
-
-    @property
-    def is_nano(self) -> bool:
-        return self.model.resolve() == NANO_MODEL.resolve()
-
-    @property
-    def defaults(self) -> Defaults:
-        return NANO if self.is_nano else RELEASED
 
 
 @dataclass(frozen=True)
@@ -180,7 +129,27 @@ class Engine(ABC):
         encoding those. Warns (UserWarning) where the text is longer than the model reads. Raises LongCatError for bad
         requests.
         """
+        check_type("the request", request, GenerateRequest, "a GenerateRequest")
+        check_callback(callback)
         request = request.filled(self.defaults)
+        if handed is not None:
+            self._check_handed(request, handed)
+        with self.turn():
+            return self._generate(request, callback, handed)
+
+    def turn(self) -> AbstractContextManager[None]:
+        """What is held while a request runs, so that no other thread runs one."""
+        return nullcontext()
+
+    def _check_handed(self, request: GenerateRequest, handed: Tensor) -> None:
+        """Raise LongCatError unless `handed` holds the latents of a filled request's given frames but the first."""
+        if request.cond_frames < 2:
+            raise LongCatError("latents are handed in without a clip that they belong to; give its frames too")
+        _, _, height, width = latent_shape(request.frames, request.height, request.width, self.channels)
+        count = latent_frames(request.cond_frames) - 1
+        check_tensor("the handed latents", handed, (1, self.channels, count, height, width))
+
+    def _generate(self, request: GenerateRequest, callback: Callback | None, handed: Tensor | None) -> Generation:
         shape = latent_shape(request.frames, request.height, request.width, self.channels)
         latents = self.denoise(
             seeded_noise((1, *shape), request.seed),
@@ -296,13 +265,14 @@ class Pipeline(Engine):
     # Where what lies, and that in words for a user, if it is not as usual.
     plan: Plan = field(default_factory=Plan)
     told: str = ""
+    _turns: Turns = field(default_factory=Turns, init=False, repr=False, compare=False)
 
     @classmethod
     def load(
         cls,
         paths: ModelPaths | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         optimizations: Optimizations | None = None,
         fp8: bool = False,
@@ -318,11 +288,18 @@ class Pipeline(Engine):
         work: the largest sampling to come, for which the fastest plan that fits a GPU's free memory is made; None: all
         parts lie on the device. least: what is asked of the plan in any case; memory: bytes that it may need at most.
 
-        Raises LongCatError for files that do not fit the network or each other.
+        A pipeline may be used from several threads: each call waits for those of other threads.
+
+        Raises LongCatError for files that do not fit the network or each other, and for arguments of other types.
         """
-        paths = paths or ModelPaths()
+        paths = ModelPaths() if paths is None else paths
+        check_type("paths", paths, ModelPaths, "ModelPaths.of(model)")
+        dtype, device, loras = dtype_of(dtype), device_of(device), loras_of(lora)
+        optimizations = Optimizations() if optimizations is None else optimizations
+        check_type("optimizations", optimizations, Optimizations, "an Optimizations")
+        if lora_mode not in get_args(LoraMode):
+            raise LongCatError(f"unknown LoRA mode {lora_mode!r}; choose one of {', '.join(get_args(LoraMode))}")
         paths.check()
-        optimizations = optimizations or Optimizations()
         check_attention(optimizations.attention)
         # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
         checkpoint = open_checkpoint(paths.model)
@@ -331,9 +308,7 @@ class Pipeline(Engine):
             raise LongCatError(
                 f"{least.streamed} blocks are to wait in CPU memory, the model has {config.depth}; give fewer"
             )
-        loras = [(lora, 1.0)] if isinstance(lora, str | Path) else list(lora or ())
         check_loras(loras)
-        device = torch.device(device)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype)
         if text_encoder.channels != config.caption_channels:
@@ -367,11 +342,29 @@ class Pipeline(Engine):
     def channels(self) -> int:
         return self.model.config.in_channels
 
+    def turn(self) -> AbstractContextManager[None]:
+        return self._turns.take()
+
+    def set_loras(self, lora: str | Path | Sequence[Lora] | None = None) -> None:
+        """Exchange the LoRAs for these, as `load` takes them; None: take all out. Only where `load` made the pipeline.
+
+        Raises LongCatError for files that are not LoRAs of this network; the network is then what it was.
+        """
+        loras = loras_of(lora)
+        if self.loras is None:
+            raise LongCatError("this pipeline was not made by Pipeline.load, so its LoRAs cannot be exchanged")
+        with self.turn():
+            self.loras.set(loras)
+
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._tiled_if_need_be(self.vae.encode, pixels)
+        check_tensor("the video", pixels, (None, 3, None, None, None))
+        with self.turn():
+            return self._tiled_if_need_be(self.vae.encode, pixels)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        frames = self._tiled_if_need_be(self.vae.decode, latents)
+        check_tensor("the latents", latents, (None, self.channels, None, None, None))
+        with self.turn():
+            frames = self._tiled_if_need_be(self.vae.decode, latents)
         return frames[0].mul(255).round().to("cpu", torch.uint8).numpy()
 
     def _tiled_if_need_be(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -414,37 +407,44 @@ class Pipeline(Engine):
         block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        start = noise
+        check_callback(callback)
+        check_tensor("the noise", noise, (None, self.channels, None, None, None))
         if clean is not None:
-            share = schedule.timesteps[0] / 1000
-            start = (1 - share) * clean + share * noise.to(clean)
-        context, mask = self._text("prompt", prompt)
-        negative = (None, None)
-        if guidance_scale != 1:
-            negative = self._text("negative prompt", negative_prompt)
-        before, self.model.block_sparse = self.model.block_sparse, block_sparse
-        try:
-            return sample(
-                self.model,
-                start,
-                schedule,
-                context,
-                mask,
-                negative_context=negative[0],
-                negative_mask=negative[1],
-                guidance_scale=guidance_scale,
-                cond_latents=cond_latents,
-                kv_cache=kv_cache,
-                step_cache=step_cache,
-                offload_kv_cache=self.plan.offload_kv_cache,
-                make_room=lambda: self._make_room(guidance_scale != 1),
-                callback=callback,
-            )
-        finally:
-            self.model.block_sparse = before
-            if self.model.stream is not None:
-                # The VAE is next.
-                self.model.stream.rest()
+            check_tensor("the clean latents", clean, tuple(noise.shape))
+        if cond_latents is not None:
+            check_tensor("the conditioning latents", cond_latents, (None, self.channels, None, None, None))
+        with self.turn():
+            start = noise
+            if clean is not None:
+                share = schedule.timesteps[0] / 1000
+                start = (1 - share) * clean + share * noise.to(clean)
+            context, mask = self._text("prompt", prompt)
+            negative = (None, None)
+            if guidance_scale != 1:
+                negative = self._text("negative prompt", negative_prompt)
+            before, self.model.block_sparse = self.model.block_sparse, block_sparse
+            try:
+                return sample(
+                    self.model,
+                    start,
+                    schedule,
+                    context,
+                    mask,
+                    negative_context=negative[0],
+                    negative_mask=negative[1],
+                    guidance_scale=guidance_scale,
+                    cond_latents=cond_latents,
+                    kv_cache=kv_cache,
+                    step_cache=step_cache,
+                    offload_kv_cache=self.plan.offload_kv_cache,
+                    make_room=lambda: self._make_room(guidance_scale != 1),
+                    callback=self._turns.guard(callback),
+                )
+            finally:
+                self.model.block_sparse = before
+                if self.model.stream is not None:
+                    # The VAE is next.
+                    self.model.stream.rest()
 
     def _text(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
         context, mask = self.text_encoder.encode([prompt])

@@ -26,6 +26,7 @@ from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels, video_frames
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
+from .inputs import check_callback, check_path, check_type, check_whole
 from .pipeline import Engine, check_finite
 from .request import MAX_FPS, MAX_SEED, Defaults, check_number, check_seed, check_side, check_text
 from .segments import Segment, SegmentFolder, Settings, checksum
@@ -94,6 +95,11 @@ class RefineRequest:
     def check(self) -> None:
         """Raises LongCatError for values that no video can be refined with."""
         check_text("prompt", self.prompt)
+        for name, value in (("steps", self.steps), ("piece", self.piece), ("overlap", self.overlap)):
+            check_whole(name, value)
+        check_type("doubled", self.doubled, bool, "True or False")
+        if self.block_sparse is not None:
+            check_type("block_sparse", self.block_sparse, BlockSparse, "a BlockSparse or None")
         make_schedule("refine", self.steps)
         check_number("fps", self.fps, 1.0, MAX_FPS)
         check_seed(self.seed)
@@ -200,6 +206,7 @@ class Piece:
 
 def check_video(video: np.ndarray) -> None:
     """Raise LongCatError unless `video` is uint8 [F, H, W, 3]."""
+    check_type("the video to refine", video, np.ndarray, "uint8 frames [F, H, W, 3]")
     if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not video.size:
         raise LongCatError(f"the video to refine is {video.dtype} {list(video.shape)}; give uint8 frames [F, H, W, 3]")
 
@@ -215,6 +222,9 @@ def refine(
     callback: called after each step with the piece's number, how many there are, and the step. The same request gives
     the same frames on one machine, bit for bit. Raises LongCatError for input that does not fit.
     """
+    check_type("the engine", engine, Engine, "a Pipeline")
+    check_type("the request", request, RefineRequest, "a RefineRequest")
+    check_callback(callback)
     request.check()
     check_video(video)
     before: np.ndarray | None = None
@@ -297,4 +307,5 @@ def refine_in_folder(
 
 def piece_folder(path: Any) -> SegmentFolder:
     """The folder of a video's refined pieces."""
+    check_path("the folder of pieces", path)
     return SegmentFolder(path, changing=("source",))

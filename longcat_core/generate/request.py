@@ -17,6 +17,7 @@ from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
+from .inputs import check_path, check_type
 
 # A token is 2x2 latents, a latent 8x8 pixels.
 SIDE_MULTIPLE = 2 * SPATIAL_FACTOR
@@ -82,6 +83,11 @@ class GenerateRequest:
             raise LongCatError('the prompt is empty; say what the video shows, such as "a red circle moves right"')
         if self.image is not None and self.video is not None:
             raise LongCatError("both an image and a video are given; give the one to begin with or to continue")
+        for name, path in (("image", self.image), ("video", self.video)):
+            if path is not None:
+                check_path(f"the path of the {name}", path)
+        if self.schedule is not None:
+            check_type("the schedule", self.schedule, str, f"one of {', '.join(SCHEDULES)}")
         _check_cond_frames(self.num_cond_frames)
         given = self.given if self.given is not None else self._read()
         _check_given(given)
@@ -218,6 +224,7 @@ def check_seed(seed: int) -> None:
 def _check_given(frames: np.ndarray | None) -> None:
     if frames is None:
         return
+    check_type("what is given", frames, np.ndarray, "frames as a uint8 array [F, H, W, 3]")
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise LongCatError(f"given frames are {frames.dtype} {list(frames.shape)}; give uint8 [F, H, W, 3]")
 

@@ -1,0 +1,81 @@
+"""Where a model's three parts lie; the nano model's, which come with the pack, are the defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..files.safetensors_io import fingerprint
+from .inputs import check_path, check_type
+from .request import NANO, RELEASED, Defaults
+
+NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
+NANO_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_bf16.safetensors"
+NANO_VAE = NANO_WEIGHTS / "vae" / "longcat_nano_vae_bf16.safetensors"
+NANO_TEXT_ENCODER = NANO_WEIGHTS / "text_encoders" / "longcat_nano_umt5_bf16.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """Where the three parts lie: each a safetensors file or a folder of the official form. Defaults: the nano model."""
+
+    model: Path = NANO_MODEL
+    vae: Path = NANO_VAE
+    text_encoder: Path = NANO_TEXT_ENCODER
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path | None = None,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+    ) -> ModelPaths:
+        """Fill in what is not named: the nano model, or the folders of the official root that `model` is.
+
+        Raises CheckpointError for a VAE or text encoder without a model and the other way round.
+        """
+        for name, given in (("model", model), ("VAE", vae), ("text encoder", text_encoder)):
+            if given is not None:
+                check_path(f"the path of the {name}", given)
+        if model is None and vae is None and text_encoder is None:
+            paths = cls()
+        elif model is None:
+            raise CheckpointError("a VAE or text encoder is given without a model; give --model too, or omit both")
+        else:
+            root = Path(model)
+            for name, given in (("vae", vae), ("text_encoder", text_encoder)):
+                if given is None and root.exists() and not (root / name).is_dir():
+                    option = f"--{name.replace('_', '-')}"
+                    raise CheckpointError(f"{root} has no folder {name}; give LongCat-Video's folder or use {option}")
+            # The official root holds tokenizer/ beside text_encoder/, so the root itself stands for both.
+            paths = cls(root, Path(vae or root / "vae"), Path(text_encoder or root))
+        return paths
+
+    def check(self) -> None:
+        """Raise CheckpointError unless all three exist."""
+        for what, path in (("model", self.model), ("VAE", self.vae), ("text encoder", self.text_encoder)):
+            check_type(f"the path of the {what}", path, Path, "a pathlib.Path, or use ModelPaths.of")
+            if path.exists():
+                continue
+            remedy = "reinstall, or run longcat train-nano" if self.is_nano else "give a file or LongCat-Video's folder"
+            raise CheckpointError(f"{what} {path} does not exist; {remedy}")
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells these models from others, by part."""
+        folders = {"model": ("dit",), "vae": (), "text_encoder": ("text_encoder",)}
+        found = {}
+        for part, names in folders.items():
+            path = getattr(self, part)
+            # The official root stands for more than one part.
+            inner = next((path / name for name in names if (path / name).is_dir()), path)
+            found[part] = fingerprint(inner)
+        return found
+
+    @property
+    def is_nano(self) -> bool:
+        return self.model.resolve() == NANO_MODEL.resolve()
+
+    @property
+    def defaults(self) -> Defaults:
+        return NANO if self.is_nano else RELEASED
