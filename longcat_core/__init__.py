@@ -1,6 +1,86 @@
 """LongCat-Video without a user interface: network, checkpoints, sampling, tasks, training, benchmark.
 
-Importing this package imports nothing heavy, downloads nothing and prints nothing.
+The names in `__all__` are the Python interface; docs/python.md explains them. Importing this package imports nothing
+heavy, downloads nothing and prints nothing: each name is imported when it is first used.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import BackendUnavailable, CheckpointError, LongCatError
+    from .files.media import read_image, read_video, write_video
+    from .generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
+    from .generate.paths import ModelPaths
+    from .generate.pipeline import Generation, Pipeline
+    from .generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
+    from .generate.request import GenerateRequest, work_of
+    from .optimize.block_sparse import BlockSparse
+    from .optimize.plan import Plan, Work
+    from .optimize.switches import Optimizations
+    from .sampling.sampler import Interrupted, Step
+    from .sampling.schedules import Schedule, make_schedule
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "BlockSparse",
+    "CheckpointError",
+    "GenerateRequest",
+    "Generation",
+    "Interrupted",
+    "LongCatError",
+    "LongVideoRequest",
+    "ModelPaths",
+    "Optimizations",
+    "Pipeline",
+    "Plan",
+    "RefineRequest",
+    "Schedule",
+    "Step",
+    "Work",
+    "__version__",
+    "long_video",
+    "make_schedule",
+    "new_frames",
+    "piece_folder",
+    "read_image",
+    "read_video",
+    "refine",
+    "refine_in_folder",
+    "segment_folder",
+    "spread_prompts",
+    "work_of",
+    "write_video",
+]
+
+# Where each name lives, for `__getattr__`; the imports above say the same to type checkers.
+_HOMES = {
+    "errors": ("BackendUnavailable", "CheckpointError", "LongCatError"),
+    "files.media": ("read_image", "read_video", "write_video"),
+    "generate.long_video": ("LongVideoRequest", "long_video", "new_frames", "segment_folder", "spread_prompts"),
+    "generate.paths": ("ModelPaths",),
+    "generate.pipeline": ("Generation", "Pipeline"),
+    "generate.refine": ("RefineRequest", "piece_folder", "refine", "refine_in_folder"),
+    "generate.request": ("GenerateRequest", "work_of"),
+    "optimize.block_sparse": ("BlockSparse",),
+    "optimize.plan": ("Plan", "Work"),
+    "optimize.switches": ("Optimizations",),
+    "sampling.sampler": ("Interrupted", "Step"),
+    "sampling.schedules": ("Schedule", "make_schedule"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,117 @@
+"""What a script relies on: the names of longcat_core, sentences for wrong types, threads that share a pipeline."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import longcat_core as longcat
+
+PROMPT = "a red circle moves right on a blue background"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> longcat.Pipeline:
+    return longcat.Pipeline.load()
+
+
+def request(**values) -> longcat.GenerateRequest:
+    return longcat.GenerateRequest(**{"prompt": PROMPT, "frames": 5, "steps": 2, **values})
+
+
+def test_importing_shows_the_interface_and_stays_light():
+    code = (
+        "import sys, longcat_core as l; assert dir(l) == sorted(l.__all__), dir(l); "
+        "assert not {'torch', 'numpy'} & sys.modules.keys(); [getattr(l, name) for name in l.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="no attribute 'pipelines'"):
+        longcat.pipelines  # noqa: B018
+
+
+WRONG = {
+    "paths": (lambda _: longcat.Pipeline.load("model"), "paths cannot be of type str; give ModelPaths.of"),
+    "path of text": (lambda _: longcat.Pipeline.load(longcat.ModelPaths("model")), "give a pathlib.Path"),
+    "path of a number": (lambda _: longcat.ModelPaths.of(3), "the path of the model cannot be of type int"),
+    "dtype": (lambda _: longcat.Pipeline.load(dtype="float8"), "unknown dtype 'float8'; choose one of float32"),
+    "integer dtype": (lambda _: longcat.Pipeline.load(dtype=torch.int8), "unknown dtype torch.int8"),
+    "device": (lambda _: longcat.Pipeline.load(device="gpu"), "unknown device 'gpu'; choose cpu"),
+    "device not there": (lambda _: longcat.Pipeline.load(device="cuda:99"), "device 'cuda:99' is missing"),
+    "device of another kind": (lambda _: longcat.Pipeline.load(device="meta"), "'meta' is not supported"),
+    "LoRA": (lambda _: longcat.Pipeline.load(lora=5), "lora cannot be of type int"),
+    "LoRA without strength": (lambda _: longcat.Pipeline.load(lora=[("a",)]), "not a pair of path and strength"),
+    "strength of text": (lambda p: p.set_loras([("a", "0.5")]), "not a pair of path and strength"),
+    "LoRA mode": (lambda _: longcat.Pipeline.load(lora_mode="both"), "unknown LoRA mode 'both'"),
+    "request": (lambda p: p.generate(PROMPT), "the request cannot be of type str"),
+    "prompt": (lambda p: p.generate(request(prompt=[PROMPT])), "the prompt is a list"),
+    "frames": (lambda p: p.generate(request(frames=5.0)), r"5\.0 frames are out of range"),
+    "image": (lambda p: p.generate(request(image=3)), "the path of the image cannot be of type int"),
+    "given": (lambda p: p.generate(request(given=[1])), "what is given cannot be of type list"),
+    "schedule": (lambda p: p.generate(request(schedule=3)), "the schedule cannot be of type int"),
+    "callback": (lambda p: p.generate(request(), 3), "the callback cannot be of type int"),
+    "noise": (lambda p: p.denoise(torch.zeros(1, 3, 2, 8, 12), None, PROMPT), r"the noise cannot be .* \[1, 3"),
+    "latents of integers": (lambda p: p.decode(torch.zeros(1, 16, 2, 8, 12, dtype=torch.int64)), "torch.int64"),
+    "no latents": (lambda p: p.decode(np.zeros(3)), "the latents cannot be of type ndarray"),
+    "handed": (
+        lambda p: p.generate(
+            request(frames=9, given=np.zeros((5, 64, 96, 3), np.uint8), num_cond_frames=5),
+            handed=torch.zeros(1, 16, 2, 8, 12),
+        ),
+        r"the handed latents cannot be torch.float32 \[1, 16, 2, 8, 12\]; give .* \[1, 16, 1, 8, 12\]",
+    ),
+    "handed alone": (lambda p: p.generate(request(), handed=torch.zeros(1, 16, 1, 8, 12)), "give its frames too"),
+    "prompts": (lambda _: longcat.spread_prompts(PROMPT, 2), "prompts cannot be of type str"),
+    "folder": (lambda _: longcat.segment_folder(3), "the folder of segments cannot be of type int"),
+    "video to refine": (lambda p: list(longcat.refine(p, [1], longcat.RefineRequest())), "cannot be of type list"),
+    "piece": (lambda _: longcat.RefineRequest(piece=93.0).check(), r"piece cannot be 93\.0; give a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_types_get_a_sentence(pipeline, case):
+    call, sentence = WRONG[case]
+    with pytest.raises(longcat.LongCatError, match=sentence):
+        call(pipeline)
+
+
+def test_two_threads_get_the_frames_that_each_gets_alone(pipeline):
+    requests = [request(seed=1), request(seed=2, prompt="a green square moves up on a black background")]
+    alone = [pipeline.generate(each).frames for each in requests]
+    found: list = [None, None]
+    start, running, overlaps = threading.Barrier(2), set(), []
+
+    def run(number: int) -> None:
+        def watch(step: longcat.Step) -> None:
+            running.add(number)
+            overlaps.append(len(running))
+            if step.index == step.total - 1:
+                running.discard(number)
+
+        start.wait()
+        found[number] = pipeline.generate(requests[number], watch).frames
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert overlaps == [1] * 4
+    assert all(np.array_equal(*pair) for pair in zip(found, alone, strict=True))
+
+
+def test_a_callback_that_uses_its_pipeline_is_refused_and_the_pipeline_stays_usable(pipeline):
+    wanted = pipeline.generate(request()).frames
+    for use in (lambda: pipeline.generate(request()), pipeline.set_loras):
+        with pytest.raises(longcat.LongCatError, match="a callback uses the pipeline that is calling it"):
+            pipeline.generate(request(), lambda step, use=use: use())
+    found: list = []
+    # The lock is free again for other threads too.
+    thread = threading.Thread(target=lambda: found.append(pipeline.generate(request()).frames), daemon=True)
+    thread.start()
+    thread.join(timeout=120)
+    assert len(found) == 1 and np.array_equal(found[0], wanted)
