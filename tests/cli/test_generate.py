@@ -21,6 +21,7 @@ from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
 from longcat_core.files import media
+from longcat_core.generate import paths as model_paths
 from longcat_core.generate import pipeline
 from longcat_core.generate.pipeline import Generation, ModelPaths
 from longcat_core.generate.request import GenerateRequest
@@ -38,7 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("NANO_MODEL", "NANO_VAE", "NANO_TEXT_ENCODER"):
         (weights / f"{name}.safetensors").touch()
     paths = [weights / f"{name}.safetensors" for name in ("NANO_MODEL", "NANO_VAE", "NANO_TEXT_ENCODER")]
-    monkeypatch.setattr(pipeline, "NANO_MODEL", paths[0])
+    for module in (pipeline, model_paths):
+        monkeypatch.setattr(module, "NANO_MODEL", paths[0])
     monkeypatch.setattr(ModelPaths.__init__, "__defaults__", tuple(paths))
 
     def load(*_: Any, **__: Any) -> None:

@@ -89,11 +89,12 @@ def test_a_seed_is_a_lora_bit_for_bit_and_options_change_it(train):
 def test_gradient_checkpointing_and_compiled_blocks_train_the_same(train, monkeypatch):
     from longcat_core.model.block import run_block
     from longcat_core.optimize.compilation import Regional
+    from longcat_core.optimize.execution import Execution
 
     plain = train("a", optimizations=Optimizations(attention="sdpa"))
     again = train("b", optimizations=Optimizations(attention="sdpa", gradient_checkpointing=True))
     graphs = Regional(run_block, "the block", "aot_eager")
-    monkeypatch.setattr(train_lora.LongCatTransformer, "compiled_block", graphs)
+    monkeypatch.setattr(Execution, "compiled_block", graphs)
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="compiling the block"):
         compiled = train("c", replace(RECIPE, steps=2), optimizations=Optimizations(attention="sdpa", compile="blocks"))
@@ -183,7 +184,7 @@ def test_more_steps_go_on_and_other_settings_do_not(train, tmp_path):
     with pytest.raises(LongCatError, match=r"b\.safetensors exists, without b\.state\.safetensors"):
         train("b")
     write_safetensors(tmp_path / "c.state.safetensors", {"a": torch.ones(1)})
-    with pytest.raises(LongCatError, match=r"c\.state\.safetensors is no state"):
+    with pytest.raises(LongCatError, match=r"c\.state\.safetensors is not a training state"):
         train("c")
 
 
