@@ -99,9 +99,10 @@ def part(name: str) -> Part:
 
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
     """Run one part, or all. Bad input raises LongCatError before a model is made; a failing variant becomes a row."""
+    from ..files.places import check_new_folder
     from ..measure.charts import require_pillow
     from ..measure.clock import Budget
-    from ..measure.results import check_folder, commit, machine
+    from ..measure.results import commit, machine
     from ..optimize import attention
     from .parts import profile
     from .workload import FULL_RANDOM, NANO, Size
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     size.latents()
     if args.model not in (FULL_RANDOM, NANO) and not Path(args.model).exists():
         raise LongCatError(f"--model {args.model} does not exist; give nano, full-random or the path of a checkpoint")
-    check_folder(args.output)
+    check_new_folder(args.output, "results.json")
     if not args.no_plots:
         require_pillow(", or give --no-plots and draw them elsewhere with longcat bench report")
     known = {"machine": machine(device), "commit": commit()}
@@ -197,7 +198,7 @@ class Job:
 
     def finish(self, report: Report) -> None:
         """Print the table; write the file and its charts."""
-        from ..files.media import atomic_path
+        from ..files.atomic import atomic_path
         from ..measure.results import say, table
 
         record = part(report.content["kind"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import LongCatError
-from ..files.media import atomic_path
+from ..files.atomic import atomic_path
 from ..measure.charts import require_pillow
 from ..measure.results import name_of, read
 from .bench import PAGE, part

@@ -439,7 +439,7 @@ def _write(
 def _write_page(
     path: Path, fidelity: Fidelity, content: dict[str, Any], pictures: dict[str, Image.Image], prefix: str
 ) -> None:
-    from ..files.media import atomic_path
+    from ..files.atomic import atomic_path
 
     for name, picture in pictures.items():
         with atomic_path(path.with_name(prefix + name)) as temporary:

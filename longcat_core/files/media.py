@@ -1,15 +1,9 @@
-"""Pictures and videos: read, fitted to a size, written whole or not at all. Frames are uint8 [F, H, W, 3], RGB."""
+"""Read, resize and write pictures and videos. Frames are uint8 [F, H, W, 3], RGB."""
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from importlib import import_module
 from itertools import chain, islice, pairwise
@@ -19,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from ..errors import LongCatError
+from .atomic import atomic_path, reason
+from .places import check_place, check_suffix
 
 Frames = np.ndarray
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webp", ".gif")
 CRF = 16  # of H.264: visually lossless
-# By its macroblock tree x264 makes other files of equal frames from run to run, at any number of threads.
+# With its macroblock tree x264 encodes equal frames differently from run to run, at any number of threads.
 X264_PARAMS = "mbtree=0"
 
-# BT.709, limited range: what players assume of H.264 at any size once the stream says so.
+# BT.709, limited range: written into the stream, so that players do not guess by the size.
 _BT709, _LIMITED_RANGE = 1, 1
 
 
@@ -45,34 +41,17 @@ def _package(module: str) -> Any:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix, moved there on success and removed on any exception.
-
-    Raises LongCatError where the file system refuses (no space, no permission).
-    """
-    # A link is written through, not replaced.
-    path = path.resolve()
-    temporary = path.with_name(f".{path.stem[:64]}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise LongCatError(f"{path} could not be written ({_reason(error)}); choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_video(path: str | Path, frames: Frames | Iterable[Frames], fps: float) -> None:
     """Write frames as .mp4 (H.264, yuv420p, BT.709), .mkv (FFV1, lossless), .webp (animated, lossless) or .gif (256
-    colours a frame).
+    colors per frame).
 
-    The form follows the suffix. frames: uint8 [F, H, W, 3], or clips of that form one after the other, of which .mp4
-    and .mkv keep one at a time in memory. fps: frames per second; .gif and .webp round each frame's end to 10 ms and
-    1 ms. Raises LongCatError for an unknown suffix, frames of another form, or odd sides in an .mp4.
+    The suffix selects the format. frames: uint8 [F, H, W, 3], or an iterable of such clips, of which .mp4 and .mkv hold
+    one at a time in memory. fps: frames per second; .gif and .webp round the end of each frame to 10 ms and 1 ms.
+    Raises LongCatError for an unknown suffix, frames of another shape or dtype, or odd sides in an .mp4.
     """
     path = Path(path)
-    suffix = _video_suffix(path)
+    check_video_name(path)
+    suffix = path.suffix.lower()
     clips = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = next(clips, np.empty((0, 0, 0, 3), np.uint8))
     if not len(first):
@@ -90,16 +69,14 @@ def write_video(path: str | Path, frames: Frames | Iterable[Frames], fps: float)
 def _pictures(clips: Iterable[Frames], shape: tuple[int, ...]) -> Iterator[Frames]:
     for clip in clips:
         if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8 or clip.shape[1:] != shape:
-            raise LongCatError(
-                f"frames are {clip.dtype} {list(clip.shape)}; a video takes uint8 [F, H, W, 3], all of one size"
-            )
+            raise LongCatError(f"frames are {clip.dtype} {list(clip.shape)}; give uint8 [F, H, W, 3], all of one size")
         yield from clip
 
 
 def _write_stream(path: Path, pictures: Iterable[Frames], size: tuple[int, int], fps: float, *, lossless: bool) -> None:
     av = _package("av")
     form, codec = ("matroska", "ffv1") if lossless else ("mp4", "libx264")
-    # Equal frames make equal files: no date, no version of the writer.
+    # Neither a date nor the writer's version, so that equal frames give equal files.
     options = {"fflags": "+bitexact"} if lossless else {"movflags": "+faststart"}
     with av.open(str(path), "w", format=form, options=options) as container:
         try:
@@ -124,7 +101,7 @@ def _write_stream(path: Path, pictures: Iterable[Frames], size: tuple[int, int],
 def _write_animation(path: Path, frames: Iterable[Frames], fps: float) -> None:
     image = _package("PIL.Image")
     pictures = [image.fromarray(frame) for frame in frames]
-    # Ends are rounded, not durations, so that no error adds up.
+    # Round the ends rather than the durations, so that errors do not add up.
     unit = 10 if path.suffix.lower() == ".gif" else 1
     ends = [unit * round(1000 * i / fps / unit) for i in range(len(pictures) + 1)]
     durations = [max(unit, b - a) for a, b in pairwise(ends)]
@@ -142,12 +119,12 @@ def contact_sheet(
     count: int = 12,
     cell_width: int = 280,
 ) -> None:
-    """Write a .png of up to `count` evenly spaced frames with number and time under each and the prompt under all.
+    """Write a .png of up to `count` evenly spaced frames, each with its number and time, and the prompt below.
 
-    Small frames are enlarged by whole factors, pixel by pixel, to about `cell_width` pixels; large ones are reduced.
+    Small frames are enlarged by a whole factor without smoothing, to about `cell_width` pixels; large ones are reduced.
     """
     path = Path(path)
-    _sheet_suffix(path)
+    check_sheet_name(path)
     image, draw_on, fonts = _package("PIL.Image"), _package("PIL.ImageDraw"), _package("PIL.ImageFont")
     picked = sorted({round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))})
     columns = min(columns, len(picked))
@@ -172,7 +149,7 @@ def contact_sheet(
 
 
 def cell_form(height: int, width: int, cell_width: int) -> tuple[tuple[int, int], Any]:
-    """(width, height) in pixels of a frame in a picture, and Pillow's filter for it: see `contact_sheet`."""
+    """(width, height) in pixels of a frame in a contact sheet, and the Pillow filter that resizes it."""
     resampling = _package("PIL.Image").Resampling
     if width <= cell_width:
         factor = max(1, round(cell_width / width))
@@ -181,7 +158,7 @@ def cell_form(height: int, width: int, cell_width: int) -> tuple[tuple[int, int]
 
 
 def wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
-    """Lines of `text` at most `width` wide; words break only where one alone is too long."""
+    """Lines of `text`, at most `width` wide; a word is broken only if it does not fit on a line."""
     lines, line = [], ""
     for word in text.split():
         while measure(word) > width:
@@ -195,40 +172,25 @@ def wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
     return [*lines, line] if line else lines
 
 
+def check_video_name(path: Path) -> None:
+    """Raise LongCatError unless the name of `path` says how a video is stored."""
+    check_suffix(path, VIDEO_SUFFIXES, why="; the ending selects the format")
+
+
+def check_sheet_name(path: Path) -> None:
+    """Raise LongCatError unless `path` is named as a contact sheet is."""
+    check_suffix(path, (".png",), "contact sheet")
+
+
 def check_output(path: str | Path, estimated_bytes: int, *, sheet: bool = False) -> None:
     """Raise LongCatError unless a video (or contact sheet) of about `estimated_bytes` can be written to `path`."""
     path = Path(path)
-    (_sheet_suffix if sheet else _video_suffix)(path)
+    (check_sheet_name if sheet else check_video_name)(path)
     check_place(path, estimated_bytes)
 
 
-def check_place(path: Path, estimated_bytes: int) -> None:
-    """Raise LongCatError unless a file of about `estimated_bytes` can be written to `path`."""
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise LongCatError(
-            f"{path} is a folder; give the name of a file in it, such as {path / ('video' + path.suffix)}"
-        )
-    if path.exists() and not path.is_file():
-        raise LongCatError(f"{path} is no regular file; choose another name")
-    if not folder.is_dir():
-        raise LongCatError(f"{path}: the folder {folder} does not exist; create it or choose another place")
-    try:
-        # Tried, not asked: permissions alone don't tell of read-only file systems.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise LongCatError(f"{path}: {folder} is not writable ({_reason(error)}); choose another place") from error
-    free = shutil.disk_usage(folder).free
-    if free < estimated_bytes:
-        raise LongCatError(
-            f"{path} may take {_megabytes(estimated_bytes)} but {folder} has {_megabytes(free)} free; "
-            "make room or choose another place"
-        )
-
-
 def estimate_bytes(path: str | Path, frames: int, height: int, width: int) -> int:
-    """A generous guess of a video's size on disk: lossless forms near their pixels' size, H.264 a fifth of it."""
+    """A generous estimate of a video's size on disk: lossless formats take their pixels' size, H.264 a fifth of it."""
     pixels = frames * height * width * 3
     return (pixels // 5 if Path(path).suffix.lower() == ".mp4" else pixels) + (1 << 20)
 
@@ -237,32 +199,34 @@ def estimate_bytes(path: str | Path, frames: int, height: int, width: int) -> in
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]: turned as its EXIF orientation says, transparency over black."""
+    """A picture as uint8 [H, W, 3], rotated by its EXIF orientation, transparency over black."""
     path = _existing(path, "image")
     image, operations = _package("PIL.Image"), _package("PIL.ImageOps")
     try:
         with image.open(path) as picture:
             return _rgb(operations.exif_transpose(picture))
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
-        raise LongCatError(f"{path} is no readable image ({_reason(error)}); give a PNG, JPEG or WebP") from error
+        raise LongCatError(f"{path} is not a readable image ({reason(error)}); give a PNG, JPEG or WebP") from error
 
 
 def read_video(path: str | Path, last: int | None = None, first: int | None = None) -> tuple[Frames, float]:
     """All frames of a video, or its last `last`, or its first `first`, and its frames per second.
 
-    .gif and .webp are read with Pillow, anything else with PyAV. Raises LongCatError for what neither can read.
+    Pillow reads .gif and .webp, PyAV everything else. Raises LongCatError for a file that cannot be read.
     """
     path = _existing(path, "video")
     read = _animation_frames if path.suffix.lower() in (".gif", ".webp") else _video_frames
     frames: deque[np.ndarray] = deque(maxlen=last)
     fps = 0.0
-    for frame, fps in islice(read(path), first):  # noqa: B007 - the last value is the clip's
+    for frame, fps in islice(read(path), first):  # noqa: B007 - the last value is that of the clip
         frames.append(frame)
     if not frames:
         raise LongCatError(f"{path} holds no video frames; give an .mp4, .webm, .gif or .webp")
     sizes = list(dict.fromkeys(f"{frame.shape[0]}x{frame.shape[1]}" for frame in frames))
     if len(sizes) > 1:
-        raise LongCatError(f"{path} changes its size from {sizes[0]} to {sizes[1]}; cut it where it does, or scale it")
+        raise LongCatError(
+            f"{path} changes its size from {sizes[0]} to {sizes[1]}; cut it there, or scale it to one size"
+        )
     return np.stack(frames), fps
 
 
@@ -280,16 +244,16 @@ def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
                 picture = frame.to_ndarray(format="rgb24")
                 yield np.rot90(picture, round(frame.rotation / 90) % 4), fps
                 end = (frame.pts or 0) + (frame.duration or 0)
-            # FFmpeg reads a file that is cut short without a complaint; a continuation would start at the wrong frame.
+            # FFmpeg reads a truncated file without complaint; a continuation would start at the wrong frame.
             missing = (stream.start_time or 0) + (stream.duration or 0) - end
             if missing * (stream.time_base or 0) > 2 / fps:
                 raise LongCatError(
-                    f"{path} is cut short, {float(missing * stream.time_base):.2f} s are missing; get it anew"
+                    f"{path} is cut short, {float(missing * stream.time_base):.2f} s are missing; get the whole file"
                 )
     except LongCatError:
         raise
     except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise LongCatError(f"{path} is no readable video ({_reason(error)}); give an .mp4 or .webm") from error
+        raise LongCatError(f"{path} is not a readable video ({reason(error)}); give an .mp4 or .webm") from error
 
 
 def _animation_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
@@ -298,24 +262,24 @@ def _animation_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
         with image.open(path) as animation:
             timed = [(_rgb(f), f.info.get("duration") or 67) for f in sequence.Iterator(animation)]
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
-        raise LongCatError(f"{path} is no readable animation ({_reason(error)}); give an .mp4 or .webm") from error
-    # Writers join equal frames into one that lasts longer; the shortest duration is the beat.
-    beat = min(duration for _, duration in timed)
-    repeated = [frame for frame, duration in timed for _ in range(max(1, round(duration / beat)))]
+        raise LongCatError(f"{path} is not a readable animation ({reason(error)}); give an .mp4 or .webm") from error
+    # Writers merge equal frames into one that lasts longer, so the shortest duration is that of one frame.
+    shortest = min(duration for _, duration in timed)
+    repeated = [frame for frame, duration in timed for _ in range(max(1, round(duration / shortest)))]
     fps = 1000 * len(repeated) / sum(duration for _, duration in timed)
     for frame in repeated:
         yield frame, fps
 
 
 def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [F, H, W, 3] or [H, W, 3] to the given sides: scaled to cover them, the overhang cut off evenly."""
+    """uint8 [F, H, W, 3] or [H, W, 3] resized to cover height x width, then cropped evenly on both sides."""
     if frames.ndim == 4:
         return np.stack([resize_and_crop(frame, height, width) for frame in frames])
     if frames.shape[:2] == (height, width):
         return frames
     image = _package("PIL.Image")
     scale = max(height / frames.shape[0], width / frames.shape[1])
-    # The box is the part of the source that stays, so that one resampling does both.
+    # The box is the part of the source that remains; passing it to resize crops and scales in one resampling.
     box_height, box_width = height / scale, width / scale
     top, left = (frames.shape[0] - box_height) / 2, (frames.shape[1] - box_width) / 2
     box = (max(0.0, left), max(0.0, top), left + box_width, top + box_height)
@@ -333,8 +297,8 @@ def _rgb(picture: Any) -> np.ndarray:
         # Pillow's own conversion clips at 255.
         return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if picture.mode in ("I", "F"):
-        # Pillow cuts them off at 255, whatever their numbers mean.
-        raise ValueError("its numbers have 32 bits; save it with 8 or 16")
+        # Pillow clips them at 255, regardless of their range.
+        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = image.alpha_composite(image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
@@ -348,26 +312,3 @@ def _existing(path: str | Path, what: str) -> Path:
     if not path.is_file():
         raise LongCatError(f"{what} {path} does not exist; give the path of a file")
     return path
-
-
-def _video_suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in VIDEO_SUFFIXES:
-        raise LongCatError(f"output {str(path)!r} must end in {', '.join(VIDEO_SUFFIXES)}; that says its form")
-    return suffix
-
-
-def _sheet_suffix(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise LongCatError(f"contact sheet {str(path)!r} must end in .png")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "no space left on the disk"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"

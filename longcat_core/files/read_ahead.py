@@ -1,4 +1,4 @@
-"""Files read by threads before their numbers are asked for."""
+"""Files that threads read before their numbers are needed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ THREADS = 3
 
 
 class ReadAhead:
-    """Results of jobs in their order, worked on by threads before they are asked for.
+    """Results of jobs in order, which threads compute before they are needed.
 
-    A disk is kept busy while what came from it is converted. Results lie in buffers that serve again.
+    The disk stays busy while earlier results are converted. Results lie in buffers that are reused.
     """
 
     def __init__(self, jobs: Iterable[tuple[Hashable, Callable[[Tensor], Tensor]]], count: int, size: int) -> None:
-        """jobs: (what is asked for, what reads it into a buffer). count: how many are read, or lie ready, at a time;
-        size: bytes of the buffers, into which not everything has to fit."""
+        """jobs: (key, function that reads the result into a buffer). count: results that are being read or wait at a
+        time; size: bytes of each buffer; a larger result takes memory of its own."""
         self._jobs, self._waiting = iter(jobs), deque()
         self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
         self._pool = ThreadPoolExecutor(THREADS, "longcat-read")
@@ -35,7 +35,8 @@ class ReadAhead:
             self._waiting.append((job[0], self._pool.submit(job[1], buffer), buffer))
 
     def take(self, wanted: Hashable) -> Tensor | None:
-        """The result of the next job, if that is what is wanted; valid until the next call. Raises what it raised."""
+        """The result of the next job if its key is `wanted`, else None; valid until the next call. Raises what the job
+        raised."""
         if not self._waiting or self._waiting[0][0] != wanted:
             return None
         if self._taken is not None:
@@ -44,6 +45,6 @@ class ReadAhead:
         return future.result()
 
     def close(self) -> None:
-        """Drop what nobody asked for."""
+        """Drop the results that were not taken."""
         self._waiting.clear()
         self._pool.shutdown(cancel_futures=True)

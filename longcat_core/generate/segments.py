@@ -12,23 +12,23 @@ keeps those after it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..files.atomic import atomic_folder, leftovers
+from ..files.differences import as_read, in_words
+from ..files.locks import held
 from ..files.media import read_video, write_video
 from ..files.safetensors_io import read_tensors, write_safetensors
 
@@ -38,8 +38,6 @@ LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.js
 LEFT_BY_BROWSING = (".DS_Store", "Thumbs.db", "desktop.ini")
 # Room that must be left on the disk beside a segment's own.
 SPARE_BYTES = 16 << 20
-# How many differing settings are told; between a long video and a refined one, nearly all differ.
-NAMED = 4
 
 Settings = dict[str, Any]
 
@@ -111,15 +109,11 @@ class SegmentFolder:
             if record is None:
                 continue
             kept = {name: value for name, value in record.settings.items() if name not in self.changing}
-            now = {name: value for name, value in _as_read(now).items() if name not in self.changing}
-            differing = [name for name in {**kept, **now} if kept.get(name) != now.get(name)]
-            if differing:
-                told = "; ".join(f"{name} {_told(kept.get(name), now.get(name))}" for name in differing[:NAMED])
-                if more := len(differing[NAMED:]):
-                    told += f"; {more} more"
+            now = {name: value for name, value in as_read(now).items() if name not in self.changing}
+            if words := in_words(kept, now):
                 raise LongCatError(
-                    f"{self.path} holds segments of other settings ({told}); give the same ones to go on, or another "
-                    "folder to begin anew"
+                    f"{self.path} holds segments of other settings ({words}); give the same ones to continue, or "
+                    "another folder to start over"
                 )
 
     @contextmanager
@@ -129,22 +123,19 @@ class SegmentFolder:
         Raises LongCatError where another run holds it.
         """
         made = not self.path.exists()
+        busy = f"another run is writing to {self.path}; wait for its end or name another folder"
+        stack = ExitStack()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / LOCK, timeout=0)
-            lock.acquire()
-        except Timeout as error:
-            raise LongCatError(
-                f"another run is writing to {self.path}; wait for its end or name another folder"
-            ) from error
+            stack.enter_context(held(self.path / LOCK, busy))
         except OSError as error:
             raise LongCatError(f"{self.path} cannot be written to ({error.strerror}); name another folder") from error
         try:
-            for leftover in (*self.path.glob(".segment-*.new"), *self.path.glob(".segment-*.old")):
-                shutil.rmtree(leftover, ignore_errors=True)
-            yield
+            with stack:
+                for leftover in leftovers(self.path, "segment-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                yield
         finally:
-            lock.release()
             with suppress(OSError):
                 if made and {entry.name for entry in self.path.iterdir()} <= {LOCK}:
                     (self.path / LOCK).unlink(missing_ok=True)
@@ -153,7 +144,7 @@ class SegmentFolder:
     def find(self, number: int, settings: Settings, before: str) -> Record | None:
         """The record of a segment that is there as wanted, made from the segment with content `before`, else None."""
         record = self._record(number)
-        if record is None or record.settings != _as_read(settings) or record.before != before:
+        if record is None or record.settings != as_read(settings) or record.before != before:
             return None
         folder = self._folder(number)
         for name in (LATENTS, FRAMES):
@@ -193,32 +184,19 @@ class SegmentFolder:
 
         Raises LongCatError where it cannot be written; the segments that were there stay.
         """
-        target = self._folder(number)
-        new, old = (self.path / f".{target.name}.{suffix}" for suffix in ("new", "old"))
         latents = latents.detach().to("cpu", torch.float32).contiguous()
         try:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            write_safetensors(new / LATENTS, {"latents": latents})
-            write_video(new / FRAMES, frames, fps)
-            files = {}
-            for name in (LATENTS, FRAMES):
-                with open(new / name, "rb") as file:
-                    files[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            content = checksum(latents.numpy(), frames)
-            record = Record(settings, before, content, len(frames), files, notes)
-            (new / RECORD).write_text(_dumps(record), encoding="utf-8")
-            for name in (LATENTS, FRAMES, RECORD):
-                _flush(new / name)
-            _flush(new)
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(target, old)
-            os.rename(new, target)
-            _flush(self.path)
-            shutil.rmtree(old, ignore_errors=True)
+            with atomic_folder(self._folder(number)) as new:
+                write_safetensors(new / LATENTS, {"latents": latents})
+                write_video(new / FRAMES, frames, fps)
+                files = {}
+                for name in (LATENTS, FRAMES):
+                    with open(new / name, "rb") as file:
+                        files[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                content = checksum(latents.numpy(), frames)
+                record = Record(settings, before, content, len(frames), files, notes)
+                (new / RECORD).write_text(_dumps(record), encoding="utf-8")
         except (LongCatError, OSError) as error:
-            shutil.rmtree(new, ignore_errors=True)
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             reason = cause.strerror if isinstance(cause, OSError) else str(cause)
             raise LongCatError(
@@ -294,37 +272,6 @@ def _plain(content: Settings) -> str:
     return json.dumps(content, sort_keys=True, ensure_ascii=True)
 
 
-def _as_read(settings: Settings) -> Settings:
-    """Settings as they come out of a file: tuples as lists, names as text."""
-    return json.loads(json.dumps(settings))
-
-
 def _dumps(record: Record) -> str:
     content = asdict(record)
     return json.dumps({"version": VERSION, "checksum": checksum(_plain(content)), **content}, indent=1) + "\n"
-
-
-def _flush(path: Path) -> None:
-    """Until this returns, the system may still hold what was written in memory."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        # Windows opens no folders.
-        return
-    try:
-        os.fsync(file)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):
-            raise
-    finally:
-        os.close(file)
-
-
-def _told(there: Any, now: Any) -> str:
-    """Both values; of long ones what is around the first difference."""
-    texts = ["none" if value is None else str(value) or "empty" for value in (there, now)]
-    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    start = max(0, same - 20)
-    cut = [f"{'...' * (start > 0)}{text[start : start + 60]}{'...' * (len(text) > start + 60)}" for text in texts]
-    first, second = cut if max(map(len, texts)) > 60 else texts
-    return f"{first} there, {second} now"

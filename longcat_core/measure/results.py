@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import LongCatError
-from ..files.media import atomic_path, check_place
+from ..files.atomic import atomic_path
 
 SCHEMA = 1
 PACKAGES = ("triton", "flash-attn", "flash-attn-4", "nvidia-cudnn-frontend", "sageattention", "xformers")
@@ -143,15 +143,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def check_folder(folder: Path) -> None:
-    """Raise LongCatError unless results can be written to `folder`, which may not exist yet."""
-    path = folder.absolute()
-    there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir():
-        raise LongCatError(f"cannot write results to {folder}: {there} is not a folder; choose another --output")
-    check_place(there / "results.json", 0)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..errors import LongCatError
-from ..files.media import atomic_path, write_video
+from ..files.atomic import atomic_path
+from ..files.media import write_video
 from .scorer import Observation
 from .world import BASE_FPS, COLORS, MOTIONS, SHAPES, Actor, Scene, caption, place, render, sample_scene
 

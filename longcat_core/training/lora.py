@@ -12,19 +12,20 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints.load import load_transformer, open_checkpoint
 from ..errors import CheckpointError, LongCatError
-from ..files.media import check_place
+from ..files.differences import as_read, in_words
+from ..files.locks import held
+from ..files.places import check_place
 from ..files.safetensors_io import read_metadata, read_tensors, write_safetensors
 from ..generate.pipeline import ModelPaths
 from ..generate.request import check_frames, check_number, check_seed, check_side
@@ -216,21 +217,12 @@ class LoraFile:
     @contextmanager
     def held(self) -> Iterator[None]:
         """No other run trains it meanwhile. Raises LongCatError where one does."""
-        path = self.path.with_name(f".{self.path.name}.lock")
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise LongCatError(
-                f"another run is training {self.path}; wait for its end or name another file with --output"
-            ) from error
-        try:
+        with held(
+            self.path.with_name(f".{self.path.name}.lock"),
+            f"another run is training {self.path}; wait for its end or name another file with --output",
+            remove=True,
+        ):
             yield
-        finally:
-            # Windows removes no open file; an old one is in nobody's way.
-            with suppress(OSError):
-                path.unlink()
-            lock.release()
 
     def open(self) -> None:
         """See what is there. Raises LongCatError for another's file, and for a state of other settings."""
@@ -242,15 +234,12 @@ class LoraFile:
             return
         metadata = read_metadata(self.state)
         try:
-            there, self.done = json.loads(metadata["settings"]), int(metadata["step"])
-        except (KeyError, ValueError) as error:
+            there, self.done = dict(json.loads(metadata["settings"])), int(metadata["step"])
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.state} is not a training state; name another file with --output") from error
-        now = json.loads(json.dumps(self.settings))
-        differing = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-        if differing:
-            told = "; ".join(f"{name} {there.get(name)} there, {now.get(name)} now" for name in differing)
+        if words := in_words(there, as_read(self.settings)):
             raise LongCatError(
-                f"{self.state} was begun with other settings ({told}); give the same to go on, or another --output"
+                f"{self.state} has other settings ({words}); give the same ones to continue, or another --output"
             )
 
     def write(self, state: Mapping[str, Tensor], done: int) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
-from longcat_core.files import media
+from longcat_core.files import media, places
 from longcat_core.generate import paths as model_paths
 from longcat_core.generate import pipeline
 from longcat_core.generate.pipeline import Generation, ModelPaths
@@ -126,13 +126,13 @@ BAD = [
     # given pictures
     option("--image", "missing.png", "missing.png does not exist"),
     option("--image", "folder.mp4", "folder.mp4 is a folder"),
-    option("--image", "text.png", "text.png is no readable image", "PNG"),
-    option("--image", "empty.png", "empty.png is no readable image", "PNG"),
-    option("--image", "truncated.jpg", "truncated.jpg is no readable image", "PNG"),
-    option("--image", "short.mp4", "short.mp4 is no readable image", "PNG"),
+    option("--image", "text.png", "text.png is not a readable image", "PNG"),
+    option("--image", "empty.png", "empty.png is not a readable image", "PNG"),
+    option("--image", "truncated.jpg", "truncated.jpg is not a readable image", "PNG"),
+    option("--image", "short.mp4", "short.mp4 is not a readable image", "PNG"),
     option("--video", "missing.mp4", "missing.mp4 does not exist"),
-    option("--video", "text.mp4", "text.mp4 is no readable video", ".mp4"),
-    option("--video", "empty.mp4", "empty.mp4 is no readable video", ".mp4"),
+    option("--video", "text.mp4", "text.mp4 is not a readable video", ".mp4"),
+    option("--video", "empty.mp4", "empty.mp4 is not a readable video", ".mp4"),
     option("--video", "moov.mp4", "moov.mp4 holds no video", ".mp4"),
     option("--video", "short.mp4", "short.mp4 has 5 frames", "13", "at most 5"),
     option("--cond-frames", "12", "12 conditioning frames", "9 and 13"),
@@ -144,7 +144,7 @@ BAD = [
     option("--output", "missing/a.mp4", "missing", "does not exist", "create it"),
     option("--output", "good.png/a.mp4", "good.png", "does not exist"),
     option("--output", "folder.mp4", "folder.mp4 is a folder"),
-    option("--output", "pipe.mp4", "pipe.mp4 is no regular file"),
+    option("--output", "pipe.mp4", "pipe.mp4 is not a regular file"),
     option("--output", "/proc/a.mp4", "/proc", "choose another place"),
     option("--output", "a" * 300 + ".mp4", "aaa", "File name too long"),
     option("--contact-sheet", "a.jpg", "'a.jpg'", ".png"),
@@ -226,7 +226,7 @@ def test_bad_commands(capsys: pytest.CaptureFixture[str], arguments: list[str]) 
 
 def test_full_disk(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(folder)
-    monkeypatch.setattr(media.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert cli.main(["generate", PROMPT, "-o", "a.mp4"]) == 2
     err = capsys.readouterr().err
     assert "a.mp4" in err and "0.0 MB free" in err and "make room" in err and err.count("\n") == 1
@@ -478,7 +478,7 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from longcat_core.cli import main as cli\n"
-        "from longcat_core.files.media import atomic_path\n"
+        "from longcat_core.files.atomic import atomic_path\n"
         "from pathlib import Path\n"
         "def run(args):\n"
         "    with atomic_path(args.directory) as temporary:\n"

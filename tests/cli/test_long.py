@@ -14,7 +14,7 @@ from PIL import Image
 
 from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
-from longcat_core.files import media
+from longcat_core.files import places
 from longcat_core.files.media import read_video, write_video
 
 from ..support.tiny import tiny_pipeline
@@ -131,11 +131,11 @@ def test_a_video_that_is_not_from_this_command_stays(folder: Path, capsys: Any) 
 
 def test_a_full_disk_is_reported_before_a_model_is_loaded(folder: Path, capsys: Any, monkeypatch: Any) -> None:
     usage = shutil.disk_usage(folder)
-    monkeypatch.setattr(media.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     told = refused(capsys, "long", ONE, *SMALL)
     assert "longcat-long.mp4 may take" in told and "make room" in told
     # Room for the video, but not for a segment and what must be left beside it.
-    monkeypatch.setattr(media.shutil, "disk_usage", lambda _: usage._replace(free=15_000_000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: usage._replace(free=15_000_000))
     assert cli.main(["long", ONE, *SMALL]) == cli.BAD_INPUT
     told = capsys.readouterr().err
     assert "segment 1 may take" in told and "run the same again to go on" in told and told.count("\n") == 1

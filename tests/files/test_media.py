@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from longcat_core.errors import LongCatError
-from longcat_core.files import media
+from longcat_core.files import media, places
 
 
 def moving_bar(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
@@ -265,7 +265,7 @@ def test_other_picture_modes(tmp_path: Path, mode: str, colour: object, expected
 @pytest.mark.parametrize(("mode", "colour"), [("I", 1 << 20), ("F", 0.5)])
 def test_pictures_of_32_bits_are_refused(tmp_path: Path, mode: str, colour: float) -> None:
     Image.new(mode, (4, 2), colour).save(tmp_path / "a.tiff")
-    with pytest.raises(LongCatError, match=r"a\.tiff is no readable image \(its numbers have 32 bits; save it with 8"):
+    with pytest.raises(LongCatError, match=r"a\.tiff is not a readable image \(its pixels have 32 bits; save it"):
         media.read_image(tmp_path / "a.tiff")
 
 
@@ -273,7 +273,7 @@ def test_pictures_of_32_bits_are_refused(tmp_path: Path, mode: str, colour: floa
 @pytest.mark.parametrize("content", [b"", b"no video at all", b"\0" * 4096])
 def test_unreadable_video(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(LongCatError, match=rf"{name} (is no readable|holds no)"):
+    with pytest.raises(LongCatError, match=rf"{name} (is not a readable|holds no)"):
         media.read_video(tmp_path / name)
 
 
@@ -355,7 +355,7 @@ def test_good_output_passes_and_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(media.shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
     media.check_output(tmp_path / "a.mp4", 2_000_000)
     with pytest.raises(LongCatError, match=r"3\.0 MB but .* has 2\.0 MB free"):
         media.check_output(tmp_path / "a.mp4", 3_000_000)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longcat_core.errors import LongCatError
+from longcat_core.files import atomic
 from longcat_core.generate import segments
 from longcat_core.generate.segments import FRAMES, LATENTS, RECORD, SPARE_BYTES, Record, SegmentFolder, checksum
 
@@ -474,11 +475,13 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("what", ["write_video", "write_safetensors", "_flush"])
-def test_a_disk_that_fills_up(folder, monkeypatch, what):
+@pytest.mark.parametrize(
+    "module, what", [(segments, "write_video"), (segments, "write_safetensors"), (atomic, "flush")]
+)
+def test_a_disk_that_fills_up(folder, monkeypatch, module, what):
     first = save(folder, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(segments, what, no_space)
+        patch.setattr(module, what, no_space)
         with pytest.raises(LongCatError) as raised:
             save(folder, 1, before=first.content)
     assert str(raised.value) == f"segment 2 could not be written to {folder.path} (No space left on device); {REMEDY}"

@@ -178,7 +178,7 @@ def test_more_steps_go_on_and_other_settings_do_not(train, tmp_path):
         ({"rank": 8}, "rank 4 there, 8 now"),
         ({"learning_rate": 1e-3}, "learning_rate 0.01 there, 0.001 now"),
     ):
-        with pytest.raises(LongCatError, match=rf"b\.state\.safetensors was begun with other settings \({said}\)"):
+        with pytest.raises(LongCatError, match=rf"b\.state\.safetensors has other settings \({said}\)"):
             train("b", replace(RECIPE, steps=9, **change))
     (tmp_path / "b.state.safetensors").unlink()
     with pytest.raises(LongCatError, match=r"b\.safetensors exists, without b\.state\.safetensors"):
@@ -251,8 +251,8 @@ BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
     ([], lambda folder: (folder / "b.txt").unlink(), "b.webp has no caption; write what it shows into b.txt"),
     ([], _written("c.txt", " \n"), "c.txt is empty; write what c.png shows"),
     ([], _written("c.txt", b"\xff\xfe\x00"), "c.txt is not UTF-8 text"),
-    ([], _written("a.mkv", "no video" * 99), "a.mkv is no readable video"),
-    ([], _written("c.png", "no picture"), "c.png is no readable image"),
+    ([], _written("a.mkv", "no video" * 99), "a.mkv is not a readable video"),
+    ([], _written("c.png", "no picture"), "c.png is not a readable image"),
     (["--frames", "13"], None, "are shorter than --frames 13 (a.mkv has 9, b.webp has 9)"),
     (["--frames", "12"], None, "12 frames are not of the form 4k+1"),
     (["--size", "60x96"], None, "height 60 is not divisible by 16"),

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ...errors import LongCatError
-from ...files.media import atomic_path
+from ...files.atomic import atomic_path
 from ...measure.clock import attempt, clean_up, timed
 from ...measure.results import markdown, shown
 from ...optimize.block_sparse import BlockSparse

@@ -1,0 +1,40 @@
+"""Settings that were kept, compared with the settings of now, and the difference in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Differences that a sentence names; between a long video and a refined one, nearly all settings differ.
+NAMED = 4
+# Characters of a value that a sentence shows.
+_SHOWN = 60
+
+
+def as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come out of a JSON file: tuples as lists, names as text."""
+    return json.loads(json.dumps(settings))
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names whose values differ, or that only one side has, in the order of `there`, then of `now`."""
+    return [name for name in {**there, **now} if there.get(name) != now.get(name)]
+
+
+def in_words(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first few differences with both values, and how many more there are; "" without any."""
+    names = differences(there, now)
+    words = [f"{name} {_both(there.get(name), now.get(name))}" for name in names[:NAMED]]
+    return "; ".join([*words, f"{len(names) - NAMED} more"] if len(names) > NAMED else words)
+
+
+def _both(there: Any, now: Any) -> str:
+    """Both values; of long ones what is around the first difference."""
+    texts = ["none" if value is None else str(value) or "empty" for value in (there, now)]
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, same - 20)
+    if max(map(len, texts)) > _SHOWN:
+        end = start + _SHOWN
+        texts = [f"{'...' * (start > 0)}{text[start:end]}{'...' * (len(text) > end)}" for text in texts]
+    return "{} there, {} now".format(*texts)

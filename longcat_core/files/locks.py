@@ -1,0 +1,32 @@
+"""A file or folder that one process at a time works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import LongCatError
+
+
+@contextmanager
+def held(lock: Path, refusal: str, *, remove: bool = False) -> Iterator[None]:
+    """Hold the lock file `lock` while the block runs. remove: delete the file afterwards.
+
+    Raises LongCatError with the sentence `refusal` where another process holds it, OSError where it cannot be made.
+    """
+    file = FileLock(lock, timeout=0)
+    try:
+        file.acquire()
+    except Timeout as error:
+        raise LongCatError(refusal) from error
+    try:
+        yield
+    finally:
+        if remove:
+            # Windows does not delete an open file; one that stays does no harm.
+            with suppress(OSError):
+                lock.unlink()
+        file.release()
