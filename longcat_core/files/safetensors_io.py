@@ -1,16 +1,15 @@
-"""Reading and writing safetensors files, with an error that a person can act on for everything that goes wrong.
+"""Read and write safetensors files, with errors that a person can act on.
 
-The header is parsed here rather than by the safetensors package, because its errors name neither the file nor the
-remedy; the tensors themselves are read and written by the package.
+The header is parsed here rather than by the safetensors package, whose errors name neither the file nor the remedy.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .atomic import atomic_path
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 # What a fingerprint reads of a file.
@@ -38,7 +38,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What people have under the name of a checkpoint, by the first bytes of the file.
+# What files named like a checkpoint often are instead, by their first bytes.
 FOREIGN_STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights; run `git lfs pull` or download the file"),
     (b"PK\x03\x04", "is a PyTorch pickle, which can run code when it is loaded; convert it to .safetensors"),
@@ -47,78 +47,124 @@ FOREIGN_STARTS = (
     (b"<", "is a web page, not the weights; the download failed, so fetch the file again"),
 )
 
+# Of files that are being written: loaders that list *.safetensors must not find them.
+TEMPORARY = ".tmp"
+
 Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+# Inode, bytes and time of the last write.
+Stamp = tuple[int, int, int]
 
 
 def read_header(path: str | Path) -> Header:
-    """Name -> (dtype, shape) of every tensor in the file, without reading any of them.
+    """Name -> (dtype, shape) of every tensor in the file, without reading any tensor.
 
     Raises CheckpointError for a path that is missing, a folder, empty, truncated, corrupt, a pickle or another format.
     """
-    header, _ = _parse_header(Path(path))
-    return {name: _entry(Path(path), name, value) for name, value in header.items()}
+    return SafetensorsFile(path).header
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The free-form string metadata of the file, {} if there is none. Errors as in `read_header`."""
-    return _parse_header(Path(path))[1]
-
-
-def read_places(path: str | Path) -> dict[str, int]:
-    """Name -> where the tensor's first byte is in the file. Errors as in `read_header`."""
-    path = Path(path)
-    header, _ = _parse_header(path)
-    with open(path, "rb") as file:
-        data = 8 + struct.unpack("<Q", file.read(8))[0]
-    return {name: data + int(value["data_offsets"][0]) for name, value in header.items()}
+    """The free-form string metadata of the file, {} if it has none. Errors as in `read_header`."""
+    return SafetensorsFile(path).metadata
 
 
 def read_tensors(
     path: str | Path, device: str | torch.device = "cpu", names: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
-    """All tensors of the file (or those in `names`) as stored, on `device`; CPU tensors are memory-mapped.
+    """`SafetensorsFile.tensors` of the file at `path`. Errors as in `read_header`."""
+    return SafetensorsFile(path).tensors(names, device)
 
-    Raises CheckpointError as `read_header` does, and for a name that the file lacks.
+
+class SafetensorsFile:
+    """An opened safetensors file: its header is parsed here, once. Threads may share it.
+
+    header: name -> (dtype, shape). metadata: the free-form strings of the file, {} if it has none. Raises
+    CheckpointError as `read_header` does.
     """
-    from safetensors import SafetensorError, safe_open
 
-    header = read_header(path)
-    wanted = list(header) if names is None else list(names)
-    for name in wanted:
-        if name not in header:
-            raise CheckpointError(f"{path} has no tensor '{name}'.")
-    try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.header, self.metadata, self._places, self._stamp = _layout(self.path)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
+        """Rows of a tensor as stored, on the CPU, read rather than mapped: page after page is slower than a disk.
+
+        buffer [bytes] uint8: where they may be put, as new memory costs more than reading into it. Raises
+        CheckpointError where the file cannot be read, or holds other tensors than when it was opened.
+        """
+        dtype, shape = self.header[name]
+        first, last, _ = slice(start, stop).indices(shape[0]) if shape else (0, 1, 1)
+        width = math.prod(shape[1:]) * dtype.itemsize
+        size = max(0, last - first) * width
+        if buffer is None or len(buffer) < size:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        out = buffer[:size].view(dtype).view((max(0, last - first), *shape[1:]) if shape else ())
+        room = memoryview(buffer[:size].numpy())
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._begin(file.fileno(), name) + first * width)
+                while room:
+                    count = file.readinto(room)
+                    if not count:
+                        raise CheckpointError(f"{self.path} became shorter while it was read; download it again")
+                    room = room[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}); download it again") from error
+        return out
+
+    def tensors(self, names: Iterable[str] | None = None, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """All tensors of the file (or those in `names`) as stored, on `device`; CPU tensors are memory-mapped.
+
+        Raises CheckpointError for a name that the file lacks, and where it cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        wanted = list(self.header) if names is None else list(names)
+        for name in wanted:
+            if name not in self.header:
+                raise CheckpointError(f"{self.path} has no tensor '{name}'; give a file that has it")
+        try:
+            with safe_open(str(self.path), framework="pt", device=str(device)) as file:
+                return {name: file.get_tensor(name) for name in wanted}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}); download it again") from error
+
+    def _begin(self, opened: int, name: str) -> int:
+        """Where a tensor's first byte is in the file that is open as `opened`."""
+        if stamp(os.fstat(opened)) != self._stamp:
+            # Somebody wrote or moved a file here: one with the same tensors serves, at its own places.
+            header, _, places, now = _layout(self.path)
+            if header != self.header:
+                raise CheckpointError(f"{self.path} holds other tensors than when it was opened; load it again")
+            self._places, self._stamp = places, now
+        return self._places[name]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What changes when a file is written or replaced."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write `tensors` (any device, any strides) to `path`: whole or not at all, with ordinary file permissions.
+    """Write `tensors` (any device, any strides) to `path`, whole or not at all, with ordinary file permissions.
 
-    Raises CheckpointError where the file cannot be written.
+    Raises LongCatError where the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
-    temporary = _temporary(path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with atomic_path(path, TEMPORARY) as temporary:
         # The package writes files that only their owner can read: keep the mode that the system gives a new file.
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
-        save_file(plain, temporary, dict(metadata) if metadata else None)
+        try:
+            save_file(plain, temporary, dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
         os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"Cannot write {path}: {reason}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def stream_safetensors(
@@ -130,22 +176,20 @@ def stream_safetensors(
 ) -> None:
     """`write_safetensors` for more than memory holds: `tensors` come one by one, in any order, as `header` announces.
 
-    check: called with the finished file before it takes its name; what it raises leaves `path` as it was. Raises
-    CheckpointError where the file cannot be written.
+    check: receives the finished file before it is renamed to `path`; if it raises, `path` stays as it was. Raises
+    LongCatError where the file cannot be written.
     """
-    path = Path(path)
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     entries, end = {}, 0
-    # Wide numbers first, so that every tensor begins at a multiple of its numbers' size.
+    # Wide numbers first, so that every tensor begins at a multiple of the size of its numbers.
     for name, (dtype, shape) in sorted(header.items(), key=lambda item: -item[1][0].itemsize):
         size = math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps({"__metadata__": dict(metadata or {}), **entries}).encode()
     text += b" " * (-len(text) % 8)
-    temporary = _temporary(path)
     waiting = set(entries)
-    try:
+    with atomic_path(path, TEMPORARY) as temporary:
         with open(temporary, "xb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
@@ -158,22 +202,12 @@ def stream_safetensors(
         if waiting:
             raise ValueError(f"{sorted(waiting)[0]} was announced and did not come")
         check(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    # Not the process's number: in a container it is the same in every run, and a killed one leaves its file behind.
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def fingerprint(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that tell checkpoints apart: a file's, or that of all weights in a folder.
+    """Sixteen hexadecimal digits that differ between checkpoints: of a file, or of all weights in a folder.
 
-    Sizes, headers and samples throughout the weights are looked at, not every byte, so that 83 GB take no minute.
+    They cover sizes, headers and samples throughout the weights, not every byte, so that 83 GB take less than a minute.
     """
     path = Path(path)
     total = hashlib.sha256()
@@ -207,7 +241,7 @@ def check_tensors(
         name = wrong[0]
         faults.append(f"{_first(wrong)} misshapen ({name}: {list(found[name])} instead of {list(expected[name])})")
     if faults:
-        raise CheckpointError(f"{source} is not a whole {what}: {'; '.join(faults)}.")
+        raise CheckpointError(f"{source} is not a whole {what}: {'; '.join(faults)}; download it again")
 
 
 def _first(names: list[str]) -> str:
@@ -215,46 +249,56 @@ def _first(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _parse_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
+def _layout(path: Path) -> tuple[Header, dict[str, str], dict[str, int], Stamp]:
+    """Header, metadata, the first byte of every tensor, and the stamp of the file that they describe."""
+    raw, metadata, data, found = _parse_header(path)
+    header = {name: _entry(path, name, value) for name, value in raw.items()}
+    return header, metadata, {name: data + int(value["data_offsets"][0]) for name, value in raw.items()}, found
+
+
+def _parse_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int, Stamp]:
+    """Raw entries by name, metadata, where the tensors' bytes begin, stamp."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name a .safetensors file.")
+        raise CheckpointError(f"{path} is a folder; give a .safetensors file")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist.")
+        raise CheckpointError(f"{path} does not exist; give the path of a .safetensors file")
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise CheckpointError(
-            f"{path} is a pickle by its ending, which can run code when it is loaded; convert it to .safetensors."
+            f"{path} is a pickle by its ending, which can run code when it is loaded; convert it to .safetensors"
         )
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
+            found = stamp(os.fstat(file.fileno()))
             start = file.read(64)
             if not start:
-                raise CheckpointError(f"{path} is empty; download it again.")
+                raise CheckpointError(f"{path} is empty; download it again")
             for magic, sentence in FOREIGN_STARTS:
                 # A header may by chance be 60 ("<") bytes long: then real JSON follows the eight length bytes.
                 if start.startswith(magic) and start[8:9] != b"{":
-                    raise CheckpointError(f"{path} {sentence}.")
+                    raise CheckpointError(f"{path} {sentence}")
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else MAX_HEADER_BYTES + 1
             if length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
-                raise CheckpointError(f"{path} is not a safetensors file.")
+                raise CheckpointError(f"{path} is not a safetensors file; give one")
             file.seek(8)
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    size = found[1]
     if len(text) < length:
         raise CheckpointError(
-            f"{path} is truncated ({size:,} bytes, its header alone takes {8 + length:,}); download it again."
+            f"{path} is truncated ({size:,} bytes, its header alone takes {8 + length:,}); download it again"
         )
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
-        end = 8 + length + max((int(value["data_offsets"][1]) for value in header.values()), default=0)
+        data = 8 + length
+        end = data + max((int(value["data_offsets"][1]) for value in header.values()), default=0)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} has a corrupt safetensors header; download it again.") from error
+        raise CheckpointError(f"{path} has a corrupt safetensors header; download it again") from error
     if size != end:
         state = "truncated" if size < end else "corrupt"
-        raise CheckpointError(f"{path} is {state} ({size:,} bytes instead of {end:,}); download it again.")
-    return header, metadata
+        raise CheckpointError(f"{path} is {state} ({size:,} bytes instead of {end:,}); download it again")
+    return header, metadata, data, found
 
 
 def _entry(path: Path, name: str, value: dict) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -262,9 +306,9 @@ def _entry(path: Path, name: str, value: dict) -> tuple[torch.dtype, tuple[int, 
         kind, shape = value["dtype"], tuple(int(side) for side in value["shape"])
         length = int(value["data_offsets"][1]) - int(value["data_offsets"][0])
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} has a corrupt entry for '{name}'; download it again.") from error
+        raise CheckpointError(f"{path} has a corrupt entry for '{name}'; download it again") from error
     if kind not in DTYPES:
-        raise CheckpointError(f"{path} stores '{name}' as {kind}, which is not supported.")
+        raise CheckpointError(f"{path} stores '{name}' as {kind}, which is not supported; give another file")
     if length != math.prod(shape) * DTYPES[kind].itemsize:
-        raise CheckpointError(f"{path} has a corrupt entry for '{name}'; download it again.")
+        raise CheckpointError(f"{path} has a corrupt entry for '{name}'; download it again")
     return DTYPES[kind], shape

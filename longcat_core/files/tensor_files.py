@@ -1,7 +1,6 @@
-"""Files of tensors, safetensors or GGUF alike: what is in one, and its rows as numbers.
+"""Files of tensors, safetensors or GGUF: their headers, and their rows as numbers.
 
-What a file is, its first bytes tell, never its name. GGUF needs the `gguf` package, which also says what its blocks of
-quantised numbers mean.
+The first bytes of a file decide its format, never its name. GGUF needs the `gguf` package, which also dequantizes.
 """
 
 from __future__ import annotations
@@ -15,28 +14,29 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .safetensors_io import Header, read_header, read_metadata, read_places
+from .safetensors_io import Header, SafetensorsFile, stamp
 
 GGUF_MAGIC = b"GGUF"
-# Where converters put the shape of a tensor that GGUF's four dimensions cannot say.
+# Where converters keep the shape of a tensor with more than GGUF's four dimensions.
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-# Stored as they are; every other type is blocks of quantised numbers.
+# Stored as plain numbers; every other type is blocks of quantized numbers.
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class TensorFile(Protocol):
-    """header: name -> (dtype, shape) of what `rows` returns. metadata: the file's own remarks."""
+    """An opened file. header: name -> (dtype, shape) of what `rows` returns. metadata: the file's free-form strings."""
 
     header: Header
     metadata: dict[str, str]
 
     def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
-        """Rows of a tensor on the CPU, in the header's dtype. buffer [bytes] uint8: where they may be put, as fresh
-        memory costs more than reading into it. Raises CheckpointError where the file cannot be read."""
+        """Rows of a tensor on the CPU, in the header's dtype. buffer [bytes] uint8: where they may be put, as new
+        memory costs more than reading into it. Raises CheckpointError where the file cannot be read, or holds other
+        tensors than when it was opened."""
 
 
 def open_file(path: Path) -> TensorFile:
-    """The file at `path` by its headers. Raises CheckpointError for what is neither safetensors nor GGUF, or broken."""
+    """Open the file at `path` and parse its header. Raises CheckpointError unless it is whole safetensors or GGUF."""
     return GgufFile(path) if is_gguf(path) else SafetensorsFile(path)
 
 
@@ -49,45 +49,20 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-class SafetensorsFile:
-    """A safetensors file, read rather than mapped: page after page is slower than a disk. Threads may share it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.header, self.metadata = path, read_header(path), read_metadata(path)
-        self._places = read_places(path)
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
-        dtype, shape = self.header[name]
-        first, last, _ = slice(start, stop).indices(shape[0]) if shape else (0, 1, 1)
-        width = math.prod(shape[1:]) * dtype.itemsize
-        size = max(0, last - first) * width
-        if buffer is None or len(buffer) < size:
-            buffer = torch.empty(size, dtype=torch.uint8)
-        out = buffer[:size].view(dtype).view((max(0, last - first), *shape[1:]) if shape else ())
-        room = memoryview(buffer[:size].numpy())
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._places[name] + first * width)
-                while room:
-                    count = file.readinto(room)
-                    if not count:
-                        raise CheckpointError(f"{self.path} became shorter while it was read; download it again")
-                    room = room[count:]
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read ({error}); download it again") from error
-        return out
-
-
 class GgufFile:
-    """A GGUF file, memory-mapped. Quantised tensors are fp32 here, dequantised row by row as they are asked for."""
+    """A GGUF file, memory-mapped. Quantized tensors count as fp32; their rows are dequantized when they are read."""
 
     def __init__(self, path: Path) -> None:
+        self._open(path)
+
+    def _open(self, path: Path) -> None:
         try:
             import gguf
         except ImportError as error:
             raise CheckpointError(f"{path} is a GGUF file, which needs a package; run: pip install gguf") from error
         self.path, self._gguf = path, gguf
         try:
+            self._stamp = stamp(path.stat())
             self._reader = gguf.GGUFReader(path)
             self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
             for kind in {tensor.tensor_type for tensor in self._tensors.values()}:
@@ -129,7 +104,20 @@ class GgufFile:
                 "pip install -U gguf"
             ) from error
 
+    def _check_same(self) -> None:
+        # A file that became shorter would end the process where its mapping is read.
+        try:
+            now = stamp(self.path.stat())
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}); download it again") from error
+        if now != self._stamp:
+            header = self.header
+            self._open(self.path)
+            if header != self.header:
+                raise CheckpointError(f"{self.path} holds other tensors than when it was opened; load it again")
+
     def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
+        self._check_same()
         tensor, (dtype, shape) = self._tensors[name], self.header[name]
         data = tensor.data
         whole = data.shape[:1] != shape[:1]
@@ -141,5 +129,5 @@ class GgufFile:
             out = torch.from_numpy(data.copy())
         else:
             out = torch.from_numpy(self._gguf.dequantize(data, tensor.tensor_type))
-        # Without columns of their own rows cannot be told before the shape is put back.
+        # Rows without columns of their own can be cut only after the shape is restored.
         return out.reshape(shape)[start:stop] if whole else out.reshape(-1, *shape[1:])

@@ -249,7 +249,7 @@ def test_streamed_files_are_ordinary_ones(tmp_path):
     for wrong in ({"a": tensors["a"]}, tensors | {"a": tensors["a"].int()}):
         with pytest.raises(ValueError, match="announced"):
             stream_safetensors(tmp_path / "y.safetensors", header, iter(wrong.items()))
-    with pytest.raises(CheckpointError, match=r"Cannot write .*No such file"):
+    with pytest.raises(LongCatError, match=r"could not be written \(No such file"):
         stream_safetensors(tmp_path / "no" / "y.safetensors", header, tensors.items())
 
     def check(written: Path) -> None:
