@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..files.safetensors_io import Stamp
 from ..model.transformer import LongCatTransformer
 from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
-from .lora import Lora, LoraStack, check_strength
+from .lora import Lora, LoraStack, OpenedLora, check_strength, stamp_of
 
 # Ranks come in so many, so that a LoRA finds the room of the one before it, and the graphs compiled for that.
 STEP = 16
@@ -36,9 +36,9 @@ class RuntimeLoras:
     number of ranks. That room only grows until all LoRAs are taken out: others of these sizes compile nothing anew.
     """
 
-    def __init__(self, model: LongCatTransformer, loras: Iterable[Lora] = ()) -> None:
+    def __init__(self, model: LongCatTransformer, loras: Iterable[Lora | OpenedLora] = ()) -> None:
         self.model = model
-        self._files: list[tuple[Path, tuple | None]] = []
+        self._files: list[tuple[Path, Stamp | None]] = []
         self._strengths: tuple[float, ...] = ()
         self._ranks: dict[str, list[_Ranks]] = {}
         # Kind of layer -> ranks that its adapters have room for.
@@ -46,18 +46,17 @@ class RuntimeLoras:
         self.set(loras)
 
     @torch.no_grad()
-    def set(self, loras: Iterable[Lora] = ()) -> list[str]:
+    def set(self, loras: Iterable[Lora | OpenedLora] = ()) -> list[str]:
         """Have these LoRAs act, and no others; returns the weights that now act otherwise than they did.
 
         The same files with other strengths are not read again: their scales are written, and nothing else. None at all
         makes the layers what they were. Everything is checked first; errors and warnings as `LoraStack`.
         """
-        loras = [(Path(path), float(strength)) for path, strength in loras]
-        strengths = tuple(strength for _, strength in loras)
-        files = [(path, _stamp(path)) for path, _ in loras]
+        loras = [lora if isinstance(lora, OpenedLora) else (Path(lora[0]), float(lora[1])) for lora in loras]
+        files, strengths = [_file(lora) for lora in loras], tuple(_strength(lora) for lora in loras)
         if loras and len(files) == len(self._files) and all(map(_same, files, self._files)):
-            for lora in loras:
-                check_strength(*lora)
+            for (path, _), strength in zip(files, strengths, strict=True):
+                check_strength(path, strength)
             changed = [
                 file for file, pair in enumerate(zip(strengths, self._strengths, strict=True)) if len({*pair}) > 1
             ]
@@ -128,15 +127,15 @@ def _kind(name: str) -> str:
     return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
-def _stamp(path: Path) -> tuple | None:
-    """What tells that a file was written anew; None where it is gone."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _file(lora: Lora | OpenedLora) -> tuple[Path, Stamp | None]:
+    """A LoRA's file, and its stamp when it was read, or of now."""
+    return (lora.path, lora.read) if isinstance(lora, OpenedLora) else (Path(lora[0]), stamp_of(Path(lora[0])))
 
 
-def _same(now: tuple[Path, tuple | None], then: tuple[Path, tuple | None]) -> bool:
+def _strength(lora: Lora | OpenedLora) -> float:
+    return lora.strength if isinstance(lora, OpenedLora) else lora[1]
+
+
+def _same(now: tuple[Path, Stamp | None], then: tuple[Path, Stamp | None]) -> bool:
     # What was read from a file that is gone is still here.
     return now[0] == then[0] and now[1] in (None, then[1])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, LongCatError
+from ..errors import CheckpointError
 from ..files.read_ahead import ReadAhead
 from ..files.tensor_files import TensorFile, is_gguf, open_file
 from ..model.config import ModelConfig
@@ -21,7 +21,7 @@ from ..optimize.kernels.elementwise import quantise_rows
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from ..optimize.switches import Optimizations
 from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
-from .lora import Lora, LoraStack
+from .lora import Lora, LoraStack, OpenedLora
 
 CONFIG_KEY = "config"
 # Where the transformer lies in a folder of all parts: the official one's, and that of Diffusers, which FastVideo has.
@@ -44,17 +44,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's tensors by name, without its data.
+    """An opened checkpoint: its tensors by name, without their numbers, which `Reader` reads.
 
-    where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, GGUF's quantised ones as fp32. config:
-    from config.json or the file's metadata, else inferred from shapes. quantised: modules that the file's metadata
-    describe -> their format.
+    where: tensor name (prefix stripped) -> file. files: the opened files, whose headers are parsed. shapes, dtypes: as
+    stored, GGUF's quantized tensors as fp32. config: from config.json or the file's metadata, else inferred from
+    shapes. quantised: modules that the file's metadata describes -> their format.
     """
 
     source: str
     form: Format
     prefix: str
     where: dict[str, Path]
+    files: dict[Path, TensorFile]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     config: ModelConfig
@@ -170,8 +171,8 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     metadata: dict[str, str] = {}
-    for file in _files(path):
-        opened = open_file(file)
+    files = {file: open_file(file) for file in _files(path)}
+    for file, opened in files.items():
         for name, (dtype, shape) in opened.header.items():
             if name in where:
                 raise CheckpointError(f"tensor {name} stands in both {where[name].name} and {file.name}; keep one")
@@ -191,7 +192,7 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
         config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
     layers = dict(_json_metadata(metadata, QUANT_METADATA, path).get("layers") or {})
     quantised = {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
-    return Checkpoint(str(path), form, prefix, where, shapes, dtypes, config, quantised)
+    return Checkpoint(str(path), form, prefix, where, files, shapes, dtypes, config, quantised)
 
 
 def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
@@ -256,7 +257,6 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._files: dict[Path, TensorFile] = {}
         self._ahead: ReadAhead | None = None
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -290,10 +290,7 @@ class Reader:
         return ((start, min(start + count, rows)) for start in range(0, rows, count))
 
     def _file(self, name: str) -> TensorFile:
-        path = self.checkpoint.where[name]
-        if path not in self._files:
-            self._files[path] = open_file(path)
-        return self._files[path]
+        return self.checkpoint.files[self.checkpoint.where[name]]
 
     def check_formats(self) -> None:
         """Raise CheckpointError for a layer that is quantised in a format other than numbers times scales."""
@@ -357,14 +354,14 @@ class Reader:
 
 
 def load_transformer(
-    path: str | Path,
+    source: str | Path | Checkpoint,
     *,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     optimizations: Optimizations | None = None,
     config: ModelConfig | None = None,
     fp8: Policy | None = None,
-    lora: Sequence[Lora] = (),
+    lora: Sequence[Lora | OpenedLora] = (),
     streamed: Sequence[int] = (),
 ) -> OptimizedTransformer:
     """A network with the weights at `path`, in eval mode, every parameter in `dtype` on `device`.
@@ -376,7 +373,10 @@ def load_transformer(
     All headers are checked against the network before any weight is read: a missing, extra or wrongly shaped tensor
     is named in a CheckpointError, as is a weight of NaN or infinity. One tensor at a time is held besides the network.
     """
-    checkpoint = open_checkpoint(path, config)
+    if isinstance(source, Checkpoint):
+        checkpoint = source if config is None else replace(source, config=config)
+    else:
+        checkpoint = open_checkpoint(source, config)
     with torch.device("meta"):
         model = OptimizedTransformer(checkpoint.config, optimizations, dtype=dtype)
     parameters = dict(model.named_parameters())
@@ -460,10 +460,3 @@ def official_state(model: OptimizedTransformer, form: Format) -> dict[str, Tenso
         for source, part in zip(table[module], parameter.chunk(len(table[module])), strict=True):
             state[f"{source}.{kind}"] = part.detach().contiguous()
     return state
-
-
-def require_finite(model: OptimizedTransformer, source: str) -> None:
-    """Raise CheckpointError if a weight is NaN or infinite; reads every weight once."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise LongCatError(f"{source} has NaN or infinite values in {name}; download it again")

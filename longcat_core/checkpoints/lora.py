@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import warnings
 from collections import defaultdict
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
-from ..files.safetensors_io import read_tensors
+from ..files.safetensors_io import Stamp, read_tensors, stamp
 from ..model.transformer import LongCatTransformer
 from .formats import targets
 
@@ -46,15 +47,10 @@ _SHOWN = 3
 
 # A file and its strength; 1 is the file's own.
 Lora = tuple[str | Path, float]
+# A module of the network, and which part of how many that are stacked in its weight.
+Target = tuple[str, int, int]
 # Far beyond use, and far below what overflows.
 MAX_STRENGTH = 1000.0
-
-
-def check_loras(loras: Iterable[Lora]) -> None:
-    """Raise LongCatError for what is no LoRA, whatever the network, or for a strength that is none."""
-    for path, strength in loras:
-        check_strength(path, strength)
-        read_lora(path)
 
 
 def check_strength(path: str | Path, strength: float) -> None:
@@ -66,17 +62,63 @@ def check_strength(path: str | Path, strength: float) -> None:
         )
 
 
-def read_lora(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """A LoRA file by target module, as the file names it without prefixes, in the official parts.
+@dataclass(frozen=True, eq=False)
+class OpenedLora:
+    """A LoRA file that was read, with its strength.
 
-    {module: {"lora_down.weight": [n*r, in], "lora_up.weight" or "lora_up.blocks.i.weight": [out/n, r],
-    "alpha_scale": []}}. Raises CheckpointError for a file that is none, or of a kind that cannot be merged.
+    layers: the official parts of every target module, by its name in the file without prefixes: {"lora_down.weight":
+    [n*r, in], "lora_up.weight" or "lora_up.blocks.i.weight": [out/n, r], "alpha_scale": []}. strange: keys that belong
+    to no LoRA. read: the stamp of the file before it was read, None if it was missing.
     """
-    return _read(path)[0]
+
+    path: Path
+    strength: float
+    layers: dict[str, dict[str, Tensor]]
+    strange: tuple[str, ...]
+    read: Stamp | None
+
+    def match(self, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Target], list[str]]:
+        """Modules of the file -> what they change of a network with parameters `shapes`; names that match nothing."""
+        depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+        known = targets(depth)
+        flat = {name.replace(".", "_"): target for name, target in known.items()}
+        matched, missed = {}, list(self.strange)
+        for module in self.layers:
+            target = known.get(module) or flat.get(_flat(module))
+            if target is None or f"{target[0]}.weight" not in shapes:
+                missed.append(module)
+            else:
+                matched[module] = target
+        return matched, missed
 
 
-def _read(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """`read_lora`, and the keys that are no part of a LoRA."""
+def open_loras(loras: Iterable[Lora | OpenedLora]) -> list[OpenedLora]:
+    """Read LoRA files once for all who need them; those that are opened already are returned as they are.
+
+    Raises LongCatError for a file that is not a LoRA of any network or of a kind that cannot be merged, and for a
+    strength out of range.
+    """
+    return [lora if isinstance(lora, OpenedLora) else _open(*lora) for lora in loras]
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """The stamp of a file; None where it is missing."""
+    try:
+        return stamp(os.stat(path))
+    except OSError:
+        return None
+
+
+def changed_weights(loras: Iterable[Lora | OpenedLora], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Parameters of a network with parameters `shapes` that these LoRAs change."""
+    matched = (target for lora in open_loras(loras) for target in lora.match(shapes)[0].values())
+    return list(dict.fromkeys(f"{name}.weight" for name, _, _ in matched))
+
+
+def _open(path: str | Path, strength: float) -> OpenedLora:
+    check_strength(path, strength)
+    path = Path(path)
+    read = stamp_of(path)
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     strange = []
     for name, tensor in read_tensors(path).items():
@@ -97,15 +139,17 @@ def _read(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
             raise CheckpointError(f"{path} changes {module} twice; give a file with one LoRA")
         parts[part] = tensor
     if not found:
-        raise CheckpointError(f"{path} is no LoRA (it holds {', '.join(strange[:_SHOWN]) or 'nothing'})")
-    usual = _peft_alpha(Path(path))
+        raise CheckpointError(
+            f"{path} is not a LoRA (it holds {', '.join(strange[:_SHOWN]) or 'nothing'}); give a LoRA file"
+        )
+    usual = _peft_alpha(path)
     for parts in found.values():
         alpha = parts.pop("alpha", None)
         if "alpha_scale" not in parts and _ups(parts):
-            # An alpha counts for the rank of what it is the alpha of: of one slice.
+            # An alpha counts for the rank of what it belongs to: of one slice.
             rank = max((1, *_ups(parts)[0].shape[1:2]))
             parts["alpha_scale"] = torch.tensor(usual(rank) if alpha is None else float(alpha) / rank)
-    return dict(found), strange
+    return OpenedLora(path, strength, dict(found), tuple(strange), read)
 
 
 def _bare(module: str) -> str:
@@ -172,33 +216,22 @@ class Change:
 class LoraStack:
     """LoRA files with strengths, ready to be added to the weights of one network."""
 
-    def __init__(self, loras: Iterable[Lora], shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, loras: Iterable[Lora | OpenedLora], shapes: Mapping[str, Sequence[int]]) -> None:
         """shapes: of the network's parameters by name.
 
         Everything is checked here. Raises CheckpointError for a file that matches nothing, does not fit or is broken;
         warns (UserWarning) where only some of a file's modules match.
         """
         self._changes: dict[str, list[Change]] = defaultdict(list)
-        depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-        known = targets(depth)
-        flat = {name.replace(".", "_"): target for name, target in known.items()}
         # The modules of all files that are in the network, as the files name them.
         self.modules: list[str] = []
-        for file, (path, strength) in enumerate(loras):
-            check_strength(path, strength)
-            layers, missed = _read(path)
-            matched = 0
-            for module, parts in layers.items():
-                target = known.get(module) or flat.get(_flat(module))
-                weight = None if target is None else f"{target[0]}.weight"
-                if weight not in shapes:
-                    missed.append(module)
-                    continue
-                matched += 1
-                self.modules.append(module)
-                change = _change(parts, module, path, target, file, strength)
-                self._add(weight, change, module, path, shapes)
-            _report(path, matched, missed)
+        for file, lora in enumerate(open_loras(loras)):
+            matched, missed = lora.match(shapes)
+            for module, target in matched.items():
+                change = _change(lora, module, target, file)
+                self._add(f"{target[0]}.weight", change, module, lora.path, shapes)
+            self.modules += matched
+            _report(lora.path, len(matched), missed)
 
     def _add(self, weight: str, change: Change, module: str, path: str | Path, shapes: Mapping[str, Sequence[int]]):
         rows, columns = shapes[weight][0] // change.count, math.prod(shapes[weight][1:])
@@ -238,14 +271,8 @@ def _flat(module: str) -> str:
     return next((module.removeprefix(prefix) for prefix in FLAT_PREFIXES if module.startswith(prefix)), "")
 
 
-def _change(
-    parts: Mapping[str, Tensor],
-    module: str,
-    path: str | Path,
-    target: tuple[str, int, int],
-    file: int,
-    strength: float,
-) -> Change:
+def _change(lora: OpenedLora, module: str, target: Target, file: int) -> Change:
+    path, parts = lora.path, lora.layers[module]
     ups, down = _ups(parts), parts.get("lora_down.weight")
     if not ups or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
         raise CheckpointError(f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))})")
@@ -258,7 +285,7 @@ def _change(
     if not all(torch.isfinite(tensor.float()).all() for tensor in parts.values()):
         raise CheckpointError(f"{path} has NaN or infinite values in {module}; download it again")
     _, index, count = target
-    return Change(file, index, count, downs, tuple(ups), float(parts["alpha_scale"]), strength)
+    return Change(file, index, count, downs, tuple(ups), float(parts["alpha_scale"]), lora.strength)
 
 
 def _report(path: str | Path, matched: int, missed: list[str]) -> None:

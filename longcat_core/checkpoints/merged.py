@@ -1,8 +1,7 @@
-"""LoRAs in a loaded network, exchanged without loading it anew."""
+"""LoRAs merged into a loaded network, exchanged without loading it again."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -11,39 +10,37 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.kernels.elementwise import quantise_rows
 from ..optimize.quantization import Fp8Linear
 from .load import Checkpoint, Reader
-from .lora import Lora, LoraStack
+from .lora import Lora, LoraStack, OpenedLora, changed_weights
 
 
 class MergedLoras:
-    """The LoRAs of a network whose weights came from `checkpoint`.
+    """The LoRAs merged into a network whose weights came from `checkpoint`.
 
-    Weights that change are read from the checkpoint again, so what was merged leaves no trace: not even of rounding.
+    Weights that change are read from the checkpoint again, so a LoRA that is taken out leaves no rounding error behind.
     """
 
-    def __init__(self, model: LongCatTransformer, checkpoint: Checkpoint, loras: Iterable[Lora] = ()) -> None:
+    def __init__(
+        self, model: LongCatTransformer, checkpoint: Checkpoint, loras: Iterable[Lora | OpenedLora] = ()
+    ) -> None:
         """loras: those that are in the network already."""
-        self.model, self.checkpoint, self._loras = model, checkpoint, tuple(loras)
+        self.model, self.checkpoint = model, checkpoint
+        self._changed = changed_weights(loras, self._shapes())
 
-    def _read(self, loras: Iterable[Lora]) -> LoraStack:
+    def _shapes(self) -> dict[str, torch.Size]:
         # 8-bit layers keep the shapes of their weights.
-        return LoraStack(loras, {name: parameter.shape for name, parameter in self.model.named_parameters()})
+        return {name: parameter.shape for name, parameter in self.model.named_parameters()}
 
     @torch.no_grad()
-    def set(self, loras: Iterable[Lora] = ()) -> list[str]:
+    def set(self, loras: Iterable[Lora | OpenedLora] = ()) -> list[str]:
         """Have these LoRAs in the network, and no others; returns the parameters that were written.
 
-        8-bit layers are quantised anew from the merged weight. Everything is checked before any weight changes; raises
-        CheckpointError as `LoraStack`, and where the checkpoint's files are gone.
+        8-bit layers are quantized again from the merged weight. Everything is checked before any weight changes. Raises
+        CheckpointError as `LoraStack`, and where the checkpoint's files are missing.
         """
-        loras = tuple(loras)
-        stack, reader = self._read(loras), Reader(self.checkpoint)
-        with warnings.catch_warnings():
-            # What does not match was said when they were merged.
-            warnings.simplefilter("ignore")
-            before = self._read(self._loras)
-        names = list(dict.fromkeys((*before.weights, *stack.weights)))
+        stack, reader = LoraStack(loras, self._shapes()), Reader(self.checkpoint)
+        names = list(dict.fromkeys((*self._changed, *stack.weights)))
         for name in names:
-            # Asks for every file, so that none is missed halfway.
+            # Touches every file now, so that a missing one is not found halfway.
             for part in self.checkpoint.parts(name):
                 reader.rows(part.name, 0, 1)
         for name in names:
@@ -60,5 +57,5 @@ class MergedLoras:
             parameter.copy_(kept[0])
             if eight_bit:
                 layer.weight_scale.copy_(kept[1])
-        self._loras = loras
+        self._changed = stack.weights
         return names

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from ..generate.opened import OpenedModel
     from ..measure.fidelity import Fidelity, Setting
 
 OUTPUT = "longcat-compare"
@@ -116,6 +117,7 @@ class _Side:
     paths: Any
     request: Any
     device: torch.device
+    opened: OpenedModel
     model: dict[str, Any]
 
 
@@ -143,10 +145,10 @@ def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Si
     add_model(parser)
     paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
     request = request_of(args, prompt).filled(paths.defaults)
-    device = machine_of(args, paths)
+    device, opened = machine_of(args, paths)
     compile_mode(args, device, paths)
     model = {key: getattr(args, key) for key in vars(parser.parse_args([])) if key not in SWITCHED}
-    return _Side(name, options, args, paths, request, device, model)
+    return _Side(name, options, args, paths, request, device, opened, model)
 
 
 def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
@@ -238,15 +240,14 @@ def _check_output(args: argparse.Namespace, request: Any, videos: int) -> Path:
 
 
 def _check_page(page: Path) -> None:
-    from ..files.media import check_output
+    from ..files.places import check_place, check_suffix
 
-    if page.suffix.lower() != ".md":
-        raise LongCatError(f"page {str(page)!r} must end in .md")
+    check_suffix(page, (".md",), "page")
     ours = page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
     for path in (page, *(page.with_name(f"{page.stem}-{name}") for name in (PLOT, SIDE_BY_SIDE))):
         if path.exists() and not ours:
             raise LongCatError(f"{path} is there, and not from longcat compare; name another file with --page")
-    check_output(page.with_suffix(".png"), 1 << 24, sheet=True)
+    check_place(page.with_suffix(".png"), 1 << 24)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ class _Run:
             self.pipeline = None
             clean_up(side.device)
         work = max((work_of(other.request) for other in group), key=lambda work: (work.guided, work.cond_latents))
-        self.pipeline = load_models(side.args, side.paths, side.device, work)
+        self.pipeline = load_models(side.args, side.opened, side.device, work)
 
     def _floor(self, side: _Side) -> list[_Side]:
         """A with another exact kernel; nothing, and why, where there is none."""

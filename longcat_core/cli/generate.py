@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ..generate.opened import OpenedModel
+
 KV_CACHE = ("exact", "official", "off")
 HAND_OFFS = ("frames", "latents")
 LORA_MODES = ("merged", "runtime")
@@ -194,13 +196,13 @@ def generate(args: argparse.Namespace) -> int:
     if args.contact_sheet is not None:
         _check_distinct(args.contact_sheet, args.image, args.video, option="--contact-sheet")
         check_output(args.contact_sheet, 1 << 22, sheet=True)
-    device = machine_of(args, paths)
+    device, model = machine_of(args, paths)
     for sentence in request.notes():
         note(sentence)
 
     started = time.monotonic()
     with notes_from_warnings():
-        pipeline = load_models(args, paths, device, work_of(request))
+        pipeline = load_models(args, model, device, work_of(request))
         with progress() as bar:
             generation = pipeline.generate(request, bar)
     write_video(output, generation.frames, request.fps)
@@ -234,7 +236,7 @@ def long(args: argparse.Namespace) -> int:
     _check_distinct(output, args.image, args.video)
     first = request.first
     check_output(output, estimate_bytes(output, request.total_frames, first.height, first.width))
-    device = machine_of(args, paths)
+    device, model = machine_of(args, paths)
     request = replace(request, model=_model_settings(args, paths, device))
     for sentence in first.notes():
         note(sentence)
@@ -247,7 +249,7 @@ def long(args: argparse.Namespace) -> int:
             bar(step, f"segment {number + 1}/{of}")
 
         work = work_of(first, request.overlap)
-        for segment in long_video(lambda: load_models(args, paths, device, work), request, folder, callback):
+        for segment in long_video(lambda: load_models(args, model, device, work), request, folder, callback):
             finished.append(segment)
             bar.say(segment.told(folder.path))
     write_video(output, new_frames(folder, finished), first.fps)
@@ -291,7 +293,7 @@ def refine(args: argparse.Namespace) -> int:
     rate = 2 if request.doubled else 1
     height, width = request.size(video, paths.defaults)
     check_output(output, estimate_bytes(output, rate * len(video), height, width))
-    device = machine_of(args, paths)
+    device, model = machine_of(args, paths)
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 
@@ -302,7 +304,7 @@ def refine(args: argparse.Namespace) -> int:
             bar(step, f"piece {number + 1}/{of}")
 
         def load() -> Any:
-            return load_models(args, paths, device, request.work(video, paths.defaults))
+            return load_models(args, model, device, request.work(video, paths.defaults))
 
         def clips() -> Iterator[np.ndarray]:
             nonlocal count
@@ -312,9 +314,9 @@ def refine(args: argparse.Namespace) -> int:
 
         def kept() -> Iterator[np.ndarray]:
             # All of them first: a piece that fails must not leave an encoder waiting.
-            model = _model_settings(args, paths, device)
-            done = []
-            for number, skip, reused in refine_in_folder(load, paths.defaults, video, request, folder, model, callback):
+            settings = _model_settings(args, paths, device)
+            done, pieces = [], (video, request, folder, settings, callback)
+            for number, skip, reused in refine_in_folder(load, paths.defaults, *pieces):
                 done.append((number, skip))
                 bar.say(f"piece {number + 1}: {'is in' if reused else 'finished, kept in'} {folder.path}")
             for number, skip in done:
@@ -385,18 +387,17 @@ def _model_settings(args: argparse.Namespace, paths: Any, device: torch.device) 
     return found if args.lora is None or args.lora_mode == LORA_MODES[0] else found | {"lora_mode": args.lora_mode}
 
 
-def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work: Any) -> Any:
-    """The models as the options of `add_model` ask for them, in room for `work`."""
+def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.device, work: Any) -> Any:
+    """The opened model, loaded as the options of `add_model` say, with room for `work`."""
     from ..optimize.plan import GIB, Plan
     from ..optimize.switches import Optimizations
 
     pipeline = load_pipeline(
-        paths,
+        model,
         dtype=dtype_of(args.dtype, device),
         device=device,
-        optimizations=Optimizations(attention=args.attention, compile=compile_mode(args, device, paths)),
+        optimizations=Optimizations(attention=args.attention, compile=compile_mode(args, device, model.paths)),
         fp8=args.fp8,
-        lora=args.lora,
         lora_mode=args.lora_mode,
         work=work,
         least=Plan(args.stream_blocks, args.split_guidance, args.offload_kv_cache, args.stream_text_encoder),
@@ -408,18 +409,14 @@ def load_models(args: argparse.Namespace, paths: Any, device: torch.device, work
     return pipeline
 
 
-def machine_of(args: argparse.Namespace, paths: Any) -> torch.device:
-    """The device, once the files of models and LoRAs, the attention and the memory that are asked for are found to be
-    there."""
-    from ..checkpoints.lora import check_loras
-    from ..optimize.attention import check as check_attention
+def machine_of(args: argparse.Namespace, paths: Any) -> tuple[torch.device, OpenedModel]:
+    """The device and the opened model, once its files, its LoRAs, the attention and the memory limit are checked."""
+    from ..generate.opened import open_model
 
-    paths.check()
-    check_loras(args.lora or ())
-    check_attention(args.attention)
+    model = open_model(paths, args.lora, args.attention)
     device = device_of(args.device)
     check_memory(args, device)
-    return device
+    return device, model
 
 
 def check_memory(args: argparse.Namespace, device: torch.device) -> None:
@@ -440,11 +437,11 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> None:
     limit_memory(device, int(args.memory * GIB))
 
 
-def load_pipeline(paths: Any, **options: Any) -> Any:
+def load_pipeline(model: OpenedModel, **options: Any) -> Any:
     """Load the models: the one place where `generate` becomes heavy."""
     from ..generate.pipeline import Pipeline
 
-    return Pipeline.load(paths, **options)
+    return Pipeline.load(model, **options)
 
 
 def _sides(args: argparse.Namespace) -> tuple[int | None, int | None]:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.adapted import RuntimeLoras
-from ..checkpoints.load import load_transformer, open_checkpoint
-from ..checkpoints.lora import Lora, check_loras
+from ..checkpoints.load import load_transformer
+from ..checkpoints.lora import Lora
 from ..checkpoints.merged import MergedLoras
 from ..errors import CheckpointError, LongCatError
 from ..files.media import resize_and_crop
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
-from ..optimize.attention import check as check_attention
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.kernels.elementwise import HALF
 from ..optimize.kernels.elementwise import missing as kernels_missing
@@ -44,6 +43,7 @@ from ..sampling.conditioning import (
 from ..sampling.sampler import Callback, sample
 from ..sampling.schedules import Schedule, make_schedule
 from .inputs import check_callback, check_tensor, check_type, device_of, dtype_of, loras_of
+from .opened import OpenedModel, open_model
 from .paths import NANO_MODEL as NANO_MODEL
 from .paths import NANO_TEXT_ENCODER as NANO_TEXT_ENCODER
 from .paths import NANO_VAE as NANO_VAE
@@ -270,7 +270,7 @@ class Pipeline(Engine):
     @classmethod
     def load(
         cls,
-        paths: ModelPaths | None = None,
+        paths: ModelPaths | OpenedModel | None = None,
         *,
         dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -282,8 +282,9 @@ class Pipeline(Engine):
         least: Plan | None = None,
         memory: int | None = None,
     ) -> Pipeline:
-        """Load all three parts; fp8: the transformer's large layers as 8-bit ones (lossy); lora: a LoRA file, or files
-        with strengths, merged before that, or applied at run time as lora_mode says.
+        """Load all three parts. paths: of the model, or what `open_model` opened, LoRAs included; None: the nano model.
+        fp8: quantize the transformer's large layers to 8 bits (lossy). lora: a LoRA file, or files with strengths,
+        merged before that, or applied at run time, as lora_mode says.
 
         work: the largest sampling to come, for which the fastest plan that fits a GPU's free memory is made; None: all
         parts lie on the device. least: what is asked of the plan in any case; memory: bytes that it may need at most.
@@ -292,23 +293,25 @@ class Pipeline(Engine):
 
         Raises LongCatError for files that do not fit the network or each other, and for arguments of other types.
         """
-        paths = ModelPaths() if paths is None else paths
-        check_type("paths", paths, ModelPaths, "ModelPaths.of(model)")
-        dtype, device, loras = dtype_of(dtype), device_of(device), loras_of(lora)
+        dtype, device = dtype_of(dtype), device_of(device)
         optimizations = Optimizations() if optimizations is None else optimizations
         check_type("optimizations", optimizations, Optimizations, "an Optimizations")
         if lora_mode not in get_args(LoraMode):
             raise LongCatError(f"unknown LoRA mode {lora_mode!r}; choose one of {', '.join(get_args(LoraMode))}")
-        paths.check()
-        check_attention(optimizations.attention)
-        # Headers first, as they tell at once of another model's file; the transformer's weights, the largest, last.
-        checkpoint = open_checkpoint(paths.model)
+        if isinstance(paths, OpenedModel):
+            if lora is not None:
+                raise LongCatError("an opened model has its LoRAs already; give them to open_model instead")
+            opened = paths
+        else:
+            opened = open_model(paths, lora, optimizations.attention)
+        paths, loras = opened.paths, opened.loras
+        # Headers first, as they reveal another model's file at once; the transformer's weights, the largest, last.
+        checkpoint = opened.checkpoint
         config = checkpoint.config
         if least is not None and least.streamed > config.depth:
             raise LongCatError(
                 f"{least.streamed} blocks are to wait in CPU memory, the model has {config.depth}; give fewer"
             )
-        check_loras(loras)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype)
         if text_encoder.channels != config.caption_channels:
@@ -319,11 +322,11 @@ class Pipeline(Engine):
         policy = Policy() if fp8 else None
         runtime = lora_mode == "runtime"
         # Beside the weights LoRAs lie on the device, whatever waits.
-        others = sum(Path(path).stat().st_size for path, _ in loras) if runtime else 0
+        others = sum(lora.path.stat().st_size for lora in loras) if runtime else 0
         sizes = text_encoder.nbytes, others, memory
         plan, told = _plan(config, dtype, device, policy, optimizations, work, least, *sizes)
         model = load_transformer(
-            paths.model,
+            checkpoint,
             dtype=dtype,
             device=device,
             optimizations=replace(optimizations, split_guidance=plan.split_guidance),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
-from ..files.safetensors_io import Header, check_tensors, read_header, read_tensors
+from ..files.safetensors_io import SafetensorsFile, check_tensors
 from ..optimize.streaming import BlockStream
 from . import umt5
 
@@ -144,9 +144,9 @@ def load_text_encoder(
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors file; give the text encoder's own folder or file")
-    headers = {file: read_header(file) for file in files}
-    shapes = {name: shape for header in headers.values() for name, (_, shape) in header.items()}
-    tokenize = _folder_tokenizer(folder) if folder.is_dir() else _embedded_tokenizer(path, headers[path])
+    opened = [SafetensorsFile(file) for file in files]
+    shapes = {name: shape for file in opened for name, (_, shape) in file.header.items()}
+    tokenize = _folder_tokenizer(folder) if folder.is_dir() else _embedded_tokenizer(opened[0])
     config = umt5.config_from_state(shapes, str(path)) | FIXED_CONFIG
     if (folder / "config.json").is_file():
         config |= _read_config(folder / "config.json")
@@ -156,9 +156,9 @@ def load_text_encoder(
     check_tensors(path, {name: shapes[name] for name in umt5.weight_names(shapes)}, expected, "UMT5 encoder")
 
     state = {}
-    for file, header in headers.items():
-        scales = read_tensors(file, names=[name for name in header if name.endswith(umt5.FP8_SCALE)])
-        for name, tensor in read_tensors(file, names=umt5.weight_names(header)).items():
+    for file in opened:
+        scales = file.tensors([name for name in file.header if name.endswith(umt5.FP8_SCALE)])
+        for name, tensor in file.tensors(umt5.weight_names(file.header)).items():
             # Like transformers itself: the output of the feed-forward overflows fp16.
             kept = torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
             # `copy`: a tensor that needs no cast would otherwise stay a view of the file, which may be replaced later.
@@ -206,7 +206,8 @@ def _sentencepiece(proto: bytes, source: Path) -> Tokenize:
     return processor.encode
 
 
-def _embedded_tokenizer(path: Path, header: Header) -> Tokenize:
+def _embedded_tokenizer(file: SafetensorsFile) -> Tokenize:
+    path, header = file.path, file.header
     if umt5.SPIECE not in header:
         # Before blaming the vocabulary, check whether the file is an encoder at all.
         umt5.config_from_state({name: shape for name, (_, shape) in header.items()}, str(path))
@@ -214,7 +215,7 @@ def _embedded_tokenizer(path: Path, header: Header) -> Tokenize:
             f"{path} carries no SentencePiece model (tensor '{umt5.SPIECE}'); use ComfyUI's umt5_xxl file or the "
             "official text_encoder and tokenizer folders"
         )
-    proto = read_tensors(path, names=[umt5.SPIECE])[umt5.SPIECE]
+    proto = file.tensors([umt5.SPIECE])[umt5.SPIECE]
     return _sentencepiece(proto.to(torch.uint8).numpy().tobytes(), path)
 
 

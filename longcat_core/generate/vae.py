@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LongCatError
-from ..files.safetensors_io import check_tensors, read_header, read_tensors, write_safetensors
+from ..files.safetensors_io import SafetensorsFile, check_tensors, write_safetensors
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from . import wan_vae
 
@@ -103,8 +103,8 @@ def load_vae(
     """
     path = Path(path)
     files, config_file = _find(path)
-    headers = {file: read_header(file) for file in files}
-    shapes = {name: shape for header in headers.values() for name, (_, shape) in header.items()}
+    opened = [SafetensorsFile(file) for file in files]
+    shapes = {name: shape for file in opened for name, (_, shape) in file.header.items()}
     wan_named = wan_vae.is_wan_named(shapes)
     config = wan_vae.config_from_state(shapes, str(path))
     stored = None if wan_named or config_file is None else _read_config(config_file)
@@ -116,7 +116,7 @@ def load_vae(
     model = _meta_model(config, config_file or path)
     names = wan_vae.to_diffusers if wan_named else dict
     check_tensors(path, names(shapes), {k: tuple(v.shape) for k, v in model.state_dict().items()}, "Wan 2.1 VAE")
-    state = names({name: tensor for file in files for name, tensor in read_tensors(file).items()})
+    state = names({name: tensor for file in opened for name, tensor in file.tensors().items()})
     # `copy`: a tensor that needs no cast would otherwise stay a view of the file, which may be replaced later.
     state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)

@@ -18,7 +18,7 @@ from longcat_core.checkpoints import lora as lora_files
 from longcat_core.checkpoints.adapted import STEP, RuntimeLoras
 from longcat_core.checkpoints.formats import OFFICIAL
 from longcat_core.checkpoints.load import load_transformer, official_state
-from longcat_core.checkpoints.lora import read_lora
+from longcat_core.checkpoints.lora import open_loras
 from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
 from longcat_core.errors import CheckpointError, LongCatError
@@ -139,7 +139,7 @@ def test_a_rewritten_file_is_read_again(tmp_path, model):
 def test_what_is_wrong_changes_nothing(tmp_path, model):
     loras = RuntimeLoras(model, [(LORA, 0.5)])
     wanted = output(model)
-    with pytest.raises(CheckpointError, match="is no LoRA"):
+    with pytest.raises(CheckpointError, match="is not a LoRA"):
         loras.set([(LORA, 1.0), (GOLDEN / "dit.safetensors", 1.0)])
     assert torch.equal(output(model), wanted)
     assert len(loras.set([(LORA, 1.0)])) == 17, "and what was there before is still known"
@@ -176,7 +176,7 @@ def test_on_an_8_bit_base_the_lora_is_not_quantised(fp8):
     layer, base = model.blocks[0].attn.qkv, plain.blocks[0].attn.qkv
     assert isinstance(layer, Fp8Linear) and isinstance(layer, Adapted)
     assert not takes_quantised(layer) and takes_quantised(base) and not sliceable(layer, layer.weight)
-    parts = read_lora(LORA)["blocks.0.attn.qkv"]
+    parts = open_loras([(LORA, 1.0)])[0].layers["blocks.0.attn.qkv"]
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     branch = torch.cat(
         [

@@ -18,7 +18,7 @@ from longcat_core.checkpoints import load
 from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint, read_parameter
 from longcat_core.errors import CheckpointError
-from longcat_core.files import read_ahead, tensor_files
+from longcat_core.files import read_ahead, safetensors_io, tensor_files
 from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer
@@ -469,14 +469,44 @@ def test_reading_ahead(monkeypatch):
     assert max(begun) <= 7 and begun == sorted(begun)
 
 
-def test_a_file_that_becomes_shorter_meanwhile(tmp_path, golden):
+def test_a_file_that_becomes_shorter_meanwhile(tmp_path, golden, monkeypatch):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, comfyui(golden))
     opened = tensor_files.open_file(path)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match="became shorter while it was read; download it again"):
+
+    def read() -> None:
         for name in opened.header:
             opened.rows(name)
+
+    with pytest.raises(CheckpointError, match=r"is truncated \(.*download it again"):
+        read()
+    # As if it had been cut off after it was compared with the file that was opened.
+    monkeypatch.setattr(opened, "_stamp", safetensors_io.stamp(path.stat()))
+    with pytest.raises(CheckpointError, match="became shorter while it was read; download it again"):
+        read()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_a_file_that_is_written_again_meanwhile(tmp_path, kind):
+    """One with the same tensors serves, wherever they lie in it; one with others does not, and neither does none."""
+
+    def write(tensors: State) -> None:
+        fresh = tmp_path / f"fresh.{kind}"
+        write_gguf(fresh, tensors, {}) if kind == "gguf" else write_safetensors(fresh, tensors, {"note": "x" * 40})
+        os.replace(fresh, path)
+
+    path, tensors = tmp_path / f"x.{kind}", {"a": torch.ones(4, 32), "b": torch.zeros(2, 32)}
+    write(tensors)
+    opened = tensor_files.open_file(path)
+    write({"b": torch.full((2, 32), 5.0), "a": torch.full((4, 32), 7.0)})
+    assert (opened.rows("a") == 7).all() and (opened.rows("b", 1) == 5).all()
+    write({"a": torch.ones(4, 32), "b": torch.zeros(3, 32)})
+    with pytest.raises(CheckpointError, match=r"holds other tensors than when it was opened; load it again"):
+        opened.rows("a")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be read .*download it again"):
+        opened.rows("a")
 
 
 @pytest.mark.parametrize("rows", [(0, None), (3, 7), (0, 1), (60, 10**6), (5, 5)])

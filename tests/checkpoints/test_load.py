@@ -17,7 +17,6 @@ from longcat_core.checkpoints.load import (
     official_state,
     open_checkpoint,
     read_parameter,
-    require_finite,
 )
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
@@ -168,14 +167,6 @@ def test_official_names_go_there_and_back(tmp_path, state):
     assert_same(
         load_transformer(tmp_path / "again.safetensors"), load_transformer(GOLDEN / "dit.safetensors").state_dict()
     )
-
-
-def test_weights_that_are_not_numbers_are_named():
-    model = load_transformer(GOLDEN / "dit.safetensors")
-    require_finite(model, "dit")
-    model.blocks[1].ffn.down.weight[0, 0] = float("nan")
-    with pytest.raises(LongCatError, match=r"dit has NaN or infinite values in blocks\.1\.ffn\.down\.weight"):
-        require_finite(model, "dit")
 
 
 # What does not fit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
-from longcat_core.checkpoints.lora import PREFIX, SEPARATOR, merge_lora, read_lora
+from longcat_core.checkpoints.lora import PREFIX, SEPARATOR, merge_lora, open_loras
 from longcat_core.checkpoints.merged import MergedLoras
 from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
@@ -40,7 +40,7 @@ def model() -> OptimizedTransformer:
 def test_slices_of_a_fused_weight_change_by_their_own_product(model):
     before = model.blocks[0].attn.qkv.weight.clone()
     merge_lora(model, LORA, strength=0.5)
-    parts = read_lora(LORA)["blocks.0.attn.qkv"]
+    parts = open_loras([(LORA, 1.0)])[0].layers["blocks.0.attn.qkv"]
     for i in range(3):
         down = parts["lora_down.weight"].chunk(3)[i]
         expected = 0.5 * parts["alpha_scale"] * parts[f"lora_up.blocks.{i}.weight"] @ down
@@ -52,7 +52,7 @@ def test_gate_and_up_land_in_their_halves(model):
     before = model.blocks[1].ffn.gate_up.weight.clone()
     merge_lora(model, LORA)
     for i, name in enumerate(("w1", "w3")):
-        parts = read_lora(LORA)[f"blocks.1.ffn.{name}"]
+        parts = open_loras([(LORA, 1.0)])[0].layers[f"blocks.1.ffn.{name}"]
         expected = parts["alpha_scale"] * parts["lora_up.weight"] @ parts["lora_down.weight"]
         change = (model.blocks[1].ffn.gate_up.weight - before).chunk(2)[i]
         torch.testing.assert_close(change, expected, atol=1e-6, rtol=1e-4)
@@ -61,7 +61,7 @@ def test_gate_and_up_land_in_their_halves(model):
 def test_every_target_changes_and_strength_minus_one_takes_it_out(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     changed = merge_lora(model, LORA)
-    assert len(changed) == len(read_lora(LORA)) == 19
+    assert len(changed) == len(open_loras([(LORA, 1.0)])[0].layers) == 19
     assert sum(not torch.equal(v, before[k]) for k, v in model.state_dict().items()) == 17
     merge_lora(model, LORA, strength=-1)
     for name, value in model.state_dict().items():
@@ -257,7 +257,7 @@ def test_loras_are_exchanged_exactly(tmp_path, kind):
         assert same(model, loras)
     assert merged.set() and merged.set() == []
     assert same(model, [])
-    with pytest.raises(CheckpointError, match="is no LoRA"):
+    with pytest.raises(CheckpointError, match="is not a LoRA"):
         merged.set([(GOLDEN / "dit.safetensors", 1.0)])
     assert same(model, [])
 
@@ -280,8 +280,8 @@ def test_exchanging_changes_nothing_where_the_checkpoint_is_gone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {"unet.weight": torch.ones(2)}, r"is no LoRA \(it holds unet\.weight\)"),
-        (lambda t: {}, r"is no LoRA \(it holds nothing\)"),
+        (lambda t: {"unet.weight": torch.ones(2)}, r"is not a LoRA \(it holds unet\.weight\)"),
+        (lambda t: {}, r"is not a LoRA \(it holds nothing\)"),
         (
             lambda t: {k: v[:, :-1] if k.endswith("proj.lora_up.weight") else v for k, v in t.items()},
             "mismatched ranks",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from longcat_core.checkpoints.load import open_checkpoint, require_finite
+from longcat_core.checkpoints.load import open_checkpoint
 from longcat_core.files.safetensors_io import read_header
 from longcat_core.generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, Pipeline
 from longcat_core.generate.request import GenerateRequest
@@ -33,7 +33,6 @@ def test_assets_are_small_bf16_and_whole(pipeline):
     for file in files:
         dtypes = {dtype for name, (dtype, _) in read_header(file).items() if name != "spiece_model"}
         assert dtypes == {torch.bfloat16}
-    require_finite(pipeline.model, str(NANO_MODEL))
     assert open_checkpoint(NANO_MODEL).config == CONFIG == pipeline.model.config
 
 
