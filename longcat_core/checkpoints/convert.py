@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
+from ..files.places import check_place, check_suffix
 from ..files.safetensors_io import Header, stream_safetensors
 from ..model.transformer import LongCatTransformer
 from ..optimize.kernels.elementwise import E4M3_MAX, TINY
@@ -210,22 +210,11 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 def check_destination(destination: Path, checkpoint: Checkpoint, size: int) -> None:
-    """Raise LongCatError unless `size` bytes can be written to `destination` and spoil nothing of the checkpoint."""
-    folder = destination.resolve().parent
-    if destination.suffix != ".safetensors":
-        raise LongCatError(f"{destination} is not called .safetensors; give a file name that ends so")
-    if destination.is_dir():
-        raise LongCatError(f"{destination} is a folder; give the name of a file in it")
-    if not folder.is_dir():
-        raise LongCatError(f"{destination}: the folder {folder} does not exist; create it or choose another place")
-    for file in set(checkpoint.where.values()):
+    """Raise LongCatError unless `size` bytes can be written to `destination` without damage to the checkpoint."""
+    check_suffix(destination, (".safetensors",))
+    for file in checkpoint.files:
         if destination.exists() and os.path.samefile(file, destination):
             raise LongCatError(f"{destination} is the source itself; give another name")
-        if Path(checkpoint.source).is_dir() and file.resolve().parent == folder:
+        if Path(checkpoint.source).is_dir() and file.resolve().parent == destination.resolve().parent:
             raise LongCatError(f"{destination} would lie among the source's own files; choose another folder")
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise LongCatError(
-            f"{destination} takes {size / 1e9:.3g} GB but {folder} has {free / 1e9:.3g} GB free; make room or choose "
-            "another place"
-        )
+    check_place(destination, size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ def convert(args: argparse.Namespace) -> int:
     from ..checkpoints import convert as conversion
 
     if args.report is not None:
-        _check_report(args.report)
+        _check_report(args.report, args.source)
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -75,27 +74,23 @@ def print_errors(errors: list[LayerError]) -> None:
         print(f"{kind:<{width}}  {mean:>14.2e}  {largest:.1e}  {worst.relative:.2e} {worst.name}")
 
 
-def _check_report(path: Path) -> None:
-    """Raise LongCatError unless a report can be written to `path`."""
-    folder = path.resolve().parent
-    if path.suffix != ".json":
-        raise LongCatError(f"{path} is not called .json; give a file name that ends so")
-    if path.is_dir():
-        raise LongCatError(f"{path} is a folder; give the name of a file in it")
-    if not folder.is_dir():
-        raise LongCatError(f"{path}: its folder does not exist; create it or choose another place")
-    try:
-        # Tried, not asked: permissions alone don't tell of read-only file systems.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise LongCatError(f"{path}: {folder} is not writable ({error.strerror}); choose another place") from error
+def _check_report(path: Path, source: Path) -> None:
+    """Raise LongCatError unless a report can be written to `path` without damage to the source."""
+    from ..files.places import check_place, check_suffix
+
+    check_suffix(path, (".json",), "report")
+    check_place(path)
+    if path.exists() and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+        raise LongCatError(f"report {path} would replace a file in the source's folder; give another name to --report")
 
 
 def _write_report(path: Path, errors: list[LayerError]) -> None:
     from dataclasses import asdict
 
-    path.write_text(json.dumps([asdict(error) for error in errors], indent=1) + "\n", encoding="utf-8")
+    from ..files.atomic import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps([asdict(error) for error in errors], indent=1) + "\n", encoding="utf-8")
 
 
 # Name -> options, what runs, and a line of help.

@@ -22,7 +22,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in {**there, **now} if there.get(name) != now.get(name)]
 
 
-def in_words(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences_in_words(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first few differences with both values, and how many more there are; "" without any."""
     names = differences(there, now)
     words = [f"{name} {_both(there.get(name), now.get(name))}" for name in names[:NAMED]]

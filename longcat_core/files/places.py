@@ -25,7 +25,7 @@ def check_place(path: Path, estimated_bytes: int = 0) -> None:
     folder = path.resolve().parent
     if path.is_dir():
         raise LongCatError(
-            f"{path} is a folder; give the name of a file in it, such as {path / ('video' + path.suffix)}"
+            f"{path} is a folder; give the name of a file in it, such as {path / ('name' + path.suffix)}"
         )
     if path.exists() and not path.is_file():
         raise LongCatError(f"{path} is not a regular file; choose another name")
@@ -40,7 +40,7 @@ def check_place(path: Path, estimated_bytes: int = 0) -> None:
     free = shutil.disk_usage(folder).free
     if free < estimated_bytes:
         raise LongCatError(
-            f"{path} may take {megabytes(estimated_bytes)} but {folder} has {megabytes(free)} free; "
+            f"{path} may take {bytes_in_words(estimated_bytes)} but {folder} has {bytes_in_words(free)} free; "
             "make room or choose another place"
         )
 
@@ -54,6 +54,6 @@ def check_new_folder(folder: Path, name: str) -> None:
     check_place(there / name)
 
 
-def megabytes(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e6:,.1f} MB"
+def bytes_in_words(count: int) -> str:
+    """A number of bytes in MB, or in GB from 10 GB on."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e10 else f"{count / 1e6:,.1f} MB"

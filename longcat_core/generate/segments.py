@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..files.atomic import atomic_folder, leftovers
-from ..files.differences import as_read, in_words
+from ..files.differences import as_read, differences_in_words
 from ..files.locks import held
 from ..files.media import read_video, write_video
+from ..files.places import bytes_in_words
 from ..files.safetensors_io import read_tensors, write_safetensors
 
 VERSION = 1
@@ -110,7 +111,7 @@ class SegmentFolder:
                 continue
             kept = {name: value for name, value in record.settings.items() if name not in self.changing}
             now = {name: value for name, value in as_read(now).items() if name not in self.changing}
-            if words := in_words(kept, now):
+            if words := differences_in_words(kept, now):
                 raise LongCatError(
                     f"{self.path} holds segments of other settings ({words}); give the same ones to continue, or "
                     "another folder to start over"
@@ -237,10 +238,10 @@ class SegmentFolder:
         """Raise LongCatError unless the disk has room for a segment of so many bytes."""
         free = shutil.disk_usage(self.path).free
         if free < bytes_needed + SPARE_BYTES:
+            needed, spare, there = (bytes_in_words(count) for count in (bytes_needed, SPARE_BYTES, free))
             raise LongCatError(
-                f"segment {number + 1} may take {bytes_needed / 1e6:,.1f} MB and {SPARE_BYTES / 1e6:.1f} MB must stay "
-                f"free, but {self.path} has {free / 1e6:,.1f} MB free; what was finished before is kept: make room and "
-                "run the same again to go on"
+                f"segment {number + 1} may take {needed} and {spare} must stay free, but {self.path} has {there} free; "
+                "what was finished before is kept: make room and run the same again to go on"
             )
 
     def _folder(self, number: int) -> Path:

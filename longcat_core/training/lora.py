@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints.load import load_transformer, open_checkpoint
 from ..errors import CheckpointError, LongCatError
-from ..files.differences import as_read, in_words
+from ..files.differences import as_read, differences_in_words
 from ..files.locks import held
-from ..files.places import check_place
+from ..files.places import check_place, check_suffix
 from ..files.safetensors_io import read_metadata, read_tensors, write_safetensors
 from ..generate.pipeline import ModelPaths
 from ..generate.request import check_frames, check_number, check_seed, check_side
@@ -237,7 +237,7 @@ class LoraFile:
             there, self.done = dict(json.loads(metadata["settings"])), int(metadata["step"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.state} is not a training state; name another file with --output") from error
-        if words := in_words(there, as_read(self.settings)):
+        if words := differences_in_words(there, as_read(self.settings)):
             raise LongCatError(
                 f"{self.state} has other settings ({words}); give the same ones to continue, or another --output"
             )
@@ -297,7 +297,7 @@ def train_lora(
             file.finish()
             return file
         samples, null = _encode(paths, clips, recipe, checkpoint.config, dtype, device, report)
-        model = load_transformer(paths.model, dtype=dtype, device=device, optimizations=optimizations)
+        model = load_transformer(checkpoint, dtype=dtype, device=device, optimizations=optimizations)
         trainer = LoraTrainer(model, recipe)
         if file.done:
             trainer.load_state(read_tensors(file.state), file.done)
@@ -310,8 +310,9 @@ def train_lora(
 
 
 def check_output(output: Path) -> None:
-    """Raise LongCatError unless the name is one for a LoRA."""
-    if output.suffix != ".safetensors" or output.name.endswith(".state.safetensors"):
+    """Raise LongCatError unless `output` is named like a LoRA, and not like the state beside it."""
+    check_suffix(output, (".safetensors",))
+    if output.name.endswith(".state.safetensors"):
         raise LongCatError(f"output {output} must end in .safetensors, and not in .state.safetensors")
 
 

@@ -15,6 +15,7 @@ from longcat_core.checkpoints.load import load_transformer, open_checkpoint
 from longcat_core.cli import convert as commands
 from longcat_core.cli import main as cli
 from longcat_core.errors import CheckpointError, LongCatError
+from longcat_core.files import places
 from longcat_core.files.safetensors_io import (
     read_header,
     read_metadata,
@@ -168,6 +169,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, golden, caps
     folder = tmp_path / "dit"
     folder.mkdir()
     write_safetensors(folder / "shard.safetensors", golden)
+    notes = folder / "notes.json"
+    notes.write_text("{}", encoding="utf-8")
     (tmp_path / "taken.safetensors").mkdir()
     (tmp_path / "folder.json").mkdir()
     os.link(source, tmp_path / "link.safetensors")
@@ -182,22 +185,23 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, golden, caps
         ("is the source itself", source, tmp_path / "link.safetensors", "--to", "int8"),
         ("is the source itself", tmp_path / ".." / tmp_path.name / source.name, source, "--to", "int8"),
         ("among the source's own files", folder, folder / "new.safetensors", "--to", "int8"),
-        ("new.bin is not called .safetensors", source, tmp_path / "new.bin", "--to", "int8"),
+        ("new.bin' must end in .safetensors", source, tmp_path / "new.bin", "--to", "int8"),
         ("is a folder", source, tmp_path / "taken.safetensors", "--to", "int8"),
         ("does not exist; create it", source, tmp_path / "no" / "new.safetensors", "--to", "int8"),
         ("has NaN or infinite values in blocks.0.ffn.down.weight", bad, new, "--to", "bf16"),
         ("holds LoRA, not", GOLDEN / "lora.safetensors", new, "--to", "bf16"),
-        ("report.txt is not called .json", source, new, "--to", "bf16", "--report", tmp_path / "report.txt"),
+        ("report.txt' must end in .json", source, new, "--to", "bf16", "--report", tmp_path / "report.txt"),
         ("folder.json is a folder", source, new, "--to", "bf16", "--report", tmp_path / "folder.json"),
         ("/proc is not writable", source, new, "--to", "bf16", "--report", "/proc/r.json"),
-        ("its folder does not exist", source, new, "--to", "bf16", "--report", tmp_path / "no" / "r.json"),
+        ("in the source's folder", folder, new, "--to", "bf16", "--report", notes),
+        ("does not exist; create it", source, new, "--to", "bf16", "--report", tmp_path / "no" / "r.json"),
     ):
         files = sorted(tmp_path.rglob("*"))
         refused(said, *arguments, capsys=capsys)
         assert sorted(tmp_path.rglob("*")) == files
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage(10, 5, 200_000))
-    refused("GB free; make room", source, new, "--to", "int8", capsys=capsys)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: usage(10, 5, 200_000))
+    refused("MB free; make room", source, new, "--to", "int8", capsys=capsys)
     assert source.read_bytes() == before
 
 
@@ -218,8 +222,12 @@ def test_a_faulty_disk_is_noticed_and_the_old_file_stays(tmp_path, monkeypatch):
 
 def test_the_command_reports(tmp_path, capsys):
     path, report = tmp_path / "new.safetensors", tmp_path / "errors.json"
+    report.write_text("old")
+    old = tmp_path / "old.json"
+    os.link(report, old)
     assert cli.main(["convert", str(DIT), str(path), "--to", "comfyui-fp8", "--report", str(report)]) == 0
     out = capsys.readouterr().out
+    assert old.read_text() == "old", "the report is renamed into its place, not written over"
     line = next(line for line in out.splitlines() if line.startswith("ffn.gate_up.weight"))
     assert "e-02" in line and ".ffn.w" in line
     assert out.splitlines()[-1].startswith(f"{path}: comfyui-fp8, ")

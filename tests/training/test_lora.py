@@ -271,7 +271,7 @@ BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
     (["--layers", "attn.qkv,mlp"], None, "no layers mlp to train; choose from attn.qkv"),
     (["--dtype", "float16"], None, "float16"),
     (["--vae", "vae.safetensors"], None, "without a model"),
-    (["-o", "a.pt"], None, "a.pt must end in .safetensors"),
+    (["-o", "a.pt"], None, "'a.pt' must end in .safetensors"),
     (["-o", "a.state.safetensors"], None, "not in .state.safetensors"),
     (["-o", "nowhere/a.safetensors"], None, "nowhere does not exist"),
 ]
