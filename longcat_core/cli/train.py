@@ -20,7 +20,7 @@ def add_train_lora(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the LoRA, .safetensors; a state goes beside it",
     )
-    group = parser.add_argument_group("what is learnt")
+    group = parser.add_argument_group("what is learned")
     group.add_argument(
         "--size", type=size, metavar="HxW", help="clips are scaled and cropped to it (default: 480x832, nano 64x96)"
     )
@@ -65,8 +65,8 @@ def add_train_lora(parser: argparse.ArgumentParser) -> None:
 
 def train_lora(args: argparse.Namespace) -> int:
     """`longcat train-lora`: everything is checked before a model is loaded; the same command goes on where it was."""
-    from ..generate.pipeline import ModelPaths
-    from ..optimize.attention import check as check_attention
+    from ..generate.opened import open_model
+    from ..generate.paths import ModelPaths
     from ..optimize.compilation import why_not
     from ..optimize.switches import Optimizations
     from ..training import lora as training
@@ -91,10 +91,9 @@ def train_lora(args: argparse.Namespace) -> int:
         gradient_checkpointing=not args.no_gradient_checkpointing,
         save_every=args.save_every,
     )
-    recipe.check()
+    # Reading the clips takes long, so their output's name is checked before.
     training.check_output(args.output)
-    paths.check()
-    check_attention(args.attention)
+    model = open_model(paths, attention=args.attention)
     device = device_of(args.device)
     if args.compile == "blocks" and (reason := why_not(device)):
         raise LongCatError(f"--compile blocks does not work here: {reason}; leave it out")
@@ -113,7 +112,7 @@ def train_lora(args: argparse.Namespace) -> int:
             bar.count(done, of, what if loss is None else f"{what}, loss {smooth:.4f}")
 
         file = training.train_lora(
-            *(paths, clips, recipe, args.output),
+            *(model, clips, recipe, args.output),
             dtype=dtype_of(args.dtype, device),
             device=device,
             optimizations=optimizations,

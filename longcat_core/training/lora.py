@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checkpoints.load import load_transformer, open_checkpoint
+from ..checkpoints.load import load_transformer
 from ..errors import CheckpointError, LongCatError
 from ..files.differences import as_read, differences_in_words
 from ..files.locks import held
 from ..files.places import check_place, check_suffix
 from ..files.safetensors_io import read_metadata, read_tensors, write_safetensors
-from ..generate.pipeline import ModelPaths
+from ..generate.opened import OpenedModel, open_model
+from ..generate.paths import ModelPaths
 from ..generate.request import check_frames, check_number, check_seed, check_side
 from ..generate.text import MAX_LENGTH, load_text_encoder
 from ..generate.vae import load_vae
@@ -78,8 +79,8 @@ class Recipe:
     gradient_checkpointing: bool = True
     save_every: int = 100
 
-    def check(self) -> None:
-        """Raise LongCatError for what is out of range."""
+    def __post_init__(self) -> None:
+        """Raise LongCatError for a value out of range."""
         for name, side in (("height", self.height), ("width", self.width)):
             check_side(name, side)
         check_frames(self.frames)
@@ -268,7 +269,7 @@ def estimate_bytes(config: ModelConfig, recipe: Recipe) -> int:
 
 
 def train_lora(
-    paths: ModelPaths,
+    model: ModelPaths | OpenedModel,
     clips: Sequence[Clip],
     recipe: Recipe,
     output: Path,
@@ -278,16 +279,16 @@ def train_lora(
     optimizations: Optimizations | None = None,
     report: Report = lambda what, done, of, loss: None,
 ) -> LoraFile:
-    """Train a LoRA for the model at `paths` on `clips` and write it to `output`, every so often and at the end.
+    """Train a LoRA for `model` on `clips` and write it to `output`, every `save_every` steps and at the end.
 
-    Goes on from the state beside `output`. VAE and text encoder are loaded, used and freed before the transformer is
-    loaded. Raises LongCatError for what does not fit together, before anything is loaded; for a loss that is not
-    finite, when what was saved stays; where another run trains the same file.
+    Continues from the state beside `output`. VAE and text encoder are loaded, used and freed before the transformer is
+    loaded. Raises LongCatError for files and settings that do not fit together, before anything is loaded; for a loss
+    that is not finite, when the last save stays; and where another run trains the same file.
     """
-    recipe.check()
-    paths.check()
+    optimizations = Optimizations() if optimizations is None else optimizations
+    opened = model if isinstance(model, OpenedModel) else open_model(model, attention=optimizations.attention)
+    paths, checkpoint = opened.paths, opened.checkpoint
     check_output(output)
-    checkpoint = open_checkpoint(paths.model)
     check_place(output, estimate_bytes(checkpoint.config, recipe))
     settings = recipe.decides() | paths.fingerprints() | {"clips": clips_fingerprint(clips)}
     file = LoraFile(output, recipe, settings | {"dtype": str(dtype).removeprefix("torch.")})
@@ -297,8 +298,8 @@ def train_lora(
             file.finish()
             return file
         samples, null = _encode(paths, clips, recipe, checkpoint.config, dtype, device, report)
-        model = load_transformer(checkpoint, dtype=dtype, device=device, optimizations=optimizations)
-        trainer = LoraTrainer(model, recipe)
+        network = load_transformer(checkpoint, dtype=dtype, device=device, optimizations=optimizations)
+        trainer = LoraTrainer(network, recipe)
         if file.done:
             trainer.load_state(read_tensors(file.state), file.done)
         for number in range(file.done, recipe.steps):
