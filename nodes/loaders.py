@@ -74,8 +74,8 @@ def load_model(path: str, model_options: dict, disable_dynamic: bool = False) ->
         state |= _dequantised(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
     state = {name: state[checkpoint.prefix + name] for name in checkpoint.where}
     metadata = {CONFIG_KEY: _json(checkpoint.config.text_tokens_zero_pad)}
-    if checkpoint.quantised:
-        metadata[QUANT_METADATA] = json.dumps({"layers": checkpoint.quantised})
+    if checkpoint.quantized:
+        metadata[QUANT_METADATA] = json.dumps({"layers": checkpoint.quantized})
     options = {"disable_dynamic": True} if disable_dynamic else {}
     patcher = comfy.sd.load_diffusion_model_state_dict(state, model_options, metadata=metadata, **options)
     patcher.cached_patcher_init = (load_model, (path, model_options))

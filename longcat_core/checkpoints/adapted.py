@@ -1,4 +1,4 @@
-"""LoRAs applied as the network runs, beside weights that stay as they were loaded; the alternative to `merged`."""
+"""LoRAs applied as the network runs, beside weights that stay as loaded; the alternative to `merged`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
 from .lora import Lora, LoraStack, OpenedLora, check_strength, stamp_of
 
-# Ranks come in so many, so that a LoRA finds the room of the one before it, and the graphs compiled for that.
+# Ranks are rounded up to a multiple of this, so that a LoRA fits the room, and the compiled graphs, of the last one.
 STEP = 16
 
 
 class _Ranks(NamedTuple):
-    """Ranks first..last of a layer's adapter: those of file `file`, which count by scale times its strength."""
+    """Ranks first..last of a layer's adapter, which hold file number `file` and count by scale times its strength."""
 
     file: int
     first: int
@@ -30,10 +30,10 @@ class _Ranks(NamedTuple):
 
 
 class RuntimeLoras:
-    """The LoRAs of a network, any of its layers, applied at run time; the face of `MergedLoras`.
+    """The LoRAs of a network, on any of its layers, applied at run time; used like `MergedLoras`.
 
     Blocks share one compiled graph, so a kind of layer is adapted in all blocks or in none, with room for the same
-    number of ranks. That room only grows until all LoRAs are taken out: others of these sizes compile nothing anew.
+    number of ranks. That room grows until all LoRAs are taken out, so other LoRAs up to its size compile nothing.
     """
 
     def __init__(self, model: LongCatTransformer, loras: Iterable[Lora | OpenedLora] = ()) -> None:
@@ -41,16 +41,16 @@ class RuntimeLoras:
         self._files: list[tuple[Path, Stamp | None]] = []
         self._strengths: tuple[float, ...] = ()
         self._ranks: dict[str, list[_Ranks]] = {}
-        # Kind of layer -> ranks that its adapters have room for.
+        # Kind of layer -> ranks for which its adapters have room.
         self._room: dict[str, int] = {}
         self.set(loras)
 
     @torch.no_grad()
     def set(self, loras: Iterable[Lora | OpenedLora] = ()) -> list[str]:
-        """Have these LoRAs act, and no others; returns the weights that now act otherwise than they did.
+        """Apply these LoRAs and no others; returns the weights whose effect changed.
 
-        The same files with other strengths are not read again: their scales are written, and nothing else. None at all
-        makes the layers what they were. Everything is checked first; errors and warnings as `LoraStack`.
+        The same files with other strengths are not read again; only their scales are written. Without LoRAs the layers
+        are as before the first. Everything is checked first; errors and warnings as `LoraStack`.
         """
         loras = [lora if isinstance(lora, OpenedLora) else (Path(lora[0]), float(lora[1])) for lora in loras]
         files, strengths = [_file(lora) for lora in loras], tuple(_strength(lora) for lora in loras)
@@ -68,7 +68,7 @@ class RuntimeLoras:
         }
         stack = LoraStack(loras, shapes)
         changed = list(dict.fromkeys([*(f"{name}.weight" for name in self._ranks), *stack.weights]))
-        # Only what came to an end is known the next time.
+        # Forgotten until all is written, so that a call that fails halfway is not taken for done.
         self._files, self._strengths = [], strengths
         self._make_room(stack)
         self._ranks = {weight.removesuffix(".weight"): self._write(weight, stack) for weight in stack.weights}
@@ -77,7 +77,7 @@ class RuntimeLoras:
         return changed
 
     def _make_room(self, stack: LoraStack) -> None:
-        """Adapt every layer of the kinds that the stack changes, and empty all adapters."""
+        """Adapt every layer of each kind that the stack changes, and empty all adapters."""
         kinds: dict[str, list[str]] = defaultdict(list)
         for name, module in self.model.named_modules():
             if isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -92,13 +92,13 @@ class RuntimeLoras:
             for name in kinds[kind]:
                 layer = self.model.get_submodule(name)
                 if stack.weights:
-                    # Weights of the layer may wait elsewhere; its LoRAs do not.
+                    # The layer's weights may wait in CPU memory; its LoRAs stay on the device.
                     adapt(layer, rank, device=self.model.patch_embed.weight.device)
                 else:
                     release(layer)
 
     def _write(self, weight: str, stack: LoraStack) -> list[_Ranks]:
-        """Fill the adapter of one layer: every slice of every change has ranks of its own."""
+        """Fill the adapter of one layer; every slice of every change has its own ranks."""
         layer: Adapted = self.model.get_submodule(weight.removesuffix(".weight"))
         ranks, first = [], 0
         for change in stack.changes(weight):
@@ -113,7 +113,7 @@ class RuntimeLoras:
         return ranks
 
     def _write_scales(self) -> None:
-        """In place, into every adapter: text keys that were kept see by it that they are stale."""
+        """Write the scales of every adapter in place, by which cached text keys notice that they are stale."""
         for name, module in self.model.named_modules():
             if isinstance(module, Adapted):
                 scales = torch.zeros(rank_of(module))
@@ -128,7 +128,7 @@ def _kind(name: str) -> str:
 
 
 def _file(lora: Lora | OpenedLora) -> tuple[Path, Stamp | None]:
-    """A LoRA's file, and its stamp when it was read, or of now."""
+    """A LoRA's file and its stamp: from when it was read, or of now."""
     return (lora.path, lora.read) if isinstance(lora, OpenedLora) else (Path(lora[0]), stamp_of(Path(lora[0])))
 
 
@@ -137,5 +137,5 @@ def _strength(lora: Lora | OpenedLora) -> float:
 
 
 def _same(now: tuple[Path, Stamp | None], then: tuple[Path, Stamp | None]) -> bool:
-    # What was read from a file that is gone is still here.
+    # What was read of a file that is gone is still in the adapters.
     return now[0] == then[0] and now[1] in (None, then[1])

@@ -1,4 +1,4 @@
-"""A checkpoint of any form written as one file of another, and measured against what it was made of."""
+"""Write a checkpoint of any form as one file of another form, and measure what was lost."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .load import CONFIG_KEY, Checkpoint, Part, Reader, match_parameters, open_c
 
 INT8_MAX = 127
 
-# Stored tensors by what follows the module's name.
+# Stored tensors by their suffix after the module's name.
 Stored = dict[str, Tensor]
 Shape = tuple[int, ...]
 
 
 def as_bf16(weight: Tensor) -> Stored:
-    """A parameter of any shape."""
+    """A parameter of any shape in bf16."""
     return {"weight": weight.bfloat16()}
 
 
@@ -40,14 +40,14 @@ def as_scaled_fp8(weight: Tensor) -> Stored:
 
 
 def as_int8(weight: Tensor) -> Stored:
-    """weight [out, in] as whole numbers with a scale for each row, [out]."""
+    """weight [out, in] as int8 with a scale for each row, [out]."""
     scale = weight.abs().amax(1).clamp(min=TINY) / INT8_MAX
     return {"weight_int8": (weight / scale[:, None]).round().to(torch.int8), "weight_scale": scale.float()}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is written. small: whether a module's weight is stored by `encode`; all else is bf16.
+    """A form to write. small: whether `encode` stores a module's weight; everything else is bf16.
 
     small_header: what `encode` makes of a weight of this shape.
     """
@@ -72,18 +72,18 @@ class Target:
 
 
 def _fp8_layer(module: str) -> bool:
-    # Embeddings, modulation and the final layer are fp32 islands.
+    # Embeddings, modulation and the final layer compute in fp32.
     return module.startswith("blocks.") and module.split(".", 2)[2] in (*LAYERS, "cross_attn.kv")
 
 
 def _int8_layer(module: str) -> bool:
-    # Every linear layer but the last, as official files have it.
+    # Every linear layer but the last, as in official files.
     return not module.endswith(("norm", "patch_embed", "final_layer.linear"))
 
 
 TARGETS = {
     "bf16": Target(OFFICIAL),
-    # Two numbers in the marker ask ComfyUI for products in 16 bits, so that only weights are quantised.
+    # Two numbers in the marker ask ComfyUI for products in 16 bits, so that only weights are quantized.
     "comfyui-fp8": Target(
         COMFYUI,
         _fp8_layer,
@@ -102,7 +102,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class LayerError:
-    """What a tensor of the written file has lost.
+    """What a tensor lost by the conversion.
 
     relative: norm of the difference over the source's norm. largest: largest difference over the source's largest
     number. kind: the module's name without its block.
@@ -119,9 +119,10 @@ def convert(
 ) -> list[LayerError]:
     """Write the checkpoint `source` to the file `destination` in the form `to`, one of TARGETS; returns the errors.
 
-    One parameter at a time is held. The written file is read back as any checkpoint is, compared with what should be
-    in it number by number and measured against the source, before it takes its name. progress: called with how many
-    parameters of how many are done, twice over. Raises LongCatError for bad input, with `destination` as it was.
+    One parameter at a time is held. Before the file takes its name, it is read back like any checkpoint, compared
+    number by number with what was written, and measured against the source. progress: called with (done, total) after
+    every parameter, in writing and in reading back. Raises LongCatError for bad input; `destination` then stays as it
+    was.
     """
     target, destination = TARGETS[to], Path(destination)
     checkpoint = open_checkpoint(source)
@@ -184,7 +185,7 @@ def _wide(reader: Reader, parts: list[Part], parameter: Tensor) -> Tensor:
 
 
 def _stored(target: Target, table: Table, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that a parameter of the network is in the target's form."""
+    """(name, tensor) of everything that stores a parameter of the network in the target's form."""
     module, _, kind = name.rpartition(".")
     for source, part in zip(table[module], tensor.chunk(len(table[module])), strict=True):
         for suffix, value in target.stored(module, kind, part).items():

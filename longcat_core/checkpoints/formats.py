@@ -1,7 +1,7 @@
 """Known checkpoint forms as tables of names: which file modules make up each module of the network.
 
-A form is recognised by keys that only it has. The rows of several file modules (w1 and w3, say) are stacked in the
-order listed, for weights, biases, quantisation scales and LoRA targets alike.
+A form is recognized by keys that no other form has. Where several file modules make up one module (such as w1 and w3),
+their rows are stacked in the order listed: weights, biases, quantization scales and LoRA targets alike.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ Table = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Format:
-    """outer: canonical module -> file modules outside the blocks; block: the same inside block i.
+    """One form of checkpoint.
 
-    `block_prefix` is what stands before a block's names in the file, with {i} for its number.
+    signature: beginnings of keys that all must be there. outer: the network's module -> file modules, outside the
+    blocks; block: the same inside a block. block_prefix: of a block's names in the file, with {i} for its number.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Format:
     block_prefix: str = "blocks.{i}."
 
     def modules(self, depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(canonical module, file modules) of a network of `depth` blocks."""
+        """(module of the network, file modules) of a network with `depth` blocks."""
         yield from self.outer.items()
         for i in range(depth):
             prefix = self.block_prefix.format(i=i)
@@ -71,7 +72,7 @@ OFFICIAL = Format(
     },
 )
 
-# Single files for ComfyUI: the names of its Wan model where that has them, every projection by itself.
+# Single files for ComfyUI: its names for Wan where Wan has such a module, every projection by itself.
 COMFYUI = Format(
     name="ComfyUI",
     signature=(
@@ -144,7 +145,7 @@ FASTVIDEO = Format(
 
 FORMATS: tuple[Format, ...] = (OFFICIAL, COMFYUI, FASTVIDEO)
 
-# Prefixes under which a whole network may stand in a file.
+# Prefixes that files put before the names of a whole network.
 PREFIXES = (
     "",
     "model.diffusion_model.",
@@ -156,24 +157,24 @@ PREFIXES = (
     "dit.",
 )
 
-# How a weight may be stored, in any form: what follows the module's name for its numbers, and for the scale that
-# multiplies them: one number, or one for each row.
+# How any form may store a weight: the suffix of its numbers after the module's name, and that of the scale that
+# multiplies them, which is one number or one for each row.
 STORED_WEIGHTS: tuple[tuple[str, str | None], ...] = (
     ("weight_int8", "weight_scale"),  # official INT8
     ("weight", "scale_weight"),  # ComfyUI, fp8 "scaled"
-    ("weight", "weight_scale"),  # ComfyUI, with a description of its own for every layer
+    ("weight", "weight_scale"),  # ComfyUI, each layer with its own description
     ("weight", None),
 )
-# What may stand beside a quantised weight: how its layer's input is quantised, which changes no weight.
+# Tensors beside a quantized weight that say how its layer's input is quantized; the weight does not depend on them.
 BESIDE = ("comfy_quant", "input_scale", "scale_input")
 MARKERS = ("scaled_fp8",)
-# Formats that such a description may name here. Others pack more than a number into a byte, or rotate the weight.
+# Formats of a description that can be read here. Others pack several numbers into a byte, or rotate the weight.
 QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 
-# Other models that have all of our names and more.
+# Other models that have all names of LongCat-Video and more.
 LARGER: tuple[tuple[str, tuple[str, ...]], ...] = (("LongCat-Video-Avatar", ("blocks.0.audio_cross_attn.",)),)
 
-# Other models whose files are easily taken for LongCat-Video's: (name, key beginnings that all must be there).
+# Other models whose files are easily mistaken for LongCat-Video's: (name, beginnings of keys that all must be there).
 FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LongCat-Image", ("single_transformer_blocks.0.", "transformer_blocks.0.", "x_embedder.")),
     ("LongCat-Image or FLUX", ("single_blocks.0.", "double_blocks.0.")),
@@ -189,9 +190,9 @@ FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
-    """The form of a checkpoint with these keys and the prefix it stands under.
+    """The form of a checkpoint with these keys, and the prefix of its names.
 
-    Raises CheckpointError that says what the file seems to be instead; `source` names it in the message.
+    Raises CheckpointError that says what the file seems to be instead; source: the file's name in that message.
     """
     keys = list(keys)
     damaged: tuple[Format, str] | None = None
@@ -207,9 +208,9 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
     if any(".lora_" in key for key in keys):
         raise CheckpointError(f"{source} holds LoRA, {_REMEDY}")
     if damaged is not None:
-        return damaged  # the loader names the tensor that is missing
+        return damaged  # the loader names the missing tensor
     sample = ", ".join(keys[:3]) or "no tensors"
-    raise CheckpointError(f"{source} is no known LongCat-Video checkpoint (it holds {sample}); {_GIVE}")
+    raise CheckpointError(f"{source} is not a known LongCat-Video checkpoint (it holds {sample}); {_GIVE}")
 
 
 _GIVE = "give the dit folder of LongCat-Video or a single file of its transformer"
@@ -228,9 +229,9 @@ def _any_starts(keys: list[str], beginning: str) -> bool:
 
 
 def targets(depth: int) -> dict[str, tuple[str, int, int]]:
-    """Module by any form's name, or the network's -> (the network's module, which of its stacked parts, of how many).
+    """Module by its name in any form or in the network -> (module of the network, index of its part, number of parts).
 
-    For files that name single modules, as LoRAs do.
+    For files that name single modules, such as LoRAs.
     """
     found = {}
     for form in FORMATS:

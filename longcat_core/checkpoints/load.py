@@ -1,4 +1,4 @@
-"""Checkpoint files to a loaded network: found, checked whole by their headers, then read tensor by tensor."""
+"""Load a network from checkpoint files: find them, check all headers, then read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, det
 from .lora import Lora, LoraStack, OpenedLora
 
 CONFIG_KEY = "config"
-# Where the transformer lies in a folder of all parts: the official one's, and that of Diffusers, which FastVideo has.
+# Folder of the transformer in a folder of all parts: LongCat-Video's own, and that of Diffusers and FastVideo.
 FOLDERS = ("dit", "transformer")
-# Numbers that are made wider at a time: what a loader holds besides the network and one stored tensor.
+# Numbers that are converted at a time, which a loader holds besides the network and one stored tensor.
 PIECE = 1 << 22
-# Such pieces that are read ahead.
+# Pieces of this size that are read ahead.
 AHEAD = 6
 _SHOWN = 5
 QUANT_METADATA = "_quantization_metadata"
@@ -36,7 +36,7 @@ QUANT_METADATA = "_quantization_metadata"
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor that makes up rows of a parameter. scale: the tensor that multiplies it, or None."""
+    """A stored tensor that supplies rows of a parameter. scale: name of the tensor that multiplies it, or None."""
 
     name: str
     scale: str | None = None
@@ -48,7 +48,7 @@ class Checkpoint:
 
     where: tensor name (prefix stripped) -> file. files: the opened files, whose headers are parsed. shapes, dtypes: as
     stored, GGUF's quantized tensors as fp32. config: from config.json or the file's metadata, else inferred from
-    shapes. quantised: modules that the file's metadata describes -> their format.
+    shapes. quantized: modules that the file's metadata describes -> their format.
     """
 
     source: str
@@ -59,14 +59,14 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     config: ModelConfig
-    quantised: dict[str, dict]
+    quantized: dict[str, dict]
 
     def part(self, module: str, parameter: str) -> Part | None:
-        """What a parameter of a module (by its name in the file) is stored as; None: it is not there."""
+        """How a parameter of a module (by its name in the file) is stored; None if it is missing."""
         return stored_part(self.where, module, parameter)
 
     def parts(self, name: str) -> list[Part]:
-        """What a parameter of the network is made of, in the order of its rows. KeyError where one is missing."""
+        """The stored tensors of a parameter of the network, in the order of its rows. KeyError if one is missing."""
         module, _, kind = name.rpartition(".")
         sources = dict(self.form.modules(self.config.depth))[module]
         found = [self.part(source, kind) for source in sources]
@@ -76,16 +76,16 @@ class Checkpoint:
 
 
 def stored_part(names: Mapping[str, object], module: str, parameter: str) -> Part | None:
-    """Which of the stored tensors `names` make up a parameter of `module`."""
+    """The one of the stored tensors `names` that holds a parameter of `module`, or None."""
     for suffix, scale in STORED_WEIGHTS if parameter == "weight" else ((parameter, None),):
         if f"{module}.{suffix}" in names and (scale is None or f"{module}.{scale}" in names):
             return Part(f"{module}.{suffix}", None if scale is None else f"{module}.{scale}")
-    # Quantised, and its scale is missing, which the check says.
+    # Quantized without its scale, which `match_parameters` reports.
     return Part(f"{module}.weight_int8", f"{module}.weight_scale") if f"{module}.weight_int8" in names else None
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a checkpoint: one file, or a folder's shards (its index tells, if there is one)."""
+    """The files of a checkpoint: one file, or the shards of a folder, by its index if it has one."""
     if path.is_file():
         return [path]
     if not path.exists():
@@ -94,14 +94,14 @@ def _files(path: Path) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise CheckpointError(
-            f"{folder} has {len(indices)} index files ({indices[0].name}, ...); keep one model a folder"
+            f"{folder} has {len(indices)} index files ({indices[0].name}, ...); keep one model in each folder"
         )
     if indices:
         try:
             weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
             shards = sorted({str(shard) for shard in weight_map.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{indices[0]} is no readable index ({error}); download it again") from error
+            raise CheckpointError(f"{indices[0]} is not a readable index ({error}); download it again") from error
         files = []
         for shard in shards:
             if Path(shard).name != shard:
@@ -133,7 +133,7 @@ def _config_beside(path: Path) -> ModelConfig | None:
 
 
 def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) -> ModelConfig:
-    """Read every size off the tensors' shapes; what shapes cannot tell is as in the released model."""
+    """Every size by the tensors' shapes; settings without a trace in shapes are those of the released model."""
     table = dict(form.modules(1))
 
     def shape(module: str, parameter: str = "weight") -> tuple[int, ...]:
@@ -162,7 +162,7 @@ def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) 
 
 
 def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Look at a checkpoint's headers: which form it is, which tensors it has, how the network is shaped.
+    """Parse the headers of a checkpoint, each once: its form, its tensors, the shape of its network.
 
     path: a safetensors or GGUF file, a folder of shards, or a folder that holds them in `dit`. Raises CheckpointError.
     """
@@ -175,7 +175,7 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     for file, opened in files.items():
         for name, (dtype, shape) in opened.header.items():
             if name in where:
-                raise CheckpointError(f"tensor {name} stands in both {where[name].name} and {file.name}; keep one")
+                raise CheckpointError(f"tensor {name} is in both {where[name].name} and {file.name}; keep one")
             where[name], shapes[name], dtypes[name] = file, tuple(shape), dtype
         metadata |= opened.metadata
     form, prefix = detect(where, str(path))
@@ -191,8 +191,8 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
         zero_pad = bool(stored.get("text_tokens_zero_pad", config.text_tokens_zero_pad))
         config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
     layers = dict(_json_metadata(metadata, QUANT_METADATA, path).get("layers") or {})
-    quantised = {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
-    return Checkpoint(str(path), form, prefix, where, files, shapes, dtypes, config, quantised)
+    quantized = {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
+    return Checkpoint(str(path), form, prefix, where, files, shapes, dtypes, config, quantized)
 
 
 def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
@@ -203,13 +203,13 @@ def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
 
 
 def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> dict[str, list[Part]]:
-    """Parameter of the network -> the stored tensors that make it up, by headers alone.
+    """Parameter of the network -> the stored tensors that make it up, found by headers alone.
 
-    Raises CheckpointError on anything that is missing, too much, wrongly shaped, or quantised as nobody here can read.
+    Raises CheckpointError for tensors that are missing, unknown, of a wrong shape, or quantized without a scale.
     """
     table = dict(checkpoint.form.modules(checkpoint.config.depth))
     known, used = checkpoint.where, set()
-    # Beside such names, 8-bit weights mean nothing without their scales.
+    # Among such names, an 8-bit weight without a scale is incomplete.
     scaled = any(name in MARKERS or name.endswith((".scale_weight", ".weight_scale")) for name in known)
     found: dict[str, list[Part]] = {}
     missing, wrong = [], []
@@ -233,7 +233,7 @@ def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
                     missing.append(part.scale)
                 elif _numbers(checkpoint.shapes[part.scale]) not in (1, want[0]):
                     given = list(checkpoint.shapes[part.scale])
-                    wrong.append(f"{part.scale} has shape {given}, wanted is one number, or one for each row")
+                    wrong.append(f"{part.scale} has shape {given}, the network wants one number, or one for each row")
             elif not dtype.is_floating_point or (scaled and dtype.itemsize == 1 and len(shape) == 2):
                 missing.append(f"{source}.{'scale_weight' if dtype.is_floating_point else 'weight_scale'}")
     extra = sorted(set(known) - used - set(MARKERS))
@@ -253,22 +253,22 @@ def _numbers(shape: tuple[int, ...]) -> int:
 
 
 class Reader:
-    """A checkpoint's numbers. Raises CheckpointError where its files cannot be read any more."""
+    """Reads the numbers of a checkpoint. Raises CheckpointError where its files can no longer be read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._ahead: ReadAhead | None = None
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a stored tensor on the CPU, as they are stored."""
+        """Rows of a stored tensor on the CPU, in the stored dtype."""
         if self._ahead is not None and (found := self._ahead.take((name, start, stop))) is not None:
             return found
         return self._file(name).rows(self.checkpoint.prefix + name, start, stop)
 
     @contextmanager
     def ahead(self, parts: Iterable[Part]) -> Iterator[None]:
-        """While this is entered, files are read ahead of `pieces` of these parts, asked for in this order; a piece is
-        gone when the next one is asked for."""
+        """Within this context, threads read `pieces` of these parts ahead; read them in this order. A piece is valid
+        until the next one is read."""
 
         def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
             name = self.checkpoint.prefix + part.name
@@ -283,7 +283,7 @@ class Reader:
             self._ahead = None
 
     def _cuts(self, part: Part) -> Iterator[tuple[int, int]]:
-        """(first row, the one after the last) of each piece of a stored tensor."""
+        """(first row, row after the last) of each piece of a stored tensor."""
         shape = self.checkpoint.shapes[part.name]
         rows = shape[0] if shape else 1
         count = max(1, PIECE * rows // max(1, _numbers(shape)))
@@ -293,8 +293,8 @@ class Reader:
         return self.checkpoint.files[self.checkpoint.where[name]]
 
     def check_formats(self) -> None:
-        """Raise CheckpointError for a layer that is quantised in a format other than numbers times scales."""
-        formats = dict(self.checkpoint.quantised)
+        """Raise CheckpointError for a layer in a quantized format other than numbers times scales."""
+        formats = dict(self.checkpoint.quantized)
         for name in self.checkpoint.where:
             if name.endswith(".comfy_quant"):
                 try:
@@ -313,7 +313,7 @@ class Reader:
                 )
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of a stored tensor on `device`; where it has a scale, multiplied out to fp32."""
+        """(first row, rows) of each piece of a stored tensor, on `device`; with a scale, multiplied out to fp32."""
         scale = None if part.scale is None else self.scale(part).to(device)
         for start, stop in self._cuts(part):
             rows = self.rows(part.name, start, stop)
@@ -327,18 +327,18 @@ class Reader:
         return self.rows(part.scale).float().flatten()
 
     def into(self, target: Tensor, parts: list[Part]) -> Tensor:
-        """Fill a parameter [rows, ..] with its parts, in the target's dtype and on its device."""
+        """Fill a parameter [rows, ..] with its parts, in the target's dtype and on its device; returns `target`."""
         first = 0
         for part in parts:
             for start, rows in self.pieces(part, target.device):
                 target[first + start : first + start + len(rows)].copy_(rows)
-                # Before the next rows are read.
+                # Release them before the next rows are read.
                 del rows
             first += self.checkpoint.shapes[part.name][0]
         return target
 
     def e4m3(self, parts: list[Part], device: torch.device | str) -> tuple[Tensor, Tensor] | None:
-        """A parameter's own numbers [rows, columns] and scales [rows, 1] fp32, if all of it is stored as e4m3."""
+        """The stored numbers [rows, columns] of a parameter and its scales [rows, 1] fp32, if all of it is e4m3."""
         if any(self.checkpoint.dtypes[part.name] != torch.float8_e4m3fn for part in parts):
             return None
         scales = []
@@ -364,14 +364,15 @@ def load_transformer(
     lora: Sequence[Lora | OpenedLora] = (),
     streamed: Sequence[int] = (),
 ) -> OptimizedTransformer:
-    """A network with the weights at `path`, in eval mode, every parameter in `dtype` on `device`.
+    """A network with the weights of `source`, in eval mode, every parameter in `dtype` on `device`.
 
-    streamed: blocks whose weights wait in CPU memory (`optimize.streaming`); each is worked up on the device.
+    source: an opened checkpoint, or the path of one. streamed: blocks whose weights wait in CPU memory
+    (`optimize.streaming`); they are converted on the device. fp8: layers to quantize to 8 bits as they arrive, so that
+    the device never holds the whole network in 16 bits; weights stored as e4m3 keep their numbers and scales. lora:
+    added to each weight as it arrives, before quantization.
 
-    fp8: which layers become 8-bit ones as they arrive, so that the whole never lies on the device in 16 bits; what the
-    file has in e4m3 already keeps its numbers and scales. lora: added to each weight as it arrives, before that.
-    All headers are checked against the network before any weight is read: a missing, extra or wrongly shaped tensor
-    is named in a CheckpointError, as is a weight of NaN or infinity. One tensor at a time is held besides the network.
+    All headers are checked against the network before any weight is read. Raises CheckpointError for a missing, extra
+    or wrongly shaped tensor, and for a weight with NaN or infinity. Besides the network, one tensor at a time is held.
     """
     if isinstance(source, Checkpoint):
         checkpoint = source if config is None else replace(source, config=config)
@@ -396,16 +397,16 @@ def load_transformer(
             small, changed = kind == "weight" and layer in eight_bit, name in stack
             kept = reader.e4m3(parts[name], device) if small and not changed else None
             if kept is None:
-                # Not in dtype where a LoRA comes on top: the sum is rounded, not its parts.
+                # fp32 where a LoRA is added, so that the sum is rounded, not its terms.
                 target = torch.empty(parameters[name].shape, dtype=torch.float32 if changed else dtype, device=device)
                 reader.into(target, parts[name])
                 if changed:
                     target = stack.add(name, target).to(parameters[name].dtype)
-                # NaN is both; this is one pass, without a copy.
+                # NaN becomes both; this is one pass without a copy.
                 extremes[name] = torch.stack(target.aminmax()).float()
                 kept = quantise_rows(target) if small else (target, None)
             else:
-                # e4m3 has no infinity, and one NaN of either sign.
+                # e4m3 has no infinity, and one NaN of each sign.
                 bad = (kept[0].view(torch.uint8) & 0x7F == 0x7F).any()
                 extremes[name] = torch.stack(kept[1].masked_fill(bad, torch.nan).aminmax())
             home = "cpu" if name.startswith(waiting) else device
@@ -423,14 +424,14 @@ def load_transformer(
     model.set_optimizations(model.optimizations)
     model.eval().requires_grad_(False)
     if streamed:
-        # It would keep each block's weights a second time.
+        # It would keep the weights of each block a second time.
         state.clear()
         model.stream_blocks(device, streamed)
     return model
 
 
 def _require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:
-    """Raise CheckpointError for the first parameter whose least or largest is not finite; the device is asked once."""
+    """Raise CheckpointError for the first parameter with a non-finite extreme; synchronizes with the device once."""
     finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
     for name, fine in zip(extremes, finite, strict=True):
         if not fine:
@@ -439,9 +440,9 @@ def _require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype
 
 
 def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One parameter of the network off the disk: fused of its parts, as it is stored, or multiplied out to fp32.
+    """Read one parameter of the network from disk: its parts joined, as stored, or multiplied out to fp32.
 
-    Raises CheckpointError where the files are not there any more.
+    Raises CheckpointError where the files are gone.
     """
     try:
         parts, reader = checkpoint.parts(name), Reader(checkpoint)
@@ -452,7 +453,7 @@ def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def official_state(model: OptimizedTransformer, form: Format) -> dict[str, Tensor]:
-    """The network's weights under the names of `form`, fused weights split into the rows that the form keeps apart."""
+    """The network's weights under the names of `form`; fused weights are split as the form stores them."""
     table = dict(form.modules(model.config.depth))
     state = {}
     for name, parameter in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""LoRA files of every kind, read, and merged into a network's weights (`adapted` applies them at run time instead).
+"""Read LoRA files of every kind and merge them into a network's weights; `adapted` applies them at run time instead.
 
 A file names modules as one of the checkpoint forms does, or as the network does; a module may be a whole fused weight
 or a part of one. Whatever its kind, a layer is down [n*r, in], n ups [out/n, r] and a scale here: slice i of its rows
@@ -30,10 +30,10 @@ from .formats import targets
 
 PREFIX = "lora___lorahyphen___"
 SEPARATOR = "___lorahyphen___"
-# What trainers write in front of a module's name, one inside the other; after the second kind, "_" stands for ".".
+# What trainers put before a module's name, possibly several; after the second kind, "_" stands for ".".
 PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "unet.", "dit.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_", "lycoris_")
-# What follows a module's name.
+# The suffix after a module's name.
 _PART = re.compile(
     r"\.(?:(?P<down>lora_down\.weight|lora\.down\.weight|lora_A(?:\.[^.]+)?\.weight|lora_A)"
     r"|(?P<up>lora_up\.weight|lora\.up\.weight|lora_B(?:\.[^.]+)?\.weight|lora_B)"
@@ -47,14 +47,14 @@ _SHOWN = 3
 
 # A file and its strength; 1 is the file's own.
 Lora = tuple[str | Path, float]
-# A module of the network, and which part of how many that are stacked in its weight.
+# Module of the network, index of the part of its weight, number of parts that the weight stacks.
 Target = tuple[str, int, int]
-# Far beyond use, and far below what overflows.
+# Far beyond useful values, and far below overflow.
 MAX_STRENGTH = 1000.0
 
 
 def check_strength(path: str | Path, strength: float) -> None:
-    """Raise LongCatError unless `strength`, of the LoRA at `path`, is a number from -1000 to 1000."""
+    """Raise LongCatError unless the strength of the LoRA at `path` is a number from -1000 to 1000."""
     if not abs(strength) <= MAX_STRENGTH:
         raise LongCatError(
             f"strength {strength:g} of {path} is out of range; give a number from {-MAX_STRENGTH:g} to "
@@ -78,7 +78,7 @@ class OpenedLora:
     read: Stamp | None
 
     def match(self, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Target], list[str]]:
-        """Modules of the file -> what they change of a network with parameters `shapes`; names that match nothing."""
+        """(module of the file -> what it changes of a network with parameters `shapes`, names that match nothing)."""
         depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
         known = targets(depth)
         flat = {name.replace(".", "_"): target for name, target in known.items()}
@@ -93,7 +93,7 @@ class OpenedLora:
 
 
 def open_loras(loras: Iterable[Lora | OpenedLora]) -> list[OpenedLora]:
-    """Read LoRA files once for all who need them; those that are opened already are returned as they are.
+    """Read LoRA files, once for everyone who needs them; opened ones are returned as they are.
 
     Raises LongCatError for a file that is not a LoRA of any network or of a kind that cannot be merged, and for a
     strength out of range.
@@ -169,7 +169,7 @@ def _peft_alpha(path: Path) -> Callable[[int], float]:
         alpha, root = values.get("lora_alpha"), bool(values.get("use_rslora"))
         alpha = None if alpha is None else float(alpha)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{config} is no readable PEFT config ({error}); download it again") from error
+        raise CheckpointError(f"{config} is not a readable PEFT config ({error}); download it again") from error
     if values.get("alpha_pattern") or values.get("use_dora"):
         raise CheckpointError(
             f"{config} asks for alpha_pattern or DoRA, which cannot be merged here; give a plain LoRA"
@@ -188,10 +188,10 @@ def _slice_number(name: str) -> int:
 
 @dataclass(frozen=True)
 class Change:
-    """What one layer of a file does to part `index` of the `count` stacked parts of a weight.
+    """What one layer of a file adds to part `index` of the `count` parts that a weight stacks.
 
-    downs [r, in] and ups [rows, r], slice by slice; scale: the file's own, strength: of the file, which is number
-    `file` of the stack.
+    downs [r, in] and ups [rows, r], slice by slice; scale: the file's own; strength: that of the file; file: its number
+    in the stack.
     """
 
     file: int
@@ -204,12 +204,12 @@ class Change:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix that is added."""
+        """Shape of the matrix that is added."""
         return sum(up.shape[0] for up in self.ups), self.downs[0].shape[1]
 
     @property
     def rank(self) -> int:
-        """Of all slices together."""
+        """Rank of all slices together."""
         return sum(len(down) for down in self.downs)
 
 
@@ -223,7 +223,7 @@ class LoraStack:
         warns (UserWarning) where only some of a file's modules match.
         """
         self._changes: dict[str, list[Change]] = defaultdict(list)
-        # The modules of all files that are in the network, as the files name them.
+        # Modules of all files that match the network, as the files name them.
         self.modules: list[str] = []
         for file, lora in enumerate(open_loras(loras)):
             matched, missed = lora.match(shapes)
@@ -251,12 +251,12 @@ class LoraStack:
         return list(self._changes)
 
     def changes(self, name: str) -> list[Change]:
-        """What changes parameter `name`, in the order of the files."""
+        """The changes of parameter `name`, in the order of the files."""
         return list(self._changes.get(name, ()))
 
     @torch.no_grad()
     def add(self, name: str, weight: Tensor) -> Tensor:
-        """Add what changes parameter `name` to `weight`, fp32, contiguous, in place; returns it."""
+        """Add the changes of parameter `name` to `weight` (fp32, contiguous) in place; returns it."""
         for change in self._changes.get(name, ()):
             part = weight.flatten(1).chunk(change.count)[change.index]
             first = 0
@@ -276,7 +276,7 @@ def _change(lora: OpenedLora, module: str, target: Target, file: int) -> Change:
     ups, down = _ups(parts), parts.get("lora_down.weight")
     if not ups or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
         raise CheckpointError(f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))})")
-    # That of a convolution has the sides of its kernel.
+    # A convolution's matrices have the sides of its kernel too.
     ups, down = [up.flatten(1) for up in ups], down.flatten(1)
     downs = down.chunk(len(ups))
     if len(downs) != len(ups) or any(up.shape[1] != down.shape[0] for up, down in zip(ups, downs, strict=True)):
@@ -312,7 +312,7 @@ def merge_lora(model: LongCatTransformer, path: str | Path, strength: float = 1.
     for name in stack.weights:
         if model.get_parameter(name).itemsize == 1:
             raise LongCatError(
-                f"{path} cannot be merged into 8-bit weights ({name}); merge it before the network is quantised"
+                f"{path} cannot be merged into 8-bit weights ({name}); merge it before the network is quantized"
             )
     for name in stack.weights:
         weight = model.get_parameter(name)

@@ -331,7 +331,7 @@ def test_missing_scales_are_named(tmp_path, golden):
     state = STORED["scaled by rows"](golden)
     state["blocks.1.ffn.w2.scale_weight"] = torch.ones(3)
     with pytest.raises(
-        CheckpointError, match=r"w2\.scale_weight has shape \[3\], wanted is one number, or one for each"
+        CheckpointError, match=r"w2\.scale_weight has shape \[3\], the network wants one number, or one for each"
     ):
         load_transformer(saved(tmp_path, state))
 

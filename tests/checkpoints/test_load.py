@@ -268,7 +268,7 @@ def test_bad_indices(folder):
 def test_a_tensor_in_two_shards(folder):
     (folder / INDEX).unlink()
     shutil.copy(folder / SHARDS[0], folder / "copy.safetensors")
-    with pytest.raises(CheckpointError, match=r"stands in both copy\.safetensors and"):
+    with pytest.raises(CheckpointError, match=r"is in both copy\.safetensors and"):
         load_transformer(folder)
 
 
@@ -324,7 +324,7 @@ UMT5 = ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight", "enco
         (UMT5, "holds UMT5 text encoder"),
         (("lora_unet_blocks_0_attn_qkv.lora_down.weight",), "holds LoRA"),
         (("blocks.0.self_attn.to_q.lora_A",), "holds LoRA"),
-        (("model.layers.0.weight",), "no known LongCat-Video checkpoint (it holds model.layers.0.weight)"),
+        (("model.layers.0.weight",), "not a known LongCat-Video checkpoint (it holds model.layers.0.weight)"),
         ((), "it holds no tensors"),
     ],
 )

@@ -206,7 +206,7 @@ def test_peft_keeps_its_alpha_beside_the_file(model, tmp_path, rank_root):
     merge_lora(model, path)
     change = (6 / 2 if rank_root else 6 / 4) * up @ down
     torch.testing.assert_close(model.blocks[0].ffn.down.weight - before, change, atol=1e-6, rtol=1e-4)
-    for text, said in (("{", "no readable PEFT config"), ('{"alpha_pattern": {"a": 1}}', "alpha_pattern")):
+    for text, said in (("{", "not a readable PEFT config"), ('{"alpha_pattern": {"a": 1}}', "alpha_pattern")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=said):
             merge_lora(model, path)
