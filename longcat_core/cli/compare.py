@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LongCatError
-from .console import dtype_of, note, notes_from_warnings, number, progress, whole
-from .generate import (
-    add_model,
-    add_sampling,
-    add_what,
-    compile_mode,
-    free_name,
-    load_models,
-    machine_of,
-    prompts_of,
-    request_of,
-)
+from ..generate.options import MEMORY, MODEL, SAMPLING, WHAT, of_command
+from .console import dtype_of, note, notes_from_warnings, progress
+from .generate import free_name, paths_of, prompts_of, request_of
+from .models import compile_mode, load_models, machine_of
+from .options import add_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,44 +51,8 @@ how far, is the noise floor."""
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the video shows; several: several videos")
-    group = parser.add_argument_group("what is compared")
-    group.add_argument(
-        "--versus",
-        action="append",
-        required=True,
-        metavar="OPTIONS",
-        help='options of another setting, on top of those given beside it, such as "--step-cache 0.05"; may be given '
-        "several times",
-    )
-    group.add_argument(
-        "--floor",
-        default="auto",
-        metavar="NAME",
-        help="exact attention backend for the noise floor, or off (default: auto, another than A's)",
-    )
-    group.add_argument(
-        "--seeds", type=whole, default=1, metavar="N", help="of every prompt, --seed and on (default: 1)"
-    )
-    group.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts from a text file, one a line")
-    _add_setting(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"a new or empty folder for report, pictures and videos (default: {OUTPUT}, or the next free name)",
-    )
-    group.add_argument("--page", type=Path, metavar="FILE", help="also write the report to this .md, pictures beside")
-    group.add_argument("--fps", type=number, default=15.0, metavar="X", help="frames per second (default: 15)")
+    add_options(parser, "compare")
     parser.set_defaults(parser_kind=type(parser))
-
-
-def _add_setting(parser: argparse.ArgumentParser) -> None:
-    group = add_what(parser)
-    group.add_argument("--frames", type=whole, metavar="N", help="4k+1 (default: 33, real model 93)")
-    add_sampling(parser)
-    add_model(parser)
 
 
 def joined(argv: Sequence[str]) -> list[str]:
@@ -124,7 +81,7 @@ class _Side:
 def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
     """The options of every --versus, on top of those beside it."""
     parser = args.parser_kind(prog="longcat compare", add_help=False, allow_abbrev=False)
-    _add_setting(parser)
+    add_options(parser, "compare", WHAT, SAMPLING, MODEL, MEMORY)
     for text in args.versus:
         try:
             words = shlex.split(text)
@@ -139,15 +96,12 @@ def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]
 
 
 def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Side:
-    from ..generate.pipeline import ModelPaths
-
-    parser = argparse.ArgumentParser(add_help=False)
-    add_model(parser)
-    paths = ModelPaths.of(args.model, args.vae, args.text_encoder)
+    paths = paths_of(args)
     request = request_of(args, prompt).filled(paths.defaults)
     device, opened = machine_of(args, paths)
     compile_mode(args, device, paths)
-    model = {key: getattr(args, key) for key in vars(parser.parse_args([])) if key not in SWITCHED}
+    names = [row.name for row in of_command("compare", MODEL, MEMORY)]
+    model = {name: getattr(args, name) for name in names if name not in SWITCHED}
     return _Side(name, options, args, paths, request, device, opened, model)
 
 

@@ -1,4 +1,4 @@
-"""What the `longcat` commands share: values of options, notes, the progress bar. Imports nothing heavy."""
+"""What the `longcat` commands share: option values, notes and the progress bar. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ if TYPE_CHECKING:
 
     from ..sampling.sampler import Step
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 # --- values of options -----------------------------------------------------------------------------------------------
 
 
 def whole(text: str) -> int:
+    """A whole number."""
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"cannot read {text[:40]!r} as a whole number") from None
 
 
 def number(text: str) -> float:
+    """A number."""
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"cannot read {text[:40]!r} as a number") from None
 
 
 def size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH in pixels."""
     height, _, width = text.lower().partition("x")
     if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no height x width, such as 64x96")
+        raise argparse.ArgumentTypeError(f"cannot read {text[:40]!r} as height x width, such as 64x96")
     return whole(height), whole(width)
 
 
 def lora(text: str) -> tuple[Path, float]:
-    """FILE or FILE:STRENGTH."""
+    """FILE, at strength 1, or FILE:STRENGTH."""
     name, colon, strength = text.rpartition(":")
     if name and colon and not Path(text).exists():
         with contextlib.suppress(ValueError):
@@ -53,6 +54,7 @@ def lora(text: str) -> tuple[Path, float]:
 
 
 def device_of(name: str) -> torch.device:
+    """The device; `auto` is a GPU if PyTorch sees one. Raises LongCatError for one that cannot be used."""
     import torch
 
     if name == "auto":
@@ -65,12 +67,13 @@ def device_of(name: str) -> torch.device:
         raise LongCatError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LongCatError(
-            f"device {name!r} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+            f"device {name!r} is missing: PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu"
         )
     return device
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     import torch
 
     if name == "auto":
@@ -78,11 +81,11 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-# --- what is said on the way -----------------------------------------------------------------------------------------
+# --- output while a command runs -------------------------------------------------------------------------------------
 
 
 class Progress:
-    """A bar on stderr that counts the steps of one sampling after the other; sentences go above it, to stdout."""
+    """A bar on stderr that counts the steps of each sampling in turn; `say` prints sentences above it, on stdout."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make, self.bar = make, None
@@ -96,7 +99,7 @@ class Progress:
         self.bar.update()
 
     def count(self, done: int, of: int, label: str) -> None:
-        """`done` of `of` pieces of work, which may begin with some done."""
+        """Show `done` of `of` pieces of work; the first call may find some already done."""
         if self.bar is None:
             self.bar = self.make()
         if self.bar.total != of or done <= self.bar.n:
@@ -111,7 +114,7 @@ class Progress:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """Shown from the first step on."""
+    """A `Progress` that appears with the first step. Raises LongCatError without tqdm."""
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -127,7 +130,7 @@ def progress() -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def notes_from_warnings() -> Iterator[None]:
-    """Our own warnings as notes of one line; those of libraries are for developers."""
+    """Print our own warnings as notes of one line and hide those of libraries, which are for developers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"longcat_core\b")
@@ -136,4 +139,5 @@ def notes_from_warnings() -> Iterator[None]:
 
 
 def note(sentence: str) -> None:
+    """Print a note on stderr."""
     print(f"longcat: note: {sentence}", file=sys.stderr)

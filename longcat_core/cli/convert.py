@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LongCatError
+from .options import add_options
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import LayerError
-
-FORMS = ("bf16", "comfyui-fp8", "int8")
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint of any form: file or folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="the .safetensors file that is written")
-    parser.add_argument(
-        "--to",
-        choices=FORMS,
-        required=True,
-        help="bf16: official names, for ComfyUI and this program; comfyui-fp8: ComfyUI's names, projections in e4m3 "
-        "with a scale each; int8: the official INT8 form",
-    )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the error of every tensor, as .json")
+    add_options(parser, "convert")
 
 
 def convert(args: argparse.Namespace) -> int:

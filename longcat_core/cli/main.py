@@ -14,11 +14,13 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import LongCatError
+from ..generate.options import DTYPES
 from . import compare as comparing_tasks
 from . import convert as checkpoint_tasks
 from . import generate as tasks
 from . import train as training_tasks
-from .console import DTYPES, device_of, dtype_of, lora, number, size, whole
+from .console import device_of, dtype_of, number, size, whole
+from .options import add_options
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # What cards have, and the released text encoder's weights in 16 bits.
@@ -80,23 +82,16 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     sub.add_argument("directory", type=Path, metavar="DIR", help="folder of golden data")
     sub = command("plan", plan, "Show what goes where with less GPU memory, for the released model.")
     sub.add_argument("memory", type=number, nargs="*", metavar="GIB", help="free GPU memory (default: 48 to 8)")
-    sub.add_argument("--size", type=size, default=(480, 832), metavar="HxW", help="default: 480x832")
-    sub.add_argument("--frames", type=whole, default=93, metavar="N", help="4k+1 (default: 93)")
-    sub.add_argument("--cond-frames", type=whole, default=0, metavar="N", help="given frames, 4k+1 (default: none)")
-    sub.add_argument("--no-guidance", action="store_true", help="as distilled and refining run")
+    add_options(sub, "plan")
     command("backends", backends, "List the attention backends, and why one cannot be used.")
-    sub = command("score-nano", score_nano, "Measure how well the embedded model follows fresh prompts.")
-    sub.add_argument("--prompts", type=whole, default=64, metavar="N", help="how many prompts (default: 64)")
-    sub.add_argument("--steps", type=whole, default=50, metavar="N", help="denoising steps (default: 50)")
-    sub.add_argument("--guidance", type=number, default=4.0, metavar="X", help="CFG scale (default: 4)")
-    sub.add_argument("--lora", type=lora, action="append", metavar="FILE[:STRENGTH]", help="as longcat generate has it")
-    sub.add_argument("--lesson", action="store_true", help="prompts of the lesson that lesson-nano writes instead")
-    sub = command("lesson-nano", lesson_nano, "Write clips that teach the embedded model pink, for train-lora.")
+    sub = command("score-nano", score_nano, "Measure how well the bundled model follows fresh prompts.")
+    add_options(sub, "score-nano")
+    sub = command("lesson-nano", lesson_nano, "Write clips that teach the bundled model pink, for train-lora.")
     sub.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-    sub.add_argument("--clips", type=whole, default=96, metavar="N", help="how many (default: 96)")
+    add_options(sub, "lesson-nano")
     sub = command("bench", bench, "Measure the network: what each optimization is worth, memory, kernels, exactness.")
     _add_bench(sub)
-    sub = command("train-nano", train_nano, "Train the embedded model anew.")
+    sub = command("train-nano", train_nano, "Train the bundled model from scratch.")
     if argv[:1] == ["train-nano"]:
         from ..nano.train import add_arguments
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -20,13 +20,12 @@ from ..errors import LongCatError
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames
 from ..sampling.sampler import Step
 from .inputs import check_path, check_type, check_whole
+from .options import HAND_OFFS, MAX_SEED, MAX_SEGMENTS
 from .pipeline import Engine
-from .request import MAX_SEED, Defaults, GenerateRequest, check_text
+from .request import Defaults, GenerateRequest, check_text
 from .segments import Record, Segment, SegmentFolder, Settings, checksum
 
 HandOff = Literal["frames", "latents"]
-HAND_OFFS: tuple[HandOff, ...] = get_args(HandOff)
-MAX_SEGMENTS = 999
 # BT.709 luma of R, G and B.
 LUMA = np.array([0.2126, 0.7152, 0.0722])
 

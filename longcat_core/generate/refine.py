@@ -27,8 +27,9 @@ from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .inputs import check_callback, check_path, check_type, check_whole
+from .options import MAX_FPS, MAX_SEED
 from .pipeline import Engine, check_finite
-from .request import MAX_FPS, MAX_SEED, Defaults, check_number, check_seed, check_side, check_text
+from .request import Defaults, check_number, check_seed, check_side, check_text
 from .segments import Segment, SegmentFolder, Settings, checksum
 
 # Latent frames come in groups of so many.

@@ -14,21 +14,21 @@ from ..files.media import read_image, read_video
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
-from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_frames, latent_shape
+from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
 from .inputs import check_path, check_type
-
-# A token is 2x2 latents, a latent 8x8 pixels.
-SIDE_MULTIPLE = 2 * SPATIAL_FACTOR
-MAX_SIDE = 4096
-MAX_FRAMES = 2001
-MAX_STEPS = 1000
-MAX_GUIDANCE = 30.0
-MAX_STEP_CACHE = 1.0
-MAX_FPS = 120.0
-MAX_SEED = 2**63 - 1
-SCHEDULES = ("base", "distilled", "enhance_hf")
+from .options import (
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEP_CACHE,
+    MAX_STEPS,
+    SCHEDULES,
+    SIDE_MULTIPLE,
+)
 
 
 @dataclass(frozen=True)

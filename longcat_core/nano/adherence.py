@@ -13,8 +13,9 @@ import torch
 
 from ..checkpoints.lora import Lora
 from ..errors import LongCatError
+from ..generate.options import MAX_GUIDANCE
 from ..generate.pipeline import Pipeline
-from ..generate.request import MAX_GUIDANCE, NANO, check_number
+from ..generate.request import NANO, check_number
 from ..sampling.conditioning import latent_shape, seeded_noise
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.sampler import sample

@@ -19,8 +19,8 @@ from longcat_core.checkpoints.adapted import STEP, RuntimeLoras
 from longcat_core.checkpoints.formats import OFFICIAL
 from longcat_core.checkpoints.load import load_transformer, official_state
 from longcat_core.checkpoints.lora import open_loras
-from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
+from longcat_core.cli import models as commands
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
@@ -301,7 +301,7 @@ def test_the_pipeline_and_the_option(tmp_path, monkeypatch):
 
     def settings(*options: str) -> dict:
         args = cli.build_parser().parse_args(["generate", "x", *options])
-        return commands._model_settings(args, paths, torch.device("cpu"))
+        return commands.model_settings(args, paths, torch.device("cpu"))
 
     lora = ("--lora", str(LORA))
     assert settings(*lora) == settings(*lora, "--lora-mode", "merged") != settings(*lora, "--lora-mode", "runtime")

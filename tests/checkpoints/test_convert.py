@@ -12,7 +12,6 @@ import torch
 
 from longcat_core.checkpoints import convert, load
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
-from longcat_core.cli import convert as commands
 from longcat_core.cli import main as cli
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files import places
@@ -23,6 +22,7 @@ from longcat_core.files.safetensors_io import (
     stream_safetensors,
     write_safetensors,
 )
+from longcat_core.generate.options import CHECKPOINT_FORMS
 from longcat_core.optimize.quantization import Policy
 
 from .written_forms import State, comfyui, fastvideo, fp8_scaled, is_matrix, write_gguf
@@ -48,7 +48,7 @@ def error(path: Path, name: str = "t2v.out") -> float:
 
 
 def test_the_commands_forms_are_the_ones_there_are():
-    assert set(commands.FORMS) == set(convert.TARGETS)
+    assert set(CHECKPOINT_FORMS) == set(convert.TARGETS)
 
 
 @pytest.fixture(params=["fp32", "comfyui fp8", "fastvideo bf16", "int8", "gguf"])

@@ -15,8 +15,8 @@ from torch import Tensor
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
 from longcat_core.checkpoints.lora import PREFIX, SEPARATOR, merge_lora, open_loras
 from longcat_core.checkpoints.merged import MergedLoras
-from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
+from longcat_core.cli import models as commands
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
 from longcat_core.generate.pipeline import ModelPaths, Pipeline
@@ -370,7 +370,7 @@ def test_strengths_are_settings_of_a_folder_of_segments(tmp_path, monkeypatch):
     def settings(*loras: str) -> str | None:
         arguments = [argument for text in loras for argument in ("--lora", text)]
         args = cli.build_parser().parse_args(["generate", "x", *arguments])
-        return commands._model_settings(args, paths, torch.device("cpu"))["lora"]
+        return commands.model_settings(args, paths, torch.device("cpu"))["lora"]
 
     assert settings() is None
     one = settings(str(LORA))

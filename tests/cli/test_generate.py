@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
+from longcat_core.cli import models as commands
 from longcat_core.errors import LongCatError
 from longcat_core.files import media, places
 from longcat_core.generate import paths as model_paths
@@ -105,22 +105,22 @@ BAD = [
     option("--size", "64x96x3", "'64x96x3'", "64x96"),
     option("--size", "-64x96", "--size"),
     option("--height", "0", "height 0", "16 to 4096"),
-    option("--width", "wide", "--width", "'wide' is no whole number"),
+    option("--width", "wide", "--width", "cannot read 'wide' as a whole number"),
     bad(PROMPT, "--size", "64x96", "--width", "96", said=("--size", "--width", "one or the other"), name="size twice"),
     # frames
     option("--frames", "32", "32 frames", "29 and 33"),
-    option("--frames", "33.5", "'33.5' is no whole number"),
+    option("--frames", "33.5", "cannot read '33.5' as a whole number"),
     option("--fps", "0", "fps 0", "1 to 120"),
-    option("--fps", "fast", "'fast' is no number"),
+    option("--fps", "fast", "cannot read 'fast' as a number"),
     # sampling
     option("--steps", "0", "0 steps", "1 to 1000"),
-    option("--steps", "many", "'many' is no whole number"),
+    option("--steps", "many", "cannot read 'many' as a whole number"),
     bad(PROMPT, "--distilled", "--steps", "51", said=("51 steps", "distilled", "1 to 50"), name="distilled steps"),
     option("--guidance", "-1", "guidance -1", "0 to 30"),
-    option("--guidance", "strong", "'strong' is no number"),
+    option("--guidance", "strong", "cannot read 'strong' as a number"),
     option("--seed", "-1", "seed -1", "2^63"),
-    option("--seed", "9" * 5000, "9999", "no whole number"),
-    option("--seed", "lucky", "'lucky' is no whole number"),
+    option("--seed", "9" * 5000, "9999", "as a whole number"),
+    option("--seed", "lucky", "cannot read 'lucky' as a whole number"),
     option("--schedule", "fast", "'fast'", "base, distilled, enhance_hf"),
     bad(PROMPT, "--distilled", "--schedule", "base", said=("--distilled", "--schedule base"), name="two schedules"),
     # given pictures

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
+from longcat_core.cli import models as commands
 from longcat_core.files import places
 from longcat_core.files.media import read_video, write_video
 
@@ -82,14 +82,14 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no prompt": ([], ("prompt is empty", "say what the video shows")),
     "empty prompt": ([""], ("prompt is empty",)),
     "prompt not UTF-8": ([ONE, "\udc80"], ("prompt of segment 2 is not valid UTF-8",)),
-    "prompts twice": ([ONE, "--prompts-file", "two.txt"], ("--prompts-file", "one or the other")),
+    "prompts twice": ([ONE, "--prompts-file", "two.txt"], ("--prompts-file", "exclude each other")),
     "no file of prompts": (["--prompts-file", "none.txt"], ("none.txt",)),
     "folder of prompts": (["--prompts-file", "theirs"], ("theirs",)),
     "no prompts in it": (["--prompts-file", "empty.txt"], ("empty.txt holds no prompts", "one a line")),
-    "prompts not UTF-8": (["--prompts-file", "latin.txt"], ("latin.txt is no text in UTF-8",)),
+    "prompts not UTF-8": (["--prompts-file", "latin.txt"], ("latin.txt is not UTF-8 text",)),
     "a prompt of an HTML blank": (["--prompts-file", "blank.txt"], ("prompt is empty",)),
     "no segments": ([ONE, "--segments", "0"], ("0 segments are out of range", "1 to 999")),
-    "segments no number": ([ONE, "--segments", "many"], ("'many' is no whole number",)),
+    "segments no number": ([ONE, "--segments", "many"], ("cannot read 'many' as a whole number",)),
     "more prompts than segments": ([ONE, TWO, "--segments", "1"], ("2 prompts are given for 1 segments", "at most")),
     # overlap
     "overlap not 4k+1": ([ONE, "--overlap", "12"], ("12 frames are not 4k+1", "9 and 13")),
@@ -126,7 +126,7 @@ def test_bad_input_of_long_is_one_sentence(folder: Path, capsys: Any, name: str)
 def test_a_video_that_is_not_from_this_command_stays(folder: Path, capsys: Any) -> None:
     write_video("longcat-long.mp4", clip(5), 15)
     told = refused(capsys, "long", ONE, *SMALL)
-    assert "longcat-long.mp4 exists, and not from this command" in told and "--output" in told
+    assert "longcat-long.mp4 already exists and was not made by this command" in told and "--output" in told
 
 
 def test_a_full_disk_is_reported_before_a_model_is_loaded(folder: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -236,7 +236,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ("options", "said"),
     [
         (["--memory", "8"], "--memory limits a GPU's memory"),
-        (["--stream-blocks", "-1"], "--stream-blocks -1 is less than none"),
+        (["--stream-blocks", "-1"], "--stream-blocks -1 is out of range"),
         (["--stream-blocks", "1000"], "1000 blocks are to wait in CPU memory, the model has"),
     ],
 )

@@ -1,0 +1,46 @@
+"""Rows of the table of options as arguments of commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..generate.options import HEADINGS, Option, of_command
+from .console import lora, number, size, whole
+
+CONVERTERS = {"whole": whole, "number": number, "size": size, "path": Path, "lora": lora}
+
+
+def add_options(parser: argparse.ArgumentParser, command: str, *headings: str) -> None:
+    """Add a command's options, all or those under these headings, each heading a group of --help."""
+    groups: dict[str, Any] = {"": parser}
+    for row in of_command(command, *headings):
+        if row.heading not in groups:
+            groups[row.heading] = parser.add_argument_group(HEADINGS.get(row.heading, row.heading))
+        flags = [row.short, row.flag] if row.short else [row.flag]
+        groups[row.heading].add_argument(*flags, help=help_of(row), **_settings(row))
+
+
+def help_of(row: Option) -> str:
+    """Its sentence and its defaults, as argparse wants them: a percent sign is doubled."""
+    defaults = [row.default_words()]
+    if row.nano is not None and row.default_words(nano=True) != defaults[0]:
+        defaults.append(f"nano {row.default_words(nano=True)}")
+    text = f"{row.help} (default: {'; '.join(defaults)})" if any(defaults) else row.help
+    return text.replace("%", "%%")
+
+
+def _settings(row: Option) -> dict[str, Any]:
+    if row.kind == "switch":
+        return {"action": "store_true"}
+    settings: dict[str, Any] = {"default": None if row.filled else row.default, "metavar": row.metavar}
+    if row.kind in CONVERTERS:
+        settings["type"] = CONVERTERS[row.kind]
+    if row.choices:
+        settings["choices"] = row.choices
+    if row.repeated:
+        settings["action"] = "append"
+    if row.required:
+        settings["required"] = True
+    return settings

@@ -1,0 +1,333 @@
+"""The table of options: one row each. The command line, the nodes, their help pages and the README read it.
+
+Imports nothing heavy, so that `longcat --help` answers at once. `cli/options.py` turns rows into arguments of commands,
+`nodes/declarations.py` into inputs of nodes, and `docs/build.py` into the tables of the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Kind = Literal["whole", "number", "switch", "text", "choice", "size", "path", "lora"]
+
+# A token is 2x2 latents, a latent 8x8 pixels; one latent frame stands for four frames.
+SIDE_MULTIPLE, FRAME_MULTIPLE = 16, 4
+MAX_SIDE = 4096
+MAX_FRAMES = 2001
+MAX_STEPS = 1000
+MAX_GUIDANCE = 30.0
+MAX_STEP_CACHE = 1.0
+MAX_FPS = 120.0
+MAX_SEED = 2**63 - 1
+MAX_SEGMENTS = 999
+SCHEDULES = ("base", "distilled", "enhance_hf")
+KV_CACHE = ("exact", "official", "off")
+HAND_OFFS = ("frames", "latents")
+LORA_MODES = ("merged", "runtime")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMPILE = ("off", "blocks")
+CHECKPOINT_FORMS = ("bf16", "comfyui-fp8", "int8")
+
+WHAT, SAMPLING, MODEL, MEMORY, OUTPUT = "what is generated", "sampling", "model", "memory", "output"
+COMPARED, REFINED, LEARNED, TRAINING = "what is compared", "what is refined", "what is learned", "training"
+# What a heading of --help adds to its name.
+HEADINGS = {
+    MODEL: "model (default: the bundled LongCat-nano)",
+    MEMORY: "memory (default: as little of this as the GPU's free memory requires)",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row: `name` is `--name` of a command and, unless a node renames it, the name of a node's input.
+
+    help: one sentence, without its final period. default: of the released model. nano: of the bundled model where that
+    differs. filled: the command passes None and the request fills in the default, because it depends on the model or
+    on other options. shown: words for the default where its value does not say enough. least, most, step: the range of
+    a number. digits: decimals that a node rounds to. commands, heading: which commands list it, under which heading.
+    common: it is in the README's table.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    default: Any = None
+    nano: Any = None
+    filled: bool = False
+    shown: str = ""
+    least: float | None = None
+    most: float | None = None
+    step: float | None = None
+    digits: int | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    short: str = ""
+    repeated: bool = False
+    required: bool = False
+    common: bool = False
+    commands: tuple[str, ...] = ()
+    heading: str = ""
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def sentence(self) -> str:
+        """`help` as a whole sentence."""
+        return f"{self.help[0].upper()}{self.help[1:]}."
+
+    def default_words(self, nano: bool = False) -> str:
+        """The default of the released model, or of nano, in words; "" if there is none."""
+        value = self.nano if nano and self.nano is not None else self.default
+        if self.shown and not (nano and self.nano is not None):
+            return self.shown
+        if value is None or value == "" or self.kind == "switch":
+            return ""
+        return words(value)
+
+    def range_words(self) -> str:
+        """Which values it takes, in words; "" for text, files and switches."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.least is None and self.most is None:
+            return ""
+        most = "2^63 - 1" if self.most == MAX_SEED else "" if self.most is None else words(self.most)
+        least = "" if self.least is None else words(self.least)
+        found = f"{least} to {most}" if most and least else f"from {least}" if least else f"up to {most}"
+        return found + (f", steps of {words(self.step)}" if self.step and self.kind == "whole" else "")
+
+
+def words(value: Any) -> str:
+    """A value as people write it: 480x832, 0.05, on."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return "x".join(str(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def of_command(command: str, *headings: str) -> list[Option]:
+    """The rows of a command, of these headings or of all."""
+    return [row for row in OPTIONS if command in row.commands and (not headings or row.heading in headings)]
+
+
+def option(name: str, command: str = "generate") -> Option:
+    """The row `name` of a command."""
+    return next(row for row in of_command(command) if row.name == name)
+
+
+def _group(heading: str, commands: tuple[str, ...], *rows: Option) -> Iterator[Option]:
+    """The rows under a heading; `commands` have those that name none of their own."""
+    for row in rows:
+        yield replace(row, heading=heading, commands=row.commands or commands)
+
+
+_side = {"least": SIDE_MULTIPLE, "most": MAX_SIDE, "step": SIDE_MULTIPLE, "metavar": "N", "filled": True}
+_frames = {"default": 93, "nano": 33, "least": 1, "most": MAX_FRAMES, "step": FRAME_MULTIPLE, "metavar": "N",
+           "filled": True}  # fmt: skip
+_given = {"default": 13, "least": 1, "most": MAX_FRAMES - FRAME_MULTIPLE, "step": FRAME_MULTIPLE, "metavar": "N"}
+_size = {"default": (480, 832), "nano": (64, 96), "metavar": "HxW"}
+_steps = {"default": 50, "least": 1, "most": MAX_STEPS, "metavar": "N"}
+_guidance = {"default": 4.0, "least": 0.0, "most": MAX_GUIDANCE, "step": 0.1, "digits": 2, "metavar": "X"}
+_share = {"least": 0.0, "most": 1.0, "metavar": "X"}
+_suffixes = ".mp4, .mkv (lossless FFV1), .webp (lossless) or .gif"
+_seed = Option("seed", "whole", "seed of the noise; the same seed gives the same video on the same machine", 0, least=0,
+               most=MAX_SEED, metavar="N", common=True)  # fmt: skip
+_prompts_file = Option("prompts_file", "path", "text file with one prompt a line", metavar="FILE")
+
+_VIDEOS = ("generate", "long", "compare")
+_MODELS = (*_VIDEOS, "refine")
+_WEIGHTS = (*_MODELS, "train-lora")
+_COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
+
+OPTIONS: tuple[Option, ...] = (
+    *_group(
+        COMPARED,
+        _COMPARE,
+        Option("versus", "text", "options of another setting, on top of the options outside --versus, such as "
+               '"--step-cache 0.05"', metavar="OPTIONS", required=True, repeated=True),
+        Option("floor", "text", "exact attention backend that measures the noise floor, or off", "auto",
+               shown="auto, another backend than A's", metavar="NAME"),
+        Option("seeds", "whole", "number of seeds for every prompt, counting up from --seed", 1, least=1, most=1000,
+               metavar="N"),
+        _prompts_file,
+    ),
+    *_group(
+        WHAT,
+        _VIDEOS,
+        replace(_prompts_file, commands=_LONG),
+        Option("segments", "whole", "number of segments; the last prompt serves all segments beyond it",
+               shown="one for each prompt", filled=True, least=1, most=MAX_SEGMENTS, metavar="N", commands=_LONG),
+        Option("negative_prompt", "text", "what the video should avoid; it has no effect at guidance 1",
+               shown="the model card's list", filled=True, metavar="TEXT", common=True),
+        Option("size", "size", "height x width in pixels, multiples of 16; with an image or a clip the real model "
+               "takes the 480p size nearest in shape", filled=True, common=True, **_size),
+        Option("height", "whole", "height in pixels, a multiple of 16", 480, 64, **_side),
+        Option("width", "whole", "width in pixels, a multiple of 16", 832, 96, **_side),
+        Option("frames", "whole", "number of frames, 4k+1, including those of an image or a clip",
+               commands=("generate", "compare"), common=True, **_frames),
+        Option("frames", "whole", "number of frames in a segment, 4k+1", commands=_LONG, **_frames),
+        Option("overlap", "whole", "number of frames, 4k+1, that a segment shares with the previous one; the real "
+               "model was trained with 13", commands=_LONG, **_given),
+        Option("hand_off", "choice", "what the next segment starts from: frames, decoded and encoded again as in the "
+               "public code, or the latents themselves, which saves the loss at each join", HAND_OFFS[0],
+               choices=HAND_OFFS, commands=_LONG),
+        _seed,
+        Option("image", "path", "image that the video starts from", metavar="FILE"),
+        Option("video", "path", "clip to continue", metavar="FILE"),
+        Option("cond_frames", "whole", "number of frames at the clip's end to continue from, 4k+1; the real model was "
+               "trained with 13", common=True, **_given),
+    ),
+    *_group(
+        REFINED,
+        _REFINE,
+        Option("prompt", "text", "prompt of the given video", "", shown="none", metavar="TEXT"),
+        Option("size", "size", "height x width in pixels, multiples of 16", shown="the nearest 720p size", filled=True,
+               nano="twice the video's size", metavar="HxW"),
+        Option("sparsity", "number", "share of the blocks that block-sparse attention skips; 0 is full attention",
+               0.9375, 0, filled=True, step=0.0005, digits=4, **_share),
+        Option("spatial_only", "switch", "keep the frame rate, which is doubled otherwise"),
+        replace(_seed, help="seed of the first piece's noise; later pieces count up from it", common=False),
+        Option("steps", "whole", "number of steps of the base schedule, of which refining runs the late ones: 5 of "
+               "50", **_steps),
+        Option("piece", "whole", "number of frames refined at a time", 93, least=2, most=MAX_FRAMES, metavar="N"),
+        Option("overlap", "whole", "number of frames that two pieces share", 13, least=1, most=MAX_FRAMES - 1,
+               metavar="N"),
+    ),
+    *_group(
+        LEARNED,
+        _TRAIN,
+        Option("size", "size", "height x width in pixels that clips are scaled and cropped to", filled=True, **_size),
+        Option("frames", "whole", "number of frames to take from the start of each clip, 4k+1", **_frames),
+        Option("rank", "whole", "rank of the LoRA", 16, least=1, most=1024, metavar="N"),
+        Option("alpha", "number", "the LoRA is scaled by alpha / rank", shown="the rank", filled=True, metavar="X"),
+        Option("layers", "text", "layers to train, such as attn.qkv,ffn.down", shown="all seven of a block",
+               filled=True, metavar="NAME[,NAME]"),
+    ),
+    *_group(
+        TRAINING,
+        _TRAIN,
+        Option("steps", "whole", "number of training steps", 1000, least=1, most=1_000_000, metavar="N"),
+        Option("batch", "whole", "number of clips in a step", 1, least=1, most=4096, metavar="N"),
+        Option("learning_rate", "number", "learning rate of AdamW", 1e-4, metavar="X"),
+        Option("shift", "number", "shift of the noise levels; a larger one trains more on strong noise", 12.0,
+               metavar="X"),
+        Option("caption_dropout", "number", "share of the steps without a caption", 0.1, **_share),
+        Option("cond_share", "number", "share of the steps that are given first frames, so that image to video and "
+               "continuation keep working", 0.25, **_share),
+        Option("seed", "whole", "seed of the data order, the noise and the LoRA's weights", 0, least=0, most=MAX_SEED,
+               metavar="N"),
+        Option("save_every", "whole", "number of steps between saves", 100, least=1, most=1_000_000,
+               metavar="N"),
+        Option("no_gradient_checkpointing", "switch", "train about a third faster, with much more memory"),
+    ),
+    *_group(
+        SAMPLING,
+        _VIDEOS,
+        Option("steps", "whole", "number of denoising steps", filled=True, shown="50; distilled 16", common=True,
+               **_steps),
+        Option("guidance", "number", "CFG scale; 1 turns guidance off and takes half the time", filled=True,
+               shown="4; distilled 1", common=True, **_guidance),
+        Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
+               filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True),
+        Option("distilled", "switch", "the distilled schedule with 16 steps and guidance 1; it needs the step LoRA",
+               common=True),
+        Option("kv_cache", "choice", "how to compute the frames of an image or a clip: once, with the same result "
+               "(exact); once, but left out of guidance's sums, as in the public code (official); or at every step "
+               "(off)", KV_CACHE[0], choices=KV_CACHE, common=True),
+        Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
+               "conservative, 0.05 skips about half, 0.12 is aggressive, 0 skips none", 0.0, least=0.0,
+               most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True),
+    ),
+    *_group(
+        MODEL,
+        _MODELS,
+        Option("model", "text", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form",
+               metavar="PATH", commands=_WEIGHTS, common=True, shown="LongCat-nano"),
+        Option("vae", "text", "folder or file of the VAE", shown="vae/ in the model's folder", metavar="PATH",
+               commands=_WEIGHTS),
+        Option("text_encoder", "text", "folder or file of the text encoder", metavar="PATH", commands=_WEIGHTS,
+               shown="text_encoder/ and tokenizer/ in the model's folder"),
+        Option("lora", "lora", "a LoRA of any form, at strength 1 if not given; can be repeated", repeated=True,
+               metavar="FILE[:STRENGTH]", common=True),
+        Option("lora_mode", "choice", "merge LoRAs into the weights, or keep them beside the weights at run time, "
+               "which is slower and leaves the base's --fp8 weights as they are", LORA_MODES[0], choices=LORA_MODES,
+               common=True),
+        Option("dtype", "choice", "precision of the computation; auto is bfloat16 on a GPU and float32 on a CPU",
+               "auto", choices=DTYPES, common=True),
+        Option("dtype", "choice", "precision of the base model; auto is bfloat16 on a GPU and float32 on a CPU",
+               # Gradients in float16 need a scale of their own.
+               "auto", choices=DTYPES[:-1], commands=_TRAIN),
+        Option("fp8", "switch", "run the large layers in 8 bits: faster, half the memory, lossy", common=True),
+        Option("device", "text", "auto, cpu, cuda or cuda:N", "auto", commands=_WEIGHTS, common=True),
+        Option("attention", "text", "attention backend; longcat backends lists them", "auto", metavar="NAME",
+               commands=_WEIGHTS, common=True),
+        Option("compile", "choice", "torch.compile of the transformer blocks: the first step is slower, later steps "
+               "are faster; auto compiles large models on a GPU without our Triton kernels", "auto",
+               choices=("auto", *COMPILE), common=True),
+        Option("compile", "choice", "torch.compile of the transformer blocks", COMPILE[0], choices=COMPILE,
+               commands=_TRAIN),
+    ),
+    *_group(
+        MEMORY,
+        _MODELS,
+        Option("memory", "number", "limit on the GPU memory to use, in GiB", metavar="GIB", shown="all that is free"),
+        Option("stream_blocks", "whole", "number of blocks whose weights stay in CPU memory and are prefetched", 0,
+               least=0, metavar="N"),
+        Option("stream_text_encoder", "switch", "keep the text encoder's weights in CPU memory and prefetch them"),
+        Option("split_guidance", "switch", "run the two halves of guidance one after the other, with half the memory "
+               "for activations"),
+        Option("offload_kv_cache", "switch", "keep the KV cache of the conditioning frames in CPU memory"),
+        Option("tiled_vae", "switch", "run the VAE on tiles; seams may be visible"),
+    ),
+    *_group(
+        OUTPUT,
+        _VIDEOS,
+        Option("output", "path", f"video to write: {_suffixes}", shown="longcat.mp4, or the next free name",
+               metavar="FILE", short="-o", commands=("generate",), common=True),
+        Option("output", "path", f"video to write: {_suffixes}", shown="longcat-long.mp4", metavar="FILE", short="-o",
+               commands=_LONG),
+        Option("output", "path", f"video to write: {_suffixes}", shown="VIDEO-refined.mp4", metavar="FILE", short="-o",
+               commands=_REFINE),
+        Option("output", "path", "a new or empty folder for report, pictures and videos", metavar="DIR", short="-o",
+               shown="longcat-compare, or the next free name", commands=_COMPARE),
+        Option("output", "path", "the LoRA to write, .safetensors; its training state is saved beside it",
+               metavar="FILE", short="-o", required=True, commands=_TRAIN),
+        Option("contact_sheet", "path", "also write a .png with frames and prompt", metavar="FILE",
+               commands=("generate",), common=True),
+        Option("folder", "path", "folder that keeps finished segments; run the same command again to resume",
+               metavar="DIR", shown="the name of FILE and -segments", commands=_LONG),
+        Option("folder", "path", "folder that keeps finished pieces; run the same command again to resume",
+               metavar="DIR", shown="none", commands=_REFINE),
+        Option("page", "path", "also write the report to this .md file, with its pictures beside it", metavar="FILE",
+               commands=_COMPARE),
+        Option("fps", "number", "frame rate of the output file", 15.0, least=1.0, most=MAX_FPS, step=0.5, digits=2,
+               metavar="X", common=True),
+    ),
+    *_group(
+        "",
+        (),
+        Option("to", "choice", "bf16: official names, for ComfyUI and this command; comfyui-fp8: ComfyUI's names, with "
+               "projections in e4m3 and a scale each; int8: the official INT8 form", choices=CHECKPOINT_FORMS,
+               required=True, commands=("convert",)),
+        Option("report", "path", "also write the error of every tensor to this .json file", metavar="FILE",
+               commands=("convert",)),
+        Option("size", "size", "height x width in pixels", (480, 832), metavar="HxW", commands=("plan",)),
+        Option("frames", "whole", "number of frames, 4k+1", 93, least=1, most=MAX_FRAMES, step=FRAME_MULTIPLE,
+               metavar="N", commands=("plan",)),
+        Option("cond_frames", "whole", "number of conditioning frames, 4k+1, or 0", 0, least=0, metavar="N",
+               commands=("plan",)),
+        Option("no_guidance", "switch", "plan without guidance, as for distilled sampling and refining",
+               commands=("plan",)),
+        Option("prompts", "whole", "number of prompts", 64, least=1, metavar="N", commands=("score-nano",)),
+        Option("steps", "whole", "number of denoising steps", commands=("score-nano",), **_steps),
+        Option("guidance", "number", "CFG scale", commands=("score-nano",), **_guidance),
+        Option("lora", "lora", "a LoRA, at strength 1 if not given; can be repeated", repeated=True,
+               metavar="FILE[:STRENGTH]", commands=("score-nano",)),
+        Option("lesson", "switch", "use prompts of the lesson that lesson-nano writes", commands=("score-nano",)),
+        Option("clips", "whole", "number of clips to write", 96, least=1, metavar="N", commands=("lesson-nano",)),
+    ),
+)  # fmt: skip
