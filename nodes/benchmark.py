@@ -26,11 +26,10 @@ from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY, execution_of
-from .loaders import CATEGORY
-from .sampling import Clock, _require_longcat, guidance_input, make_guider, starting_latents, switches_of
+from .inputs import schema
+from .sampling import Clock, make_guider, require_longcat, starting_latents, switches_of
 
 NODE = "LongCat Benchmark"
-MAX_TIMED = 20
 # Only the first steps of a schedule of this length are run.
 SCHEDULE_STEPS = 50
 
@@ -54,48 +53,13 @@ def _random_text(model: comfy.model_patcher.ModelPatcher, tokens: int) -> list:
 class Benchmark(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatBenchmark",
-            display_name="LongCat Benchmark",
-            category=CATEGORY,
-            description="Times some denoising steps of two settings of LongCat-Video on this machine, one after the "
-            "other, and shows them as a plot.",
-            inputs=[
-                io.Model.Input("model", tooltip="A: LongCat-Video, with or without LongCat Optimizations."),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="The video's size, for instance of EmptyHunyuanLatentVideo; frames that a "
-                    "LongCat conditioning node gives are kept.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=3,
-                    min=1,
-                    max=MAX_TIMED,
-                    tooltip="Timed steps of each, after a first one that also compiles; their median counts.",
-                ),
-                guidance_input("1 is without guidance, which halves the work."),
-                io.Model.Input(
-                    "model_b",
-                    optional=True,
-                    tooltip="B: the same model with other LongCat Optimizations, another dtype or other patches. Left "
-                    "open: A with every optimization off.",
-                ),
-                io.Conditioning.Input("positive", optional=True, tooltip="Left open: random text of usual length."),
-                io.Conditioning.Input("negative", optional=True, tooltip="Left open: random text of usual length."),
-            ],
-            outputs=[
-                io.Image.Output(display_name="plot"),
-                io.String.Output(display_name="report", tooltip="The figures, and in which switches A and B differ."),
-            ],
-            is_output_node=True,
-        )
+        return schema("LongCatBenchmark")
 
     @classmethod
     def execute(cls, model, latent_image, steps, guidance, model_b=None, positive=None, negative=None) -> io.NodeOutput:
         named = {"A": model, "B": without_optimizations(model) if model_b is None else model_b}
         for patcher in named.values():
-            _require_longcat(patcher, NODE)
+            require_longcat(patcher, NODE)
         if model_b is not None and model_b.model.diffusion_model.config != model.model.diffusion_model.config:
             raise LongCatError(f"{NODE} got two models of different sizes as A and B; connect one model twice")
         sides, estimates = [], []

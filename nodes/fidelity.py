@@ -19,22 +19,17 @@ from ..longcat_core.measure.charts import fidelity_plot, side_by_side
 from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
 from ..longcat_core.optimize.attention import Inputs
 from ..longcat_core.sampling.conditioning import video_frames
-from ..longcat_core.sampling.schedules import MODES, make_schedule
+from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
 from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
-from .loaders import CATEGORY
+from .inputs import schema
 from .sampling import (
-    MODE_TOOLTIP,
     Clock,
-    _require_longcat,
     given_frames,
-    guidance_input,
-    kv_cache_input,
+    require_longcat,
     sample_latent,
-    seed_input,
     starting_latents,
-    steps_input,
     switches_of,
 )
 from .step_cache import THRESHOLD_KEY
@@ -88,48 +83,7 @@ def differences(model: comfy.model_patcher.ModelPatcher, other: comfy.model_patc
 class Fidelity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatFidelity",
-            display_name=NODE,
-            category=CATEGORY,
-            description="Samples the same video with two settings of LongCat-Video and shows what the second one "
-            "changes: PSNR and SSIM of every frame, frames side by side, and the noise floor.",
-            inputs=[
-                io.Model.Input("model", tooltip="A, the reference: LongCat-Video as it is right for you."),
-                io.Model.Input(
-                    "model_b",
-                    tooltip="B: the same model with LongCat Step Cache, LongCat Optimizations, a LoRA, another weight "
-                    "dtype or other patches.",
-                ),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE, which decodes both."),
-                io.Conditioning.Input("positive", tooltip="What the video shows."),
-                io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="As for LongCat Sampler. Frames that a LongCat conditioning node gives are the same in "
-                    "both, and are not compared.",
-                ),
-                seed_input(),
-                steps_input(),
-                guidance_input("CFG-zero scale, of both. 1 is without guidance, twice as fast."),
-                io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
-                io.Boolean.Input(
-                    "noise_floor",
-                    default=True,
-                    tooltip="Sample A once more with another exact attention kernel: how far two runs that are both "
-                    "right lie apart. Takes as long as A.",
-                ),
-                kv_cache_input(),
-            ],
-            outputs=[
-                io.Image.Output(display_name="plot", tooltip="PSNR and SSIM of every frame."),
-                io.Image.Output(display_name="side_by_side", tooltip="Frames of A and B, and their difference."),
-                io.Image.Output(display_name="images_a", tooltip="The video of A."),
-                io.Image.Output(display_name="images_b", tooltip="The video of B."),
-                io.String.Output(display_name="report", tooltip="The figures, and what they say."),
-            ],
-            is_output_node=True,
-        )
+        return schema("LongCatFidelity")
 
     @classmethod
     def execute(
@@ -148,7 +102,7 @@ class Fidelity(io.ComfyNode):
         kv_cache="exact",
     ) -> io.NodeOutput:
         for patcher in (model, model_b):
-            _require_longcat(patcher, NODE)
+            require_longcat(patcher, NODE)
         if model_b.model.diffusion_model.config != model.model.diffusion_model.config:
             raise LongCatError(f"{NODE} got two models of different sizes as A and B; connect one model twice")
         require_wan_vae(vae)

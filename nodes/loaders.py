@@ -24,8 +24,8 @@ from ..longcat_core.generate import umt5
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
+from .inputs import schema
 
-CATEGORY = "LongCat"
 WEIGHT_DTYPES = {
     "default": None,
     "bf16": torch.bfloat16,
@@ -51,6 +51,11 @@ def _model_names() -> list[str]:
         if name.lower().endswith((".safetensors", ".sft", ".gguf")):
             names[os.path.dirname(name) if "-of-" in os.path.basename(name) else name] = None
     return [name for name in names if name]
+
+
+def _text_encoder_names() -> list[str]:
+    names = folder_paths.get_filename_list("text_encoders")
+    return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]
 
 
 def _find(kind: str, name: str) -> Path:
@@ -113,29 +118,7 @@ def _json(text_tokens_zero_pad: bool) -> str:
 class ModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatModelLoader",
-            display_name="LongCat Model Loader",
-            category=CATEGORY,
-            description="Loads LongCat-Video as a native MODEL, from one file or from the official folder of shards.",
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=_model_names(),
-                    tooltip="A LongCat-Video transformer in ComfyUI's diffusion_models folders: one safetensors or "
-                    "GGUF file, or the official dit folder. longcat_nano is the small test model that comes with it.",
-                ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=[*WEIGHT_DTYPES, FP8_ROWWISE],
-                    default="default",
-                    tooltip="How weights are kept. default: what suits the file and this machine. fp8 rowwise: 8-bit "
-                    "weights and matrix products, half the memory of bf16 and faster from Ada and Hopper on; lossy. "
-                    "fp8_e4m3fn: half the memory, 16-bit products, lossy. fp32: for comparison.",
-                ),
-            ],
-            outputs=[io.Model.Output(tooltip="Works with stock samplers, LoRA loaders and model patches.")],
-        )
+        return schema("LongCatModelLoader", model_name=_model_names(), weight_dtype=[*WEIGHT_DTYPES, FP8_ROWWISE])
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
@@ -159,31 +142,7 @@ class ModelLoader(io.ComfyNode):
 class TextEncoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatTextEncoderLoader",
-            display_name="LongCat Text Encoder Loader",
-            category=CATEGORY,
-            description="Loads a UMT5 text encoder of any size. For UMT5-XXL, CLIPLoader of type wan does the same.",
-            inputs=[
-                io.Combo.Input(
-                    "text_encoder_name",
-                    options=[
-                        name
-                        for name in folder_paths.get_filename_list("text_encoders")
-                        if name.lower().endswith((".safetensors", ".sft"))
-                    ],
-                    tooltip="A UMT5 encoder in ComfyUI's text_encoders folders: umt5_xxl for LongCat-Video, "
-                    "longcat_nano_umt5 for the test model.",
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=["default", "cpu"],
-                    default="default",
-                    tooltip="cpu keeps the text encoder out of GPU memory; slower.",
-                ),
-            ],
-            outputs=[io.Clip.Output(tooltip="For CLIP Text Encode.")],
-        )
+        return schema("LongCatTextEncoderLoader", text_encoder_name=_text_encoder_names())
 
     @classmethod
     def execute(cls, text_encoder_name: str, device: str) -> io.NodeOutput:

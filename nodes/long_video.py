@@ -11,51 +11,17 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..longcat_core.generate import long_video, refine
-from ..longcat_core.generate.request import (
-    MAX_FRAMES,
-    MAX_SEED,
-    MAX_SIDE,
-    MAX_STEPS,
-    RELEASED,
-    SIDE_MULTIPLE,
-    GenerateRequest,
-)
-from ..longcat_core.model.kv_cache import KV_MODES
-from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
-from ..longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from .conditioning import _check_images, fps_input, to_bytes, to_image
+from ..longcat_core.generate.request import RELEASED, GenerateRequest
+from .conditioning import check_images, to_bytes, to_image
+from .declarations import LONG_MODES
 from .engine import ComfyEngine, output_folder
-from .loaders import CATEGORY
-from .refine import refined_size, refined_size_inputs
-from .sampling import KV_CACHE_TOOLTIP, _require_longcat, guidance_input
+from .inputs import schema
+from .refine import refined_size
+from .sampling import require_longcat
 
 LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
-CONTINUATION = "base, then enhance_hf"
-# Name of a mode -> schedules of the first segment and of the others.
-LONG_MODES = {CONTINUATION: ("base", "enhance_hf"), "base": ("base", "base"), "distilled": ("distilled", "distilled")}
 # Of a segment's picture: frames side by side, and its width in pixels. Segments that are shown at once.
 STRIP, STRIP_WIDTH, STRIPS = 5, 1280, 8
-
-
-def _seed_input() -> io.Input:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=MAX_SEED,
-        # Another seed at every run would never go on from what is there.
-        control_after_generate=False,
-        tooltip="Of the first piece; the others count on from it. With another seed, name another folder.",
-    )
-
-
-def _folder_input(default: str) -> io.Input:
-    return io.String.Input(
-        "folder",
-        default=default,
-        tooltip="In ComfyUI's output folder. Keeps every finished piece; the same workflow queued again, also after a "
-        "crash, goes on from them.",
-    )
 
 
 def _strip(frames: np.ndarray) -> Image.Image:
@@ -93,99 +59,7 @@ class _Gathered:
 class LongVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatLongVideo",
-            display_name=LONG,
-            category=CATEGORY,
-            description="Long video in segments, each begun with the end of the one before; with a prompt a segment, "
-            "interactive video. Every finished segment is on disk, and a run that was cut off goes on from there.",
-            inputs=[
-                io.Model.Input("model", tooltip="LongCat-Video."),
-                io.Clip.Input("clip", tooltip="UMT5, from LongCat Text Encoder Loader or Load CLIP of type wan."),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    tooltip="One prompt a line, one line a segment; the last line serves all segments beyond it. "
-                    "Another line later on makes that segment and those after it anew.",
-                ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    default=DEFAULT_NEGATIVE_PROMPT,
-                    tooltip="What the video should not be; not used at guidance 1.",
-                ),
-                io.Int.Input(
-                    "segments",
-                    default=3,
-                    min=0,
-                    max=long_video.MAX_SEGMENTS,
-                    tooltip="How many; 0: as many as there are prompts. 93 frames are 6.2 s, each further segment adds "
-                    "5.3 s.",
-                ),
-                *(
-                    io.Int.Input(
-                        name,
-                        default=default,
-                        min=SIDE_MULTIPLE,
-                        max=MAX_SIDE,
-                        step=SIDE_MULTIPLE,
-                        tooltip=f"Pixels, a multiple of {SIDE_MULTIPLE} (the test model: {nano}).",
-                    )
-                    for name, default, nano in (("width", 832, 96), ("height", 480, 64))
-                ),
-                io.Int.Input(
-                    "length",
-                    default=93,
-                    min=1 + TEMPORAL_FACTOR,
-                    max=MAX_FRAMES,
-                    step=TEMPORAL_FACTOR,
-                    tooltip="Frames of a segment: 4k+1. LongCat-Video: 93; the test model: 33.",
-                ),
-                io.Int.Input(
-                    "overlap",
-                    default=13,
-                    min=1,
-                    max=MAX_FRAMES - TEMPORAL_FACTOR,
-                    step=TEMPORAL_FACTOR,
-                    tooltip="How many of a segment's last frames the next one begins with: 4k+1; LongCat-Video was "
-                    "trained with 13.",
-                ),
-                _seed_input(),
-                io.Int.Input("steps", default=50, min=1, max=MAX_STEPS, tooltip="50, or 16 for distilled."),
-                guidance_input("CFG-zero scale. 1 is without guidance, twice as fast: for distilled."),
-                io.Combo.Input(
-                    "mode",
-                    options=list(LONG_MODES),
-                    default=CONTINUATION,
-                    tooltip="Schedule of the first segment and of the others. distilled: 16 steps, guidance 1, with "
-                    "the cfg_step LoRA. base: for the test model.",
-                ),
-                io.Combo.Input(
-                    "hand_off",
-                    options=list(long_video.HAND_OFFS),
-                    default=long_video.HAND_OFFS[0],
-                    tooltip="What the next segment begins with. frames: decoded and encoded anew, as LongCat-Video's "
-                    "own pipeline does. latents: as they are, which spares a loss at every join.",
-                ),
-                _folder_input("longcat/long-video"),
-                io.Combo.Input(
-                    "kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP
-                ),
-                io.Image.Input(
-                    "begin_with",
-                    optional=True,
-                    tooltip="One image: the first frame. A clip: its last frames, as many as overlap says, are "
-                    "continued; it is fitted to width and height.",
-                ),
-                fps_input("Of the files in the folder; it changes nothing else.", optional=True),
-            ],
-            outputs=[
-                io.Image.Output(display_name="images", tooltip="All frames; those in common are there once."),
-                io.String.Output(display_name="report", tooltip="The segments, and how colour changes at the joins."),
-            ],
-        )
+        return schema("LongCatLongVideo")
 
     @classmethod
     def execute(
@@ -210,12 +84,12 @@ class LongVideo(io.ComfyNode):
         begin_with=None,
         fps=15.0,
     ) -> io.NodeOutput:
-        _require_longcat(model, LONG)
+        require_longcat(model, LONG)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         spread = long_video.spread_prompts(lines, segments or None)
         given = None
         if begin_with is not None:
-            _check_images("begin_with", begin_with)
+            check_images("begin_with", begin_with)
             given = to_bytes(begin_with)
         schedule, later = LONG_MODES[mode]
         first = GenerateRequest(
@@ -247,54 +121,7 @@ class LongVideo(io.ComfyNode):
 class RefineLongVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatRefineLongVideo",
-            display_name=REFINE_LONG,
-            category=CATEGORY,
-            description="LongCat Refine, LongCat Sampler and VAE Decode for a video of any length: piece by piece, "
-            "each given the refined end of the one before, every finished piece on disk.",
-            inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="LongCat-Video with the refinement LoRA, and LongCat Block-Sparse Attention for its speed.",
-                ),
-                io.Clip.Input("clip", tooltip="UMT5, from LongCat Text Encoder Loader or Load CLIP of type wan."),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
-                io.Image.Input("video", tooltip="All frames, for instance of LongCat Long Video."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="The video's own, or nothing: so LongCat-Video refines long videos.",
-                ),
-                _seed_input(),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=1,
-                    max=MAX_STEPS,
-                    tooltip="Of the base schedule, of which 50 leaves 5 to run.",
-                ),
-                io.Boolean.Input(
-                    "double_rate",
-                    default=True,
-                    tooltip="Twice as many frames as well, for twice the frame rate; off: a larger picture only.",
-                ),
-                *refined_size_inputs(),
-                io.Int.Input(
-                    "piece", default=93, min=2, max=MAX_FRAMES, tooltip="Frames of the given video in one go."
-                ),
-                io.Int.Input(
-                    "overlap", default=13, min=1, max=MAX_FRAMES - 1, tooltip="How many of them two pieces share."
-                ),
-                _folder_input("longcat/refined"),
-                fps_input("Frame rate of the video that comes in; only the output fps is made from it.", optional=True),
-            ],
-            outputs=[
-                io.Image.Output(display_name="images", tooltip="All refined frames."),
-                io.Float.Output(display_name="fps", tooltip="Frame rate of the refined video."),
-            ],
-        )
+        return schema("LongCatRefineLongVideo")
 
     @classmethod
     def execute(
@@ -315,8 +142,8 @@ class RefineLongVideo(io.ComfyNode):
         folder,
         fps=15.0,
     ) -> io.NodeOutput:
-        _require_longcat(model, REFINE_LONG)
-        _check_images("video", video)
+        require_longcat(model, REFINE_LONG)
+        check_images("video", video)
         height, width = refined_size(video, resolution, width, height)
         request = refine.RefineRequest(prompt, seed, double_rate, height, width, steps, piece, overlap, fps)
         engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])

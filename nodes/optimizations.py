@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any, get_args, get_type_hints
+from dataclasses import replace
+from typing import Any, get_type_hints
 
 import comfy.samplers
 import torch
@@ -17,40 +17,10 @@ from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
 from .comfy_attention import chosen
 from .comfy_model import OPTIMIZATIONS_KEY
-from .loaders import CATEGORY
-from .sampling import _require_longcat
+from .inputs import schema
+from .sampling import require_longcat
 
-TOOLTIPS = {
-    "fused_qkv": "One matrix product for q, k and v instead of three. Same result; off only to measure the difference.",
-    "fused_ffn": "One matrix product for the FFN's gate and up instead of two. Same result; off only to measure.",
-    "text_mode": "exact: all padding counts as one text token, as fast as dropping it and the same result. padded: the "
-    "same the plain way, slower. packed: padding is dropped, which changes what the released model makes.",
-    "attention": "The attention kernel. auto: the fastest exact one. cudnn-fp8 and sage are faster and lossy.",
-    "compile": "blocks: torch.compile of the transformer block. The first step takes a minute, later ones are faster.",
-    "explicit_fp32": "Norms and gates in fp32 by explicit casts; off: by autocast, as public implementations have it.",
-    "gradient_checkpointing": "For training: recompute activations in the backward pass. No effect on sampling.",
-    "reuse_text": "Keys and values of the text once for a prompt instead of at every step, under LongCat Sampler and "
-    "LongCat Guider. Same result.",
-    "reuse_modulation": "Timesteps are worked up once for all frames and both halves of guidance. Same result.",
-    "fused_step": "Guidance compiled into one function, where compile is on, under LongCat Sampler and LongCat Guider.",
-    "fp8": "8-bit matrix products in layers that were quantised to fp8; off: the same weights in 16-bit products.",
-    "fused_kernels": "Norms, RoPE, gates and activations by the pack's own Triton kernels, on CUDA and in 16 bits.",
-    "split_guidance": "The halves of guidance one after the other: half the memory for activations, about the same "
-    "time where videos are large. ComfyUI decides by its own estimate otherwise. Same result.",
-    "fused_text": "Attention to the text by the pack's own Triton kernel, on CUDA and in 16 bits, where the prompt is "
-    "not very long. Same result.",
-}
 CALC = "sampler_calc_cond_batch_function"
-# Later than the first workflows that were saved with this node, which lack them.
-ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance", "fused_text")
-
-
-def _input(name: str, kind: Any, default: Any) -> io.Input:
-    tooltip = TOOLTIPS[name]
-    if kind is bool:
-        return io.Boolean.Input(name, default=default, tooltip=tooltip, optional=name in ADDED)
-    options = backends.listed() if name == "attention" else get_args(kind)
-    return io.Combo.Input(name, options=list(options), default=default, tooltip=tooltip)
 
 
 def report(
@@ -109,26 +79,11 @@ def halves_in_turn(args: dict[str, Any]) -> list[torch.Tensor]:
 class OptimizationsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        kinds = get_type_hints(Optimizations)
-        switches = [_input(field.name, kinds[field.name], field.default) for field in fields(Optimizations)]
-        return io.Schema(
-            node_id="LongCatOptimizations",
-            display_name="LongCat Optimizations",
-            category=CATEGORY,
-            description="Switches what makes LongCat-Video fast, each on its own, on a model that is loaded already. "
-            "The model that goes in stays as it is.",
-            inputs=[io.Model.Input("model", tooltip="LongCat-Video."), *switches],
-            outputs=[
-                io.Model.Output(),
-                io.String.Output(
-                    display_name="report", tooltip="What is in force, and why something is not available."
-                ),
-            ],
-        )
+        return schema("LongCatOptimizations", attention=backends.listed())
 
     @classmethod
     def execute(cls, model, **switches: Any) -> io.NodeOutput:
-        _require_longcat(model, "LongCat Optimizations")
+        require_longcat(model, "LongCat Optimizations")
         asked = Optimizations(**switches)
         backends.check(asked.attention)
         device = model.load_device

@@ -18,37 +18,24 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.generate.request import MAX_GUIDANCE, MAX_STEPS, check_number
+from ..longcat_core.generate.request import MAX_GUIDANCE, check_number
 from ..longcat_core.measure.clock import reset_peak, synchronize
-from ..longcat_core.model.kv_cache import KV_MODES, KVMode, check_mode
+from ..longcat_core.model.kv_cache import KVMode, check_mode
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
-from ..longcat_core.sampling.schedules import MODES, make_schedule
+from ..longcat_core.sampling.schedules import make_schedule
 from ..longcat_core.sampling.step import guide
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
 from .comfy_model import OPTIMIZATIONS_KEY, LongCatVideo
-from .loaders import CATEGORY
-
-MODE_TOOLTIP = (
-    "base: 50 steps, guidance 4. distilled: 16 steps, guidance 1, with the cfg_step LoRA. enhance_hf: base with finer "
-    "late steps, for continuation. refine: starts half-way from the latent, with the refinement LoRA, guidance 1."
-)
-KV_CACHE_TOOLTIP = (
-    "exact: given frames (image, clip) are computed once instead of at every step, with the same result. official: as "
-    "well, but guidance leaves them out of its sums, as LongCat-Video's own cached pipeline does. off: at every step."
-)
+from .inputs import schema
 
 
-def _require_longcat(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
+def require_longcat(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
     if not isinstance(model.model, LongCatVideo):
         raise LongCatError(
             f"{node} got a {type(model.model).__name__} model; connect LongCat-Video, from LongCat Model Loader or "
             "Load Diffusion Model"
         )
-
-
-def guidance_input(tooltip: str) -> io.Input:
-    return io.Float.Input("guidance", default=4.0, min=0.0, max=MAX_GUIDANCE, step=0.1, round=0.01, tooltip=tooltip)
 
 
 def _has_hooks(conds: dict[str, list[dict]]) -> bool:
@@ -88,7 +75,7 @@ class Guider(comfy.samplers.CFGGuider):
 
 
 def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_cache: KVMode, node: str) -> Guider:
-    _require_longcat(model, node)
+    require_longcat(model, node)
     check_mode(kv_cache)
     check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
     guider = Guider(model, kv_cache)
@@ -152,32 +139,6 @@ class Clock:
         return comfy.k_diffusion.sampling.sample_euler(model, x, sigmas, extra_args, stepped, disable)
 
 
-def seed_input() -> io.Input:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=0xFFFFFFFFFFFFFFFF,
-        control_after_generate=True,
-        tooltip="The same seed gives the same noise on every machine, and in the longcat command.",
-    )
-
-
-def steps_input() -> io.Input:
-    return io.Int.Input(
-        "steps",
-        default=50,
-        min=1,
-        max=MAX_STEPS,
-        tooltip="Denoising steps: 50, or 16 for distilled. enhance_hf and refine evaluate the model another number of "
-        "times (56 and 5 for 50 steps).",
-    )
-
-
-def kv_cache_input() -> io.Input:
-    return io.Combo.Input("kv_cache", options=list(KV_MODES), default="exact", optional=True, tooltip=KV_CACHE_TOOLTIP)
-
-
 def sample_latent(
     node: str,
     model: comfy.model_patcher.ModelPatcher,
@@ -227,29 +188,7 @@ def sample_latent(
 class Sampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatSampler",
-            display_name="LongCat Sampler",
-            category=CATEGORY,
-            description="Text, image or clip to video as LongCat-Video's own pipeline does it: its schedules, Euler "
-            "steps and CFG-zero guidance.",
-            inputs=[
-                io.Model.Input("model", tooltip="LongCat-Video."),
-                io.Conditioning.Input("positive", tooltip="What the video shows."),
-                io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="EmptyHunyuanLatentVideo for text to video; else LongCat Image to Video, LongCat Video "
-                    "Continuation, or for mode refine the latent of a video.",
-                ),
-                seed_input(),
-                steps_input(),
-                guidance_input("CFG-zero scale. 1 is without guidance, twice as fast: for distilled and refine."),
-                io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
-                kv_cache_input(),
-            ],
-            outputs=[io.Latent.Output(tooltip="For VAE Decode with the Wan 2.1 VAE.")],
-        )
+        return schema("LongCatSampler")
 
     @classmethod
     def execute(
@@ -266,43 +205,18 @@ class Sampler(io.ComfyNode):
 class Scheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatScheduler",
-            display_name="LongCat Scheduler",
-            category=CATEGORY,
-            description="The noise levels of LongCat-Video's own schedules, for SamplerCustomAdvanced.",
-            inputs=[
-                io.Model.Input("model", tooltip="LongCat-Video. Its shift is 12 here, also under ModelSamplingSD3."),
-                io.Combo.Input("mode", options=list(MODES), default="base", tooltip=MODE_TOOLTIP),
-                io.Int.Input("steps", default=50, min=1, max=MAX_STEPS, tooltip="50, or 16 for distilled."),
-            ],
-            outputs=[io.Sigmas.Output(tooltip="Ends in 0.")],
-        )
+        return schema("LongCatScheduler")
 
     @classmethod
     def execute(cls, model, mode: str, steps: int) -> io.NodeOutput:
-        _require_longcat(model, "LongCat Scheduler")
+        require_longcat(model, "LongCat Scheduler")
         return io.NodeOutput(make_schedule(mode, steps).sigmas)
 
 
 class GuiderNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatGuider",
-            display_name="LongCat Guider",
-            category=CATEGORY,
-            description="CFG-zero guidance as LongCat-Video's own pipeline computes it, for SamplerCustomAdvanced. The "
-            "stock CFGZeroStar node computes something else; do not put it on the model as well.",
-            inputs=[
-                io.Model.Input("model", tooltip="LongCat-Video."),
-                io.Conditioning.Input("positive", tooltip="What the video shows."),
-                io.Conditioning.Input("negative", tooltip="What it should not be; not used at guidance 1."),
-                guidance_input("Scale. 1 is without guidance, twice as fast."),
-                kv_cache_input(),
-            ],
-            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
-        )
+        return schema("LongCatGuider")
 
     @classmethod
     def execute(cls, model, positive, negative, guidance, kv_cache="exact") -> io.NodeOutput:

@@ -11,10 +11,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..longcat_core.generate.request import MAX_STEP_CACHE
 from ..longcat_core.sampling.step_cache import StepCache
-from .loaders import CATEGORY
-from .sampling import _require_longcat, given_frames
+from .inputs import schema
+from .sampling import given_frames, require_longcat
 
 NAME = "LongCat Step Cache"
 # In a MODEL's transformer_options: the threshold; while a sampling runs, its cache.
@@ -82,31 +81,11 @@ def _predict(
 class StepCacheNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LongCatStepCache",
-            display_name=NAME,
-            category=CATEGORY,
-            description="Steps at which LongCat-Video's output can be foretold from the last two are not computed. "
-            "About twice as fast; the video comes out slightly different.",
-            inputs=[
-                io.Model.Input("model", tooltip="LongCat-Video."),
-                io.Float.Input(
-                    "threshold",
-                    default=0.05,
-                    min=0.0,
-                    max=MAX_STEP_CACHE,
-                    step=0.01,
-                    round=0.001,
-                    tooltip="How much the output may change in all, relative to itself, before a step is computed "
-                    "again. 0: every step; 0.03 careful, 0.12 fast.",
-                ),
-            ],
-            outputs=[io.Model.Output(tooltip="For LongCat Sampler and for stock samplers.")],
-        )
+        return schema("LongCatStepCache")
 
     @classmethod
     def execute(cls, model, threshold: float) -> io.NodeOutput:
-        _require_longcat(model, NAME)
+        require_longcat(model, NAME)
         model = model.clone()
         kinds = comfy.patcher_extension.WrappersMP
         for kind in (kinds.OUTER_SAMPLE, kinds.CALC_COND_BATCH):

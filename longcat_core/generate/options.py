@@ -84,7 +84,7 @@ class Option:
         value = self.nano if nano and self.nano is not None else self.default
         if self.shown and not (nano and self.nano is not None):
             return self.shown
-        if value is None or value == "" or self.kind == "switch":
+        if value is None or value == "":
             return ""
         return words(value)
 

@@ -1,0 +1,381 @@
+"""What each node is called, takes and returns. Options come from the table of `longcat_core/generate/options.py`.
+
+Imports nothing of ComfyUI: `inputs.schema` turns a declaration into ComfyUI's schema, and `docs/build.py` into the
+tables of the help pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import get_args, get_type_hints
+
+from ..longcat_core.generate.options import FRAME_MULTIPLE, KV_CACHE, SCHEDULES
+from ..longcat_core.optimize.switches import Optimizations
+from ..longcat_core.sampling.buckets import BUCKETS
+from ..longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+from .fields import Node, Socket, Widget, long_text, of, own
+
+CUSTOM, TWICE = "custom", "twice the size"
+CONTINUATION = "base, then enhance_hf"
+# Name of a mode -> schedules of the first segment and of the others.
+LONG_MODES = {CONTINUATION: ("base", "enhance_hf"), "base": ("base", "base"), "distilled": ("distilled", "distilled")}
+# Frames, rows and columns of tokens; a token is one latent frame of 16x16 pixels.
+CHUNKS = {"4x4x4": (4, 4, 4), "4x4x8": (4, 4, 8), "8x4x4": (8, 4, 4)}
+MODES = (*SCHEDULES, "refine")
+
+_model = Socket("model", "Model", "LongCat-Video")
+_vae = Socket("vae", "Vae", "the Wan 2.1 VAE")
+_clip = Socket("clip", "Clip", "UMT5, from LongCat Text Encoder Loader or from Load CLIP of type wan")
+_positive = Socket("positive", "Conditioning", "prompt: what the video shows")
+_negative = Socket("negative", "Conditioning", "negative prompt: what the video should avoid; not used at guidance 1")
+_mode = own(
+    "mode",
+    "choice",
+    "noise schedule. base: 50 steps, guidance 4. distilled: 16 steps, guidance 1, with the cfg_step LoRA. enhance_hf: "
+    "base with finer late steps, for continuation. refine: from the middle of the schedule on, guidance 1, with the "
+    "refinement LoRA",
+    MODES[0],
+    choices=MODES,
+)
+# 64 bits, as ComfyUI's own nodes have it.
+_seed = replace(of("seed", most=2**64 - 1), new_seed=True)
+# A new seed at every run would never resume what is there.
+_first_seed = replace(of("seed", "refine", help="seed of the first piece's noise; later pieces count up from it. "
+                          "Choose another folder for another seed"), new_seed=False)  # fmt: skip
+_steps = of("steps", help="number of denoising steps. For 50 steps, enhance_hf evaluates the model 56 times and refine "
+             "5 times")  # fmt: skip
+_guidance = of("guidance")
+_kv_cache = of("kv_cache", optional=True, choices=KV_CACHE)
+_width, _height = (of(name, help=f"{name} in pixels, a multiple of 16") for name in ("width", "height"))
+_length = of("frames", name="length", least=1 + FRAME_MULTIPLE)
+_double_rate = own("double_rate", "switch", "double the frame rate too; off: enlarge the picture only", True)
+
+
+def _sizes(choices: tuple[str, ...], help: str, width: Widget, height: Widget) -> tuple[Widget, ...]:
+    """resolution, width and height; the first choice is the default, and `custom` is added."""
+    sides = (replace(side, row=replace(side.row, help=f"{side.row.help}; only for resolution custom"))
+             for side in (width, height))  # fmt: skip
+    help = f"{help}. custom: width and height below"
+    return own("resolution", "choice", help, choices[0], choices=(*choices, CUSTOM)), *sides
+
+
+_given_sizes = (
+    *_sizes(
+        tuple(BUCKETS),
+        "480p or 720p: of the sizes that LongCat-Video was trained on, the one nearest in shape; the rest "
+        "is cropped evenly",
+        _width,
+        _height,
+    ),
+    _length,
+    own("batch_size", "whole", "number of videos at once, each from its own noise", 1, least=1, most=64,
+         optional=True),
+)  # fmt: skip
+_refined_sizes = _sizes(
+    ("720p", TWICE),
+    "720p: of the sizes that LongCat-Video refines to, the one nearest in shape. twice the size: for LongCat-nano",
+    *(
+        replace(side, row=replace(side.row, default=pixels, nano=None))
+        for side, pixels in ((_width, 1280), (_height, 704))
+    ),
+)
+
+
+def _folder(default: str) -> Widget:
+    return own("folder", "text", "folder, inside ComfyUI's output folder, that keeps every finished piece; queue the "
+                "same workflow again to resume, even after a crash", default)  # fmt: skip
+
+
+_OPTIMIZATIONS = {
+    "fused_qkv": "compute q, k and v in one matrix product instead of three; exact",
+    "fused_ffn": "compute the FFN's gate and up projections in one matrix product instead of two; exact",
+    "text_mode": "exact: all padding counts as one text token, which is as fast as dropping it and gives the released "
+    "model's result. padded: the same result computed over every token, slower. packed: padding is dropped, which "
+    "changes the result of the released model",
+    "attention": "attention backend. auto: the fastest exact one. cudnn-fp8 and sage are faster and lossy",
+    "compile": "blocks: torch.compile of the transformer blocks; the first step takes about a minute, later steps are "
+    "faster",
+    "explicit_fp32": "compute norms and gates in fp32 by explicit casts; off: by autocast, as public implementations "
+    "do",
+    "gradient_checkpointing": "for training only: recompute activations in the backward pass, with less memory and "
+    "more time",
+    "reuse_text": "compute the text's keys and values once for each prompt instead of at every step, under LongCat "
+    "Sampler and LongCat Guider; exact",
+    "reuse_modulation": "compute the timestep's modulation once for all frames and both halves of guidance; exact",
+    "fused_step": "compile guidance into one function where compile is on, under LongCat Sampler and LongCat Guider",
+    "fp8": "compute layers that were quantized to fp8 in 8-bit matrix products; off: the same weights in 16-bit "
+    "products",
+    "fused_kernels": "run norms, RoPE, gates and activations in our Triton kernels, on CUDA and in 16 bits; the same "
+    "mathematics with different rounding",
+    "split_guidance": "run the two halves of guidance one after the other: half the memory for activations, at about "
+    "the same speed for large videos. Off: ComfyUI decides by its own estimate",
+    "fused_text": "run attention to the text in our Triton kernel, on CUDA and in 16 bits, unless the prompt is very "
+    "long; the same mathematics with different rounding",
+}
+# Added after workflows with this node had been saved without them.
+_ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance", "fused_text")
+
+
+def _switches() -> tuple[Widget, ...]:
+    """One input for each optimization, in the order of its fields."""
+    kinds = get_type_hints(Optimizations)
+    return tuple(
+        own(field.name, "switch" if kinds[field.name] is bool else "choice", _OPTIMIZATIONS[field.name], field.default,
+             choices=get_args(kinds[field.name]), optional=field.name in _ADDED)
+        for field in fields(Optimizations)
+    )  # fmt: skip
+
+
+NODES: dict[str, Node] = {
+    "LongCatModelLoader": Node(
+        "LongCat Model Loader",
+        "Loads LongCat-Video as a native MODEL, from one file or from the official folder of shards.",
+        (
+            own("model_name", "choice", "LongCat-Video's transformer in ComfyUI's diffusion_models folders: one "
+                 "safetensors or GGUF file, or the official dit folder. longcat_nano is the small test model that "
+                 "comes with the pack"),
+            own("weight_dtype", "choice", "how to keep the weights. default: as suits the file and this machine. fp8 "
+                 "rowwise: 8-bit weights and matrix products, half the memory of bf16 and faster on Ada, Hopper and "
+                 "Blackwell, lossy. fp8_e4m3fn: half the memory, 16-bit products, lossy. fp32: for comparison",
+                 "default"),
+        ),
+        (Socket("", "Model", "works with stock samplers, LoRA loaders and model patches"),),
+    ),
+    "LongCatTextEncoderLoader": Node(
+        "LongCat Text Encoder Loader",
+        "Loads a UMT5 text encoder of any size. For UMT5-XXL, Load CLIP of type wan does the same.",
+        (
+            own("text_encoder_name", "choice", "UMT5 encoder in ComfyUI's text_encoders folders: umt5_xxl for "
+                 "LongCat-Video, longcat_nano_umt5 for LongCat-nano"),
+            own("device", "choice", "cpu keeps the text encoder out of GPU memory, which is slower", "default",
+                 choices=("default", "cpu")),
+        ),
+        (Socket("", "Clip", "for CLIP Text Encode"),),
+    ),
+    "LongCatOptimizations": Node(
+        "LongCat Optimizations",
+        "Turns each optimization of LongCat-Video on or off, on a model that is already loaded. The incoming MODEL "
+        "stays as it is.",
+        (_model, *_switches()),
+        (
+            Socket("", "Model", ""),
+            Socket("report", "String", "what is active, and why something is not available"),
+        ),
+    ),
+    "LongCatSampler": Node(
+        "LongCat Sampler",
+        "Generates a video from a prompt, an image or a clip as LongCat-Video's own pipeline does, with its schedules, "
+        "Euler steps and CFG-zero guidance.",
+        (
+            _model,
+            _positive,
+            _negative,
+            Socket("latent_image", "Latent", "EmptyHunyuanLatentVideo for text to video, LongCat Image to Video or "
+                   "LongCat Video Continuation; for mode refine the latent of a video"),
+            _seed,
+            _steps,
+            _guidance,
+            _mode,
+            _kv_cache,
+        ),
+        (Socket("", "Latent", "for VAE Decode with the Wan 2.1 VAE"),),
+    ),
+    "LongCatScheduler": Node(
+        "LongCat Scheduler",
+        "Computes the noise levels of LongCat-Video's own schedules, for SamplerCustomAdvanced.",
+        (
+            replace(_model, help="LongCat-Video; the shift is 12 here, even after ModelSamplingSD3"),
+            _mode,
+            _steps,
+        ),
+        (Socket("", "Sigmas", "noise levels that end in 0"),),
+    ),
+    "LongCatGuider": Node(
+        "LongCat Guider",
+        "Applies CFG-zero guidance as LongCat-Video's own pipeline does, for SamplerCustomAdvanced. The stock "
+        "CFGZeroStar node computes something else; do not use it on the same model.",
+        (_model, _positive, _negative, _guidance, _kv_cache),
+        (Socket("", "Guider", "for SamplerCustomAdvanced"),),
+    ),
+    "LongCatImageToVideo": Node(
+        "LongCat Image to Video",
+        "Makes a latent whose first frame is the image, for LongCat Sampler and for stock samplers.",
+        (_vae, Socket("image", "Image", "the first frame; if there are several images, the first one is used"),
+         *_given_sizes),
+        (Socket("", "Latent", "with a noise_mask that marks the given frame"),),
+    ),
+    "LongCatVideoContinuation": Node(
+        "LongCat Video Continuation",
+        "Makes a latent that starts with the last frames of a clip, for LongCat Sampler (preferably mode enhance_hf) "
+        "and for stock samplers.",
+        (
+            _vae,
+            Socket("video", "Image", "frames of the clip to continue, for instance from Get Video Components"),
+            of("cond_frames"),
+            *_given_sizes,
+        ),
+        (Socket("", "Latent", "with a noise_mask that marks the given frames"),),
+    ),
+    "LongCatRefine": Node(
+        "LongCat Refine",
+        "Enlarges a finished video and doubles its frame rate, as the latent for LongCat Sampler in mode refine, with "
+        "the refinement LoRA on the model.",
+        (
+            _vae,
+            Socket("video", "Image", "frames to refine, at most 93 at a time, for instance from VAE Decode or Get "
+                   "Video Components"),
+            _double_rate,
+            *_refined_sizes,
+            of("fps", help="frame rate of the given video; only the output fps depends on it"),
+            Socket("refined_before", "Image", "for a long video in pieces: the refined frames of the previous piece, "
+                   "whose last ones replace the first ones of this piece", optional=True),
+            of("overlap", "refine", help="with refined_before: number of this piece's first frames that the previous "
+                "piece also has", most=92, optional=True),
+        ),
+        (
+            Socket("", "Latent", "for LongCat Sampler in mode refine, at guidance 1"),
+            Socket("skip", "Int", "number of frames to drop from the start of the decoded video"),
+            Socket("length", "Int", "number of new frames after those; the rest is padding"),
+            Socket("fps", "Float", "frame rate of the refined video"),
+        ),
+    ),
+    "LongCatLongVideo": Node(
+        "LongCat Long Video",
+        "Generates a long video in segments, each of which starts from the end of the previous one; with one prompt "
+        "for each segment, an interactive video. Every finished segment is saved, and an interrupted run resumes from "
+        "there.",
+        (
+            _model,
+            _clip,
+            _vae,
+            long_text(own("prompts", "text", "one prompt a line, one line for each segment; the last line serves all "
+                       "segments beyond it. Change a line and its segment and those after it are regenerated", "")),
+            long_text(of("negative_prompt", default=DEFAULT_NEGATIVE_PROMPT)),
+            of("segments", "long", help="number of segments; 0 makes one for each prompt. 93 frames are 6.2 s, and "
+                "each further segment adds 5.3 s", default=3, shown="", least=0),
+            _width,
+            _height,
+            of("frames", "long", name="length", least=1 + FRAME_MULTIPLE),
+            of("overlap", "long"),
+            _first_seed,
+            of("steps"),
+            _guidance,
+            own("mode", "choice", "schedule of the first segment and of the others. distilled: 16 steps, guidance 1, "
+                 "with the cfg_step LoRA. base: for LongCat-nano", CONTINUATION, choices=tuple(LONG_MODES)),
+            of("hand_off", "long"),
+            _folder("longcat/long-video"),
+            _kv_cache,
+            Socket("begin_with", "Image", "one image becomes the first frame; of a clip, the last overlap frames are "
+                   "continued. Both are fitted to width and height", optional=True),
+            of("fps", help="frame rate of the files in the folder; it changes nothing else", optional=True),
+        ),
+        (
+            Socket("images", "Image", "all frames, with shared frames only once"),
+            Socket("report", "String", "the segments, and how color changes at the joins"),
+        ),
+    ),
+    "LongCatRefineLongVideo": Node(
+        "LongCat Refine Long Video",
+        "Runs LongCat Refine, LongCat Sampler and VAE Decode on a video of any length, in pieces, each conditioned on "
+        "the refined end of the previous one. Every finished piece is saved.",
+        (
+            replace(_model, help="LongCat-Video with the refinement LoRA, and for speed with LongCat Block-Sparse "
+                    "Attention"),
+            _clip,
+            _vae,
+            Socket("video", "Image", "all frames, for instance from LongCat Long Video"),
+            long_text(of("prompt", "refine", help="prompt of the given video, or nothing, as LongCat-Video refines "
+                      "long videos", shown="")),
+            _first_seed,
+            of("steps", "refine"),
+            _double_rate,
+            *_refined_sizes,
+            of("piece", "refine"),
+            of("overlap", "refine"),
+            _folder("longcat/refined"),
+            of("fps", help="frame rate of the given video; only the output fps depends on it", optional=True),
+        ),
+        (
+            Socket("images", "Image", "all refined frames"),
+            Socket("fps", "Float", "frame rate of the refined video"),
+        ),
+    ),
+    "LongCatBlockSparseAttention": Node(
+        "LongCat Block-Sparse Attention",
+        "Lets each small block of tokens attend only to the few blocks that matter most to it, as LongCat-Video does "
+        "when it refines to 720p. Faster on large videos; the result differs from full attention's.",
+        (
+            replace(_model, help="LongCat-Video, for refining with the refinement LoRA"),
+            of("sparsity", "refine", nano=None),
+            own("cdf_threshold", "number", "above 0: keep blocks until they hold this share of the attention, if that "
+                 "is more than sparsity keeps", 0.0, least=0.0, most=1.0, step=0.05, digits=3),
+            own("chunk", "choice", "size of a block in tokens: frames, rows, columns; LongCat-Video uses 4x4x4",
+                 "4x4x4", choices=tuple(CHUNKS)),
+        ),
+        (Socket("", "Model", "for LongCat Sampler in mode refine and for stock samplers"),),
+    ),
+    "LongCatStepCache": Node(
+        "LongCat Step Cache",
+        "Skips steps whose output can be predicted from the last two. About twice as fast; the video changes slightly.",
+        (
+            _model,
+            of("step_cache", name="threshold", default=0.05, help="how much the output may change in total, relative "
+                "to itself, before a step is computed again: 0.03 is conservative, 0.12 is aggressive, 0 computes "
+                "every step"),
+        ),
+        (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
+    ),
+    "LongCatBenchmark": Node(
+        "LongCat Benchmark",
+        "Times a few denoising steps of two settings of LongCat-Video on this machine, one after the other, and plots "
+        "them.",
+        (
+            replace(_model, help="A: LongCat-Video, with or without LongCat Optimizations"),
+            Socket("latent_image", "Latent", "size of the video, for instance from EmptyHunyuanLatentVideo; frames "
+                   "from a LongCat conditioning node are kept"),
+            of("steps", default=3, most=20, shown="", help="number of timed steps for each setting, after a first one "
+                "that also compiles; the median counts"),
+            _guidance,
+            Socket("model_b", "Model", "B: the same model with other LongCat Optimizations, another dtype or other "
+                   "patches. Not connected: A with every optimization off", optional=True),
+            Socket("positive", "Conditioning", "prompt; not connected: random text of usual length", optional=True),
+            Socket("negative", "Conditioning", "negative prompt; not connected: random text of usual length",
+                   optional=True),
+        ),
+        (
+            Socket("plot", "Image", ""),
+            Socket("report", "String", "the figures, and the switches in which A and B differ"),
+        ),
+        shows=True,
+    ),
+    "LongCatFidelity": Node(
+        "LongCat Fidelity",
+        "Samples the same video under two settings of LongCat-Video and shows what the second one changes: PSNR and "
+        "SSIM of every frame, frames side by side, and the noise floor.",
+        (
+            replace(_model, help="A, the reference: LongCat-Video under the settings that you trust"),
+            Socket("model_b", "Model", "B: the same model with LongCat Step Cache, LongCat Optimizations, a LoRA, "
+                   "another weight dtype or other patches"),
+            replace(_vae, help="the Wan 2.1 VAE, which decodes both"),
+            _positive,
+            _negative,
+            Socket("latent_image", "Latent", "as for LongCat Sampler; frames from a LongCat conditioning node are the "
+                   "same in both videos and are not compared"),
+            _seed,
+            _steps,
+            _guidance,
+            _mode,
+            own("noise_floor", "switch", "sample A again with another exact attention kernel, to see how far apart two "
+                 "correct runs are; takes as long as A", True),
+            _kv_cache,
+        ),
+        (
+            Socket("plot", "Image", "PSNR and SSIM of every frame"),
+            Socket("side_by_side", "Image", "frames of A and B, and their difference"),
+            Socket("images_a", "Image", "the video of A"),
+            Socket("images_b", "Image", "the video of B"),
+            Socket("report", "String", "the figures and what they mean"),
+        ),
+        shows=True,
+    ),
+}  # fmt: skip

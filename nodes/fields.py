@@ -1,0 +1,75 @@
+"""What declarations of nodes are made of: sockets, widgets and nodes. Imports nothing of ComfyUI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..longcat_core.generate.options import Option, option, words
+
+
+@dataclass(frozen=True)
+class Socket:
+    """An input or output that is connected. kind: its class in comfy_api's `io`. help: without its final period."""
+
+    name: str
+    kind: str
+    help: str
+    optional: bool = False
+
+    @property
+    def tooltip(self) -> str:
+        return f"{self.help[0].upper()}{self.help[1:]}." if self.help else ""
+
+    default_words = ""
+
+
+@dataclass(frozen=True)
+class Widget:
+    """An input that is set on the node. new_seed: whether ComfyUI draws another value after each run; None: it is not
+    a seed."""
+
+    row: Option
+    optional: bool = False
+    multiline: bool = False
+    new_seed: bool | None = None
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def tooltip(self) -> str:
+        nano = "" if self.row.nano is None else f" For LongCat-nano: {words(self.row.nano)}."
+        return self.row.sentence + nano
+
+    @property
+    def default_words(self) -> str:
+        """Defaults of the released model and of nano, in words."""
+        nano = "" if self.row.nano is None else f"; nano {words(self.row.nano)}"
+        return self.row.default_words() + nano
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. shows: it shows a picture itself, so ComfyUI runs it although nothing is connected to its outputs."""
+
+    name: str
+    description: str
+    inputs: tuple[Socket | Widget, ...]
+    outputs: tuple[Socket, ...]
+    shows: bool = False
+
+
+def of(known: str, command: str = "generate", /, *, optional: bool = False, **changes: Any) -> Widget:
+    """The option `known` of a command as a node's input, with these changes to its row, its name included."""
+    return Widget(replace(option(known, command), **changes), optional)
+
+
+def own(name: str, kind: Any, help: str, default: Any = None, *, optional: bool = False, **more: Any) -> Widget:
+    """An input without an option of a command."""
+    return Widget(Option(name, kind, help, default, **more), optional)
+
+
+def long_text(widget: Widget) -> Widget:
+    return replace(widget, multiline=True)
