@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import get_args, get_type_hints
 
-from ..longcat_core.generate.options import FRAME_MULTIPLE, KV_CACHE, SCHEDULES
+from ..longcat_core.generate.options import FRAME_MULTIPLE, SCHEDULES
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.buckets import BUCKETS
 from ..longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
@@ -42,11 +42,19 @@ _seed = replace(of("seed", most=2**64 - 1), new_seed=True)
 # A new seed at every run would never resume what is there.
 _first_seed = replace(of("seed", "refine", help="seed of the first piece's noise; later pieces count up from it. "
                           "Choose another folder for another seed"), new_seed=False)  # fmt: skip
-_steps = of("steps", help="number of denoising steps. For 50 steps, enhance_hf evaluates the model 56 times and refine "
-             "5 times")  # fmt: skip
-_guidance = of("guidance")
-_kv_cache = of("kv_cache", optional=True, choices=KV_CACHE)
-_width, _height = (of(name, help=f"{name} in pixels, a multiple of 16") for name in ("width", "height"))
+_steps = of(
+    "steps",
+    help="number of denoising steps: 50, or 16 for distilled. For 50 steps, enhance_hf evaluates the model 56 times "
+    "and refine 5 times",
+    shown="",
+)
+_guidance = of(
+    "guidance",
+    help="CFG-zero scale: 4, or 1 for distilled and refine; 1 turns guidance off and takes half the time",
+    shown="",
+)
+_kv_cache = of("kv_cache", optional=True)
+_width, _height = of("width"), of("height")
 _length = of("frames", name="length", least=1 + FRAME_MULTIPLE)
 _double_rate = own("double_rate", "switch", "double the frame rate too; off: enlarge the picture only", True)
 
@@ -82,19 +90,19 @@ _refined_sizes = _sizes(
 
 
 def _folder(default: str) -> Widget:
-    return own("folder", "text", "folder, inside ComfyUI's output folder, that keeps every finished piece; queue the "
+    return own("folder", "text", "folder inside ComfyUI's output folder that keeps every finished piece; queue the "
                 "same workflow again to resume, even after a crash", default)  # fmt: skip
 
 
 _OPTIMIZATIONS = {
     "fused_qkv": "compute q, k and v in one matrix product instead of three; exact",
     "fused_ffn": "compute the FFN's gate and up projections in one matrix product instead of two; exact",
-    "text_mode": "exact: all padding counts as one text token, which is as fast as dropping it and gives the released "
-    "model's result. padded: the same result computed over every token, slower. packed: padding is dropped, which "
-    "changes the result of the released model",
+    "text_mode": "how to treat the text's padding. exact: as one text token, which is as fast as dropping it and gives "
+    "the released model's result. padded: token by token, the same result but slower. packed: dropped, which changes "
+    "the released model's result",
     "attention": "attention backend. auto: the fastest exact one. cudnn-fp8 and sage are faster and lossy",
-    "compile": "blocks: torch.compile of the transformer blocks; the first step takes about a minute, later steps are "
-    "faster",
+    "compile": "torch.compile. blocks: compile the transformer blocks; the first step takes about a minute, later "
+    "steps are faster",
     "explicit_fp32": "compute norms and gates in fp32 by explicit casts; off: by autocast, as public implementations "
     "do",
     "gradient_checkpointing": "for training only: recompute activations in the backward pass, with less memory and "
@@ -258,7 +266,7 @@ NODES: dict[str, Node] = {
             of("frames", "long", name="length", least=1 + FRAME_MULTIPLE),
             of("overlap", "long"),
             _first_seed,
-            of("steps"),
+            of("steps", help="number of denoising steps: 50, or 16 for distilled", shown=""),
             _guidance,
             own("mode", "choice", "schedule of the first segment and of the others. distilled: 16 steps, guidance 1, "
                  "with the cfg_step LoRA. base: for LongCat-nano", CONTINUATION, choices=tuple(LONG_MODES)),

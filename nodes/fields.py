@@ -17,11 +17,17 @@ class Socket:
     help: str
     optional: bool = False
 
+    # Nothing is connected at first.
+    default_words = ""
+
     @property
-    def tooltip(self) -> str:
+    def sentence(self) -> str:
+        """`help` as a whole sentence."""
         return f"{self.help[0].upper()}{self.help[1:]}." if self.help else ""
 
-    default_words = ""
+    @property
+    def tooltip(self) -> str:
+        return self.sentence
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,14 @@ class Widget:
         return self.row.name
 
     @property
+    def sentence(self) -> str:
+        return self.row.sentence
+
+    @property
     def tooltip(self) -> str:
+        """The sentence, and nano's default where it differs."""
         nano = "" if self.row.nano is None else f" For LongCat-nano: {words(self.row.nano)}."
-        return self.row.sentence + nano
+        return self.sentence + nano
 
     @property
     def default_words(self) -> str:
@@ -72,4 +83,5 @@ def own(name: str, kind: Any, help: str, default: Any = None, *, optional: bool 
 
 
 def long_text(widget: Widget) -> Widget:
+    """The widget as a text box of several lines."""
     return replace(widget, multiline=True)

@@ -1,0 +1,145 @@
+"""Write the tables of options in README.md, docs/options.md and the nodes' help pages in web/docs.
+
+    python docs/build.py          write the pages that differ
+    python docs/build.py --check  list them, and exit with 1 if there are any
+
+The rows are in longcat_core/generate/options.py, the nodes in nodes/declarations.py. In the README the table between
+two markers is replaced; in a help page everything above the marker NOTES. The rest is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- options -->", "<!-- /options -->"
+NOTES = "<!-- notes -->"
+# Any name but longcat_core: the pack's nodes import the engine relatively, as a part of the pack.
+PACK = "longcat_pack"
+
+
+def load(name: str) -> ModuleType:
+    """A module of the pack, which is not installed as a package itself."""
+    if PACK not in sys.modules:
+        package = ModuleType(PACK)
+        package.__path__ = [str(ROOT)]
+        sys.modules[PACK] = package
+    return import_module(f"{PACK}.{name}")
+
+
+def pages() -> dict[Path, str]:
+    """Every page with a table, and its text as it should be."""
+    options, nodes = load("longcat_core.generate.options"), load("nodes.declarations").NODES
+    readme = ROOT / "README.md"
+    found = {readme: _between_markers(readme.read_text(encoding="utf-8"), _common(options))}
+    found[ROOT / "docs" / "options.md"] = _all_options(options)
+    for node_id, node in nodes.items():
+        path = ROOT / "web" / "docs" / f"{node_id}.md"
+        notes = path.read_text(encoding="utf-8").partition(NOTES)[2].strip() if path.exists() else ""
+        found[path] = _node_page(node) + (f"\n{NOTES}\n\n{notes}\n" if notes else "")
+    return found
+
+
+def outdated() -> dict[Path, str]:
+    """The pages whose file differs, and their text as it should be."""
+    return {
+        path: text
+        for path, text in pages().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def _between_markers(text: str, table: str) -> str:
+    before, _, rest = text.partition(START)
+    after = rest.partition(END)[2]
+    return f"{before}{START}\n{table}{END}{after}"
+
+
+def _common(options: ModuleType) -> str:
+    rows = [row for row in options.of_command("generate") if row.common]
+    return _table(("option", "meaning", "real model", "nano"), (_line(row) for row in rows))
+
+
+def _line(row: Any) -> tuple[str, ...]:
+    default, nano = row.default_words(), row.default_words(nano=True)
+    return f"`{_usage(row)}`", row.help, default, nano
+
+
+def _usage(row: Any) -> str:
+    usage = f"{row.flag} {row.metavar}" if row.metavar else row.flag
+    return f"{row.short}, {usage}" if row.short else usage
+
+
+def _all_options(options: ModuleType) -> str:
+    """docs/options.md: a section for each heading, and one for the small commands."""
+    parts = [
+        "# Options",
+        "All options of the `longcat` commands, except those of `longcat bench` and `longcat train-nano`, which their "
+        "`--help` lists. [cli.md](cli.md) explains what they are for. Written by `python docs/build.py`.",
+    ]
+    headings = dict.fromkeys(row.heading for row in options.OPTIONS)
+    for heading in headings:
+        rows = [row for row in options.OPTIONS if row.heading == heading]
+        parts.append(f"## {(heading or 'other commands').capitalize()}")
+        head = ("option", "commands", "meaning", "values", "default", "nano")
+        parts.append(_table(head, map(_full_line, rows)).rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _full_line(row: Any) -> tuple[str, ...]:
+    usage, meaning, default, nano = _line(row)
+    nano = "" if nano == default else nano
+    meaning += " (required)" if row.required else ""
+    return usage, ", ".join(row.commands), meaning, row.range_words(), default, nano
+
+
+def _node_page(node: Any) -> str:
+    inputs = _table(
+        ("input", "default", "meaning"),
+        ((f"`{field.name}`", field.default_words or _optional(field), field.sentence) for field in node.inputs),
+    )
+    outputs = "".join(f"- {_output(output)}\n" for output in node.outputs)
+    return f"# {node.name}\n\n{node.description}\n\n{inputs}\n**Outputs**\n\n{outputs}"
+
+
+def _optional(field: Any) -> str:
+    return "not connected" if field.optional else ""
+
+
+def _output(output: Any) -> str:
+    kind = output.kind.upper()
+    name = f"`{output.name}` ({kind})" if output.name else kind
+    return f"{name}: {output.help}" if output.help else name
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "".join("".join(f"| {cell} " if cell else "| " for cell in cells) + "|\n" for cells in _lines(head, rows))
+
+
+def _lines(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    yield head
+    yield ("---",) * len(head)
+    for row in rows:
+        yield tuple(cell.replace("|", "\\|") for cell in row)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page differs")
+    check = parser.parse_args().check
+    found = outdated()
+    for path, text in found.items():
+        print(path.relative_to(ROOT))
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    return int(check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
