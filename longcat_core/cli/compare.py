@@ -30,7 +30,7 @@ OUTPUT = "longcat-compare"
 REPORT, PLOT, SIDE_BY_SIDE = "report.md", "plot.png", "side-by-side.png"
 TITLE = "# What an option costs"
 MAX_SEEDS = 1000
-# Options that make another video, and what they are called in `GenerateRequest`.
+# Fields of `GenerateRequest` that make another video, and their names in error messages.
 SAME = {
     "height": "height",
     "width": "width",
@@ -40,23 +40,22 @@ SAME = {
     "video": "clip",
     "num_cond_frames": "number of given frames",
 }
-# Of the options of a model, those that a loaded one can change.
+# Model options that can change while the model stays loaded.
 SWITCHED = ("attention", "compile")
 ABOUT = """\
-Every setting makes the same videos from the same seeds, and each video is held against that of A, frame by frame:
-what does the option change? A score of the single video does not answer that, since another video altogether may look
-as good. Two runs that are both right lie apart, too, because kernels round differently and sampling carries that on;
-how far, is the noise floor."""
+Every setting renders the same seeds, and each video is compared with that of A, frame by frame, to show what the option
+changes. A score of a single video does not show that, since a different video may look as good. Two correct runs differ
+too, because kernels round differently and sampling amplifies that. How much they differ is the noise floor."""
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the video shows; several: several videos")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the video shows; each prompt makes a video")
     add_options(parser, "compare")
     parser.set_defaults(parser_kind=type(parser))
 
 
 def joined(argv: Sequence[str]) -> list[str]:
-    """`--versus --fp8` as `--versus=--fp8`: argparse would take the value for an option of its own."""
+    """`--versus --fp8` as `--versus=--fp8`: argparse would take the value for an option."""
     words, found = iter(argv), []
     for word in words:
         value = next(words, None) if word == "--versus" else None
@@ -66,7 +65,7 @@ def joined(argv: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Side:
-    """One setting, checked. model: what of its options a model must be loaded for."""
+    """One checked setting. model: the options for which a model has to be loaded."""
 
     name: str
     options: str
@@ -79,7 +78,7 @@ class _Side:
 
 
 def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
-    """The options of every --versus, on top of those beside it."""
+    """The text of every --versus, and its options on top of those outside --versus."""
     parser = args.parser_kind(prog="longcat compare", add_help=False, allow_abbrev=False)
     add_options(parser, "compare", WHAT, SAMPLING, MODEL, MEMORY)
     for text in args.versus:
@@ -106,7 +105,7 @@ def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Si
 
 
 def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
-    """A and all that is held against it. Raises LongCatError for what cannot be compared."""
+    """A and the settings to compare with it. Raises LongCatError for settings that cannot be compared."""
     from ..measure.fidelity import REFERENCE, letters
 
     first = _side(REFERENCE, "", args, prompt)
@@ -120,11 +119,11 @@ def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
             ours, theirs = getattr(first.request, field), getattr(side.request, field)
             if ours != theirs:
                 raise LongCatError(
-                    f"--versus {text!r} asks for another {what} ({theirs}) than A ({ours}): only settings of one and "
-                    "the same video can be compared; give it beside --versus, for all"
+                    f"--versus {text!r} asks for another {what} ({theirs}) than A ({ours}), and only settings of the "
+                    "same video can be compared; give it outside --versus, for all"
                 )
         if parsed.memory != args.memory:
-            raise LongCatError(f"--versus {text!r} sets --memory, which holds for all; give it beside --versus")
+            raise LongCatError(f"--versus {text!r} sets --memory, which holds for all; give it outside --versus")
         sides.append(side)
     return sides
 
@@ -184,8 +183,8 @@ def _check_output(args: argparse.Namespace, request: Any, videos: int) -> Path:
 
     folder = args.output or free_name(Path(OUTPUT))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LongCatError(f"{folder} is there and not empty; name a new folder with --output")
-    # As a file of that name would be: the folder is made when there is something to put into it.
+        raise LongCatError(f"{folder} already exists and is not empty; choose another with --output")
+    # Checked as if it were a file: the folder is created when there is something to put into it.
     probe = folder / "A-1.mkv" if folder.is_dir() else folder.with_name(f"{folder.name}.mkv")
     check_output(probe, videos * estimate_bytes(probe, request.frames, request.height, request.width))
     if args.page is not None:
@@ -200,7 +199,7 @@ def _check_page(page: Path) -> None:
     ours = page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
     for path in (page, *(page.with_name(f"{page.stem}-{name}") for name in (PLOT, SIDE_BY_SIDE))):
         if path.exists() and not ours:
-            raise LongCatError(f"{path} is there, and not from longcat compare; name another file with --page")
+            raise LongCatError(f"{path} already exists and is not from longcat compare; choose another with --page")
     check_place(page.with_suffix(".png"), 1 << 24)
 
 
@@ -208,8 +207,8 @@ def _check_page(page: Path) -> None:
 
 
 class _Run:
-    """All settings. A model stays loaded for all of them that can do with it; these take turns, video by video, so that
-    a machine that is slower for a while is so for all."""
+    """Runs all settings. Those that can share a loaded model take turns, video by video, so that a machine that slows
+    down for a while slows all of them."""
 
     def __init__(self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Any) -> None:
         from ..measure.fidelity import Setting, picks
@@ -220,7 +219,7 @@ class _Run:
         self.settings = {side.name: Setting(side.name, side.options) for side in sides}
         self.no_floor = ""
         self.pipeline: Any = None
-        # Videos of the first setting, which others are held against.
+        # Videos of A, with which the others are compared.
         self.frames: list[np.ndarray] = []
 
     def compare(self) -> Fidelity:
@@ -252,14 +251,14 @@ class _Run:
 
         side = group[0]
         if self.pipeline is not None:
-            # Two at a time may not fit.
+            # Two models at once may not fit.
             self.pipeline = None
             clean_up(side.device)
         work = max((work_of(other.request) for other in group), key=lambda work: (work.guided, work.cond_latents))
         self.pipeline = load_models(side.args, side.opened, side.device, work)
 
     def _floor(self, side: _Side) -> list[_Side]:
-        """A with another exact kernel; nothing, and why, where there is none."""
+        """A with another exact kernel, or nothing if this machine has none; `no_floor` then has the reason."""
         from ..measure.fidelity import FLOOR, Setting, other_kernel
         from ..optimize.attention import Inputs, resolve
 
@@ -276,7 +275,7 @@ class _Run:
                 self.no_floor = str(error)
                 return []
         elif resolve(kernel, inputs).name == resolve(own, inputs).name:
-            raise LongCatError(f"--floor {kernel} is what A runs with; name another one, or leave it out")
+            raise LongCatError(f"--floor {kernel} is the backend that A runs with; name another one, or leave it out")
         self.settings[FLOOR] = Setting(FLOOR, f"attention {kernel}")
         args = argparse.Namespace(**{**vars(side.args), "attention": kernel})
         return [replace(side, name=FLOOR, args=args)]
@@ -293,7 +292,7 @@ class _Run:
                 try:
                     self._video(side, i)
                 except (MemoryError, RuntimeError) as error:
-                    # The other kernel may want more than there is; the comparison does not hang on it.
+                    # The other kernel may need more memory than there is; the comparison can do without it.
                     if side.name != FLOOR or not is_out_of_memory(error):
                         raise
                     group.remove(side)
@@ -330,7 +329,7 @@ class _Run:
         write_video(self.folder / f"{side.name.replace(' ', '-')}-{i + 1}.mkv", frames, side.args.fps)
 
     def _first_step(self, side: _Side) -> float:
-        """Seconds until one step is done: what compiles or is chosen at first must not count in the samplings."""
+        """Seconds until one step is done, so that compiling and choosing kernels does not count in the samplings."""
         from ..measure.clock import synchronize
         from ..sampling.sampler import Interrupted
 
@@ -347,7 +346,8 @@ class _Run:
 
 
 class _Clock:
-    """Callback of one sampling. seconds: to its last step, reading the prompt included; computed: evaluated steps."""
+    """Callback of one sampling. seconds: up to its last step, with the prompt's encoding; computed: steps that were not
+    skipped."""
 
     def __init__(self, bar: Any, device: torch.device, label: str) -> None:
         self.bar, self.device, self.label = bar, device, label
@@ -387,7 +387,7 @@ def _write(
     _write_page(folder / REPORT, fidelity, report.content, pictures, "")
     if args.page is not None:
         _write_page(args.page, fidelity, report.content, pictures, f"{args.page.stem}-")
-    # Last: where it is, all is there.
+    # Last, because its presence says that everything is there.
     report.write()
 
 
@@ -415,12 +415,12 @@ def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
         ABOUT,
         f"Written on {content['date'][:10]}{commit} by\n\n    {content['command']}",
         text(fidelity),
-        "Seconds are of a whole sampling, reading the prompt included, of the fastest video. A first step, with what "
-        "is compiled then, is run before and told apart. Settings of one model take turns; where something else "
-        "keeps the machine busy, the steps computed tell more.",
+        "Seconds are those of the fastest video's whole sampling, with the prompt's encoding. A first step, with any "
+        "compiling, runs before and is listed separately. Settings of one model take turns; if something else keeps "
+        "the machine busy, the number of computed steps is the better measure.",
         f"![PSNR and SSIM of every frame]({prefix}{PLOT})",
         f"Prompts, {seeds}:\n\n{prompts}",
-        f"The first of them, side by side:\n\n![Frames and differences]({prefix}{SIDE_BY_SIDE})",
+        f"The first prompt, side by side:\n\n![Frames and differences]({prefix}{SIDE_BY_SIDE})",
     )
     return "\n\n".join(parts) + "\n"
 

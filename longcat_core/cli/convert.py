@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint of any form: file or folder")
-    parser.add_argument("destination", type=Path, metavar="DST", help="the .safetensors file that is written")
+    parser.add_argument("destination", type=Path, metavar="DST", help="the .safetensors file to write")
     add_options(parser, "convert")
 
 
 def convert(args: argparse.Namespace) -> int:
-    """`longcat convert`: what was written is read back and measured before it takes its name."""
+    """`longcat convert`: the file is read back and measured before it gets its name."""
     from ..checkpoints import convert as conversion
 
     if args.report is not None:
@@ -31,7 +31,7 @@ def convert(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
 
-    # A small model is done before a bar would be read.
+    # A small model is done before anyone could read a bar.
     with tqdm(unit="tensor", dynamic_ncols=True, delay=1, leave=False) as bar:
 
         def progress(done: int, of: int) -> None:
@@ -49,13 +49,13 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def print_errors(errors: list[LayerError]) -> None:
-    """A line for each kind of tensor that lost something, the blocks' together; the worst of them by name."""
+    """Print a line for each kind of tensor that lost precision, all blocks together, and the worst tensor's name."""
     kinds: dict[str, list[LayerError]] = {}
     for error in errors:
         kinds.setdefault(error.kind, []).append(error)
     lossy = {kind: rows for kind, rows in kinds.items() if any(row.largest for row in rows)}
     if not lossy:
-        print("every number is as in the source")
+        print("every number equals the source's")
         return
     width = max(len(kind) for kind in lossy)
     print(f"{'':<{width}}  relative error  largest  worst")

@@ -1,4 +1,4 @@
-"""The `longcat` command. Heavy imports wait until a command needs them, so that --help answers at once."""
+"""The `longcat` command. Heavy modules are imported when a command needs them, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .console import device_of, dtype_of, number, size, whole
 from .options import add_options
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-# What cards have, and the released text encoder's weights in 16 bits.
+# Memory of common cards, and the size of the released text encoder's weights in 16 bits.
 CARDS_GIB, UMT5_XXL_BYTES = (48, 32, 24, 16, 12, 8), 11_361_820_672
 MOST_GIB = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything else here does."""
+    """Reports errors in one line, as the commands do."""
 
     def error(self, message: str) -> NoReturn:
         raise LongCatError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted), 141 (nobody
-    reads what is printed)."""
+    """Run one command and return its exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted) or 141 (broken
+    pipe)."""
     argv = comparing_tasks.joined(sys.argv[1:] if argv is None else argv)
     try:
         with _termination_as_interrupt():
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LongCatError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # Who read it has seen enough. On its way out the interpreter would try once more, and complain.
+        # The reader has seen enough. On exit, the interpreter would write again and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
@@ -56,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail("out of memory; ask for a smaller size or fewer frames, or choose another --device or --dtype")
+        return _fail("out of memory; give a smaller size or fewer frames, or choose another --device or --dtype")
     except KeyboardInterrupt:
         print("longcat: interrupted; no unfinished file is left", file=sys.stderr)
         return INTERRUPTED
 
 
 def build_parser(argv: Sequence[str] = ()) -> Parser:
-    """The parser. Options of train-nano are added only when `argv` asks for it: they need torch to be imported."""
+    """The parser. train-nano's options are added only if `argv` names it, because they import torch."""
     parser = Parser(
         prog="longcat", description="LongCat-Video: text, image and continuation to video.", allow_abbrev=False
     )
@@ -127,10 +127,12 @@ def plan(args: argparse.Namespace) -> int:
     check_frames(args.frames)
     given = latent_frames(args.cond_frames) if args.cond_frames else 0
     if given >= latent_frames(args.frames):
-        raise LongCatError(f"{args.frames} frames leave nothing to generate after {args.cond_frames} given ones")
+        raise LongCatError(
+            f"{args.frames} frames leave nothing to generate after {args.cond_frames} given ones; give more --frames"
+        )
     for gib in args.memory:
         if not 0 < gib <= MOST_GIB:
-            raise LongCatError(f"{gib:g} GiB of memory are out of range; give a number above 0, to {MOST_GIB:g}")
+            raise LongCatError(f"{gib:g} GiB of memory are out of range; give a number above 0 and up to {MOST_GIB:g}")
     work = Work((1, *latent_shape(args.frames, *args.size)), not args.no_guidance, given)
     rows = plan_table(args.memory or CARDS_GIB, ModelConfig(), work, torch.bfloat16, UMT5_XXL_BYTES)
     print(markdown(("free", "bf16", "fp8"), rows))
@@ -143,7 +145,7 @@ def backends(args: argparse.Namespace) -> int:
 
     from ..optimize.attention import Inputs, report
 
-    # As the released model has them.
+    # The released model's dtype and head size.
     cuda = torch.cuda.is_available()
     rows = report(Inputs(torch.device("cuda"), torch.bfloat16, 128, False) if cuda else None)
     width = max(len(name) for name, _, _ in rows)
@@ -189,7 +191,7 @@ def train_nano(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM takes the way of Ctrl-C, so that it too leaves no temporary file."""
+    """Treat SIGTERM as Ctrl-C, so that it too leaves no temporary file."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -206,7 +208,7 @@ def _fail(sentence: str) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError by name, so that torch need not be imported; its CPU allocator raises a plain RuntimeError.
+    # torch.OutOfMemoryError by name, so as not to import torch; its CPU allocator raises a plain RuntimeError.
     return (
         isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
     )

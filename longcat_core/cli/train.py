@@ -1,4 +1,4 @@
-"""The `longcat` command that trains a LoRA: its options and what it does. PyTorch is imported when it runs."""
+"""The `longcat` command that trains a LoRA. PyTorch is imported when it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_train_lora(parser: argparse.ArgumentParser) -> None:
 
 
 def train_lora(args: argparse.Namespace) -> int:
-    """`longcat train-lora`: everything is checked before a model is loaded; the same command goes on where it was."""
+    """`longcat train-lora`: everything is checked before a model is loaded, and the same command resumes."""
     from ..generate.opened import open_model
     from ..optimize.compilation import why_not
     from ..optimize.switches import Optimizations
@@ -72,7 +72,7 @@ def train_lora(args: argparse.Namespace) -> int:
             report=report,
         )
     if smooth is None:
-        print(f"{args.output}: has its {file.done} steps already; ask for more --steps to go on")
+        print(f"{args.output}: already has its {file.done} steps; give more --steps to train further")
         return 0
     print(
         f"{args.output}: rank {recipe.rank}, {file.done} steps on {len(clips)} clips, loss {smooth:.4f}, "
