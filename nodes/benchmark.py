@@ -30,7 +30,7 @@ from .inputs import schema
 from .sampling import Clock, make_guider, require_longcat, starting_latents, switches_of
 
 NODE = "LongCat Benchmark"
-# Only the first steps of a schedule of this length are run.
+# Length of the schedule, of which only the first steps run.
 SCHEDULE_STEPS = 50
 
 

@@ -1,4 +1,4 @@
-"""LongCat Block-Sparse Attention: a MODEL whose self-attention leaves out what matters least."""
+"""LongCat Block-Sparse Attention: a MODEL whose self-attention skips the blocks that matter least."""
 
 from __future__ import annotations
 

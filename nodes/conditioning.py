@@ -20,11 +20,11 @@ from .inputs import schema
 
 
 def require_wan_vae(vae: comfy.sd.VAE) -> None:
-    """Raises LongCatError for a VAE that makes other latents."""
+    """Raise LongCatError unless `vae` is the Wan 2.1 VAE, whose latents the model takes."""
     if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE):
         raise LongCatError(
             f"the VAE is of class {type(vae.first_stage_model).__name__}; connect the Wan 2.1 VAE (Load VAE: "
-            "wan_2.1_vae, or longcat_nano_vae for the test model)"
+            "wan_2.1_vae, or longcat_nano_vae for LongCat-nano)"
         )
 
 
@@ -39,7 +39,7 @@ def to_image(frames: np.ndarray) -> Tensor:
 
 
 def put_given(samples: Tensor, given: Tensor) -> Tensor:
-    """Put latents [1 or B, C, n, h, w] at the front of samples [B, C, T, h, w]; the noise_mask that marks them."""
+    """Put latents [1 or B, C, n, h, w] at the front of samples [B, C, T, h, w]; returns their noise_mask."""
     count = given.shape[2]
     samples[:, :, :count] = given.to(samples)
     mask = torch.ones((1, 1, *samples.shape[2:]), device=samples.device)
@@ -50,7 +50,10 @@ def put_given(samples: Tensor, given: Tensor) -> Tensor:
 def conditioned_latent(
     vae: comfy.sd.VAE, frames: Tensor, resolution: str, width: int, height: int, length: int, batch_size: int
 ) -> dict[str, Tensor]:
-    """frames [F, H, W, 3] in 0..1 at the front of an empty video latent, marked as given in its noise_mask."""
+    """An empty video latent that begins with frames [F, H, W, 3] in 0..1, which its noise_mask marks as given.
+
+    Raises LongCatError for a length or a size that is out of range.
+    """
     require_wan_vae(vae)
     check_frames(length, "length")
     if length <= len(frames):
@@ -69,8 +72,9 @@ def conditioned_latent(
 
 
 def check_images(name: str, images: Tensor) -> None:
+    """Raise LongCatError unless `images` is an IMAGE [F, H, W, C] with frames and at least three channels."""
     if images.ndim != 4 or images.shape[-1] < 3 or not len(images):
-        raise LongCatError(f"{name} is {list(images.shape)}; connect an IMAGE of three colours [frames, H, W, 3]")
+        raise LongCatError(f"{name} is {list(images.shape)}; connect an IMAGE with three channels [frames, H, W, 3]")
 
 
 class ImageToVideo(io.ComfyNode):

@@ -1,4 +1,4 @@
-"""What ComfyUI gets: the folders of the embedded model, the model's registration and the nodes."""
+"""What ComfyUI loads: the bundled model's folders, the registration of LongCat-Video, and the nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..longcat_core.generate.pipeline import NANO_WEIGHTS
 from . import comfy_lora, comfy_model
 
-# One module a family of nodes; each lists its classes in NODES.
+# One module for each family of nodes, which lists its classes in NODES.
 FAMILIES = (
     "loaders",
     "optimizations",
@@ -38,7 +38,7 @@ class LongCatExtension(ComfyExtension):
             try:
                 module = importlib.import_module(f".{family}", __package__)
             except ImportError as error:
-                # What one family lacks must not hide the others.
+                # A missing dependency of one family must not hide the others.
                 logging.warning("LongCat: the nodes of %s are left out: %s", family, error)
                 continue
             nodes += module.NODES

@@ -1,4 +1,4 @@
-"""LongCat Fidelity: how far a setting moves the video. Samples two MODELs at one seed, and the noise floor."""
+"""LongCat Fidelity: how much a setting changes the video. Samples two MODELs at one seed, and the noise floor."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def floor_kernel(model: comfy.model_patcher.ModelPatcher) -> str:
     """An exact kernel other than the MODEL's own. Raises LongCatError with the reason if there is none."""
     switches, options = switches_of(model), model.model_options.get("transformer_options", {})
     if other := chosen(switches, options):
-        raise LongCatError(f"{other} decides over A's attention, and whether that is exact is not known")
+        raise LongCatError(f"{other} chooses A's attention, which may not be exact; remove it to get a noise floor")
     config = model.model.diffusion_model.config
     return core.other_kernel(switches.attention, Inputs(model.load_device, _dtype(model), config.head_dim, False))
 

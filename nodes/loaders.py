@@ -34,14 +34,14 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
 FP8_ROWWISE = "fp8 rowwise"
-# What ComfyUI's own loader takes off the names in a file.
+# Prefixes that ComfyUI's own loader strips from the names in a file.
 COMFYUI_PREFIXES = ("", "model.diffusion_model.")
 # Width of UMT5-XXL, which ComfyUI's own loader knows.
 XXL_WIDTH = 4096
 
 
 def _model_names() -> list[str]:
-    """Single files and, instead of their shards, folders of the official form, as ComfyUI lists names."""
+    """Names of single files and, in place of shards, of folders of the official form, as ComfyUI lists names."""
     names = {}
     gguf = []
     for root in folder_paths.get_folder_paths("diffusion_models"):
@@ -62,7 +62,7 @@ def _find(kind: str, name: str) -> Path:
     """The file or folder `name` inside one of ComfyUI's folders of a kind."""
     for root in map(os.path.abspath, folder_paths.get_folder_paths(kind)):
         path = os.path.abspath(os.path.join(root, name))
-        # A link in the folder may well lead out of it, so links are not resolved; a name may not lead out.
+        # Links are not resolved, because a link in the folder may lead out of it; a name may not.
         if path.startswith(os.path.join(root, "")) and os.path.exists(path):
             return Path(path)
     raise CheckpointError(f"{name} is not in ComfyUI's {kind} folders; put it there, then press R to refresh the list")
@@ -71,12 +71,12 @@ def _find(kind: str, name: str) -> Path:
 def load_model(path: str, model_options: dict, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """A native MODEL from a folder of shards, GGUF, or a file under a prefix that ComfyUI does not know.
 
-    ComfyUI calls this again where it needs an independent copy.
+    ComfyUI calls this again when it needs an independent copy.
     """
     checkpoint = open_checkpoint(path)
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(checkpoint.where.values()):
-        state |= _dequantised(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
+        state |= _dequantized(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
     state = {name: state[checkpoint.prefix + name] for name in checkpoint.where}
     metadata = {CONFIG_KEY: _json(checkpoint.config.text_tokens_zero_pad)}
     if checkpoint.quantized:
@@ -87,8 +87,8 @@ def load_model(path: str, model_options: dict, disable_dynamic: bool = False) ->
     return patcher
 
 
-def _dequantised(path: Path) -> dict[str, torch.Tensor]:
-    """A GGUF file's tensors; those that it has in blocks of fewer bits as bf16."""
+def _dequantized(path: Path) -> dict[str, torch.Tensor]:
+    """A GGUF file's tensors, with its quantized ones as bf16."""
     file, tensors = open_file(path), {}
     for name, (dtype, shape) in file.header.items():
         tensors[name] = file.rows(name)
@@ -98,9 +98,9 @@ def _dequantised(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_rowwise(path: str, disable_dynamic: bool = True) -> comfy.model_patcher.ModelPatcher:
-    """A native MODEL from a file or folder, quantised to fp8 row by row as its weights arrive.
+    """A native MODEL from a file or folder, quantized to fp8 row by row as its weights arrive.
 
-    Never one whose weights ComfyUI faults in at use, which it can do with weights that it knows how to cast.
+    ComfyUI never pages its weights in at use, which it does only with weights that it can cast.
     """
     checkpoint = open_checkpoint(path)
     known = "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
@@ -123,7 +123,7 @@ class ModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = _find("diffusion_models", model_name)
-        # Headers only: tells in a sentence what the file is, if it is no LongCat-Video.
+        # Reads headers only, and raises an error that says what the file is if it is not LongCat-Video.
         checkpoint = open_checkpoint(path)
         import_ahead(comfy.model_management.get_torch_device())
         if weight_dtype == FP8_ROWWISE:
@@ -135,7 +135,7 @@ class ModelLoader(io.ComfyNode):
             load = load_model if own else comfy.sd.load_diffusion_model
             model = load(str(path), options)
         if not isinstance(model.model, LongCatVideo):
-            raise CheckpointError(f"{model_name} is not a whole LongCat-Video checkpoint; download it again")
+            raise CheckpointError(f"{model_name} is not a complete LongCat-Video checkpoint; download it again")
         return io.NodeOutput(model)
 
 
@@ -165,7 +165,7 @@ class TextEncoderLoader(io.ComfyNode):
 
 
 class _Target:
-    """What comfy.sd.CLIP asks of a text encoder: its class, its tokenizer and arguments."""
+    """What comfy.sd.CLIP needs of a text encoder: its class, tokenizer and arguments."""
 
     tokenizer = comfy.text_encoders.wan.WanT5Tokenizer
 
@@ -174,14 +174,14 @@ class _Target:
 
 
 def _small_clip(path: Path, sizes: dict[str, int], options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """A CLIP for a UMT5 of sizes that ComfyUI's own loader does not tell apart from other models'."""
+    """A CLIP for a UMT5 whose sizes ComfyUI's own loader does not recognize."""
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     state, _ = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     options = {**options, "umt5xxl_model_config": {name: sizes[name] for name in names}}
-    quantised = comfy.utils.detect_layer_quantization(state, "")
+    quantized = comfy.utils.detect_layer_quantization(state, "")
     dtype = comfy.utils.weight_dtype(state)
-    target = _Target(comfy.text_encoders.wan.te(dtype_t5=dtype, t5_quantization_metadata=quantised))
+    target = _Target(comfy.text_encoders.wan.te(dtype_t5=dtype, t5_quantization_metadata=quantized))
     dynamic = {"disable_dynamic": True} if disable_dynamic else {}
     try:
         clip = comfy.sd.CLIP(

@@ -1,4 +1,4 @@
-"""LongCat Long Video and LongCat Refine Long Video: minutes of video, kept on disk piece by piece."""
+"""LongCat Long Video and LongCat Refine Long Video: minutes of video, saved piece by piece."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .refine import refined_size
 from .sampling import require_longcat
 
 LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
-# Of a segment's picture: frames side by side, and its width in pixels. Segments that are shown at once.
+# Frames side by side in a segment's picture, its width in pixels, and the number of segments shown at once.
 STRIP, STRIP_WIDTH, STRIPS = 5, 1280, 8
 
 
 def _strip(frames: np.ndarray) -> Image.Image:
-    """Some frames of a segment side by side, as many for every segment."""
+    """STRIP evenly spaced frames of a segment side by side."""
     picked = frames[np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
     image = Image.fromarray(np.concatenate(list(picked), axis=1))
     height = max(1, round(image.height * STRIP_WIDTH / image.width))
@@ -33,7 +33,7 @@ def _strip(frames: np.ndarray) -> Image.Image:
 
 
 class _Gathered:
-    """The frames of all segments as an IMAGE, each read once, and a picture of those that are finished on the way."""
+    """Collects the frames of all segments as an IMAGE, and shows the finished segments as a picture meanwhile."""
 
     def __init__(self, segments: int, frames: int, height: int, width: int) -> None:
         self.bar = comfy.utils.ProgressBar(segments)
@@ -48,7 +48,7 @@ class _Gathered:
         self.bar.update_absolute(number + 1, preview=("JPEG", self.picture(), None))
 
     def picture(self) -> Image.Image:
-        """The last segments' strips below each other."""
+        """The strips of the last segments, one below the other."""
         return Image.fromarray(np.concatenate([np.asarray(strip) for strip in self.strips]))
 
     def output(self, node: Any, value: Any) -> io.NodeOutput:
@@ -111,11 +111,11 @@ class LongVideo(io.ComfyNode):
         request = long_video.LongVideoRequest(first, spread, overlap, later, hand_off, engine.settings())
         request = request.filled(RELEASED)
         kept = long_video.segment_folder(output_folder(folder))
-        gathered, told = _Gathered(len(spread), request.total_frames, height, width), []
+        gathered, lines = _Gathered(len(spread), request.total_frames, height, width), []
         for segment in long_video.long_video(lambda: engine, request, kept):
-            told.append(segment.told(folder))
+            lines.append(segment.told(folder))
             gathered.add(segment.number, kept.frames(segment.number, segment.skip))
-        return gathered.output(cls, "\n".join(told))
+        return gathered.output(cls, "\n".join(lines))
 
 
 class RefineLongVideo(io.ComfyNode):

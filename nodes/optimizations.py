@@ -1,4 +1,4 @@
-"""LongCat Optimizations: every switch of the network, and what of it is in force."""
+"""LongCat Optimizations: every switch of the network, and a report of what is active."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ CALC = "sampler_calc_cond_batch_function"
 def report(
     optimizations: Optimizations, asked: Optimizations, device: torch.device, options: dict, casts: bool, eight: int
 ) -> str:
-    """What is in force, one line a switch, and why what was asked for is not.
+    """What is active, one line for each switch, and why a requested switch is not.
 
-    casts: whether ComfyUI casts or streams the weights, so that fused layers run whole. eight: how many layers were
-    quantised to fp8 row by row.
+    casts: whether ComfyUI casts or streams the weights, so that fused layers run whole. eight: number of layers that
+    were quantized to fp8 row by row.
     """
     lines = []
     for name, kind in get_type_hints(Optimizations).items():
@@ -71,7 +71,7 @@ def _no_fused_kernels(optimizations: Optimizations) -> str:
 
 
 def halves_in_turn(args: dict[str, Any]) -> list[torch.Tensor]:
-    """The conds of a step one after the other, each a batch of its own: ComfyUI's sampler_calc_cond_batch_function."""
+    """ComfyUI's sampler_calc_cond_batch_function: the conds of a step one after the other, each in its own batch."""
     given = args["input"], args["sigma"], args["model_options"]
     return [out for cond in args["conds"] for out in comfy.samplers.calc_cond_batch(args["model"], [cond], *given)]
 
@@ -91,7 +91,7 @@ class OptimizationsNode(io.ComfyNode):
         if asked.compile != "off" and why_not(device):
             optimizations = replace(asked, compile="off")
         if optimizations.compile != "off" and getattr(model, "is_dynamic", lambda: False)():
-            # Weights that are faulted in at use do not compile.
+            # Weights that ComfyUI pages in at use do not compile.
             model = model.clone(disable_dynamic=True)
         else:
             model = model.clone()

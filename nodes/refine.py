@@ -16,7 +16,7 @@ from .inputs import schema
 
 
 def refined_size(video: Tensor, resolution: str, width: int, height: int) -> tuple[int, int]:
-    """(height, width) in pixels that `video`, an IMAGE, is refined to. Raises LongCatError for sides that cannot be."""
+    """(height, width) in pixels that `video`, an IMAGE, is refined to. Raises LongCatError for sides out of range."""
     if resolution != CUSTOM:
         height, width = target_size(*video.shape[1:3], resolution == "720p")
     check_side("width", width)
@@ -44,9 +44,9 @@ class Refine(io.ComfyNode):
             if not given < count or len(refined_before) < given or refined_before.shape[1:3] != (height, width):
                 raise LongCatError(
                     f"refined_before is {len(refined_before)} frames of {refined_before.shape[1]}x"
-                    f"{refined_before.shape[2]} (height x width), wanted are at least {given} of {height}x{width}, and "
-                    f"fewer than the {count} of this piece; connect the refined frames of the piece before, or set "
-                    "overlap to the frames that both have"
+                    f"{refined_before.shape[2]} (height x width) but must be at least {given} of {height}x{width}, "
+                    f"and fewer than the {count} of this piece; connect the refined frames of the previous piece, or "
+                    "set overlap to the number of frames that both have"
                 )
         padding = Padding.of(count, given)
         samples = encode_video(vae, padding.pad(enlarge(to_bytes(video), height, width, count)))

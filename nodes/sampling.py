@@ -1,4 +1,4 @@
-"""LongCat Sampler and its parts: LongCat Scheduler, LongCat Guider. All of them run in ComfyUI's sampling machinery."""
+"""LongCat Sampler and its parts: LongCat Scheduler and LongCat Guider. All run in ComfyUI's sampling machinery."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from .inputs import schema
 
 
 def require_longcat(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
+    """Raise LongCatError, in the name of `node`, unless the MODEL is LongCat-Video."""
     if not isinstance(model.model, LongCatVideo):
         raise LongCatError(
             f"{node} got a {type(model.model).__name__} model; connect LongCat-Video, from LongCat Model Loader or "
@@ -43,14 +44,14 @@ def _has_hooks(conds: dict[str, list[dict]]) -> bool:
 
 
 class Guider(comfy.samplers.CFGGuider):
-    """CFG-zero guidance (arXiv 2503.18886), and caches of texts and given frames for the length of a sampling."""
+    """CFG-zero guidance (arXiv 2503.18886), with caches of texts and given frames that last for one sampling."""
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher, kv_cache: KVMode = "exact") -> None:
         super().__init__(model)
         self.kv_cache = kv_cache
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
-        # ComfyUI hands over x - x0 = sigma * velocity and takes the same back; guidance is homogeneous in it.
+        # ComfyUI passes x - x0 = sigma * velocity and takes the same back; guidance is homogeneous in it.
         options = dict(model_options or {})
         switches = options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
         if self.cfg != 1:
@@ -75,6 +76,7 @@ class Guider(comfy.samplers.CFGGuider):
 
 
 def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_cache: KVMode, node: str) -> Guider:
+    """A Guider with these prompts. Raises LongCatError for another model or values out of range."""
     require_longcat(model, node)
     check_mode(kv_cache)
     check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
@@ -85,12 +87,12 @@ def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_ca
 
 
 def given_frames(noise_mask: Tensor | None) -> int:
-    """How many latent frames at the front a noise_mask [1, 1, T, h, w] marks as given."""
+    """Number of latent frames at the front that a noise_mask [1, 1, T, h, w] marks as given."""
     return 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
 
 
 def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
-    """Progress and previews as stock nodes send them, showing one generated frame further at every step."""
+    """Progress and previews as stock nodes send them; each step's preview shows the next generated frame."""
     stock = latent_preview.prepare_callback(model, steps)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
@@ -103,9 +105,9 @@ def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_
 
 
 def starting_latents(model: comfy.model_patcher.ModelPatcher, latent_image: dict[str, Any]) -> Tensor:
-    """The latents that a sampling of `model` begins from, an empty latent of other channels or scale made to fit."""
+    """The latents that a sampling of `model` starts from; an empty latent of other channels or scale is made to fit."""
     ratios = (latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal"))
-    # Only from ComfyUI 0.33 on does a latent tell its ratios, and the function take them.
+    # Since ComfyUI 0.33 a latent carries its ratios and the function takes them.
     known = ratios if any(ratio is not None for ratio in ratios) else ()
     return comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *known)
 
@@ -116,7 +118,7 @@ def switches_of(model: comfy.model_patcher.ModelPatcher) -> Optimizations:
 
 
 class Clock:
-    """Euler, with the seconds of every step and the last estimate."""
+    """Euler's method that records the seconds of every step and the last estimate of the clean latents."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds, self.x0 = device, [], None
@@ -154,9 +156,9 @@ def sample_latent(
     clock: Clock | None = None,
     callback: Callable | None = None,
 ) -> Tensor:
-    """What LongCat Sampler makes: clean latents [B, 16, T, H/8, W/8]. Raises LongCatError for what cannot be sampled.
+    """LongCat Sampler's clean latents [B, 16, T, H/8, W/8]. Raises LongCatError for input that cannot be sampled.
 
-    clock: keeps the times of the steps. callback: instead of progress and previews.
+    clock: records the times of the steps. callback: instead of progress and previews.
     """
     guider = make_guider(model, positive, negative, guidance, kv_cache, node)
     sigmas = make_schedule(mode, steps).sigmas

@@ -1,4 +1,4 @@
-"""LongCat Step Cache: a MODEL whose samplings leave out steps whose output can be foretold."""
+"""LongCat Step Cache: a MODEL that skips steps whose output can be predicted."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .inputs import schema
 from .sampling import given_frames, require_longcat
 
 NAME = "LongCat Step Cache"
-# In a MODEL's transformer_options: the threshold; while a sampling runs, its cache.
+# In a MODEL's transformer_options: the threshold and, while a sampling runs, its cache.
 THRESHOLD_KEY, CACHE_KEY = "longcat_step_cache", "longcat_step_cache_running"
 
 
 class _Running:
-    """The caches of one sampling, one for each set of conditionings that is asked for together. Any sampler may ask."""
+    """The caches of one sampling by any sampler, one for each set of conditionings that is evaluated together."""
 
     def __init__(self, threshold: float, sigmas: Tensor, denoise_mask: Tensor | None) -> None:
         self.threshold, self.sigmas, self.given = threshold, sigmas, given_frames(denoise_mask)

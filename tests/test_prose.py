@@ -16,14 +16,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Rooms and files that are still to be read: take one out once it is clean, and it stays clean.
 UNFINISHED = (
-    "longcat_core/cli/",
     *(f"longcat_core/generate/{name}.py" for name in ("long_video", "pipeline", "refine", "request", "segments")),
     "longcat_core/optimize/",
-    "nodes/",
-    "web/docs/",
+    "nodes/comfy_",
+    "nodes/engine.py",
 )
 # Written by a command from results: their prose is in the code.
-GENERATED = ("docs/performance.md", "docs/fidelity.md", "docs/fidelity-bf16.md", "docs/options.md")
+GENERATED = ("docs/performance.md", "docs/fidelity.md", "docs/fidelity-bf16.md")
 
 TICS = {
     r"\btold\b": "say who says what: 'prints', 'reports', 'receives'",

@@ -89,7 +89,7 @@ def test_attention_of_another_node_gives_no_floor(comfy, model, fidelity):
         kernel(*args, **kwargs)
     )
     report = fidelity(model=patched, steps=1)[4]
-    assert "an attention override set by another node decides over A's attention" in report
+    assert "an attention override set by another node chooses A's attention" in report
 
 
 def test_given_frames_are_not_compared(comfy, model, clip_latent, fidelity, forwards):
