@@ -155,3 +155,19 @@ def test_files_can_be_read_in_a_sitting():
     lines = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     too_long = {path: count for path, count in lines.items() if count > UNFINISHED_FILES.get(path, LONGEST)}
     assert not too_long
+
+
+def test_the_sampler_loop_can_be_followed():
+    """Everything that the file of the loop imports, directly or not, is a small part of the house."""
+    files = {module_of(path): path for path in FILES}
+    found, waiting = set(), ["longcat_core.sampling.sampler"]
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found.add(module)
+        names = [name for _, name in inner_imports(files[module])]
+        waiting += [name if name in MODULES else name.rpartition(".")[0] for name in names]
+    found = {module for module in found if files[module].name != "__init__.py"}
+    lines = sum(len(files[module].read_text(encoding="utf-8").splitlines()) for module in found)
+    assert len(found) <= 18 and lines <= 2000

@@ -363,6 +363,11 @@ class OptimizedTransformer(LongCatTransformer):
         return self
 
     @property
+    def device(self) -> torch.device:
+        """Where latents go in: the device of the weights that are not streamed."""
+        return self.patch_embed.weight.device
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return self.execution.compute_dtype
 

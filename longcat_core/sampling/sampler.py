@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..model.kv_cache import KVCache, KVMode, check_mode
 from ..model.text import TextTokens
-from ..optimize.execution import OptimizedTransformer
+from .network import Network
 from .schedules import Schedule
 from .step import take_step
 from .step_cache import StepCache
@@ -28,10 +28,11 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees after a step. Tensors are live: clone what is kept.
+    """What a callback receives after a step. Tensors are live: clone those that you keep.
 
     index counts from 0; timestep in 0..1000; latents [B, C, T, H, W] fp32 after the step, conditioning frames
-    included; denoised: the estimate of the clean latents, the same shape. reused: not computed, see `StepCache`.
+    included; denoised: the estimate of the clean latents, the same shape; reused: whether `StepCache` predicted the
+    output.
     """
 
     index: int
@@ -48,7 +49,7 @@ Callback = Callable[[Step], None]
 
 @torch.no_grad()
 def sample(
-    model: OptimizedTransformer,
+    model: Network,
     noise: Tensor,
     schedule: Schedule,
     context: Tensor,
@@ -66,27 +67,26 @@ def sample(
 ) -> Tensor:
     """Denoise `noise` [B, C, T, H, W] to latents of the same shape, fp32.
 
-    context [B or 1, L, caption] with its mask; the negative ones are used when guidance_scale is not 1.
+    context [B or 1, L, caption] with its mask [B or 1, L]; the negative ones are used when guidance_scale is not 1.
     cond_latents [B or 1, C, n, H, W]: clean latents that replace the first n frames (image: 1, continuation: more).
-    kv_cache: `exact` computes their keys and values once instead of at every step; `official` as well, but leaves them
-    out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at every
-    step. Without guidance all are the same. offload_kv_cache keeps the cache in CPU memory.
-    step_cache: threshold of `StepCache`; 0 computes every step. Faster, and another result.
-    make_room: called where memory runs out, each time before that forward is tried again; it may change how the network
-    runs. A KV cache moves to CPU memory then. It returns False when nothing more can be freed; without a KV cache the
-    out-of-memory error is then raised.
-    Raises LongCatError where shapes do not fit, and anything that `callback` raises.
+    kv_cache: `exact` computes their keys and values once instead of at every step; `official` does too, but leaves
+    them out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at
+    every step. Without guidance all three agree. offload_kv_cache keeps the cache in CPU memory.
+    step_cache: threshold of `StepCache`; 0 computes every step. Faster, and changes the result.
+    make_room: called when an evaluation runs out of memory, before it is tried again. It may change how the network
+    runs, and returns False when nothing more can be freed; the out-of-memory error is then raised, unless a KV cache
+    can still move to CPU memory.
+    Raises LongCatError for shapes that do not fit, and anything that `callback` raises.
     """
     check_mode(kv_cache)
     guided = guidance_scale != 1.0
     if guided and negative_context is None:
         raise LongCatError(f"guidance scale {guidance_scale} needs a negative prompt; give one or set guidance to 1")
-    num_cond = 0 if cond_latents is None else cond_latents.shape[2]
+    num_cond, device = 0 if cond_latents is None else cond_latents.shape[2], model.device
     if num_cond >= noise.shape[2]:
         raise LongCatError(
             f"{num_cond} conditioning latent frames leave nothing to generate of {noise.shape[2]}; ask for more frames"
         )
-    device = model.patch_embed.weight.device
     latents = noise.to(device=device, dtype=torch.float32, copy=True)
     if cond_latents is not None:
         shape = cond_latents.shape
@@ -98,69 +98,63 @@ def sample(
         latents[:, :, :num_cond] = cond_latents.to(latents)
 
     texts = _Texts(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask)
+    cached = num_cond > 0 and kv_cache != "off"
     cache: KVCache | None = None
-    known: Tensor | None = None
 
     def make_more_room() -> bool:
         nonlocal offload_kv_cache
-        moves = num_given > 0 and kv_cache != "off" and not offload_kv_cache
+        moves = cached and not offload_kv_cache
         offload_kv_cache = True
         if cache is not None:
             cache.to("cpu")
         return make_room() or moves
 
-    num_given, more_room = num_cond, None if make_room is None else make_more_room
-    head, count = latents[:, :, :0], num_cond
-    if num_cond and kv_cache != "off":
-        given = cond_latents.to(latents)
-
-        def fill() -> KVCache:
-            return model.fill_kv_cache(given, "cpu" if offload_kv_cache else None)
-
-        cache = _with_room(fill, more_room)
+    more_room = None if make_room is None else make_more_room
+    # Conditioning frames at the front of `latents`, how many of these the network is given, and those kept outside.
+    carried, passed, outside = num_cond, 0 if cached else num_cond, latents[:, :, :0]
+    cond_out: Tensor | None = None
+    if cached:
+        clean = cond_latents.to(latents)
+        cache = _with_room(lambda: model.fill_kv_cache(clean, "cpu" if offload_kv_cache else None), more_room)
         if kv_cache == "exact" and guided:
-            # What the network would return for the given frames, at every step and for both halves.
-            known = cache.out.repeat(2 * len(latents) // len(cache.out), 1, 1, 1, 1)
+            # What the network would return for the conditioning frames, at every step and for both halves.
+            cond_out = cache.out.repeat(2 * len(latents) // len(cache.out), 1, 1, 1, 1)
         else:
-            head, latents = latents[:, :, :num_cond], latents[:, :, num_cond:].contiguous()
-            count = 0
-        num_cond = 0
+            carried, outside, latents = 0, latents[:, :, :num_cond], latents[:, :, num_cond:].contiguous()
 
-    frames, optimizations = latents.shape[2], model.optimizations
-    sigmas = schedule.sigmas.tolist()
+    sigmas, optimizations = schedule.sigmas.tolist(), model.optimizations
     # Differences in double precision, then as tensors: see `euler_step`.
     levels = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
     levels = torch.tensor(levels, dtype=torch.float32, device=device)
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=device) if guided else None
-    steps = StepCache(step_cache, len(schedule), count)
+    steps = StepCache(step_cache, len(schedule), carried)
     for i, timestep in enumerate(schedule.timesteps.tolist()):
-        # Once for all videos and both halves of guidance, and for all frames unless some are given.
-        t = torch.full((1, frames if num_cond else 1), timestep, device=device)
-        t[:, :num_cond] = 0
+        # One for all videos, both halves of guidance and all frames, unless some of the frames are clean.
+        t = torch.full((1, latents.shape[2] if passed else 1), timestep, device=device)
+        t[:, :passed] = 0
         out = steps.find(i, latents, sigmas[i])
         reused = out is not None
         if not reused:
-            given = latents if known is None else latents[:, :, count:]
+            x = latents if cond_out is None else latents[:, :, carried:]
 
-            def forward(given: Tensor = given, t: Tensor = t) -> Tensor:
-                parts = texts.parts(model.optimizations.split_guidance)
-                given = torch.cat((given, given)) if guided and len(parts) == 1 else given
-                options = {"num_cond_latents": num_cond, "kv_cache": cache}
-                outs = [model(given, t, text, **options) for text in parts]
+            def evaluate(x: Tensor = x, t: Tensor = t) -> Tensor:
+                halves = texts.parts(model.optimizations.split_guidance)
+                x = torch.cat((x, x)) if guided and len(halves) == 1 else x
+                outs = [model(x, t, text, num_cond_latents=passed, kv_cache=cache) for text in halves]
                 return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-            out = _with_room(forward, more_room)
-            out = out if known is None else torch.cat((known, out), dim=2)
+            out = _with_room(evaluate, more_room)
+            out = out if cond_out is None else torch.cat((cond_out, out), dim=2)
             steps.keep(latents, out, sigmas[i])
-        latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, count)
+        latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, carried)
         if callback is not None:
-            whole = torch.cat((head, latents), dim=2), torch.cat((head, denoised), dim=2)
+            whole = torch.cat((outside, latents), dim=2), torch.cat((outside, denoised), dim=2)
             callback(Step(i, len(schedule), timestep, sigmas[i], *whole, reused))
-    return torch.cat((head, latents), dim=2)
+    return torch.cat((outside, latents), dim=2)
 
 
 def _with_room(run: Callable[[], Any], make_room: Callable[[], bool] | None) -> Any:
-    """run(), again and again as long as memory runs out and room can be made."""
+    """run(), tried again as long as memory runs out and room can be made."""
     while make_room is not None:
         try:
             return run()
@@ -173,19 +167,19 @@ def _with_room(run: Callable[[], Any], make_room: Callable[[], bool] | None) -> 
 
 
 class _Texts:
-    """Text of every forward, embedded once for all steps: both halves of guidance together, or one at a time."""
+    """Text of every evaluation, embedded once for all steps: both halves of guidance together, or one at a time."""
 
     def __init__(
         self,
-        model: OptimizedTransformer,
+        model: Network,
         batch: int,
         context: Tensor,
         mask: Tensor | None,
         negative_context: Tensor | None,
         negative_mask: Tensor | None,
     ) -> None:
-        self.model, device = model, model.patch_embed.weight.device
-        context = context.to(device)
+        self.model = model
+        context = context.to(model.device)
         if context.shape[0] == 1:
             # One prompt for several videos: each half of a guided batch needs it once per video.
             context = context.expand(batch, -1, -1)
@@ -197,13 +191,14 @@ class _Texts:
                     "one of prompt and negative prompt has a mask and the other has none; give both or neither"
                 )
             negative_mask = None if negative_mask is None else negative_mask.expand_as(mask)
-            self.halves.insert(0, (negative_context.to(device).expand_as(context), negative_mask))
-        self._split, self._parts = None, []
+            self.halves.insert(0, (negative_context.to(model.device).expand_as(context), negative_mask))
+        self._split: bool | None = None
+        self._parts: list[TextTokens] = []
 
     def parts(self, split: bool) -> list[TextTokens]:
-        """Texts of the forwards that make up a step, the unconditional half first."""
+        """Texts of the evaluations that make up a step, the unconditional half first."""
         if split != self._split:
-            # Keys and values are kept with a text, so the others go.
+            # Keys and values are kept with a text, so the old texts are dropped.
             self._split, self._parts = split, [self.model.embed_text(*part) for part in self._stacked(split)]
         return self._parts
 

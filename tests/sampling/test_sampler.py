@@ -15,8 +15,9 @@ from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.block import run_block
 from longcat_core.model.config import ModelConfig
-from longcat_core.model.kv_cache import KV_MODES
+from longcat_core.model.kv_cache import KV_MODES, KVCache
 from longcat_core.model.layers import linear_fp32
+from longcat_core.model.text import TextTokens
 from longcat_core.optimize.compilation import Regional
 from longcat_core.optimize.execution import Execution, OptimizedTransformer
 from longcat_core.optimize.fused import TorchOps
@@ -24,6 +25,7 @@ from longcat_core.optimize.switches import Optimizations
 from longcat_core.optimize.text_keys import KeptTexts
 from longcat_core.sampling import step as steps
 from longcat_core.sampling.conditioning import seeded_noise
+from longcat_core.sampling.network import Network
 from longcat_core.sampling.sampler import Interrupted, Step, sample
 from longcat_core.sampling.schedules import make_schedule
 from longcat_core.sampling.step import euler_step
@@ -60,13 +62,45 @@ def given() -> Tensor:
     return seeded_noise((1, 16, GIVEN, *SHAPE[3:]), 99)
 
 
-def run(model: OptimizedTransformer, noise: Tensor, text: dict[str, Tensor], steps: int = STEPS, **options) -> Tensor:
+def run(model: Network, noise: Tensor, text: dict[str, Tensor], steps: int = STEPS, **options) -> Tensor:
     return sample(model, noise, make_schedule("base", steps), **{**text, **options})
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape
     return ((got - wanted).abs().max() / wanted.std()).item()
+
+
+class StraightFlow:
+    """A `Network` and nothing else: it knows the clean latents, and what it returns leads there in a straight line."""
+
+    device, optimizations = torch.device("cpu"), Optimizations()
+
+    def __init__(self, clean: Tensor, noise: Tensor) -> None:
+        self.out = clean - noise
+
+    def embed_text(self, context: Tensor, mask: Tensor | None) -> TextTokens:
+        return TextTokens(context)
+
+    def fill_kv_cache(self, cond_latents: Tensor, device: str | None) -> KVCache:
+        cache = KVCache(ModelConfig.from_json(GOLDEN / "config.json"), *cond_latents.shape[2:])
+        cache.out = torch.zeros_like(cond_latents)
+        return cache
+
+    def __call__(
+        self, x: Tensor, timestep: Tensor, text: TextTokens, *, num_cond_latents: int, kv_cache: KVCache | None
+    ) -> Tensor:
+        assert kv_cache is None or x.shape[2] == self.out.shape[2] - kv_cache.num_latents
+        return self.out[:, :, -x.shape[2] :].repeat(len(x) // len(self.out), 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("cache", KV_MODES)
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_a_network_needs_what_the_protocol_says(text, given, guidance, cache):
+    clean, noise = seeded_noise(SHAPE, 1), seeded_noise(SHAPE, 2)
+    network: Network = StraightFlow(clean, noise)
+    got = run(network, noise, text, cond_latents=given, guidance_scale=guidance, kv_cache=cache)
+    torch.testing.assert_close(got, torch.cat((given, clean[:, :, GIVEN:]), dim=2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cache", KV_MODES)
