@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def noisy_frames(mask: Tensor) -> Tensor:
-    """Which latent frames to generate, [B, T] bool; mask [B, C, T, H, W] is 0 where latents are given.
+    """Which latent frames to generate, [B, T] bool; mask [B, C, T, H, W] is 0 where latents are clean.
 
-    A frame that is given only in part counts as generated: to the network a frame is either clean or noisy.
+    A frame that is clean only in part counts as generated: to the network a frame is either clean or noisy.
     """
     return (mask != 0).any(-1).any(-1).any(1)
 

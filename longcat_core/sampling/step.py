@@ -13,21 +13,23 @@ from .guidance import cfg_zero
 
 
 def euler_step(
-    latents: Tensor, out: Tensor, sigma: Tensor, next_sigma_less: Tensor, scale: Tensor | None, num_cond: int
+    latents: Tensor, out: Tensor, sigma: Tensor, sigma_change: Tensor, scale: Tensor | None, num_cond: int
 ) -> tuple[Tensor, Tensor]:
     """One step of latents [B, C, T, H, W] fp32 along the network's output: (latents after it, estimate of the clean).
 
-    out: x0 - noise, [B, C, T, H, W] fp32, or with guidance [2B, ..], the unconditional half first. sigma and
-    next_sigma_less (next sigma - sigma): numbers of this step, and scale: of guidance (None: without), as tensors of no
-    dimension, since plain numbers would be compiled in. The first num_cond frames are given ones and stay as they are.
+    out: x0 - noise, [B, C, T, H, W] fp32, or with guidance [2B, ..], the unconditional half first. sigma, sigma_change
+    (next sigma - sigma) and scale (of guidance; None: no guidance) are tensors without dimensions, since plain numbers
+    would be compiled in. The first num_cond frames are conditioning frames and do not change.
     """
     if scale is not None:
         uncond, cond = out.chunk(2)
         out = cfg_zero(cond, uncond, scale)
-    given, noisy, out = latents[:, :, :num_cond], latents[:, :, num_cond:], out[:, :, num_cond:]
+    clean, noisy, out = latents[:, :, :num_cond], latents[:, :, num_cond:], out[:, :, num_cond:]
     # The network returns x0 - noise; the flow velocity is its negative.
-    after, clean = noisy - next_sigma_less * out, noisy + sigma * out
-    return (torch.cat((given, after), dim=2), torch.cat((given, clean), dim=2)) if num_cond else (after, clean)
+    after, denoised = noisy - sigma_change * out, noisy + sigma * out
+    if not num_cond:
+        return after, denoised
+    return torch.cat((clean, after), dim=2), torch.cat((clean, denoised), dim=2)
 
 
 STEP, GUIDANCE = Regional(euler_step, "the sampler step", slow=False), Regional(cfg_zero, "guidance", slow=False)
@@ -55,12 +57,12 @@ def take_step(
     latents: Tensor,
     out: Tensor,
     sigma: Tensor,
-    next_sigma_less: Tensor,
+    sigma_change: Tensor,
     scale: Tensor | None,
     num_cond: int,
 ) -> tuple[Tensor, Tensor]:
     """`euler_step`, compiled under `fused_step` where blocks are compiled."""
-    return _run(STEP, optimizations, (scale is None, num_cond), latents, out, sigma, next_sigma_less, scale, num_cond)
+    return _run(STEP, optimizations, (scale is None, num_cond), latents, out, sigma, sigma_change, scale, num_cond)
 
 
 def guide(optimizations: Optimizations, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

@@ -25,16 +25,16 @@ class StepCache:
     """Predicts outputs of one sampling run.
 
     threshold: relative change of the output that may accumulate before a step is computed; 0 computes every step.
-    given: number of clean conditioning frames at the front of the latents; they do not count.
+    num_cond: number of clean conditioning frames at the front of the latents; they do not count.
     """
 
-    def __init__(self, threshold: float, steps: int, given: int = 0) -> None:
-        self.threshold, self.given = threshold, given
+    def __init__(self, threshold: float, steps: int, num_cond: int = 0) -> None:
+        self.threshold, self.num_cond = threshold, num_cond
         self.first, self.last = max(2, round(WARM_UP * steps)), steps - 1
         # Change of the output per change of the latents.
         self.rate: float | None = None
         self.accumulated = 0.0
-        # Latents at the last computed step, and at the last step of either kind.
+        # Latents at the last computed step, and at the last step, computed or predicted.
         self.computed: Tensor | None = None
         self.before: Tensor | None = None
         # The network's last two outputs, each with its sigma.
@@ -69,4 +69,4 @@ class StepCache:
         return self._size(now - before)
 
     def _size(self, values: Tensor) -> float:
-        return float(values[:, :, self.given :].abs().mean())
+        return float(values[:, :, self.num_cond :].abs().mean())
