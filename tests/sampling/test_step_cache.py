@@ -61,7 +61,7 @@ def test_nothing_is_kept_without_a_threshold():
 
 def test_given_frames_do_not_count():
     noisy, out = torch.randn(SHAPE), torch.randn(SHAPE)
-    alone, beside = StepCache(1e9, 20), StepCache(1e9, 20, given=2)
+    alone, beside = StepCache(1e9, 20), StepCache(1e9, 20, num_cond=2)
     given = torch.randn(1, 16, 2, 4, 6)
     for step in range(5):
         for cache, x in ((alone, noisy + step), (beside, torch.cat((given, noisy + step), dim=2))):
