@@ -48,12 +48,9 @@ class ModelConfig:
         if self.head_dim % 8:
             # An even share of channels for each of the three axes of RoPE needs it.
             raise LongCatError(f"model config: head dim {self.head_dim} must be a multiple of 8 for 3-D RoPE")
-        if len(self.patch_size) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.patch_size):
-            raise LongCatError(f"model config: patch_size {self.patch_size} must be three whole numbers of at least 1")
-        if self.patch_size[0] != 1:
-            raise LongCatError(
-                f"model config: patch_size {self.patch_size} joins frames; only 1 frame a token is known"
-            )
+        size = self.patch_size
+        if len(size) != 3 or not all(isinstance(n, int) and n >= 1 for n in size) or size[0] != 1:
+            raise LongCatError(f"model config: patch_size {size} must be 1 frame and whole numbers of rows and columns")
 
     @property
     def head_dim(self) -> int:
@@ -61,7 +58,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Read the keys of an official `dit/config.json`; keys that say nothing of the network are ignored."""
+        """Read the keys of an official `dit/config.json`; keys that do not describe the network are ignored."""
         names = {
             "adaln_tembed_dim": "adaln_dim",
             "frequency_embedding_size": "frequency_dim",
@@ -78,22 +75,20 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> ModelConfig:
+        """Read an official `dit/config.json`. Raises LongCatError for a file that does not hold such a config."""
+        remedy = "give a folder with the model's own config.json"
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise LongCatError(
-                f"{path} is not a readable model config ({error}); give a folder with its config.json"
-            ) from error
+            raise LongCatError(f"{path} is not a readable model config ({error}); {remedy}") from error
         if not isinstance(values, dict):
-            raise LongCatError(f"{path} holds no JSON object; give a folder with the model's own config.json")
+            raise LongCatError(f"{path} holds no JSON object; {remedy}")
         try:
             return cls.from_dict(values)
         except LongCatError:
             raise
         except (TypeError, ValueError, OverflowError) as error:
-            raise LongCatError(
-                f"{path} has a value of the wrong kind ({error}); give a folder with the model's own config.json"
-            ) from error
+            raise LongCatError(f"{path} has a value of the wrong kind ({error}); {remedy}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

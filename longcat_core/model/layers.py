@@ -74,10 +74,8 @@ class LayerNorm(nn.Module):
 
 
 class Patches:
-    """Mixed into an nn.Conv3d whose kernels do not overlap: one matrix product whose output has the order of tokens.
-
-    The convolution kernels want other orders and would copy the latents twice.
-    """
+    """Mixed into an nn.Conv3d whose kernels do not overlap: one matrix product, whose output has the order of tokens
+    (convolution kernels want other orders and would copy the latents twice)."""
 
     kernel_size: tuple[int, int, int]
 

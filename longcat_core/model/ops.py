@@ -1,8 +1,8 @@
-"""The operations that the network is written against, and their definition in plain PyTorch.
+"""The operations that the network is written against, defined in plain PyTorch.
 
-A block asks an `Ops` for attention, attention to text, norms, SwiGLU and gated residuals. Whatever makes the network
-fast, sparse, quantized or distributed is another `Ops`, installed from outside; `PlainOps` says what each of them must
-compute, and tests compare the others with it.
+A block asks an `Ops` for attention, attention to text, norms, SwiGLU and gated residuals. `PlainOps` says what each of
+them must compute. Everything that makes the network fast, sparse, quantized or distributed is a subclass that replaces
+some of the methods and is installed from outside; tests compare it with `PlainOps`.
 
 Shapes: x, update [B, T, S, C] with S = H*W; gate, scale, shift [B or 1, T or 1, 1, C] fp32; q, k, v [B, N, heads,
 head_dim]. `reader` is the linear layer that reads a result: an `Ops` may hand the result over in a form that only this
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,44 +38,6 @@ class Once(Generic[T]):
     def take(self) -> T:
         value, self.value = self.value, None
         return value
-
-
-class Ops(Protocol):
-    """What the network asks for; see `PlainOps` for what each method computes."""
-
-    def fp32_region(self, device: torch.device) -> AbstractContextManager: ...
-
-    def linear(self, layer: nn.Module, x: Activations) -> Tensor: ...
-
-    def project(self, layer: nn.Module, x: Activations, parts: int) -> tuple[Tensor, ...]: ...
-
-    def norm_modulate(
-        self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, reader: nn.Module
-    ) -> tuple[Tensor, Activations]: ...
-
-    def residual_norm(
-        self, x: Tensor, update: Once[Tensor], gate: Tensor, norm: LayerNorm, skip: int, reader: nn.Module
-    ) -> tuple[Tensor, Activations]: ...
-
-    def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor: ...
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations: ...
-
-    def text_form(self, text: TextTokens, batch: int) -> TextForm: ...
-
-    def attend_text(
-        self, q: Tensor, norm: RMSNorm, k: Tensor, v: Tensor, text: BlockText, reader: nn.Module
-    ) -> Activations: ...
-
-    def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor: ...
-
-    def feed_forward(
-        self, x: Tensor, h: Activations, gate: Tensor, gate_up: nn.Module, down: nn.Module
-    ) -> Tensor: ...
-
-    def modulated_fp32(
-        self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]
-    ) -> Tensor: ...
 
 
 class PlainOps:
@@ -141,13 +103,12 @@ class PlainOps:
         with self.fp32_region(x.device):
             return gated(x, update, gate)
 
-    def modulated_fp32(
-        self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def modulated_fp32(self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
         """project(LayerNorm(x) * (1 + scale) + shift), all in fp32: the final layer. -> [B, T, S, C_out] fp32."""
         return project(modulate(x.float(), shift, scale))
 
 
+Ops = PlainOps
 PLAIN = PlainOps()
 
 

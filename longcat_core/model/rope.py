@@ -17,9 +17,9 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles, each [frames*height*width, head_dim/2] fp32.
 
-    The head dim is shared out as 2*(D//6) channels for rows, the same for columns, and the rest, first, for
-    frames. Positions are whole numbers from 0, frames from `start_frame` (noise frames behind cached
-    conditioning frames). Cached per grid, since every step and block asks for the same table.
+    The head dim is split into 2*(D//6) channels for rows, the same for columns, and the rest, first, for frames.
+    Positions are whole numbers from 0, frames from `start_frame` (noise frames behind cached conditioning frames).
+    Cached per grid, since every step and block asks for the same table.
     """
     spatial = 2 * (head_dim // 6)
     axes = (
@@ -47,9 +47,9 @@ _PARTS = 4
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, N, heads, head_dim] by tables [N, head_dim/2]; in fp32, back in x's dtype.
 
-    Each output is a sum of two products, x * cos and the pair's other half * (+-sin), so that a compiler makes one loop
-    of it over x as it lies; stacking two halves would be a copy. Outside of graphs and without gradients a large x is
-    rotated part by part, as the copies in fp32 would be the largest tensors of a forward pass.
+    Each output is a sum of two products, x * cos and the pair's other half * (+-sin), which compiles to one loop over x
+    in place; stacking two halves would be a copy. Outside of graphs and without gradients a large x is rotated part by
+    part, since its copies in fp32 would be the largest tensors of a forward pass.
     """
     sign = torch.arange(-1, 2, 2, device=x.device)
     cos, sin = cos[:, None, :, None], sin[:, None, :, None] * sign
@@ -57,10 +57,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or grad or 4 * x.numel() <= _WHOLE_BYTES:
         return _rotated(x, cos, sin).to(x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for into, *given in zip(
-        *(tensor.chunk(_PARTS, dim) for tensor, dim in ((out, 1), (x, 1), (cos, 0), (sin, 0))), strict=True
-    ):
-        into.copy_(_rotated(*given))
+    parts = (tensor.chunk(_PARTS, dim) for tensor, dim in ((out, 1), (x, 1), (cos, 0), (sin, 0)))
+    for into, *operands in zip(*parts, strict=True):
+        into.copy_(_rotated(*operands))
     return out
 
 

@@ -25,11 +25,10 @@ class TextTokens:
     tokens: [B, M, C] in the network's dtype.
     bias: [B, 1, 1, M] fp32 added to the logits (0, ln(count) on the key that stands for `count` padding tokens,
         -inf on filler), or None where every row is attended as it is.
-    lengths: real tokens of each sample, which stand first, or None where they do not or nobody counted.
-    pad_counts: [B] padding tokens that the last row stands for, or None: no row does.
-    length: positions that the text has with all that padding, or None.
-    kept: what `optimize.text_keys` keeps here for the next step: which weights, keys and values by block, and those
-        weights.
+    lengths: real tokens of each sample, which stand first, or None where they do not or were not counted.
+    pad_counts: [B] padding tokens that the last row stands for, or None: it is a token like the others.
+    length: positions of the text with all that padding, or None.
+    cached: keys and values of each block, which `optimize.text_keys` keeps here for the next step.
     """
 
     tokens: Tensor
@@ -37,9 +36,7 @@ class TextTokens:
     lengths: list[int] | None = None
     pad_counts: Tensor | None = None
     length: int | None = None
-    kept: tuple[Any, dict[int, tuple[Tensor, Tensor]], list[Tensor]] | None = field(
-        default=None, compare=False, repr=False
-    )
+    cached: Any = field(default=None, compare=False, repr=False)
 
     def expand(self, batch: int) -> TextTokens:
         """One text for a batch of videos; a text per video stays as it is."""
@@ -51,16 +48,8 @@ class TextTokens:
             bias=None if self.bias is None else self.bias.expand(batch, -1, -1, -1),
             lengths=None if self.lengths is None else self.lengths * batch,
             pad_counts=None if self.pad_counts is None else self.pad_counts.expand(batch),
-            kept=None,
+            cached=None,
         )
-
-    def packing(self) -> Packing:
-        """Where the real tokens of each sample lie, for a kernel that takes sequences of different lengths."""
-        width, device = self.tokens.shape[1], self.tokens.device
-        rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(self.lengths)])
-        ends = torch.tensor([0, *self.lengths]).cumsum(0).to(device, torch.int32)
-        log_counts = None if self.pad_counts is None else self.pad_counts.float().log()
-        return Packing(rows.to(device), ends, log_counts)
 
 
 class Packing(NamedTuple):
@@ -105,15 +94,6 @@ class TextForm(NamedTuple):
     def keys(self, keys: Tensor, values: Tensor) -> BlockText:
         """Keys and values [b, M, heads, head_dim] that one block has computed already."""
         return BlockText(None, (self.rows(keys), self.rows(values)), self.bias, self.packing)
-
-
-def unfold_padding(rows: Tensor, length: int) -> Tensor:
-    """Rows [B, M, ...] whose last one stands for all padding, written out to `length` positions.
-
-    Real tokens are fewer than M: the last row and anything between it and the real tokens is padding.
-    """
-    last = rows[:, -1:]
-    return torch.cat((rows[:, :-1], last.expand(-1, length - rows.shape[1] + 1, *last.shape[2:])), dim=1)
 
 
 def real_tokens(context: Tensor) -> Tensor:
@@ -165,8 +145,7 @@ def arrange_text(
     order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)[:, : max(lengths)]
     context = torch.gather(context, 1, order[..., None].expand(-1, -1, context.shape[-1]))
     real = torch.arange(context.shape[1], device=real.device)[None] < counts[:, None]
-    text = fold_padding(context, real, embed, length if fold else None)
-    return replace(text, lengths=lengths)
+    return replace(fold_padding(context, real, embed, length if fold else None), lengths=lengths)
 
 
 def fold_padding(context: Tensor, real: Tensor, embed: Callable[[Tensor], Tensor], length: int | None) -> TextTokens:

@@ -39,8 +39,6 @@ class Inputs(NamedTuple):
     grad: bool
 
 
-
-
 @dataclass(frozen=True)
 class Backend:
     """One attention kernel.

@@ -239,9 +239,7 @@ class ChunkedLayout(FrameLayout):
     def restore_rows(self, rows: Tensor) -> Tensor:
         return self.tokens.restore(rows)
 
-    def rope(
-        self, head_dim: int, grid: tuple[int, ...], start: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def rope(self, head_dim: int, grid: tuple[int, ...], start: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return chunked_rope_table(head_dim, self.tokens, start, device)
 
     def per_frame(self, temb: Tensor) -> Tensor:

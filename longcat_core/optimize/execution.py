@@ -31,7 +31,7 @@ from .kv_offload import OffloadableKVCache
 from .recomputation import recomputed
 from .streaming import BlockStream, streamed
 from .switches import Optimizations
-from .text_keys import KeptTexts, NoText, TokenTexts
+from .text_keys import CachedTexts, NoText, TokenTexts
 
 # Called as around_block(i, run, tokens) with tokens [B, T, S, C]; run(tokens) is block i. Returns tokens.
 AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -272,7 +272,7 @@ class Execution:
 
     def _texts(
         self, text: TextTokens | None, ops: TorchOps, batch: int, kept: bool
-    ) -> NoText | TokenTexts | KeptTexts:
+    ) -> NoText | TokenTexts | CachedTexts:
         """What blocks attend to. kept: `text` will be here at the next step."""
         if text is None:
             return NoText()
@@ -280,12 +280,12 @@ class Execution:
         if not (kept and self.optimizations.reuse_text) or torch.compiler.is_compiling():
             return TokenTexts(text, form)
         how = self.optimizations.fused_qkv, self.optimizations.fp8
-        return KeptTexts(text, form, self.network.blocks, ops, how)
+        return CachedTexts(text, form, self.network.blocks, ops, how)
 
     def _run(
         self,
         ops: TorchOps,
-        texts: NoText | TokenTexts | KeptTexts,
+        texts: NoText | TokenTexts | CachedTexts,
         sizes: tuple[int, int],
         grad: bool,
         filling: bool,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..model.config import ModelConfig
 from ..model.layers import LayerNorm, RMSNorm, gated, modulate
 from ..model.ops import Activations, Once, PlainOps, Rope, attend_with_bias
-from ..model.text import BlockText, Packing, TextForm, TextTokens, unfold_padding
+from ..model.text import BlockText, Packing, TextForm, TextTokens
 from .attention import Kernels
 from .kernels import elementwise
 from .kernels.elementwise import Quantised
@@ -111,7 +111,7 @@ class TorchOps(PlainOps):
             full = text.expand(batch)
             bias = full.bias
             packed = self.kernels.varlen is not None and full.lengths is not None and min(full.lengths) > 0
-            packing = full.packing() if packed and not self.switches.fused_text else None
+            packing = pack_text(full) if packed and not self.switches.fused_text else None
 
         def rows(rows: Tensor) -> Tensor:
             rows = rows if length is None else unfold_padding(rows, length)
@@ -157,9 +157,7 @@ class TorchOps(PlainOps):
         with self.fp32_region(x.device):
             return gated(x, update, gate)
 
-    def modulated_fp32(
-        self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def modulated_fp32(self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.switches.pieces:
             return super().modulated_fp32(x, scale, shift, project)
         # In fp32 the whole would be the largest tensor of all.
@@ -245,6 +243,24 @@ def part(x: Activations, sample: int, start: int, stop: int) -> Activations:
         return Quantised(*(part(tensor, sample, start, stop) for tensor in x))
     x = x[sample : sample + 1] if x.shape[0] > 1 else x
     return x[:, start:stop] if x.shape[1] > 1 else x
+
+
+def unfold_padding(rows: Tensor, length: int) -> Tensor:
+    """Rows [B, M, ...] whose last one stands for all padding, written out to `length` positions.
+
+    Real tokens are fewer than M: the last row and anything between it and the real tokens is padding.
+    """
+    last = rows[:, -1:]
+    return torch.cat((rows[:, :-1], last.expand(-1, length - rows.shape[1] + 1, *last.shape[2:])), dim=1)
+
+
+def pack_text(text: TextTokens) -> Packing:
+    """Where the real tokens of each sample lie, for a kernel that takes sequences of different lengths."""
+    width, device = text.tokens.shape[1], text.tokens.device
+    rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(text.lengths)])
+    ends = torch.tensor([0, *text.lengths]).cumsum(0).to(device, torch.int32)
+    log_counts = None if text.pad_counts is None else text.pad_counts.float().log()
+    return Packing(rows.to(device), ends, log_counts)
 
 
 def attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

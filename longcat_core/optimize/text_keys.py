@@ -18,7 +18,7 @@ class NoText:
         return None
 
     def need_weights(self, i: int) -> bool:
-        """Whether block i's text takes the block's weights."""
+        """Whether block i's text is computed by the block's weights."""
         return False
 
 
@@ -35,28 +35,28 @@ class TokenTexts:
         return True
 
 
-class KeptTexts:
-    """Keys and values are kept with the text until the weights that make them change."""
+class CachedTexts:
+    """Keys and values stay with the text until the weights that produce them change."""
 
-    def __init__(self, text: TextTokens, form: TextForm, blocks: Sequence[Block], ops: Ops, how: Hashable) -> None:
-        """how: what else, beside weights and the text, makes keys and values."""
+    def __init__(self, text: TextTokens, form: TextForm, blocks: Sequence[Block], ops: Ops, switches: Hashable) -> None:
+        """switches: what keys and values depend on besides the weights and the text."""
         self.text, self.form, self.blocks, self.ops = text, form, blocks, ops
         weights = [parameter for block in blocks for parameter in block.cross_attn.parameters()]
-        stamp = (text.tokens.device, text.tokens.dtype, how, *map(_version, weights))
-        if text.kept is None or text.kept[0] != stamp:
-            # The weights are held too: another tensor in the place of a freed one would have its id.
-            text.kept = stamp, {}, weights
-        self.kept: dict[int, tuple[Tensor, Tensor]] = text.kept[1]
+        stamp = (text.tokens.device, text.tokens.dtype, switches, *map(_version, weights))
+        if text.cached is None or text.cached[0] != stamp:
+            # The weights are held too: a new tensor in the place of a freed one would have its id.
+            text.cached = stamp, {}, weights
+        self.cached: dict[int, tuple[Tensor, Tensor]] = text.cached[1]
 
     def __call__(self, i: int) -> BlockText:
-        if i not in self.kept:
-            self.kept[i] = self.blocks[i].cross_attn.keys_values(self.text.tokens, self.ops)
-        return self.form.keys(*self.kept[i])
+        if i not in self.cached:
+            self.cached[i] = self.blocks[i].cross_attn.keys_values(self.text.tokens, self.ops)
+        return self.form.keys(*self.cached[i])
 
     def need_weights(self, i: int) -> bool:
-        return i not in self.kept
+        return i not in self.cached
 
 
 def _version(parameter: Tensor) -> tuple[int, int]:
-    # Inference tensors count no versions; they are replaced, not written to.
+    # Inference tensors have no version counter; they are replaced, not written to.
     return id(parameter), 0 if parameter.is_inference() else parameter._version

@@ -159,7 +159,7 @@ def test_kept_text_notices_strengths(model):
         loras.set(strengths)
         outs.append(run(text))
         fresh = model.embed_text(given["context"], given["mask"])
-        assert text.kept is not None and torch.equal(outs[-1], run(fresh))
+        assert text.cached is not None and torch.equal(outs[-1], run(fresh))
     assert torch.equal(outs[0], outs[3]) and error(outs[0], outs[1]) > 1e-2
 
 

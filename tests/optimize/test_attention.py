@@ -16,7 +16,7 @@ from longcat_core.model.ops import attend_with_bias
 from longcat_core.model.text import TextTokens, arrange_text
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.attention import BACKENDS, Inputs, Varlen
-from longcat_core.optimize.fused import attend_packed
+from longcat_core.optimize.fused import attend_packed, pack_text
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -296,7 +296,7 @@ def test_packed_text_is_attended_like_biased_text(zero_pad, lengths):
         # With a bias, so that the zero vector of a padding token has a key and a value.
         return [(x @ weights[i] + shift[i]).unflatten(-1, (heads, dim)) for i in range(2)]
 
-    packed = attend_packed(plain_varlen, q, *keys_values(arranged.tokens), arranged.packing())
+    packed = attend_packed(plain_varlen, q, *keys_values(arranged.tokens), pack_text(arranged))
     biased = attend_with_bias(q, *keys_values(arranged.tokens), arranged.bias)
     torch.testing.assert_close(packed, biased, atol=1e-5, rtol=1e-5)
 
@@ -310,7 +310,7 @@ def test_packed_text_is_attended_like_biased_text(zero_pad, lengths):
 def test_the_dtype_of_packed_attention_is_that_of_the_queries():
     arranged, _, _ = text([2, 4], 6, True)
     q, k = torch.ones(2, 3, 2, 4).bfloat16(), arranged.tokens.unflatten(-1, (2, 4)).bfloat16()
-    assert attend_packed(plain_varlen, q, k, k, arranged.packing()).dtype == torch.bfloat16
+    assert attend_packed(plain_varlen, q, k, k, pack_text(arranged)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("documented", [True, False])

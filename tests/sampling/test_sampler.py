@@ -22,7 +22,7 @@ from longcat_core.optimize.compilation import Regional
 from longcat_core.optimize.execution import Execution, OptimizedTransformer
 from longcat_core.optimize.fused import TorchOps
 from longcat_core.optimize.switches import Optimizations
-from longcat_core.optimize.text_keys import KeptTexts
+from longcat_core.optimize.text_keys import CachedTexts
 from longcat_core.sampling import step as steps
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.sampling.network import Network
@@ -319,7 +319,7 @@ def test_kept_keys_are_those_of_the_weights(model, text):
 
     def keys() -> list:
         ops = TorchOps(model.choose_kernels(read.tokens.device))
-        texts = KeptTexts(read, ops.text_form(read, len(text["context"])), model.blocks, ops, None)
+        texts = CachedTexts(read, ops.text_form(read, len(text["context"])), model.blocks, ops, None)
         return [texts(i).keys[0] for i in range(len(model.blocks))]
 
     calls = []
