@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..optimize.switches import Optimizations
 from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
 from .lora import Lora, LoraStack, OpenedLora
 
+T = TypeVar("T")
 CONFIG_KEY = "config"
 # Folder of the transformer in a folder of all parts: LongCat-Video's own, and that of Diffusers and FastVideo.
 FOLDERS = ("dit", "transformer")
@@ -69,9 +71,12 @@ class Checkpoint:
         """The stored tensors of a parameter of the network, in the order of its rows. KeyError if one is missing."""
         module, _, kind = name.rpartition(".")
         sources = dict(self.form.modules(self.config.depth))[module]
-        found = [self.part(source, kind) for source in sources]
-        if None in found:
-            raise KeyError(f"{sources[found.index(None)]}.{kind}")
+        found = []
+        for source in sources:
+            part = self.part(source, kind)
+            if part is None:
+                raise KeyError(f"{source}.{kind}")
+            found.append(part)
         return found
 
 
@@ -146,10 +151,10 @@ def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) 
     head_dim = shape("blocks.0.attn.q_norm")[0]
     marker = form.block_prefix.split("{i}")[0]
     depth = 1 + max(int(name.removeprefix(marker).split(".")[0]) for name in shapes if name.startswith(marker))
-    patch_size = tuple(patch[2:])
+    time, height, width = patch[2:]
     return ModelConfig(
         in_channels=patch[1],
-        out_channels=shape("final_layer.linear")[0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+        out_channels=shape("final_layer.linear")[0] // (time * height * width),
         hidden_size=patch[0],
         depth=depth,
         num_heads=patch[0] // head_dim,
@@ -157,7 +162,7 @@ def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) 
         ffn_hidden=shape("blocks.0.ffn.down")[1],
         adaln_dim=shape("time_embed.0")[0],
         frequency_dim=shape("time_embed.0")[1],
-        patch_size=patch_size,
+        patch_size=(time, height, width),
     )
 
 
@@ -179,10 +184,11 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
             where[name], shapes[name], dtypes[name] = file, tuple(shape), dtype
         metadata |= opened.metadata
     form, prefix = detect(where, str(path))
-    where, shapes, dtypes = (
-        {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-        for named in (where, shapes, dtypes)
-    )
+
+    def own(named: dict[str, T]) -> dict[str, T]:
+        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+    where, shapes, dtypes = own(where), own(shapes), own(dtypes)
     if config is None:
         config = _config_beside(path)
     if config is None:
@@ -252,6 +258,21 @@ def _numbers(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
+class Weight(NamedTuple):
+    """A parameter as the network holds it. scale: [rows, 1] fp32, which multiplies the values of 8-bit layers."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def extremes(self) -> Tensor:
+        """Smallest and largest value, or scale, [2] fp32 on the weight's device; NaN where any number is."""
+        if self.scale is None:
+            return torch.stack(self.values.aminmax()).float()
+        # e4m3 has no infinity, and one NaN of each sign.
+        bad = (self.values.view(torch.uint8) & 0x7F == 0x7F).any()
+        return torch.stack(self.scale.masked_fill(bad, torch.nan).aminmax())
+
+
 class Reader:
     """Reads the numbers of a checkpoint. Raises CheckpointError where its files can no longer be read."""
 
@@ -314,7 +335,8 @@ class Reader:
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of each piece of a stored tensor, on `device`; with a scale, multiplied out to fp32."""
-        scale = None if part.scale is None else self.scale(part).to(device)
+        scale = self.scale(part)
+        scale = None if scale is None else scale.to(device)
         for start, stop in self._cuts(part):
             rows = self.rows(part.name, start, stop)
             if scale is not None:
@@ -322,9 +344,9 @@ class Reader:
                 rows = rows.to(device).float() * factor.view(-1, *[1] * (rows.ndim - 1))
             yield start, rows
 
-    def scale(self, part: Part) -> Tensor:
-        """The scale of a part, fp32, one number or [rows]."""
-        return self.rows(part.scale).float().flatten()
+    def scale(self, part: Part) -> Tensor | None:
+        """The scale of a part, fp32, one number or [rows]; None for plain numbers."""
+        return None if part.scale is None else self.rows(part.scale).float().flatten()
 
     def into(self, target: Tensor, parts: list[Part]) -> Tensor:
         """Fill a parameter [rows, ..] with its parts, in the target's dtype and on its device; returns `target`."""
@@ -343,14 +365,39 @@ class Reader:
             return None
         scales = []
         for part in parts:
-            rows = self.checkpoint.shapes[part.name][0]
-            scale = torch.ones(1) if part.scale is None else self.scale(part)
-            scales.append(scale.expand(rows))
-        shapes = [self.checkpoint.shapes[part.name] for part in parts]
-        shape = sum(shape[0] for shape in shapes), *shapes[0][1:]
-        values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+            scale = self.scale(part)
+            scale = torch.ones(1) if scale is None else scale
+            scales.append(scale.expand(self.checkpoint.shapes[part.name][0]))
+        values = torch.empty(self._shape(parts), dtype=torch.float8_e4m3fn, device=device)
         self.into(values, [Part(part.name) for part in parts])
         return values, torch.cat(scales)[:, None].to(device)
+
+    def _shape(self, parts: list[Part]) -> tuple[int, ...]:
+        shapes = [self.checkpoint.shapes[part.name] for part in parts]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    def weight(
+        self,
+        name: str,
+        parts: list[Part],
+        stack: LoraStack,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        eight_bit: bool,
+    ) -> Weight:
+        """Parameter `name` of the network with the LoRAs of `stack`, in `dtype`, or quantized for an 8-bit layer.
+
+        Weights stored as e4m3 keep their numbers and scales in an 8-bit layer unless a LoRA changes them.
+        """
+        changed = name in stack
+        if eight_bit and not changed and (stored := self.e4m3(parts, device)) is not None:
+            return Weight(*stored)
+        # fp32 where a LoRA is added, so that the sum is rounded, not its terms.
+        target = torch.empty(self._shape(parts), dtype=torch.float32 if changed else dtype, device=device)
+        self.into(target, parts)
+        if changed:
+            target = stack.add(name, target).to(dtype)
+        return Weight(*quantise_rows(target)) if eight_bit else Weight(target)
 
 
 def load_transformer(
@@ -392,32 +439,22 @@ def load_transformer(
     state, extremes = {}, {}
     waiting = tuple(f"blocks.{i}." for i in streamed)
     with reader.ahead(part for name in parameters for part in parts[name]):
-        for name in parameters:
+        for name, parameter in parameters.items():
             layer, _, kind = name.rpartition(".")
-            small, changed = kind == "weight" and layer in eight_bit, name in stack
-            kept = reader.e4m3(parts[name], device) if small and not changed else None
-            if kept is None:
-                # fp32 where a LoRA is added, so that the sum is rounded, not its terms.
-                target = torch.empty(parameters[name].shape, dtype=torch.float32 if changed else dtype, device=device)
-                reader.into(target, parts[name])
-                if changed:
-                    target = stack.add(name, target).to(parameters[name].dtype)
-                # NaN becomes both; this is one pass without a copy.
-                extremes[name] = torch.stack(target.aminmax()).float()
-                kept = quantise_rows(target) if small else (target, None)
-            else:
-                # e4m3 has no infinity, and one NaN of each sign.
-                bad = (kept[0].view(torch.uint8) & 0x7F == 0x7F).any()
-                extremes[name] = torch.stack(kept[1].masked_fill(bad, torch.nan).aminmax())
+            small = kind == "weight" and layer in eight_bit
+            weight = reader.weight(name, parts[name], stack, parameter.dtype, device, small)
+            extremes[name] = weight.extremes()
             home = "cpu" if name.startswith(waiting) else device
-            state[name] = kept[0].to(home)
-            if small:
-                state[f"{layer}.weight_scale"] = kept[1].to(home)
+            state[name] = weight.values.to(home)
+            if weight.scale is not None:
+                state[f"{layer}.weight_scale"] = weight.scale.to(home)
+            # Release it before the next weight is read.
+            del weight
     _require_finite(extremes, checkpoint.source, dtype)
     for name in eight_bit:
         parent, _, child = name.rpartition(".")
-        weight, scale = (state.pop(f"{name}.{kind}") for kind in ("weight", "weight_scale"))
-        new = Fp8Linear(weight, scale, state.pop(f"{name}.bias", None), dtype)
+        values, scale = (state.pop(f"{name}.{kind}") for kind in ("weight", "weight_scale"))
+        new = Fp8Linear(values, scale, state.pop(f"{name}.bias", None), dtype)
         setattr(model.get_submodule(parent), child, new)
         state |= new.state_dict(prefix=f"{name}.")
     model.load_state_dict(state, assign=True)

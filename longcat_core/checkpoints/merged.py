@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from ..model.transformer import LongCatTransformer
-from ..optimize.kernels.elementwise import quantise_rows
 from ..optimize.quantization import Fp8Linear
 from .load import Checkpoint, Reader
 from .lora import Lora, LoraStack, OpenedLora, changed_weights
@@ -44,18 +43,13 @@ class MergedLoras:
             for part in self.checkpoint.parts(name):
                 reader.rows(part.name, 0, 1)
         for name in names:
-            parameter, parts = self.model.get_parameter(name), self.checkpoint.parts(name)
-            layer = self.model.get_submodule(name.rpartition(".")[0])
-            eight_bit = isinstance(layer, Fp8Linear)
-            kept = reader.e4m3(parts, parameter.device) if eight_bit and name not in stack else None
-            if kept is None:
-                dtype = layer.dtype if eight_bit else parameter.dtype
-                wide = torch.float32 if name in stack else dtype
-                weight = reader.into(torch.empty(parameter.shape, dtype=wide, device=parameter.device), parts)
-                weight = stack.add(name, weight).to(dtype) if name in stack else weight
-                kept = quantise_rows(weight) if eight_bit else (weight, None)
-            parameter.copy_(kept[0])
-            if eight_bit:
-                layer.weight_scale.copy_(kept[1])
+            parameter, layer = self.model.get_parameter(name), self.model.get_submodule(name.rpartition(".")[0])
+            scale = layer.weight_scale if isinstance(layer, Fp8Linear) else None
+            dtype = layer.dtype if isinstance(layer, Fp8Linear) else parameter.dtype
+            parts = self.checkpoint.parts(name)
+            weight = reader.weight(name, parts, stack, dtype, parameter.device, eight_bit=scale is not None)
+            parameter.copy_(weight.values)
+            if scale is not None and weight.scale is not None:
+                scale.copy_(weight.scale)
         self._changed = stack.weights
         return names
