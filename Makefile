@@ -24,6 +24,7 @@ test-comfyui: $(COMFYUI_STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # The stamp is written last: an install that broke off is begun again.
 $(STAMP): pyproject.toml constraints.txt
@@ -37,5 +38,5 @@ $(COMFYUI_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache demo.mp4 demo.png
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache demo.mp4 demo.png
 	find longcat_core nodes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +117,9 @@ def test_a_callback_that_uses_its_pipeline_is_refused_and_the_pipeline_stays_usa
     thread.start()
     thread.join(timeout=120)
     assert len(found) == 1 and np.array_equal(found[0], wanted)
+
+
+def test_the_typed_example_uses_the_whole_interface():
+    """`make lint` type-checks it; a name that is not in it could lose its annotations unnoticed."""
+    used = set(re.findall(r"\blongcat\.(\w+)", (Path(__file__).parent / "typed_face.py").read_text(encoding="utf-8")))
+    assert used == set(longcat.__all__)

@@ -57,12 +57,11 @@ class RuntimeLoras:
         if loras and len(files) == len(self._files) and all(map(_same, files, self._files)):
             for (path, _), strength in zip(files, strengths, strict=True):
                 check_strength(path, strength)
-            changed = [
-                file for file, pair in enumerate(zip(strengths, self._strengths, strict=True)) if len({*pair}) > 1
-            ]
+            pairs = zip(strengths, self._strengths, strict=True)
+            moved = {file for file, (now, then) in enumerate(pairs) if now != then}
             self._strengths = strengths
             self._write_scales()
-            return [f"{name}.weight" for name, ranks in self._ranks.items() if any(r.file in changed for r in ranks)]
+            return [f"{name}.weight" for name, ranks in self._ranks.items() if any(r.file in moved for r in ranks)]
         shapes = {
             name: parameter.shape for name, parameter in self.model.named_parameters() if not name.endswith(NAMES)
         }
@@ -99,7 +98,8 @@ class RuntimeLoras:
 
     def _write(self, weight: str, stack: LoraStack) -> list[_Ranks]:
         """Fill the adapter of one layer; every slice of every change has its own ranks."""
-        layer: Adapted = self.model.get_submodule(weight.removesuffix(".weight"))
+        layer = self.model.get_submodule(weight.removesuffix(".weight"))
+        assert isinstance(layer, Adapted), f"{weight} has no adapter to write to"
         ranks, first = [], 0
         for change in stack.changes(weight):
             start = first

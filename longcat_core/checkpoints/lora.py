@@ -129,7 +129,7 @@ def _open(path: str | Path, strength: float) -> OpenedLora:
         if match is None:
             strange.append(name)
             continue
-        kind = match.lastgroup
+        kind = match.lastgroup or ""
         part = {"down": "lora_down.weight", "up": "lora_up.weight", "scale": "alpha_scale"}.get(kind, kind)
         if kind == "slice":
             part = f"lora_up.blocks.{int(match['slice'])}.weight"
@@ -233,7 +233,9 @@ class LoraStack:
             self.modules += matched
             _report(lora.path, len(matched), missed)
 
-    def _add(self, weight: str, change: Change, module: str, path: str | Path, shapes: Mapping[str, Sequence[int]]):
+    def _add(
+        self, weight: str, change: Change, module: str, path: str | Path, shapes: Mapping[str, Sequence[int]]
+    ) -> None:
         rows, columns = shapes[weight][0] // change.count, math.prod(shapes[weight][1:])
         if change.shape != (rows, columns):
             raise CheckpointError(

@@ -128,7 +128,8 @@ def contact_sheet(
     image, draw_on, fonts = _package("PIL.Image"), _package("PIL.ImageDraw"), _package("PIL.ImageFont")
     picked = sorted({round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))})
     columns = min(columns, len(picked))
-    size, filter_ = cell_form(*frames.shape[1:3], cell_width)
+    height, width = frames.shape[1:3]
+    size, filter_ = cell_form(height, width, cell_width)
     margin, label, gap = 20, 24, 14
     font, prompt_font = fonts.load_default(size=14), fonts.load_default(size=24)
     sheet_width = 2 * margin + columns * size[0] + (columns - 1) * gap

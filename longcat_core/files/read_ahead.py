@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class ReadAhead:
     def __init__(self, jobs: Iterable[tuple[Hashable, Callable[[Tensor], Tensor]]], count: int, size: int) -> None:
         """jobs: (key, function that reads the result into a buffer). count: results that are being read or wait at a
         time; size: bytes of each buffer; a larger result takes memory of its own."""
-        self._jobs, self._waiting = iter(jobs), deque()
+        self._jobs = iter(jobs)
+        self._waiting: deque[tuple[Hashable, Future[Tensor], Tensor]] = deque()
         self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
         self._pool = ThreadPoolExecutor(THREADS, "longcat-read")
         self._taken: Tensor | None = None

@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class SafetensorsFile:
         if buffer is None or len(buffer) < size:
             buffer = torch.empty(size, dtype=torch.uint8)
         out = buffer[:size].view(dtype).view((max(0, last - first), *shape[1:]) if shape else ())
-        room = memoryview(buffer[:size].numpy())
+        room = buffer[:size].numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self._begin(file.fileno(), name) + first * width)
@@ -180,7 +181,8 @@ def stream_safetensors(
     LongCatError where the file cannot be written.
     """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
-    entries, end = {}, 0
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
     # Wide numbers first, so that every tensor begins at a multiple of the size of its numbers.
     for name, (dtype, shape) in sorted(header.items(), key=lambda item: -item[1][0].itemsize):
         size = math.prod(shape) * dtype.itemsize

@@ -125,14 +125,16 @@ def _group(heading: str, commands: tuple[str, ...], *rows: Option) -> Iterator[O
         yield replace(row, heading=heading, commands=row.commands or commands)
 
 
-_side = {"least": SIDE_MULTIPLE, "most": MAX_SIDE, "step": SIDE_MULTIPLE, "metavar": "N", "filled": True}
-_frames = {"default": 93, "nano": 33, "least": 1, "most": MAX_FRAMES, "step": FRAME_MULTIPLE, "metavar": "N",
-           "filled": True}  # fmt: skip
-_given = {"default": 13, "least": 1, "most": MAX_FRAMES - FRAME_MULTIPLE, "step": FRAME_MULTIPLE, "metavar": "N"}
-_size = {"default": (480, 832), "nano": (64, 96), "metavar": "HxW"}
-_steps = {"default": 50, "least": 1, "most": MAX_STEPS, "metavar": "N"}
-_guidance = {"default": 4.0, "least": 0.0, "most": MAX_GUIDANCE, "step": 0.1, "digits": 2, "metavar": "X"}
-_share = {"least": 0.0, "most": 1.0, "metavar": "X"}
+_Columns = dict[str, Any]
+_side: _Columns = {"least": SIDE_MULTIPLE, "most": MAX_SIDE, "step": SIDE_MULTIPLE, "metavar": "N", "filled": True}
+_frames: _Columns = {"default": 93, "nano": 33, "least": 1, "most": MAX_FRAMES, "step": FRAME_MULTIPLE,
+                     "metavar": "N", "filled": True}  # fmt: skip
+_given: _Columns = {"default": 13, "least": 1, "most": MAX_FRAMES - FRAME_MULTIPLE, "step": FRAME_MULTIPLE,
+                    "metavar": "N"}  # fmt: skip
+_size: _Columns = {"default": (480, 832), "nano": (64, 96), "metavar": "HxW"}
+_steps: _Columns = {"default": 50, "least": 1, "most": MAX_STEPS, "metavar": "N"}
+_guidance: _Columns = {"default": 4.0, "least": 0.0, "most": MAX_GUIDANCE, "step": 0.1, "digits": 2, "metavar": "X"}
+_share: _Columns = {"least": 0.0, "most": 1.0, "metavar": "X"}
 _suffixes = ".mp4, .mkv (lossless FFV1), .webp (lossless) or .gif"
 _seed = Option("seed", "whole", "seed of the noise; the same seed gives the same video on the same machine", 0, least=0,
                most=MAX_SEED, metavar="N", common=True)  # fmt: skip

@@ -91,5 +91,9 @@ class CrossAttention(nn.Module):
     def forward(self, inputs: Once[Activations], text: BlockText, ops: Ops) -> Tensor:
         """inputs: x [B, T, S, C], which attends to text -> [B, T*S, C]."""
         q = ops.linear(self.q, inputs.take()).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
-        k, v = self.keys_values(text.tokens, ops) if text.keys is None else text.keys
+        if text.keys is None:
+            assert text.tokens is not None, "a text has tokens or keys"
+            k, v = self.keys_values(text.tokens, ops)
+        else:
+            k, v = text.keys
         return ops.linear(self.proj, ops.attend_text(q, self.q_norm, k, v, text, self.proj))

@@ -21,7 +21,7 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer in fp32, however its weights are stored (the fp32 islands of the model)."""
     bias = None if layer.bias is None else layer.bias.float()
     out = F.linear(x.float(), layer.weight.float(), bias)

@@ -33,7 +33,7 @@ class Once(Generic[T]):
     """Holds activations for their only reader, which takes them out so that they are freed while it runs."""
 
     def __init__(self, value: T) -> None:
-        self.value: T | None = value
+        self.value: Any = value
 
     def take(self) -> T:
         value, self.value = self.value, None

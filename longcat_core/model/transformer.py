@@ -6,8 +6,8 @@ each block is called, and hands them in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +133,12 @@ class LongCatTransformer(nn.Module):
             config.in_channels, dim, kernel_size=config.patch_size, stride=config.patch_size, **kwargs
         )
         times = [operations.Linear(channels, width, **kwargs) for channels in (config.frequency_dim, width)]
-        self.time_embed = nn.ModuleList(times)
-        self.text_embed = nn.ModuleList([operations.Linear(channels, dim, **kwargs) for channels in (wide, dim)])
-        self.blocks = nn.ModuleList(Block(config, operations=operations, **kwargs) for _ in range(config.depth))
+        texts = [operations.Linear(channels, dim, **kwargs) for channels in (wide, dim)]
+        blocks = [Block(config, operations=operations, **kwargs) for _ in range(config.depth)]
+        # A module list does not know the type of what it holds.
+        self.time_embed = cast("Sequence[nn.Linear]", nn.ModuleList(times))
+        self.text_embed = cast("Sequence[nn.Linear]", nn.ModuleList(texts))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         self.final_layer = FinalLayer(config, operations=operations, **kwargs)
         self.linear_fp32 = getattr(operations, "linear_fp32", linear_fp32)
         self.dtype = dtype or self.patch_embed.weight.dtype
@@ -190,8 +193,8 @@ class LongCatTransformer(nn.Module):
         tokens = layout.arrange(tokens.view(-1).view(tokens.shape))
         del patches
         # Views, because what the compiler learns of a tensor's sizes sticks to it, and these tables are shared.
-        rope = tuple(table[:] for table in layout.rope(self.config.head_dim, grid, cache.num_latents, tokens.device))
-        shared = Shared(layout.per_frame(temb), texts, rope, cache, ops, layout.leading(num_cond_latents))
+        cos, sin = layout.rope(self.config.head_dim, grid, cache.num_latents, tokens.device)
+        shared = Shared(layout.per_frame(temb), texts, (cos[:], sin[:]), cache, ops, layout.leading(num_cond_latents))
         for i, block in enumerate(self.blocks):
             tokens = run(i, block, tokens, shared)
         out = self.final_layer(layout.restore(tokens), temb, ops)

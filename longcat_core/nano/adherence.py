@@ -51,9 +51,10 @@ def fresh_prompts(count: int, seed: int) -> list[Scene]:
 
 def judge(
     observations: list[list[Observation]], scenes: Sequence[Scene | Observation], shift: int = 0
-) -> tuple[Counter, Counter]:
+) -> tuple[Counter[str], Counter[str]]:
     """Correct and all attributes, comparing video i with scene i + shift; observations[i][n-1] looked for n actors."""
-    right, total = Counter(), Counter()
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for i, seen in enumerate(observations):
         scene = scenes[(i + shift) % len(scenes)]
         for name, correct in compare(seen[len(scene.actors) - 1], scene).attributes.items():
@@ -97,17 +98,14 @@ def measure(
 
     lesson: prompts of `nano.lesson` instead of the world's own.
     """
-    if lesson:
-        prompts, scenes = zip(*lesson_prompts(count, seed), strict=True)
-    else:
-        scenes = fresh_prompts(count, seed)
-        prompts = [caption(scene) for scene in scenes]
+    asked = lesson_prompts(count, seed) if lesson else [(caption(scene), scene) for scene in fresh_prompts(count, seed)]
+    scenes: list[Scene | Observation] = [scene for _, scene in asked]
     palette = PALETTE if lesson else COLORS
     observations = []
     started = time.monotonic()
     for start in range(0, count, BATCH):
         numbers = list(range(start, min(start + BATCH, count)))
-        videos = generate_batch(pipeline, [prompts[i] for i in numbers], numbers, steps, guidance)
+        videos = generate_batch(pipeline, [asked[i][0] for i in numbers], numbers, steps, guidance)
         seeking = range(1, MAX_ACTORS + 1)
         observations += [[analyze(video, n, palette=palette) for n in seeking] for video in videos]
         if progress is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def new_autoencoder() -> Any:
             continue
         # PyTorch's default shrinks a signal by 1/sqrt(3) a layer and adds biases as large: after the dozen layers of
         # the skip path, nothing of the picture would be left to learn from.
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
         if name.endswith((".conv2", "attentions.0.proj")):
             nn.init.zeros_(module.weight)
         elif isinstance(module, nn.Conv3d) and module.kernel_size[1] > 1:
@@ -221,9 +222,10 @@ def _training_step(
     return loss.detach(), squared.detach(), penalty.detach()
 
 
-def _draw(pool: Placements, clips: int, shape: tuple[int, int, int], start_frame: int, device: torch.device) -> Tensor:
+def _draw(pool: Placements, clips: int, shape: Sequence[int], start_frame: int, device: torch.device) -> Tensor:
     rows = torch.randint(len(pool), (clips,), device=device)
-    video = recolor(render(pool[rows], *shape, start_frame=start_frame))
+    frames, height, width = shape
+    video = recolor(render(pool[rows], frames, height, width, start_frame=start_frame))
     return video * 2 - 1
 
 
@@ -279,16 +281,15 @@ def _train(
     )
     pool_handle = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     shapes = []
-    for frames, height, width, clips in SHAPES:
-        video = _draw(pool, clips, (frames, height, width), 0, device)
-        step = partial(_training_step, vae, optimizer, statistics, video)
-        shapes.append((video, captured(step, optimizer, rate, device, pool_handle)))
+    for *shape, clips in SHAPES:
+        video = _draw(pool, clips, shape, 0, device)
+        run = partial(_training_step, vae, optimizer, statistics, video)
+        shapes.append((video, captured(run, optimizer, rate, device, pool_handle)))
     started = time.monotonic()
     for step in range(steps):
         if step % AHEAD == 0:
             video, train = rng.choices(shapes, WEIGHTS)[0]
-            shape = tuple(video.shape[1:4])
-            drawn = _draw(pool, len(video) * AHEAD, shape, rng.randrange(64), device)
+            drawn = _draw(pool, len(video) * AHEAD, video.shape[1:4], rng.randrange(64), device)
         rate.fill_(LEARNING_RATE * min(1, (step + 1) / 200) * (0.505 + 0.495 * math.cos(math.pi * step / steps)))
         video.copy_(drawn[step % AHEAD :: AHEAD])
         loss, squared, penalty = train()

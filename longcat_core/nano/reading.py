@@ -79,8 +79,8 @@ def train_text_encoder(
         torch.tensor(rows, device=device)
         for rows in zip(*(tokenize(processor, text, tokens) for text in texts), strict=True)
     )
-    right = [answers(processor, text, scene, tokens) for text, scene in zip(texts, scenes, strict=True)]
-    right = torch.tensor(right, device=device)
+    wanted = [answers(processor, text, scene, tokens) for text, scene in zip(texts, scenes, strict=True)]
+    right = torch.tensor(wanted, device=device)
     heads = nn.Linear(encoder.config.d_model, sum(map(len, QUESTIONS.values())), device=device)
     sizes = [len(choices) for choices in QUESTIONS.values()]
     parameters = [*encoder.parameters(), *heads.parameters()]
@@ -92,7 +92,8 @@ def train_text_encoder(
         rows = torch.randint(captions, (BATCH,), device=device)
         hidden = encoder(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state
         scores = heads(hidden).split(sizes, dim=-1)
-        loss = sum(_loss(part, right[rows, :, i]) for i, part in enumerate(scores))
+        losses = [_loss(part, right[rows, :, i]) for i, part in enumerate(scores)]
+        loss = sum(losses[1:], losses[0])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -282,7 +282,7 @@ def train_transformer(
         torch.manual_seed(seed + done)
         rng.seed(f"{seed} {done}")
         print(f"resuming after step {done}", flush=True)
-    started, smooth = time.monotonic(), None
+    started, smooth = time.monotonic(), math.nan
     for step in range(done, steps):
         lesson = rng.choices(LESSONS, [item.weight for item in LESSONS])[0]
         clips = data[lesson.bucket]
@@ -298,8 +298,8 @@ def train_transformer(
         rate = LEARNING_RATE * min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         latents = clips.latents[rows, :, : lesson.latents].float()
         loss = trainer.train(lesson, rate, latents, sigmas, context.float(), mask)
-        if step % 20 == 0 or smooth is None:
-            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+        if step % 20 == 0 or step == done:
+            smooth = loss.item() if step == done else 0.95 * smooth + 0.05 * loss.item()
         if step % log_every == log_every - 1:
             print(f"step {step + 1}/{steps} {time.monotonic() - started:.0f} s: loss {smooth:.4f}", flush=True)
         late = time.monotonic() - started > stop_after

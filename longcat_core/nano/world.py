@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,13 +104,14 @@ def sample_scene(rng: random.Random, two_shapes: float = 0.35) -> Scene:
 
 # --- captions: the first entry of each row is the canonical one -----------------------------------------------------
 
-SHAPE_WORDS = {
+Words = tuple[str, ...]
+SHAPE_WORDS: dict[str, Words] = {
     "circle": ("circle", "ball", "disc", "disk"),
     "square": ("square", "box", "block"),
     "triangle": ("triangle",),
     "cross": ("cross", "plus sign", "plus"),
 }
-COLOR_WORDS = {name: (name,) for name in (*COLORS, *BACKGROUNDS)} | {
+COLOR_WORDS: dict[str, Words] = {name: (name,) for name in (*COLORS, *BACKGROUNDS)} | {
     "purple": ("purple", "violet"),
     "cyan": ("cyan", "turquoise"),
     "gray": ("gray", "grey"),
@@ -171,8 +173,9 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 
 def _name(color: str, shape: str, motion: str, rng: random.Random | None = None) -> tuple[str, str, str]:
-    rows = COLOR_WORDS[color], SHAPE_WORDS[shape], MOTION_WORDS[motion]
-    return tuple(row[0] if rng is None or rng.random() < 0.4 else rng.choice(row) for row in rows)
+    rows: tuple[Words, ...] = COLOR_WORDS[color], SHAPE_WORDS[shape], MOTION_WORDS[motion]
+    color, shape, motion = (row[0] if rng is None or rng.random() < 0.4 else rng.choice(row) for row in rows)
+    return color, shape, motion
 
 
 def _sentence(article: str, color: str, shape: str, motion: str) -> str:
@@ -187,7 +190,7 @@ def corpus(n: int, seed: int = 0) -> list[str]:
     return [caption(sample_scene(rng, two_shapes=0.5), rng) for _ in range(n)]
 
 
-def _lookup(table: dict[str, tuple[str, ...]], names: Sequence[str]) -> tuple[dict[str, str], str]:
+def _lookup(table: dict[str, Words], names: Sequence[str]) -> tuple[dict[str, str], str]:
     words = {word: name for name in names for word in table[name]}
     return words, "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
@@ -202,16 +205,20 @@ _BACK = rf"(?:,? ?(?:on|over|against|in front of) (?:an? |the )?(?:plain )?({_BA
 _CAPTION = re.compile(rf"{_FRONT}{_ACTOR}(?:(?: and | while | ?, ?(?:and )?){_ACTOR})?{_BACK}")
 
 
-def parse_caption(text: str) -> Scene:
-    """The scene that a caption of this world describes. For any other text raises LongCatError with the vocabulary."""
-    match = _CAPTION.fullmatch(" ".join(text.lower().split()).rstrip(". "))
-    groups = match.groups() if match else ()
-    if not match or (groups[0] is None) == (groups[-1] is None):
+def _match(text: str, folded: str) -> re.Match[str]:
+    match = _CAPTION.fullmatch(folded)
+    if match is None or (match[1] is None) == (match[match.re.groups] is None):
         raise LongCatError(
             f'"{text}" is not a caption of the nano world; write "a red circle moves right on a blue background", with '
             f"shapes {', '.join(SHAPES)}; colors {', '.join(COLORS)}; backgrounds {', '.join(BACKGROUNDS)}; "
             f"motions {', '.join(MOTION_WORDS[name][0] for name in MOTIONS)}; two shapes are joined by 'and'"
         )
+    return match
+
+
+def parse_caption(text: str) -> Scene:
+    """The scene that a caption of this world describes. For any other text raises LongCatError with the vocabulary."""
+    groups = _match(text, " ".join(text.lower().split()).rstrip(". ")).groups()
     actors = [groups[1:4], groups[4:7]] if groups[4] else [groups[1:4]]
     return Scene(
         _BACKGROUND_OF[groups[0] or groups[-1]],
@@ -222,10 +229,9 @@ def parse_caption(text: str) -> Scene:
 def actor_spans(text: str) -> list[tuple[int, int]]:
     """The span of each actor's words in a caption, from color to motion: (start, end) in characters.
 
-    Raises LongCatError for a text that `parse_caption` rejects.
+    Raises LongCatError for any other text.
     """
-    parse_caption(text)
-    match = _CAPTION.match(text.lower())
+    match = _match(text, text.lower().rstrip(". "))
     return [(match.start(i), match.end(i + 2)) for i in (2, 5) if match.group(i)]
 
 
@@ -268,7 +274,7 @@ def place(scenes: Sequence[Scene], seed: int | torch.Generator) -> Placements:
 
     actors = [[*scene.actors, *[None] * (MAX_ACTORS - len(scene.actors))] for scene in scenes]
 
-    def table(value) -> Tensor:
+    def table(value: Callable[[Actor | None], Any]) -> Tensor:
         return torch.tensor([[value(actor) for actor in row] for row in actors], dtype=torch.float64)
 
     def is_motion(name: str) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 NAMES = ("lora_down", "lora_up", "lora_scale")
 
 
-class Adapted:
+class Adapted(nn.Module):
     """What stands before the class of an adapted layer: nn.Linear, Fp8Linear, or the patch embedding.
 
     lora_down [R, in]; lora_up [out, R]; lora_scale [R] fp32, by which every rank counts: 0 for one that is not used.
@@ -62,9 +62,10 @@ class Adapted:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         own = {name: getattr(self, name).data for name in NAMES}
         super()._apply(fn, recurse)
+        device = self.get_parameter("weight").device
         for name, tensor in own.items():
             # Scales move, but are no weights to be cast.
-            moved = tensor.to(self.weight.device) if name == "lora_scale" else fn(tensor)
+            moved = tensor.to(device) if name == "lora_scale" else fn(tensor)
             setattr(self, name, nn.Parameter(moved, requires_grad=getattr(self, name).requires_grad))
         return self
 
@@ -85,7 +86,7 @@ def _adapted(kind: type) -> type:
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
-def adapt(layer: nn.Module, rank: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+def adapt(layer: Any, rank: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Adapted:
     """Give a layer an adapter of `rank` ranks, all zero: it computes what it did. One that it has is replaced.
 
     dtype: of down and up; None: the layer's own, for an 8-bit one that of its output. device: where the layer runs;
@@ -102,6 +103,7 @@ def adapt(layer: nn.Module, rank: int, dtype: torch.dtype | None = None, device:
         for name, shape, own in zip(NAMES, shapes, (dtype, dtype, torch.float32), strict=True):
             zeros = torch.zeros(shape, dtype=own, device=device or layer.weight.device)
             setattr(layer, name, nn.Parameter(zeros, requires_grad=False))
+    return layer
 
 
 def release(layer: nn.Module) -> None:

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .schedules import Schedule
 from .step import take_step
 from .step_cache import StepCache
 
+T = TypeVar("T")
 NO_ROOM = "out of memory; ask for a smaller size or fewer frames, or load with fp8"
 
 
@@ -107,16 +108,17 @@ def sample(
         offload_kv_cache = True
         if cache is not None:
             cache.to("cpu")
-        return make_room() or moves
+        return (make_room is not None and make_room()) or moves
 
     more_room = None if make_room is None else make_more_room
     # Conditioning frames at the front of `latents`, how many of these the network is given, and those kept outside.
     carried, passed, outside = num_cond, 0 if cached else num_cond, latents[:, :, :0]
     cond_out: Tensor | None = None
-    if cached:
+    if cached and cond_latents is not None:
         clean = cond_latents.to(latents)
         cache = _with_room(lambda: model.fill_kv_cache(clean, "cpu" if offload_kv_cache else None), more_room)
         if kv_cache == "exact" and guided:
+            assert cache.out is not None, "filling a cache keeps the network's output"
             # What the network would return for the conditioning frames, at every step and for both halves.
             cond_out = cache.out.repeat(2 * len(latents) // len(cache.out), 1, 1, 1, 1)
         else:
@@ -124,8 +126,8 @@ def sample(
 
     sigmas, optimizations = schedule.sigmas.tolist(), model.optimizations
     # Differences in double precision, then as tensors: see `euler_step`.
-    levels = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
-    levels = torch.tensor(levels, dtype=torch.float32, device=device)
+    changes = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
+    levels = torch.tensor(changes, dtype=torch.float32, device=device)
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=device) if guided else None
     steps = StepCache(step_cache, len(schedule), carried)
     for i, timestep in enumerate(schedule.timesteps.tolist()):
@@ -134,7 +136,7 @@ def sample(
         t[:, :passed] = 0
         out = steps.find(i, latents, sigmas[i])
         reused = out is not None
-        if not reused:
+        if out is None:
             x = latents if cond_out is None else latents[:, :, carried:]
 
             def evaluate(x: Tensor = x, t: Tensor = t) -> Tensor:
@@ -146,14 +148,15 @@ def sample(
             out = _with_room(evaluate, more_room)
             out = out if cond_out is None else torch.cat((cond_out, out), dim=2)
             steps.keep(latents, out, sigmas[i])
-        latents, denoised = take_step(optimizations, latents, out, *levels[i], scale, carried)
+        level, change = levels[i]
+        latents, denoised = take_step(optimizations, latents, out, level, change, scale, carried)
         if callback is not None:
             whole = torch.cat((outside, latents), dim=2), torch.cat((outside, denoised), dim=2)
             callback(Step(i, len(schedule), timestep, sigmas[i], *whole, reused))
     return torch.cat((outside, latents), dim=2)
 
 
-def _with_room(run: Callable[[], Any], make_room: Callable[[], bool] | None) -> Any:
+def _with_room(run: Callable[[], T], make_room: Callable[[], bool] | None) -> T:
     """run(), tried again as long as memory runs out and room can be made."""
     while make_room is not None:
         try:
@@ -190,7 +193,7 @@ class _Texts:
                 raise LongCatError(
                     "one of prompt and negative prompt has a mask and the other has none; give both or neither"
                 )
-            negative_mask = None if negative_mask is None else negative_mask.expand_as(mask)
+            negative_mask = None if negative_mask is None or mask is None else negative_mask.expand_as(mask)
             self.halves.insert(0, (negative_context.to(model.device).expand_as(context), negative_mask))
         self._split: bool | None = None
         self._parts: list[TextTokens] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def euler_step(
 STEP, GUIDANCE = Regional(euler_step, "the sampler step", slow=False), Regional(cfg_zero, "guidance", slow=False)
 
 
-def _run(function: Regional, optimizations: Optimizations, kind: tuple, *args: Tensor | int | None) -> object:
+def _run(function: Regional, optimizations: Optimizations, kind: tuple, *args: Tensor | int | None) -> Any:
     if not (optimizations.fused_step and optimizations.compile != "off"):
         return function.function(*args)
     tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 5]

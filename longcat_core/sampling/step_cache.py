@@ -46,7 +46,7 @@ class StepCache:
 
         latents: [B, C, T, H, W] before the step.
         """
-        if self.rate is None:
+        if self.rate is None or self.before is None or self.out is None or self.earlier is None:
             return None
         out, at = self.out
         self.accumulated += self.rate * self._change(latents, self.before) / max(self._size(out), TINY)
@@ -60,7 +60,7 @@ class StepCache:
         """Record the network's output at these latents and this sigma: [B, C, T, H, W]; with guidance, both halves."""
         if self.threshold <= 0:
             return
-        if self.computed is not None:
+        if self.computed is not None and self.out is not None:
             self.rate = self._change(out, self.out[0]) / max(self._change(latents, self.computed), TINY)
         self.computed = self.before = latents
         self.earlier, self.out, self.accumulated = self.out, (out, sigma), 0.0

@@ -118,13 +118,12 @@ class LoraTrainer:
 
     def __init__(self, model: OptimizedTransformer, recipe: Recipe) -> None:
         self.model, self.recipe = model.requires_grad_(False), recipe
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.parameters: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(recipe.seed)
         for i in range(model.config.depth):
             for name in recipe.layers:
-                layer = model.get_submodule(f"blocks.{i}.{name}")
                 # fp32 on any base: 16 bits would lose the steps.
-                adapt(layer, recipe.rank, torch.float32)
+                layer = adapt(model.get_submodule(f"blocks.{i}.{name}"), recipe.rank, torch.float32)
                 with torch.no_grad():
                     bound = layer.lora_down.shape[1] ** -0.5
                     drawn = torch.rand(layer.lora_down.shape, generator=generator)
@@ -264,7 +263,7 @@ def estimate_bytes(config: ModelConfig, recipe: Recipe) -> int:
     """Of the file and its state, each there twice while it is written."""
     with torch.device("meta"):
         block = OptimizedTransformer(ModelConfig(**{**config.to_dict(), "depth": 1})).blocks[0]
-    sides = sum(sum(block.get_submodule(name).weight.shape) for name in recipe.layers)
+    sides = sum(sum(block.get_parameter(f"{name}.weight").shape) for name in recipe.layers)
     return 8 * 4 * recipe.rank * config.depth * sides + (1 << 20)
 
 

@@ -61,7 +61,7 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = list(module.parameters())
+        self.parameters: list[Tensor] = list(module.parameters())
         self.average = [p.detach().float().clone() for p in self.parameters]
 
     @torch.no_grad()
