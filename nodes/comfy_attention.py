@@ -53,4 +53,4 @@ def user_kernels(optimizations: Optimizations, options: dict[str, Any], own: Ker
 
     Cross-attention keeps its own: padding is one key with a raised logit, which few kernels know.
     """
-    return own._replace(attend=ComfyAttention(options), quantised=None) if chosen(optimizations, options) else own
+    return own._replace(attend=ComfyAttention(options), quantized=None) if chosen(optimizations, options) else own

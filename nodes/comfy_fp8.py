@@ -18,13 +18,13 @@ from torch import Tensor
 from ..longcat_core.checkpoints.load import Checkpoint, read_parameter
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
-from ..longcat_core.optimize.kernels.elementwise import Quantised, quantise_rows
+from ..longcat_core.optimize.kernels.elementwise import Quantized, quantize_rows
 from ..longcat_core.optimize.quantization import (
     Policy,
     check_sizes,
-    dequantised,
+    dequantized,
     missing,
-    quantised_linear,
+    quantized_linear,
     scale_rows,
     with_scales,
     without_scales,
@@ -38,10 +38,10 @@ class Rowwise:
 
 
 class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
-    """x [.., in] in 16 bits or fp32, or quantised already -> [.., out]; see `quantization.Fp8Linear`.
+    """x [.., in] in 16 bits or fp32, or quantized already -> [.., out]; see `quantization.Fp8Linear`.
 
     weight: e4m3 rows with their scales below them, `with_scales` of the core. bias [out] or None. `original` reads the
-    weight as the checkpoint has it, for a LoRA to be merged into before it is quantised.
+    weight as the checkpoint has it, for a LoRA to be merged into before it is quantized.
     """
 
     eight_bit = True
@@ -71,7 +71,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             weight = weight.to(comfy.model_management.get_torch_device())
             # e4m3 keeps its numbers and scales.
             scale = state.get(f"{prefix}weight_scale")
-            rows = quantise_rows(weight) if scale is None else (weight, scale.to(weight.device))
+            rows = quantize_rows(weight) if scale is None else (weight, scale.to(weight.device))
             state = {name: value for name, value in state.items() if name != f"{prefix}weight_scale"}
             state[f"{prefix}weight"] = with_scales(*rows)
         super()._load_from_state_dict(state, prefix, *args)
@@ -82,7 +82,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return torch.Size((self.out_features, self.in_features))
 
     @property
-    def takes_quantised(self) -> bool:
+    def takes_quantized(self) -> bool:
         return not self.weight_function
 
     def _bare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
@@ -98,21 +98,21 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, **options)
         return weight, bias, (layer, weight, bias, stream)
 
-    def forward(self, x: Tensor | Quantised, fp8: bool = True) -> Tensor:
+    def forward(self, x: Tensor | Quantized, fp8: bool = True) -> Tensor:
         """fp8: multiply in 8 bits; otherwise the same weights, multiplied out."""
         comfy.ops.run_every_op()
-        given = x.values if isinstance(x, Quantised) else x
-        dtype = self.dtype if isinstance(x, Quantised) else x.dtype
+        given = x.values if isinstance(x, Quantized) else x
+        dtype = self.dtype if isinstance(x, Quantized) else x.dtype
         packed, bias, streamed = self._bare(given)
         weight, scales = without_scales(packed, self.out_features)
         if self.weight_function:
             # A LoRA on a layer that is streamed: merged here, and multiplied in 16 bits.
-            full = dequantised(weight, scales, dtype)
+            full = dequantized(weight, scales, dtype)
             for function in self.weight_function:
                 full = function(full)
             out = torch.nn.functional.linear(x, full, None if bias is None else bias.to(dtype))
         else:
-            out = quantised_linear(x, weight, scales, bias, dtype, fp8=fp8, native=self.native)
+            out = quantized_linear(x, weight, scales, bias, dtype, fp8=fp8, native=self.native)
         if streamed is not None:
             comfy.ops.uncast_bias_weight(*streamed)
         return out
@@ -129,14 +129,14 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             try:
                 return self.original().to(weight.device, dtype)
             except CheckpointError as error:
-                logging.warning("LongCat: a LoRA is merged into quantised weights: %s", error)
-        return dequantised(*without_scales(weight.to(E4M3), self.out_features), dtype)
+                logging.warning("LongCat: a LoRA is merged into quantized weights: %s", error)
+        return dequantized(*without_scales(weight.to(E4M3), self.out_features), dtype)
 
     def set_weight(
         self, weight: Tensor, inplace_update: bool = False, seed: Any = None, return_weight: bool = False, **unused: Any
     ) -> Tensor | None:
-        """Take the merged weight [out, in], quantised anew."""
-        packed = with_scales(*quantise_rows(weight))
+        """Take the merged weight [out, in], quantized anew."""
+        packed = with_scales(*quantize_rows(weight))
         if return_weight:
             return packed
         if inplace_update:

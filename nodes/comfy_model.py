@@ -35,8 +35,7 @@ from ..longcat_core.model.text import trim_text
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.attention import Kernels
 from ..longcat_core.optimize.execution import Execution
-from ..longcat_core.optimize.kernels.elementwise import HALF
-from ..longcat_core.optimize.kernels.elementwise import missing as kernels_missing
+from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes, text_bytes
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
@@ -65,7 +64,7 @@ def _linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, torch.nn.Linear) or _replaced(layer):
         # `comfy_cast_weights` is set on these layers below: they cast their weights to the input's dtype.
         return layer(x)
-    # ComfyUI's quantised layer, which would quantise the input as well.
+    # ComfyUI's quantized layer, which would quantize the input as well.
     weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
     out = F.linear(x, weight, bias)
     comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
@@ -83,7 +82,7 @@ def _is_streamed(block: torch.nn.Module, device: torch.device) -> bool:
 
 
 def _sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
-    """A layer that ComfyUI neither streams, casts, quantises nor patches at use holds its whole weight, ready."""
+    """A layer that ComfyUI neither streams, casts, quantizes nor patches at use holds its whole weight, ready."""
     return (
         isinstance(layer, torch.nn.Linear)
         and not _replaced(layer)
@@ -191,7 +190,7 @@ class DiffusionModel(LongCatTransformer):
     def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype, options: dict[str, Any] | None = None) -> int:
         """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
         switches = (options or {}).get(OPTIMIZATIONS_KEY, Optimizations())
-        own = switches.fused_kernels and switches.explicit_fp32 and dtype in HALF and not kernels_missing()
+        own = switches.fused_kernels and switches.explicit_fp32 and elementwise.takes(dtype)
         eight_bit = any(getattr(module, "eight_bit", False) for module in self.modules())
         return forward_bytes(self.config, latents, dtype.itemsize, own, eight_bit)
 

@@ -13,7 +13,7 @@ from ..longcat_core.checkpoints.load import stored_part
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.transformer import LongCatTransformer
-from ..longcat_core.optimize.quantization import Policy, dequantised, without_scales
+from ..longcat_core.optimize.quantization import Policy, dequantized, without_scales
 
 _SHOWN = 5
 
@@ -27,7 +27,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     """The network's weights out of `state`, of any form, which is emptied on the way: what is split is stacked, INT8
     and fp8 with scales are multiplied out to bf16.
 
-    What ComfyUI describes as quantised goes along as it is where its layer is stored whole: its layers have one scale.
+    What ComfyUI describes as quantized goes along as it is where its layer is stored whole: its layers have one scale.
     rowwise: layers that become fp8 by rows keep e4m3 numbers, and have their scales as `weight_scale` [out, 1].
     Raises CheckpointError naming what is missing or has the wrong shape. Keys of nothing in the network are kept.
     """
@@ -81,7 +81,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
 
 
 def _comfyui_reads(state: dict[str, Tensor], layer: str) -> bool:
-    """Whether a layer is described as quantised in a way that is left to ComfyUI: any but those that only we know."""
+    """Whether a layer is described as quantized in a way that is left to ComfyUI: any but those that only we know."""
     description = state.get(f"{layer}.comfy_quant")
     if description is None:
         return False
@@ -109,7 +109,7 @@ def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
             tensor = tensor.to("cpu")
         if tensor.dtype == torch.float8_e4m3fn and kind == "weight" and tuple(tensor.shape) != shapes.get(name):
             packed = tensor.to("cpu")
-            tensor = dequantised(*without_scales(packed, shapes[name][0]), torch.bfloat16)
+            tensor = dequantized(*without_scales(packed, shapes[name][0]), torch.bfloat16)
         for source, part in zip(sources, tensor.chunk(len(sources)) if len(sources) > 1 else (tensor,), strict=True):
             out[f"{source}.{kind}"] = part
     return out

@@ -232,7 +232,7 @@ class Job:
 def _everything(job: Job, size: Any) -> None:
     """Parts that need the whole model, which is quantized as late as possible; then parts on its first blocks."""
     from ..measure.results import say
-    from ..optimize.quantization import quantised_layers
+    from ..optimize.quantization import quantized_layers
     from .parts import paths
     from .parts.profile import REFINING, VARIANTS, refines
     from .workload import Size
@@ -268,7 +268,7 @@ def _everything(job: Job, size: Any) -> None:
             continue
         if args.no_fp8 and (kind == "policies" or variant == "refine+fp8"):
             continue
-        if bench is None or bench.model is None or quantised_layers(bench.model):
+        if bench is None or bench.model is None or quantized_layers(bench.model):
             # An earlier part quantized or dropped the model.
             bench = job.bench(size, few)
         if refines(kind, variant):

@@ -165,7 +165,7 @@ class Bench:
 def eight_bit() -> list[str]:
     """8-bit attention kernels, installed ones first, in order of speed."""
     lossy = [backend for backend in BACKENDS if not backend.exact]
-    return [backend.name for backend in sorted(lossy, key=lambda backend: bool(backend.missing()))]
+    return [backend.name for backend in sorted(lossy, key=lambda backend: bool(backend.needs.missing()))]
 
 
 def compared(first: Row, before: Row | None = None, removed: bool = False) -> Finish:

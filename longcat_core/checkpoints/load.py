@@ -18,7 +18,7 @@ from ..files.tensor_files import TensorFile, is_gguf, open_file
 from ..model.config import ModelConfig
 from ..optimize.attention import import_ahead
 from ..optimize.execution import OptimizedTransformer
-from ..optimize.kernels.elementwise import quantise_rows
+from ..optimize.kernels.elementwise import quantize_rows
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from ..optimize.switches import Optimizations
 from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
@@ -397,7 +397,7 @@ class Reader:
         self.into(target, parts)
         if changed:
             target = stack.add(name, target).to(dtype)
-        return Weight(*quantise_rows(target)) if eight_bit else Weight(target)
+        return Weight(*quantize_rows(target)) if eight_bit else Weight(target)
 
 
 def load_transformer(

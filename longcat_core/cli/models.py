@@ -51,7 +51,7 @@ def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> 
     mode = args.compile
     if mode == "auto":
         # Nano finishes before its blocks would be compiled, and with our own kernels there is little left to gain.
-        own = not kernels.missing() and dtype_of(args.dtype, device) in kernels.HALF
+        own = kernels.takes(dtype_of(args.dtype, device))
         return "off" if paths.is_nano or device.type != "cuda" or own or why_not(device) else "blocks"
     if mode == "blocks" and (reason := why_not(device)):
         raise LongCatError(f"--compile blocks does not work here: {reason}; leave it out, or use --compile off")

@@ -25,8 +25,7 @@ from ..files.media import resize_and_crop
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
 from ..optimize.block_sparse import BlockSparse
-from ..optimize.kernels.elementwise import HALF
-from ..optimize.kernels.elementwise import missing as kernels_missing
+from ..optimize.kernels import elementwise
 from ..optimize.plan import GIB, Plan, Weights, Work, apply_plan, choose_plan, free_bytes, needed_bytes, smaller
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
@@ -201,7 +200,7 @@ def _plan(
         _check_host(config, dtype, fp8, replace(least, streamed=0), work, text_encoder + others)
     if work is None or device.type != "cuda":
         return least, least.told(config.depth)
-    own = optimizations.fused_kernels and optimizations.explicit_fp32 and dtype in HALF and not kernels_missing()
+    own = optimizations.fused_kernels and optimizations.explicit_fp32 and elementwise.takes(dtype)
     weights, free = Weights.of(config, dtype, fp8), free_bytes(device, memory)
     plan, needed = choose_plan(
         config,

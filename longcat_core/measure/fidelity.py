@@ -255,7 +255,7 @@ def other_kernel(name: str, inputs: Inputs) -> str:
     own = backends.resolve(name, inputs)
     out = _probe(own.attend, inputs)
     for backend in backends.BACKENDS:
-        if not backend.exact or backend is own or backend.missing() or backend.refuses(inputs):
+        if not backend.exact or backend is own or backend.needs.why_not(inputs):
             continue
         try:
             differs = not torch.equal(_probe(backend.attend, inputs), out)

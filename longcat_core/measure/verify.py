@@ -24,7 +24,7 @@ from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
 from ..optimize.block_sparse import BlockSparse, attend_grid
 from ..optimize.execution import OptimizedTransformer
-from ..optimize.kernels.block_sparse import missing
+from ..optimize.kernels.elementwise import missing
 from ..sampling.conditioning import to_pixels
 from ..sampling.guidance import cfg_zero, cfg_zero_scale
 from ..sampling.sampler import sample
@@ -247,7 +247,7 @@ def cases(depth: int) -> Iterator[Case]:
     yield Case("vae encode clip", _encoded("clip", "vc.cond_latents"))
     for case in BSA_CASES:
         yield Case(f"bsa {case}", _bsa(case, "plain"), tolerance=BSA_TOLERANCE)
-        if not missing("triton"):
+        if not missing():
             yield Case(f"bsa {case} triton", _bsa(case, "triton"), tolerance=BSA_TOLERANCE)
 
 

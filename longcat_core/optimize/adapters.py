@@ -28,8 +28,8 @@ class Adapted(nn.Module):
     lora_down: nn.Parameter
     lora_up: nn.Parameter
     lora_scale: nn.Parameter
-    # The LoRA wants the input in 16 bits; an 8-bit layer quantises it by itself then.
-    takes_quantised = False
+    # The LoRA wants the input in 16 bits; an 8-bit layer quantizes it by itself then.
+    takes_quantized = False
 
     def forward(self, x: Tensor, **how: Any) -> Tensor:
         """x [.., in] -> [.., out]. how: what the layer itself takes beside x."""

@@ -1,19 +1,17 @@
-"""Attention kernels under one signature, chosen by name or `auto`; each says why it cannot be used.
+"""Attention kernels under one signature, chosen by name or `auto`; each says why it cannot run.
 
-A kernel takes q [B, Nq, H, D], k and v [B, Nk, H, D] and returns [B, Nq, H, D]: no mask, no causality, softmax scale
-D^-0.5. Optional packages are looked for when a backend is first asked for, never when this module is imported.
+A kernel takes q [B, Nq, H, D], k and v [B, Nk, H, D] and returns [B, Nq, H, D]: no mask, not causal, softmax scale
+D^-0.5. Optional packages are imported when a backend is first needed, never when this module is imported.
 
-Inside a compiled graph kernels are operators of their own; see `operators`.
+Inside a compiled graph kernels are custom operators; see `operators`.
 """
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,248 +20,141 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import BackendUnavailable
-from .kernels import cudnn_fp8 as fp8_attention
-from .kernels.elementwise import Quantised
-from .kernels.elementwise import missing as missing_triton
+from .kernels import cudnn_fp8
+from .kernels.elementwise import Quantized
 from .operators import Attend, AttendVarlen, Varlen, attend_foreign, opaque, opaque_varlen
+from .requirement import HALF, Inputs, Requirement, load, trial
 
-HALF = (torch.bfloat16, torch.float16)
-
-
-class Inputs(NamedTuple):
-    """What a kernel must cope with: where and in what dtype q, k, v are, and whether gradients flow through them."""
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    grad: bool
+AttendQuantized = Callable[[Tensor, Tensor, Tensor], Quantized]
 
 
 @dataclass(frozen=True)
 class Backend:
     """One attention kernel.
 
-    `missing` answers "" where the kernel can run in this installation, otherwise the reason. `exact` is False for
-    kernels that quantise their inputs: `auto` never takes those. `dtypes` None means any. `quantised`: the same with an
-    output of 8 bits, [B, Nq, C], for a product that takes it so.
+    varlen: the same for packed sequences. exact is False for kernels that quantize their inputs; `auto` never takes
+    those. quantized: the same with an 8-bit output [B, Nq, C], for a linear layer that takes it so.
     """
 
     name: str
     summary: str
-    missing: Callable[[], str]
+    needs: Requirement
     attend: Attend
     varlen: AttendVarlen | None = None
     exact: bool = True
-    cuda_only: bool = True
-    dtypes: tuple[torch.dtype, ...] | None = HALF
-    max_head_dim: int = 256
-    needs_no_grad: bool = False
-    quantised: Callable[[Tensor, Tensor, Tensor], Quantised] | None = None
+    quantized: AttendQuantized | None = None
 
-    def refuses(self, inputs: Inputs) -> str:
-        """Why this kernel cannot take such inputs, or ""."""
-        if self.cuda_only and inputs.device.type != "cuda":
-            return f"it runs on CUDA, the tensors are on {inputs.device.type}"
-        if self.dtypes is not None and inputs.dtype not in self.dtypes:
-            return f"it takes {' or '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {inputs.dtype}"
-        if inputs.head_dim > self.max_head_dim or inputs.head_dim % 8:
-            return f"it takes head dims up to {self.max_head_dim} in steps of 8, not {inputs.head_dim}"
-        if self.needs_no_grad and inputs.grad:
-            return "it has no backward pass"
-        return ""
-
-
-# Names of packages that are not their modules'.
-_PACKAGES = {"cudnn": "nvidia-cudnn-frontend"}
-
-
-@cache
-def _load(module: str) -> tuple[Any, str]:
-    """An optional module, or None and the reason; a broken installation must not take the program down."""
-    try:
-        return importlib.import_module(module), ""
-    except ModuleNotFoundError:
-        package = module.split(".")[0]
-        return None, f"package {_PACKAGES.get(package, package)} is not installed"
-    except Exception as error:  # an ABI mismatch raises anything from OSError to AttributeError
-        return None, f"{module} does not load: {type(error).__name__}: {error}".splitlines()[0]
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """`missing` of a backend that needs an optional package and a GPU.
-
-    alone: on GPUs of this capability and no other. triton: there are kernels of our own around it.
-    """
-
-    module: str
-    attribute: str
-    capability: tuple[int, int] = (8, 0)
-    alone: bool = False
-    triton: bool = False
-
-    def __call__(self) -> str:
-        loaded, reason = _load(self.module)
-        if loaded is None:
+    def why_not(self, inputs: Inputs) -> str:
+        """Why the kernel cannot serve such inputs, or ""; on CUDA the kernel is tried once."""
+        reason = self.needs.why_not(inputs)
+        if reason or self.needs.capability is None or torch.compiler.is_compiling():
             return reason
-        if not hasattr(loaded, self.attribute):
-            return f"{self.module} has no {self.attribute}: its version does not fit"
-        return _needs_cuda(self.capability, self.alone) or (missing_triton() if self.triton else "")
-
-    def absent(self) -> bool:
-        """Whether it is sure to be missing, told without importing the package."""
-        return bool(_needs_cuda(self.capability, self.alone)) or find_spec(self.module.split(".")[0]) is None
+        return tried(self.name, inputs.device, inputs.dtype, inputs.head_dim)
 
 
-def _needs_cuda(capability: tuple[int, int], alone: bool = False) -> str:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    have = torch.cuda.get_device_capability()
-    if have == capability or (have > capability and not alone):
-        return ""
-    verb = "is known to work on" if alone else "needs"
-    return f"{verb} compute capability {capability[0]}.{capability[1]}, this GPU has {have[0]}.{have[1]}"
-
-
-def _sdpa(kernel: SDPBackend) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(kernel):
-            return _any_sdpa(q, k, v)
-
-    return attend
-
-
-def _any_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def _sdpa_by(kernel: SDPBackend) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return _sdpa(q, k, v)
+
+    return attend
+
+
+def _packaged(needs: Requirement, **options: Any) -> Attend:
+    """The function of an optional package that a requirement names."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = getattr(load(needs.module)[0], needs.attribute)(q, k, v, **options)
+        # FlashAttention 3 and 4 return the output alone or (output, lse), depending on their version.
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
-    varlen, _ = _load("torch.nn.attention.varlen")
+    varlen, _ = load("torch.nn.attention.varlen")
     out, lse = varlen.varlen_attn(q, k, v, *lengths, return_aux=varlen.AuxRequest(lse=True))
     # PyTorch documents [tokens, heads]; its flash kernels give [heads, tokens].
     return out, lse if lse.shape == (q.shape[1], q.shape[0]) else lse.transpose(0, 1)
 
 
-def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _load("flash_attn")[0].flash_attn_func(q, k, v)
-
-
 def _flash2_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
-    out, lse, _ = _load("flash_attn")[0].flash_attn_varlen_func(q, k, v, *lengths, return_attn_probs=True)
+    out, lse, _ = load("flash_attn")[0].flash_attn_varlen_func(q, k, v, *lengths, return_attn_probs=True)
     return out, lse
 
 
-def _first(result: Any) -> Tensor:
-    # FlashAttention 3 and 4 return the output alone or (output, lse), depending on their version.
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _first(_load("flash_attn_interface")[0].flash_attn_func(q, k, v))
-
-
-def _flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _first(_load("flash_attn.cute")[0].flash_attn_func(q, k, v))
-
-
-def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _load("sageattention")[0].sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
-
-
-def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _load("xformers.ops")[0].memory_efficient_attention(q, k, v)
-
-
 _TORCH_VARLEN = opaque_varlen("torch", _torch_varlen)
+_TO_128 = range(8, 129, 8)
+_ANYWHERE = Requirement(None, dtypes=None, head_dims=None)
+_FLASH4 = Requirement((9, 0), "flash_attn.cute", "flash_attn_func", head_dims=_TO_128, backward=False)
+_FLASH3 = Requirement((9, 0), "flash_attn_interface", "flash_attn_func")
+_FLASH2 = Requirement((8, 0), "flash_attn", "flash_attn_func")
+_XFORMERS = Requirement((7, 0), "xformers.ops", "memory_efficient_attention", dtypes=(*HALF, torch.float32))
+_CUDNN_FP8 = Requirement((9, 0), "cudnn", "pygraph", exactly=True, triton=True, head_dims=_TO_128, backward=False)
+_SAGE = Requirement((8, 0), "sageattention", "sageattn", head_dims=_TO_128, backward=False)
 
-# Fastest first: `auto` takes the first exact one that is there and accepts the inputs.
+
+def _backend(name: str, summary: str, needs: Requirement, attend: Attend, **rest: Any) -> Backend:
+    return Backend(name, summary, needs, opaque(name, attend), **rest)
+
+
+# Fastest first: `auto` takes the first exact one that can run.
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "flash4",
-        "FlashAttention-4 (flash-attn-4, CuTe DSL; Hopper and Blackwell)",
-        _Needs("flash_attn.cute", "flash_attn_func", (9, 0)),
-        opaque("flash4", _flash4),
-        max_head_dim=128,
-        needs_no_grad=True,
-    ),
-    Backend(
-        "flash3",
-        "FlashAttention-3 (flash_attn_interface; Hopper)",
-        _Needs("flash_attn_interface", "flash_attn_func", (9, 0)),
-        opaque("flash3", _flash3),
-    ),
-    Backend(
+    _backend("flash4", "FlashAttention-4 (flash-attn-4, CuTe DSL; Hopper and Blackwell)", _FLASH4, _packaged(_FLASH4)),
+    _backend("flash3", "FlashAttention-3 (flash_attn_interface; Hopper)", _FLASH3, _packaged(_FLASH3)),
+    _backend(
         "cudnn",
         "cuDNN through torch SDPA",
-        lambda: _needs_cuda((8, 0)),
-        opaque("cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+        Requirement(head_dims=_TO_128),
+        _sdpa_by(SDPBackend.CUDNN_ATTENTION),
         varlen=_TORCH_VARLEN,
-        max_head_dim=128,
     ),
-    Backend(
+    _backend(
         "flash2",
         "FlashAttention-2 (flash-attn)",
-        _Needs("flash_attn", "flash_attn_func"),
-        opaque("flash2", _flash2),
+        _FLASH2,
+        _packaged(_FLASH2),
         varlen=opaque_varlen("flash2", _flash2_varlen),
     ),
-    Backend(
+    _backend(
         "sdpa-flash",
         "FlashAttention-2 through torch SDPA",
-        lambda: _needs_cuda((8, 0)),
-        opaque("sdpa-flash", _sdpa(SDPBackend.FLASH_ATTENTION)),
+        Requirement(),
+        _sdpa_by(SDPBackend.FLASH_ATTENTION),
         varlen=_TORCH_VARLEN,
     ),
-    Backend(
-        "xformers",
-        "xformers memory-efficient attention",
-        _Needs("xformers.ops", "memory_efficient_attention", (7, 0)),
-        opaque("xformers", _xformers),
-        dtypes=(*HALF, torch.float32),
-    ),
-    Backend(
-        "sdpa",
-        "torch SDPA, its own choice of kernel",
-        lambda: "",
-        _any_sdpa,
-        cuda_only=False,
-        dtypes=None,
-        max_head_dim=1 << 16,
-    ),
-    Backend(
+    _backend("xformers", "xformers memory-efficient attention", _XFORMERS, _packaged(_XFORMERS)),
+    # PyTorch's own operator, which graphs hold as it is.
+    Backend("sdpa", "torch SDPA, its own choice of kernel", _ANYWHERE, _sdpa),
+    _backend(
         "sdpa-math",
         "torch SDPA by plain matrix products (slow; for comparison)",
-        lambda: "",
-        opaque("sdpa-math", _sdpa(SDPBackend.MATH)),
-        cuda_only=False,
-        dtypes=None,
-        max_head_dim=1 << 16,
+        _ANYWHERE,
+        _sdpa_by(SDPBackend.MATH),
     ),
-    Backend(
+    _backend(
         "cudnn-fp8",
         "cuDNN in fp8 (nvidia-cudnn-frontend; Hopper; lossy; only by name)",
-        _Needs("cudnn", "pygraph", (9, 0), alone=True, triton=True),
-        opaque("cudnn-fp8", fp8_attention.attend),
+        _CUDNN_FP8,
+        cudnn_fp8.attend,
         exact=False,
-        max_head_dim=128,
-        needs_no_grad=True,
-        quantised=fp8_attention.attend_quantised,
+        quantized=cudnn_fp8.attend_quantized,
     ),
-    Backend(
+    _backend(
         "sage",
         "SageAttention (8-bit, lossy; only by name)",
-        _Needs("sageattention", "sageattn"),
-        opaque("sage", _sage),
+        _SAGE,
+        _packaged(_SAGE, tensor_layout="NHD", is_causal=False),
         exact=False,
-        max_head_dim=128,
-        needs_no_grad=True,
     ),
 )
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
-
-
 _ATTEND = {backend.attend for backend in BACKENDS} | {attend_foreign}
 
 
@@ -283,100 +174,73 @@ def names() -> tuple[str, ...]:
 
 
 def listed() -> tuple[str, ...]:
-    """`auto` and the backends to offer here, without importing an optional package: its presence is enough.
-
-    Importing one may take seconds; whether it loads, `check` tells.
-    """
-    absent = {b.name for b in BACKENDS if (b.missing.absent() if isinstance(b.missing, _Needs) else b.missing())}
-    return tuple(name for name in names() if name not in absent)
+    """`auto` and the backends to offer here. Packages are looked for but not imported, which may take seconds."""
+    return ("auto", *(name for name, backend in _BY_NAME.items() if not backend.needs.absent()))
 
 
 def import_ahead(device: torch.device | str = "cuda", name: str = "auto") -> threading.Thread | None:
-    """Begin to import the package that attention on `device` will ask for; the thread that does it, or None.
+    """Import the package that attention on `device` will need in a background thread, which is returned, or None.
 
-    For whoever is about to wait for a disk: the packages take seconds to import, of the first step otherwise.
+    Reading a checkpoint then hides the seconds that the import takes.
     """
     if torch.device(device).type != "cuda":
         return None
-    for backend in BACKENDS:
-        if backend.name != name and not (name == "auto" and backend.exact):
-            continue
-        if isinstance(backend.missing, _Needs):
-            if not backend.missing.absent():
-                thread = threading.Thread(target=_load, args=(backend.missing.module,), name="longcat import")
-                thread.start()
-                return thread
-        elif not backend.missing():
-            # One of PyTorch's own comes first.
-            return None
-    return None
+    wanted = (b for b in BACKENDS if b.name == name or (name == "auto" and b.exact))
+    backend = next((b for b in wanted if not b.needs.absent()), None)
+    if backend is None or not backend.needs.module:
+        return None
+    thread = threading.Thread(target=load, args=(backend.needs.module,), name="longcat import")
+    thread.start()
+    return thread
 
 
-def report(trial: Inputs | None = None) -> list[tuple[str, bool, str]]:
-    """(name, usable in this installation, what it is or why it is not usable) for every backend.
+def report(inputs: Inputs | None = None) -> list[tuple[str, bool, str]]:
+    """(name, whether it can run on this machine, its summary or why it cannot) for every backend.
 
-    trial: inputs that it must work on, too, which takes seconds where kernels are compiled for them.
+    inputs: those that it must take as well; trying kernels takes seconds where they are compiled first.
     """
     rows = []
     for backend in BACKENDS:
-        reason = backend.missing() or ("" if trial is None else why_not(backend, trial))
+        reason = backend.needs.missing() or ("" if inputs is None else backend.why_not(inputs))
         rows.append((backend.name, not reason, reason or backend.summary))
     return rows
 
 
 def check(name: str) -> None:
-    """Raise BackendUnavailable, with a list of what is there, unless `name` is `auto` or usable here."""
+    """Raise BackendUnavailable, with a list of the others, unless `name` is `auto` or can run on this machine."""
     if name == "auto":
         return
-    usable = ", ".join(["auto", *(row[0] for row in report() if row[1])])
-    if name not in _BY_NAME:
-        raise BackendUnavailable(f"unknown attention backend {name!r}; this machine has: {usable}")
-    reason = _BY_NAME[name].missing()
-    if reason:
-        raise BackendUnavailable(f"attention backend {name!r} is unavailable ({reason}); this machine has: {usable}")
+    reason = _BY_NAME[name].needs.missing() if name in _BY_NAME else ""
+    if reason or name not in _BY_NAME:
+        found = ", ".join(["auto", *(other for other, runs, _ in report() if runs)])
+        what = (
+            f"attention backend {name!r} is unavailable ({reason})" if reason else f"unknown attention backend {name!r}"
+        )
+        raise BackendUnavailable(f"{what}; this machine has: {found}")
 
 
 class Kernels(NamedTuple):
-    """The kernels of one forward pass: chosen outside the blocks, so that compiled blocks hold no look-ups.
+    """The attention kernels of one forward pass, chosen outside the blocks so that graphs hold no look-ups.
 
-    attend: self-attention. varlen: text of different lengths in one batch; None: through SDPA with a bias. text: text
-    with all its padding written out, which is `exact` without a bias; None: padding stays folded, under a bias.
-    quantised: self-attention with an output of 8 bits, where the backend has it.
+    attend: self-attention. varlen: texts of different lengths in one batch; None: SDPA with a bias. text: text with all
+    its padding written out, which is `exact` without a bias; None: padding stays folded, under a bias. quantized:
+    self-attention with an 8-bit output, where the backend has it.
     """
 
     attend: Attend
     varlen: AttendVarlen | None
     text: Attend | None = None
-    quantised: Callable[[Tensor, Tensor, Tensor], Quantised] | None = None
+    quantized: AttendQuantized | None = None
 
 
-# Tokens of a trial, and how far its output may be from the definition, relative: of 16 bits, and of 8 bits.
+# Tokens of a trial, and the relative error that is accepted: of 16-bit kernels, and of 8-bit ones.
 _TRIAL_TOKENS, _TOLERANCES = 256, (0.02, 0.25)
 
 
-def trial(run: Callable[[], tuple[Tensor, Tensor]], tolerance: float) -> str:
-    """Why a kernel does not work, or "". run: returns its output and the right one, fp32, in one place."""
-    try:
-        with torch.no_grad():
-            out, wanted = run()
-            error = ((out - wanted).norm() / wanted.norm()).item()
-    except torch.OutOfMemoryError:
-        # Not the kernel's fault, nor for long.
-        raise
-    except Exception as error:  # of compilers, loaders, launches: anything
-        return f"it fails on this GPU: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    # So written, NaN is wrong too.
-    return "" if error <= tolerance else f"its output is wrong on this GPU (error {error:.2g})"
-
-
 @cache
-def fails(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Why the kernel of `name` does not work on `device`, tried on a few tokens, or "".
-
-    Packages are built for some GPUs, compile their kernels at first use, or need another one's version: that shows
-    when they run and not before.
-    """
-    # A generator of its own: the device's is the user's.
+def tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why the kernel of `name` does not work on `device`, tried on a few tokens, or ""."""
+    # A generator of its own: the device's belongs to the user.
     generator = torch.Generator(device).manual_seed(0)
     shape = 3, 1, _TRIAL_TOKENS, 2, head_dim
     q, k, v = torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -384,57 +248,46 @@ def fails(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
     def run() -> tuple[Tensor, Tensor]:
         out = backend.attend(q, k, v).float()
-        return out.cpu(), _any_sdpa(q.float().cpu(), k.float().cpu(), v.float().cpu())
+        return out.cpu(), _sdpa(q.float().cpu(), k.float().cpu(), v.float().cpu())
 
     return trial(run, _TOLERANCES[not backend.exact])
 
 
-def why_not(backend: Backend, inputs: Inputs) -> str:
-    """Why the kernel cannot serve these inputs, told without or, on CUDA, by a trial, or ""."""
-    reason = backend.refuses(inputs)
-    if reason or not backend.cuda_only or torch.compiler.is_compiling():
-        return reason
-    return fails(backend.name, inputs.device, inputs.dtype, inputs.head_dim)
-
-
 def resolve(name: str, inputs: Inputs) -> Backend:
-    """The backend `name` for such inputs.
+    """The backend `name` for such inputs; `auto`: the first exact one that can run.
 
-    `auto` skips kernels that refuse the inputs or fail. Asked for by name, such a kernel raises BackendUnavailable: a
-    silent substitute would falsify a measurement.
+    Raises BackendUnavailable if a backend chosen by name cannot run: a silent substitute would falsify a measurement.
     """
     if name == "auto":
-        return next(b for b in BACKENDS if b.exact and not b.missing() and not why_not(b, inputs))
+        return next(backend for backend in BACKENDS if backend.exact and not backend.why_not(inputs))
     check(name)
     backend = _BY_NAME[name]
-    reason = why_not(backend, inputs)
-    if reason:
+    if reason := backend.why_not(inputs):
         raise BackendUnavailable(f"attention backend {name!r} cannot run here: {reason}; choose 'auto' or 'sdpa'")
     return backend
 
 
 def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
-    """Kernels for self-attention, for text of varying length and for text with its padding written out.
+    """Kernels for self-attention, for texts of different lengths and for text with its padding written out.
 
-    A varlen kernel must also return the log-sum-exp, which has no gradient: training gets None. So does `text` there,
-    and in fp32, where a bias costs little and is exact; in half precision the ln(count) of folded padding is rounded
-    by up to 1.6 %, and kernels that take a bias are slow.
+    A varlen kernel must also return the log-sum-exp, which has no gradient: training gets None. `text` is None in
+    training and in fp32, where a bias costs little and is exact; in half precision the ln(count) of folded padding is
+    rounded by up to 1.6 %, and kernels that take a bias are slow.
     """
     backend = resolve(name, inputs)
     if inputs.grad:
         return Kernels(backend.attend, None)
     varlen = None
-    for other in BACKENDS if name == "auto" else (_BY_NAME[name],):
-        if other.varlen and other.exact and not other.missing() and not why_not(other, inputs):
-            if other.varlen is _TORCH_VARLEN and _load("torch.nn.attention.varlen")[0] is None:
+    for other in BACKENDS if name == "auto" else (backend,):
+        if other.varlen and other.exact and not other.why_not(inputs):
+            if other.varlen is _TORCH_VARLEN and load("torch.nn.attention.varlen")[0] is None:
                 continue
             varlen = other.varlen
             break
     text = None
     if inputs.dtype in HALF:
-        # Over so few keys cuDNN is the fastest where it was measured.
+        # cuDNN measured fastest over the few keys of a text.
         cudnn = _BY_NAME["cudnn"]
-        usable = not cudnn.missing() and not why_not(cudnn, inputs)
         exact = backend if backend.exact else resolve("auto", inputs)
-        text = (cudnn if name == "auto" and usable else exact).attend
-    return Kernels(backend.attend, varlen, text, backend.quantised)
+        text = (cudnn if name == "auto" and not cudnn.why_not(inputs) else exact).attend
+    return Kernels(backend.attend, varlen, text, backend.quantized)

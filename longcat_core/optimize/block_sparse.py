@@ -1,14 +1,14 @@
 """Block-sparse attention: every chunk of the video attends to the few chunks that matter most to it.
 
-Tokens of a grid (frames, rows, columns) are laid out chunk after chunk, a chunk being a small box of the grid. Queries
-and keys are averaged over chunks, the products of the averages are scores, and each query chunk attends in full to the
-key chunks of the best scores. Grids that the chunks do not divide are padded: padding comes last in its chunk, is never
-a key and counts in no average.
+Tokens of a grid (frames, rows, columns) are laid out chunk after chunk; a chunk is a small box of the grid. Queries and
+keys are averaged over chunks, the products of the averages are scores, and each query chunk attends in full to the key
+chunks with the best scores. Grids that the chunks do not divide are padded: padding comes last in its chunk, is never
+a key and does not enter an average.
 
-The layout is made once per grid. Tokens, RoPE tables and cached keys that are laid out by it before the first block
-need no permutation in any block: `ChunkLayout` tells how such tokens look to the rest of the network.
+The layout is made once per grid. Tokens, RoPE tables and cached keys are arranged by it before the first block, so that
+the blocks need no permutation: see `ChunkLayout`.
 
-Here is the plain PyTorch version, which runs anywhere and defines what `optimize.block_sparse_kernel` computes.
+This is the plain PyTorch version, which runs anywhere and defines what `optimize.kernels.block_sparse` computes.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from torch import Tensor
 from ..errors import BackendUnavailable, LongCatError
 from ..model.rope import rope_table
 from ..model.transformer import BlockCache, FrameLayout
-from .attention import Attend, Kernels, trial
+from .attention import Attend, Kernels
 from .kernels import block_sparse as kernels
+from .requirement import Inputs, trial
 
 Shape = tuple[int, int, int]
 Kernel = Literal["auto", "triton", "fa4", "plain"]
 KERNELS = ("auto", "triton", "fa4", "plain")
-# Fastest first.
+# What `auto` tries, fastest first.
 _AUTO = ("fa4", "triton")
-# Keys and values that the plain version gathers at a time.
-_GATHERED_BYTES = 1 << 27
-_SORTED_BYTES = 1 << 28
+# Memory of the keys and values that the plain version gathers at a time, and of the scores that it sorts.
+_GATHERED_BYTES, _SORTED_BYTES = 1 << 27, 1 << 28
 
 
 @dataclass(frozen=True)
 class BlockSparse:
-    """What block-sparse attention keeps. The defaults are the released model's at 720p.
+    """Settings of block-sparse attention. The defaults are the released model's at 720p.
 
     sparsity
         The share of key chunks that are left out: a query chunk keeps int((1 - sparsity) * n) of n, at least one.
     cdf_threshold
-        Keep the best chunks while the softmax over all of them (of score * head_dim^-0.5) sums up to no more than
-        this. With a sparsity too, the larger of both numbers; without, this alone.
+        Keep the best chunks while the softmax over all scores (times head_dim^-0.5) sums to no more than this. If a
+        sparsity is set too, the setting that keeps more chunks decides.
     chunk
         Frames, rows and columns of a key chunk, in tokens.
     query_chunk
-        The same of a query chunk, multiples of `chunk`; None: the same. All tokens of a query chunk attend to the same
-        keys; 128 of them run faster than 64.
+        The same of a query chunk, multiples of `chunk`; None: as `chunk`. All tokens of a query chunk attend to the
+        same keys; query chunks of 128 tokens run faster than those of 64.
     kernel
         `triton`, `fa4` (FlashAttention-4), `plain` (PyTorch), or `auto`: the first of these that runs.
     """
@@ -77,7 +77,7 @@ class BlockSparse:
                 raise LongCatError(f"block-sparse {name} is {value}; it must be three whole numbers of at least 1")
             object.__setattr__(self, name, tuple(value))
         if any(q % k for q, k in zip(self.queries, self.chunk, strict=True)):
-            raise LongCatError(f"block-sparse query_chunk {self.queries} is no multiple of the chunk {self.chunk}")
+            raise LongCatError(f"block-sparse query_chunk {self.queries} must be a multiple of the chunk {self.chunk}")
         if self.kernel not in KERNELS:
             raise LongCatError(f"block-sparse kernel is {self.kernel!r}; choose one of {', '.join(KERNELS)}")
 
@@ -88,11 +88,11 @@ class BlockSparse:
 
     @staticmethod
     def applies(frames: int) -> bool:
-        """Whether a video of so many latent frames, conditioning frames included, is attended to block by block."""
+        """Whether attention to this many latent frames, conditioning frames included, is block-sparse."""
         return frames > 1
 
     def kept(self, chunks: int) -> int:
-        """How many of so many key chunks a sparsity keeps; 0 without one."""
+        """How many of `chunks` key chunks the sparsity keeps; 0 without a sparsity."""
         return 0 if self.sparsity is None else max(1, int((1 - self.sparsity) * chunks))
 
 
@@ -101,19 +101,18 @@ class BlockSparse:
 
 @dataclass(frozen=True, eq=False)
 class ChunkLayout:
-    """Where the tokens of a grid lie, chunk after chunk; `chunk_layout` makes and keeps it.
+    """Where the tokens of a grid lie, chunk after chunk; made and cached by `chunk_layout`.
 
-    Conditioning frames come first and share no chunk with the noise frames. Query chunks follow each other by frames,
-    rows, columns, and hold their key chunks in this order. Slots of padding repeat a token of their chunk.
+    Conditioning frames come first and share no chunk with the noise frames. Query chunks are in the order of frames,
+    rows, columns, and so are the key chunks in them. Slots of padding repeat a token of their chunk.
 
-    All query chunks of the same frames are a slab: tokens [B, slots, C] are [B, slabs, slots/slabs, C] to the rest of
-    the network, which then takes slabs for frames. All frames of a slab have one timestep where the conditioning frames
-    have theirs and the noise frames theirs: that of `slab_frames`.
+    All query chunks of the same frames form a slab: tokens [B, slots, C] become [B, slabs, slots/slabs, C], and the
+    rest of the network treats slabs as frames. All frames of a slab have the same timestep, that of `slab_frames`.
 
     grid: tokens in frames, rows, columns. order: [slots] int64, the token in each slot. places: [N] int64, the slot of
-    each token. sizes: [key chunks] int32, how many real tokens each has. used: how many key chunks have any; cond_used,
-    cond_slots, cond_slabs: what the conditioning frames have of these. q_chunk, k_chunk: slots of a query and of a key
-    chunk. slab_frames: [slabs] int64, the first frame of each. padded: whether any slot is padding.
+    each token. sizes: [key chunks] int32, the number of real tokens in each. used: number of key chunks with real
+    tokens; cond_used, cond_slots, cond_slabs: the conditioning frames' share. q_chunk, k_chunk: slots of a query chunk
+    and of a key chunk. slab_frames: [slabs] int64, the first frame of each. padded: whether any slot is padding.
     """
 
     grid: Shape
@@ -138,11 +137,11 @@ class ChunkLayout:
         return self.slab_frames.shape[0]
 
     def arrange(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Tokens in (frames, rows, columns) order along `dim`, laid out: N becomes slots. A copy."""
+        """Tokens in (frames, rows, columns) order along `dim`, arranged: N becomes slots. A copy."""
         return x.index_select(dim, self.order)
 
     def restore(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The reverse: slots become N, padding goes. A copy."""
+        """The reverse: slots become N, padding is dropped. A copy."""
         return x.index_select(dim, self.places)
 
 
@@ -165,7 +164,7 @@ def chunk_layout(
         tokens = torch.arange(start * height * width, stop * height * width).view(stop - start, height, width)
         short = [-size % step for size, step in zip(tokens.shape, query, strict=True)]
         boxes = F.pad(tokens, (0, short[2], 0, short[1], 0, short[0]), value=-1)
-        # Each axis into query chunks, key chunks within them, tokens within these.
+        # Split each axis into query chunks, key chunks in them, and tokens in these.
         for axis in (0, 1, 2):
             boxes = boxes.unflatten(3 * axis, (-1, query[axis] // chunk[axis], chunk[axis]))
         boxes = boxes.permute(0, 3, 6, 1, 4, 7, 2, 5, 8).reshape(-1, k_chunk)
@@ -203,15 +202,16 @@ def chunk_layout(
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def chunked_rope_table(head_dim: int, layout: ChunkLayout, start_frame: int, device: Any) -> tuple[Tensor, Tensor]:
-    """`rope_table` of the layout's grid, laid out: cosines and sines, each [slots, head_dim/2] fp32."""
+    """`rope_table` of the layout's grid, arranged: cosines and sines, each [slots, head_dim/2] fp32."""
     tables = rope_table(head_dim, *layout.grid, start_frame, torch.device(device))
     return tuple(layout.arrange(table, 0) for table in tables)
 
 
 class ChunkedLayout(FrameLayout):
-    """Tokens laid out chunk after chunk: the blocks see slabs instead of frames.
+    """Tokens chunk after chunk: the blocks see slabs instead of frames.
 
-    tokens: how x is laid out; keys: all keys, those of cached frames in front of x included; before: those alone.
+    tokens: the layout of x; keys: of all keys, including those of cached frames in front of x; before: of the cached
+    keys alone, or None.
     """
 
     def __init__(self, tokens: ChunkLayout, keys: ChunkLayout, before: ChunkLayout | None) -> None:
@@ -246,7 +246,7 @@ class ChunkedLayout(FrameLayout):
         return temb if temb.shape[1] == 1 else temb[:, self.tokens.slab_frames]
 
     def leading(self, frames: int) -> int:
-        # The layout was made for these conditioning frames.
+        # The layout was made for exactly these conditioning frames.
         return self.tokens.cond_slabs
 
     def cached(self, cache: BlockCache) -> BlockCache:
@@ -254,7 +254,7 @@ class ChunkedLayout(FrameLayout):
 
 
 class _ArrangedCache:
-    """A cache, which is in the order of frames, read in the order of chunks."""
+    """A cache in the order of frames, read in the order of chunks."""
 
     def __init__(self, cache: BlockCache, layout: ChunkLayout) -> None:
         self.cache, self.layout, self.num_latents = cache, layout, cache.num_latents
@@ -273,7 +273,7 @@ class _ArrangedCache:
 def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
     """Means over the real tokens of chunks: x [B, N, heads, head_dim] -> [B, heads, N/chunk, head_dim], same dtype.
 
-    sizes [n] int32: real tokens of every N/n slots, which a chunk is made of and which come first in them.
+    sizes [n] int32: real tokens of every N/n slots, where they come first; chunks consist of such parts.
     """
     part = x.shape[1] // len(sizes)
     real = torch.arange(part, device=x.device) < sizes[:, None]
@@ -296,12 +296,12 @@ def select_chunks(
 ) -> tuple[Tensor, Tensor]:
     """The key chunks of every query chunk, ascending: scores [.., nk] -> indices [.., w] and counts [..], int32.
 
-    Entries behind a row's count mean nothing. Of equal scores the first chunk counts as the better. sizes [nk]: chunks
-    of none are passed over; used: how many have any; scale: of the softmax that cdf_threshold speaks of.
+    Entries past a row's count are arbitrary. Of equal scores the first chunk wins. sizes [nk]: chunks of size 0 are
+    skipped; used: number of the others; scale: of the softmax for cdf_threshold.
     """
     keep, width = settings.kept(used), scores.shape[-1]
     found = []
-    # Sorting takes some forty bytes for each score: some rows at a time.
+    # Sorting takes about forty bytes per score, so only some rows are sorted at a time.
     for rows in scores.flatten(0, -2).split(max(1, _SORTED_BYTES // (40 * width))):
         ranked = torch.sort(rows.masked_fill(sizes == 0, -math.inf), dim=-1, descending=True, stable=True)
         if settings.cdf_threshold is None:
@@ -309,11 +309,11 @@ def select_chunks(
             indices = ranked.indices[:, :keep].sort(dim=-1).values
         else:
             mass = (ranked.values.float() * scale).softmax(-1).cumsum(-1)
-            # A sum of all may come out above 1.
+            # Rounding may lift the sum of all above 1.
             limit = settings.cdf_threshold if settings.cdf_threshold < 1 else math.inf
             counts = (mass <= limit).sum(-1, dtype=torch.int32).clamp(min=max(1, keep), max=used)
-            behind = torch.arange(width, device=rows.device) >= counts[:, None]
-            indices = ranked.indices.masked_fill(behind, width).sort(dim=-1).values.clamp(max=width - 1)
+            past = torch.arange(width, device=rows.device) >= counts[:, None]
+            indices = ranked.indices.masked_fill(past, width).sort(dim=-1).values.clamp(max=width - 1)
         found.append((indices.to(torch.int32), counts))
     indices, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
     return indices.view(*scores.shape[:-1], -1), counts.view(scores.shape[:-1])
@@ -325,9 +325,9 @@ def select_chunks(
 def attend_plain(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
 ) -> Tensor:
-    """`optimize.block_sparse_kernel.attend_chunks` in PyTorch, for any dtype and with gradients.
+    """`kernels.block_sparse.attend_chunks` in PyTorch, for any dtype and with gradients.
 
-    Keys and values are gathered for some query chunks at a time, so that memory stays bounded.
+    Keys and values are gathered for some query chunks at a time, which bounds memory.
     """
     batch, _, heads, dim = q.shape
     k_chunk = k.shape[1] // len(sizes)
@@ -352,13 +352,13 @@ def attend_plain(
     return torch.stack(samples).permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
-# Chunks of a trial, and how far its output may be from the definition, relative.
+# Chunks of a trial, and the relative error that is accepted.
 _TRIAL_CHUNKS, _TOLERANCE = 4, 0.02
 
 
 @cache
-def fails(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, q_chunk: int, k_chunk: int) -> str:
-    """Why a kernel does not work on `device`, tried on a few chunks, or ""; it may need another version's package."""
+def tried(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, q_chunk: int, k_chunk: int) -> str:
+    """Why a kernel does not work on `device`, tried on a few chunks, or ""; its package may be of another version."""
     chunks, picked = _TRIAL_CHUNKS, _TRIAL_CHUNKS // 2
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
@@ -378,15 +378,14 @@ def fails(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, q_chu
 
 
 def choose_kernel(settings: BlockSparse, q: Tensor, q_chunk: int, k_chunk: int, padded: bool) -> str:
-    """`triton`, `fa4` or `plain` for such queries. Raises BackendUnavailable if a kernel asked for by name cannot."""
+    """`triton`, `fa4` or `plain` for such queries. Raises BackendUnavailable if a kernel chosen by name cannot run."""
     if settings.kernel == "plain":
         return "plain"
     reason = ""
     for name in _AUTO if settings.kernel == "auto" else (settings.kernel,):
-        reason = "" if q.is_cuda else f"it runs on CUDA, the tensors are on {q.device.type}"
-        reason = reason or kernels.missing(name) or kernels.refuses(name, q, q_chunk, k_chunk, padded)
+        reason = kernels.NEEDS[name].why_not(Inputs.of(q)) or kernels.refuses(name, q_chunk, k_chunk, padded)
         if name == "fa4" and not reason and not torch.compiler.is_compiling():
-            reason = fails(name, q.device, q.dtype, q.shape[-1], q_chunk, k_chunk)
+            reason = tried(name, q.device, q.dtype, q.shape[-1], q_chunk, k_chunk)
         if not reason:
             return name
     if settings.kernel == "auto":
@@ -406,15 +405,15 @@ def attend_arranged(
     q_chunk: int,
     padded: bool,
 ) -> Tensor:
-    """Block-sparse attention of tokens that are laid out: q [B, Nq, heads, head_dim], k and v [B, Nk, ..] -> as q.
+    """Block-sparse attention of arranged tokens: q [B, Nq, heads, head_dim], k and v [B, Nk, ..] -> as q.
 
-    sizes [nk] int32: real tokens of each key chunk; used: how many chunks have any; q_sizes: the same of the parts that
-    query chunks are made of; q_chunk: slots of a query chunk; padded: whether any slot is padding.
+    sizes [nk] int32: real tokens of each key chunk; used: number of chunks with any; q_sizes: as sizes, of the parts
+    that query chunks consist of; q_chunk: slots of a query chunk; padded: whether any slot is padding.
     """
     kernel = choose_kernel(settings, q, q_chunk, k.shape[1] // len(sizes), padded)
     fused = kernel != "plain"
     pool = kernels.pool_chunks if fused else pool_chunks
-    # Choosing has no gradient.
+    # The choice of chunks has no gradient.
     with torch.no_grad():
         scores = chunk_scores(pool(q, q_sizes, q_chunk), pool(k, sizes, k.shape[1] // len(sizes)))
         if fused and settings.cdf_threshold is None and scores.shape[-1] <= kernels.MAX_CHUNKS:
@@ -429,10 +428,10 @@ def attend_arranged(
 
 
 def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Attend:
-    """Block-sparse attention as a kernel under the signature of `backends`, for tokens that `layout` has laid out.
+    """Block-sparse attention under the signature of an attention backend, for tokens arranged by `layout`.
 
-    Which tokens q and k [B, N, heads, head_dim] are is told from how many there are: with as many keys as conditioning
-    frames have slots, both are of these; otherwise keys are all slots and queries the last ones of them.
+    The number of tokens of q and k [B, N, heads, head_dim] says which ones they are: if there are as many keys as the
+    conditioning frames have slots, both belong to these frames; otherwise keys are all slots and queries the last ones.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -441,7 +440,7 @@ def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Attend:
         if n_k != (layout.cond_slots if cond else layout.slots) or n_q % layout.q_chunk or n_q > n_k:
             raise LongCatError(
                 f"{n_q} queries and {n_k} keys do not fit a layout of {layout.slots} slots in chunks of "
-                f"{layout.q_chunk}; lay the tokens out with `arrange`"
+                f"{layout.q_chunk}; use `arrange` on the tokens first"
             )
         sizes = layout.sizes[: n_k // layout.k_chunk]
         return attend_arranged(
@@ -456,20 +455,20 @@ def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Attend:
     return attend
 
 
-def with_block_sparse(kernels: Kernels, layout: ChunkLayout, settings: BlockSparse) -> Kernels:
-    """The kernels of a forward pass with block-sparse self-attention; attention to the text stays as it is.
+def with_block_sparse(chosen: Kernels, layout: ChunkLayout, settings: BlockSparse) -> Kernels:
+    """The kernels of a forward pass with block-sparse self-attention; attention to the text does not change.
 
-    layout: of all keys, those of cached conditioning frames included.
+    layout: of all keys, including those of cached conditioning frames.
     """
-    text = kernels.text or kernels.attend
-    return kernels._replace(attend=block_sparse_attend(layout, settings), text=text, quantised=None)
+    text = chosen.text or chosen.attend
+    return chosen._replace(attend=block_sparse_attend(layout, settings), text=text, quantized=None)
 
 
 def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSparse, cond_frames: int = 0) -> Tensor:
-    """Block-sparse attention of tokens in (frames, rows, columns) order, for callers that know nothing of layouts.
+    """Block-sparse attention of tokens in (frames, rows, columns) order; golden data is compared with it.
 
-    q [B, Nq, heads, head_dim], k and v [B, Nk, heads, head_dim]: all tokens of the grid, or queries of its last frames
-    alone -> as q. cond_frames: the first frames, whose queries see only their own keys.
+    q [B, Nq, heads, head_dim], k and v [B, Nk, heads, head_dim]: all tokens of the grid, or with queries of its noise
+    frames alone -> as q. cond_frames: the first frames, whose queries see only their own keys.
     """
     frames, height, width = grid
     if k.shape[1] != math.prod(grid) or q.shape[1] % (height * width):
@@ -481,8 +480,7 @@ def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSpa
     if skipped not in (0, cond_frames):
         raise LongCatError(f"queries of the last {frames - skipped} frames; give those of all or of the noise frames")
     cond, n = layout.cond_slots, cond_frames * height * width
-    own = layout.order if not skipped else layout.order[cond:] - n
-    q = q.index_select(1, own)
+    q = q.index_select(1, layout.order if not skipped else layout.order[cond:] - n)
     if skipped:
         return attend(q, k, v).index_select(1, layout.places[n:] - cond)
     if not cond or cond_frames == frames:

@@ -24,7 +24,7 @@ def compiled_call(
 ) -> Callable[..., Tensor]:
     """`run_block` through `compiled`, for tokens of this grid (frames, tokens of a frame)."""
     known = attention.is_known(ops.kernels.attend)
-    within = ops if known else ops.with_kernels(attend=operators.attend_foreign, quantised=None)
+    within = ops if known else ops.with_kernels(attend=operators.attend_foreign, quantized=None)
 
     def call(
         block: Block,

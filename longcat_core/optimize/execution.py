@@ -25,10 +25,11 @@ from .compilation import Regional
 from .compiled_blocks import COMPILED_BLOCK, compiled_call
 from .fused import FusedOps, OpSwitches, TorchOps, ffn_pieces, sliceable
 from .guard import is_spoilt, lossy_switches
+from .kernels import text_attention
 from .kernels.elementwise import usable as kernels_usable
-from .kernels.text_attention import refuses as text_attention_refuses
 from .kv_offload import OffloadableKVCache
 from .recomputation import recomputed
+from .requirement import Inputs
 from .streaming import BlockStream, streamed
 from .switches import Optimizations
 from .text_keys import CachedTexts, NoText, TokenTexts
@@ -118,7 +119,7 @@ class Execution:
 
     def choose_kernels(self, device: torch.device) -> attention.Kernels:
         """The kernels that `optimizations` name, for tensors on `device`."""
-        inputs = attention.Inputs(device, self._active_dtype(device), self.config.head_dim, self._learns())
+        inputs = Inputs(device, self._active_dtype(device), self.config.head_dim, self._learns())
         return attention.resolve_kernels(self.optimizations.attention, inputs)
 
     def own_kernels(self, x: Tensor) -> bool:
@@ -129,7 +130,7 @@ class Execution:
     def own_text_kernel(self, x: Tensor, text: TextTokens) -> bool:
         """Whether attention from activations like x to a text goes through a kernel of our own."""
         wanted = self.optimizations.fused_text and self.own_kernels(x)
-        return wanted and not text_attention_refuses(x, self.config.head_dim, text.tokens.shape[1])
+        return wanted and not text_attention.refuses(self.config.head_dim, text.tokens.shape[1])
 
     def new_kv_cache(
         self, num_latents: int, height: int, width: int, batch: int = 1, device: torch.device | str | None = None

@@ -22,7 +22,7 @@ from ..model.ops import Activations, Once, PlainOps, Rope, attend_with_bias
 from ..model.text import BlockText, Packing, TextForm, TextTokens
 from .attention import Kernels
 from .kernels import elementwise
-from .kernels.elementwise import Quantised
+from .kernels.elementwise import Quantized
 from .kernels.text_attention import text_attention
 from .operators import AttendVarlen, Varlen
 
@@ -50,9 +50,9 @@ def sliceable(layer: nn.Module, x: Tensor) -> bool:
     return type(layer) is nn.Linear
 
 
-def takes_quantised(layer: nn.Module) -> bool:
+def takes_quantized(layer: nn.Module) -> bool:
     """Whether the layer's input may come as e4m3 already, row by row."""
-    return getattr(layer, "takes_quantised", False)
+    return getattr(layer, "takes_quantized", False)
 
 
 def _sliced(layer: nn.Module, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -171,14 +171,14 @@ class TorchOps(PlainOps):
 class FusedOps(TorchOps):
     """`TorchOps` with the element-wise regions in Triton (`kernels.elementwise`), on CUDA, 16 bits, no gradients."""
 
-    def _quantised(self, reader: nn.Module | None) -> bool:
+    def _quantized(self, reader: nn.Module | None) -> bool:
         """Whether the layer that reads a result takes it as 8-bit rows."""
-        return self.switches.fp8 and reader is not None and takes_quantised(reader)
+        return self.switches.fp8 and reader is not None and takes_quantized(reader)
 
     def norm_modulate(
         self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, reader: nn.Module
     ) -> tuple[Tensor, Activations]:
-        fp8 = self._quantised(reader)
+        fp8 = self._quantized(reader)
         return elementwise.residual_norm(x, update, gate, scale, shift, one_plus=True, fp8=fp8)
 
     def residual_norm(
@@ -187,15 +187,15 @@ class FusedOps(TorchOps):
         if skip:
             return super().residual_norm(x, update, gate, norm, skip, reader)
         weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
-        return elementwise.residual_norm(x, update.take(), gate, weight, bias, fp8=self._quantised(reader))
+        return elementwise.residual_norm(x, update.take(), gate, weight, bias, fp8=self._quantized(reader))
 
     def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
         return elementwise.norm_rope(x, norm.weight.to(x.device), rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations:
-        if self.kernels.quantised and self._quantised(reader) and not torch.compiler.is_compiling():
+        if self.kernels.quantized and self._quantized(reader) and not torch.compiler.is_compiling():
             # In graphs the kernel stands as an operator, which gives 16 bits.
-            return self.kernels.quantised(q, k, v)
+            return self.kernels.quantized(q, k, v)
         return super().attend(q, k, v)
 
     def attend_text(
@@ -203,12 +203,12 @@ class FusedOps(TorchOps):
     ) -> Activations:
         if not self.switches.fused_text:
             return super().attend_text(q, norm, k, v, text, reader)
-        return text_attention(q, norm.weight.to(q.device), k, v, text.bias, fp8=self._quantised(reader))
+        return text_attention(q, norm.weight.to(q.device), k, v, text.bias, fp8=self._quantized(reader))
 
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         if not self.switches.fused_ffn and self.sliceable(gate_up, x):
             return super().swiglu(gate_up, down, x)
-        product = elementwise.gated_product(self.linear(gate_up, x), fp8=self._quantised(down))
+        product = elementwise.gated_product(self.linear(gate_up, x), fp8=self._quantized(down))
         return self.linear(down, product)
 
     def _add(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
@@ -239,8 +239,8 @@ def cut(x: Tensor, pieces: int) -> list[tuple[int, int, int]]:
 
 def part(x: Activations, sample: int, start: int, stop: int) -> Activations:
     """One piece of tokens, or of a modulation [B or 1, T or 1, 1, C] that is shared by samples or frames."""
-    if isinstance(x, Quantised):
-        return Quantised(*(part(tensor, sample, start, stop) for tensor in x))
+    if isinstance(x, Quantized):
+        return Quantized(*(part(tensor, sample, start, stop) for tensor in x))
     x = x[sample : sample + 1] if x.shape[0] > 1 else x
     return x[:, start:stop] if x.shape[1] > 1 else x
 

@@ -32,7 +32,7 @@ def activation_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int)
 # kernels, the smaller the video the more, 0.78 by our own (480p and 720p with and without guidance, H100, 2026-11-23;
 # `longcat bench memory` measures it).
 MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.8
-# Of PyTorch's kernels where 8-bit layers quantise what they are given, by three copies of it in fp32: 1.3, followed
+# Of PyTorch's kernels where 8-bit layers quantize what they are given, by three copies of it in fp32: 1.3, followed
 # tensor by tensor, and as much more as MEMORY_FIT has.
 MEMORY_FIT_QUANTISING = 1.45
 

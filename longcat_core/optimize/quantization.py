@@ -1,4 +1,4 @@
-"""8-bit linear layers: weights in e4m3 with a scale for each row, activations quantised row by row as they come.
+"""8-bit linear layers: weights in e4m3 with a scale for each row, activations quantized row by row as they come.
 
 y[m, n] = sx[m] * sw[n] * sum_k x8[m, k] * w8[n, k] + bias[n], the scales chosen so that the largest value of a row is
 448, e4m3's largest. Lossy; `longcat bench exactness` and `policies` measure how much.
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import LongCatError
 from .kernels import elementwise as kernels
-from .kernels.elementwise import Quantised, quantise_rows
+from .kernels.elementwise import Quantized, quantize_rows
+from .requirement import Inputs, Requirement, trial
 
 # The layers of a block that hold its work. Modulation, embeddings and the final layer are fp32 islands, and the text's
 # keys and values are computed once.
@@ -35,7 +36,7 @@ class Policy:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.layers) - set(LAYERS))
         if unknown:
-            raise LongCatError(f"no layers {', '.join(unknown)} to quantise; choose from {', '.join(LAYERS)}")
+            raise LongCatError(f"no layers {', '.join(unknown)} to quantize; choose from {', '.join(LAYERS)}")
         if self.keep_first < 0 or self.keep_last < 0:
             raise LongCatError(f"cannot keep {self.keep_first} first and {self.keep_last} last blocks; give 0 or more")
 
@@ -44,33 +45,32 @@ class Policy:
         return [f"blocks.{i}.{layer}" for i in range(self.keep_first, depth - self.keep_last) for layer in self.layers]
 
 
+NEEDS = Requirement((8, 9), dtypes=None, head_dims=None, backward=False)
+
+
 @cache
 def missing(device: torch.device) -> str:
-    """Why `device` has no 8-bit products of rows with scales, or "": then they are computed in wider precision."""
-    if device.type != "cuda":
-        return f"8-bit products run on CUDA, not on {device.type}"
-    have = torch.cuda.get_device_capability(device)
-    if have < (8, 9):
-        return f"8-bit products need compute capability 8.9, this GPU has {have[0]}.{have[1]}"
-    one = torch.ones(16, 16, device=device, dtype=torch.float8_e4m3fn)
-    scale = torch.ones(16, 1, device=device)
-    try:
-        torch._scaled_mm(one, one.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
-    except (RuntimeError, NotImplementedError) as error:
-        return f"this PyTorch multiplies no rows with scales here: {' '.join(str(error).split())[:120]}"
-    return ""
+    """Why `device` cannot multiply 8-bit rows with scales, or ""; products are then computed in wider precision."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        ones = torch.ones(16, 16, device=device)
+        one, scale = ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous()
+        out = torch._scaled_mm(one, one.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+        return out.float(), 16 * ones
+
+    return NEEDS.why_not(Inputs(device, torch.float8_e4m3fn, 0, False)) or trial(run, 0)
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer with e4m3 weights. x [.., in] in 16 bits or fp32, or quantised already -> [.., out] in its dtype.
+    """A linear layer with e4m3 weights. x [.., in] in 16 bits or fp32, or quantized already -> [.., out] in its dtype.
 
     weight [out, in] e4m3; weight_scale [out, 1] fp32; bias [out] or None. Called with fp8=False: the same weights,
-    multiplied out, in a product of x's own precision. `dtype` is that of the output where x comes quantised. There is
+    multiplied out, in a product of x's own precision. `dtype` is that of the output where x comes quantized. There is
     no backward pass.
     """
 
-    # `optimize.fused` chooses how such layers multiply, and hands their input over quantised.
-    eight_bit = takes_quantised = True
+    # `optimize.fused` chooses how such layers multiply, and hands their input over quantized.
+    eight_bit = takes_quantized = True
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -83,11 +83,11 @@ class Fp8Linear(nn.Module):
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Fp8Linear:
-        """A plain linear layer quantised. Raises LongCatError for sizes that 8-bit products do not take."""
+        """A plain linear layer quantized. Raises LongCatError for sizes that 8-bit products do not take."""
         check_sizes(*layer.weight.shape)
         with torch.no_grad():
             bias = None if layer.bias is None else layer.bias.detach()
-            return cls(*quantise_rows(layer.weight.detach()), bias, layer.weight.dtype)
+            return cls(*quantize_rows(layer.weight.detach()), bias, layer.weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         # Weights and scales move, but are no numbers to be cast: .to(dtype) casts the bias and the output.
@@ -106,21 +106,21 @@ class Fp8Linear(nn.Module):
         # Asked for here and not in a graph, which must not run what answers it.
         self.native = not missing(device)
 
-    def forward(self, x: Tensor | Quantised, fp8: bool = True) -> Tensor:
-        dtype = self.dtype if isinstance(x, Quantised) else x.dtype
-        return quantised_linear(x, self.weight, self.weight_scale, self.bias, dtype, fp8=fp8, native=self.native)
+    def forward(self, x: Tensor | Quantized, fp8: bool = True) -> Tensor:
+        dtype = self.dtype if isinstance(x, Quantized) else x.dtype
+        return quantized_linear(x, self.weight, self.weight_scale, self.bias, dtype, fp8=fp8, native=self.native)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-def dequantised(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """An e4m3 weight [out, in] with weight_scale [out, 1], multiplied out."""
     return (weight.float() * weight_scale).to(dtype)
 
 
-def quantised_linear(
-    x: Tensor | Quantised,
+def quantized_linear(
+    x: Tensor | Quantized,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
@@ -129,19 +129,19 @@ def quantised_linear(
     fp8: bool,
     native: bool,
 ) -> Tensor:
-    """x [.., in], quantised here unless it is already, times weight [out, in] e4m3 -> [.., out] in `dtype`.
+    """x [.., in], quantized here unless it is already, times weight [out, in] e4m3 -> [.., out] in `dtype`.
 
     weight_scale [out, 1] fp32; bias [out] or None. fp8 off: a product in x's precision, of the weight multiplied out.
     Raises LongCatError where gradients should flow.
     """
-    if not isinstance(x, Quantised):
+    if not isinstance(x, Quantized):
         if torch.is_grad_enabled() and x.requires_grad:
             raise LongCatError("8-bit layers have no backward pass; train the network in bf16, without fp8")
         if not fp8:
-            return F.linear(x, dequantised(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))
-        # In a compiled graph quantising is fused with whatever made x.
+            return F.linear(x, dequantized(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))
+        # In a compiled graph quantizing is fused with whatever made x.
         own = not torch.compiler.is_compiling() and kernels.usable(x)
-        x = kernels.quantise(x) if own else Quantised(*quantise_rows(x))
+        x = kernels.quantize(x) if own else Quantized(*quantize_rows(x))
     return scaled_product(x, weight, weight_scale, bias, dtype, native)
 
 
@@ -178,12 +178,12 @@ def check_sizes(rows: int, columns: int) -> None:
     """Raise LongCatError unless 8-bit products take a weight [rows, columns]."""
     if rows % 16 or columns % 16:
         raise LongCatError(
-            f"a weight of {rows}x{columns} cannot be quantised to fp8, both must be multiples of 16; load without fp8"
+            f"a weight of {rows}x{columns} cannot be quantized to fp8, both must be multiples of 16; load without fp8"
         )
 
 
 def scaled_product(
-    x: Quantised, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, native: bool
+    x: Quantized, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, native: bool
 ) -> Tensor:
     """x [.., in] times weight [out, in] e4m3 with weight_scale [out, 1] fp32, plus bias [out] -> [.., out] in dtype.
 
@@ -216,7 +216,7 @@ def quantize(model: nn.Module, policy: Policy | None = None) -> int:
         if isinstance(layer, Fp8Linear):
             continue
         if type(layer) is not nn.Linear:
-            raise LongCatError(f"{name} is a {type(layer).__name__} and cannot be quantised; merge LoRAs before")
+            raise LongCatError(f"{name} is a {type(layer).__name__} and cannot be quantized; merge LoRAs before")
         check_sizes(*layer.weight.shape)
     saved = 0
     for name, layer in layers.items():
@@ -230,7 +230,7 @@ def quantize(model: nn.Module, policy: Policy | None = None) -> int:
     return saved
 
 
-def quantised_layers(model: nn.Module) -> list[str]:
+def quantized_layers(model: nn.Module) -> list[str]:
     """Names of the 8-bit layers of a network."""
     return [name for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
 

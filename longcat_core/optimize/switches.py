@@ -45,7 +45,7 @@ class Optimizations:
         Guidance and the Euler step in one compiled function, in fp32. Acts where `compile` is on; without it the same
         function runs op by op. Same mathematics, other rounding.
     fp8
-        8-bit GEMMs in layers whose weights were quantised to fp8; off: the same weights, multiplied out, in 16-bit
+        8-bit GEMMs in layers whose weights were quantized to fp8; off: the same weights, multiplied out, in 16-bit
         GEMMs. Without effect on other layers. Lossy, and checked as a lossy attention is.
     fused_kernels
         The element-wise work of a block (norm with modulation or RoPE, residual with gate, silu(gate) * up) by Triton

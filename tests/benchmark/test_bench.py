@@ -27,7 +27,7 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compiled_blocks import COMPILED_BLOCK
 from longcat_core.optimize.execution import OptimizedTransformer
-from longcat_core.optimize.quantization import quantised_layers
+from longcat_core.optimize.quantization import quantized_layers
 from longcat_core.optimize.switches import Optimizations
 
 PUBLISHED = Targets.beside(Path(__file__).parents[2] / "docs" / "performance.md")
@@ -217,7 +217,7 @@ def seen(monkeypatch):
     original = workload.network_forward
 
     def watched(model, inputs):
-        seen.append((model.block_sparse, bool(quantised_layers(model))))
+        seen.append((model.block_sparse, bool(quantized_layers(model))))
         return original(model, inputs)
 
     monkeypatch.setattr(workload, "network_forward", watched)
@@ -440,7 +440,7 @@ def test_random_weights_are_made_in_their_dtype():
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal>", "GEMM"),
         ("triton_red_fused__to_copy_add_mul_native_layer_norm_3", "element-wise"),
         ("_gated_product", "element-wise"),
-        ("_quantise", "element-wise"),
+        ("_quantize", "element-wise"),
         ("void at::native::vectorized_elementwise_kernel<4, silu>", "element-wise"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy", "copies"),

@@ -28,7 +28,7 @@ from longcat_core.model.block import run_block
 from longcat_core.optimize.adapters import Adapted
 from longcat_core.optimize.compilation import Regional
 from longcat_core.optimize.execution import OptimizedTransformer
-from longcat_core.optimize.fused import sliceable, takes_quantised
+from longcat_core.optimize.fused import sliceable, takes_quantized
 from longcat_core.optimize.quantization import Fp8Linear, Policy, quantize
 from longcat_core.optimize.switches import Optimizations
 
@@ -167,7 +167,7 @@ def test_kept_text_notices_strengths(model):
 
 
 @pytest.mark.parametrize("fp8", [True, False])
-def test_on_an_8_bit_base_the_lora_is_not_quantised(fp8):
+def test_on_an_8_bit_base_the_lora_is_not_quantized(fp8):
     model = load(dtype=torch.bfloat16, fp8=Policy())
     plain = copy.deepcopy(model)
     RuntimeLoras(model, [(LORA, 0.5)])
@@ -175,7 +175,7 @@ def test_on_an_8_bit_base_the_lora_is_not_quantised(fp8):
         network.set_optimizations(replace(Optimizations(), fp8=fp8))
     layer, base = model.blocks[0].attn.qkv, plain.blocks[0].attn.qkv
     assert isinstance(layer, Fp8Linear) and isinstance(layer, Adapted)
-    assert not takes_quantised(layer) and takes_quantised(base) and not sliceable(layer, layer.weight)
+    assert not takes_quantized(layer) and takes_quantized(base) and not sliceable(layer, layer.weight)
     parts = open_loras([(LORA, 1.0)])[0].layers["blocks.0.attn.qkv"]
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     branch = torch.cat(

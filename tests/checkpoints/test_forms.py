@@ -209,7 +209,7 @@ def test_int8_of_comfyui(tmp_path, golden, wanted):
 
 @pytest.mark.parametrize("kind", ["scaled", "scaled by rows", "described", "plain"])
 def test_8_bit_layers_keep_the_numbers_of_the_file(tmp_path, golden, wanted, kind):
-    """Quantising them anew would cost a second rounding; kept, they are what the file says to the last bit."""
+    """Quantizing them anew would cost a second rounding; kept, they are what the file says to the last bit."""
     path = saved(tmp_path, STORED[kind](golden))
     exact = load_transformer(path).state_dict()
     model = load_transformer(path, fp8=Policy())
@@ -219,9 +219,9 @@ def test_8_bit_layers_keep_the_numbers_of_the_file(tmp_path, golden, wanted, kin
         assert torch.equal(layer.weight.float() * layer.weight_scale, exact[f"{name}.weight"])
 
 
-def test_8_bit_layers_from_what_is_not_e4m3_are_quantised(tmp_path, golden):
+def test_8_bit_layers_from_what_is_not_e4m3_are_quantized(tmp_path, golden):
     state = STORED["scaled"](golden)
-    # One of three parts of a fused weight in bf16: the whole is quantised anew.
+    # One of three parts of a fused weight in bf16: the whole is quantized anew.
     state["blocks.0.self_attn.k.weight"] = comfyui(golden)["blocks.0.self_attn.k.weight"].bfloat16()
     del state["blocks.0.self_attn.k.scale_weight"]
     path = saved(tmp_path, state)
@@ -434,7 +434,7 @@ def test_loading_holds_one_tensor_besides_the_network(tmp_path, golden, monkeypa
         model = load_transformer(path, dtype=torch.bfloat16, fp8=fp8)
     network = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(tensor.numel() for tensor in golden.values()) * 2
-    # Quantising makes one weight wide, twice over; pieces of fp32 are small.
+    # Quantizing makes one weight wide, twice over; pieces of fp32 are small.
     room = (3 * 4 * largest if fp8 else 2 * largest) + load.AHEAD * 4 * load.PIECE
     assert network <= count.peak <= network + room, (count.peak, network, largest)
     assert largest * 4 < network

@@ -220,7 +220,7 @@ def test_many_faults_are_counted(tmp_path, state):
         load_transformer(file)
 
 
-def test_a_quantised_weight_without_its_scale(tmp_path):
+def test_a_quantized_weight_without_its_scale(tmp_path):
     tensors = read_tensors(GOLDEN / "dit_int8.safetensors")
     del tensors["blocks.0.ffn.w2.weight_scale"]
     file = tmp_path / "bad.safetensors"

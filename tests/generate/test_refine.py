@@ -25,7 +25,7 @@ from longcat_core.generate.vae import load_vae
 from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
 from longcat_core.optimize.block_sparse import BlockSparse
-from longcat_core.optimize.kernels.elementwise import quantise_rows
+from longcat_core.optimize.kernels.elementwise import quantize_rows
 from longcat_core.sampling.conditioning import latent_frames
 from longcat_core.sampling.sampler import Interrupted
 
@@ -250,7 +250,7 @@ def test_the_command_says_what_is_wrong(command, tmp_path, capsys, options, said
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_a_lora_is_merged_before_anything_is_quantised(tmp_path, fp8):
+def test_a_lora_is_merged_before_anything_is_quantized(tmp_path, fp8):
     name = "lora___lorahyphen___blocks___lorahyphen___0___lorahyphen___attn___lorahyphen___proj"
     rows = load_transformer(NANO_MODEL).blocks[0].attn.proj.weight.shape[0]
     lora = {f"{name}.lora_down.weight": torch.ones(2, rows) * 0.1, f"{name}.lora_up.weight": torch.ones(rows, 2) * 0.1}
@@ -260,7 +260,7 @@ def test_a_lora_is_merged_before_anything_is_quantised(tmp_path, fp8):
     layer = Pipeline.load(lora=tmp_path / "lora.safetensors", fp8=fp8).model.blocks[0].attn.proj
     weight = wanted.blocks[0].attn.proj.weight
     if fp8:
-        values, scales = quantise_rows(weight)
+        values, scales = quantize_rows(weight)
         assert torch.equal(layer.weight.view(torch.uint8), values.view(torch.uint8))
         assert torch.equal(layer.weight_scale, scales)
     else:

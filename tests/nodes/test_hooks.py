@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from longcat_core.model import text
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
-from longcat_core.optimize import fused
+from longcat_core.optimize import fused, requirement
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.memory import activation_bytes
 from longcat_core.optimize.switches import Optimizations
@@ -99,9 +99,9 @@ def test_owners_layers_run_whole(inputs):
 
 
 def test_backends_are_listed_without_importing_them(monkeypatch):
-    monkeypatch.setattr(backends, "_load", lambda module: pytest.fail(f"{module} is imported"))
-    monkeypatch.setattr(backends, "_needs_cuda", lambda capability, alone=False: "")
-    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name == "sageattention" else None)
+    monkeypatch.setattr(requirement, "load", lambda module: pytest.fail(f"{module} is imported"))
+    monkeypatch.setattr(requirement, "needs_cuda", lambda capability, exactly=False: "")
+    monkeypatch.setattr(requirement, "find_spec", lambda name: object() if name == "sageattention" else None)
     listed = backends.listed()
     assert listed[0] == "auto" and {"sage", "sdpa", "sdpa-math"} <= set(listed)
     assert not {"flash2", "flash3", "flash4", "xformers"} & set(listed)

@@ -15,6 +15,7 @@ from longcat_core.errors import BackendUnavailable
 from longcat_core.model.ops import attend_with_bias
 from longcat_core.model.text import TextTokens, arrange_text
 from longcat_core.optimize import attention as backends
+from longcat_core.optimize import requirement
 from longcat_core.optimize.attention import BACKENDS, Inputs, Varlen
 from longcat_core.optimize.fused import attend_packed, pack_text
 
@@ -24,13 +25,19 @@ OPTIONAL = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
 PLAIN = Inputs(CPU, torch.float32, 64, False)
 
 
+def forget() -> None:
+    """Nothing is remembered of the machine and of the packages that were looked for."""
+    requirement.load.cache_clear()
+    requirement._missing.cache_clear()
+
+
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """A machine without a GPU, and nothing remembered of the packages that were looked for."""
+    """A machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    backends._load.cache_clear()
+    forget()
     yield
-    backends._load.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -39,10 +46,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     # What runs on it works.
-    monkeypatch.setattr(backends, "fails", lambda *_: "")
+    monkeypatch.setattr(backends, "tried", lambda *_: "")
     packages(monkeypatch, {})
     yield
-    backends._load.cache_clear()
+    forget()
 
 
 def packages(monkeypatch: pytest.MonkeyPatch, found: dict[str, object]) -> None:
@@ -57,8 +64,8 @@ def packages(monkeypatch: pytest.MonkeyPatch, found: dict[str, object]) -> None:
             raise result
         return result
 
-    backends._load.cache_clear()
-    monkeypatch.setattr(backends.importlib, "import_module", import_module)
+    forget()
+    monkeypatch.setattr(requirement.importlib, "import_module", import_module)
 
 
 def test_names_are_those_of_the_report(no_gpu):
@@ -103,13 +110,13 @@ def test_a_broken_package_is_reported_not_raised(no_gpu, monkeypatch):
 
 def test_a_package_of_another_version_is_reported(no_gpu, monkeypatch):
     packages(monkeypatch, {"flash_attn": types.ModuleType("flash_attn")})
-    assert BY_NAME["flash2"].missing() == "flash_attn has no flash_attn_func: its version does not fit"
+    assert BY_NAME["flash2"].needs.missing() == "flash_attn has no flash_attn_func: its version does not fit"
 
 
 def test_an_old_gpu_is_a_reason(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     packages(monkeypatch, {"flash_attn_interface": types.SimpleNamespace(flash_attn_func=None)})
-    assert BY_NAME["flash3"].missing() == "needs compute capability 9.0, this GPU has 7.5"
+    assert BY_NAME["flash3"].needs.missing() == "needs compute capability 9.0, this GPU has 7.5"
 
 
 def test_unknown_and_unavailable_names_list_what_is_there(no_gpu):
@@ -137,7 +144,7 @@ def test_auto_takes_the_first_that_accepts_the_inputs(gpu):
 def test_auto_never_takes_a_lossy_kernel(gpu, monkeypatch):
     packages(monkeypatch, {"sageattention": types.SimpleNamespace(sageattn=None)})
     half = Inputs(CUDA, torch.bfloat16, 128, False)
-    assert BY_NAME["sage"].missing() == "" and backends.resolve("auto", half).name == "cudnn"
+    assert BY_NAME["sage"].needs.missing() == "" and backends.resolve("auto", half).name == "cudnn"
     assert backends.resolve("sage", half).name == "sage"
 
 
@@ -151,10 +158,10 @@ def test_flash4_comes_first_but_not_in_training(gpu, monkeypatch):
 
 def test_a_package_is_imported_while_a_checkpoint_loads(monkeypatch):
     loaded = []
-    monkeypatch.setattr(backends, "_load", lambda module: loaded.append(module))
-    monkeypatch.setattr(backends, "_needs_cuda", lambda capability, alone=False: "")
+    monkeypatch.setattr(backends, "load", lambda module: loaded.append(module))
+    monkeypatch.setattr(requirement, "needs_cuda", lambda capability, exactly=False: "")
     there = {"flash_attn", "sageattention"}
-    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name in there else None)
+    monkeypatch.setattr(requirement, "find_spec", lambda name: object() if name in there else None)
     for name in ("auto", "sage", "cudnn"):
         thread = backends.import_ahead("cuda", name)
         if thread is not None:
@@ -173,7 +180,7 @@ def tried(monkeypatch):
     def trial(name: str, attend) -> str:
         other = dataclasses.replace(BY_NAME[name], attend=attend)
         monkeypatch.setitem(backends._BY_NAME, name, other)
-        return backends.fails.__wrapped__(name, CPU, torch.bfloat16, 64)
+        return backends.tried.__wrapped__(name, CPU, torch.bfloat16, 64)
 
     return trial
 
@@ -205,7 +212,7 @@ def test_a_kernel_that_fails_is_skipped_or_refused_with_its_reason(gpu, monkeypa
         asked.append((name, *inputs))
         return "it fails on this GPU: X" if name in ("flash4", "cudnn") else ""
 
-    monkeypatch.setattr(backends, "fails", fails)
+    monkeypatch.setattr(backends, "tried", fails)
     assert backends.resolve("auto", half).name == "sdpa-flash"
     assert asked[0] == ("flash4", CUDA, torch.bfloat16, 128)
     kernels = backends.resolve_kernels("auto", half)
@@ -222,7 +229,7 @@ def test_a_kernel_that_fails_is_skipped_or_refused_with_its_reason(gpu, monkeypa
     ("name", "change", "said"),
     [
         ("cudnn", {"device": CPU}, "the tensors are on cpu"),
-        ("cudnn", {"dtype": torch.float32}, "it takes bfloat16 or float16, not torch.float32"),
+        ("cudnn", {"dtype": torch.float32}, "it takes bfloat16 or float16, not float32"),
         ("cudnn", {"head_dim": 192}, "up to 128 in steps of 8, not 192"),
         ("sdpa-flash", {"head_dim": 100}, "up to 256 in steps of 8, not 100"),
         ("flash4", {"grad": True}, "no backward pass"),
@@ -232,12 +239,12 @@ def test_a_kernel_that_fails_is_skipped_or_refused_with_its_reason(gpu, monkeypa
 )
 def test_refused_inputs_have_a_reason(name, change, said):
     half = Inputs(CUDA, torch.bfloat16, 128, False)
-    assert BY_NAME[name].refuses(half) == ""
-    assert said in BY_NAME[name].refuses(half._replace(**change))
+    assert BY_NAME[name].needs.refuses(half) == ""
+    assert said in BY_NAME[name].needs.refuses(half._replace(**change))
 
 
 def test_asked_by_name_a_refusal_is_an_error_not_a_substitute(gpu):
-    with pytest.raises(BackendUnavailable, match=r"'cudnn' cannot run here: .*not torch\.float32; choose 'auto'"):
+    with pytest.raises(BackendUnavailable, match=r"'cudnn' cannot run here: .*not float32; choose 'auto'"):
         backends.resolve("cudnn", Inputs(CUDA, torch.float32, 128, False))
 
 
@@ -323,7 +330,7 @@ def test_log_sum_exp_of_torch_varlen_in_either_layout(monkeypatch, documented):
             out, lse = plain_varlen(q, k, v, Varlen(*lengths))
             return out, lse.T if documented else lse
 
-    monkeypatch.setattr(backends, "_load", lambda module: (FakeVarlen, ""))
+    monkeypatch.setattr(backends, "load", lambda module: (FakeVarlen, ""))
     torch.manual_seed(0)
     q, k, v = torch.randn(6, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
     lengths = Varlen(*torch.tensor([[0, 3, 6], [0, 4, 5]], dtype=torch.int32), 3, 4)

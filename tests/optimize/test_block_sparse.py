@@ -303,7 +303,7 @@ def test_how_many_are_kept():
         ({"cdf_threshold": -0.1}, "cdf_threshold is -0.1"),
         ({"chunk": (4, 4)}, "three whole numbers"),
         ({"chunk": (4, 0, 4)}, "three whole numbers"),
-        ({"query_chunk": (4, 4, 6)}, "no multiple"),
+        ({"query_chunk": (4, 4, 6)}, "must be a multiple"),
         ({"kernel": "cuda"}, "choose one of"),
     ],
 )

@@ -118,7 +118,7 @@ def test_exact_settings_are_not_checked(model, inputs):
     assert run(model, inputs).isnan().all() and not model.said
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """Stands for a layer in fp8."""
 
     eight_bit = True
@@ -133,7 +133,7 @@ class Quantised(nn.Module):
 
 def test_fp8_is_switched_and_given_up(model, inputs):
     wanted = run(model, inputs)
-    model.blocks[1].ffn.down = Quantised(model.blocks[1].ffn.down)
+    model.blocks[1].ffn.down = Quantized(model.blocks[1].ffn.down)
     model.set_optimizations(replace(PLAIN, fp8=False))
     assert torch.equal(run(model, inputs), wanted) and not model.said
     model.set_optimizations(PLAIN)
@@ -144,7 +144,7 @@ def test_fp8_is_switched_and_given_up(model, inputs):
 
 def test_both_are_given_up_one_after_the_other(model, inputs, kernel):
     wanted = run(model, inputs)
-    model.blocks[1].ffn.down = Quantised(model.blocks[1].ffn.down)
+    model.blocks[1].ffn.down = Quantized(model.blocks[1].ffn.down)
     kernel.factor = float("inf")
     model.set_optimizations(replace(PLAIN, attention="lossy"))
     assert torch.equal(run(model, inputs), wanted)

@@ -17,16 +17,16 @@ from longcat_core.generate.pipeline import NANO_MODEL
 from longcat_core.measure.fidelity import relative_error, tensor_psnr
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer
-from longcat_core.optimize.kernels.elementwise import Quantised, quantise_rows
+from longcat_core.optimize.kernels.elementwise import Quantized, quantize_rows
 from longcat_core.optimize.quantization import (
     LAYERS,
     Fp8Linear,
     Policy,
     check_sizes,
-    dequantised,
+    dequantized,
     missing,
-    quantised_layers,
     quantize,
+    quantized_layers,
     scale_rows,
     with_scales,
     without_scales,
@@ -58,7 +58,7 @@ def test_rows_are_scaled_to_the_largest_number_of_e4m3():
     x[2] *= 1e-6
     x[3] = 0
     x[4, 5] = 300
-    values, scales = quantise_rows(x)
+    values, scales = quantize_rows(x)
     assert values.dtype == torch.float8_e4m3fn and scales.shape == (6, 1)
     assert values.float().abs().amax(-1).tolist() == [448, 448, 448, 0, 448, 448]
     torch.testing.assert_close(scales[:, 0], x.abs().amax(-1).clamp(min=1e-12) / 448)
@@ -76,20 +76,20 @@ def test_a_layer_is_close_and_exactly_what_its_definition_says(dtype, bias):
     eight, x = Fp8Linear.of(layer), randn(3, 5, 128).to(dtype)
     out = eight(x)
     assert out.dtype == dtype and out.shape == (3, 5, 80)
-    (x8, sx), (w8, sw) = quantise_rows(x), quantise_rows(layer.weight)
+    (x8, sx), (w8, sw) = quantize_rows(x), quantize_rows(layer.weight)
     wanted = (x8.double() * sx.double()) @ (w8.double() * sw.double()).T
     wanted = wanted + layer.bias.double() if bias else wanted
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
     torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
     assert 0.01 < relative_error(out, layer(x)) < 0.05
-    torch.testing.assert_close(eight(Quantised(x8, sx)), out, rtol=0, atol=0)
+    torch.testing.assert_close(eight(Quantized(x8, sx)), out, rtol=0, atol=0)
 
 
 def test_switched_off_it_multiplies_the_same_weights_in_wider_precision():
     layer = nn.Linear(128, 80).requires_grad_(False)
     eight, x = Fp8Linear.of(layer), randn(7, 128)
     torch.testing.assert_close(
-        eight(x, fp8=False), nn.functional.linear(x, dequantised(eight.weight, eight.weight_scale, x.dtype), layer.bias)
+        eight(x, fp8=False), nn.functional.linear(x, dequantized(eight.weight, eight.weight_scale, x.dtype), layer.bias)
     )
     weights_alone = relative_error(eight(x, fp8=False), layer(x))
     assert weights_alone < 0.9 * relative_error(eight(x), layer(x))
@@ -121,7 +121,7 @@ def test_policy(model, policy, count):
     assert len(names) == count
     plain = sum(p.nbytes for p in model.parameters())
     saved = quantize(model, policy)
-    assert sorted(quantised_layers(model)) == sorted(names)
+    assert sorted(quantized_layers(model)) == sorted(names)
     assert plain - sum(p.nbytes for p in model.parameters()) == saved
     again = {name: id(model.get_submodule(name)) for name in names}
     assert quantize(model, policy) == 0
@@ -131,9 +131,9 @@ def test_policy(model, policy, count):
 @pytest.mark.parametrize(
     "bad, sentence",
     [
-        (lambda: Policy(("attn.kqv",)), "no layers attn.kqv to quantise; choose from attn.qkv"),
+        (lambda: Policy(("attn.kqv",)), "no layers attn.kqv to quantize; choose from attn.qkv"),
         (lambda: Policy(keep_first=-1), "cannot keep -1 first"),
-        (lambda: check_sizes(96, 40), "96x40 cannot be quantised to fp8, both must be multiples of 16"),
+        (lambda: check_sizes(96, 40), "96x40 cannot be quantized to fp8, both must be multiples of 16"),
     ],
 )
 def test_bad_policies_and_sizes(bad, sentence):
@@ -141,14 +141,14 @@ def test_bad_policies_and_sizes(bad, sentence):
         bad()
 
 
-def test_what_cannot_be_quantised_leaves_the_network_as_it_was(model):
+def test_what_cannot_be_quantized_leaves_the_network_as_it_was(model):
     class Patched(nn.Linear):
         pass
 
     model.blocks[2].ffn.down = Patched(96, 64, bias=False)
-    with pytest.raises(LongCatError, match=r"blocks\.2\.ffn\.down is a Patched and cannot be quantised; merge LoRAs"):
+    with pytest.raises(LongCatError, match=r"blocks\.2\.ffn\.down is a Patched and cannot be quantized; merge LoRAs"):
         quantize(model)
-    assert not quantised_layers(model)
+    assert not quantized_layers(model)
 
 
 def test_half_the_memory(model):
@@ -181,15 +181,15 @@ def test_fused_and_unfused_are_one_product(model):
     quantize(model)
     fused = model(*inputs())
     model.set_optimizations(Optimizations(attention="sdpa", fused_qkv=False, fused_ffn=False))
-    # Cross-attention's keys are not quantised, so unfused they are two products.
+    # Cross-attention's keys are not quantized, so unfused they are two products.
     torch.testing.assert_close(model(*inputs()), fused, rtol=1e-5, atol=1e-5)
 
 
-def test_loaded_as_quantised_after_loading():
+def test_loaded_as_quantized_after_loading():
     plain = load_transformer(NANO_MODEL, dtype=torch.bfloat16)
     loaded = load_transformer(NANO_MODEL, dtype=torch.bfloat16, fp8=Policy())
     assert quantize(plain) > 0
-    assert quantised_layers(loaded) == quantised_layers(plain) and len(quantised_layers(plain)) == 6 * len(LAYERS)
+    assert quantized_layers(loaded) == quantized_layers(plain) and len(quantized_layers(plain)) == 6 * len(LAYERS)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     for (name, a), (_, b) in zip(loaded.named_parameters(), plain.named_parameters(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a.float(), b.float()), name
@@ -208,7 +208,7 @@ def test_a_lora_does_not_go_into_8_bit_weights(model, tmp_path):
     write_safetensors(tmp_path / "lora.safetensors", tensors)
     merge_lora(copy.deepcopy(model), tmp_path / "lora.safetensors")
     quantize(model)
-    with pytest.raises(LongCatError, match=r"cannot be merged into 8-bit weights .*before the network is quantised"):
+    with pytest.raises(LongCatError, match=r"cannot be merged into 8-bit weights .*before the network is quantized"):
         merge_lora(model, tmp_path / "lora.safetensors")
 
 
@@ -230,12 +230,12 @@ def test_a_block_of_8_bit_layers_is_one_graph(model, monkeypatch):
 
 
 def test_this_machine_says_why_it_has_no_8_bit_products():
-    assert missing(torch.device("cpu")) == "8-bit products run on CUDA, not on cpu"
+    assert missing(torch.device("cpu")) == "it runs on CUDA, the tensors are on cpu"
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(96, 32), (32, 96), (16, 16), (48, 4096)])
 def test_scales_travel_with_the_weight(rows, columns):
-    weight, scales = quantise_rows(randn(rows, columns) * torch.logspace(-8, 8, rows)[:, None])
+    weight, scales = quantize_rows(randn(rows, columns) * torch.logspace(-8, 8, rows)[:, None])
     packed = with_scales(weight, scales)
     assert packed.shape == (rows + scale_rows(rows, columns), columns) and packed.dtype == torch.float8_e4m3fn
     # Through any float, as an owner casts what it patches.
@@ -243,5 +243,5 @@ def test_scales_travel_with_the_weight(rows, columns):
         values, found = without_scales(packed.to(dtype).to(torch.float8_e4m3fn), rows)
         assert torch.equal(found, scales) and values.is_contiguous()
         assert torch.equal(values.view(torch.uint8), weight.view(torch.uint8))
-    full = dequantised(weight, scales, torch.float32)
+    full = dequantized(weight, scales, torch.float32)
     assert torch.equal(full, weight.float() * scales)

@@ -395,8 +395,7 @@ def pretended() -> Iterator[_Runtime]:
     patch.setattr(Stream, "__init__", counted)
     patch.setattr(torch, "Generator", Generator)
     patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    patch.setattr("longcat_core.optimize.attention._needs_cuda", lambda capability, alone=False: "pretended")
-    patch.setattr("longcat_core.optimize.kernels.elementwise.missing", lambda: "pretended")
+    patch.setattr("longcat_core.optimize.requirement.needs_cuda", lambda capability, exactly=False: "pretended")
     MEMORY.__init__()
     for cached in _caches():
         cached.cache_clear()

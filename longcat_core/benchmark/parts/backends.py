@@ -14,7 +14,6 @@ from ...measure.clock import measure
 from ...measure.fidelity import relative_error
 from ...optimize.attention import BACKENDS, Backend, Inputs
 from ...optimize.kernels import text_attention
-from ...optimize.kernels.elementwise import missing
 from ..part import Chart, Part, Results, bars, columns, ok_rows
 from ..variants import Bench
 from ..workload import FUSED_TEXT, SEED, TEXT_LENGTH
@@ -55,7 +54,7 @@ def run(bench: Bench) -> None:
         for backend in BACKENDS:
 
             def one(backend: Backend = backend, q=q, k=k, v=v, expected=expected) -> dict[str, Any]:
-                refused = backend.missing() or backend.refuses(Inputs(q.device, q.dtype, q.shape[-1], False))
+                refused = backend.needs.why_not(Inputs.of(q))
                 if refused:
                     raise LongCatError(refused)
                 error = relative_error(backend.attend(q, k, v)[:1, :QUERIES, :HEADS], expected)
@@ -74,7 +73,7 @@ def _own_text_kernel(bench: Bench) -> None:
     expected = text_attention.plain_text_attention(some, weight, k, v, None)[:1, :, :HEADS]
 
     def one() -> dict[str, Any]:
-        refused = missing() or text_attention.refuses(q, q.shape[-1], keys)
+        refused = text_attention.NEEDS.why_not(Inputs.of(q)) or text_attention.refuses(q.shape[-1], keys)
         if refused:
             raise LongCatError(refused)
         out = text_attention.text_attention(some, weight, k, v, None).view(some.shape)

@@ -15,8 +15,7 @@ from ...measure.fidelity import relative_error
 from ...measure.results import markdown, shown
 from ...model.config import ModelConfig
 from ...optimize.execution import OptimizedTransformer
-from ...optimize.kernels.elementwise import HALF
-from ...optimize.kernels.elementwise import missing as kernels_missing
+from ...optimize.kernels import elementwise
 from ...optimize.plan import WORKSPACE, Plan, Weights, Work, apply_plan, choose_plan, limit_memory, needed_bytes
 from ...optimize.quantization import Policy
 from ...optimize.streaming import pinned
@@ -72,7 +71,7 @@ class _Counted:
         self.weights = Weights.of(config, dtype, Policy() if fp8 else None)
         _, *shape = bench.size.latents(config.in_channels)
         self.work = Work((1, *shape), bench.size.batch == 2)
-        self.own = dtype in HALF and not kernels_missing()
+        self.own = elementwise.takes(dtype)
         self.others = 0
         if device.type == "cuda":
             here = sum(p.nbytes for p in bench.model.parameters() if p.device.type == "cuda")

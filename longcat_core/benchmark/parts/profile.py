@@ -13,7 +13,7 @@ from ...files.atomic import atomic_path
 from ...measure.clock import attempt, clean_up, timed
 from ...measure.results import markdown, shown
 from ...optimize.block_sparse import BlockSparse
-from ...optimize.quantization import quantised_layers, quantize
+from ...optimize.quantization import quantize, quantized_layers
 from ...optimize.switches import Optimizations
 from .. import workload
 from ..baseline import BaselineTransformer
@@ -96,7 +96,7 @@ def run(bench: Bench) -> None:
     path = _PATHS.get(name, name)
 
     def one() -> dict[str, Any]:
-        if path in (FP8, FP8_8BIT) and not quantised_layers(bench.model):
+        if path in (FP8, FP8_8BIT) and not quantized_layers(bench.model):
             quantize(bench.model)
         chosen = Optimizations(**(bench.plain() if name in (PLAIN, BASELINE) else bench.path(path)))
         workload.exactly(bench.model, chosen)

@@ -1,64 +1,58 @@
 """Kernels of block-sparse attention: means of chunks, the best key chunks of each query chunk, attention over them.
 
-Tokens lie chunk after chunk (`model.block_sparse` lays them out), real tokens before padding in each; `sizes` says how
-many of a key chunk are real. `model.block_sparse` holds the same in plain PyTorch, which is the definition.
+Tokens lie chunk after chunk (`optimize.block_sparse` lays them out), real tokens before padding in each; `sizes` counts
+the real ones of every key chunk. `optimize.block_sparse` has the same in plain PyTorch, which is the definition.
 
-A query tile reads the keys that it attends to from the L2 cache, once per tile: 64 rows can do 64 FLOP with a byte, 128
-rows 128. At some 5.5 TB/s of an H100's L2 cache 64-token query chunks cannot pass about 350 TFLOP/s, whichever the
-kernel; query chunks of 128 tokens can, also over key chunks of 64.
+A query tile reads the keys that it attends to from the L2 cache, once per tile: 64 rows do 64 FLOP per byte, 128 rows
+128. At about 5.5 TB/s of an H100's L2 cache no kernel can exceed some 350 TFLOP/s with query chunks of 64 tokens; with
+chunks of 128 it can, also over key chunks of 64.
 
 FlashAttention-4 (4.0.0b36) takes lists of key blocks as well. On compute capability 9.0 its query tile of 128 rows
-becomes 64 where 128 does not divide the sparse block, and its key tile is the sparse block itself, which has to be a
-multiple of 16 and at most 128: chunks of 64 and of 128 tokens can both be said. On 10.x two query tiles of 128 go
-together, so that sparse blocks are multiples of 256 rows; on 8.x and 12.x it has no block sparsity. It knows no mask
-but one compiled into it, so grids that chunks do not divide are refused.
+becomes 64 if 128 does not divide the sparse block, and its key tile is the sparse block itself, a multiple of 16 up to
+128, so chunks of 64 and of 128 tokens both work. On 10.x two query tiles of 128 go together, so sparse blocks are
+multiples of 256 rows; on 8.x and 12.x it has no block sparsity. It has no mask except one that is compiled in, so grids
+that chunks do not divide are refused.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..operators import operator
-from .elementwise import HALF, find_spec
-from .elementwise import missing as missing_triton
+from ..requirement import Requirement
+from .jit import jit, tl, triton
 
-if find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
+if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
-else:
-    triton = None
 
 # Rows of scores that one program ranks in registers.
 MAX_CHUNKS = 1 << 15
-# Shared memory that a program may have on cards for consumers (compute capability 8.6, 8.9, 12.0).
+# Shared memory of a program on consumer cards (compute capability 8.6, 8.9, 12.0).
 CONSUMER_SHARED_BYTES = 101_376
 
 
 class Tiles(NamedTuple):
     """How the attention kernel runs.
 
-    rows, columns: of a query and of a key tile. pair: key tiles in one iteration, which then share a maximum. stages:
-    Triton's; since the lists are loaded ahead as well, (stages + 1) // 2 key tiles are there at a time, at least two.
-    tma: key tiles are fetched by the tensor memory accelerator (9.0 and newer).
+    rows, columns: of a query tile and of a key tile. stages: Triton's; since the lists are loaded ahead as well,
+    (stages + 1) // 2 key tiles are in memory at a time, at least two. tma: key tiles are fetched by the tensor memory
+    accelerator (9.0 and newer).
     """
 
     rows: int
     columns: int
-    pair: int
     warps: int
     stages: int
     tma: bool
 
     def shared_bytes(self, dim: int) -> int:
-        """Shared memory for the query tile and the key and value tiles under way, in 16 bits."""
+        """Shared memory for the query tile and the key and value tiles in flight, in 16 bits."""
         buffers = max(2, (self.stages + 1) // 2)
-        return 2 * dim * (self.rows + 2 * buffers * self.pair * self.columns)
+        return 2 * dim * (self.rows + 2 * buffers * self.columns)
 
 
 def _divisor(tokens: int, most: int) -> int:
@@ -67,51 +61,37 @@ def _divisor(tokens: int, most: int) -> int:
 
 
 def choose_tiles(capability: tuple[int, int], q_chunk: int, k_chunk: int) -> Tiles:
-    """Tiles for chunks of so many tokens; every set but those of 9.0 and 10.x fits consumer cards."""
+    """Tiles for chunks of these numbers of tokens; all except those of 9.0 and 10.x fit consumer cards."""
     rows, columns = _divisor(q_chunk, 128), _divisor(k_chunk, 64)
     warps = 8 if rows == 128 else 4
     if capability[0] in (9, 10):
-        # Measured on an H100: three or four key tiles under way are worth more than a second program beside this one.
-        return Tiles(rows, columns, 1, 8, 5, True) if rows == 128 else Tiles(rows, columns, 1, 4, 7, True)
-    return Tiles(rows, columns, 1, warps, 2, False)
+        # Measured on an H100: three or four key tiles in flight are worth more than a second program per processor.
+        return Tiles(rows, columns, warps, 5 if rows == 128 else 7, True)
+    return Tiles(rows, columns, warps, 2, False)
 
 
-@cache
-def _missing_flash4() -> str:
-    reason = missing_triton()
-    if reason:
-        return reason
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "its block sparsity takes these chunks on compute capability 9.0 alone"
-    try:
-        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-        from flash_attn.cute.interface import _flash_attn_fwd
-    except ModuleNotFoundError as error:
-        return f"package {error.name} is not installed"
-    except Exception as error:  # a broken installation must not take the program down
-        return f"flash_attn.cute does not load: {type(error).__name__}: {error}".splitlines()[0]
-    return "" if {"block_size"} <= set(BlockSparseTensorsTorch._fields) and callable(_flash_attn_fwd) else "too old"
+NEEDS = {
+    "triton": Requirement(triton=True, head_dims=(64, 128), backward=False),
+    "fa4": Requirement(
+        *((9, 0), "flash_attn.cute.block_sparsity", "BlockSparseTensorsTorch.block_size"),
+        exactly=True,
+        triton=True,
+        head_dims=(64, 128),
+        backward=False,
+    ),
+}
 
 
-def missing(kernel: str) -> str:
-    """Why `triton` or `fa4` cannot run on this machine, or ""."""
-    return _missing_flash4() if kernel == "fa4" else missing_triton()
+def refuses(kernel: str, q_chunk: int, k_chunk: int, padded: bool) -> str:
+    """Why `triton` or `fa4` does not take query and key chunks of these numbers of tokens, or "".
 
-
-def refuses(kernel: str, q: Tensor, q_chunk: int, k_chunk: int, padded: bool) -> str:
-    """Why the kernel cannot take queries like q [B, N, heads, head_dim] in chunks of so many tokens, or ""."""
-    dim = q.shape[-1]
-    if q.dtype not in HALF:
-        return f"it takes bfloat16 or float16, not {str(q.dtype).removeprefix('torch.')}"
-    if torch.is_grad_enabled() and q.requires_grad:
-        return "it has no backward pass"
-    if dim not in (64, 128):
-        return f"it takes head dims of 64 and 128, not {dim}"
+    padded: whether some slots are padding.
+    """
     if kernel == "triton":
         least = min(_divisor(q_chunk, 128), _divisor(k_chunk, 128))
         return "" if least >= 16 else f"chunks of {q_chunk} and {k_chunk} tokens are not multiples of 16"
     if padded:
-        return "the chunks do not divide the grid, and it knows no mask"
+        return "the chunks do not divide the grid, and it has no mask"
     if q_chunk % 64 or k_chunk % 16 or k_chunk > 128:
         return f"its query chunks are multiples of 64 tokens, its key chunks of 16 up to 128, not {q_chunk}, {k_chunk}"
     return ""
@@ -119,156 +99,107 @@ def refuses(kernel: str, q: Tensor, q_chunk: int, k_chunk: int, padded: bool) ->
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
-if triton is not None:
 
-    @triton.jit
-    def _pool(x, sizes, out, tokens, heads, chunks, stride, CHUNK: tl.constexpr, PART: tl.constexpr, DIM: tl.constexpr):
-        """Mean of the real tokens of one chunk, which consists of parts of PART slots with `sizes` real ones each."""
-        chunk = tl.program_id(0)
-        sample = tl.program_id(1) // heads
-        head = tl.program_id(1) % heads
-        channel = tl.arange(0, DIM)[None, :]
-        total = tl.zeros((1, DIM), dtype=tl.float32)
-        count = 0
-        for part in range(CHUNK // PART):
-            size = tl.load(sizes + chunk * (CHUNK // PART) + part)
-            count += size
-            first = sample.to(tl.int64) * tokens + chunk * CHUNK + part * PART
-            for start in range(0, PART, 16):
-                slot = start + tl.arange(0, 16)[:, None]
-                at = (first + slot) * stride + head * DIM + channel
-                value = tl.load(x + at, mask=slot < size, other=0).to(tl.float32)
-                total += tl.sum(value, axis=0, keep_dims=True)
-        at = (tl.program_id(1).to(tl.int64) * chunks + chunk) * DIM + channel
-        tl.store(out + at, (total / tl.maximum(count, 1)).to(out.dtype.element_ty))
+@jit
+def _pool(x, sizes, out, tokens, heads, chunks, stride, CHUNK: tl.constexpr, PART: tl.constexpr, DIM: tl.constexpr):
+    """Mean of the real tokens of one chunk, which consists of parts of PART slots with `sizes` real ones each."""
+    chunk = tl.program_id(0)
+    sample = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    channel = tl.arange(0, DIM)[None, :]
+    total = tl.zeros((1, DIM), dtype=tl.float32)
+    count = 0
+    for part in range(CHUNK // PART):
+        size = tl.load(sizes + chunk * (CHUNK // PART) + part)
+        count += size
+        first = sample.to(tl.int64) * tokens + chunk * CHUNK + part * PART
+        for start in range(0, PART, 16):
+            slot = start + tl.arange(0, 16)[:, None]
+            at = (first + slot) * stride + head * DIM + channel
+            value = tl.load(x + at, mask=slot < size, other=0).to(tl.float32)
+            total += tl.sum(value, axis=0, keep_dims=True)
+    at = (tl.program_id(1).to(tl.int64) * chunks + chunk) * DIM + channel
+    tl.store(out + at, (total / tl.maximum(count, 1)).to(out.dtype.element_ty))
 
-    @triton.jit
-    def _top_k(scores, sizes, out, chunks, keep, PADDED: tl.constexpr, WIDTH: tl.constexpr):
-        """The `keep` largest of a row of 16-bit floats given as int16, of equals the first ones, in ascending order."""
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, WIDTH)
-        inside = column < chunks
-        bits = tl.load(scores + row * chunks + column, mask=inside, other=0).to(tl.int32)
-        # Ordered as the numbers are: 0 for the least, 65535 for the greatest, and -0 as 0.
-        rank = tl.where(bits < 0, tl.where(bits == -32768, 32768, -1 - bits), bits + 32768)
-        if PADDED:
-            inside = inside & (tl.load(sizes + column, mask=inside, other=0) > 0)
-        rank = tl.where(inside, rank, -1)
-        # The greatest number that `keep` of them reach, bit by bit.
-        least = 0
-        for step in range(16):
-            more = least + (32768 >> step)
-            least = tl.where(tl.sum((rank >= more).to(tl.int32), axis=0) >= keep, more, least)
-        above = rank > least
-        equal = (rank == least).to(tl.int32)
-        room = keep - tl.sum(above.to(tl.int32), axis=0)
-        chosen = above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= room))
-        place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-        tl.store(out + row * keep + place, column, mask=chosen)
 
-    @triton.jit
-    def _load_tile(x, row, column, stride, ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
-        if TMA:
-            tile = x.load([row, column])
-        else:
-            rows = (row + tl.arange(0, ROWS)).to(tl.int64)
-            tile = tl.load(x + rows[:, None] * stride + column + tl.arange(0, DIM)[None, :])
-        return tile
+@jit
+def _top_k(scores, sizes, out, chunks, keep, PADDED: tl.constexpr, WIDTH: tl.constexpr):
+    """The `keep` largest of a row of 16-bit floats read as int16, of equal ones the first, in ascending order."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < chunks
+    bits = tl.load(scores + row * chunks + column, mask=inside, other=0).to(tl.int32)
+    # In the order of the floats: 0 for the least, 65535 for the greatest, and -0 as 0.
+    rank = tl.where(bits < 0, tl.where(bits == -32768, 32768, -1 - bits), bits + 32768)
+    if PADDED:
+        inside = inside & (tl.load(sizes + column, mask=inside, other=0) > 0)
+    rank = tl.where(inside, rank, -1)
+    # The greatest number that at least `keep` scores reach, bit by bit.
+    least = 0
+    for step in range(16):
+        more = least + (32768 >> step)
+        least = tl.where(tl.sum((rank >= more).to(tl.int32), axis=0) >= keep, more, least)
+    above = rank > least
+    equal = (rank == least).to(tl.int32)
+    room = keep - tl.sum(above.to(tl.int32), axis=0)
+    chosen = above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= room))
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(out + row * keep + place, column, mask=chosen)
 
-    @triton.jit
-    def _scores(
-        query,
-        k,
-        sizes,
-        chunk,
-        inner,
-        row,
-        column,
-        stride,
-        COLUMNS: tl.constexpr,
-        DIM: tl.constexpr,
-        PADDED: tl.constexpr,
-        TMA: tl.constexpr,
-    ):
-        score = tl.dot(query, tl.trans(_load_tile(k, row, column, stride, COLUMNS, DIM, TMA)))
+
+@jit
+def _load_tile(x, row, column, stride, ROWS: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        tile = x.load([row, column])
+    else:
+        rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+        tile = tl.load(x + rows[:, None] * stride + column + tl.arange(0, DIM)[None, :])
+    return tile
+
+
+@jit
+def _attend(
+    q, k, v, out, indices, counts, sizes, q_tokens, k_tokens, heads, width, q_stride, k_stride, v_stride, scale,
+    Q_CHUNK: tl.constexpr, K_CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One query tile over the key chunks in its list. scale: softmax scale times log2(e)."""
+    tile = tl.program_id(0)
+    sample = tl.program_id(1) // heads
+    column = (tl.program_id(1) % heads) * DIM
+    rows = sample.to(tl.int64) * q_tokens + tile * ROWS + tl.arange(0, ROWS)
+    query = tl.load(q + rows[:, None] * q_stride + column + tl.arange(0, DIM)[None, :])
+    entry = tl.program_id(1) * (q_tokens // Q_CHUNK) + tile // (Q_CHUNK // ROWS)
+    indices += entry.to(tl.int64) * width
+    TILES: tl.constexpr = K_CHUNK // COLUMNS
+    total = tl.load(counts + entry) * TILES
+    base = sample * k_tokens
+
+    top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((ROWS,), dtype=tl.float32)
+    acc = tl.zeros((ROWS, DIM), dtype=tl.float32)
+    for i in range(total):
+        chunk = tl.load(indices + i // TILES)
+        inner = (i % TILES) * COLUMNS
+        row = base + chunk * K_CHUNK + inner
+        score = tl.dot(query, tl.trans(_load_tile(k, row, column, k_stride, COLUMNS, DIM, TMA)))
         if PADDED:
             left = tl.load(sizes + chunk) - inner
             score = tl.where(tl.arange(0, COLUMNS)[None, :] < left, score, float("-inf"))
-        return score
-
-    @triton.jit
-    def _attend(
-        q,
-        k,
-        v,
-        out,
-        indices,
-        counts,
-        sizes,
-        q_tokens,
-        k_tokens,
-        heads,
-        width,
-        q_stride,
-        k_stride,
-        v_stride,
-        scale,
-        Q_CHUNK: tl.constexpr,
-        K_CHUNK: tl.constexpr,
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        DIM: tl.constexpr,
-        PAIR: tl.constexpr,
-        PADDED: tl.constexpr,
-        TMA: tl.constexpr,
-    ):
-        """One query tile over the key chunks in its list. scale: softmax scale times log2(e)."""
-        tile = tl.program_id(0)
-        sample = tl.program_id(1) // heads
-        column = (tl.program_id(1) % heads) * DIM
-        rows = sample.to(tl.int64) * q_tokens + tile * ROWS + tl.arange(0, ROWS)
-        query = tl.load(q + rows[:, None] * q_stride + column + tl.arange(0, DIM)[None, :])
-        entry = tl.program_id(1) * (q_tokens // Q_CHUNK) + tile // (Q_CHUNK // ROWS)
-        indices += entry.to(tl.int64) * width
-        TILES: tl.constexpr = K_CHUNK // COLUMNS
-        total = tl.load(counts + entry) * TILES
-        base = sample * k_tokens
-
-        top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-        weight = tl.zeros((ROWS,), dtype=tl.float32)
-        acc = tl.zeros((ROWS, DIM), dtype=tl.float32)
-        for i in range(0, total, PAIR):
-            chunk = tl.load(indices + i // TILES)
-            inner = (i % TILES) * COLUMNS
-            row = base + chunk * K_CHUNK + inner
-            score = _scores(query, k, sizes, chunk, inner, row, column, k_stride, COLUMNS, DIM, PADDED, TMA)
-            new = tl.maximum(top, tl.max(score, 1))
-            if PAIR == 2:
-                j = tl.minimum(i + 1, total - 1)
-                chunk2 = tl.load(indices + j // TILES)
-                inner2 = (j % TILES) * COLUMNS
-                row2 = base + chunk2 * K_CHUNK + inner2
-                score2 = _scores(query, k, sizes, chunk2, inner2, row2, column, k_stride, COLUMNS, DIM, PADDED, TMA)
-                score2 = tl.where(i + 1 < total, score2, float("-inf"))
-                new = tl.maximum(new, tl.max(score2, 1))
-            shrink = tl.exp2((top - new) * scale)
-            p = tl.exp2(score * scale - (new * scale)[:, None])
-            weight = weight * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None]
-            value = _load_tile(v, row, column, v_stride, COLUMNS, DIM, TMA)
-            acc = tl.dot(p.to(value.dtype), value, acc)
-            if PAIR == 2:
-                p = tl.exp2(score2 * scale - (new * scale)[:, None])
-                weight += tl.sum(p, 1)
-                value = _load_tile(v, row2, column, v_stride, COLUMNS, DIM, TMA)
-                acc = tl.dot(p.to(value.dtype), value, acc)
-            top = new
-        at = rows[:, None] * (heads * DIM) + column + tl.arange(0, DIM)[None, :]
-        tl.store(out + at, (acc / weight[:, None]).to(out.dtype.element_ty))
+        new = tl.maximum(top, tl.max(score, 1))
+        shrink = tl.exp2((top - new) * scale)
+        p = tl.exp2(score * scale - (new * scale)[:, None])
+        weight = weight * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        value = _load_tile(v, row, column, v_stride, COLUMNS, DIM, TMA)
+        acc = tl.dot(p.to(value.dtype), value, acc)
+        top = new
+    at = rows[:, None] * (heads * DIM) + column + tl.arange(0, DIM)[None, :]
+    tl.store(out + at, (acc / weight[:, None]).to(out.dtype.element_ty))
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """x [B, N, heads, head_dim] such that all its tokens are rows of one matrix; a slice of a projection stays."""
+    """x [B, N, heads, head_dim] with all tokens as rows of one matrix; a slice of a projection is not copied."""
     dense = x.stride()[2:] == (x.shape[3], 1) and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
     # Loads and the tensor memory accelerator work on 16 bytes.
     aligned = x.stride(1) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
@@ -291,21 +222,20 @@ def launch_attend(
     padded: bool,
     tiles: Tiles,
 ) -> Tensor:
-    """`attend_chunks` by given tiles, outside of graphs."""
+    """`attend_chunks` with these tiles, outside of graphs."""
     q, k, v = _matrix(q), _matrix(k), _matrix(v)
     batch, q_tokens, heads, dim = q.shape
     k_tokens, k_chunk = k.shape[1], k.shape[1] // len(sizes)
     out = q.new_empty(q.shape)
-    given = (_descriptor(k, tiles.columns), _descriptor(v, tiles.columns)) if tiles.tma else (k, v)
+    read = (_descriptor(k, tiles.columns), _descriptor(v, tiles.columns)) if tiles.tma else (k, v)
     _attend[(q_tokens // tiles.rows, batch * heads)](
-        *(q, *given, out, indices, counts, sizes, q_tokens, k_tokens, heads, indices.shape[-1]),
+        *(q, *read, out, indices, counts, sizes, q_tokens, k_tokens, heads, indices.shape[-1]),
         *(q.stride(1), k.stride(1), v.stride(1), dim**-0.5 * math.log2(math.e)),
         Q_CHUNK=q_chunk,
         K_CHUNK=k_chunk,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DIM=dim,
-        PAIR=tiles.pair,
         PADDED=padded,
         TMA=tiles.tma,
         num_warps=tiles.warps,
@@ -328,7 +258,7 @@ def _flash4_op(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    # Its two lists are of blocks with and without a mask; the first is empty here, but has to be there.
+    # Its two lists hold blocks with and without a mask; the first is empty here but required.
     lists = BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(counts),
         mask_block_idx=torch.zeros_like(indices[..., :1]),
@@ -387,7 +317,7 @@ _top_k_op = operator("top_chunks", _top_k_op, _fake_top_k)
 def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
     """Means over the real tokens of chunks: x [B, N, heads, head_dim] -> [B, heads, N/chunk, head_dim], same dtype.
 
-    sizes [n] int32: real tokens of every N/n slots, which a chunk is made of. fp32 inside.
+    sizes [n] int32: real tokens of every N/n slots; chunks consist of such parts. fp32 inside.
     """
     return _pool_op(x, sizes, chunk)
 
@@ -395,8 +325,8 @@ def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
 def top_chunks(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor:
     """Indices of the `keep` best key chunks, ascending: scores [.., n] in 16 bits -> [.., keep] int32.
 
-    Of equal scores the first count as the best. padded: chunks with sizes [n] of 0 are passed over; at least `keep`
-    must remain. n is at most MAX_CHUNKS.
+    Of equal scores the first win. padded: chunks with sizes [n] of 0 are skipped; at least `keep` must remain. n is at
+    most MAX_CHUNKS.
     """
     return _top_k_op(scores, sizes, keep, padded)
 
@@ -416,7 +346,7 @@ def attend_chunks(
 
     q [B, Nq, heads, head_dim], k and v [B, Nk, heads, head_dim] in 16 bits, chunk after chunk. indices [B, heads,
     Nq/q_chunk, w] int32 with counts [B, heads, Nq/q_chunk] int32 of at least 1. sizes [n] int32: real tokens of each
-    of the n key chunks, which come first in it; read where `padded`. kernel: `triton` or `fa4`.
+    of the n key chunks, which come first in it; read only if `padded`. kernel: `triton` or `fa4`.
     """
     attend = _flash4_op if kernel == "fa4" else _attend_op
     return attend(q, k, v, indices, counts, sizes, q_chunk, padded)

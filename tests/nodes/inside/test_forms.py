@@ -58,7 +58,7 @@ def test_a_prefix_that_comfyui_does_not_know(comfy, nano, sample, empty):
 
 
 def test_split_fp8_with_scales(comfy, nano, sample, empty, scaled):
-    """Layers that are stored whole stay ComfyUI's own quantised ones; stacked ones are multiplied out."""
+    """Layers that are stored whole stay ComfyUI's own quantized ones; stacked ones are multiplied out."""
     loaded = comfy("LongCatModelLoader", model_name=scaled, weight_dtype="default")
     block = loaded.model.diffusion_model.blocks[0]
     assert type(block.attn.proj.weight).__name__ == "QuantizedTensor" or block.attn.proj.weight.dtype == E4M3

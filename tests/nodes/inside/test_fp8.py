@@ -53,7 +53,7 @@ def test_layers_and_their_numbers(comfy, loaded, model):
     plain = dict(model.model.diffusion_model.named_parameters())
     for name, layer in layers.items():
         values, scales = quantization.without_scales(layer.weight, layer.out_features)
-        full = quantization.dequantised(values, scales, torch.float32)
+        full = quantization.dequantized(values, scales, torch.float32)
         assert error(plain[f"{name}.weight"], full) < 0.5
         assert (values.float().abs().amax(1) == 448).all()
         assert layer.bias is None or torch.equal(layer.bias.float(), plain[f"{name}.bias"])
@@ -75,7 +75,7 @@ def merged(comfy, lora) -> str:
     return comfy.save("diffusion_models", "merged_for_fp8.safetensors", load.official_state(network, formats.OFFICIAL))
 
 
-def test_lora_is_merged_before_quantising(comfy, loaded, sample, empty, lora, merged):
+def test_lora_is_merged_before_quantizing(comfy, loaded, sample, empty, lora, merged):
     before, plain = weights(comfy, loaded), sample(empty, loaded)
     patched = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
     one = {"steps": 1, "guidance": 1.0}

@@ -73,14 +73,14 @@ def test_config_of_a_folder_is_kept(comfy, nano):
 
 
 def test_official_int8(comfy, nano, model, sample, empty):
-    name = save_folder(comfy, "Quantised", nano, zero_pad=True, int8=True)
+    name = save_folder(comfy, "Quantized", nano, zero_pad=True, int8=True)
     loaded = comfy("LongCatModelLoader", model_name=name, weight_dtype="fp32")
     plain, out = sample(empty), sample(empty, loaded)
     assert 0 < (plain - out).abs().mean() < 0.3 * plain.std()
 
 
 def test_scaled_fp8(comfy, nano, sample, empty):
-    """Official names with a scale for each weight, as ComfyUI's own quantised files have: also in fp32 layers."""
+    """Official names with a scale for each weight, as ComfyUI's own quantized files have: also in fp32 layers."""
     tensors = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for key, value in nano.items():
         module = key.removesuffix(".weight")
@@ -92,7 +92,7 @@ def test_scaled_fp8(comfy, nano, sample, empty):
     name = comfy.save("diffusion_models", "scaled.safetensors", tensors)
     loaded = comfy("LongCatModelLoader", model_name=name, weight_dtype="default")
     network = loaded.model.diffusion_model
-    assert not isinstance(network.blocks[0].modulation, torch.nn.Linear), "a quantised layer of ComfyUI"
+    assert not isinstance(network.blocks[0].modulation, torch.nn.Linear), "a quantized layer of ComfyUI"
     plain = sample(empty)
     assert 0 < (plain - sample(empty, loaded)).abs().mean() < 0.3 * plain.std()
 

@@ -59,7 +59,6 @@ def main() -> None:
                 ROWS=tiles.rows,
                 COLUMNS=tiles.columns,
                 DIM=128,
-                PAIR=tiles.pair,
                 PADDED=padded,
                 TMA=tiles.tma,
             )
@@ -71,7 +70,7 @@ def main() -> None:
                 text_attention._text_attention,
                 capability,
                 types,
-                kernels.Tiles(rows, columns, 1, text_attention.WARPS, text_attention.STAGES, False),
+                kernels.Tiles(rows, columns, text_attention.WARPS, text_attention.STAGES, False),
                 BIAS=True,
                 FP8=fp8,
                 ROWS=rows,
@@ -82,7 +81,7 @@ def main() -> None:
                 text_attention._short_text_attention,
                 capability,
                 types,
-                kernels.Tiles(text_attention.SHORT_ROWS, 128, 1, text_attention.SHORT_WARPS, 1, False),
+                kernels.Tiles(text_attention.SHORT_ROWS, 128, text_attention.SHORT_WARPS, 1, False),
                 BIAS=True,
                 FP8=fp8,
                 ROWS=text_attention.SHORT_ROWS,
@@ -94,9 +93,9 @@ def main() -> None:
     extent = {"x": half, "largest": "*fp32", "sums": "*fp32"}
     build(fp8_attention._fp8_attention_extent, (9, 0), extent, tiles, DIM=128, **parts)
     packed = {"x": half, "mean": "*fp32", "scale": "*fp32", "out": "*fp8e4nv"}
-    for centred in (False, True):
+    for centered in (False, True):
         rows = fp8_attention.ROWS
-        build(fp8_attention._fp8_attention_pack, (9, 0), packed, tiles, CENTRED=centred, ROWS=rows, DIM=128)
+        build(fp8_attention._fp8_attention_pack, (9, 0), packed, tiles, CENTERED=centered, ROWS=rows, DIM=128)
     back = {"x": "*fp8e4nv", "scale": "*fp32", "out": half}
     build(fp8_attention._fp8_attention_unpack, (9, 0), back, tiles, SIZE=fp8_attention.SIZE)
     types = {"x": half, "sizes": "*i32", "out": half}

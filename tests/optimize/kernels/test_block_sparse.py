@@ -19,6 +19,7 @@ from longcat_core.optimize import block_sparse as plain
 from longcat_core.optimize.block_sparse import BlockSparse, chunk_layout
 from longcat_core.optimize.kernels import block_sparse as kernels
 from longcat_core.optimize.kernels.block_sparse import Tiles
+from longcat_core.optimize.requirement import Inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIVIDED, PADDED = (4, 8, 8), (5, 6, 5)
@@ -79,11 +80,10 @@ def test_top_chunks_with_ties_and_zeros(dtype, keep, padded):
 
 TILES = {
     "as on other GPUs": None,
-    "two at a time": Tiles(64, 64, 2, 4, 2, False),
-    "half chunks": Tiles(32, 32, 1, 4, 2, False),
-    "half chunks, two at a time": Tiles(64, 32, 2, 4, 2, False),
-    "fetched by TMA": Tiles(64, 64, 1, 4, 2, True),
-    "fetched by TMA, two at a time": Tiles(64, 32, 2, 4, 2, True),
+    "half chunks": Tiles(32, 32, 4, 2, False),
+    "half chunks of keys": Tiles(64, 32, 4, 2, False),
+    "fetched by TMA": Tiles(64, 64, 4, 2, True),
+    "half chunks of keys, fetched by TMA": Tiles(64, 32, 4, 2, True),
 }
 
 
@@ -136,17 +136,19 @@ def test_tiles_fit_the_chunks_and_the_shared_memory(capability, q_chunk, k_chunk
 
 
 def test_reasons():
-    q = randn(1, 64, 1, 64)
-    assert kernels.refuses("triton", q, 64, 64, True) == ""
-    assert "bfloat16" in kernels.refuses("triton", q.float(), 64, 64, False)
-    assert "head dims" in kernels.refuses("triton", q[..., :32], 64, 64, False)
-    assert "16" in kernels.refuses("triton", q, 27, 27, False)
-    assert "backward" in kernels.refuses("triton", q.clone().requires_grad_(), 64, 64, False)
-    assert kernels.refuses("fa4", q, 64, 64, False) == kernels.refuses("fa4", q, 128, 128, False) == ""
-    assert "mask" in kernels.refuses("fa4", q, 64, 64, True)
-    assert "multiples of 64" in kernels.refuses("fa4", q, 32, 32, False)
+    half = Inputs(torch.device("cuda"), torch.float16, 64, False)
+    for needs in kernels.NEEDS.values():
+        assert needs.refuses(half) == ""
+        assert "bfloat16" in needs.refuses(half._replace(dtype=torch.float32))
+        assert "head dims 64, 128, not 32" in needs.refuses(half._replace(head_dim=32))
+        assert "backward" in needs.refuses(half._replace(grad=True))
+    assert kernels.refuses("triton", 64, 64, True) == ""
+    assert "16" in kernels.refuses("triton", 27, 27, False)
+    assert kernels.refuses("fa4", 64, 64, False) == kernels.refuses("fa4", 128, 128, False) == ""
+    assert "mask" in kernels.refuses("fa4", 64, 64, True)
+    assert "multiples of 64" in kernels.refuses("fa4", 32, 32, False)
     if DEVICE.type == "cpu":
-        assert kernels.missing("triton") == kernels.missing("fa4") == "no CUDA device"
+        assert kernels.NEEDS["triton"].missing() == "no CUDA device" and kernels.NEEDS["fa4"].missing()
 
 
 def test_all_of_it_in_a_graph(monkeypatch):

@@ -40,15 +40,15 @@ def right(values: Tensor) -> Any:
     return values.float().abs().log2() % 1 != 0 if DEVICE.type == "cpu" else slice(None)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_packed_under_one_scale(centred):
+@pytest.mark.parametrize("centered", [False, True])
+def test_packed_under_one_scale(centered):
     _, k, _ = qkv(700)
-    packed = eight.pack(k, 768, centred=centred)
+    packed = eight.pack(k, 768, centered=centered)
     assert packed.values.shape == (2, 768, HEADS, DIM) and packed.values.dtype == torch.float8_e4m3fn
     assert not packed.values[:, 700:].float().any(), "zeros behind the tokens"
-    wanted = k.float() - k.float().mean(1, keepdim=True) if centred else k.float()
+    wanted = k.float() - k.float().mean(1, keepdim=True) if centered else k.float()
     most = wanted.abs().max()
-    assert packed.scale.shape == (1,) and most / 448 <= packed.scale <= (10 if centred else 1.001) * most / 448
+    assert packed.scale.shape == (1,) and most / 448 <= packed.scale <= (10 if centered else 1.001) * most / 448
     values = packed.values[:, :700]
     found = values.float() * packed.scale
     where = right(values)
@@ -66,15 +66,15 @@ def test_attention_of_keys_with_a_mean(monkeypatch):
         return float((found.float() - wanted).norm() / wanted.norm())
 
     # 6 % on a GPU; the interpreter rounds badly.
-    centred = error()
-    given = eight.attend_quantised(q[:, :1090], k, v)
+    centered = error()
+    given = eight.attend_quantized(q[:, :1090], k, v)
     assert given.values.shape == (2, 1090, HEADS * DIM) and given.scales.shape == (2, 1090, 1)
     same = (given.values.float() * given.scales).to(q.dtype).view(2, 1090, HEADS, DIM)
     assert torch.equal(same, eight.attend(q[:, :1090], k, v)), "in 8 bits already"
-    assert centred < (0.2 if DEVICE.type == "cpu" else 0.07)
+    assert centered < (0.2 if DEVICE.type == "cpu" else 0.07)
     pack = eight.pack
     monkeypatch.setattr(eight, "pack", lambda x, tokens, **_: pack(x, tokens))
-    assert error() > 2 * centred, "what the mean would cost"
+    assert error() > 2 * centered, "what the mean would cost"
 
 
 def test_zeros_among_the_keys_cost_less_than_they_may(monkeypatch):
@@ -141,7 +141,7 @@ def test_what_cudnn_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", cudnn)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
-    for cached in (eight._plan, eight._handle):
+    for cached in (eight._build, eight._handle):
         monkeypatch.setattr(eight, cached.__name__, cached.__wrapped__)
     q, k, v = qkv(1100)
     out = eight.attend(q[:, -140:], k, v)
