@@ -20,7 +20,7 @@ from ..longcat_core.measure import speed
 from ..longcat_core.measure.clock import peak_gib
 from ..longcat_core.measure.fidelity import relative_error, tensor_psnr
 from ..longcat_core.measure.results import machine, shown
-from ..longcat_core.measure.speed import SEED, TEXT_TOKENS, Side, kernel_name, plain
+from ..longcat_core.measure.speed import SEED, TEXT_TOKENS, TimedSetting, kernel_name, plain
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
@@ -76,7 +76,7 @@ class Benchmark(io.ComfyNode):
 
 def _run(
     name: str, model: Any, latent_image: dict, steps: int, guidance: float, positive: Any, negative: Any
-) -> tuple[Side, Tensor]:
+) -> tuple[TimedSetting, Tensor]:
     """Time the first 1 + `steps` steps of a sampling; also returns the last estimate of the clean latents."""
     text = [_random_text(model, tokens) for tokens in reversed(TEXT_TOKENS)]
     guider = make_guider(model, positive or text[0], negative or text[1], guidance, "exact", NODE)
@@ -100,7 +100,7 @@ def _run(
     kernel = kernel or kernel_name(execution_of(model).choose_kernels(device).attend)
     first, *later = clock.seconds
     times = tuple(1000 * seconds for seconds in later)
-    return Side(name, switches, kernel, first, times, peak), clock.x0
+    return TimedSetting(name, switches, kernel, first, times, peak), clock.x0
 
 
 def _heading(device: torch.device, shape: Any, guidance: float) -> str:

@@ -23,7 +23,7 @@ from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.cli.main import build_parser, main
 from longcat_core.files.safetensors_io import read_metadata, read_tensors
-from longcat_core.measure.results import Report
+from longcat_core.measure.results import ResultsFile
 
 from .public_face import COMPARE, DATA, GENERATE, KEEPING, KEPT, ROOT, assert_frozen, schema
 
@@ -284,7 +284,7 @@ def test_results_that_are_published():
 
 
 def test_results_that_are_written(tmp_path):
-    report = Report("memory", tmp_path, torch.device("cpu"), {"size": "16x32x5"}, name="memory")
+    report = ResultsFile("memory", tmp_path, torch.device("cpu"), {"size": "16x32x5"}, name="memory")
     report.add({"name": "a", "ms": math.inf})
     assert report.path == tmp_path / "memory.json"
     content = json.loads(report.path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..measure.clock import Budget
-    from ..measure.results import Report
+    from ..measure.results import ResultsFile
     from .part import Part
     from .variants import Bench
 
@@ -168,8 +168,8 @@ class Job:
         options = {"fp8": not args.no_fp8, "few_blocks": args.few_blocks, "both_ways": both_ways}
         return Bench(model, size, self.device, args.repeats, self.budget, args.attention, **options)
 
-    def report(self, kind: str, bench: Bench) -> Report:
-        from ..measure.results import Report
+    def report(self, kind: str, bench: Bench) -> ResultsFile:
+        from ..measure.results import ResultsFile
         from .parts.profile import file_name
 
         args, config = self.args, bench.model.config
@@ -184,7 +184,7 @@ class Job:
             "attention": args.attention,
         }
         name = file_name(bench.variant) if kind == "profile" else kind
-        return Report(kind, args.output, self.device, inputs, self.known, name)
+        return ResultsFile(kind, args.output, self.device, inputs, self.known, name)
 
     def measure(self, kind: str, bench: Bench, variant: str = "exact") -> None:
         """Run one part on a bench; print its table, write its results and charts. variant: of `profile`."""
@@ -196,15 +196,15 @@ class Job:
         record.run(bench)
         self.finish(bench.report)
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: ResultsFile) -> None:
         """Print the table; write the file and its charts."""
         from ..files.atomic import atomic_path
-        from ..measure.results import say, table
+        from ..measure.results import aligned, say
 
         record = part(report.content["kind"])
         report.write()
         say(f"\n{report.content['name']}")
-        say(table(record.columns, [[row.get(name) for name in record.columns] for row in report.rows]))
+        say(aligned(record.table(report.content, None)))
         for row in report.rows:
             for sentence in (row.get("reason"), *row.get("notes", ())):
                 if sentence:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..measure.clock import GIB, OK, Budget, attempt, clean_up, measure
-from ..measure.results import Report, say, shown
+from ..measure.results import ResultsFile, say, shown
 from ..measure.speed import PLAIN, plain
 from ..optimize.attention import BACKENDS
 from ..optimize.quantization import quantize
@@ -53,7 +53,7 @@ class Bench:
     repeats: int
     budget: Budget
     attention: str = "auto"
-    report: Report | None = None
+    report: ResultsFile | None = None
     fp8: bool = True
     few_blocks: int = 4
     variant: str = "exact"

@@ -371,13 +371,13 @@ def _write(
     fidelity: Fidelity, args: argparse.Namespace, device: torch.device, videos: Sequence[Any], folder: Path
 ) -> None:
     from ..measure.charts import fidelity_plot, side_by_side
-    from ..measure.results import Report
+    from ..measure.results import ResultsFile
 
     request = videos[0]
     size = f"{request.height}x{request.width}"
     inputs = {"prompts": list(dict.fromkeys(video.prompt for video in videos)), "seed": args.seed, "seeds": args.seeds}
     inputs |= {"size": size, "frames": request.frames, "given": request.cond_frames, "no_floor": fidelity.no_floor}
-    report = Report("fidelity", folder, device, inputs, name=Path(REPORT).stem)
+    report = ResultsFile("fidelity", folder, device, inputs, name=Path(REPORT).stem)
     for setting in (fidelity.reference, *fidelity.compared):
         row = setting.as_row()
         if setting in fidelity.others:

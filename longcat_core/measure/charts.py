@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -101,15 +102,15 @@ def bar_chart(
     legend: Sequence[tuple[str, Color]] = (),
 ) -> Image.Image:
     """Horizontal bars from the top down, each group on its own scale. above, below: lines of small print."""
-    bars = [bar for group in groups for bar in group.bars]
+    bars, font = [bar for group in groups for bar in group.bars], _font(15)
     thick = 34 if len(bars) <= 8 else 20 if all(bar.label for bar in bars) else 13
-    font = _font(15)
+    # Space above a bar that begins a label, where bars without one follow it.
+    gap = 8 if thick < 20 else 0
     left = MARGIN + 12 + min(max(font.getlength(bar.label) for bar in bars), WIDTH * 0.4)
     room = WIDTH - MARGIN - left - max(font.getlength(bar.shown) for bar in bars) - 12
     top, write_heading = _heading(title, above)
-    rows = [(group, bar) for group in groups for bar in group.bars]
-    gaps = sum(8 for _, bar in rows if bar.label and thick < 20)
-    height = top + LEGEND * len(legend) + (thick + 4) * len(rows) + gaps + 38 * len(groups) + 24 * len(below) + MARGIN
+    gaps = gap * sum(bool(bar.label) for bar in bars)
+    height = top + LEGEND * len(legend) + (thick + 4) * len(bars) + gaps + 38 * len(groups) + 24 * len(below) + MARGIN
     sheet, pen = _sheet(WIDTH, height)
     write_heading(pen)
     y = top + 6
@@ -120,15 +121,15 @@ def bar_chart(
     for group in groups:
         pen.text((MARGIN, y), group.heading, fill=INK, font=_font(18))
         y += 26
-        low, high = min(0.0, *(bar.value for bar in group.bars)), max(0.0, *(bar.value for bar in group.bars))
-        zero = left - room * low / ((high - low) or 1)
+        values = [0.0, *(bar.value for bar in group.bars)]
+        scale = room / ((max(values) - min(values)) or 1)
+        zero = left - scale * min(values)
         for bar in group.bars:
-            y += 8 if bar.label and thick < 20 else 0
-            end = zero + room * bar.value / ((high - low) or 1)
-            label = cut(bar.label, font, left - MARGIN - 12)
-            pen.text((left - 12, y + thick / 2), label, fill=INK, font=font, anchor="rm")
+            y += gap if bar.label else 0
+            end = zero + scale * bar.value
+            pen.text((left - 12, y + thick / 2), cut(bar.label, font, left - MARGIN - 12), INK, font, anchor="rm")
             pen.rectangle((min(zero, end), y, max(zero, end, zero + 1), y + thick), fill=bar.color)
-            pen.text((max(zero, end) + 10, y + thick / 2), bar.shown, fill=INK, font=font, anchor="lm")
+            pen.text((max(zero, end) + 10, y + thick / 2), bar.shown, INK, font, anchor="lm")
             y += thick + 4
         y += 12
     for words in below:
@@ -187,37 +188,32 @@ def line_chart(
         boxes.append((LEFT, y, WIDTH - MARGIN, y + panel.height))
         y += panel.height + 70
     legend_at = y - 26
-    sheet, _ = _sheet(WIDTH, legend_at + LEGEND * (len(legend) + bool(note)) + MARGIN)
+    sheet, pen = _sheet(WIDTH, legend_at + LEGEND * (len(legend) + bool(note)) + MARGIN)
     fine = Image.new("RGB", (WIDTH * FINE, sheet.height * FINE), PAPER)
     fine_pen = ImageDraw.Draw(fine)
-    for box, panel in zip(boxes, panels, strict=True):
+    for (left, top, right, bottom), panel in zip(boxes, panels, strict=True):
         for value, _ in panel.y.ticks:
-            at = FINE * panel.y.place(value, box[3], box[1])
-            fine_pen.line([(box[0] * FINE, at), (box[2] * FINE, at)], fill=GRID, width=FINE)
+            at = FINE * panel.y.place(value, bottom, top)
+            fine_pen.line([(left * FINE, at), (right * FINE, at)], fill=GRID, width=FINE)
         for line in panel.lines:
-            _draw_line(
-                fine_pen,
-                [(FINE * x.place(a, box[0], box[2]), FINE * panel.y.place(b, box[3], box[1])) for a, b in line.points],
-                line,
-            )
+            places = [(FINE * x.place(a, left, right), FINE * panel.y.place(b, bottom, top)) for a, b in line.points]
+            _draw_line(fine_pen, places, line)
     sheet.paste(fine.reduce(FINE), (0, 0))
-    pen = ImageDraw.Draw(sheet)
     write_heading(pen)
-    for box, panel in zip(boxes, panels, strict=True):
-        pen.text((MARGIN, box[1] - 26), panel.name, fill=INK, font=_font(17))
+    for (left, top, right, bottom), panel in zip(boxes, panels, strict=True):
+        pen.text((MARGIN, top - 26), panel.name, fill=INK, font=_font(17))
         for value, label in panel.y.ticks:
-            at = panel.y.place(value, box[3], box[1])
-            pen.text((box[0] - 8, at), label, fill=FAINT, font=_font(14), anchor="rm")
+            pen.text((left - 8, panel.y.place(value, bottom, top)), label, FAINT, _font(14), anchor="rm")
         for value, label in x.ticks:
-            pen.text((x.place(value, box[0], box[2]), box[3] + 8), label, fill=FAINT, font=_font(14), anchor="ma")
-        pen.text((box[2], box[3] + 24), x_name, fill=FAINT, font=_font(14), anchor="ra")
-    for i, (words, color, dashed) in enumerate(legend):
-        y = legend_at + LEGEND * i
+            pen.text((x.place(value, left, right), bottom + 8), label, FAINT, _font(14), anchor="ma")
+        pen.text((right, bottom + 24), x_name, FAINT, _font(14), anchor="ra")
+    y = legend_at
+    for words, color, dashed in legend:
         for at in (0, 8, 16) if dashed else range(0, 21, 4):
             pen.rectangle((MARGIN + at, y + 6, MARGIN + at + 4, y + 12), fill=color)
-        pen.text((MARGIN + 32, y), cut(words, _font(15), WIDTH - 2 * MARGIN - 32), fill=INK, font=_font(15))
-    words = cut(note, _font(15), WIDTH - 2 * MARGIN)
-    pen.text((MARGIN, legend_at + LEGEND * len(legend)), words, fill=FAINT, font=_font(15))
+        pen.text((MARGIN + 32, y), cut(words, _font(15), WIDTH - 2 * MARGIN - 32), INK, _font(15))
+        y += LEGEND
+    pen.text((MARGIN, y), cut(note, _font(15), WIDTH - 2 * MARGIN), FAINT, _font(15))
     return sheet
 
 
@@ -266,51 +262,36 @@ def log_axis(values: Sequence[float]) -> Axis:
 # --- fidelity --------------------------------------------------------------------------------------------------------
 
 
-def fidelity_color(fidelity: Fidelity, setting: Setting) -> Color:
-    """The color of a setting's line."""
-    return FLOOR_COLOR if setting is fidelity.floor else COLORS[fidelity.others.index(setting) % len(COLORS)]
-
-
 def fidelity_plot(fidelity: Fidelity) -> Image.Image:
     """PSNR and SSIM of every frame against the reference, each the median over the videos; the noise floor dashed."""
-    settings = fidelity.compared
-    first, several = settings[0].distances[0].given, len(settings[0].distances) > 1
+    colors = dict(zip((setting.name for setting in fidelity.others), itertools.cycle(COLORS), strict=False))
+    settings, floor = fidelity.compared, fidelity.floor
+    first, last = settings[0].distances[0].given, settings[0].distances[0].given + settings[0].mse.shape[1] - 1
+    # The floor first: on top it would hide what coincides with it.
+    order = settings if floor is None else [floor, *fidelity.others]
+    mse = [[psnr(statistics.median_high(frame)) for frame in setting.mse.T.tolist()] for setting in order]
+    ssim = [[statistics.median_low(frame) for frame in setting.ssim.T.tolist()] for setting in order]
 
-    def panel(name: str, height: int, axis: Callable[..., Axis], values: Callable[[Setting], list[float]]) -> Panel:
-        series = {id(setting): values(setting) for setting in settings}
-        # The floor first: on top it would hide what coincides with it.
-        order = sorted(settings, key=lambda setting: setting is not fidelity.floor)
+    def panel(name: str, height: int, axis: Axis, series: Sequence[Sequence[float]]) -> Panel:
         lines = [
-            Line(
-                list(enumerate(series[id(setting)], first)),
-                fidelity_color(fidelity, setting),
-                setting is fidelity.floor,
-            )
-            for setting in order
+            Line(list(enumerate(values, first)), colors.get(setting.name, FLOOR_COLOR), setting is floor)
+            for setting, values in zip(order, series, strict=True)
         ]
-        return Panel(name, height, axis(list(series.values())), lines)
+        return Panel(name, height, axis, lines)
 
-    panels = (
-        panel("PSNR (dB)", 330, _decibel_axis, lambda s: [psnr(statistics.median_high(v)) for v in s.mse.T.tolist()]),
-        panel("SSIM", 230, _share_axis, lambda s: [statistics.median_low(v) for v in s.ssim.T.tolist()]),
-    )
-    last = first + settings[0].mse.shape[1] - 1
-    legend = [
-        (
-            f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.typical_ssim:.4f}",
-            fidelity_color(fidelity, setting),
-            setting is fidelity.floor,
-        )
-        for setting in settings
-    ]
+    def legend(setting: Setting) -> tuple[str, Color, bool]:
+        said = f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.typical_ssim:.4f}"
+        return said, colors.get(setting.name, FLOOR_COLOR), setting is floor
+
+    several = "; median over the videos" if len(settings[0].distances) > 1 else ""
     return line_chart(
-        f"Every frame against {fidelity.reference.name}, same seed{'; median over the videos' if several else ''}",
-        panels,
+        f"Every frame against {fidelity.reference.name}, same seed{several}",
+        (panel("PSNR (dB)", 330, _decibel_axis(mse), mse), panel("SSIM", 230, _share_axis(ssim), ssim)),
         Axis(first, last, [(frame, str(frame)) for frame in _frame_ticks(first, last)]),
         "frame",
         [fidelity.what],
-        legend,
-        "" if fidelity.floor else f"no noise floor: {fidelity.no_floor}",
+        [legend(setting) for setting in settings],
+        "" if floor else f"no noise floor: {fidelity.no_floor}",
     )
 
 
@@ -354,12 +335,11 @@ def side_by_side(fidelity: Fidelity) -> Image.Image:
     settings = [fidelity.reference, *fidelity.compared]
     sheet, pen = _sheet(2 * (MARGIN + half) + MARGIN, MARGIN + len(settings) * step + MARGIN)
     columns = (MARGIN, 2 * MARGIN + half)
-    for row, setting in enumerate(settings):
+    for y, setting in zip(itertools.count(MARGIN, step), settings, strict=False):
         parts = [(setting.title, setting.shots)]
         if setting.distances:
             own = f"{setting.title}   {decibels(setting.videos[0])}", setting.shots
             parts = [own, _difference(setting, fidelity)]
-        y = MARGIN + row * step
         for x, (label, shots) in zip(columns, parts, strict=False):
             pen.text((x, y), cut(label, _font(18), half), fill=INK, font=_font(18))
             for column, shot in enumerate(shots):

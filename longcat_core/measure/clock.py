@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -21,14 +22,14 @@ OK, FAILED, NOT_RUN, UNAVAILABLE = "ok", "failed", "not run", "unavailable"
 
 
 class Budget:
-    """Seconds that a run may take; nothing new starts once they are used up."""
+    """Seconds that a run may take (None: any number); nothing new starts once they are used up."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        self.ends = None if seconds is None else time.monotonic() + seconds
+        self.ends = math.inf if seconds is None else time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        return float("inf") if self.ends is None else self.ends - time.monotonic()
+        return self.ends - time.monotonic()
 
     @property
     def used_up(self) -> bool:
@@ -52,13 +53,7 @@ class Timing:
         return statistics.median(self.times_ms) if self.times_ms else 1000 * self.first_s
 
     def as_row(self) -> dict[str, Any]:
-        return {
-            "ms": self.ms,
-            "times_ms": self.times_ms,
-            "first_s": self.first_s,
-            "peak_gib": self.peak_gib,
-            "first_peak_gib": self.first_peak_gib,
-        }
+        return {"ms": self.ms} | asdict(self)
 
 
 def synchronize(device: torch.device) -> None:
@@ -71,13 +66,9 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
 def peak_gib(device: torch.device) -> float | None:
-    peak = peak_bytes(device)
-    return None if peak is None else peak / GIB
+    """Peak memory since `reset_peak`; None where the device does not report it."""
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
 
 
 def clean_up(device: torch.device) -> None:
@@ -90,19 +81,36 @@ def clean_up(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+class Laps:
+    """Times between calls of `mark`; on CUDA by the device's own clock, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self, *_: Any) -> None:
+        """End a lap, or start the first. Takes any arguments, so that it serves as a callback."""
+        if self.cuda:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def times_ms(self) -> list[float]:
+        """Milliseconds of every lap: one fewer than calls of `mark`."""
+        if self.cuda and self._marks:
+            self._marks[-1].synchronize()
+        return [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairwise(self._marks)]
+
+
 def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device; on CUDA by the device's own clock."""
+    """Seconds of one call, from an idle device to an idle device."""
     synchronize(device)
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
+    laps = Laps(device)
+    laps.mark()
     function()
-    return time.perf_counter() - started
+    laps.mark()
+    return laps.times_ms()[0] / 1000
 
 
 def measure(
@@ -129,29 +137,6 @@ def measure(
         timing.times_ms.append(1000 * timed(function, device))
     timing.peak_gib = peak_gib(device)
     return timing
-
-
-class Laps:
-    """Times between calls of `mark`; on CUDA by the device's own clock, so that nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def mark(self, *_: Any) -> None:
-        """End a lap, or start the first. Takes any arguments, so that it serves as a callback."""
-        if not self.cuda:
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def times_ms(self) -> list[float]:
-        """Milliseconds of every lap: one fewer than calls of `mark`."""
-        if self.cuda and self._marks:
-            self._marks[-1].synchronize()
-        return [a.elapsed_time(b) if self.cuda else 1000 * (b - a) for a, b in pairwise(self._marks)]
 
 
 def attempt(row: dict[str, Any], budget: Budget, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ scale: both kernels are right and differ only in rounding, so a distance no larg
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,6 +134,11 @@ class Setting:
         return not self.mse.any()
 
     @property
+    def videos(self) -> list[float]:
+        """PSNR of every video."""
+        return [psnr(mse) for mse in self.mse.mean(axis=1)]
+
+    @property
     def psnr(self) -> float:
         """The median over the videos: a single video that diverged would dominate a mean."""
         return statistics.median_low(self.videos)
@@ -142,27 +149,16 @@ class Setting:
         return statistics.median_low(self.ssim.mean(axis=1).tolist())
 
     @property
-    def videos(self) -> list[float]:
-        """PSNR of every video."""
-        return [psnr(mse) for mse in self.mse.mean(axis=1)]
-
-    @property
     def time(self) -> float | None:
         """Seconds of the fastest video: other work on the machine only adds to it."""
         return min(self.seconds, default=None)
 
-    @property
-    def evaluations(self) -> float | None:
-        return sum(self.computed) / len(self.computed) if self.computed else None
-
     def as_row(self) -> dict[str, Any]:
         """Values for JSON; `identical` stands for an infinite PSNR."""
-        row = {"name": self.name, "options": self.options, "seconds": self.seconds, "first_s": self.first_s}
-        row |= {"computed": self.computed, "steps": self.steps}
+        row = {name: getattr(self, name) for name in ("name", "options", "seconds", "first_s", "computed", "steps")}
         if self.distances:
             row |= {"identical": self.identical, "psnr": self.psnr, "worst_psnr": psnr(self.mse.max())}
-            row |= {"ssim": self.typical_ssim, "worst_ssim": float(self.ssim.min())}
-            row |= {"video_psnr": self.videos}
+            row |= {"ssim": self.typical_ssim, "worst_ssim": float(self.ssim.min()), "video_psnr": self.videos}
             row |= {"frame_psnr": [[psnr(frame) for frame in video] for video in self.mse.tolist()]}
             row |= {"frame_ssim": self.ssim.tolist(), "first_frame": self.distances[0].given}
         return row
@@ -224,8 +220,8 @@ def described(
     )
 
 
-def decibels(value: float) -> str:
-    return f"{value:.1f} dB" if math.isfinite(value) else "identical"
+def decibels(value: float, unit: str = " dB") -> str:
+    return f"{value:.1f}{unit}" if math.isfinite(value) else "identical"
 
 
 def picks(frames: int, given: int = 0, count: int = 4) -> list[int]:
@@ -235,11 +231,8 @@ def picks(frames: int, given: int = 0, count: int = 4) -> list[int]:
 
 def letters() -> Iterator[str]:
     """Names of the settings after the reference: B, C, ..., Z, S26, S27, ..."""
-    yield from (chr(code) for code in range(ord("B"), ord("Z") + 1))
-    number = 26
-    while True:
-        yield f"S{number}"
-        number += 1
+    yield from string.ascii_uppercase[1:]
+    yield from (f"S{number}" for number in itertools.count(26))
 
 
 # --- the noise floor's kernel ----------------------------------------------------------------------------------------
@@ -278,39 +271,24 @@ def _probe(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -
 
 def table(fidelity: Fidelity) -> str:
     """Markdown: one row for each setting, the floor last; columns without any value are left out."""
-    columns: tuple[tuple[str, Callable[[Setting], Any]], ...] = (
-        ("steps computed", lambda s: _of(s.evaluations, s.steps)),
-        (f"{fidelity.timed} (s)", lambda s: s.time),
-        ("times as fast", fidelity.faster),
-        ("first step (s)", lambda s: s.first_s),
-        ("PSNR (dB)", lambda s: _if(s, lambda: _number(s.psnr))),
-        ("nearest and farthest video", lambda s: _if(s, lambda: _range(s.videos))),
-        ("worst frame", lambda s: _if(s, lambda: _number(psnr(s.mse.max())))),
-        ("SSIM", lambda s: _if(s, lambda: f"{s.typical_ssim:.4f}")),
-        ("worst frame", lambda s: _if(s, lambda: f"{s.ssim.min():.4f}")),
-        ("within the noise floor", lambda s: _if(s, lambda: None if s is fidelity.floor else fidelity.within(s))),
-    )
+    head = ("steps computed", f"{fidelity.timed} (s)", "times as fast", "first step (s)", "PSNR (dB)")
+    head += ("nearest and farthest video", "worst frame", "SSIM", "worst frame", "within the noise floor")
+
+    def cells(s: Setting) -> list[Any]:
+        mean = shown(statistics.fmean(s.computed), 1).removesuffix(".0") if s.computed else ""
+        own = [f"{mean} of {s.steps}" if mean else None, s.time, fidelity.faster(s), s.first_s]
+        if not s.distances:
+            return own + [None] * 6
+        several = len(s.videos) > 1
+        ends = f"{decibels(max(s.videos), '')}, {decibels(min(s.videos), '')}" if several else None
+        worst, within = decibels(psnr(s.mse.max()), ""), None if s is fidelity.floor else fidelity.within(s)
+        return [*own, decibels(s.psnr, ""), ends, worst, f"{s.typical_ssim:.4f}", f"{s.ssim.min():.4f}", within]
+
     settings = [fidelity.reference, *fidelity.compared]
-    cells = [(name, [value(setting) for setting in settings]) for name, value in columns]
-    cells = [(name, values) for name, values in cells if any(value is not None for value in values)]
-    rows = [(setting.title, *(values[i] for _, values in cells)) for i, setting in enumerate(settings)]
-    return markdown(("", *(name for name, _ in cells)), rows)
-
-
-def _if(setting: Setting, value: Callable[[], Any]) -> Any:
-    return value() if setting.distances else None
-
-
-def _of(computed: float | None, steps: int) -> str | None:
-    return None if computed is None else f"{shown(computed, 1).removesuffix('.0')} of {steps}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else "identical"
-
-
-def _range(videos: Sequence[float]) -> str | None:
-    return f"{_number(max(videos))}, {_number(min(videos))}" if len(videos) > 1 else None
+    columns = zip(head, *map(cells, settings), strict=True)
+    used = [column for column in columns if any(value is not None for value in column[1:])]
+    first, *rows = zip(*used, strict=True)
+    return markdown(("", *first), [(setting.title, *row) for setting, row in zip(settings, rows, strict=True)])
 
 
 def text(fidelity: Fidelity) -> str:
@@ -320,10 +298,10 @@ def text(fidelity: Fidelity) -> str:
 
 
 def _legend(fidelity: Fidelity) -> str:
-    given = fidelity.compared[0].distances[0].given if fidelity.compared else 0
+    distances = fidelity.compared[0].distances if fidelity.compared else []
+    given = distances[0].given if distances else 0
     frames = f"generated frames only, from frame {given} on" if given else "all frames"
-    several = bool(fidelity.compared) and len(fidelity.compared[0].distances) > 1
-    middle = "median over the videos, " if several else ""
+    middle = "median over the videos, " if len(distances) > 1 else ""
     legend = (
         f"PSNR (peak 255, of the mean square error of R, G and B over the frames of a video) and SSIM (Gaussian window "
         f"of {WINDOW} pixels, mean over the frames), {middle}against {fidelity.reference.name} at the same seed, "

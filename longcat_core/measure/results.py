@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,21 +34,18 @@ def _command(*words: str) -> str:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -86,12 +84,17 @@ def commit() -> str:
     return found + ("+" if found and _command("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
+def made_by(device: torch.device) -> dict[str, Any]:
+    """The entries of a file of results that say where it comes from."""
+    return {"machine": machine(device), "commit": commit()}
+
+
 def say(sentence: str) -> None:
     """Print a line at once: a run that is cut off must have shown how far it got."""
     print(sentence, flush=True)
 
 
-class Report:
+class ResultsFile:
     """One file of results, rewritten after every row, so that an interrupted run loses nothing."""
 
     def __init__(
@@ -100,20 +103,19 @@ class Report:
         folder: Path,
         device: torch.device,
         inputs: dict[str, Any],
-        known: dict[str, Any] | None = None,
+        origin: dict[str, Any] | None = None,
         name: str = "",
     ) -> None:
-        """known: machine and commit, if already looked up. name: the name of the files; default: the kind."""
-        known = known or {"machine": machine(device), "commit": commit()}
-        name = name or kind
-        self.path = folder / f"{name}.json"
+        """origin: what `made_by` returns, if already looked up. name: the name of the file; default: the kind."""
+        self.name = name or kind
+        self.path = folder / f"{self.name}.json"
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": kind,
-            "name": name,
+            "name": self.name,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "longcat " + shlex.join(sys.argv[1:]),
-            **known,
+            **(origin or made_by(device)),
             "inputs": inputs,
             "rows": [],
         }
@@ -179,21 +181,22 @@ def shown(value: Any, digits: int = 2) -> str:
     return str(value)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns for a terminal, the first aligned left, the others right."""
-    cells = [list(header), *([shown(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
-        lines.append("  ".join((first, *rest)).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
-    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
-    for row in rows:
-        lines.append(f"| {' | '.join(shown(value).replace('|', '/') for value in row)} |")
-    return "\n".join(lines)
+    lines = [header, *([shown(value).replace("|", "/") for value in row] for row in rows)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join((table[0], "|" + " --- |" * len(header), *table[1:]))
+
+
+def aligned(text: str) -> str:
+    """Markdown for a terminal: the columns of its tables are padded."""
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith("|"):
+            rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in paragraph.splitlines()]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            rows[1] = ["-" * width for width in widths]
+            padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+            paragraph = "\n".join("  ".join(row).rstrip() for row in padded)
+        paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def kernel_name(attend: Any) -> str:
 
 
 @dataclass
-class Side:
+class TimedSetting:
     """Measurements of one setting. first_s: seconds of the first step, compilation included; times_ms: milliseconds
     of each later step; peak_gib: their peak memory, weights included, or None where the device does not report it."""
 
@@ -65,14 +65,14 @@ class Side:
 
 
 # Name, unit, value.
-FIGURES: tuple[tuple[str, str, Callable[[Side], float | None]], ...] = (
+FIGURES: tuple[tuple[str, str, Callable[[TimedSetting], float | None]], ...] = (
     ("a step", "ms", lambda side: side.ms),
     ("first step", "s", lambda side: side.first_s),
     ("peak memory", "GiB", lambda side: side.peak_gib),
 )
 
 
-def differences(sides: Sequence[Side]) -> dict[str, list[Any]]:
+def differences(sides: Sequence[TimedSetting]) -> dict[str, list[Any]]:
     """Switches that differ between the sides, with the value of each side."""
     values = [asdict(side.optimizations) for side in sides]
     return {name: [v[name] for v in values] for name in values[0] if len({str(v[name]) for v in values}) > 1}
@@ -82,7 +82,7 @@ def _on_off(value: Any) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
-def verdict(sides: Sequence[Side]) -> str:
+def verdict(sides: Sequence[TimedSetting]) -> str:
     """One sentence: which side is faster, and by how much."""
     one, other = sides
     ratio = other.ms / one.ms
@@ -92,13 +92,17 @@ def verdict(sides: Sequence[Side]) -> str:
     return f"{fast.name} is {max(ratio, 1 / ratio):.2f} times as fast as {slow.name}."
 
 
-def text(sides: Sequence[Side], heading: str, closing: str) -> str:
+def _figures(sides: Sequence[TimedSetting]) -> Iterator[tuple[str, str, list[float | None]]]:
+    """Name, unit and every side's value of what was measured of at least one of the sides."""
+    for name, unit, value in FIGURES:
+        values = [value(side) for side in sides]
+        if any(number is not None for number in values):
+            yield name, unit, values
+
+
+def text(sides: Sequence[TimedSetting], heading: str, closing: str) -> str:
     """The report: heading, verdict, a table of figures and differing switches, every timed step, closing."""
-    rows = [
-        (f"{name} ({unit})", *(value(side) for side in sides))
-        for name, unit, value in FIGURES
-        if any(value(side) is not None for side in sides)
-    ]
+    rows = [(f"{name} ({unit})", *values) for name, unit, values in _figures(sides)]
     rows.append(("attention", *(side.attention for side in sides)))
     rows += [(name, *map(_on_off, values)) for name, values in differences(sides).items() if name != "attention"]
     table = markdown(("", *(side.name for side in sides)), rows)
@@ -106,17 +110,15 @@ def text(sides: Sequence[Side], heading: str, closing: str) -> str:
     return "\n\n".join((heading, verdict(sides), table, "Every timed step: " + "; ".join(spread) + ".", closing))
 
 
-def draw(sides: Sequence[Side], heading: str, closing: str) -> Image.Image:
+def draw(sides: Sequence[TimedSetting], heading: str, closing: str) -> Image.Image:
     """A bar for each side and figure; RGB."""
-    groups = []
-    for name, unit, value in FIGURES:
-        found = [value(side) for side in sides]
-        if any(number is not None for number in found):
-            bars = [
-                Bar(side.name, number or 0.0, color, f"{shown(number or 0.0)} {unit}")
-                for side, number, color in zip(sides, found, COLORS, strict=False)
-            ]
-            groups.append(Bars(name, bars))
+    groups = [
+        Bars(name, [
+            Bar(side.name, value or 0.0, color, f"{shown(value or 0.0)} {unit}")
+            for side, value, color in zip(sides, values, COLORS, strict=False)
+        ])
+        for name, unit, values in _figures(sides)
+    ]  # fmt: skip
     switches = [
         f"{name}: " + ", ".join(f"{side.name} {_on_off(value)}" for side, value in zip(sides, values, strict=True))
         for name, values in differences(sides).items()

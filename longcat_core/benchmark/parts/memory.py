@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...measure.charts import BLUE, ORANGE
-from ...measure.clock import GIB, measure, peak_bytes, reset_peak
+from ...measure.clock import GIB, measure, peak_gib, reset_peak
 from ...optimize.memory import activation_bytes
 from ...optimize.switches import Optimizations
 from .. import workload
@@ -42,12 +42,12 @@ def run(bench: Bench) -> None:
                     forward()
                     gc.collect()
                     reset_peak(bench.device)
-                    held = torch.cuda.memory_allocated(bench.device) if bench.device.type == "cuda" else 0
+                    held = torch.cuda.memory_allocated(bench.device) / GIB if bench.device.type == "cuda" else 0
                     ms = measure(forward, bench.device, 0, bench.budget).ms
-                peak = peak_bytes(bench.device)
+                peak = peak_gib(bench.device)
                 measured = None if peak is None else peak - held
-                found = {"measured_gib": None if measured is None else measured / GIB, "ms": ms, "notes": notes}
-                return found | {"fit": None if measured is None else measured / counted}
+                fit = None if measured is None else measured * GIB / counted
+                return {"measured_gib": measured, "ms": ms, "notes": notes, "fit": fit}
 
             bench.add(row, one)
 
