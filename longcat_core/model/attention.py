@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,6 @@ class CrossAttention(nn.Module):
     def forward(self, inputs: Once[Activations], text: BlockText, ops: Ops) -> Tensor:
         """inputs: x [B, T, S, C], which attends to text -> [B, T*S, C]."""
         q = ops.linear(self.q, inputs.take()).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
-        if text.keys is None:
-            assert text.tokens is not None, "a text has tokens or keys"
-            k, v = self.keys_values(text.tokens, ops)
-        else:
-            k, v = text.keys
+        # A text has tokens or keys.
+        k, v = text.keys or self.keys_values(cast(Tensor, text.tokens), ops)
         return ops.linear(self.proj, ops.attend_text(q, self.q_norm, k, v, text, self.proj))

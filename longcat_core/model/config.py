@@ -42,9 +42,7 @@ class ModelConfig:
             if field.type == "int" and (not isinstance(value, int) or value < 1):
                 raise LongCatError(f"model config: {field.name} is {value!r}; it must be a whole number of at least 1")
         if self.hidden_size % self.num_heads:
-            raise LongCatError(
-                f"model config: hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
-            )
+            raise LongCatError(f"model config: {self.num_heads} heads do not divide hidden_size {self.hidden_size}")
         if self.head_dim % 8:
             # An even share of channels for each of the three axes of RoPE needs it.
             raise LongCatError(f"model config: head dim {self.head_dim} must be a multiple of 8 for 3-D RoPE")

@@ -39,9 +39,8 @@ def rope_table(
     return table.cos().to(device), table.sin().to(device)
 
 
-# fp32 copies of less than this are not worth avoiding.
-_WHOLE_BYTES = 1 << 28
-_PARTS = 4
+# fp32 copies of less than this are not worth avoiding; larger ones are cut into parts.
+_WHOLE_BYTES, _PARTS = 1 << 28, 4
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

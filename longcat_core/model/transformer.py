@@ -113,8 +113,8 @@ def plain_run(i: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
 class LongCatTransformer(nn.Module):
     """LongCat-Video: latents, timesteps and text in, x0 - noise out (the negative of the flow velocity).
 
-    `operations` supplies Linear and Conv3d (default torch.nn), so that an owner can stream, quantize or patch the
-    weights; it may carry `linear_fp32(layer, x)` for layers whose weights are not simply there.
+    `operations` supplies Linear and Conv3d (default torch.nn), so that an owner can stream, quantize or patch weights;
+    it may carry `linear_fp32(layer, x)` for weights in another form. `block`: the blocks' class.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class LongCatTransformer(nn.Module):
         config: ModelConfig,
         *,
         operations: Any = nn,
+        block: type[Block] = Block,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -134,7 +135,7 @@ class LongCatTransformer(nn.Module):
         )
         times = [operations.Linear(channels, width, **kwargs) for channels in (config.frequency_dim, width)]
         texts = [operations.Linear(channels, dim, **kwargs) for channels in (wide, dim)]
-        blocks = [Block(config, operations=operations, **kwargs) for _ in range(config.depth)]
+        blocks = [block(config, operations=operations, **kwargs) for _ in range(config.depth)]
         # A module list does not know the type of what it holds.
         self.time_embed = cast("Sequence[nn.Linear]", nn.ModuleList(times))
         self.text_embed = cast("Sequence[nn.Linear]", nn.ModuleList(texts))
@@ -145,9 +146,9 @@ class LongCatTransformer(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LongCatTransformer:
         # .to(), .half() and .cuda() change the dtype that activations must have.
-        result = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
         self.dtype = self.patch_embed.weight.dtype
-        return result
+        return self
 
     def embed_tokens(self, context: Tensor) -> Tensor:
         """Text encoder's output [..., caption] to the network's width [..., C], token by token."""
@@ -204,12 +205,11 @@ class LongCatTransformer(nn.Module):
 
     def _check(self, x: Tensor, timestep: Tensor, num_cond_latents: int) -> None:
         """Raise LongCatError unless the inputs of a forward fit the network and each other."""
-        batch, channels, frames, height, width = x.shape
+        (batch, channels, frames, height, width), taken = x.shape, self.config.in_channels
         _, ph, pw = self.config.patch_size
-        if channels != self.config.in_channels or height % ph or width % pw:
+        if channels != taken or height % ph or width % pw:
             raise LongCatError(
-                f"latents are {tuple(x.shape)}; the network takes {self.config.in_channels} channels and sides that "
-                f"divide by {ph}x{pw}"
+                f"latents are {tuple(x.shape)}; the network takes {taken} channels and sides that divide by {ph}x{pw}"
             )
         if not 0 <= num_cond_latents <= frames:
             raise LongCatError(
@@ -218,6 +218,5 @@ class LongCatTransformer(nn.Module):
         rows, columns = timestep.shape[0], timestep.shape[1] if timestep.ndim == 2 else 1
         if rows not in (1, batch) or columns not in (1, frames):
             raise LongCatError(
-                f"timesteps are {tuple(timestep.shape)} for {batch} videos of {frames} latent frames; give one for "
-                "each video, or for each of their frames"
+                f"timesteps {tuple(timestep.shape)} for {batch} videos of {frames} frames; give one per video or frame"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,9 @@ class TorchOps(PlainOps):
 
     def with_kernels(self, **kernels: Any) -> TorchOps:
         """The same with other kernels."""
-        return type(self)(self.kernels._replace(**kernels), self.switches, self.sliceable)
+        other = copy(self)
+        other.kernels = self.kernels._replace(**kernels)
+        return other
 
     def fp32_region(self, device: torch.device) -> AbstractContextManager:
         # Autocast to fp32 exists on CUDA only; elsewhere the explicit casts serve both settings of the switch.

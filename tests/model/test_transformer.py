@@ -399,7 +399,7 @@ def test_bad_latents_are_named(model, data, shape, cond, said):
     ("changes", "said"),
     [
         ({"depth": 0}, "depth is 0"),
-        ({"num_heads": 3}, "hidden_size 64 is not divisible by num_heads 3"),
+        ({"num_heads": 3}, "3 heads do not divide hidden_size 64"),
         ({"num_heads": 16}, "head dim 4"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"patch_size": (2, 2, 2)}, r"patch_size \(2, 2, 2\)"),
