@@ -22,7 +22,7 @@ from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
 from .lesson import PALETTE, lesson_prompts
 from .scorer import Observation, analyze, compare
-from .world import COLORS, MAX_ACTORS, Scene, caption, sample_scene
+from .world import COLORS, MAX_ACTORS, Scene, caption, sample_scene, to_bytes
 
 BATCH = 16
 
@@ -57,7 +57,7 @@ def judge(
     total: Counter[str] = Counter()
     for i, seen in enumerate(observations):
         scene = scenes[(i + shift) % len(scenes)]
-        for name, correct in compare(seen[len(scene.actors) - 1], scene).attributes.items():
+        for name, correct in compare(seen[len(scene.actors) - 1], scene).items():
             kind = name.split(".")[-1]
             total[kind] += 1
             right[kind] += bool(correct)
@@ -81,7 +81,7 @@ def generate_batch(pipeline: Pipeline, prompts: list[str], seeds: list[int], ste
         guidance_scale=guidance,
     )
     videos = [pipeline.vae.decode(one[None])[0] for one in latents]
-    return torch.stack(videos).mul(255).round().to(torch.uint8).cpu().numpy()
+    return to_bytes(torch.stack(videos))
 
 
 def measure(

@@ -12,19 +12,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from ..errors import LongCatError
 from ..files.atomic import atomic_path
 from ..files.media import write_video
 from .scorer import Observation
-from .world import BASE_FPS, COLORS, MOTIONS, SHAPES, Actor, Scene, caption, place, render, sample_scene
+from .world import BASE_FPS, COLORS, MOTIONS, SHAPES, Actor, Scene, caption, render_clip, sample_scene
 
 COLOR, RGB = "pink", (255, 120, 180)
 PALETTE = COLORS | {COLOR: RGB}
 # Scenes are drawn with a color of the world, which is then replaced.
 STAND_IN = "red"
+STAND_IN_PALETTE = COLORS | {STAND_IN: RGB}
 TRAINED_BACKGROUNDS, TESTED_BACKGROUNDS = ("black", "white", "blue", "green"), ("gray", "brown")
 
 
@@ -45,16 +43,6 @@ def expected_observation(scene: Scene) -> Observation:
     return Observation(scene.background, tuple(actors))
 
 
-def render_lesson_clip(scene: Scene, seed: int, *, frames: int, height: int, width: int) -> np.ndarray:
-    """The scene with the new color, uint8 [F, H, W, 3]."""
-    placements = place([scene], seed)
-    for i, actor in enumerate(scene.actors):
-        if actor.color == STAND_IN:
-            placements.color[0, i] = torch.tensor(RGB) / 255
-    video = render(placements, frames, height, width)[0]
-    return (video * 255).round().to(torch.uint8).numpy()
-
-
 def write_lesson(
     folder: Path, count: int = 96, *, seed: int = 0, frames: int = 17, height: int = 64, width: int = 96
 ) -> None:
@@ -68,17 +56,16 @@ def write_lesson(
         raise LongCatError(f"{count} clips teach nothing; ask for at least 2")
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"lesson {seed}")
-    size = {"frames": frames, "height": height, "width": width}
     written: list[Path] = []
     try:
         for number in range(count):
-            new = number % 3 < 2
-            scene = draw_lesson_scene(rng, TRAINED_BACKGROUNDS) if new else sample_scene(rng)
-            if new:
-                video, words = render_lesson_clip(scene, number, **size), lesson_caption(scene, rng)
+            if number % 3 < 2:
+                scene, palette = draw_lesson_scene(rng, TRAINED_BACKGROUNDS), STAND_IN_PALETTE
+                words = lesson_caption(scene, rng)
             else:
-                video = (render(place([scene], number), **size)[0] * 255).round().to(torch.uint8).numpy()
+                scene, palette = sample_scene(rng), COLORS
                 words = caption(scene, rng)
+            video = render_clip(scene, frames=frames, height=height, width=width, seed=number, palette=palette)
             path = folder / f"{number:03}.mkv"
             written += (path, path.with_suffix(".txt"))
             write_video(path, video, BASE_FPS)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import LongCatError
-from .world import BACKGROUNDS, BASE_FPS, BASE_SIDE, COLORS, SHAPE_AREA, SHAPES, Actor, Scene, shape_distance
+from .world import BACKGROUNDS, BASE_FPS, BASE_SIDE, COLORS, SHAPE_AREA, SHAPES, Actor, Color, Scene, shape_distance
 
 # Lengths are pixels at a shorter side of BASE_SIDE, times are seconds, colors are 0..255.
 FOREGROUND = 50.0  # least color distance between a shape and the background
@@ -39,24 +39,8 @@ class Observation:
     actors: tuple[Actor, ...]
 
 
-@dataclass(frozen=True)
-class Score:
-    """Whether each attribute is correct: "background", then "0.shape", "0.color", "0.motion" for each actor named."""
-
-    observation: Observation
-    attributes: dict[str, bool]
-
-    @property
-    def correct(self) -> int:
-        return sum(self.attributes.values())
-
-    @property
-    def total(self) -> int:
-        return len(self.attributes)
-
-    @property
-    def fraction(self) -> float:
-        return self.correct / self.total
+# Whether each attribute is correct: "background", then "0.shape", "0.color" and "0.motion" of each actor named.
+Score = dict[str, bool]
 
 
 def score(video: np.ndarray, scene: Scene, fps: float = BASE_FPS) -> Score:
@@ -68,7 +52,7 @@ def compare(observation: Observation, scene: Scene | Observation) -> Score:
     """The best assignment of the observed actors to the scene's; an actor without a partner is wrong in everything."""
     seen = [*observation.actors, *[None] * len(scene.actors)]
 
-    def judge(chosen: Sequence[Actor | None]) -> dict[str, bool]:
+    def judge(chosen: Sequence[Actor | None]) -> Score:
         return {
             f"{index}.{name}": actor is not None and getattr(actor, name) == getattr(wanted, name)
             for index, (actor, wanted) in enumerate(zip(chosen, scene.actors, strict=True))
@@ -78,26 +62,11 @@ def compare(observation: Observation, scene: Scene | Observation) -> Score:
     best = max(
         map(judge, itertools.permutations(seen, len(scene.actors))), key=lambda attributes: sum(attributes.values())
     )
-    return Score(observation, {"background": observation.background == scene.background, **best})
-
-
-def chance_level(scenes: Sequence[Scene]) -> float:
-    """Expected fraction right when captions are shuffled: each scene's truth judged by every other scene's caption.
-
-    As in `score`, no more actors are seen than the caption names; which of two is seen is left to chance here.
-    """
-    fractions = []
-    for truth, wanted in itertools.permutations(scenes, 2):
-        count = min(len(truth.actors), len(wanted.actors))
-        views = itertools.combinations(truth.actors, count)
-        fractions.append(np.mean([compare(Observation(truth.background, view), wanted).fraction for view in views]))
-    if not fractions:
-        raise LongCatError("A chance level needs at least two scenes.")
-    return float(np.mean(fractions))
+    return {"background": observation.background == scene.background, **best}
 
 
 def analyze(
-    video: np.ndarray, n_actors: int, fps: float = BASE_FPS, palette: Mapping[str, tuple[int, int, int]] = COLORS
+    video: np.ndarray, n_actors: int, fps: float = BASE_FPS, palette: Mapping[str, Color] = COLORS
 ) -> Observation:
     """Describe a uint8 video [F, H, W, 3] by its background and up to `n_actors` shapes, largest first.
 
@@ -137,7 +106,7 @@ def _nearest_index(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return np.argmin((palette**2).sum(-1) - 2 * pixels @ palette.T, axis=-1)
 
 
-def _nearest(color: np.ndarray, table: Mapping[str, tuple[int, int, int]]) -> str:
+def _nearest(color: np.ndarray, table: Mapping[str, Color]) -> str:
     return list(table)[int(_nearest_index(color, np.array(list(table.values()), np.float32)))]
 
 
@@ -152,7 +121,7 @@ def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _actor_colors(
-    pixels: np.ndarray, difference: np.ndarray, n_actors: int, palette: Mapping[str, tuple[int, int, int]]
+    pixels: np.ndarray, difference: np.ndarray, n_actors: int, palette: Mapping[str, Color]
 ) -> np.ndarray:
     """Median colors [K, 3] of the K <= n_actors largest groups of foreground pixels that lie inside a shape."""
     inside = _neighbours(np.linalg.norm(difference, axis=-1) > FOREGROUND) == 9

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import string
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +46,9 @@ def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
     if not any(line.strip() for line in corpus):
         raise LongCatError("the corpus for the vocabulary is empty")
     proto = io.BytesIO()
-    with tempfile.TemporaryDirectory() as folder:
-        rules = Path(folder) / "folding.tsv"
+    # The model keeps the path of its rules, which must not differ from run to run: one relative to the folder.
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        rules = Path("folding.tsv")
         rules.write_text("".join(f"{ord(a):X}\t{ord(b):X}\n" for a, b in FOLDING.items()), encoding="ascii")
         SentencePieceTrainer.train(
             sentence_iterator=iter(corpus),
@@ -65,7 +67,7 @@ def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
             shuffle_input_sentence=False,
             minloglevel=2,
         )
-    return _without_rules_path(proto.getvalue())
+    return proto.getvalue()
 
 
 def new_text_encoder(
@@ -100,56 +102,3 @@ def save_text_encoder(
     tensors = {name: state[name].to(dtype) for name in umt5.weight_names(state)}
     tensors[umt5.SPIECE] = torch.frombuffer(bytearray(vocab), dtype=torch.uint8)
     write_safetensors(path, tensors)
-
-
-# --- protobuf: the trainer stores the path of its rules file, so bytes would differ between runs -------
-
-NORMALIZER_SPEC, RULES_PATH = 3, 6  # field numbers in SentencePiece's ModelProto and NormalizerSpec
-
-
-def _without_rules_path(proto: bytes) -> bytes:
-    kept = b""
-    for field, start, body, end in _fields(proto):
-        if field == NORMALIZER_SPEC:
-            inner = proto[body:end]
-            spec = b"".join(inner[s:e] for f, s, _, e in _fields(inner) if f != RULES_PATH)
-            kept += proto[start : start + 1] + _varint(len(spec)) + spec
-        else:
-            kept += proto[start:end]
-    return kept
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """(field number, start, start of the body, end) of each field of a protobuf message."""
-    position = 0
-    while position < len(message):
-        start = position
-        tag, position = _read_varint(message, position)
-        kind = tag & 7
-        if kind == 0:
-            body, (_, position) = position, _read_varint(message, position)
-        elif kind == 2:
-            length, body = _read_varint(message, position)
-            position = body + length
-        else:
-            body, position = position, position + {1: 8, 5: 4}[kind]
-        yield tag >> 3, start, body, position
-
-
-def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)

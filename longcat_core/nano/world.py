@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..errors import LongCatError
 
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("left", "right", "up", "down", "still", "circle", "pulse")
-COLORS = {
+Color = tuple[int, int, int]
+COLORS: dict[str, Color] = {
     "red": (230, 30, 40),
     "green": (30, 160, 60),
     "blue": (30, 70, 220),
@@ -263,8 +264,11 @@ class Placements:
         return Placements(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def place(scenes: Sequence[Scene], seed: int | torch.Generator) -> Placements:
-    """Random positions, speeds, sizes and phases for `scenes`, on the CPU. The same seed gives the same placements."""
+def place(scenes: Sequence[Scene], seed: int | torch.Generator, palette: Mapping[str, Color] = COLORS) -> Placements:
+    """Random positions, speeds, sizes and phases for `scenes`, on the CPU. The same seed gives the same placements.
+
+    palette: names of the shapes' colors.
+    """
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     batch = len(scenes)
     draw = torch.rand(batch, MAX_ACTORS, 6, generator=generator, dtype=torch.float64)
@@ -288,7 +292,7 @@ def place(scenes: Sequence[Scene], seed: int | torch.Generator) -> Placements:
     period = torch.where(orbits > 0, between(2, *ORBIT_PERIOD), between(2, *PULSE_PERIOD))
     return Placements(
         background=torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32) / 255,
-        color=(table(lambda actor: COLORS[actor.color] if actor else (0, 0, 0)) / 255).float(),
+        color=(table(lambda actor: palette[actor.color] if actor else (0, 0, 0)) / 255).float(),
         shape=table(lambda actor: SHAPES.index(actor.shape) if actor else -1).long(),
         position=position,
         velocity=direction * between(2, *SPEED).unsqueeze(-1) * BASE_FPS,
@@ -366,8 +370,19 @@ def render(
 
 
 def render_clip(
-    scene: Scene, *, frames: int, height: int, width: int, seed: int, fps: float = BASE_FPS, start_frame: int = 0
+    scene: Scene,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    seed: int,
+    fps: float = BASE_FPS,
+    palette: Mapping[str, Color] = COLORS,
 ) -> np.ndarray:
-    """One clip of one scene as uint8 [frames, height, width, 3]."""
-    video = render(place([scene], seed), frames, height, width, fps=fps, start_frame=start_frame)[0]
-    return (video * 255).round().to(torch.uint8).numpy()
+    """One clip of one scene as uint8 [frames, height, width, 3]. palette: names of the shapes' colors."""
+    return to_bytes(render(place([scene], seed, palette), frames, height, width, fps=fps)[0])
+
+
+def to_bytes(video: Tensor) -> np.ndarray:
+    """Numbers in 0..1 as uint8, on the CPU."""
+    return video.mul(255).round().to(torch.uint8).cpu().numpy()

@@ -66,13 +66,13 @@ def videos(make) -> dict[str, Made]:
 def test_five_segments_keep_the_scene(videos, name):
     scene, video = SCENES[name][0], videos[name]
     wrong = {
-        number: [name for name, right in score(frames, scene).attributes.items() if not right]
+        number: [name for name, right in score(frames, scene).items() if not right]
         for number, frames in enumerate(video.segments, 1)
     }
     assert wrong == {number: [] for number in range(1, 6)}
     assert video.whole.shape == (33 + 4 * 20, 64, 96, 3)
     # As one video as well: a shape that jumped at the joins would have no motion of the world.
-    assert all(score(video.whole, scene).attributes.values())
+    assert all(score(video.whole, scene).values())
 
 
 @pytest.mark.parametrize("name", SCENES)

@@ -52,7 +52,7 @@ def test_image_to_video_keeps_the_first_frame(pipeline):
     image = render_clip(scene, frames=1, height=64, width=96, seed=5)
     video = pipeline.generate(GenerateRequest(caption(scene), seed=5, given=image)).frames
     assert psnr(video[0], image[0]) >= 24
-    result = score(video, scene).attributes
+    result = score(video, scene)
     assert result["background"] and result["0.color"] and result["0.motion"]
 
 
@@ -66,7 +66,7 @@ def test_continuation_goes_on_as_the_clip_began(pipeline):
         assert psnr(video[:13], clip[:13]) >= 24
         # Where the clip would have gone by itself: one latent frame on, then the rest by eye.
         assert psnr(video[13:17], clip[13:17]) >= 20
-        right += score(video[13:], scene).attributes["0.motion"]
+        right += score(video[13:], scene)["0.motion"]
         total += 1
     assert right == total, f"{right} of {total} motions continued"
 

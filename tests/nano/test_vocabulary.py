@@ -39,7 +39,7 @@ def test_special_ids_and_size(vocab, processor):
 
 def test_same_corpus_same_bytes(vocab, captions):
     assert train_vocabulary(captions) == vocab
-    assert tempfile.gettempdir().encode() not in vocab and b"folding" not in vocab
+    assert tempfile.gettempdir().encode() not in vocab
 
 
 def test_every_word_of_the_world_is_one_piece(processor):
