@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LongCatError
@@ -27,6 +28,7 @@ LATENT_NOISE = 0.12  # deviation at most; each clip draws its own
 MOMENT_WEIGHT = 0.02
 LEARNING_RATE = 5e-4
 AHEAD = 8  # steps whose clips are drawn at once
+LOG_EVERY = 500  # steps
 
 
 def new_autoencoder() -> Any:
@@ -63,7 +65,7 @@ def new_autoencoder() -> Any:
 
 def _pictures(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
     batch = x.shape[0]
-    out = nn.functional.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, **kwargs)
+    out = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, **kwargs)
     return out.permute(0, 2, 3, 1).unflatten(0, (batch, -1))
 
 
@@ -74,60 +76,15 @@ def _conv(layer: Any, x: Tensor) -> Tensor:
         # All earlier taps are zero: see `new_autoencoder`.
         return _pictures(x, layer.weight[:, :, -1], layer.bias, padding=kernel // 2)
     stride = layer.stride[0]
-    x = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, layer._padding[4], 0))
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, layer._padding[4], 0))
     end = (x.shape[1] - taps) // stride * stride + 1
     x = torch.cat([x[:, tap : tap + end : stride] for tap in range(taps)], dim=-1)
-    return nn.functional.linear(x, layer.weight[..., 0, 0].transpose(1, 2).flatten(1), layer.bias)
-
-
-class _NormSilu(torch.autograd.Function):
-    """silu(x / |x| * weight) of rows [N, C] for weight [C] fp32, each direction one pass on a GPU.
-
-    Written out because the compiler, given the views that live here with their gradients, recompiles for each.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _pass(_norm_silu_forward, x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _pass(_norm_silu_backward, *ctx.saved_tensors, grad)
-
-
-def _norm_silu_forward(x: Tensor, weight: Tensor) -> Tensor:
-    return nn.functional.silu(nn.functional.normalize(x.float(), dim=-1) * weight).to(x.dtype)
-
-
-def _norm_silu_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    size = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).clamp_min(1e-12)
-    unit = x.float() / size
-    z = unit * weight
-    gate = torch.sigmoid(z)
-    dz = grad.float() * gate * (1 + z * (1 - gate))
-    along = dz * weight
-    dx = (along - unit * (along * unit).sum(-1, keepdim=True)) / size
-    return dx.to(x.dtype), (dz * unit).sum(0)
-
-
-def _pass(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    if not tensors[0].is_cuda:
-        return function(*tensors)
-    tensors = tuple(tensor.detach() for tensor in tensors)
-    for tensor in tensors:
-        torch._dynamo.mark_static(tensor, tensor.ndim - 1)
-    return _compiled(function)(*tensors)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Any number of rows, a graph for each number of channels.
-    return torch.compile(function, dynamic=True)
+    return F.linear(x, layer.weight[..., 0, 0].transpose(1, 2).flatten(1), layer.bias)
 
 
 def _norm_silu(norm: Any, x: Tensor) -> Tensor:
-    return _NormSilu.apply(x.flatten(0, -2), norm.scale * norm.gamma.flatten()).view_as(x)
+    # x / |x| with the tiny addend that keeps a row of zeros.
+    return F.silu(F.rms_norm(x.float(), x.shape[-1:], norm.gamma.flatten(), eps=1e-24)).to(x.dtype)
 
 
 def _residual(block: Any, x: Tensor) -> Tensor:
@@ -146,7 +103,7 @@ def _resample(layer: Any, x: Tensor) -> Tensor:
     """Spatial and temporal resampling; the first frame stands outside temporal resampling."""
     spatial = layer.resample[1]
     if layer.mode.startswith("downsample"):
-        x = _pictures(nn.functional.pad(x, (0, 0, 0, 1, 0, 1)), spatial.weight, spatial.bias, stride=2)
+        x = _pictures(F.pad(x, (0, 0, 0, 1, 0, 1)), spatial.weight, spatial.bias, stride=2)
         if layer.mode == "downsample3d" and x.shape[1] > 1:
             x = torch.cat((x[:, :1], _conv(layer.time_conv, x)), dim=1)
         return x
@@ -230,48 +187,32 @@ def _draw(pool: Placements, clips: int, shape: Sequence[int], start_frame: int, 
 
 
 def train_autoencoder(
-    path: Path, *, steps: int, seed: int, device: torch.device, log_every: int = 500
-) -> dict[str, float]:
+    path: Path, *, steps: int, seed: int, device: torch.device, decoder_alone: bool = False
+) -> None:
     """Train for `steps` steps, fold the latents to zero mean and unit variance, write `path` (bf16, Wan names).
 
-    Noise on the latents makes the decoder forgiving to a sampler's small errors; a penalty on each channel's moments
-    keeps the normalized latents near a standard normal, as ComfyUI's Wan 2.1 latent format expects.
-    Returns the last losses.
+    Noise on the latents makes the decoder forgive a sampler's small errors; a penalty on each channel's moments keeps
+    the normalized latents near a standard normal, as ComfyUI's Wan 2.1 latent format expects.
+    decoder_alone: train the decoder of the VAE in `path` for sharper pictures of the same latents. The encoder comes
+    first, because the transformer needs its latents; the decoder can continue meanwhile.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    vae = new_autoencoder().to(device)
-    pool = _pool(rng, seed, device)
-    result = _train(vae, pool, rng, steps=steps, device=device, log_every=log_every)
-    _fold_moments(vae, moments(vae, device), pool, rng, device)
+    if decoder_alone:
+        vae = load_vae(path, device=device).model.requires_grad_(False)
+        vae.post_quant_conv.requires_grad_(True)
+        vae.decoder.requires_grad_(True)
+    else:
+        vae = new_autoencoder().to(device)
+    pool = place([sample_scene(rng) for _ in range(POOL)], seed).to(device)
+    _train(vae, pool, rng, steps, device)
+    if not decoder_alone:
+        _fold_moments(vae, moments(vae, device), pool, rng, device)
     save_vae(path, vae)
-    return result
 
 
-def train_decoder(path: Path, *, steps: int, seed: int, device: torch.device, log_every: int = 500) -> dict[str, float]:
-    """Train the decoder of the VAE in `path` alone, for sharper pictures of the same latents, and write it back.
-
-    The encoder is trained first, because the transformer needs its latents; the decoder can continue meanwhile.
-    Returns the last losses.
-    """
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    vae = load_vae(path, device=device).model.requires_grad_(False)
-    for part in (vae.post_quant_conv, vae.decoder):
-        part.requires_grad_(True)
-    result = _train(vae, _pool(rng, seed, device), rng, steps=steps, device=device, log_every=log_every)
-    save_vae(path, vae)
-    return result
-
-
-def _pool(rng: random.Random, seed: int, device: torch.device) -> Placements:
-    return place([sample_scene(rng) for _ in range(POOL)], seed).to(device)
-
-
-def _train(
-    vae: Any, pool: Placements, rng: random.Random, *, steps: int, device: torch.device, log_every: int
-) -> dict[str, float]:
-    """Train the parameters that require gradients; returns the last losses."""
+def _train(vae: Any, pool: Placements, rng: random.Random, steps: int, device: torch.device) -> None:
+    """Train the parameters that require gradients."""
     vae.train()
     statistics = moments(vae, device)
     rate = torch.tensor(LEARNING_RATE / 200, device=device)
@@ -295,12 +236,10 @@ def _train(
         loss, squared, penalty = train()
         if step in (10, 100) and not math.isfinite(loss.item()):
             raise LongCatError(f"VAE training diverged at step {step}; try another --seed")
-        if step % log_every == log_every - 1 or step == steps - 1:
+        if step % LOG_EVERY == LOG_EVERY - 1 or step == steps - 1:
             psnr = -10 * math.log10(squared.item() / 4)
-            result = {"loss": loss.item(), "psnr": psnr, "moments": penalty.item()}
-            shown = " ".join(f"{k} {v:.4f}" for k, v in result.items())
+            shown = f"loss {loss.item():.4f} psnr {psnr:.4f} moments {penalty.item():.4f}"
             print(f"vae step {step + 1}/{steps} {time.monotonic() - started:.0f} s: {shown}", flush=True)
-    return result
 
 
 @torch.no_grad()

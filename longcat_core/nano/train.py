@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..optimize.execution import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..training.step import WeightAverage, captured, drop_text, flow_matching_loss, initialise, sample_sigmas
-from .autoencoder import encode_whole, train_autoencoder, train_decoder
+from .autoencoder import encode_whole, train_autoencoder
 from .reading import train_text_encoder
 from .world import caption, corpus, place, render, sample_scene
 
@@ -50,6 +51,7 @@ AVERAGE_DECAY = 0.999
 SIGMA_SHIFTS = (12.0, 3.0)  # for half the samples each: the sampler's noise levels, and enough low ones
 EMPTY_TEXT = 0.05
 COMPILED_WEIGHT = 4  # a lesson of at least this weight is compiled separately
+LOG_EVERY, SAVE_EVERY = 500, 2000  # steps
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ BUCKETS = {
 
 @dataclass(frozen=True)
 class Lesson:
-    """One kind of training step: clips cut to `latents` latent frames, the first `cond` frames given and clean.
+    """One kind of training step: clips cut to `latents` latent frames, of which the first `cond` stay clean.
 
     weight: how often it is drawn. negative: the whole batch gets the default negative prompt instead of captions.
     """
@@ -87,7 +89,7 @@ class Lesson:
     negative: bool = False
 
 
-# Nothing given, an image, the end of a clip of two to four latent frames (thirteen video frames).
+# Text alone, an image, or the end of a clip of two to four latent frames (thirteen video frames).
 LESSONS = (
     *(Lesson("wide", 9, cond, weight) for cond, weight in ((0, 16), (1, 4), (2, 0.5), (3, 0.3), (4, 4))),
     *(Lesson("long", 13, cond, weight) for cond, weight in ((0, 0.6), (1, 0.2), (4, 0.6))),
@@ -240,19 +242,15 @@ def train_transformer(
     clips_scale: float = 1.0,
     batch_scale: float = 1.0,
     gradient_checkpointing: bool = False,
-    log_every: int = 500,
-    save_every: int = 2000,
     state: Path | None = None,
     stop_after: float = math.inf,
-) -> dict[str, float]:
+) -> None:
     """Train the transformer for `steps` steps on the VAE and the text encoder in `weights`; write it there.
 
-    The file is written every `save_every` steps and at the end: the averaged weights, rounded to bf16.
-    state names a file that training writes beside the weights and resumes from if it exists (with random numbers that
-    differ from an uninterrupted run's); stop_after ends this run after that many seconds of steps,
-    for machines rented by the hour.
-    clips_scale and batch_scale shrink data and batches for a rehearsal on small machines. Returns the last loss and
-    the number of steps done.
+    The file is written every SAVE_EVERY steps and at the end: the averaged weights, rounded to bf16.
+    state: file with the training state, written with the weights; training resumes from it if it exists, with other
+    random numbers than an uninterrupted run. stop_after: seconds of steps after which this run ends, for machines
+    rented by the hour. clips_scale and batch_scale shrink data and batches for a rehearsal on small machines.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -261,10 +259,8 @@ def train_transformer(
     started = time.monotonic()
     data = {}
     for i, (name, bucket) in enumerate(BUCKETS.items()):
-        bucket = replace(
-            bucket, clips=max(4, int(bucket.clips * clips_scale)), batch=max(2, int(bucket.batch * batch_scale))
-        )
-        data[name] = encode_clips(vae, bucket, encoder, seed + 1 + i, device)
+        count, batch = max(4, int(bucket.clips * clips_scale)), max(2, int(bucket.batch * batch_scale))
+        data[name] = encode_clips(vae, replace(bucket, clips=count, batch=batch), encoder, seed + 1 + i, device)
     print(f"encoded {sum(len(c.latents) for c in data.values())} clips, {time.monotonic() - started:.0f} s", flush=True)
 
     optimizations = Optimizations(attention="sdpa", gradient_checkpointing=gradient_checkpointing)
@@ -275,7 +271,6 @@ def train_transformer(
     nothing = _embed(encoder, [""])
     negative = _embed(encoder, [DEFAULT_NEGATIVE_PROMPT], int(encoder.tokens([DEFAULT_NEGATIVE_PROMPT])[1].sum()))
 
-    (weights / MODEL_FILE).parent.mkdir(parents=True, exist_ok=True)
     done = 0
     if state is not None and state.exists():
         done = trainer.load_state(read_tensors(state))
@@ -300,10 +295,10 @@ def train_transformer(
         loss = trainer.train(lesson, rate, latents, sigmas, context.float(), mask)
         if step % 20 == 0 or step == done:
             smooth = loss.item() if step == done else 0.95 * smooth + 0.05 * loss.item()
-        if step % log_every == log_every - 1:
+        if step % LOG_EVERY == LOG_EVERY - 1:
             print(f"step {step + 1}/{steps} {time.monotonic() - started:.0f} s: loss {smooth:.4f}", flush=True)
         late = time.monotonic() - started > stop_after
-        if step % save_every == save_every - 1 or step == steps - 1 or late:
+        if step % SAVE_EVERY == SAVE_EVERY - 1 or step == steps - 1 or late:
             if not math.isfinite(smooth):
                 raise LongCatError(f"training diverged before step {step + 1}; try another --seed")
             with trainer.average.applied():
@@ -313,14 +308,10 @@ def train_transformer(
                 write_safetensors(state, trainer.state(step + 1))
         if late:
             break
-    return {"loss": smooth, "steps": step + 1}
 
 
-def train_reader(weights: Path, *, steps: int, seed: int, device: torch.device) -> float:
-    """Train vocabulary and text encoder and write both into `weights`, as one file.
-
-    Returns the share of correct answers, see `train_text_encoder`.
-    """
+def train_reader(weights: Path, *, steps: int, seed: int, device: torch.device) -> None:
+    """Train vocabulary and text encoder and write both into `weights`, as one file."""
     import sentencepiece
 
     from .vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
@@ -329,10 +320,8 @@ def train_reader(weights: Path, *, steps: int, seed: int, device: torch.device) 
     processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     torch.manual_seed(seed)
     encoder = new_text_encoder(vocabulary, d_model=CONFIG.caption_channels).to(device).train()
-    share = train_text_encoder(encoder, processor, tokens=TOKENS, steps=steps, seed=seed, device=device)
-    (weights / TEXT_FILE).parent.mkdir(parents=True, exist_ok=True)
+    train_text_encoder(encoder, processor, tokens=TOKENS, steps=steps, seed=seed, device=device)
     save_text_encoder(weights / TEXT_FILE, encoder, vocabulary)
-    return share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -365,12 +354,13 @@ def run(args: argparse.Namespace) -> int:
         count = getattr(args, name.removeprefix("--").replace("-", "_"))
         if count < 1:
             raise LongCatError(f"{name} {count} must be at least 1")
-    args.output.mkdir(parents=True, exist_ok=True)
+    for file in (VAE_FILE, TEXT_FILE, MODEL_FILE):
+        (args.output / file).parent.mkdir(parents=True, exist_ok=True)
+    vae = partial(train_autoencoder, args.output / VAE_FILE, device=device)
     if args.stage in ("all", "vae"):
-        (args.output / VAE_FILE).parent.mkdir(parents=True, exist_ok=True)
-        train_autoencoder(args.output / VAE_FILE, steps=args.vae_steps, seed=args.seed, device=device)
+        vae(steps=args.vae_steps, seed=args.seed)
     if args.stage in ("all", "decoder"):
-        train_decoder(args.output / VAE_FILE, steps=args.decoder_steps, seed=args.seed + 1, device=device)
+        vae(steps=args.decoder_steps, seed=args.seed + 1, decoder_alone=True)
     if args.stage in ("all", "text"):
         train_reader(args.output, steps=args.text_steps, seed=args.seed, device=device)
     if args.stage in ("all", "transformer"):

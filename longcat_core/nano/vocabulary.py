@@ -35,12 +35,8 @@ def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
     so a small corpus's most frequent words fall apart. Every printable ASCII character is a piece. Same corpus, same
     bytes.
     """
-    try:
-        from sentencepiece import SentencePieceTrainer
-    except ImportError as error:
-        raise LongCatError(
-            f"the vocabulary needs the sentencepiece package ({error}); run: pip install 'longcat-video[headless]'"
-        ) from error
+    from sentencepiece import SentencePieceTrainer
+
     if size < len(CHARACTERS) + 4:
         raise LongCatError(f"a vocabulary needs at least {len(CHARACTERS) + 4} pieces, got {size}")
     if not any(line.strip() for line in corpus):
@@ -74,14 +70,9 @@ def new_text_encoder(
     vocab: bytes, d_model: int = 128, d_ff: int = 256, num_layers: int = 2, num_heads: int = 4, d_kv: int = 32
 ) -> UMT5EncoderModel:
     """A fresh fp32 UMT5 encoder for the vocabulary, its weights drawn from PyTorch's global generator."""
-    try:
-        from sentencepiece import SentencePieceProcessor
-        from transformers import UMT5Config, UMT5EncoderModel
-    except ImportError as error:
-        raise LongCatError(
-            f"the text encoder needs transformers and sentencepiece ({error}); "
-            "run: pip install 'longcat-video[headless]'"
-        ) from error
+    from sentencepiece import SentencePieceProcessor
+    from transformers import UMT5Config, UMT5EncoderModel
+
     config = UMT5Config(
         vocab_size=SentencePieceProcessor(model_proto=vocab).get_piece_size(),
         d_model=d_model,
