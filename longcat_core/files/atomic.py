@@ -22,7 +22,9 @@ def atomic_path(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
     """
     # Resolved, so that the place that was checked is the place that is written to.
     path = Path(path).resolve()
-    temporary = path.with_name(f".{path.stem[:64]}.{_unique()}{path.suffix if suffix is None else suffix}")
+    # Not the number of the process: in a container it is the same in every run, and a killed run leaves its file.
+    unique = secrets.token_hex(4)
+    temporary = path.with_name(f".{path.stem[:64]}.{unique}{path.suffix if suffix is None else suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -90,8 +92,3 @@ def reason(error: BaseException) -> str:
         return "no space left on the disk"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
-
-
-def _unique() -> str:
-    # Not the number of the process: in a container it is the same in every run, and a killed run leaves its file.
-    return secrets.token_hex(4)

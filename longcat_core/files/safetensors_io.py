@@ -5,7 +5,6 @@ The header is parsed here rather than by the safetensors package, whose errors n
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -77,10 +76,9 @@ def read_tensors(
 
 
 class SafetensorsFile:
-    """An opened safetensors file: its header is parsed here, once. Threads may share it.
+    """An opened safetensors file, a `TensorFile`: its header is parsed here, once. Threads may share it.
 
-    header: name -> (dtype, shape). metadata: the free-form strings of the file, {} if it has none. Raises
-    CheckpointError as `read_header` does.
+    Raises CheckpointError as `read_header` does.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -88,11 +86,7 @@ class SafetensorsFile:
         self.header, self.metadata, self._places, self._stamp = _layout(self.path)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
-        """Rows of a tensor as stored, on the CPU, read rather than mapped: page after page is slower than a disk.
-
-        buffer [bytes] uint8: where they may be put, as new memory costs more than reading into it. Raises
-        CheckpointError where the file cannot be read, or holds other tensors than when it was opened.
-        """
+        """See `TensorFile`. Rows are read and not mapped, because page after page is slower than the disk."""
         dtype, shape = self.header[name]
         first, last, _ = slice(start, stop).indices(shape[0]) if shape else (0, 1, 1)
         width = math.prod(shape[1:]) * dtype.itemsize
@@ -131,9 +125,9 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} cannot be read ({error}); download it again") from error
 
     def _begin(self, opened: int, name: str) -> int:
-        """Where a tensor's first byte is in the file that is open as `opened`."""
+        """The position of a tensor's first byte in the file with descriptor `opened`."""
         if stamp(os.fstat(opened)) != self._stamp:
-            # Somebody wrote or moved a file here: one with the same tensors serves, at its own places.
+            # The file was written or replaced: one with the same tensors serves, at its own positions.
             header, _, places, now = _layout(self.path)
             if header != self.header:
                 raise CheckpointError(f"{self.path} holds other tensors than when it was opened; load it again")
@@ -153,19 +147,8 @@ def write_safetensors(
 
     Raises LongCatError where the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path, TEMPORARY) as temporary:
-        # The package writes files that only their owner can read: keep the mode that the system gives a new file.
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
-        try:
-            save_file(plain, temporary, dict(metadata) if metadata else None)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error
-        os.chmod(temporary, mode)
+    header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_safetensors(path, header, tensors.items(), metadata)
 
 
 def stream_safetensors(
@@ -175,7 +158,7 @@ def stream_safetensors(
     metadata: Mapping[str, str] | None = None,
     check: Callable[[Path], None] = lambda path: None,
 ) -> None:
-    """`write_safetensors` for more than memory holds: `tensors` come one by one, in any order, as `header` announces.
+    """`write_safetensors` of more than fits in memory: `tensors` come one by one, in any order, as `header` announces.
 
     check: receives the finished file before it is renamed to `path`; if it raises, `path` stays as it was. Raises
     LongCatError where the file cannot be written.
@@ -183,12 +166,12 @@ def stream_safetensors(
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, dict[str, Any]] = {}
     end = 0
-    # Wide numbers first, so that every tensor begins at a multiple of the size of its numbers.
+    # Wide numbers first, so that every tensor starts at a multiple of its numbers' size.
     for name, (dtype, shape) in sorted(header.items(), key=lambda item: -item[1][0].itemsize):
         size = math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
-    text = json.dumps({"__metadata__": dict(metadata or {}), **entries}).encode()
+    text = json.dumps({"__metadata__": dict(metadata), **entries} if metadata else entries).encode()
     text += b" " * (-len(text) % 8)
     waiting = set(entries)
     with atomic_path(path, TEMPORARY) as temporary:
@@ -231,14 +214,9 @@ def check_tensors(
 
     `found` and `expected` map names to shapes; `what` says what the file should be, e.g. "Wan 2.1 VAE".
     """
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     wrong = [name for name in sorted(expected) if name in found and tuple(found[name]) != tuple(expected[name])]
-    faults = []
-    if missing:
-        faults.append(f"{_first(missing)} missing")
-    if extra:
-        faults.append(f"{_first(extra)} not expected")
+    faults = [f"{_first(names)} {fault}" for names, fault in ((missing, "missing"), (extra, "not expected")) if names]
     if wrong:
         name = wrong[0]
         faults.append(f"{_first(wrong)} misshapen ({name}: {list(found[name])} instead of {list(expected[name])})")
@@ -252,14 +230,7 @@ def _first(names: list[str]) -> str:
 
 
 def _layout(path: Path) -> tuple[Header, dict[str, str], dict[str, int], Stamp]:
-    """Header, metadata, the first byte of every tensor, and the stamp of the file that they describe."""
-    raw, metadata, data, found = _parse_header(path)
-    header = {name: _entry(path, name, value) for name, value in raw.items()}
-    return header, metadata, {name: data + int(value["data_offsets"][0]) for name, value in raw.items()}, found
-
-
-def _parse_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int, Stamp]:
-    """Raw entries by name, metadata, where the tensors' bytes begin, stamp."""
+    """Header, metadata, the position of every tensor's first byte, and the stamp of the file that they describe."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; give a .safetensors file")
     if not path.exists():
@@ -284,23 +255,24 @@ def _parse_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int, Sta
             file.seek(8)
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     size = found[1]
     if len(text) < length:
         raise CheckpointError(
             f"{path} is truncated ({size:,} bytes, its header alone takes {8 + length:,}); download it again"
         )
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
+        raw = json.loads(text)
+        metadata = raw.pop("__metadata__", None) or {}
         data = 8 + length
-        end = data + max((int(value["data_offsets"][1]) for value in header.values()), default=0)
+        end = data + max((int(value["data_offsets"][1]) for value in raw.values()), default=0)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} has a corrupt safetensors header; download it again") from error
     if size != end:
         state = "truncated" if size < end else "corrupt"
         raise CheckpointError(f"{path} is {state} ({size:,} bytes instead of {end:,}); download it again")
-    return header, metadata, data, found
+    header = {name: _entry(path, name, value) for name, value in raw.items()}
+    return header, metadata, {name: data + int(value["data_offsets"][0]) for name, value in raw.items()}, found
 
 
 def _entry(path: Path, name: str, value: dict) -> tuple[torch.dtype, tuple[int, ...]]:
