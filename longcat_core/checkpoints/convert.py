@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
 from ..files.places import check_place, check_suffix
-from ..files.safetensors_io import Header, stream_safetensors
+from ..files.safetensors_io import stream_safetensors
 from ..model.transformer import LongCatTransformer
 from ..optimize.kernels.elementwise import E4M3_MAX, TINY
 from ..optimize.quantization import LAYERS
@@ -22,24 +22,18 @@ from .load import CONFIG_KEY, Checkpoint, Part, Reader, match_parameters, open_c
 
 INT8_MAX = 127
 
-# Stored tensors by their suffix after the module's name.
-Stored = dict[str, Tensor]
-Shape = tuple[int, ...]
+# Tensors by the suffix of their name after the module's.
+Suffixed = dict[str, Tensor]
 
 
-def as_bf16(weight: Tensor) -> Stored:
-    """A parameter of any shape in bf16."""
-    return {"weight": weight.bfloat16()}
-
-
-def as_scaled_fp8(weight: Tensor) -> Stored:
+def as_scaled_fp8(weight: Tensor) -> Suffixed:
     """weight [out, in] as e4m3 with one scale, []."""
     scale = (weight.abs().amax().clamp(min=TINY) / E4M3_MAX).float()
     values = (weight / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return {"weight": values, "scale_weight": scale}
 
 
-def as_int8(weight: Tensor) -> Stored:
+def as_int8(weight: Tensor) -> Suffixed:
     """weight [out, in] as int8 with a scale for each row, [out]."""
     scale = weight.abs().amax(1).clamp(min=TINY) / INT8_MAX
     return {"weight_int8": (weight / scale[:, None]).round().to(torch.int8), "weight_scale": scale.float()}
@@ -49,26 +43,24 @@ def as_int8(weight: Tensor) -> Stored:
 class Target:
     """A form to write. small: whether `encode` stores a module's weight; everything else is bf16.
 
-    small_header: what `encode` makes of a weight of this shape.
+    markers: tensors that the whole file has besides.
     """
 
     form: Format
     small: Callable[[str], bool] = lambda module: False
-    encode: Callable[[Tensor], Stored] = as_bf16
-    small_header: Callable[[Shape], Header] = lambda shape: {"weight": (torch.bfloat16, shape)}
-    markers: Stored = field(default_factory=dict)
+    encode: Callable[[Tensor], Suffixed] = lambda weight: {"weight": weight.bfloat16()}
+    markers: Suffixed = field(default_factory=dict)
 
-    def header(self, module: str, kind: str, shape: Shape) -> Header:
-        """What `stored` makes of a parameter of this shape."""
-        if kind == "weight" and self.small(module):
-            return self.small_header(shape)
-        return {kind: (torch.bfloat16, shape)}
+    def stored(self, table: Table, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of everything that stores parameter `name` of the network, [rows, ..].
 
-    def stored(self, module: str, kind: str, tensor: Tensor) -> Stored:
-        """A parameter of a module, by the network's name, as it is stored."""
-        if kind == "weight" and self.small(module):
-            return self.encode(tensor)
-        return {kind: tensor.bfloat16()}
+        table: the form's names of the network's modules.
+        """
+        module, _, kind = name.rpartition(".")
+        for source, part in zip(table[module], tensor.chunk(len(table[module])), strict=True):
+            small = kind == "weight" and self.small(module)
+            for suffix, value in (self.encode(part) if small else {kind: part.bfloat16()}).items():
+                yield f"{source}.{suffix}", value
 
 
 def _fp8_layer(module: str) -> bool:
@@ -85,18 +77,9 @@ TARGETS = {
     "bf16": Target(OFFICIAL),
     # Two numbers in the marker ask ComfyUI for products in 16 bits, so that only weights are quantized.
     "comfyui-fp8": Target(
-        COMFYUI,
-        _fp8_layer,
-        as_scaled_fp8,
-        lambda shape: {"weight": (torch.float8_e4m3fn, shape), "scale_weight": (torch.float32, ())},
-        {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+        COMFYUI, _fp8_layer, as_scaled_fp8, {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     ),
-    "int8": Target(
-        OFFICIAL,
-        _int8_layer,
-        as_int8,
-        lambda shape: {"weight_int8": (torch.int8, shape), "weight_scale": (torch.float32, shape[:1])},
-    ),
+    "int8": Target(OFFICIAL, _int8_layer, as_int8),
 }
 
 
@@ -131,13 +114,9 @@ def convert(
         model = LongCatTransformer(checkpoint.config)
         parameters = dict(model.named_parameters())
     parts = match_parameters(checkpoint, parameters)
-    header: Header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in target.markers.items()}
-    for name, parameter in parameters.items():
-        module, _, kind = name.rpartition(".")
-        shape = parameter.shape[0] // len(table[module]), *parameter.shape[1:]
-        for source_name in table[module]:
-            for suffix, entry in target.header(module, kind, shape).items():
-                header[f"{source_name}.{suffix}"] = entry
+    with torch.no_grad():
+        stored = [pair for name, parameter in parameters.items() for pair in target.stored(table, name, parameter)]
+    header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in (*target.markers.items(), *stored)}
     reader = Reader(checkpoint)
     reader.check_formats()
     size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in header.values())
@@ -156,7 +135,7 @@ def convert(
             whole = _wide(reader, parts[name], parameter)
             if not torch.stack(whole.aminmax()).isfinite().all():
                 raise CheckpointError(f"{source} has NaN or infinite values in {name}; download it again")
-            yield from _stored(target, table, name, whole)
+            yield from target.stored(table, name, whole)
             step()
 
     def check(written: Path) -> None:
@@ -167,10 +146,10 @@ def convert(
         other.check_formats()
         for name, parameter in parameters.items():
             whole = _wide(reader, parts[name], parameter)
-            for stored, tensor in _stored(target, table, name, whole):
-                if not torch.equal(_bytes(tensor), _bytes(other.rows(stored))):
+            for key, tensor in target.stored(table, name, whole):
+                if not torch.equal(_bytes(tensor), _bytes(other.rows(key))):
                     raise CheckpointError(
-                        f"{destination} reads back with another {stored} than was written; the disk or memory is faulty"
+                        f"{destination} reads back with another {key} than was written; the disk or memory is faulty"
                     )
             errors.extend(_errors(name, found[name], whole, _wide(other, found[name], parameter)))
             step()
@@ -182,14 +161,6 @@ def convert(
 
 def _wide(reader: Reader, parts: list[Part], parameter: Tensor) -> Tensor:
     return reader.into(torch.empty(parameter.shape, dtype=torch.float32), parts)
-
-
-def _stored(target: Target, table: Table, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything that stores a parameter of the network in the target's form."""
-    module, _, kind = name.rpartition(".")
-    for source, part in zip(table[module], tensor.chunk(len(table[module])), strict=True):
-        for suffix, value in target.stored(module, kind, part).items():
-            yield f"{source}.{suffix}", value
 
 
 def _bytes(tensor: Tensor) -> Tensor:
