@@ -13,13 +13,40 @@ from ..errors import CheckpointError
 
 Table = Mapping[str, tuple[str, ...]]
 
+# The network's modules outside the blocks: their names in official files, in ComfyUI's and in FastVideo's.
+_OUTER = {
+    "patch_embed": ("x_embedder.proj", "patch_embedding", "patch_embed.proj"),
+    "time_embed.0": ("t_embedder.mlp.0", "time_embedding.mlp.0", "time_embedder.linear_1"),
+    "time_embed.1": ("t_embedder.mlp.2", "time_embedding.mlp.2", "time_embedder.linear_2"),
+    "text_embed.0": ("y_embedder.y_proj.0", "text_embedding.0", "caption_embedder.linear_1"),
+    "text_embed.1": ("y_embedder.y_proj.2", "text_embedding.2", "caption_embedder.linear_2"),
+    "final_layer.modulation": ("final_layer.adaLN_modulation.1", "head.modulation.1", "final_layer.adaln_linear"),
+    "final_layer.linear": ("final_layer.linear", "head.head", "final_layer.proj"),
+}
+# The same inside a block. Where a form splits a module, its parts are separated by blanks.
+_BLOCK = {
+    "modulation": ("adaLN_modulation.1", "modulation.1", "adaln_linear_1"),
+    "attn.qkv": ("attn.qkv", "self_attn.q self_attn.k self_attn.v", "self_attn.to_q self_attn.to_k self_attn.to_v"),
+    "attn.q_norm": ("attn.q_norm", "self_attn.norm_q", "self_attn.q_norm"),
+    "attn.k_norm": ("attn.k_norm", "self_attn.norm_k", "self_attn.k_norm"),
+    "attn.proj": ("attn.proj", "self_attn.o", "self_attn.to_out"),
+    "cross_norm": ("pre_crs_attn_norm", "norm3", "norm_cross"),
+    "cross_attn.q": ("cross_attn.q_linear", "cross_attn.q", "cross_attn.to_q"),
+    "cross_attn.kv": ("cross_attn.kv_linear", "cross_attn.k cross_attn.v", "cross_attn.to_k cross_attn.to_v"),
+    "cross_attn.q_norm": ("cross_attn.q_norm", "cross_attn.norm_q", "cross_attn.q_norm"),
+    "cross_attn.k_norm": ("cross_attn.k_norm", "cross_attn.norm_k", "cross_attn.k_norm"),
+    "cross_attn.proj": ("cross_attn.proj", "cross_attn.o", "cross_attn.to_out"),
+    "ffn.gate_up": ("ffn.w1 ffn.w3", "ffn.w1 ffn.w3", "ffn.w1 ffn.w3"),
+    "ffn.down": ("ffn.w2", "ffn.w2", "ffn.w2"),
+}
+
 
 @dataclass(frozen=True)
 class Format:
     """One form of checkpoint.
 
-    signature: beginnings of keys that all must be there. outer: the network's module -> file modules, outside the
-    blocks; block: the same inside a block. block_prefix: of a block's names in the file, with {i} for its number.
+    signature: prefixes of keys, all of which a file must have. outer: the network's module -> file modules, outside
+    the blocks; block: the same inside a block. block_prefix: of a block's names in the file, with {i} for its number.
     """
 
     name: str
@@ -37,125 +64,35 @@ class Format:
                 yield f"blocks.{i}.{canonical}", tuple(prefix + s for s in sources)
 
 
-OFFICIAL = Format(
-    name="official",
-    signature=(
-        "x_embedder.proj.",
-        "t_embedder.mlp.",
-        "blocks.0.attn.qkv.",
-        "blocks.0.cross_attn.kv_linear.",
-        "blocks.0.ffn.w1.",
-    ),
-    outer={
-        "patch_embed": ("x_embedder.proj",),
-        "time_embed.0": ("t_embedder.mlp.0",),
-        "time_embed.1": ("t_embedder.mlp.2",),
-        "text_embed.0": ("y_embedder.y_proj.0",),
-        "text_embed.1": ("y_embedder.y_proj.2",),
-        "final_layer.modulation": ("final_layer.adaLN_modulation.1",),
-        "final_layer.linear": ("final_layer.linear",),
-    },
-    block={
-        "modulation": ("adaLN_modulation.1",),
-        "attn.qkv": ("attn.qkv",),
-        "attn.q_norm": ("attn.q_norm",),
-        "attn.k_norm": ("attn.k_norm",),
-        "attn.proj": ("attn.proj",),
-        "cross_norm": ("pre_crs_attn_norm",),
-        "cross_attn.q": ("cross_attn.q_linear",),
-        "cross_attn.kv": ("cross_attn.kv_linear",),
-        "cross_attn.q_norm": ("cross_attn.q_norm",),
-        "cross_attn.k_norm": ("cross_attn.k_norm",),
-        "cross_attn.proj": ("cross_attn.proj",),
-        "ffn.gate_up": ("ffn.w1", "ffn.w3"),
-        "ffn.down": ("ffn.w2",),
-    },
-)
+def _format(column: int, name: str, signature: tuple[str, ...]) -> Format:
+    """The form whose names are in a column of the tables above."""
+    outer, block = (
+        {module: tuple(names[column].split()) for module, names in table.items()} for table in (_OUTER, _BLOCK)
+    )
+    return Format(name, signature, outer, block)
 
-# Single files for ComfyUI: its names for Wan where Wan has such a module, every projection by itself.
-COMFYUI = Format(
-    name="ComfyUI",
-    signature=(
-        "patch_embedding.",
-        "time_embedding.mlp.",
-        "blocks.0.modulation.1.",
-        "blocks.0.self_attn.q.",
-        "blocks.0.ffn.w1.",
-    ),
-    outer={
-        "patch_embed": ("patch_embedding",),
-        "time_embed.0": ("time_embedding.mlp.0",),
-        "time_embed.1": ("time_embedding.mlp.2",),
-        "text_embed.0": ("text_embedding.0",),
-        "text_embed.1": ("text_embedding.2",),
-        "final_layer.modulation": ("head.modulation.1",),
-        "final_layer.linear": ("head.head",),
-    },
-    block={
-        "modulation": ("modulation.1",),
-        "attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"),
-        "attn.q_norm": ("self_attn.norm_q",),
-        "attn.k_norm": ("self_attn.norm_k",),
-        "attn.proj": ("self_attn.o",),
-        "cross_norm": ("norm3",),
-        "cross_attn.q": ("cross_attn.q",),
-        "cross_attn.kv": ("cross_attn.k", "cross_attn.v"),
-        "cross_attn.q_norm": ("cross_attn.norm_q",),
-        "cross_attn.k_norm": ("cross_attn.norm_k",),
-        "cross_attn.proj": ("cross_attn.o",),
-        "ffn.gate_up": ("ffn.w1", "ffn.w3"),
-        "ffn.down": ("ffn.w2",),
-    },
-)
 
-FASTVIDEO = Format(
-    name="FastVideo",
-    signature=(
-        "patch_embed.proj.",
-        "time_embedder.linear_1.",
-        "blocks.0.adaln_linear_1.",
-        "blocks.0.self_attn.to_q.",
-        "blocks.0.ffn.w1.",
-    ),
-    outer={
-        "patch_embed": ("patch_embed.proj",),
-        "time_embed.0": ("time_embedder.linear_1",),
-        "time_embed.1": ("time_embedder.linear_2",),
-        "text_embed.0": ("caption_embedder.linear_1",),
-        "text_embed.1": ("caption_embedder.linear_2",),
-        "final_layer.modulation": ("final_layer.adaln_linear",),
-        "final_layer.linear": ("final_layer.proj",),
-    },
-    block={
-        "modulation": ("adaln_linear_1",),
-        "attn.qkv": ("self_attn.to_q", "self_attn.to_k", "self_attn.to_v"),
-        "attn.q_norm": ("self_attn.q_norm",),
-        "attn.k_norm": ("self_attn.k_norm",),
-        "attn.proj": ("self_attn.to_out",),
-        "cross_norm": ("norm_cross",),
-        "cross_attn.q": ("cross_attn.to_q",),
-        "cross_attn.kv": ("cross_attn.to_k", "cross_attn.to_v"),
-        "cross_attn.q_norm": ("cross_attn.q_norm",),
-        "cross_attn.k_norm": ("cross_attn.k_norm",),
-        "cross_attn.proj": ("cross_attn.to_out",),
-        "ffn.gate_up": ("ffn.w1", "ffn.w3"),
-        "ffn.down": ("ffn.w2",),
-    },
+OFFICIAL = _format(
+    0,
+    "official",
+    ("x_embedder.proj.", "t_embedder.mlp.", "blocks.0.attn.qkv.", "blocks.0.cross_attn.kv_linear.", "blocks.0.ffn.w1."),
 )
-
+# Single files for ComfyUI: its names for Wan where Wan has such a module, with all projections split.
+COMFYUI = _format(
+    1,
+    "ComfyUI",
+    ("patch_embedding.", "time_embedding.mlp.", "blocks.0.modulation.1.", "blocks.0.self_attn.q.", "blocks.0.ffn.w1."),
+)
+FASTVIDEO = _format(
+    2,
+    "FastVideo",
+    ("patch_embed.proj.", "time_embedder.linear_1.", "blocks.0.adaln_linear_1.", "blocks.0.self_attn.to_q.",
+     "blocks.0.ffn.w1."),
+)  # fmt: skip
 FORMATS: tuple[Format, ...] = (OFFICIAL, COMFYUI, FASTVIDEO)
 
 # Prefixes that files put before the names of a whole network.
-PREFIXES = (
-    "",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "model.",
-    "module.",
-    "_orig_mod.",
-    "dit.",
-)
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.", "_orig_mod.", "dit.")
 
 # How any form may store a weight: the suffix of its numbers after the module's name, and that of the scale that
 # multiplies them, which is one number or one for each row.
