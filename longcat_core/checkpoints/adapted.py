@@ -16,12 +16,12 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
 from .lora import Lora, LoraStack, OpenedLora, check_strength, stamp_of
 
-# Ranks are rounded up to a multiple of this, so that a LoRA fits the room, and the compiled graphs, of the last one.
+# Ranks are rounded up to a multiple of this, so that a new LoRA reuses the previous one's buffers and compiled graphs.
 STEP = 16
 
 
 class _Ranks(NamedTuple):
-    """Ranks first..last of a layer's adapter, which hold file number `file` and count by scale times its strength."""
+    """Ranks first..last of a layer's adapter hold file number `file`, times `scale` and the file's strength."""
 
     file: int
     first: int
@@ -32,8 +32,8 @@ class _Ranks(NamedTuple):
 class RuntimeLoras:
     """The LoRAs of a network, on any of its layers, applied at run time; used like `MergedLoras`.
 
-    Blocks share one compiled graph, so a kind of layer is adapted in all blocks or in none, with room for the same
-    number of ranks. That room grows until all LoRAs are taken out, so other LoRAs up to its size compile nothing.
+    Blocks share one compiled graph, so a kind of layer has adapters in all blocks or in none, with buffers for the
+    same number of ranks. Buffers grow until all LoRAs are removed, so LoRAs that fit them compile nothing.
     """
 
     def __init__(self, model: LongCatTransformer, loras: Iterable[Lora | OpenedLora] = ()) -> None:
@@ -41,7 +41,7 @@ class RuntimeLoras:
         self._files: list[tuple[Path, Stamp | None]] = []
         self._strengths: tuple[float, ...] = ()
         self._ranks: dict[str, list[_Ranks]] = {}
-        # Kind of layer -> ranks for which its adapters have room.
+        # Kind of layer -> ranks that fit its adapters' buffers.
         self._room: dict[str, int] = {}
         self.set(loras)
 
@@ -52,7 +52,7 @@ class RuntimeLoras:
         The same files with other strengths are not read again; only their scales are written. Without LoRAs the layers
         are as before the first. Everything is checked first; errors and warnings as `LoraStack`.
         """
-        loras = [lora if isinstance(lora, OpenedLora) else (Path(lora[0]), float(lora[1])) for lora in loras]
+        loras = list(loras)
         files, strengths = [_file(lora) for lora in loras], tuple(_strength(lora) for lora in loras)
         if loras and len(files) == len(self._files) and all(map(_same, files, self._files)):
             for (path, _), strength in zip(files, strengths, strict=True):
@@ -62,12 +62,9 @@ class RuntimeLoras:
             self._strengths = strengths
             self._write_scales()
             return [f"{name}.weight" for name, ranks in self._ranks.items() if any(r.file in moved for r in ranks)]
-        shapes = {
-            name: parameter.shape for name, parameter in self.model.named_parameters() if not name.endswith(NAMES)
-        }
-        stack = LoraStack(loras, shapes)
+        stack = LoraStack(loras, {n: p.shape for n, p in self.model.named_parameters() if not n.endswith(NAMES)})
         changed = list(dict.fromkeys([*(f"{name}.weight" for name in self._ranks), *stack.weights]))
-        # Forgotten until all is written, so that a call that fails halfway is not taken for done.
+        # No files until all are written, so that a call that fails halfway does not count.
         self._files, self._strengths = [], strengths
         self._make_room(stack)
         self._ranks = {weight.removesuffix(".weight"): self._write(weight, stack) for weight in stack.weights}
@@ -91,7 +88,7 @@ class RuntimeLoras:
             for name in kinds[kind]:
                 layer = self.model.get_submodule(name)
                 if stack.weights:
-                    # The layer's weights may wait in CPU memory; its LoRAs stay on the device.
+                    # The layer's weights may be in CPU memory; its LoRAs stay on the device.
                     adapt(layer, rank, device=self.model.patch_embed.weight.device)
                 else:
                     release(layer)
@@ -113,7 +110,7 @@ class RuntimeLoras:
         return ranks
 
     def _write_scales(self) -> None:
-        """Write the scales of every adapter in place, by which cached text keys notice that they are stale."""
+        """Write the scales of every adapter in place, which tells cached text keys that they are stale."""
         for name, module in self.model.named_modules():
             if isinstance(module, Adapted):
                 scales = torch.zeros(rank_of(module))
@@ -128,14 +125,14 @@ def _kind(name: str) -> str:
 
 
 def _file(lora: Lora | OpenedLora) -> tuple[Path, Stamp | None]:
-    """A LoRA's file and its stamp: from when it was read, or of now."""
+    """A LoRA's file and its stamp, taken when the file was read, else now."""
     return (lora.path, lora.read) if isinstance(lora, OpenedLora) else (Path(lora[0]), stamp_of(Path(lora[0])))
 
 
 def _strength(lora: Lora | OpenedLora) -> float:
-    return lora.strength if isinstance(lora, OpenedLora) else lora[1]
+    return lora.strength if isinstance(lora, OpenedLora) else float(lora[1])
 
 
 def _same(now: tuple[Path, Stamp | None], then: tuple[Path, Stamp | None]) -> bool:
-    # What was read of a file that is gone is still in the adapters.
+    # The adapters still hold what was read from a file that is gone.
     return now[0] == then[0] and now[1] in (None, then[1])

@@ -85,7 +85,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class LayerError:
-    """What a tensor lost by the conversion.
+    """The conversion error of a tensor.
 
     relative: norm of the difference over the source's norm. largest: largest difference over the source's largest
     number. kind: the module's name without its block.
@@ -104,8 +104,7 @@ def convert(
 
     One parameter at a time is held. Before the file takes its name, it is read back like any checkpoint, compared
     number by number with what was written, and measured against the source. progress: called with (done, total) after
-    every parameter, in writing and in reading back. Raises LongCatError for bad input; `destination` then stays as it
-    was.
+    every parameter that is written or read back. Raises LongCatError for bad input, and leaves `destination` as it was.
     """
     target, destination = TARGETS[to], Path(destination)
     checkpoint = open_checkpoint(source)

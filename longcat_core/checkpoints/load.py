@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +25,12 @@ from ..optimize.switches import Optimizations
 from .formats import BESIDE, MARKERS, QUANT_FORMATS, STORED_WEIGHTS, Format, detect
 from .lora import Lora, LoraStack, OpenedLora
 
-T = TypeVar("T")
 CONFIG_KEY = "config"
 # Folder of the transformer in a folder of all parts: LongCat-Video's own, and that of Diffusers and FastVideo.
 FOLDERS = ("dit", "transformer")
 # Numbers that are converted at a time, which a loader holds besides the network and one stored tensor.
 PIECE = 1 << 22
-# Pieces of this size that are read ahead.
+# Pieces that are prefetched.
 AHEAD = 6
 _SHOWN = 5
 QUANT_METADATA = "_quantization_metadata"
@@ -46,11 +46,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its tensors by name, without their numbers, which `Reader` reads.
+    """An opened checkpoint. `Reader` reads its numbers.
 
-    where: tensor name (prefix stripped) -> file. files: the opened files, whose headers are parsed. shapes, dtypes: as
-    stored, GGUF's quantized tensors as fp32. config: from config.json or the file's metadata, else inferred from
-    shapes. quantized: modules that the file's metadata describes -> their format.
+    where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, GGUF's quantized tensors as fp32. config:
+    from config.json or the file's metadata, else inferred from shapes. quantized: modules that the file's metadata
+    describes -> their format.
     """
 
     source: str
@@ -63,17 +63,13 @@ class Checkpoint:
     config: ModelConfig
     quantized: dict[str, dict]
 
-    def part(self, module: str, parameter: str) -> Part | None:
-        """How a parameter of a module (by its name in the file) is stored; None if it is missing."""
-        return stored_part(self.where, module, parameter)
-
     def parts(self, name: str) -> list[Part]:
         """The stored tensors of a parameter of the network, in the order of its rows. KeyError if one is missing."""
         module, _, kind = name.rpartition(".")
         sources = dict(self.form.modules(self.config.depth))[module]
         found = []
         for source in sources:
-            part = self.part(source, kind)
+            part = stored_part(self.where, source, kind)
             if part is None:
                 raise KeyError(f"{source}.{kind}")
             found.append(part)
@@ -81,7 +77,7 @@ class Checkpoint:
 
 
 def stored_part(names: Mapping[str, object], module: str, parameter: str) -> Part | None:
-    """The one of the stored tensors `names` that holds a parameter of `module`, or None."""
+    """How a parameter of `module`, by its name in the file, is stored in tensors `names`; None if it is missing."""
     for suffix, scale in STORED_WEIGHTS if parameter == "weight" else ((parameter, None),):
         if f"{module}.{suffix}" in names and (scale is None or f"{module}.{scale}" in names):
             return Part(f"{module}.{suffix}", None if scale is None else f"{module}.{scale}")
@@ -107,7 +103,6 @@ def _files(path: Path) -> list[Path]:
             shards = sorted({str(shard) for shard in weight_map.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{indices[0]} is not a readable index ({error}); download it again") from error
-        files = []
         for shard in shards:
             if Path(shard).name != shard:
                 raise CheckpointError(f"{indices[0]} names {shard!r} outside its folder; download the checkpoint again")
@@ -115,11 +110,8 @@ def _files(path: Path) -> list[Path]:
                 raise CheckpointError(
                     f"{indices[0].name} names {shard}, which is missing in {folder}; download it again"
                 )
-            files.append(folder / shard)
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        files = sorted(file for file in folder.iterdir() if file.is_file() and is_gguf(file))
+        return [folder / shard for shard in shards]
+    files = sorted(folder.glob("*.safetensors")) or sorted(f for f in folder.iterdir() if f.is_file() and is_gguf(f))
     if not files:
         raise CheckpointError(
             f"{folder} holds no .safetensors file; give a safetensors file or LongCat-Video's dit folder"
@@ -127,18 +119,8 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _config_beside(path: Path) -> ModelConfig | None:
-    folder = path if path.is_dir() else None
-    if folder is None:
-        return None
-    for candidate in (*(folder / name / "config.json" for name in FOLDERS), folder / "config.json"):
-        if candidate.is_file():
-            return ModelConfig.from_json(candidate)
-    return None
-
-
 def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) -> ModelConfig:
-    """Every size by the tensors' shapes; settings without a trace in shapes are those of the released model."""
+    """Sizes from the tensors' shapes; settings that shapes do not show are the released model's."""
     table = dict(form.modules(1))
 
     def shape(module: str, parameter: str = "weight") -> tuple[int, ...]:
@@ -177,20 +159,18 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     dtypes: dict[str, torch.dtype] = {}
     metadata: dict[str, str] = {}
     files = {file: open_file(file) for file in _files(path)}
+    form, prefix = detect([name for opened in files.values() for name in opened.header], str(path))
     for file, opened in files.items():
-        for name, (dtype, shape) in opened.header.items():
+        for whole, (dtype, shape) in opened.header.items():
+            if not whole.startswith(prefix):
+                continue
+            name = whole.removeprefix(prefix)
             if name in where:
                 raise CheckpointError(f"tensor {name} is in both {where[name].name} and {file.name}; keep one")
-            where[name], shapes[name], dtypes[name] = file, tuple(shape), dtype
+            where[name], shapes[name], dtypes[name] = file, shape, dtype
         metadata |= opened.metadata
-    form, prefix = detect(where, str(path))
-
-    def own(named: dict[str, T]) -> dict[str, T]:
-        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-
-    where, shapes, dtypes = own(where), own(shapes), own(dtypes)
-    if config is None:
-        config = _config_beside(path)
+    beside = (path / folder / "config.json" for folder in (*FOLDERS, ""))
+    config = config or next((ModelConfig.from_json(file) for file in beside if file.is_file()), None)
     if config is None:
         config = infer_config(form, shapes, str(path))
         stored = _json_metadata(metadata, CONFIG_KEY, path)
@@ -214,16 +194,16 @@ def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
     Raises CheckpointError for tensors that are missing, unknown, of a wrong shape, or quantized without a scale.
     """
     table = dict(checkpoint.form.modules(checkpoint.config.depth))
-    known, used = checkpoint.where, set()
-    # Among such names, an 8-bit weight without a scale is incomplete.
-    scaled = any(name in MARKERS or name.endswith((".scale_weight", ".weight_scale")) for name in known)
+    stored, used = checkpoint.where, set()
+    # In a file with scales, an 8-bit weight without one is incomplete.
+    scaled = any(name in MARKERS or name.endswith((".scale_weight", ".weight_scale")) for name in stored)
     found: dict[str, list[Part]] = {}
     missing, wrong = [], []
     for name, parameter in parameters.items():
         module, _, kind = name.rpartition(".")
         found[name] = []
         for source in table[module]:
-            part = checkpoint.part(source, kind)
+            part = stored_part(stored, source, kind)
             if part is None:
                 missing.append(f"{source}.{kind}")
                 continue
@@ -235,14 +215,15 @@ def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
                 wrong.append(f"{part.name} has shape {list(shape)}, the network wants {list(want)}")
             if part.scale is not None:
                 used.add(part.scale)
-                if part.scale not in known:
+                if part.scale not in stored:
                     missing.append(part.scale)
-                elif _numbers(checkpoint.shapes[part.scale]) not in (1, want[0]):
-                    given = list(checkpoint.shapes[part.scale])
-                    wrong.append(f"{part.scale} has shape {given}, the network wants one number, or one for each row")
+                elif math.prod(scales := checkpoint.shapes[part.scale]) not in (1, want[0]):
+                    wrong.append(
+                        f"{part.scale} has shape {list(scales)}, the network wants one number, or one for each row"
+                    )
             elif not dtype.is_floating_point or (scaled and dtype.itemsize == 1 and len(shape) == 2):
                 missing.append(f"{source}.{'scale_weight' if dtype.is_floating_point else 'weight_scale'}")
-    extra = sorted(set(known) - used - set(MARKERS))
+    extra = sorted(set(stored) - used - set(MARKERS))
     for problem, names, remedy in (
         ("lacks", missing, "download it again"),
         ("does not fit", wrong, "check that its config.json belongs to it"),
@@ -252,10 +233,6 @@ def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             raise CheckpointError(f"{checkpoint.source} {problem}: {'; '.join(names[:_SHOWN])}{more}; {remedy}")
     return found
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 class Weight(NamedTuple):
@@ -274,7 +251,7 @@ class Weight(NamedTuple):
 
 
 class Reader:
-    """Reads the numbers of a checkpoint. Raises CheckpointError where its files can no longer be read."""
+    """Reads the numbers of a checkpoint. Raises CheckpointError if its files can no longer be read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -288,8 +265,8 @@ class Reader:
 
     @contextmanager
     def ahead(self, parts: Iterable[Part]) -> Iterator[None]:
-        """Within this context, threads read `pieces` of these parts ahead; read them in this order. A piece is valid
-        until the next one is read."""
+        """Inside the `with` block, threads prefetch the `pieces` of these parts, which must be read in this order. A
+        piece is valid until the next one is read."""
 
         def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
             name = self.checkpoint.prefix + part.name
@@ -307,7 +284,7 @@ class Reader:
         """(first row, row after the last) of each piece of a stored tensor."""
         shape = self.checkpoint.shapes[part.name]
         rows = shape[0] if shape else 1
-        count = max(1, PIECE * rows // max(1, _numbers(shape)))
+        count = max(1, PIECE * rows // max(1, math.prod(shape)))
         return ((start, min(start + count, rows)) for start in range(0, rows, count))
 
     def _file(self, name: str) -> TensorFile:
@@ -334,7 +311,7 @@ class Reader:
                 )
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of each piece of a stored tensor, on `device`; with a scale, multiplied out to fp32."""
+        """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device` by its scale."""
         scale = self.scale(part)
         scale = None if scale is None else scale.to(device)
         for start, stop in self._cuts(part):
@@ -413,10 +390,10 @@ def load_transformer(
 ) -> OptimizedTransformer:
     """A network with the weights of `source`, in eval mode, every parameter in `dtype` on `device`.
 
-    source: an opened checkpoint, or the path of one. streamed: blocks whose weights wait in CPU memory
-    (`optimize.streaming`); they are converted on the device. fp8: layers to quantize to 8 bits as they arrive, so that
-    the device never holds the whole network in 16 bits; weights stored as e4m3 keep their numbers and scales. lora:
-    added to each weight as it arrives, before quantization.
+    source: an opened checkpoint, or the path of one. streamed: blocks whose weights are kept in CPU memory
+    (`optimize.streaming`); they are converted on the device. fp8: layers to quantize to 8 bits one by one, so that the
+    device never holds the whole network in 16 bits; weights stored as e4m3 keep their numbers and scales. lora: added
+    to each weight before it is quantized.
 
     All headers are checked against the network before any weight is read. Raises CheckpointError for a missing, extra
     or wrongly shaped tensor, and for a weight with NaN or infinity. Besides the network, one tensor at a time is held.
@@ -468,7 +445,7 @@ def load_transformer(
 
 
 def _require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:
-    """Raise CheckpointError for the first parameter with a non-finite extreme; synchronizes with the device once."""
+    """Raise CheckpointError for the first parameter with a non-finite extreme; this waits for the device once."""
     finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
     for name, fine in zip(extremes, finite, strict=True):
         if not fine:
@@ -477,9 +454,9 @@ def _require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype
 
 
 def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read one parameter of the network from disk: its parts joined, as stored, or multiplied out to fp32.
+    """One parameter of the network: its parts joined, as stored, or dequantized to fp32.
 
-    Raises CheckpointError where the files are gone.
+    Raises CheckpointError if the files are gone.
     """
     try:
         parts, reader = checkpoint.parts(name), Reader(checkpoint)

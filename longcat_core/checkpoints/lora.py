@@ -67,24 +67,24 @@ class OpenedLora:
     """A LoRA file that was read, with its strength.
 
     layers: the official parts of every target module, by its name in the file without prefixes: {"lora_down.weight":
-    [n*r, in], "lora_up.weight" or "lora_up.blocks.i.weight": [out/n, r], "alpha_scale": []}. strange: keys that belong
-    to no LoRA. read: the stamp of the file before it was read, None if it was missing.
+    [n*r, in], "lora_up.weight" or "lora_up.blocks.i.weight": [out/n, r], "alpha_scale": []}. unknown: keys that are not
+    a LoRA's. read: the stamp of the file before it was read, None if it was missing.
     """
 
     path: Path
     strength: float
     layers: dict[str, dict[str, Tensor]]
-    strange: tuple[str, ...]
+    unknown: tuple[str, ...]
     read: Stamp | None
 
     def match(self, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Target], list[str]]:
         """(module of the file -> what it changes of a network with parameters `shapes`, names that match nothing)."""
         depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-        known = targets(depth)
-        flat = {name.replace(".", "_"): target for name, target in known.items()}
-        matched, missed = {}, list(self.strange)
+        by_name = targets(depth)
+        by_flat_name = {name.replace(".", "_"): target for name, target in by_name.items()}
+        matched, missed = {}, list(self.unknown)
         for module in self.layers:
-            target = known.get(module) or flat.get(_flat(module))
+            target = by_name.get(module) or by_flat_name.get(_flat(module))
             if target is None or f"{target[0]}.weight" not in shapes:
                 missed.append(module)
             else:
@@ -93,10 +93,10 @@ class OpenedLora:
 
 
 def open_loras(loras: Iterable[Lora | OpenedLora]) -> list[OpenedLora]:
-    """Read LoRA files, once for everyone who needs them; opened ones are returned as they are.
+    """Read LoRA files; opened ones are returned as they are.
 
-    Raises LongCatError for a file that is not a LoRA of any network or of a kind that cannot be merged, and for a
-    strength out of range.
+    Raises LongCatError for a file that is not a LoRA, or is of a kind that cannot be merged, and for a strength out of
+    range.
     """
     return [lora if isinstance(lora, OpenedLora) else _open(*lora) for lora in loras]
 
@@ -120,14 +120,14 @@ def _open(path: str | Path, strength: float) -> OpenedLora:
     path = Path(path)
     read = stamp_of(path)
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    strange = []
+    unknown = []
     for name, tensor in read_tensors(path).items():
         if _OTHER_KINDS.search(name):
             raise CheckpointError(f"{path} holds {name}: a kind of LoRA that cannot be merged here; give a plain LoRA")
         plain = name.removeprefix(PREFIX).replace(SEPARATOR, ".") if name.startswith(PREFIX) else name
         match = _PART.search(plain)
         if match is None:
-            strange.append(name)
+            unknown.append(name)
             continue
         kind = match.lastgroup or ""
         part = {"down": "lora_down.weight", "up": "lora_up.weight", "scale": "alpha_scale"}.get(kind, kind)
@@ -140,16 +140,16 @@ def _open(path: str | Path, strength: float) -> OpenedLora:
         parts[part] = tensor
     if not found:
         raise CheckpointError(
-            f"{path} is not a LoRA (it holds {', '.join(strange[:_SHOWN]) or 'nothing'}); give a LoRA file"
+            f"{path} is not a LoRA (it holds {', '.join(unknown[:_SHOWN]) or 'nothing'}); give a LoRA file"
         )
-    usual = _peft_alpha(path)
+    default_scale = _peft_scale(path)
     for parts in found.values():
         alpha = parts.pop("alpha", None)
         if "alpha_scale" not in parts and _ups(parts):
-            # An alpha counts for the rank of what it belongs to: of one slice.
+            # An alpha belongs to one slice and its rank.
             rank = max((1, *_ups(parts)[0].shape[1:2]))
-            parts["alpha_scale"] = torch.tensor(usual(rank) if alpha is None else float(alpha) / rank)
-    return OpenedLora(path, strength, dict(found), tuple(strange), read)
+            parts["alpha_scale"] = torch.tensor(default_scale(rank) if alpha is None else float(alpha) / rank)
+    return OpenedLora(path, strength, dict(found), tuple(unknown), read)
 
 
 def _bare(module: str) -> str:
@@ -159,8 +159,8 @@ def _bare(module: str) -> str:
     return module
 
 
-def _peft_alpha(path: Path) -> Callable[[int], float]:
-    """Scale by rank for layers that have no alpha of their own: what a PEFT config beside the file says, else 1."""
+def _peft_scale(path: Path) -> Callable[[int], float]:
+    """Scale by rank of layers without an alpha of their own: that of a PEFT config beside the file, else 1."""
     config = path.with_name(_PEFT_CONFIG)
     if not config.is_file():
         return lambda rank: 1.0
@@ -190,8 +190,7 @@ def _slice_number(name: str) -> int:
 class Change:
     """What one layer of a file adds to part `index` of the `count` parts that a weight stacks.
 
-    downs [r, in] and ups [rows, r], slice by slice; scale: the file's own; strength: that of the file; file: its number
-    in the stack.
+    downs [r, in] and ups [rows, r], slice by slice; file: its number in the stack.
     """
 
     file: int
@@ -220,7 +219,7 @@ class LoraStack:
         """shapes: of the network's parameters by name.
 
         Everything is checked here. Raises CheckpointError for a file that matches nothing, does not fit or is broken;
-        warns (UserWarning) where only some of a file's modules match.
+        warns (UserWarning) if only some of a file's modules match.
         """
         self._changes: dict[str, list[Change]] = defaultdict(list)
         # Modules of all files that match the network, as the files name them.
@@ -307,8 +306,8 @@ def _report(path: str | Path, matched: int, missed: list[str]) -> None:
 def merge_lora(model: LongCatTransformer, path: str | Path, strength: float = 1.0) -> list[str]:
     """Add a LoRA file to the network's weights, computed in fp32; returns the modules changed, as the file names them.
 
-    `strength` 1 is the file's own; -1 takes a merged LoRA out again, up to rounding; `MergedLoras` does so exactly.
-    Errors and warnings as `LoraStack`, before any weight changes.
+    Strength -1 removes a merged LoRA again, up to rounding; `MergedLoras` removes it exactly. Errors and warnings as
+    `LoraStack`, before any weight changes.
     """
     stack = LoraStack([(path, strength)], {name: parameter.shape for name, parameter in model.named_parameters()})
     for name in stack.weights:
