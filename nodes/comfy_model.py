@@ -138,8 +138,9 @@ class DiffusionModel(LongCatTransformer):
         One that has given up a lossy switch stays so until other switches have been in use.
         """
         key = dtype, options.get(OPTIMIZATIONS_KEY, Optimizations()), options.get(BLOCK_SPARSE_KEY)
-        if key not in self.executions:
-            made = Execution(
+        execution = self.executions.pop(key, None)
+        if execution is None:
+            execution = Execution(
                 self,
                 key[1],
                 block_sparse=key[2],
@@ -148,9 +149,9 @@ class DiffusionModel(LongCatTransformer):
                 uncompiled=_is_streamed,
                 announce=lambda sentence: logging.warning("LongCat: %s", sentence),
             )
-            # The newest few: every execution holds only its switches.
-            self.executions = dict([*self.executions.items()][1 - EXECUTIONS :]) | {key: made}
-        return self.executions[key]
+        # Those used last, in order of use. Each holds only its switches.
+        self.executions = dict([*self.executions.items()][1 - EXECUTIONS :]) | {key: execution}
+        return execution
 
     def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Prepared:
         """The execution and kernels of the MODEL that is about to run.
