@@ -7,14 +7,12 @@ from comfy_api.latest import io
 from ..longcat_core.optimize.block_sparse import BlockSparse
 from .comfy_model import BLOCK_SPARSE_KEY
 from .declarations import CHUNKS
-from .inputs import schema
-from .sampling import require_longcat
+from .inputs import LongCatNode
+from .models import require_longcat, with_option
 
 
-class BlockSparseAttention(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatBlockSparseAttention")
+class BlockSparseAttention(LongCatNode):
+    ID = "LongCatBlockSparseAttention"
 
     @classmethod
     def execute(cls, model, sparsity: float, cdf_threshold: float, chunk: str) -> io.NodeOutput:
@@ -22,9 +20,7 @@ class BlockSparseAttention(io.ComfyNode):
         settings = None
         if sparsity > 0:
             settings = BlockSparse(sparsity, cdf_threshold or None, CHUNKS[chunk])
-        model = model.clone()
-        model.model_options.setdefault("transformer_options", {})[BLOCK_SPARSE_KEY] = settings
-        return io.NodeOutput(model)
+        return io.NodeOutput(with_option(model, BLOCK_SPARSE_KEY, settings))
 
 
 NODES = [BlockSparseAttention]

@@ -277,6 +277,15 @@ class LongCatVideo(comfy.model_base.BaseModel):
         flow = comfy.model_base.ModelType.FLOW
         super().__init__(model_config, flow, device=device, unet_model=DiffusionModel)
 
+    @property
+    def network(self) -> DiffusionModel:
+        """The network itself, even while TorchCompileModel has replaced it with a compiled module."""
+        return getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return self.manual_cast_dtype or self.get_dtype()
+
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """The conditioning of one prompt for all steps. Raises LongCatError for what the network cannot take."""
         config = self.diffusion_model.config
@@ -308,8 +317,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
         kwargs["num_cond_latents"] = 0 if noisy is None else count_clean(noisy)
         kwargs["shared_timestep"] = bool((t == t[:1]).all()) and (noisy is None or bool((noisy == noisy[:1]).all()))
         options = {} if transformer_options is None else transformer_options
-        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
-        kwargs["prepared"] = network.prepare(x.device, self.manual_cast_dtype or self.get_dtype(), options)
+        kwargs["prepared"] = self.network.prepare(x.device, self.compute_dtype(), options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def process_timestep(self, timestep: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -337,22 +345,10 @@ class LongCatVideo(comfy.model_base.BaseModel):
         count."""
         if len(input_shape) != 5:
             return 0.0  # no video: refused in a sentence as soon as sampling begins
-        dtype = self.manual_cast_dtype or self.get_dtype()
-        network = getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+        dtype = self.compute_dtype()
         tokens = max((shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())), default=0)
-        text = text_bytes(network.config, input_shape[0], tokens + 1, dtype.itemsize)
-        return network.forward_bytes(input_shape, dtype) + text
-
-
-def compute_dtype(patcher: Any) -> torch.dtype:
-    """The dtype of activations of a MODEL."""
-    return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
-
-
-def execution_of(patcher: Any) -> Execution:
-    """How a MODEL runs, by its own switches."""
-    network = getattr(patcher.model.diffusion_model, "_orig_mod", patcher.model.diffusion_model)
-    return network.execution(compute_dtype(patcher), patcher.model_options.get("transformer_options", {}))
+        text = text_bytes(self.network.config, input_shape[0], tokens + 1, dtype.itemsize)
+        return self.network.forward_bytes(input_shape, dtype) + text
 
 
 def _check_latents(latents: Tensor | None, config: ModelConfig) -> None:

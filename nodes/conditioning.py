@@ -1,4 +1,4 @@
-"""LongCat Image to Video and LongCat Video Continuation: given frames as a conditioned LATENT."""
+"""LongCat Image to Video and LongCat Video Continuation: conditioning frames as a LATENT with a noise mask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..longcat_core.generate.request import check_frames, check_side
 from ..longcat_core.sampling.buckets import nearest_bucket
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, last_frames, latent_frames, latent_shape
 from .declarations import CUSTOM
-from .inputs import schema
+from .inputs import LongCatNode
 
 
 def require_wan_vae(vae: comfy.sd.VAE) -> None:
@@ -34,14 +34,17 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def to_image(frames: np.ndarray) -> Tensor:
-    """uint8 [F, H, W, 3] -> IMAGE, fp32 in 0..1."""
+    """uint8 [F, H, W, 3] -> IMAGE [F, H, W, 3], fp32 in 0..1."""
     return torch.from_numpy(np.ascontiguousarray(frames)).float() / 255
 
 
-def put_given(samples: Tensor, given: Tensor) -> Tensor:
-    """Put latents [1 or B, C, n, h, w] at the front of samples [B, C, T, h, w]; returns their noise_mask."""
-    count = given.shape[2]
-    samples[:, :, :count] = given.to(samples)
+def put_clean(samples: Tensor, clean: Tensor) -> Tensor:
+    """Put conditioning latents [1 or B, C, n, h, w] at the front of samples [B, C, T, h, w], in place.
+
+    Returns the noise_mask [1, 1, T, h, w] that keeps them.
+    """
+    count = clean.shape[2]
+    samples[:, :, :count] = clean.to(samples)
     mask = torch.ones((1, 1, *samples.shape[2:]), device=samples.device)
     mask[:, :, :count] = 0
     return mask
@@ -50,7 +53,7 @@ def put_given(samples: Tensor, given: Tensor) -> Tensor:
 def conditioned_latent(
     vae: comfy.sd.VAE, frames: Tensor, resolution: str, width: int, height: int, length: int, batch_size: int
 ) -> dict[str, Tensor]:
-    """An empty video latent that begins with frames [F, H, W, 3] in 0..1, which its noise_mask marks as given.
+    """An empty video latent that begins with frames [F, H, W, 3] in 0..1, which its noise_mask keeps.
 
     Raises LongCatError for a length or a size that is out of range.
     """
@@ -65,10 +68,10 @@ def conditioned_latent(
         height, width = nearest_bucket(*frames.shape[1:3], resolution)
     check_side("width", width)
     check_side("height", height)
-    given = vae.encode(to_image(resize_and_crop(to_bytes(frames), height, width)))
+    clean = vae.encode(to_image(resize_and_crop(to_bytes(frames), height, width)))
     shape = latent_shape(length, height, width)
     samples = torch.zeros((batch_size, *shape), device=comfy.model_management.intermediate_device())
-    return {"samples": samples, "noise_mask": put_given(samples, given)}
+    return {"samples": samples, "noise_mask": put_clean(samples, clean)}
 
 
 def check_images(name: str, images: Tensor) -> None:
@@ -77,10 +80,8 @@ def check_images(name: str, images: Tensor) -> None:
         raise LongCatError(f"{name} is {list(images.shape)}; connect an IMAGE with three channels [frames, H, W, 3]")
 
 
-class ImageToVideo(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatImageToVideo")
+class ImageToVideo(LongCatNode):
+    ID = "LongCatImageToVideo"
 
     @classmethod
     def execute(cls, vae, image, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
@@ -88,10 +89,8 @@ class ImageToVideo(io.ComfyNode):
         return io.NodeOutput(conditioned_latent(vae, image[:1], resolution, width, height, length, batch_size))
 
 
-class VideoContinuation(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatVideoContinuation")
+class VideoContinuation(LongCatNode):
+    ID = "LongCatVideoContinuation"
 
     @classmethod
     def execute(cls, vae, video, cond_frames, resolution, width, height, length, batch_size=1) -> io.NodeOutput:

@@ -1,4 +1,4 @@
-"""ComfyUI's models as the core's engine: long tasks of the core on a MODEL, a CLIP and a VAE, in its machinery."""
+"""ComfyUI's MODEL, CLIP and VAE as the core's engine, so that long video and refining run on them."""
 
 from __future__ import annotations
 
@@ -7,41 +7,44 @@ from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
 import comfy.utils
 import folder_paths
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.pipeline import Engine
 from ..longcat_core.generate.request import RELEASED, Defaults
 from ..longcat_core.model.kv_cache import KVMode
+from ..longcat_core.optimize.block_sparse import BlockSparse
 from ..longcat_core.sampling.sampler import Callback, Step
 from ..longcat_core.sampling.schedules import Schedule
-from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY, compute_dtype
-from .conditioning import put_given, require_wan_vae, to_bytes
+from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
+from .conditioning import put_clean, require_wan_vae, to_bytes
+from .models import compute_dtype, options_of, wrappers_of
 from .sampling import make_guider, preview_callback
 from .step_cache import THRESHOLD_KEY
 
-# Numbers of a tensor that a fingerprint looks at.
+# Numbers of each tensor that a fingerprint hashes.
 SAMPLES = 64
-# Tables of ComfyUI's own noise levels, which the core does not use. They are those of whoever sampled last: what a node
-# such as ModelSamplingSD3 puts in their place stays in the model until the next sampling.
+# ComfyUI's tables of noise levels, which the core does not use. A node such as ModelSamplingSD3 replaces them, and what
+# it puts there stays in the model until the next sampling run.
 NOISE_LEVELS = "model_sampling."
 
 
 class ComfyEngine(Engine):
-    """Latents are as in ComfyUI's LATENT. prompts: all that will be asked for, so that the text encoder is loaded once.
+    """Runs the core's long tasks in ComfyUI; latents are those of ComfyUI's LATENT.
 
-    What is on the MODEL (LoRA, block-sparse attention, step cache, optimizations, wrappers) is in force.
+    node: the node's name, for errors. prompts: all prompts of the run, so that the text encoder is loaded once. LoRAs,
+    block-sparse attention, a step cache, optimizations and wrappers on the MODEL apply.
     """
 
     def __init__(
-        self, node: str, model: Any, clip: Any, vae: Any, prompts: Iterable[str], defaults: Defaults = RELEASED
+        self, node: str, model: ModelPatcher, clip: Any, vae: Any, prompts: Iterable[str], defaults: Defaults = RELEASED
     ) -> None:
         require_wan_vae(vae)
         self.node, self.model, self.clip, self.vae = node, model, clip, vae
@@ -68,15 +71,18 @@ class ComfyEngine(Engine):
         cond_latents: Tensor | None = None,
         kv_cache: KVMode = "exact",
         step_cache: float = 0.0,
-        block_sparse: None = None,
+        block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
+        if step_cache or block_sparse is not None:
+            raise LongCatError(
+                f"{self.node} takes a step cache and block-sparse attention from the MODEL; connect LongCat Step Cache "
+                "or LongCat Block-Sparse Attention before it"
+            )
         texts = self._text(prompt), self._text(negative_prompt)
         guider = make_guider(self.model, *texts, guidance_scale, kv_cache, self.node)
         samples = torch.zeros_like(noise) if clean is None else clean.to(noise)
-        mask = None
-        if cond_latents is not None:
-            mask = put_given(samples, cond_latents)
+        mask = None if cond_latents is None else put_clean(samples, cond_latents)
         show = preview_callback(self.model, len(schedule), mask)
 
         def after(step: int, x0: Tensor, x: Tensor, total: int) -> None:
@@ -103,10 +109,9 @@ class ComfyEngine(Engine):
         return self.texts[prompt]
 
     def settings(self) -> dict[str, Any]:
-        """What of the models decides the result, as plain JSON values."""
-        options = self.model.model_options.get("transformer_options", {})
-        switches = options.get(OPTIMIZATIONS_KEY)
-        sparse = options.get(BLOCK_SPARSE_KEY)
+        """What decides the result beside the request, as JSON values that segment folders store."""
+        options = options_of(self.model)
+        switches, sparse = options.get(OPTIMIZATIONS_KEY), options.get(BLOCK_SPARSE_KEY)
         return {
             "model": fingerprint(self.model),
             "text encoder": fingerprint(self.clip.patcher),
@@ -115,7 +120,7 @@ class ComfyEngine(Engine):
             "optimizations": "defaults" if switches is None else repr(switches),
             "block-sparse": None if sparse is None else repr(sparse),
             "step cache": options.get(THRESHOLD_KEY),
-            "wrappers": sorted(str(name) for kind in options.get("wrappers", {}).values() for name in kind),
+            "wrappers": wrappers_of(self.model),
             "injections": sorted(self.model.injections),
         }
 
@@ -125,10 +130,10 @@ def encode_video(vae: comfy.sd.VAE, pixels: Tensor) -> Tensor:
     return vae.encode((pixels[0].permute(1, 2, 3, 0) + 1) / 2)
 
 
-def fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
-    """What tells a model with its patches from others: names, shapes and samples of all weights and patches."""
+def fingerprint(patcher: ModelPatcher) -> str:
+    """A hash of a model and its patches: of the name, the shape and some numbers of every weight and patch."""
     total = hashlib.sha256()
-    # A patch that is in force stands in the weight itself; the weight as loaded is kept aside.
+    # While a patch is merged into a weight, ComfyUI keeps the weight as loaded in `backup`.
     for name, weight in patcher.model.state_dict().items():
         if name.startswith(NOISE_LEVELS):
             continue
@@ -149,7 +154,7 @@ def _add(total: Any, name: str, value: Any) -> None:
         for part in value:
             _add(total, name, part)
     elif hasattr(value, "weights"):
-        # A LoRA of ComfyUI's adapters.
+        # One of ComfyUI's adapters, such as a LoRA.
         _add(total, f"{name}{type(value).__name__}", value.weights)
     elif callable(value):
         total.update(f"{name}{getattr(value, '__qualname__', type(value).__name__)}".encode())
@@ -158,18 +163,18 @@ def _add(total: Any, name: str, value: Any) -> None:
 
 
 def output_folder(name: str) -> Path:
-    """A folder inside ComfyUI's output folder. Raises LongCatError for a name that leads out of it, or none."""
+    """A folder inside ComfyUI's output folder. Raises LongCatError for an empty name, and for one that leads out."""
     root = Path(folder_paths.get_output_directory()).resolve()
-    asked = name.replace("\\", "/").strip()
-    # Elsewhere than on Windows a drive would become a folder of that name, as a home directory does everywhere.
-    foreign = asked.startswith("~") or (PureWindowsPath(asked).drive and not Path(asked).drive)
+    relative = name.replace("\\", "/").strip()
+    # Outside Windows a drive would become a folder of that name, and a home directory does everywhere.
+    foreign = relative.startswith("~") or (PureWindowsPath(relative).drive and not Path(relative).drive)
     try:
-        path = (root / asked).resolve()
+        path = (root / relative).resolve()
         path.exists()
     except (OSError, ValueError):  # too long, or with a null character
         foreign = True
     if foreign or not path.is_relative_to(root) or path == root:
         raise LongCatError(
-            f"folder {name!r} is no folder inside ComfyUI's output folder; name one such as longcat/my-video"
+            f"folder {name!r} is not inside ComfyUI's output folder; give a name such as longcat/my-video"
         )
     return path

@@ -6,12 +6,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import numpy as np
-import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
-from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.measure import fidelity as core
@@ -23,97 +21,62 @@ from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
 from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
-from .inputs import schema
-from .sampling import (
-    Clock,
-    given_frames,
-    require_longcat,
-    sample_latent,
-    starting_latents,
-    switches_of,
-)
+from .inputs import LongCatNode
+from .models import compute_dtype, options_of, require_comparable, switches_of, with_option, wrappers_of
+from .sampling import StepTimer, clean_frames, sample_latent, starting_latents
 from .step_cache import THRESHOLD_KEY
 
 NODE = "LongCat Fidelity"
 TIMED = "steps after the first"
 
 
-def _dtype(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
-    return model.model.manual_cast_dtype or model.model.get_dtype()
-
-
-def with_attention(model: comfy.model_patcher.ModelPatcher, name: str) -> comfy.model_patcher.ModelPatcher:
-    """A clone of the MODEL with another attention kernel."""
-    switches = replace(switches_of(model), attention=name)
-    model = model.clone()
-    model.model_options.setdefault("transformer_options", {})[OPTIMIZATIONS_KEY] = switches
-    return model
-
-
-def floor_kernel(model: comfy.model_patcher.ModelPatcher) -> str:
+def floor_kernel(model: ModelPatcher) -> str:
     """An exact kernel other than the MODEL's own. Raises LongCatError with the reason if there is none."""
-    switches, options = switches_of(model), model.model_options.get("transformer_options", {})
-    if other := chosen(switches, options):
+    switches = switches_of(model)
+    if other := chosen(switches, options_of(model)):
         raise LongCatError(f"{other} chooses A's attention, which may not be exact; remove it to get a noise floor")
-    config = model.model.diffusion_model.config
-    return core.other_kernel(switches.attention, Inputs(model.load_device, _dtype(model), config.head_dim, False))
+    head_dim = model.model.diffusion_model.config.head_dim
+    return core.other_kernel(switches.attention, Inputs(model.load_device, compute_dtype(model), head_dim, False))
 
 
-def _settings(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
-    """Everything about a MODEL that can change its video."""
-    options = model.model_options.get("transformer_options", {})
-    wrappers = {str(name) for kind in options.get("wrappers", {}).values() for name in kind} - {THRESHOLD_KEY}
+def settings_of(model: ModelPatcher) -> dict[str, Any]:
+    """Everything about a MODEL that can change its video, for people."""
+    options = options_of(model)
     return asdict(switches_of(model)) | {
         "step cache": options.get(THRESHOLD_KEY, 0),
         "block-sparse": getattr(options.get(BLOCK_SPARSE_KEY), "sparsity", 0),
-        "dtype": str(_dtype(model)).removeprefix("torch."),
+        "dtype": str(compute_dtype(model)).removeprefix("torch."),
         "patched weights": len(model.patches),
-        "other nodes": ", ".join(sorted(wrappers)) or "none",
+        "other nodes": ", ".join(sorted({*wrappers_of(model)} - {THRESHOLD_KEY})) or "none",
     }
 
 
-def differences(model: comfy.model_patcher.ModelPatcher, other: comfy.model_patcher.ModelPatcher) -> str:
+def differences(model: ModelPatcher, other: ModelPatcher) -> str:
     """How `other` differs from `model`, in words; "" if no difference is visible."""
-    one, two = _settings(model), _settings(other)
-    words = {True: "on", False: "off"}
-    shown = {name: words[value] if isinstance(value, bool) else value for name, value in two.items()}
-    return ", ".join(f"{name} {shown[name]}" for name in two if two[name] != one[name])
+    before, words = settings_of(model), {True: "on", False: "off"}
+    changed = {name: value for name, value in settings_of(other).items() if value != before[name]}
+    return ", ".join(f"{name} {words[v] if isinstance(v, bool) else v}" for name, v in changed.items())
 
 
-class Fidelity(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatFidelity")
+class Fidelity(LongCatNode):
+    ID = "LongCatFidelity"
 
     @classmethod
     def execute(
-        cls,
-        model,
-        model_b,
-        vae,
-        positive,
-        negative,
-        latent_image,
-        seed,
-        steps,
-        guidance,
-        mode,
-        noise_floor=True,
+        cls, model, model_b, vae, positive, negative, latent_image, seed, steps, guidance, mode, noise_floor=True,
         kv_cache="exact",
-    ) -> io.NodeOutput:
-        for patcher in (model, model_b):
-            require_longcat(patcher, NODE)
-        if model_b.model.diffusion_model.config != model.model.diffusion_model.config:
-            raise LongCatError(f"{NODE} got two models of different sizes as A and B; connect one model twice")
+    ) -> io.NodeOutput:  # fmt: skip
+        require_comparable(model, model_b, NODE)
         require_wan_vae(vae)
         shape = starting_latents(model, latent_image).shape
-        given = given_frames(latent_image.get("noise_mask"))
+        given = clean_frames(latent_image.get("noise_mask"))
         given, frames = given and video_frames(given), video_frames(shape[2])
         runs, no_floor = {REFERENCE: (model, ""), "B": (model_b, differences(model, model_b))}, "it is switched off"
         if noise_floor:
             try:
                 kernel = floor_kernel(model)
-                runs[FLOOR] = with_attention(model, kernel), f"attention {kernel}"
+                floor = with_option(model, OPTIMIZATIONS_KEY, replace(switches_of(model), attention=kernel))
+                runs[FLOOR] = floor, f"attention {kernel}"
             except LongCatError as error:
                 no_floor = str(error)
 
@@ -121,46 +84,42 @@ class Fidelity(io.ComfyNode):
         per_run = len(make_schedule(mode, steps))
         picks, settings, images = core.picks(frames, given), {}, {}
         reference: list[np.ndarray] = []
-        # No previews: the page would keep showing the last one in place of the plot.
+        # Without previews: the page would keep showing the last one in place of the plot.
         bar, total = comfy.utils.ProgressBar(len(runs) * per_run), len(runs) * per_run
-        for i, (name, (patcher, options)) in enumerate(runs.items()):
-            clock = Clock(patcher.load_device)
+        for i, (name, (each, options)) in enumerate(runs.items()):
+            timer = StepTimer(each.load_device)
 
-            def callback(step: int, *_: Any, done: int = i * per_run) -> None:
+            def progress(step: int, *_: Any, done: int = i * per_run) -> None:
                 bar.update_absolute(done + step + 1, total)
 
             try:
-                images[name] = vae.decode(sample_latent(NODE, patcher, *inputs, clock=clock, callback=callback))
+                images[name] = vae.decode(sample_latent(NODE, each, *inputs, timer=timer, callback=progress))
             except comfy.model_management.OOM_EXCEPTION:
                 if name != FLOOR:
                     raise
                 no_floor = f"the other exact kernel ({options}) ran out of memory"
                 continue
-            videos = [to_bytes(video) for video in _videos(images[name])]
+            # One video [F, H, W, 3] or several [B, F, H, W, 3].
+            videos = [to_bytes(video) for video in images[name].reshape(-1, *images[name].shape[-4:])]
             reference = reference or videos
             setting = settings[name] = Setting(name, options, shots=videos[0][picks], steps=per_run)
             if name != FLOOR:
-                first, *later = clock.seconds
-                setting.first_s, setting.seconds = first, [sum(later)] if later else []
+                setting.first_s, *later = timer.seconds
+                setting.seconds = [sum(later)] if later else []
             if name != REFERENCE:
                 setting.distances = [core.distance(*both, given) for both in zip(videos, reference, strict=True)]
 
         size = (frames, 8 * shape[3], 8 * shape[4])
-        what = core.described(shape[0], size, steps, guidance, model.load_device, _dtype(model))
+        what = core.described(shape[0], size, steps, guidance, model.load_device, compute_dtype(model))
         found = core.Fidelity(
             settings[REFERENCE], [settings["B"]], settings.get(FLOOR), no_floor, f"{what}; seed {seed}", picks, TIMED
         )
         pictures = [to_image(np.array(picture)[None]) for picture in (fidelity_plot(found), side_by_side(found))]
-        shown = ui.PreviewImage(pictures[0], cls=cls)
-        # Its size differs, so it needs a preview of its own.
-        shown.values = [*shown.values, *ui.PreviewImage(pictures[1], cls=cls).values]
+        preview = ui.PreviewImage(pictures[0], cls=cls)
+        # The second picture has another size, so it needs a preview of its own.
+        preview.values = [*preview.values, *ui.PreviewImage(pictures[1], cls=cls).values]
         decoded = (images[name].flatten(0, -4) for name in (REFERENCE, "B"))
-        return io.NodeOutput(*pictures, *decoded, core.text(found), ui=shown)
-
-
-def _videos(images: Tensor) -> Tensor:
-    """IMAGE of one video [F, H, W, 3], or of several, as videos [B, F, H, W, 3]."""
-    return images if images.ndim == 5 else images[None]
+        return io.NodeOutput(*pictures, *decoded, core.text(found), ui=preview)
 
 
 NODES = [Fidelity]

@@ -14,8 +14,23 @@ CATEGORY = "LongCat"
 KINDS = {"whole": io.Int, "number": io.Float, "switch": io.Boolean, "text": io.String, "choice": io.Combo}
 
 
-def schema(node_id: str, **choices: Sequence[str]) -> io.Schema:
-    """The schema of a declared node. choices: of inputs whose choices depend on the machine."""
+class LongCatNode(io.ComfyNode):
+    """A node that `declarations` declares under ID."""
+
+    ID: str
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(cls.ID, cls.choices())
+
+    @classmethod
+    def choices(cls) -> dict[str, Sequence[str]]:
+        """Choices of the inputs whose choices depend on the machine."""
+        return {}
+
+
+def schema(node_id: str, choices: dict[str, Sequence[str]]) -> io.Schema:
+    """The schema of a declared node; `choices` replaces those of the inputs that it names."""
     node = NODES[node_id]
     return io.Schema(
         node_id=node_id,

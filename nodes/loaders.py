@@ -24,7 +24,7 @@ from ..longcat_core.generate import umt5
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
-from .inputs import schema
+from .inputs import LongCatNode
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -115,10 +115,12 @@ def _json(text_tokens_zero_pad: bool) -> str:
     return f'{{"text_tokens_zero_pad": {str(text_tokens_zero_pad).lower()}}}'
 
 
-class ModelLoader(io.ComfyNode):
+class ModelLoader(LongCatNode):
+    ID = "LongCatModelLoader"
+
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatModelLoader", model_name=_model_names(), weight_dtype=[*WEIGHT_DTYPES, FP8_ROWWISE])
+    def choices(cls) -> dict[str, list[str]]:
+        return {"model_name": _model_names(), "weight_dtype": [*WEIGHT_DTYPES, FP8_ROWWISE]}
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
@@ -139,10 +141,12 @@ class ModelLoader(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-class TextEncoderLoader(io.ComfyNode):
+class TextEncoderLoader(LongCatNode):
+    ID = "LongCatTextEncoderLoader"
+
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatTextEncoderLoader", text_encoder_name=_text_encoder_names())
+    def choices(cls) -> dict[str, list[str]]:
+        return {"text_encoder_name": _text_encoder_names()}
 
     @classmethod
     def execute(cls, text_encoder_name: str, device: str) -> io.NodeOutput:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import comfy.utils
 import numpy as np
 import torch
@@ -15,16 +13,16 @@ from ..longcat_core.generate.request import RELEASED, GenerateRequest
 from .conditioning import check_images, to_bytes, to_image
 from .declarations import LONG_MODES
 from .engine import ComfyEngine, output_folder
-from .inputs import schema
+from .inputs import LongCatNode
+from .models import require_longcat
 from .refine import refined_size
-from .sampling import require_longcat
 
 LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
-# Frames side by side in a segment's picture, its width in pixels, and the number of segments shown at once.
+# Frames side by side in a segment's strip, the strip's width in pixels, and the number of strips shown at once.
 STRIP, STRIP_WIDTH, STRIPS = 5, 1280, 8
 
 
-def _strip(frames: np.ndarray) -> Image.Image:
+def make_strip(frames: np.ndarray) -> Image.Image:
     """STRIP evenly spaced frames of a segment side by side."""
     picked = frames[np.linspace(0, len(frames) - 1, STRIP).round().astype(int)]
     image = Image.fromarray(np.concatenate(list(picked), axis=1))
@@ -32,8 +30,8 @@ def _strip(frames: np.ndarray) -> Image.Image:
     return image.resize((STRIP_WIDTH, height), Image.Resampling.LANCZOS)
 
 
-class _Gathered:
-    """Collects the frames of all segments as an IMAGE, and shows the finished segments as a picture meanwhile."""
+class Gathered:
+    """Collects the frames of all segments as an IMAGE, and shows strips of the finished segments meanwhile."""
 
     def __init__(self, segments: int, frames: int, height: int, width: int) -> None:
         self.bar = comfy.utils.ProgressBar(segments)
@@ -42,48 +40,30 @@ class _Gathered:
         self.strips: list[Image.Image] = []
 
     def add(self, number: int, frames: np.ndarray) -> None:
+        """Append the new frames of segment `number`, uint8 [F, H, W, 3]."""
         self.images[self.count : self.count + len(frames)] = to_image(frames)
         self.count += len(frames)
-        self.strips = [*self.strips[1 - STRIPS :], _strip(frames)]
+        self.strips = [*self.strips[1 - STRIPS :], make_strip(frames)]
         self.bar.update_absolute(number + 1, preview=("JPEG", self.picture(), None))
 
     def picture(self) -> Image.Image:
         """The strips of the last segments, one below the other."""
         return Image.fromarray(np.concatenate([np.asarray(strip) for strip in self.strips]))
 
-    def output(self, node: Any, value: Any) -> io.NodeOutput:
-        shown = ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
-        return io.NodeOutput(self.images, value, ui=shown)
+    def output(self, node: type, value: str | float) -> io.NodeOutput:
+        """All frames and `value`, with the strips shown on the node."""
+        preview = ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
+        return io.NodeOutput(self.images, value, ui=preview)
 
 
-class LongVideo(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatLongVideo")
+class LongVideo(LongCatNode):
+    ID = "LongCatLongVideo"
 
     @classmethod
     def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        prompts,
-        negative_prompt,
-        segments,
-        width,
-        height,
-        length,
-        overlap,
-        seed,
-        steps,
-        guidance,
-        mode,
-        hand_off,
-        folder,
-        kv_cache="exact",
-        begin_with=None,
-        fps=15.0,
-    ) -> io.NodeOutput:
+        cls, model, clip, vae, prompts, negative_prompt, segments, width, height, length, overlap, seed, steps,
+        guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=15.0,
+    ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, LONG)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         spread = long_video.spread_prompts(lines, segments or None)
@@ -91,71 +71,42 @@ class LongVideo(io.ComfyNode):
         if begin_with is not None:
             check_images("begin_with", begin_with)
             given = to_bytes(begin_with)
-        schedule, later = LONG_MODES[mode]
+        schedule, later_schedule = LONG_MODES[mode]
         first = GenerateRequest(
-            spread[0],
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            frames=length,
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            schedule=schedule,
-            num_cond_frames=overlap,
-            kv_cache=kv_cache,
-            fps=fps,
+            spread[0], negative_prompt=negative_prompt, height=height, width=width, frames=length, steps=steps,
+            guidance_scale=guidance, seed=seed, schedule=schedule, num_cond_frames=overlap, kv_cache=kv_cache, fps=fps,
             given=given,
-        )
+        )  # fmt: skip
         engine = ComfyEngine(LONG, model, clip, vae, [*spread, negative_prompt])
-        request = long_video.LongVideoRequest(first, spread, overlap, later, hand_off, engine.settings())
+        request = long_video.LongVideoRequest(first, spread, overlap, later_schedule, hand_off, engine.settings())
         request = request.filled(RELEASED)
         kept = long_video.segment_folder(output_folder(folder))
-        gathered, lines = _Gathered(len(spread), request.total_frames, height, width), []
+        gathered, report = Gathered(len(spread), request.total_frames, height, width), []
         for segment in long_video.long_video(lambda: engine, request, kept):
-            lines.append(segment.told(folder))
+            report.append(segment.told(folder))
             gathered.add(segment.number, kept.frames(segment.number, segment.skip))
-        return gathered.output(cls, "\n".join(lines))
+        return gathered.output(cls, "\n".join(report))
 
 
-class RefineLongVideo(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatRefineLongVideo")
+class RefineLongVideo(LongCatNode):
+    ID = "LongCatRefineLongVideo"
 
     @classmethod
     def execute(
-        cls,
-        model,
-        clip,
-        vae,
-        video,
-        prompt,
-        seed,
-        steps,
-        double_rate,
-        resolution,
-        width,
-        height,
-        piece,
-        overlap,
-        folder,
-        fps=15.0,
-    ) -> io.NodeOutput:
+        cls, model, clip, vae, video, prompt, seed, steps, double_rate, resolution, width, height, piece, overlap,
+        folder, fps=15.0,
+    ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, REFINE_LONG)
         check_images("video", video)
         height, width = refined_size(video, resolution, width, height)
         request = refine.RefineRequest(prompt, seed, double_rate, height, width, steps, piece, overlap, fps)
+        request.check()
         engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
         kept = refine.piece_folder(output_folder(folder))
-        frames = to_bytes(video)
-        request.check()
-        factor = 2 if double_rate else 1
+        frames, settings, factor = to_bytes(video), engine.settings(), 2 if double_rate else 1
         count = len(refine.pieces(len(frames), piece, overlap))
-        gathered = _Gathered(count, factor * len(frames), height, width)
-        for number, skip, _ in refine.refine_in_folder(
-            lambda: engine, RELEASED, frames, request, kept, engine.settings()
-        ):
+        gathered = Gathered(count, factor * len(frames), height, width)
+        for number, skip, _ in refine.refine_in_folder(lambda: engine, RELEASED, frames, request, kept, settings):
             gathered.add(number, kept.frames(number, skip))
         return gathered.output(cls, factor * fps)
 

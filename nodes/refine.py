@@ -9,10 +9,10 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.refine import Padding, enlarge, target_size
 from ..longcat_core.generate.request import check_side
-from .conditioning import check_images, put_given, require_wan_vae, to_bytes
+from .conditioning import check_images, put_clean, require_wan_vae, to_bytes
 from .declarations import CUSTOM
 from .engine import encode_video
-from .inputs import schema
+from .inputs import LongCatNode
 
 
 def refined_size(video: Tensor, resolution: str, width: int, height: int) -> tuple[int, int]:
@@ -24,10 +24,8 @@ def refined_size(video: Tensor, resolution: str, width: int, height: int) -> tup
     return height, width
 
 
-class Refine(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatRefine")
+class Refine(LongCatNode):
+    ID = "LongCatRefine"
 
     @classmethod
     def execute(
@@ -37,26 +35,24 @@ class Refine(io.ComfyNode):
         check_images("video", video)
         height, width = refined_size(video, resolution, width, height)
         factor = 2 if double_rate else 1
-        count, given = factor * len(video), 0
+        count, known = factor * len(video), 0
         if refined_before is not None:
             check_images("refined_before", refined_before)
-            given = factor * overlap
-            if not given < count or len(refined_before) < given or refined_before.shape[1:3] != (height, width):
+            known = factor * overlap
+            if not known < count or len(refined_before) < known or refined_before.shape[1:3] != (height, width):
                 raise LongCatError(
                     f"refined_before is {len(refined_before)} frames of {refined_before.shape[1]}x"
-                    f"{refined_before.shape[2]} (height x width) but must be at least {given} of {height}x{width}, "
+                    f"{refined_before.shape[2]} (height x width) but must be at least {known} of {height}x{width}, "
                     f"and fewer than the {count} of this piece; connect the refined frames of the previous piece, or "
                     "set overlap to the number of frames that both have"
                 )
-        padding = Padding.of(count, given)
+        padding = Padding.of(count, known)
         samples = encode_video(vae, padding.pad(enlarge(to_bytes(video), height, width, count)))
-        samples = samples.to(comfy.model_management.intermediate_device())
-        latent = {"samples": samples}
-        if given:
-            known = enlarge(to_bytes(refined_before[-given:]), height, width, given)
-            known = encode_video(vae, padding.known.pad(known))
-            latent["noise_mask"] = put_given(samples, known)
-        return io.NodeOutput(latent, padding.front + given, count - given, fps * factor)
+        latent = {"samples": samples.to(comfy.model_management.intermediate_device())}
+        if known:
+            pixels = enlarge(to_bytes(refined_before[-known:]), height, width, known)
+            latent["noise_mask"] = put_clean(latent["samples"], encode_video(vae, padding.known.pad(pixels)))
+        return io.NodeOutput(latent, padding.front + known, count - known, fps * factor)
 
 
 NODES = [Refine]

@@ -14,6 +14,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -26,27 +27,15 @@ from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from ..longcat_core.sampling.step import guide
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
-from .comfy_model import OPTIMIZATIONS_KEY, LongCatVideo
-from .inputs import schema
-
-
-def require_longcat(model: comfy.model_patcher.ModelPatcher, node: str) -> None:
-    """Raise LongCatError, in the name of `node`, unless the MODEL is LongCat-Video."""
-    if not isinstance(model.model, LongCatVideo):
-        raise LongCatError(
-            f"{node} got a {type(model.model).__name__} model; connect LongCat-Video, from LongCat Model Loader or "
-            "Load Diffusion Model"
-        )
-
-
-def _has_hooks(conds: dict[str, list[dict]]) -> bool:
-    return any(cond.get("hooks") is not None for group in conds.values() for cond in group)
+from .comfy_model import OPTIMIZATIONS_KEY
+from .inputs import LongCatNode
+from .models import require_longcat
 
 
 class Guider(comfy.samplers.CFGGuider):
-    """CFG-zero guidance (arXiv 2503.18886), with caches of texts and given frames that last for one sampling."""
+    """CFG-zero guidance (arXiv 2503.18886), with caches of texts and conditioning frames that last for one run."""
 
-    def __init__(self, model: comfy.model_patcher.ModelPatcher, kv_cache: KVMode = "exact") -> None:
+    def __init__(self, model: ModelPatcher, kv_cache: KVMode = "exact") -> None:
         super().__init__(model)
         self.kv_cache = kv_cache
 
@@ -55,9 +44,7 @@ class Guider(comfy.samplers.CFGGuider):
         options = dict(model_options or {})
         switches = options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
         if self.cfg != 1:
-            options["sampler_cfg_function"] = lambda args: guide(
-                switches, args["cond"], args["uncond"], args["cond_scale"]
-            )
+            options["sampler_cfg_function"] = lambda a: guide(switches, a["cond"], a["uncond"], a["cond_scale"])
         return super().predict_noise(x, timestep, options, seed)
 
     def sample(self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,7 +52,7 @@ class Guider(comfy.samplers.CFGGuider):
         self.model_options = comfy.model_patcher.create_model_options_clone(shared)
         options = self.model_options.setdefault("transformer_options", {})
         # With hooks, each prompt may have other weights, hence other keys and values.
-        if not _has_hooks(self.original_conds):
+        if all(cond.get("hooks") is None for group in self.original_conds.values() for cond in group):
             options[TEXT_CACHE_KEY] = TextCache()
             if self.kv_cache != "off":
                 options[CONDITIONING_CACHE_KEY] = ConditioningCache(self.kv_cache == "exact")
@@ -86,44 +73,39 @@ def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_ca
     return guider
 
 
-def given_frames(noise_mask: Tensor | None) -> int:
-    """Number of latent frames at the front that a noise_mask [1, 1, T, h, w] marks as given."""
+def clean_frames(noise_mask: Tensor | None) -> int:
+    """Number of latent frames at the front that a noise_mask [1, 1, T, h, w] keeps: the conditioning frames."""
     return 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
 
 
-def preview_callback(model: comfy.model_patcher.ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
+def preview_callback(model: ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
     """Progress and previews as stock nodes send them; each step's preview shows the next generated frame."""
     stock = latent_preview.prepare_callback(model, steps)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-        # A latent that was cut (LatentCut) keeps the mask of the whole.
-        given = min(given_frames(noise_mask), x0.shape[2] - 1)
-        frame = given + step % (x0.shape[2] - given)
+        # LatentCut leaves the noise_mask of the whole latent.
+        clean = min(clean_frames(noise_mask), x0.shape[2] - 1)
+        frame = clean + step % (x0.shape[2] - clean)
         stock(step, x0[:, :, frame : frame + 1], x, total)
 
     return callback
 
 
-def starting_latents(model: comfy.model_patcher.ModelPatcher, latent_image: dict[str, Any]) -> Tensor:
-    """The latents that a sampling of `model` starts from; an empty latent of other channels or scale is made to fit."""
+def starting_latents(model: ModelPatcher, latent_image: dict[str, Any]) -> Tensor:
+    """The latents that sampling `model` starts from; an empty latent of other channels or scale is made to fit."""
     ratios = (latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal"))
-    # Since ComfyUI 0.33 a latent carries its ratios and the function takes them.
+    # Since ComfyUI 0.33 a latent carries its ratios, and the function takes them.
     known = ratios if any(ratio is not None for ratio in ratios) else ()
     return comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *known)
 
 
-def switches_of(model: comfy.model_patcher.ModelPatcher) -> Optimizations:
-    """What LongCat Optimizations set on a MODEL, or the defaults."""
-    return model.model_options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
-
-
-class Clock:
-    """Euler's method that records the seconds of every step and the last estimate of the clean latents."""
+class StepTimer:
+    """Euler's method that records the seconds of every step, and the last estimate of the clean latents as `x0`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds, self.x0 = device, [], None
 
-    def sampler(self, model: Any, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
+    def euler(self, model: Any, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
         synchronize(self.device)
         started = time.perf_counter()
 
@@ -143,7 +125,7 @@ class Clock:
 
 def sample_latent(
     node: str,
-    model: comfy.model_patcher.ModelPatcher,
+    model: ModelPatcher,
     positive: Any,
     negative: Any,
     latent_image: dict[str, Any],
@@ -153,26 +135,30 @@ def sample_latent(
     mode: str,
     kv_cache: KVMode = "exact",
     *,
-    clock: Clock | None = None,
+    timer: StepTimer | None = None,
     callback: Callable | None = None,
+    first_steps: int | None = None,
 ) -> Tensor:
     """LongCat Sampler's clean latents [B, 16, T, H/8, W/8]. Raises LongCatError for input that cannot be sampled.
 
-    clock: records the times of the steps. callback: instead of progress and previews.
+    timer: records the times of the steps. callback: replaces progress and previews. first_steps: how many steps of the
+    schedule to run; None: all.
     """
     guider = make_guider(model, positive, negative, guidance, kv_cache, node)
     sigmas = make_schedule(mode, steps).sigmas
+    if first_steps is not None:
+        sigmas = sigmas[: first_steps + 1]
     samples = starting_latents(model, latent_image)
     mask = latent_image.get("noise_mask")
-    if mode == "refine" and not samples[:, :, given_frames(mask) :].any():
+    if mode == "refine" and not samples[:, :, clean_frames(mask) :].any():
         raise LongCatError(
-            "mode refine got an empty latent; give it the latent of a video (LongCat Refine, VAE Encode), or use base"
+            "mode refine got an empty latent; connect the latent of a video (LongCat Refine, VAE Encode) or choose base"
         )
     noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
     samples = guider.sample(
         noise,
         samples,
-        comfy.samplers.ksampler("euler") if clock is None else comfy.samplers.KSAMPLER(clock.sampler),
+        comfy.samplers.ksampler("euler") if timer is None else comfy.samplers.KSAMPLER(timer.euler),
         sigmas,
         denoise_mask=mask,
         callback=callback or preview_callback(model, len(sigmas) - 1, mask),
@@ -187,10 +173,8 @@ def sample_latent(
     return samples.to(comfy.model_management.intermediate_device())
 
 
-class Sampler(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatSampler")
+class Sampler(LongCatNode):
+    ID = "LongCatSampler"
 
     @classmethod
     def execute(
@@ -204,10 +188,8 @@ class Sampler(io.ComfyNode):
         return io.NodeOutput(out)
 
 
-class Scheduler(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatScheduler")
+class Scheduler(LongCatNode):
+    ID = "LongCatScheduler"
 
     @classmethod
     def execute(cls, model, mode: str, steps: int) -> io.NodeOutput:
@@ -215,10 +197,8 @@ class Scheduler(io.ComfyNode):
         return io.NodeOutput(make_schedule(mode, steps).sigmas)
 
 
-class GuiderNode(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema("LongCatGuider")
+class GuiderNode(LongCatNode):
+    ID = "LongCatGuider"
 
     @classmethod
     def execute(cls, model, positive, negative, guidance, kv_cache="exact") -> io.NodeOutput:

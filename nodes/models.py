@@ -1,0 +1,69 @@
+"""What nodes read of a MODEL, and how they set options on a clone of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..longcat_core.errors import LongCatError
+from ..longcat_core.optimize.execution import Execution
+from ..longcat_core.optimize.switches import Optimizations
+from .comfy_model import OPTIMIZATIONS_KEY, LongCatVideo
+
+
+def require_longcat(model: ModelPatcher, node: str) -> None:
+    """Raise LongCatError in the name of `node` unless the MODEL is LongCat-Video."""
+    if not isinstance(model.model, LongCatVideo):
+        raise LongCatError(
+            f"{node} got a {type(model.model).__name__} model; connect LongCat-Video, from LongCat Model Loader or "
+            "Load Diffusion Model"
+        )
+
+
+def require_comparable(a: ModelPatcher, b: ModelPatcher, node: str) -> None:
+    """Raise LongCatError in the name of `node` unless both MODELs are LongCat-Video, of one size."""
+    for model in (a, b):
+        require_longcat(model, node)
+    if a.model.diffusion_model.config != b.model.diffusion_model.config:
+        raise LongCatError(f"{node} got two models of different sizes as A and B; connect one model twice")
+
+
+def options_of(model: ModelPatcher) -> dict[str, Any]:
+    """The MODEL's transformer_options."""
+    return model.model_options.get("transformer_options", {})
+
+
+def with_option(model: ModelPatcher, key: str, value: Any) -> ModelPatcher:
+    """A clone of the MODEL with one of its transformer_options set."""
+    model = model.clone()
+    model.model_options.setdefault("transformer_options", {})[key] = value
+    return model
+
+
+def without_option(model: ModelPatcher, key: str) -> ModelPatcher:
+    """A clone of the MODEL without one of its transformer_options."""
+    model = model.clone()
+    model.model_options.setdefault("transformer_options", {}).pop(key, None)
+    return model
+
+
+def switches_of(model: ModelPatcher) -> Optimizations:
+    """The switches that LongCat Optimizations set on the MODEL, or the defaults."""
+    return options_of(model).get(OPTIMIZATIONS_KEY, Optimizations())
+
+
+def wrappers_of(model: ModelPatcher) -> list[str]:
+    """The names under which nodes added wrappers to the MODEL, sorted."""
+    return sorted(str(name) for kind in options_of(model).get("wrappers", {}).values() for name in kind)
+
+
+def compute_dtype(model: ModelPatcher) -> torch.dtype:
+    """The dtype of the MODEL's activations."""
+    return model.model.compute_dtype()
+
+
+def execution_of(model: ModelPatcher) -> Execution:
+    """How the MODEL runs under its own switches."""
+    return model.model.network.execution(compute_dtype(model), options_of(model))
