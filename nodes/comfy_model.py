@@ -433,7 +433,7 @@ def _is_video(state_dict: Mapping[str, Tensor], module: str) -> bool:
 
 
 def register() -> None:
-    """Make ComfyUI's own loaders recognise LongCat-Video files; a second call, or copy of the pack, replaces it."""
+    """Make ComfyUI's own loaders recognize LongCat-Video files; a second call, or copy of the pack, replaces it."""
     models = comfy.supported_models.models
     models[:] = [model for model in models if model.unet_config.get("image_model") != IMAGE_MODEL]
     models.append(LongCatConfig)

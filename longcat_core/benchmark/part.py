@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..measure.charts import BLUE, GREEN, GREY, ORANGE, Bar, Bars, Color, bar_chart
+from ..measure.charts import BLUE, GRAY, GREEN, ORANGE, Bar, Bars, Color, bar_chart
 from ..measure.results import markdown, name_of, shown
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Results = dict[str, Any]
 
-PHASE_COLORS = {"baseline": GREY, "added": BLUE, "removed": ORANGE, "fp8": GREEN, "path": BLUE, "distilled": ORANGE}
+PHASE_COLORS = {"baseline": GRAY, "added": BLUE, "removed": ORANGE, "fp8": GREEN, "path": BLUE, "distilled": ORANGE}
 
 
 class Chart(NamedTuple):

@@ -156,7 +156,7 @@ def long(args: argparse.Namespace) -> int:
     work = work_of(first, request.overlap)
     started, finished = time.monotonic(), []
     with notes_from_warnings(), progress() as bar:
-        for segment in long_video(lambda: job.load(work), request, folder, _labelled(bar, "segment")):
+        for segment in long_video(lambda: job.load(work), request, folder, _labeled(bar, "segment")):
             finished.append(segment)
             bar.say(segment.told(folder.path))
     job.write(new_frames(folder, finished))
@@ -212,7 +212,7 @@ def refine(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     with notes_from_warnings(), progress() as bar:
-        callback = _labelled(bar, "piece")
+        callback = _labeled(bar, "piece")
 
         def kept() -> Iterator[np.ndarray]:
             # All pieces first: one that fails must not leave an encoder waiting.
@@ -286,7 +286,7 @@ def free_name(path: Path) -> Path:
     return candidate
 
 
-def _labelled(bar: Any, what: str) -> Callable[[int, int, Any], None]:
+def _labeled(bar: Any, what: str) -> Callable[[int, int, Any], None]:
     """A callback of a task in parts that shows `segment 2/5` on the bar."""
     return lambda number, total, step: bar(step, f"{what} {number + 1}/{total}")
 

@@ -129,8 +129,8 @@ def segment_folder(path: Any) -> SegmentFolder:
 class Join:
     """How the picture changes from the last frame of a segment to the first new one of the next, in levels of 0..255.
 
-    color: change of the mean of R, G and B. brightness: of the mean luma (BT.709). usual: the same for neighbouring
-    frames within both segments, the largest of the three colours, mean over frames.
+    color: change of the mean of R, G and B. brightness: of the mean luma (BT.709). usual: the same for neighboring
+    frames within both segments, the largest of the three colors, mean over frames.
     """
 
     color: tuple[float, float, float]
@@ -139,7 +139,7 @@ class Join:
 
     @property
     def step(self) -> float:
-        """The largest change of the three colours."""
+        """The largest change of the three colors."""
         return max(abs(change) for change in self.color)
 
 
@@ -173,8 +173,8 @@ class Finished:
         if self.join is None:
             return sentence
         return (
-            f"{sentence}; at its join the mean colour changes by {self.join.step:.2f} of 255 and the brightness by "
-            f"{self.join.brightness:+.2f}, where neighbouring frames do by {self.join.usual:.2f}"
+            f"{sentence}; at its join the mean color changes by {self.join.step:.2f} of 255 and the brightness by "
+            f"{self.join.brightness:+.2f}, where neighboring frames do by {self.join.usual:.2f}"
         )
 
 

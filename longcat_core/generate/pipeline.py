@@ -62,7 +62,7 @@ LoraMode = Literal["merged", "runtime"]
 
 @dataclass(frozen=True)
 class Generation:
-    """frames: uint8 [F, H, W, 3]. latents: normalised, [1, 16, T, H/8, W/8] fp32 on the CPU. request: filled in."""
+    """frames: uint8 [F, H, W, 3]. latents: normalized, [1, 16, T, H/8, W/8] fp32 on the CPU. request: filled in."""
 
     frames: np.ndarray
     latents: Tensor
@@ -232,7 +232,7 @@ def _check_host(
     sampling = needed_bytes(plan, config, weights, work, dtype.itemsize, own=False, others=others)
     batch, _, frames, height, width = work.latents
     shape = 1 + TEMPORAL_FACTOR * (frames - 1), SPATIAL_FACTOR * height, SPATIAL_FACTOR * width
-    # Three colours of the decoded video in fp32, of which three copies live at once while it is brought to 0..1.
+    # Three colors of the decoded video in fp32, of which three copies live at once while it is brought to 0..1.
     decoding = weights.rest + weights.block * config.depth + others + batch * math.prod(shape) * 3 * 4 * 3
     needed, there = max(sampling, decoding), psutil.virtual_memory().total + psutil.swap_memory().total
     if needed > there:

@@ -1,6 +1,6 @@
 """A folder that keeps finished segments of a video, so that a run that was cut off goes on where it was.
 
-    segment-001/latents.safetensors   normalised latents, fp32
+    segment-001/latents.safetensors   normalized latents, fp32
     segment-001/frames.mkv            all of its frames, lossless
     segment-001/segment.json          settings, checksums, what it was made from: see `Record`
 

@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 WIDTH, MARGIN = 960, 28
 INK, FAINT, PAPER, GRID = (35, 38, 42), (120, 126, 133), (255, 255, 255), (226, 229, 232)
-BLUE, ORANGE, GREEN, GREY = (59, 111, 182), (217, 130, 43), (76, 159, 112), (154, 163, 173)
+BLUE, ORANGE, GREEN, GRAY = (59, 111, 182), (217, 130, 43), (76, 159, 112), (154, 163, 173)
 COLORS = (BLUE, ORANGE, GREEN, (196, 78, 82), (129, 91, 166), (140, 98, 70), (40, 160, 170), (205, 95, 150))
 FLOOR_COLOR = FAINT
 # Lines are drawn at this multiple of their size and reduced, which antialiases them.

@@ -124,7 +124,7 @@ def _actor_colors(
     pixels: np.ndarray, difference: np.ndarray, n_actors: int, palette: Mapping[str, Color]
 ) -> np.ndarray:
     """Median colors [K, 3] of the K <= n_actors largest groups of foreground pixels that lie inside a shape."""
-    inside = _neighbours(np.linalg.norm(difference, axis=-1) > FOREGROUND) == 9
+    inside = _neighbors(np.linalg.norm(difference, axis=-1) > FOREGROUND) == 9
     found = pixels[inside]
     index = _nearest_index(found, np.array(list(palette.values()), np.float32))
     groups = [found[index == name] for name in range(len(palette))]
@@ -166,7 +166,7 @@ def _unmix(difference: np.ndarray, directions: np.ndarray) -> list[np.ndarray]:
 # --- masks on the torus -----------------------------------------------------------------------------------------------
 
 
-def _neighbours(mask: np.ndarray) -> np.ndarray:
+def _neighbors(mask: np.ndarray) -> np.ndarray:
     """How many of the 3x3 pixels around each pixel are set, for masks [F, H, W]."""
     count = mask.astype(np.int8)
     for axis in (1, 2):
@@ -175,7 +175,7 @@ def _neighbours(mask: np.ndarray) -> np.ndarray:
 
 
 def _majority(mask: np.ndarray) -> np.ndarray:
-    return _neighbours(mask) >= 5
+    return _neighbors(mask) >= 5
 
 
 def _wrapped(offset: np.ndarray, period: np.ndarray | float) -> np.ndarray:
@@ -193,7 +193,7 @@ def _track(mask: np.ndarray, others: Sequence[np.ndarray]) -> tuple[np.ndarray, 
     seen = area > 0.25 * np.median(area[area > 0]) if area.any() else area > 0
     if seen.sum() < max(2, MIN_PRESENCE * frames):
         return area, center, np.array([], int)
-    near = [(_neighbours(mask) > 0) & (_neighbours(other) > 0) for other in others]
+    near = [(_neighbors(mask) > 0) & (_neighbors(other) > 0) for other in others]
     touching = np.any([touch.any(axis=(1, 2)) for touch in near], axis=0) if near else np.zeros(frames, bool)
     free = seen & ~touching
     if free.any():

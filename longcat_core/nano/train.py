@@ -31,7 +31,7 @@ from ..model.text import fold_padding
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from ..training.step import WeightAverage, captured, drop_text, flow_matching_loss, initialise, sample_sigmas
+from ..training.step import WeightAverage, captured, drop_text, flow_matching_loss, initialize, sample_sigmas
 from .autoencoder import encode_whole, train_autoencoder
 from .reading import train_text_encoder
 from .world import caption, corpus, place, render, sample_scene
@@ -265,7 +265,7 @@ def train_transformer(
 
     optimizations = Optimizations(attention="sdpa", gradient_checkpointing=gradient_checkpointing)
     model = OptimizedTransformer(CONFIG, optimizations).to(device).train()
-    initialise(model)
+    initialize(model)
     prefer_text(model)
     trainer = Trainer(model, device)
     nothing = _embed(encoder, [""])

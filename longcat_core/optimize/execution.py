@@ -24,7 +24,7 @@ from .block_sparse import BlockSparse, ChunkedLayout, with_block_sparse
 from .compilation import Regional
 from .compiled_blocks import COMPILED_BLOCK, compiled_call
 from .fused import FusedOps, OpSwitches, TorchOps, ffn_pieces, sliceable
-from .guard import is_spoilt, lossy_switches
+from .guard import is_spoiled, lossy_switches
 from .kernels import text_attention
 from .kernels.elementwise import usable as kernels_usable
 from .kv_offload import OffloadableKVCache
@@ -221,9 +221,9 @@ class Execution:
         return self(x, timestep, context, mask, kernels=kernels, **again)
 
     def _give_up(self, out: Tensor) -> bool:
-        """Check the first output [B, ...] under lossy switches; if it is spoilt, take one of them back and say so."""
+        """Check the first output [B, ...] under lossy switches; if it is spoiled, take one of them back and say so."""
         lossy = lossy_switches(self.optimizations, self.eight_bit)
-        if not lossy or not is_spoilt(out):
+        if not lossy or not is_spoiled(out):
             return False
         what, rest = lossy[0]
         asked = self.asked

@@ -1,4 +1,4 @@
-"""The guard against spoilt output: the first output under lossy switches is checked before it is trusted."""
+"""The guard against spoiled output: the first output under lossy switches is checked before it is trusted."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def lossy_switches(optimizations: Optimizations, eight_bit: bool) -> list[tuple[
     return found
 
 
-def is_spoilt(out: Tensor) -> bool:
+def is_spoiled(out: Tensor) -> bool:
     """Whether a sample of out [B, ...] has NaN or infinity in it, or is zero throughout (a black picture)."""
     return not bool((out.isfinite().flatten(1).all(1) & (out != 0).flatten(1).any(1)).all())

@@ -34,7 +34,7 @@ def activation_bytes(config: ModelConfig, latents: Sequence[int], itemsize: int)
 MEMORY_FIT, MEMORY_FIT_OWN = 1.1, 0.8
 # Of PyTorch's kernels where 8-bit layers quantize what they are given, by three copies of it in fp32: 1.3, followed
 # tensor by tensor, and as much more as MEMORY_FIT has.
-MEMORY_FIT_QUANTISING = 1.45
+MEMORY_FIT_QUANTIZING = 1.45
 
 
 def forward_bytes(
@@ -42,7 +42,7 @@ def forward_bytes(
 ) -> int:
     """`activation_bytes` as measured. own: the element-wise work is done by `optimize.kernels`. eight_bit: there are
     8-bit layers."""
-    fit = MEMORY_FIT_OWN if own else MEMORY_FIT_QUANTISING if eight_bit else MEMORY_FIT
+    fit = MEMORY_FIT_OWN if own else MEMORY_FIT_QUANTIZING if eight_bit else MEMORY_FIT
     return int(activation_bytes(config, latents, itemsize) * fit)
 
 

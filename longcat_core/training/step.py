@@ -116,7 +116,7 @@ def captured(
 
 
 @torch.no_grad()
-def initialise(model: OptimizedTransformer) -> None:
+def initialize(model: OptimizedTransformer) -> None:
     """Fresh weights: Xavier for projections, zero for modulation and output (DiT, arXiv 2212.09748).
 
     So the gated parts of a block start as identity and the network's output at zero; cross-attention has no gate.

@@ -151,7 +151,7 @@ def test_a_run_and_the_same_again(folder: Path, loads: list, capsys: Any) -> Non
     assert [line.split(";")[0] for line in lines[:3]] == [
         f"segment {number} of 3: finished, kept in a-segments" for number in (1, 2, 3)
     ]
-    assert "colour changes by" not in lines[0] and "colour changes by" in lines[1]
+    assert "color changes by" not in lines[0] and "color changes by" in lines[1]
     assert lines[3].startswith("a.mkv: 17 frames of 16x32 at 12 fps, 3 segments, seed 5, in ")
     video, fps = read_video("a.mkv")
     parts = [read_video(path)[0] for path in sorted(Path("a-segments").glob("*/frames.mkv"))]

@@ -20,10 +20,10 @@ def pytest_report_header() -> str:
         found = Installation.find()
     except FileNotFoundError as error:
         return f"ComfyUI: not run ({error})"
-    return f"ComfyUI: {found.version} at {found.path}, artefacts in {artefact_folder(found).relative_to(PACK)}"
+    return f"ComfyUI: {found.version} at {found.path}, artifacts in {artifact_folder(found).relative_to(PACK)}"
 
 
-def artefact_folder(installation: Installation) -> Path:
+def artifact_folder(installation: Installation) -> Path:
     return PACK / "build" / "comfyui" / installation.version
 
 
@@ -36,15 +36,15 @@ def installation() -> Installation:
 
 
 @pytest.fixture(scope="session")
-def artefacts(installation) -> Path:
+def artifacts(installation) -> Path:
     """Where screenshots, videos and logs of this run are kept; ignored by git."""
-    folder = artefact_folder(installation)
+    folder = artifact_folder(installation)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def server(installation, artefacts, tmp_path_factory) -> Iterator[Server]:
+def server(installation, artifacts, tmp_path_factory) -> Iterator[Server]:
     """The server that most tests of a process share."""
     server = Server(installation, tmp_path_factory.mktemp("comfyui"))
     try:
@@ -52,7 +52,7 @@ def server(installation, artefacts, tmp_path_factory) -> Iterator[Server]:
     finally:
         server.stop()
         worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-        shutil.copyfile(server.log_path, artefacts / f"server{worker}.log")
+        shutil.copyfile(server.log_path, artifacts / f"server{worker}.log")
         server.remove()
 
 

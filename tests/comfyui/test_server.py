@@ -40,12 +40,12 @@ def longcat_nodes(client: Client) -> dict:
     return {name: info for name, info in client.get_json("/object_info").items() if name in NODES}
 
 
-def test_prompt_gives_the_video_that_it_describes(client, watch, artefacts):
+def test_prompt_gives_the_video_that_it_describes(client, watch, artifacts):
     run = client.run(text_to_video(caption(RED_CIRCLE), seed=1))
     assert run.status == "success" and run.ends == ["execution_success"]
     (file,) = run.files("save")
     content = client.video(file)
-    (artefacts / "text_to_video.mp4").write_bytes(content)
+    (artifacts / "text_to_video.mp4").write_bytes(content)
     frames, fps = watch(content, file["filename"])
     assert frames.shape == (33, 64, 96, 3) and fps == FPS
     right = score(frames, RED_CIRCLE).attributes

@@ -162,7 +162,7 @@ def test_page_warns_of_a_node_that_is_missing(page, tmp_path):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_dropped_file_becomes_the_graph(file, page, client, artefacts):
+def test_dropped_file_becomes_the_graph(file, page, client, artifacts):
     page.errors.clear()  # at its start the page of ComfyUI 0.8 asks for things on the network
     page.drop(file)
     wanted = json.loads(file.read_text(encoding="utf-8"))
@@ -172,13 +172,13 @@ def test_dropped_file_becomes_the_graph(file, page, client, artefacts):
     assert len(page.graph()["links"]) == len(wanted["links"])
     assert warnings_of_missing_nodes(page) == 0
     assert not page.errors
-    page.screenshot(artefacts / f"{file.stem}.png")
+    page.screenshot(artifacts / f"{file.stem}.png")
     (overhang,) = page.tab.evaluate(OVERHANG)
     assert overhang <= 1, "the note is cut off"
 
 
 @pytest.mark.parametrize("file", OUT_OF_THE_BOX, ids=lambda file: file.stem)
-def test_run_makes_the_video_and_shows_it(file, page, client, watch, artefacts):
+def test_run_makes_the_video_and_shows_it(file, page, client, watch, artifacts):
     page.drop(file)
     assert page.run() == "execution_success"
     (saver,) = (node["id"] for node in page.nodes() if node["type"] == "SaveVideo")
@@ -190,7 +190,7 @@ def test_run_makes_the_video_and_shows_it(file, page, client, watch, artefacts):
         motions = [analyze(frames[start : start + 33], 1).actors[0].motion for start in (0, 28, 56)]
         assert motions == ["right", "up", "left"]
     page.tab.wait_for_function("() => [...document.querySelectorAll('video')].some(v => v.videoWidth > 0)")
-    page.screenshot(artefacts / f"{file.stem}, run.png")
+    page.screenshot(artifacts / f"{file.stem}, run.png")
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +232,14 @@ def test_workflow_of_the_real_weights_runs_on_small_ones(file, page, client, wat
         assert np.abs(frames[0].astype(float) - first).mean() < 12
 
 
-def test_template_browser_lists_the_workflows_with_their_pictures(page, artefacts):
+def test_template_browser_lists_the_workflows_with_their_pictures(page, artifacts):
     served = {}
     page.tab.on("response", lambda answer: served.update({unquote(answer.url).rsplit("/", 1)[-1]: answer.status}))
     page.command("Comfy.BrowseTemplates")
     dialog = page.tab.locator("[role=dialog]")
     dialog.get_by_text(PACK_NAME, exact=False).first.click()
     page.settle()
-    page.screenshot(artefacts / "templates.png")
+    page.screenshot(artifacts / "templates.png")
     # Cards are there only near what is in sight. Their pictures have names of the page's own.
     sources = "images => images.filter(image => image.naturalWidth == 512).map(image => image.src)"
     drawn, titles = set(), set()

@@ -28,19 +28,19 @@ def only_file(folder: Path) -> Path:
     return path
 
 
-def test_mp4_round_trip_keeps_size_count_rate_and_colours(tmp_path: Path) -> None:
+def test_mp4_round_trip_keeps_size_count_rate_and_colors(tmp_path: Path) -> None:
     video = moving_bar()
     media.write_video(tmp_path / "a.mp4", video, 15)
     read, fps = media.read_video(only_file(tmp_path))
     assert read.shape == video.shape and read.dtype == np.uint8 and fps == 15
-    # Away from edges, where colour is stored at half the resolution, flat colours come back almost exactly.
+    # Away from edges, where color is stored at half the resolution, flat colors come back almost exactly.
     assert np.abs(read[0, 8:24, 2:6].astype(int) - (220, 30, 30)).max() <= 4
     assert np.abs(read[0, 8:24, 16:40].astype(int) - (0, 0, 200)).max() <= 4
     error = np.abs(read.astype(int) - video)
     assert error.mean() < 6
 
 
-def test_mp4_says_its_colour_matrix(tmp_path: Path) -> None:
+def test_mp4_says_its_color_matrix(tmp_path: Path) -> None:
     import av
 
     media.write_video(tmp_path / "a.mp4", moving_bar(), 15)
@@ -253,18 +253,18 @@ def test_exif_orientation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [("L", 120, 120), ("I;16", 120 << 8, 120), ("1", 1, 255), ("LA", (100, 255), 100)],
 )
-def test_other_picture_modes(tmp_path: Path, mode: str, colour: object, expected: int) -> None:
-    Image.new(mode, (4, 2), colour).save(tmp_path / "a.png")
+def test_other_picture_modes(tmp_path: Path, mode: str, color: object, expected: int) -> None:
+    Image.new(mode, (4, 2), color).save(tmp_path / "a.png")
     read = media.read_image(tmp_path / "a.png")
     assert read.shape == (2, 4, 3) and read.dtype == np.uint8 and (read == expected).all()
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("I", 1 << 20), ("F", 0.5)])
-def test_pictures_of_32_bits_are_refused(tmp_path: Path, mode: str, colour: float) -> None:
-    Image.new(mode, (4, 2), colour).save(tmp_path / "a.tiff")
+@pytest.mark.parametrize(("mode", "color"), [("I", 1 << 20), ("F", 0.5)])
+def test_pictures_of_32_bits_are_refused(tmp_path: Path, mode: str, color: float) -> None:
+    Image.new(mode, (4, 2), color).save(tmp_path / "a.tiff")
     with pytest.raises(LongCatError, match=r"a\.tiff is not a readable image \(its pixels have 32 bits; save it"):
         media.read_image(tmp_path / "a.tiff")
 

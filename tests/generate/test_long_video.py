@@ -456,8 +456,8 @@ def test_prompts_are_spread():
 # --- joins -----------------------------------------------------------------------------------------------------------
 
 
-def plain(*colours: tuple[int, int, int]) -> np.ndarray:
-    return np.stack([np.broadcast_to(np.array(colour, np.uint8), (4, 6, 3)) for colour in colours])
+def plain(*colors: tuple[int, int, int]) -> np.ndarray:
+    return np.stack([np.broadcast_to(np.array(color, np.uint8), (4, 6, 3)) for color in colors])
 
 
 def test_a_join_is_measured_from_the_last_old_to_the_first_new_frame():
@@ -489,6 +489,6 @@ def test_joins_are_reported(copy):
     assert finished[0].told("here") == "segment 1 of 4: is in here already"
     fresh = replace(finished[1], reused=False, join=Join((1.25, -7.5, 0.0), -2.345, 0.5))
     assert fresh.told("here") == (
-        "segment 2 of 4: finished, kept in here; at its join the mean colour changes by 7.50 of 255 and the brightness "
-        "by -2.35, where neighbouring frames do by 0.50"
+        "segment 2 of 4: finished, kept in here; at its join the mean color changes by 7.50 of 255 and the brightness "
+        "by -2.35, where neighboring frames do by 0.50"
     )

@@ -79,7 +79,7 @@ def test_diffusers_folder_and_its_parent(tmp_path, vae, golden):
     (folder / "config.json").write_text(json.dumps(config))
     for path in (folder, tmp_path):
         loaded = load_vae(path)
-        assert loaded.mean.flatten().tolist() == [0.5] * 16  # the config's normalisation wins
+        assert loaded.mean.flatten().tolist() == [0.5] * 16  # the config's normalization wins
         assert torch.equal(loaded.std, vae.std)
     shifted = golden["t2v.latents"][:, :, :1] + (vae.mean - 0.5) / vae.std
     assert torch.allclose(loaded.decode(shifted), vae.decode(golden["t2v.latents"][:, :, :1]), atol=1e-5)
@@ -175,7 +175,7 @@ def _wrong_config(path, state):
     path.with_name("vae_config.json").write_text(json.dumps({"base_dim": 16, "z_dim": 16}))
 
 
-def _wrong_normalisation(path, state):
+def _wrong_normalization(path, state):
     write_safetensors(path, state)
     path.with_name("vae_config.json").write_text(json.dumps({"z_dim": 16, "latents_mean": [0.0]}))
 
@@ -199,7 +199,7 @@ def _wan22_config(path, state):
         (_truncated, "is truncated"),
         (_transformer, r"is not a Wan 2.1 VAE"),
         (_wrong_config, "misshapen"),
-        (_wrong_normalisation, "needs 16 values in latents_mean"),
+        (_wrong_normalization, "needs 16 values in latents_mean"),
         (_broken_config, "as JSON"),
         (_wan22_config, r"Wan 2.2"),
     ],

@@ -82,7 +82,7 @@ def test_config_from_shapes_in_either_naming():
     assert diffusers_shapes(**wan_vae.config_from_state(uneven)) == uneven
 
 
-def test_normalisation_is_the_published_one():
+def test_normalization_is_the_published_one():
     with torch.device("meta"):
         published = AutoencoderKLWan(base_dim=8).config
     assert list(wan_vae.LATENTS_MEAN) == list(published.latents_mean)

@@ -152,8 +152,8 @@ def test_text_is_a_table_of_the_video_in_the_middle_and_the_farthest():
     assert plain["psnr"] == other.psnr and np.shape(plain["frame_psnr"]) == (3, 9) and not plain["identical"]
 
 
-def count(picture, colour) -> int:
-    return int((np.asarray(picture) == np.array(colour)).all(-1).sum())
+def count(picture, color) -> int:
+    return int((np.asarray(picture) == np.array(color)).all(-1).sum())
 
 
 def test_plot_has_a_line_for_every_setting_and_the_floor():
@@ -164,8 +164,8 @@ def test_plot_has_a_line_for_every_setting_and_the_floor():
     )
     picture = charts.fidelity_plot(made)
     legend = 5 * 7 * 6
-    for colour in (*charts.COLORS[:3], charts.FLOOR_COLOR):
-        assert count(picture, colour) > legend + 300, colour
+    for color in (*charts.COLORS[:3], charts.FLOOR_COLOR):
+        assert count(picture, color) > legend + 300, color
     # Less noise lies higher.
     panel = np.asarray(picture)[80:480]
     heights = [np.argwhere((panel == np.array(c)).all(-1))[:, 0].mean() for c in charts.COLORS[:3]]

@@ -1,4 +1,4 @@
-"""The committed weights of LongCat-nano: size, form, and what they have learnt."""
+"""The committed weights of LongCat-nano: size, form, and what they have learned."""
 
 from __future__ import annotations
 

@@ -270,8 +270,8 @@ def test_padding_is_never_a_key_and_counts_in_no_mean():
     padding = torch.ones(layout.slots, dtype=torch.bool)
     padding[layout.places] = False
     assert padding.any()
-    spoilt = [x.clone().masked_fill_(padding[:, None, None], 1e4) for x in (q, k, v)]
-    assert torch.equal(layout.restore(attend(*spoilt)), wanted)
+    spoiled = [x.clone().masked_fill_(padding[:, None, None], 1e4) for x in (q, k, v)]
+    assert torch.equal(layout.restore(attend(*spoiled)), wanted)
 
 
 def test_ties_go_to_the_first_chunk():

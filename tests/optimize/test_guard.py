@@ -1,4 +1,4 @@
-"""The first output under lossy settings is checked; a spoilt one is computed anew without them, and that is said."""
+"""The first output under lossy settings is checked; a spoiled one is computed anew without them, and that is said."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_lossy_kernel_that_works_stays(model, inputs, kernel):
     assert run(model, inputs).isnan().any() and not model.said
 
 
-def test_a_spoilt_cache_of_given_frames_is_filled_again(model, inputs, kernel):
+def test_a_spoiled_cache_of_given_frames_is_filled_again(model, inputs, kernel):
     x = inputs[0]
     wanted = model.fill_kv_cache(x[:, :, :2])
     model.set_optimizations(replace(PLAIN, attention="lossy"))

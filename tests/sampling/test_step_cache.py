@@ -23,7 +23,7 @@ def latents(value: float) -> torch.Tensor:
     return torch.full(SHAPE, float(value))
 
 
-def test_the_rate_is_learnt_and_the_change_added_up():
+def test_the_rate_is_learned_and_the_change_added_up():
     cache = StepCache(0.25, steps=20)
     assert cache.find(0, latents(0), 1.0) is None
     cache.keep(latents(0), latents(10), 1.0)

@@ -3,7 +3,7 @@
 Tensors are ordinary ones. Their storages are marked as the GPU's where they were made or moved there, and an operation
 over both kinds fails as it does on a GPU. Operations of the current stream happen at once, copies on a second stream as
 late as they may; until then their target holds garbage. What such a copy could overwrite or read too early is an
-error: every use of a storage must be behind an event, or a synchronisation, that the other stream waited for.
+error: every use of a storage must be behind an event, or a synchronization, that the other stream waited for.
 """
 
 from __future__ import annotations

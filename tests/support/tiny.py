@@ -40,8 +40,8 @@ class PromptText:
 class TinyPipeline(Pipeline):
     def encode(self, pixels: Tensor) -> Tensor:
         latents = super().encode(pixels)
-        colours = F.adaptive_avg_pool3d(pixels, latents.shape[2:])
-        return latents + GAIN * colours[:, torch.arange(latents.shape[1]) % 3]
+        colors = F.adaptive_avg_pool3d(pixels, latents.shape[2:])
+        return latents + GAIN * colors[:, torch.arange(latents.shape[1]) % 3]
 
 
 def tiny_pipeline() -> TinyPipeline:

@@ -19,7 +19,7 @@ from longcat_core.nano.train import TEXT_LENGTH, Lesson, Trainer
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise
-from longcat_core.training.step import WeightAverage, drop_text, flow_matching_loss, initialise, sample_sigmas
+from longcat_core.training.step import WeightAverage, drop_text, flow_matching_loss, initialize, sample_sigmas
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
@@ -43,7 +43,7 @@ def fresh() -> OptimizedTransformer:
     """New weights, to be trained."""
     torch.manual_seed(0)
     model = OptimizedTransformer(CONFIG, Optimizations(attention="sdpa"))
-    initialise(model)
+    initialize(model)
     return model
 
 
@@ -104,7 +104,7 @@ def test_noise_is_drawn_where_none_is_given(loaded, text):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_batch_is_learnt(fresh, text, checkpointing):
+def test_one_batch_is_learned(fresh, text, checkpointing):
     fresh.set_optimizations(replace(fresh.optimizations, gradient_checkpointing=checkpointing))
     latents, noise = seeded_noise(SHAPE, 0), seeded_noise(SHAPE, 1)
     optimizer = torch.optim.AdamW(fresh.parameters(), lr=3e-3)
@@ -238,7 +238,7 @@ def test_a_training_step_is_the_loss_of_inference(batch):
     torch.testing.assert_close(trainer.train(LESSON, 0.0, *batch), wanted, rtol=1e-5, atol=0)
 
 
-def test_a_lesson_is_learnt(batch):
+def test_a_lesson_is_learned(batch):
     trainer = new_trainer()
     before = [p.detach().clone() for p in trainer.parameters]
     losses = []

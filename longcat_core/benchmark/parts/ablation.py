@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...measure.charts import BLUE, GREEN, GREY, ORANGE, Bar, Bars, bar_chart
+from ...measure.charts import BLUE, GRAY, GREEN, ORANGE, Bar, Bars, bar_chart
 from ...measure.results import markdown
 from ..part import STEPS, Chart, Part, Results, Row, ok_rows
 from ..variants import COMPILED, EAGER, Bench, compared, lossy
@@ -41,7 +41,7 @@ SERIES = {
     "added": (BLUE, "added"),
     "removed": (ORANGE, "removed alone from the full set"),
     "fp8": (GREEN, "lossy: fp8 over the exact set, 8-bit attention over fp8"),
-    "guess": (GREY, "published guess"),
+    "guess": (GRAY, "published guess"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...measure.charts import BLUE, GREY
+from ...measure.charts import BLUE, GRAY
 from ...measure.fidelity import relative_error, tensor_psnr
 from ...measure.results import markdown, shown
 from ...optimize.quantization import quantize
@@ -174,7 +174,7 @@ def chart(results: Results, _: Any) -> Any:
         "relative error",
         "error",
         "{:.4f}",
-        color=lambda row: GREY if "baseline" in row["name"] else BLUE,
+        color=lambda row: GRAY if "baseline" in row["name"] else BLUE,
     )
 
 

@@ -21,10 +21,10 @@ def test_a_against_everything_off(comfy, model, prompts, small):
     finally:
         del network.prepare
     assert plot.ndim == 4 and plot.shape[0] == 1 and plot.shape[3] == 3 and 0 <= plot.min() < plot.max() <= 1
-    # Bars of both colours.
+    # Bars of both colors.
     flat = (plot * 255).round().int().reshape(-1, 3)
-    for colour in comfy.core("measure.charts").COLORS[:2]:
-        assert (flat == torch.tensor(colour)).all(1).sum() > 500
+    for color in comfy.core("measure.charts").COLORS[:2]:
+        assert (flat == torch.tensor(color)).all(1).sum() > 500
     key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
     ran = [options.get(key) for options in seen]
     config = comfy.core("optimize.switches")

@@ -26,9 +26,9 @@ def test_sampler_equals_the_headless_pipeline(comfy, model, sample, latents, hea
         mode=case["schedule"],
         kv_cache=case.get("kv_cache", "exact"),
     )
-    normalised = model.model.process_latent_in(out)
-    assert normalised.std() > 0.3
-    assert (normalised - headless[name]).abs().max() <= TOLERANCE
+    normalized = model.model.process_latent_in(out)
+    assert normalized.std() > 0.3
+    assert (normalized - headless[name]).abs().max() <= TOLERANCE
 
 
 def test_the_exact_cache_changes_nothing_and_the_official_one_does(headless):

@@ -64,8 +64,8 @@ def test_b_is_what_the_sampler_gives_and_the_floor_another_kernel(comfy, model, 
     assert "One video of 9 frames of 64x96, 3 steps, guidance 4" in report and "seed 5" in report
     charts = comfy.core("measure.charts")
     flat = (plot * 255).round().int().reshape(-1, 3)
-    for colour in (charts.COLORS[0], charts.FLOOR_COLOR):
-        assert (flat == torch.tensor(colour)).all(1).sum() > 100
+    for color in (charts.COLORS[0], charts.FLOOR_COLOR):
+        assert (flat == torch.tensor(color)).all(1).sum() > 100
     assert side.ndim == 4 and 0 <= side.min() < side.max() <= 1
     # The first frame of A stands in it, pixel by pixel twice as large.
     margin, label = charts.MARGIN, charts.ROW_LABEL

@@ -75,7 +75,7 @@ def test_equals_sampler_and_continuation_one_after_the_other(comfy, model, clip,
     assert images.shape == frames.shape == (13, cases.HEIGHT, cases.WIDTH, 3)
     # The first latent of a clip is that of its first frame alone, up to rounding.
     assert (images - frames).abs().max() <= (0 if hand_off == "frames" else 2 / 255)
-    assert report.count("\n") == 1 and "at its join the mean colour changes by" in report
+    assert report.count("\n") == 1 and "at its join the mean color changes by" in report
 
 
 def rounded(images: torch.Tensor) -> torch.Tensor:

@@ -63,8 +63,8 @@ def test_equals_the_headless_refinement(comfy, model, vae, network, prompts, fra
             "LongCatRefine", vae=vae, video=video[start:stop], double_rate=doubled, **SIZE, **more
         )
         out = sample(latent, seed=4 + number, **SAMPLING)
-        normalised = model.model.process_latent_in(out)
-        assert (normalised - headless_sample[number]).abs().max() <= 1e-3
+        normalized = model.model.process_latent_in(out)
+        assert (normalized - headless_sample[number]).abs().max() <= 1e-3
         images = comfy("VAEDecode", samples={"samples": out}, vae=vae)
         images = images[0] if images.ndim == 5 else images
         assert fps == (30 if doubled else 15) and skip + length <= len(images)

@@ -220,7 +220,7 @@ def test_a_replaced_block_may_call_the_original(comfy, model, ksample, empty):
     assert seen[0][1:] == (9 * 4 * 6, model.model.diffusion_model.config.hidden_size)
 
 
-def test_attention_override_is_honoured(comfy, model, ksample, empty):
+def test_attention_override_is_honored(comfy, model, ksample, empty):
     patched = model.clone()
     calls = []
 
@@ -247,7 +247,7 @@ def test_torch_compile(comfy, one_block, ksample, empty):
 # --- loading and saving ----------------------------------------------------------------------------------------------
 
 
-def test_unet_loader_recognises_the_model(comfy, sample, empty):
+def test_unet_loader_recognizes_the_model(comfy, sample, empty):
     for dtype, name in (("default", "default"), ("fp8_e4m3fn", "fp8_e4m3fn")):
         stock = comfy("UNETLoader", unet_name=MODEL, weight_dtype=dtype)
         own = comfy("LongCatModelLoader", model_name=MODEL, weight_dtype=name)

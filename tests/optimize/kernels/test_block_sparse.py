@@ -1,6 +1,6 @@
 """The kernels of block-sparse attention against the plain version, in Triton's interpreter where there is no GPU.
 
-In fp16: the interpreter rounds bf16 towards zero.
+In fp16: the interpreter rounds bf16 toward zero.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Triton kernels against their definitions in PyTorch, in Triton's interpreter where there is no GPU.
 
-In fp16: the interpreter rounds bf16 towards zero. Rounding to e4m3 it loses the carry of what rounds up to a power of
+In fp16: the interpreter rounds bf16 toward zero. Rounding to e4m3 it loses the carry of what rounds up to a power of
 two, and below 2^-6 it rounds in its own way.
 """
 
@@ -127,7 +127,7 @@ def test_norm_rope_in_a_slice_of_a_projection(heads, dim, rope):
     torch.testing.assert_close(found.float(), wanted, rtol=2e-3, atol=2e-3)
     assert found.data_ptr() == k.data_ptr(), "written in place"
     for part, old in zip((q, v), (before.chunk(3, dim=-1)[i].unflatten(-1, (heads, dim)) for i in (0, 2)), strict=True):
-        assert torch.equal(part, old), "its neighbours stay"
+        assert torch.equal(part, old), "its neighbors stay"
 
 
 @pytest.mark.parametrize("width", [64, 100])
