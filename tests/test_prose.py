@@ -5,6 +5,7 @@ Read are the pages, and the comments and strings of the code; names in the code 
 
 from __future__ import annotations
 
+import ast
 import re
 import tokenize
 from collections.abc import Iterator
@@ -169,6 +170,27 @@ def test_british_spelling_is_found(word):
 @pytest.mark.parametrize("word", ["LongCatModelLoader", "parameter", "otherwise", "color", "quantize"])
 def test_american_spelling_passes(word):
     assert not BRITISH.search(word)
+
+
+def message(node: ast.expr) -> str:
+    """The text of a string in code, with {} for each value in it; "" for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def test_errors_are_lower_case_without_a_period():
+    messages = {
+        f"{path.relative_to(ROOT)}:{node.lineno}": message(node.exc.args[0])
+        for package in ("longcat_core", "nodes")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
+    }
+    assert len(messages) > 200
+    # A capital is right in a name, which has another one: VAE, LoRA.
+    wrong = {at: text for at, text in messages.items() if re.match(r"[A-Z](?!\w*[A-Z])", text) or text.endswith(".")}
+    assert not wrong, "\n".join(f"{at}: {text}" for at, text in wrong.items())
 
 
 def test_links_between_pages_lead_somewhere():

@@ -112,7 +112,7 @@ def load_vae(
         config |= stored
         for key in ("latents_mean", "latents_std"):
             if not isinstance(config[key], list) or len(config[key]) != config["z_dim"]:
-                raise CheckpointError(f"{config_file} needs {config['z_dim']} values in {key}.")
+                raise CheckpointError(f"{config_file} needs {config['z_dim']} values in {key}; give another config")
     model = _meta_model(config, config_file or path)
     names = wan_vae.to_diffusers if wan_named else dict
     check_tensors(path, names(shapes), {k: tuple(v.shape) for k, v in model.state_dict().items()}, "Wan 2.1 VAE")

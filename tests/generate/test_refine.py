@@ -13,8 +13,8 @@ from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
-from longcat_core.cli import generate as commands
 from longcat_core.cli import main as cli
+from longcat_core.cli import models as commands
 from longcat_core.errors import LongCatError
 from longcat_core.files.media import read_video, write_video
 from longcat_core.generate import pipeline as pipelines
