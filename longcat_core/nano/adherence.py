@@ -1,11 +1,11 @@
-"""Measure whether the embedded model follows prompts: fresh prompts, fixed seeds, plain image analysis."""
+"""Measure how well the bundled model follows prompts: fresh prompts, fixed seeds, plain image analysis."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +41,6 @@ class Adherence:
     @property
     def fraction(self) -> float:
         return self.right.total() / self.total.total()
-
-
-def fresh_prompts(count: int, seed: int) -> list[Scene]:
-    """Scenes drawn from a random stream that the training data does not use."""
-    rng = random.Random(f"fresh {seed}")
-    return [sample_scene(rng) for _ in range(count)]
 
 
 def judge(
@@ -85,31 +79,25 @@ def generate_batch(pipeline: Pipeline, prompts: list[str], seeds: list[int], ste
 
 
 def measure(
-    pipeline: Pipeline,
-    count: int,
-    *,
-    steps: int = 50,
-    guidance: float = 4.0,
-    seed: int = 0,
-    lesson: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    pipeline: Pipeline, count: int, steps: int = 50, guidance: float = 4.0, lesson: bool = False
 ) -> Adherence:
     """Generate `count` fresh prompts (seed i for prompt i) and score them; the control averages shuffles by 1 to 5.
 
     lesson: prompts of `nano.lesson` instead of the world's own.
     """
-    asked = lesson_prompts(count, seed) if lesson else [(caption(scene), scene) for scene in fresh_prompts(count, seed)]
-    scenes: list[Scene | Observation] = [scene for _, scene in asked]
-    palette = PALETTE if lesson else COLORS
+    if lesson:
+        prompts, palette = lesson_prompts(count), PALETTE
+    else:
+        # A random stream that the training data does not use.
+        rng = random.Random("fresh 0")
+        prompts, palette = [(caption(scene), scene) for scene in (sample_scene(rng) for _ in range(count))], COLORS
+    scenes = [scene for _, scene in prompts]
     observations = []
     started = time.monotonic()
     for start in range(0, count, BATCH):
-        numbers = list(range(start, min(start + BATCH, count)))
-        videos = generate_batch(pipeline, [asked[i][0] for i in numbers], numbers, steps, guidance)
-        seeking = range(1, MAX_ACTORS + 1)
-        observations += [[analyze(video, n, palette=palette) for n in seeking] for video in videos]
-        if progress is not None:
-            progress(len(observations), count)
+        seeds = list(range(start, min(start + BATCH, count)))
+        for video in generate_batch(pipeline, [prompts[i][0] for i in seeds], seeds, steps, guidance):
+            observations.append([analyze(video, n, palette=palette) for n in range(1, MAX_ACTORS + 1)])
     seconds = time.monotonic() - started
     right, total = judge(observations, scenes)
     shuffled = [judge(observations, scenes, shift) for shift in range(1, min(6, count))]
@@ -118,13 +106,13 @@ def measure(
 
 
 def run(count: int, steps: int, guidance: float, lora: Sequence[Lora] | None = None, lesson: bool = False) -> int:
-    """Print the table for the embedded model, with LoRAs if given; returns 0."""
+    """Print the table for the bundled model, with LoRAs if given; returns 0."""
     if count < 2:
         raise LongCatError(f"{count} prompts cannot be shuffled for the control; ask for at least 2")
     make_schedule("base", steps)
     check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
     pipeline = Pipeline.load(lora=lora)
-    result = measure(pipeline, count, steps=steps, guidance=guidance, lesson=lesson)
+    result = measure(pipeline, count, steps, guidance, lesson)
     print(f"{count} fresh prompts, {steps} steps, guidance {guidance:g}, {result.seconds:.0f} s")
     for kind in ("background", "color", "shape", "motion"):
         right, total = result.right[kind], result.total[kind]

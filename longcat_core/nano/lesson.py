@@ -43,9 +43,7 @@ def expected_observation(scene: Scene) -> Observation:
     return Observation(scene.background, tuple(actors))
 
 
-def write_lesson(
-    folder: Path, count: int = 96, *, seed: int = 0, frames: int = 17, height: int = 64, width: int = 96
-) -> None:
+def write_lesson(folder: Path, count: int = 96, frames: int = 17) -> None:
     """Write `count` clips with captions, two thirds in the new color: all clips, or none after an error.
 
     Raises LongCatError if the folder is not empty or cannot be written to.
@@ -55,7 +53,7 @@ def write_lesson(
     if count < 2:
         raise LongCatError(f"{count} clips teach nothing; ask for at least 2")
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(f"lesson {seed}")
+    rng = random.Random("lesson 0")
     written: list[Path] = []
     try:
         for number in range(count):
@@ -65,7 +63,7 @@ def write_lesson(
             else:
                 scene, palette = sample_scene(rng), COLORS
                 words = caption(scene, rng)
-            video = render_clip(scene, frames=frames, height=height, width=width, seed=number, palette=palette)
+            video = render_clip(scene, frames=frames, height=64, width=96, seed=number, palette=palette)
             path = folder / f"{number:03}.mkv"
             written += (path, path.with_suffix(".txt"))
             write_video(path, video, BASE_FPS)
@@ -78,8 +76,8 @@ def write_lesson(
         raise
 
 
-def lesson_prompts(count: int, seed: int = 0) -> list[tuple[str, Observation]]:
+def lesson_prompts(count: int) -> list[tuple[str, Scene | Observation]]:
     """Prompts with the new color on backgrounds where no clip shows it, and what their videos should show."""
-    rng = random.Random(f"lesson asks {seed}")
+    rng = random.Random("lesson asks 0")
     scenes = [draw_lesson_scene(rng, TESTED_BACKGROUNDS) for _ in range(count)]
     return [(lesson_caption(scene), expected_observation(scene)) for scene in scenes]
