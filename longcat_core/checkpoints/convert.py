@@ -166,9 +166,9 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _errors(name: str, parts: list[Part], wanted: Tensor, given: Tensor) -> Iterator[LayerError]:
+def _errors(name: str, parts: list[Part], wanted: Tensor, found: Tensor) -> Iterator[LayerError]:
     kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
-    for part, one, other in zip(parts, wanted.chunk(len(parts)), given.chunk(len(parts)), strict=True):
+    for part, one, other in zip(parts, wanted.chunk(len(parts)), found.chunk(len(parts)), strict=True):
         off = other.sub_(one)
         relative = off.norm() / one.norm().clamp(min=TINY)
         largest = _largest(off) / _largest(one).clamp(min=TINY)

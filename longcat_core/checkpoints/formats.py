@@ -111,7 +111,7 @@ QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 # Other models that have all names of LongCat-Video and more.
 LARGER: tuple[tuple[str, tuple[str, ...]], ...] = (("LongCat-Video-Avatar", ("blocks.0.audio_cross_attn.",)),)
 
-# Other models whose files are easily mistaken for LongCat-Video's: (name, beginnings of keys that all must be there).
+# Other models whose files are easily mistaken for LongCat-Video's: (name, prefixes of keys, all of which they have).
 FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LongCat-Image", ("single_transformer_blocks.0.", "transformer_blocks.0.", "x_embedder.")),
     ("LongCat-Image or FLUX", ("single_blocks.0.", "double_blocks.0.")),
@@ -129,7 +129,7 @@ FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
 def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
     """The form of a checkpoint with these keys, and the prefix of its names.
 
-    Raises CheckpointError that says what the file seems to be instead; source: the file's name in that message.
+    Raises CheckpointError, which says what the file seems to be instead; source: the file's name in that sentence.
     """
     keys = list(keys)
     damaged: tuple[Format, str] | None = None

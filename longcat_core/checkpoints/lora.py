@@ -1,7 +1,7 @@
 """Read LoRA files of every kind and merge them into a network's weights; `adapted` applies them at run time instead.
 
 A file names modules as one of the checkpoint forms does, or as the network does; a module may be a whole fused weight
-or a part of one. Whatever its kind, a layer is down [n*r, in], n ups [out/n, r] and a scale here: slice i of its rows
+or a part of one. In every kind, a layer is down [n*r, in], n ups [out/n, r] and a scale here: slice i of its rows
 changes by scale * up_i @ down_i. Kinds differ in names, and in what their alpha means:
 
     official    `alpha_scale` is the scale; n > 1 where the layer is fused (`lora_up.blocks.i`)
@@ -102,7 +102,7 @@ def open_loras(loras: Iterable[Lora | OpenedLora]) -> list[OpenedLora]:
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """The stamp of a file; None where it is missing."""
+    """The stamp of a file; None if it is missing."""
     try:
         return stamp(os.stat(path))
     except OSError:

@@ -1,4 +1,4 @@
-"""LoRAs merged into a loaded network, exchanged without loading it again."""
+"""Exchange the LoRAs that are merged into a network, without loading it again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .lora import Lora, LoraStack, OpenedLora, changed_weights
 class MergedLoras:
     """The LoRAs merged into a network whose weights came from `checkpoint`.
 
-    Weights that change are read from the checkpoint again, so a LoRA that is taken out leaves no rounding error behind.
+    Weights that change are read from the checkpoint again, so removing a LoRA leaves no rounding error behind.
     """
 
     def __init__(
         self, model: LongCatTransformer, checkpoint: Checkpoint, loras: Iterable[Lora | OpenedLora] = ()
     ) -> None:
-        """loras: those that are in the network already."""
+        """loras: those that are merged already."""
         self.model, self.checkpoint = model, checkpoint
         self._changed = changed_weights(loras, self._shapes())
 
@@ -31,15 +31,15 @@ class MergedLoras:
 
     @torch.no_grad()
     def set(self, loras: Iterable[Lora | OpenedLora] = ()) -> list[str]:
-        """Have these LoRAs in the network, and no others; returns the parameters that were written.
+        """Merge these LoRAs and no others into the network; returns the parameters that were written.
 
         8-bit layers are quantized again from the merged weight. Everything is checked before any weight changes. Raises
-        CheckpointError as `LoraStack`, and where the checkpoint's files are missing.
+        CheckpointError as `LoraStack`, and if the checkpoint's files are missing.
         """
         stack, reader = LoraStack(loras, self._shapes()), Reader(self.checkpoint)
         names = list(dict.fromkeys((*self._changed, *stack.weights)))
         for name in names:
-            # Touches every file now, so that a missing one is not found halfway.
+            # A missing file is found here, before any weight changes.
             for part in self.checkpoint.parts(name):
                 reader.rows(part.name, 0, 1)
         for name in names:

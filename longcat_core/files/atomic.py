@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under another name beside their place, then renamed."""
+"""Write files and folders under another name beside their place, then rename them: they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def atomic_path(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
     """A temporary path beside `path`, moved there on success and removed on any exception.
 
     suffix: of the temporary name; None keeps that of `path`, by which writers of media choose a format. A link is
-    written through, not replaced. Raises LongCatError where the file system refuses (no space, no permission).
+    written through, not replaced. Raises LongCatError if the file system refuses (no space, no permission).
     """
     # Resolved, so that the place that was checked is the place that is written to.
     path = Path(path).resolve()
@@ -39,7 +39,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that takes its place on success; on any exception the old one stays.
 
     Files directly in it are forced to the disk before the rename, so that a power cut leaves the old or the new folder.
-    The names beside `path` that this may leave when the process is killed are those of `leftovers`. Raises OSError.
+    A killed process may leave the folders that `leftovers` lists. Raises OSError.
     """
     new, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
     try:
@@ -66,16 +66,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path, name: str) -> list[Path]:
-    """What a killed process left in `folder` of an `atomic_folder` whose name matches the pattern `name`."""
+    """What killed processes left in `folder` of atomic folders whose names match the pattern `name`."""
     return [*folder.glob(f".{name}.new"), *folder.glob(f".{name}.old")]
 
 
 def flush(path: Path) -> None:
-    """Force a file or folder to the disk; until then the system may hold what was written in memory."""
+    """Force a file or folder to the disk, because the system may keep what was written in memory."""
     try:
         file = os.open(path, os.O_RDONLY)
     except PermissionError:
-        # Windows opens no folders.
+        # Windows cannot open folders.
         return
     try:
         os.fsync(file)

@@ -1,4 +1,4 @@
-"""Settings that were kept, compared with the settings of now, and the difference in words."""
+"""Compare stored settings with current ones, and describe how they differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Differences that a sentence names; between a long video and a refined one, nearly all settings differ.
+# Number of differences that a sentence names: between a long video and a refined one, nearly all settings differ.
 NAMED = 4
 # Characters of a value that a sentence shows.
 _SHOWN = 60
@@ -30,7 +30,7 @@ def differences_in_words(there: Mapping[str, Any], now: Mapping[str, Any]) -> st
 
 
 def _both(there: Any, now: Any) -> str:
-    """Both values; of long ones what is around the first difference."""
+    """Both values; long ones are cut to what is around the first difference."""
     texts = ["none" if value is None else str(value) or "empty" for value in (there, now)]
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, same - 20)

@@ -1,4 +1,4 @@
-"""A file or folder that one process at a time works on."""
+"""A lock for a file or folder that one process at a time works on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import LongCatError
 def held(lock: Path, refusal: str, *, remove: bool = False) -> Iterator[None]:
     """Hold the lock file `lock` while the block runs. remove: delete the file afterwards.
 
-    Raises LongCatError with the sentence `refusal` where another process holds it, OSError where it cannot be made.
+    Raises LongCatError with the sentence `refusal` if another process holds it, OSError if it cannot be created.
     """
     file = FileLock(lock, timeout=0)
     try:

@@ -1,4 +1,4 @@
-"""Whether a file may be written to a place, asked before anything heavy begins."""
+"""Check that a file can be written to a place, before heavy work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .atomic import reason
 def check_suffix(path: Path, suffixes: Sequence[str], what: str = "output", why: str = "") -> None:
     """Raise LongCatError unless the name of `path` ends in one of `suffixes`, in small or capital letters.
 
-    what: what the file is to the user; why: a second half of the sentence.
+    what: what the user calls the file; why: the end of the sentence.
     """
     if path.suffix.lower() not in suffixes:
         raise LongCatError(f"{what} {str(path)!r} must end in {', '.join(suffixes)}{why}")

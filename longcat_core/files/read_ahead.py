@@ -1,4 +1,4 @@
-"""Files that threads read before their numbers are needed."""
+"""Prefetch files with threads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ THREADS = 3
 
 
 class ReadAhead:
-    """Results of jobs in order, which threads compute before they are needed.
+    """Threads run jobs ahead of the reader, who takes the results in order, so the disk stays busy meanwhile.
 
-    The disk stays busy while earlier results are converted. Results lie in buffers that are reused.
+    Results are in buffers that are reused.
     """
 
     def __init__(self, jobs: Iterable[tuple[Hashable, Callable[[Tensor], Tensor]]], count: int, size: int) -> None:
-        """jobs: (key, function that reads the result into a buffer). count: results that are being read or wait at a
-        time; size: bytes of each buffer; a larger result takes memory of its own."""
+        """jobs: (key, function that reads the result into a buffer). count: number of buffers; size: their bytes; a
+        larger result takes memory of its own."""
         self._jobs = iter(jobs)
         self._waiting: deque[tuple[Hashable, Future[Tensor], Tensor]] = deque()
         self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]

@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from .atomic import atomic_path
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-# What a fingerprint reads of a file.
+# The parts of a file that a fingerprint reads.
 SAMPLE_HEAD, SAMPLES, SAMPLE_BYTES = 1 << 20, 64, 4096
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 DTYPES = {
@@ -38,7 +38,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What files named like a checkpoint often are instead, by their first bytes.
+# What a file named like a checkpoint may be instead, by its first bytes.
 FOREIGN_STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights; run `git lfs pull` or download the file"),
     (b"PK\x03\x04", "is a PyTorch pickle, which can run code when it is loaded; convert it to .safetensors"),
@@ -47,7 +47,7 @@ FOREIGN_STARTS = (
     (b"<", "is a web page, not the weights; the download failed, so fetch the file again"),
 )
 
-# Of files that are being written: loaders that list *.safetensors must not find them.
+# Suffix of files that are being written, so that loaders listing *.safetensors do not find them.
 TEMPORARY = ".tmp"
 
 Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -110,7 +110,7 @@ class SafetensorsFile:
     def tensors(self, names: Iterable[str] | None = None, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors of the file (or those in `names`) as stored, on `device`; CPU tensors are memory-mapped.
 
-        Raises CheckpointError for a name that the file lacks, and where it cannot be read.
+        Raises CheckpointError for a name that the file lacks, and if it cannot be read.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -145,7 +145,7 @@ def write_safetensors(
 ) -> None:
     """Write `tensors` (any device, any strides) to `path`, whole or not at all, with ordinary file permissions.
 
-    Raises LongCatError where the file cannot be written.
+    Raises LongCatError if the file cannot be written.
     """
     header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_safetensors(path, header, tensors.items(), metadata)
@@ -161,7 +161,7 @@ def stream_safetensors(
     """`write_safetensors` of more than fits in memory: `tensors` come one by one, in any order, as `header` announces.
 
     check: receives the finished file before it is renamed to `path`; if it raises, `path` stays as it was. Raises
-    LongCatError where the file cannot be written.
+    LongCatError if the file cannot be written.
     """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, dict[str, Any]] = {}

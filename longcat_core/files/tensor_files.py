@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from .safetensors_io import Header, SafetensorsFile, stamp
 
 GGUF_MAGIC = b"GGUF"
-# Where converters keep the shape of a tensor with more than GGUF's four dimensions.
+# Metadata in which converters keep the shape of a tensor that has more than GGUF's four dimensions.
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 # Stored as plain numbers; every other type is blocks of quantized numbers.
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -30,9 +30,9 @@ class TensorFile(Protocol):
     metadata: dict[str, str]
 
     def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
-        """Rows of a tensor on the CPU, in the header's dtype. buffer [bytes] uint8: where they may be put, as new
-        memory costs more than reading into it. Raises CheckpointError where the file cannot be read, or holds other
-        tensors than when it was opened."""
+        """Rows of a tensor on the CPU, in the header's dtype. buffer [bytes] uint8: memory to reuse for them, because
+        new memory costs more than reading. Raises CheckpointError if the file cannot be read, or holds other tensors
+        than when it was opened."""
 
 
 def open_file(path: Path) -> TensorFile:
@@ -105,7 +105,7 @@ class GgufFile:
             ) from error
 
     def _check_same(self) -> None:
-        # A file that became shorter would end the process where its mapping is read.
+        # Reading the mapping of a truncated file would kill the process.
         try:
             now = stamp(self.path.stat())
         except OSError as error:

@@ -91,9 +91,9 @@ class Scene:
             raise LongCatError(f"shapes and background need different colors, got {', '.join(colors)}")
 
 
-def _check(what: str, value: str, known: Sequence[str] | dict) -> None:
-    if value not in known:
-        raise LongCatError(f"unknown {what} {value!r}; choose one of: {', '.join(known)}")
+def _check(what: str, value: str, choices: Sequence[str] | dict) -> None:
+    if value not in choices:
+        raise LongCatError(f"unknown {what} {value!r}; choose one of: {', '.join(choices)}")
 
 
 def sample_scene(rng: random.Random, two_shapes: float = 0.35) -> Scene:
