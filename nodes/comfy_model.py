@@ -161,7 +161,7 @@ class DiffusionModel(LongCatTransformer):
         comfy_fp8.prepare(self, device, dtype)
         execution = self.execution(dtype, options)
         own = execution.choose_kernels(device)
-        return Prepared(execution, user_kernels(execution.asked, options, own))
+        return Prepared(execution, user_kernels(execution.requested, options, own))
 
     def forward(
         self,

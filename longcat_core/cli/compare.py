@@ -302,8 +302,8 @@ class _Run:
     def _switch(self, side: _Side) -> None:
         network = self.pipeline.model
         mode = compile_mode(side.args, side.device, side.paths)
-        switches = replace(network.asked, attention=side.args.attention, compile=mode)
-        if switches != network.asked:
+        switches = replace(network.requested, attention=side.args.attention, compile=mode)
+        if switches != network.requested:
             network.set_optimizations(switches)
 
     def _video(self, side: _Side, i: int) -> None:

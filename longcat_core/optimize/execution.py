@@ -1,14 +1,15 @@
 """How a network runs: switches become an `Ops`, a token layout, a KV cache and a way of calling each block.
 
-An `Execution` changes nothing in the network, so several of them can share one: each clone of a ComfyUI MODEL has its
-own. `OptimizedTransformer` is a network with the execution that belongs to it, for use without ComfyUI.
+An `Execution` changes nothing in the network, so several executions can share a network: each clone of a ComfyUI MODEL
+has its own. `OptimizedTransformer` is a network with one execution, for use without ComfyUI.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ from .streaming import BlockStream, streamed
 from .switches import Optimizations
 from .text_keys import CachedTexts, NoText, TokenTexts
 
-# Called as around_block(i, run, tokens) with tokens [B, T, S, C]; run(tokens) is block i. Returns tokens.
+P = ParamSpec("P")
+R = TypeVar("R")
+# A hook: around_block(i, run, tokens) with tokens [B, T, S, C] returns tokens; run(tokens) is block i.
 AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
@@ -45,10 +48,10 @@ def _warn(sentence: str) -> None:
 class Execution:
     """One network under one set of switches.
 
-    optimizations: the switches in force. asked: those that were asked for, which stay where a lossy one is given up.
-    block_sparse: self-attention of videos block by block, which changes the output; None: in full. stream: where the
-    weights of some blocks wait in CPU memory; None: all lie on the device. announce: receives sentences for the user,
-    when compiling begins or a lossy switch is given up.
+    optimizations: the switches in force. requested: the switches that were set, which differ after a lossy one was
+    turned off. block_sparse: settings of block-sparse self-attention, which changes the output; None: full attention.
+    stream: holds the blocks whose weights wait in CPU memory, or None. announce: receives sentences for the user, when
+    compiling begins or a lossy switch is turned off.
     """
 
     compiled_block: Regional = COMPILED_BLOCK
@@ -64,8 +67,8 @@ class Execution:
         uncompiled: Callable[[Block, torch.device], bool] | None = None,
         announce: Callable[[str], None] = _warn,
     ) -> None:
-        """dtype: of activations; None: the network's. sliceable: see `optimize.fused`. uncompiled: tells of a block and
-        the device of its tokens that it must not be compiled; None: all may be.
+        """dtype: of activations; None: the network's. sliceable: see `optimize.fused`. uncompiled: whether a block must
+        not be compiled for tokens on a device; None: all may be.
         """
         self.network, self.block_sparse, self.sliceable = network, block_sparse, sliceable
         self.uncompiled, self.announce, self._dtype = uncompiled, announce, dtype
@@ -82,26 +85,26 @@ class Execution:
         return self._dtype or self.network.dtype
 
     def set_optimizations(self, optimizations: Optimizations) -> None:
-        """Switch how the network runs; weights stay as they are.
+        """Change how the network runs, without changing weights.
 
-        Raises BackendUnavailable for an attention backend that this machine lacks, and changes nothing then.
+        Raises BackendUnavailable for an attention backend that this machine lacks; nothing changes then.
         """
         attention.check(optimizations.attention)
-        self.asked = self.optimizations = optimizations
+        self.requested = self.optimizations = optimizations
         self._trusted = False
 
     @property
     def eight_bit(self) -> bool:
-        """Whether there are 8-bit layers, the owner's or those of `optimize.quantization`."""
+        """Whether the network has 8-bit layers, its owner's or those of `optimize.quantization`."""
         return any(getattr(module, "eight_bit", False) for module in self.network.blocks.modules())
 
     def stream_blocks(self, device: torch.device | str, streamed: Iterable[int]) -> None:
-        """Keep these blocks' weights in CPU memory until they run on `device`, in addition to those kept there already.
+        """Keep these blocks' weights in CPU memory until they run on `device`, in addition to those already there.
 
-        No gradients from then on. The other weights must lie on the device.
+        From then on there are no gradients. The other weights must lie on the device.
         """
         if self.stream is None:
-            # Keys of the text are made once for a prompt.
+            # Keys and values of the text are computed once per prompt.
             late = "cross_attn.kv."
             self.stream = BlockStream(self.network.blocks, device, streamed, lambda name: name.startswith(late))
         else:
@@ -110,25 +113,25 @@ class Execution:
     def embed_text(self, context: Tensor, mask: Tensor | None = None, length: int | None = None) -> TextTokens:
         """Text for every block, computed once per prompt.
 
-        context [B, L, caption]; mask [B, L] (1: real token) or None: all are real; length: tokens with all padding,
-        where context was cut to fewer.
+        context [B, L, caption]; mask [B, L] (1: real token) or None: all tokens are real; length: tokens with all
+        padding, if context was cut shorter.
         """
         mode, zero_pad = self.optimizations.text_mode, self.config.text_tokens_zero_pad
         context = context.to(self.compute_dtype)
         return arrange_text(context, mask, mode, zero_pad, self.network.embed_tokens, length)
 
     def choose_kernels(self, device: torch.device) -> attention.Kernels:
-        """The kernels that `optimizations` name, for tensors on `device`."""
+        """The attention kernels that `optimizations` select for tensors on `device`."""
         inputs = Inputs(device, self._active_dtype(device), self.config.head_dim, self._learns())
         return attention.resolve_kernels(self.optimizations.attention, inputs)
 
     def own_kernels(self, x: Tensor) -> bool:
-        """Whether the element-wise work on activations like x goes through kernels of our own."""
-        # They are explicit fp32 throughout: they cannot stand for autocast regions.
+        """Whether element-wise work on activations like x goes through our Triton kernels."""
+        # They compute in explicit fp32 and cannot replace autocast regions.
         return self.optimizations.fused_kernels and self.optimizations.explicit_fp32 and kernels_usable(x)
 
     def own_text_kernel(self, x: Tensor, text: TextTokens) -> bool:
-        """Whether attention from activations like x to a text goes through a kernel of our own."""
+        """Whether attention from activations like x to a text goes through our Triton kernel."""
         wanted = self.optimizations.fused_text and self.own_kernels(x)
         return wanted and not text_attention.refuses(self.config.head_dim, text.tokens.shape[1])
 
@@ -149,9 +152,8 @@ class Execution:
     ) -> KVCache:
         """One pass over clean latents [B, C, n, H, W] at timestep 0 and without text; returns the filled cache.
 
-        What the network returns for these frames is kept in it as `out`.
-
-        device: where the cache shall live; None: beside the latents. kernels: see `__call__`.
+        The network's output for these frames is kept in it as `out`. device: where the cache lies; None: beside the
+        latents. kernels: see `__call__`.
         """
         device = torch.device(device or cond_latents.device)
         cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0], device=device)
@@ -175,11 +177,10 @@ class Execution:
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32; see `LongCatTransformer.forward`.
 
-        context: text [B, L, caption] with mask [B, L] (1: real), or the result of `embed_text`; None leaves
-        cross-attention out. kv_cache: of clean frames that stand in front of x and are not part of it. fill: a cache
-        that receives this pass's keys (before RoPE) and values. kernels: instead of those that the optimizations name.
-        around_block: called in place of every block. With `block_sparse` set, blocks see tokens chunk after chunk, in
-        slabs instead of frames.
+        context: text [B, L, caption] with mask [B, L] (1: real), or the result of `embed_text`; None: no
+        cross-attention. kv_cache: of clean frames that stand in front of x and are not part of it. fill: a cache that
+        receives this pass's keys (before RoPE) and values. kernels: replace those that the optimizations select.
+        around_block: called in place of every block; with `block_sparse` the tokens are chunk after chunk, in slabs.
         """
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
         if text is not None and text.tokens.shape[0] not in (1, x.shape[0]):
@@ -197,7 +198,7 @@ class Execution:
             cache = Filling(fill, layout.restore_rows)
         sizes = layout.sizes(self._grid(x))
         ops = self._ops(x, text, chosen, sizes, grad)
-        texts = self._texts(text, ops, x.shape[0], kept=context is text and not grad)
+        texts = self._texts(text, ops, x.shape[0], reused=context is text and not grad)
         out = LongCatTransformer.forward(
             self.network,
             x.to(self.compute_dtype),
@@ -211,24 +212,24 @@ class Execution:
         )
         if self._trusted or grad or torch.compiler.is_compiling():
             return out
-        # A cache that is being filled is checked by itself, and does not stand for the first step.
+        # The output of filling a cache is checked too, but does not count as the first step.
         self._trusted = fill is None
         if not self._give_up(out):
             return out
         del out
-        again = {"num_cond_latents": num_cond_latents, "kv_cache": kv_cache, "fill": fill, "around_block": around_block}
+        options = {"num_cond_latents": num_cond_latents, "kv_cache": kv_cache, "fill": fill}
         kernels = None if kernels is None else self.choose_kernels(x.device)
-        return self(x, timestep, context, mask, kernels=kernels, **again)
+        return self(x, timestep, context, mask, kernels=kernels, around_block=around_block, **options)
 
     def _give_up(self, out: Tensor) -> bool:
-        """Check the first output [B, ...] under lossy switches; if it is spoiled, take one of them back and say so."""
+        """Check the first output [B, ...] under lossy switches; if it is spoiled, turn one off and announce it."""
         lossy = lossy_switches(self.optimizations, self.eight_bit)
         if not lossy or not is_spoiled(out):
             return False
-        what, rest = lossy[0]
-        asked = self.asked
-        self.set_optimizations(rest)
-        self.asked = asked
+        what, without = lossy[0]
+        requested = self.requested
+        self.set_optimizations(without)
+        self.requested = requested
         self.announce(f"{what} gave NaN or a black picture at the first step; going on without it")
         return True
 
@@ -245,9 +246,9 @@ class Execution:
     def _layout(
         self, x: Tensor, num_cond: int, start: int, filling: bool, kernels: attention.Kernels
     ) -> tuple[FrameLayout, attention.Kernels]:
-        """The order of tokens, and the kernels for it. start: cached frames in front of x."""
+        """The order of tokens, and the kernels for it. start: number of cached frames in front of x."""
         grid = self._grid(x)
-        # A cache is filled for noise frames to come, so the frames are more than one then.
+        # Noise frames will follow the frames of a cache that is being filled, so there is more than one frame.
         if self.block_sparse is None or not BlockSparse.applies(start + grid[0] + filling):
             return FrameLayout(), kernels
         layout = ChunkedLayout.of(grid, self.block_sparse, num_cond, start, x.device)
@@ -262,7 +263,7 @@ class Execution:
     def _ops(
         self, x: Tensor, text: TextTokens | None, kernels: attention.Kernels, sizes: tuple[int, int], grad: bool
     ) -> TorchOps:
-        """The operations of one pass. sizes: frames or slabs, and the tokens of each."""
+        """The operations of one pass. sizes: number of frames or slabs, and of the tokens in each."""
         chosen = self.optimizations
         like = x.new_empty(0, dtype=self._active_dtype(x.device))
         own = not grad and self.own_kernels(like)
@@ -272,16 +273,16 @@ class Execution:
         return (FusedOps if own else TorchOps)(kernels, OpSwitches(*numerics, pieces, fused_text), self.sliceable)
 
     def _texts(
-        self, text: TextTokens | None, ops: TorchOps, batch: int, kept: bool
+        self, text: TextTokens | None, ops: TorchOps, batch: int, reused: bool
     ) -> NoText | TokenTexts | CachedTexts:
-        """What blocks attend to. kept: `text` will be here at the next step."""
+        """What blocks attend to. reused: `text` will be passed in again at the next step."""
         if text is None:
             return NoText()
         form = ops.text_form(text, batch)
-        if not (kept and self.optimizations.reuse_text) or torch.compiler.is_compiling():
+        if not (reused and self.optimizations.reuse_text) or torch.compiler.is_compiling():
             return TokenTexts(text, form)
-        how = self.optimizations.fused_qkv, self.optimizations.fp8
-        return CachedTexts(text, form, self.network.blocks, ops, how)
+        switches = self.optimizations.fused_qkv, self.optimizations.fp8
+        return CachedTexts(text, form, self.network.blocks, ops, switches)
 
     def _run(
         self,
@@ -292,7 +293,7 @@ class Execution:
         filling: bool,
         around_block: AroundBlock | None,
     ) -> Run:
-        """How a block is called, from the inside out: compiled, recomputed, under a hook, streamed."""
+        """How a block is called, from the inside out: compiled, recomputed, hooked, streamed."""
         call = run_block
         if self.optimizations.compile == "blocks" and not filling and not torch.compiler.is_compiling():
             call = compiled_call(self.compiled_block, ops, sizes, self.announce)
@@ -323,14 +324,23 @@ def _hooked(run: Run, around_block: AroundBlock) -> Run:
     return hooked
 
 
-def _of_execution(name: str) -> property:
-    def get(self: OptimizedTransformer) -> Any:
-        return getattr(self.execution, name)
+def _value(name: str) -> Any:
+    """A property of `OptimizedTransformer` that reads and sets one of its execution."""
+    return property(
+        lambda self: getattr(self.execution, name),
+        lambda self, value: setattr(self.execution, name, value),
+        doc=f"See `Execution.{name}`.",
+    )
 
-    def put(self: OptimizedTransformer, value: Any) -> None:
-        setattr(self.execution, name, value)
 
-    return property(get, put, doc=f"`Execution.{name}`.")
+def _method(function: Callable[Concatenate[Execution, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method of `OptimizedTransformer` that calls one of its execution."""
+
+    @wraps(function)
+    def call(self: OptimizedTransformer, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.execution, function.__name__)(*args, **kwargs)
+
+    return call
 
 
 class OptimizedTransformer(LongCatTransformer):
@@ -346,21 +356,30 @@ class OptimizedTransformer(LongCatTransformer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(config, operations=operations, dtype=dtype, device=device)
-        # Past nn.Module's registration: the execution holds this network.
-        self.__dict__["execution"] = Execution(
-            self, optimizations, sliceable=getattr(operations, "sliceable", sliceable)
-        )
+        execution = Execution(self, optimizations, sliceable=getattr(operations, "sliceable", sliceable))
+        # Not through nn.Module, which would register the execution's network as a part of itself.
+        self.__dict__["execution"] = execution
 
-    optimizations = _of_execution("optimizations")
-    asked = _of_execution("asked")
-    block_sparse = _of_execution("block_sparse")
-    stream = _of_execution("stream")
-    announce = _of_execution("announce")
-    compiled_block = _of_execution("compiled_block")
+    optimizations: Optimizations = _value("optimizations")
+    requested: Optimizations = _value("requested")
+    block_sparse: BlockSparse | None = _value("block_sparse")
+    stream: BlockStream | None = _value("stream")
+    announce: Callable[[str], None] = _value("announce")
+    compiled_block: Regional = _value("compiled_block")
+    compute_dtype: torch.dtype = _value("compute_dtype")
+    eight_bit: bool = _value("eight_bit")
+
+    set_optimizations = _method(Execution.set_optimizations)
+    stream_blocks = _method(Execution.stream_blocks)
+    embed_text = _method(Execution.embed_text)
+    choose_kernels = _method(Execution.choose_kernels)
+    own_text_kernel = _method(Execution.own_text_kernel)
+    new_kv_cache = _method(Execution.new_kv_cache)
+    fill_kv_cache = _method(Execution.fill_kv_cache)
 
     @property
     def network(self) -> LongCatTransformer:
-        """The network itself, for whoever reads or writes weights."""
+        """The network itself, for reading and writing weights."""
         return self
 
     @property
@@ -368,42 +387,6 @@ class OptimizedTransformer(LongCatTransformer):
         """Where latents go in: the device of the weights that are not streamed."""
         return self.patch_embed.weight.device
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.execution.compute_dtype
-
-    @property
-    def eight_bit(self) -> bool:
-        return self.execution.eight_bit
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Execution.__call__`."""
         return self.execution(*args, **kwargs)
-
-    def set_optimizations(self, optimizations: Optimizations) -> None:
-        """See `Execution.set_optimizations`."""
-        self.execution.set_optimizations(optimizations)
-
-    def stream_blocks(self, device: torch.device | str, streamed: Sequence[int]) -> None:
-        """See `Execution.stream_blocks`."""
-        self.execution.stream_blocks(device, streamed)
-
-    def embed_text(self, context: Tensor, mask: Tensor | None = None, length: int | None = None) -> TextTokens:
-        """See `Execution.embed_text`."""
-        return self.execution.embed_text(context, mask, length)
-
-    def choose_kernels(self, device: torch.device) -> attention.Kernels:
-        """See `Execution.choose_kernels`."""
-        return self.execution.choose_kernels(device)
-
-    def own_text_kernel(self, x: Tensor, text: TextTokens) -> bool:
-        """See `Execution.own_text_kernel`."""
-        return self.execution.own_text_kernel(x, text)
-
-    def new_kv_cache(self, *args: Any, **kwargs: Any) -> KVCache:
-        """See `Execution.new_kv_cache`."""
-        return self.execution.new_kv_cache(*args, **kwargs)
-
-    def fill_kv_cache(self, *args: Any, **kwargs: Any) -> KVCache:
-        """See `Execution.fill_kv_cache`."""
-        return self.execution.fill_kv_cache(*args, **kwargs)

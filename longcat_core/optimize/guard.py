@@ -11,7 +11,7 @@ from .switches import Optimizations
 
 
 def lossy_switches(optimizations: Optimizations, eight_bit: bool) -> list[tuple[str, Optimizations]]:
-    """What may spoil the output, in words, and the optimizations without it. eight_bit: there are 8-bit layers."""
+    """The lossy switches that are on: each in words, and the optimizations without it. eight_bit: of the network."""
     found = []
     if not is_exact(optimizations.attention):
         found.append((f"attention backend {optimizations.attention!r}", replace(optimizations, attention="auto")))

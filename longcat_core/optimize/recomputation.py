@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """call(block, x, *args) with its activations computed again where gradients need them. Exact."""
+    """call(block, x, *args), whose activations are computed again for the backward pass. Exact."""
 
     def checkpointed(block: Any, x: Tensor, *args: Any) -> Tensor:
         return checkpoint(call, block, x, *args, use_reentrant=False)

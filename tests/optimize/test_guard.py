@@ -71,7 +71,7 @@ def test_nan_from_a_lossy_kernel(model, inputs, kernel, way):
     assert model.said == [
         "attention backend 'lossy' gave NaN or a black picture at the first step; going on without it"
     ]
-    assert model.optimizations == replace(PLAIN, attention="auto") and model.asked == asked
+    assert model.optimizations == replace(PLAIN, attention="auto") and model.requested == asked
     calls = kernel.calls
     assert torch.equal(run(model, inputs), wanted) and kernel.calls == calls and len(model.said) == 1
 

@@ -128,7 +128,7 @@ def test_interruption_leaves_the_model_as_it_was(comfy, model, small, fidelity, 
         patch.setattr(network, "prepare", prepare)
         with pytest.raises(management.InterruptProcessingException):
             fidelity()
-    asked = [execution.asked.attention for execution in network.executions.values()]
+    asked = [execution.requested.attention for execution in network.executions.values()]
     assert asked[-1] == "sdpa-math", "the noise floor was being sampled"
     assert torch.equal(sample(small, seed=5, steps=STEPS), expected)
 
