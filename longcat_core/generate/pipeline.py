@@ -199,7 +199,7 @@ def _plan(
     if work is not None and device.type == "cpu":
         _check_host(config, dtype, fp8, replace(least, streamed=0), work, text_encoder + others)
     if work is None or device.type != "cuda":
-        return least, least.told(config.depth)
+        return least, least.describe(config.depth)
     own = optimizations.fused_kernels and optimizations.explicit_fp32 and elementwise.takes(dtype)
     weights, free = Weights.of(config, dtype, fp8), free_bytes(device, memory)
     plan, needed = choose_plan(
@@ -213,7 +213,7 @@ def _plan(
         text_encoder=text_encoder,
         least=least,
     )
-    told = plan.told(config.depth)
+    told = plan.describe(config.depth)
     if needed > free:
         warnings.warn(
             f"this needs about {needed / GIB:.1f} GiB of GPU memory and {free / GIB:.1f} are free; it may run out",
@@ -391,7 +391,7 @@ class Pipeline(Engine):
         apply_plan(self.model, plan)
         self.plan = plan
         _empty_cache()
-        warnings.warn(f"out of memory; going on with less: {plan.told(self.model.config.depth)}", stacklevel=3)
+        warnings.warn(f"out of memory; going on with less: {plan.describe(self.model.config.depth)}", stacklevel=3)
         return True
 
     def denoise(

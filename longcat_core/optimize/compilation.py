@@ -1,6 +1,6 @@
-"""Regional compile: one graph of a transformer block serves all blocks, steps and prompts.
+"""Regional compile: one graph of a function over tensors serves all its calls, with few recompilations.
 
-Knows nothing of the network, which stands on it: a function over tensors comes in, the same function compiled goes out.
+One graph of a transformer block serves all blocks, steps and prompts; nothing here depends on the network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 NOTICE = "compiling {}; this takes about a minute the first time"
 
-# Batch with and without guidance, given frames with and without a cache, sizes, precisions: more than PyTorch's 8.
+# Batches with and without guidance, conditioning frames with and without a cache, sizes, precisions: more graphs than
+# PyTorch's default of 8.
 GRAPHS = 64
 
 
@@ -26,27 +27,27 @@ def why_not(device: torch.device) -> str:
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "the triton package is not installed"
     if device.type != "cpu":
-        return f"it is not tried on {device.type}"
+        return f"it is not supported on {device.type}"
     return "" if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")) else "there is no C++ compiler"
 
 
 class Regional:
-    """`function` under torch.compile, with a graph for each size at most until sizes vary.
+    """`function` under torch.compile, with at most two graphs for each kind of input.
 
     The first size of a kind gets a graph of its own, which is the fastest; all later sizes share one with symbolic
-    sizes. PyTorch would guess such from what changed, one dimension after the other: here the caller names them.
-    Graphs are PyTorch's, kept for the process, and its compile cache on disk holds what they are made of.
+    sizes. PyTorch would guess from what changes, one dimension after another; here the caller names the dimensions.
+    PyTorch keeps the graphs for the process, and its compile cache on disk keeps their code.
     """
 
     def __init__(
         self, function: Callable[..., Any], what: str, backend: Any = "inductor", *, slow: bool = True
     ) -> None:
-        """what: the function in words, for notices; slow: whether that it is being compiled is worth one."""
+        """what: the function in words, for notices; slow: whether compiling it is worth a notice."""
         self.function, self.what, self.backend, self.slow = function, what, backend, slow
         self.forget()
 
     def forget(self) -> None:
-        """Treat sizes and failures as if nothing had been compiled; graphs go with torch._dynamo.reset()."""
+        """Forget sizes and failures; torch._dynamo.reset() drops the graphs."""
         self._first: dict[Hashable, Hashable] = {}
         self._announced: set[Hashable] = set()
         self._failed: set[Hashable] = set()
@@ -55,7 +56,7 @@ class Regional:
     def _compile(self, fullgraph: bool, symbolic: bool) -> Callable[..., Any]:
         options = None
         if symbolic and self.backend == "inductor":
-            # PyTorch 2.11 fails in this analysis on symbolic sizes, for which it has no use.
+            # PyTorch 2.11 fails in this analysis on symbolic sizes, which do not profit from it.
             from torch._inductor import config
 
             if hasattr(config.triton, "coalesce_tiling_analysis"):
@@ -73,10 +74,10 @@ class Regional:
     ) -> Any:
         """function(*args).
 
-        kind: what a graph is made for apart from sizes; size: that of these inputs. sized: tensors with the dimensions
-        that follow from `size`; varying: those that differ from call to call at the same size, symbolic from the
-        start. announce: called with a sentence before a call that will compile. Where compiling fails, it gets that
-        too, and the function runs as it is from then on.
+        kind: everything but sizes that a graph depends on; size: that of these inputs. sized: tensors with the
+        dimensions that depend on `size`; varying: those that differ between calls of one size, which are symbolic from
+        the start. announce: receives a sentence before a call that compiles. If compiling fails, it receives the
+        reason, and calls of this kind run uncompiled from then on.
         """
         grad = torch.is_grad_enabled()
         kind = (kind, grad)
@@ -91,7 +92,7 @@ class Regional:
             announce(NOTICE.format(self.what))
         try:
             with _many_graphs():
-                # Kernels that gradients pass through may be beyond the compiler: there a graph may break.
+                # With gradients the compiler looks into kernels, where it may have to break the graph.
                 return self._compiled(not grad, bool(marks))(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             self._failed.add(kind)

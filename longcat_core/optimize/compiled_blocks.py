@@ -1,4 +1,4 @@
-"""Blocks under torch.compile: which inputs make a graph of their own, and which sizes are symbolic."""
+"""Blocks under torch.compile: which inputs need a graph of their own, and which sizes are symbolic."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from . import attention, operators
 from .compilation import Regional
 from .fused import TorchOps
 
-# One graph of a block serves all blocks of all networks of a process.
+# One graph serves all blocks of all networks of a process.
 COMPILED_BLOCK = Regional(run_block, "the transformer block")
 
 
 def compiled_call(
     compiled: Regional, ops: TorchOps, grid: Sequence[int], announce: Callable[[str], None]
 ) -> Callable[..., Tensor]:
-    """`run_block` through `compiled`, for tokens of this grid (frames, tokens of a frame)."""
-    known = attention.is_known(ops.kernels.attend)
-    within = ops if known else ops.with_kernels(attend=operators.attend_foreign, quantized=None)
+    """`run_block` through `compiled`, for tokens of this grid (frames, tokens per frame)."""
+    backend = attention.is_known(ops.kernels.attend)
+    within = ops if backend else ops.with_kernels(attend=operators.attend_foreign, quantized=None)
 
     def call(
         block: Block,
@@ -48,7 +48,7 @@ def compiled_call(
             varying = [*((rows, (1,)) for rows in text.keys or (text.tokens,)), (text.bias, (3,))]
             if text.packing is not None:
                 varying.append((text.packing.rows, (0,)))
-        with nullcontext() if known else operators.foreign_kernel(ops.kernels.attend):
+        with nullcontext() if backend else operators.foreign_kernel(ops.kernels.attend):
             return compiled(
                 *(block, x, temb, text, rope, cached, within, num_cond, *keep),
                 kind=kind,

@@ -1,8 +1,8 @@
-"""The operations of the network as they are run: by PyTorch under the switches, or by kernels of our own.
+"""The operations of the network as it runs: in PyTorch under the switches, or by our Triton kernels.
 
-`TorchOps` adds to `model.ops.PlainOps` what needs no Triton: an attention backend, slices of fused weights, autocast
-regions, 8-bit layers multiplied out, and a feed-forward cut into pieces. `FusedOps` replaces its element-wise regions
-by Triton kernels.
+`TorchOps` adds to `model.ops.PlainOps` everything that works without Triton: an attention backend, slices of fused
+weights, autocast regions, dequantized 8-bit layers, and a feed-forward cut into pieces. `FusedOps` replaces the
+element-wise regions with Triton kernels.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .operators import AttendVarlen, Varlen
 
 
 class OpSwitches(NamedTuple):
-    """The constants of a block's forward pass: each set of them is one graph where blocks are compiled.
+    """The constants of a block's forward pass; every combination has a graph of its own if blocks are compiled.
 
-    pieces: into how many runs of frames the feed-forward and the final layer cut each sample; 0: all samples at once.
-    fused_text: attention to text by `kernels.text_attention`, in `FusedOps` only. The others: see `Optimizations`.
+    pieces: number of runs of frames into which the feed-forward and the final layer cut each sample; 0: no cut.
+    fused_text: attention to text by `kernels.text_attention`, in `FusedOps` only. For the others see `Optimizations`.
     """
 
     fused_qkv: bool = True
@@ -44,20 +44,20 @@ class OpSwitches(NamedTuple):
 
 
 def sliceable(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a slice of the layer's weight may multiply x alone.
+    """Whether a slice of the layer's weight may multiply x by itself.
 
-    Layers that are more than a plain nn.Linear (streamed, quantized or patched by their owner) must run whole.
+    Layers other than a plain nn.Linear (streamed, quantized or patched by their owner) must run whole.
     """
     return type(layer) is nn.Linear
 
 
 def takes_quantized(layer: nn.Module) -> bool:
-    """Whether the layer's input may come as e4m3 already, row by row."""
+    """Whether the layer accepts input that is already quantized row by row."""
     return getattr(layer, "takes_quantized", False)
 
 
 def _sliced(layer: nn.Module, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """One GEMM per slice of the same weight, so that the switch needs no other weights."""
+    """One GEMM per slice of the fused weight, so that switching does not need other weights."""
     biases = (None,) * parts if layer.bias is None else layer.bias.chunk(parts)
     return tuple(F.linear(x, w, b) for w, b in zip(layer.weight.chunk(parts), biases, strict=True))
 
@@ -71,7 +71,7 @@ class TorchOps(PlainOps):
         switches: OpSwitches | None = None,
         sliceable: Callable[[nn.Module, Tensor], bool] = sliceable,
     ) -> None:
-        """sliceable: tells whether a slice of a layer's weight may be used alone; see `sliceable` above."""
+        """sliceable: whether a slice of a layer's weight may be used by itself; see the function above."""
         self.kernels, self.switches, self.sliceable = kernels, switches or OpSwitches(), sliceable
 
     def _key(self) -> tuple:
@@ -90,7 +90,7 @@ class TorchOps(PlainOps):
         return other
 
     def fp32_region(self, device: torch.device) -> AbstractContextManager:
-        # Autocast to fp32 exists on CUDA only; elsewhere the explicit casts serve both settings of the switch.
+        # Autocast to fp32 exists on CUDA only; elsewhere both settings of the switch use explicit casts.
         explicit = self.switches.explicit_fp32 or device.type != "cuda"
         return nullcontext() if explicit else torch.autocast("cuda", dtype=torch.float32)
 
@@ -108,7 +108,7 @@ class TorchOps(PlainOps):
     def text_form(self, text: TextTokens, batch: int) -> TextForm:
         bias, packing, length = text.bias, None, None
         if self.kernels.text is not None and text.pad_counts is not None and not self.switches.fused_text:
-            # Written out, folded padding needs no bias, which only slow kernels know.
+            # Padding that is written out needs no bias, which only slow kernels support.
             length, bias = text.length, None
         elif bias is not None:
             full = text.expand(batch)
@@ -145,14 +145,14 @@ class TorchOps(PlainOps):
             return self._add(x, self.swiglu(gate_up, down, h), gate)
         outs = []
         for piece in cut(x, self.switches.pieces):
-            own, update = part(x, *piece), self.swiglu(gate_up, down, part(h, *piece))
-            out = self._add(own, update, part(gate, *piece))
+            tokens, update = part(x, *piece), self.swiglu(gate_up, down, part(h, *piece))
+            out = self._add(tokens, update, part(gate, *piece))
             if torch.compiler.is_compiling():
-                # A graph must not write into slices; its compiler makes the pieces where they belong.
+                # A graph must not write into slices; the compiler places the pieces in the result.
                 outs.append(out.flatten(0, 2))
-            elif out is not own:
-                own.copy_(out)
-            del own, update, out
+            elif out is not tokens:
+                tokens.copy_(out)
+            del tokens, update, out
         return torch.cat(outs).view_as(x) if outs else x
 
     def _add(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class TorchOps(PlainOps):
     def modulated_fp32(self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.switches.pieces:
             return super().modulated_fp32(x, scale, shift, project)
-        # In fp32 the whole would be the largest tensor of all.
+        # Uncut, this would be the largest tensor of the forward pass.
         outs = []
         for piece in cut(x, self.switches.pieces):
             h = modulate(part(x, *piece).float(), part(shift, *piece), part(scale, *piece))
@@ -172,10 +172,10 @@ class TorchOps(PlainOps):
 
 
 class FusedOps(TorchOps):
-    """`TorchOps` with the element-wise regions in Triton (`kernels.elementwise`), on CUDA, 16 bits, no gradients."""
+    """`TorchOps` with Triton kernels for the element-wise regions: on CUDA, in 16 bits, without gradients."""
 
     def _quantized(self, reader: nn.Module | None) -> bool:
-        """Whether the layer that reads a result takes it as 8-bit rows."""
+        """Whether the layer that reads a result accepts 8-bit rows."""
         return self.switches.fp8 and reader is not None and takes_quantized(reader)
 
     def norm_modulate(
@@ -197,7 +197,7 @@ class FusedOps(TorchOps):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations:
         if self.kernels.quantized and self._quantized(reader) and not torch.compiler.is_compiling():
-            # In graphs the kernel stands as an operator, which gives 16 bits.
+            # In graphs the kernel is a custom operator with a 16-bit output.
             return self.kernels.quantized(q, k, v)
         return super().attend(q, k, v)
 
@@ -222,7 +222,7 @@ class FusedOps(TorchOps):
 
 # FFN intermediates of less than this are not worth cutting.
 _WHOLE_FFN_BYTES = 1 << 28
-# gate and up are 5.4 times the width of a token: a quarter of them at a time needs less than self-attention does.
+# gate and up are 5.4 times as wide as a token; a quarter of the tokens at a time takes less than self-attention does.
 _PARTS = 4
 
 
@@ -234,14 +234,14 @@ def ffn_pieces(config: ModelConfig, batch: int, frames: int, spatial: int, items
 
 
 def cut(x: Tensor, pieces: int) -> list[tuple[int, int, int]]:
-    """(sample, first frame, frame after the last) of every piece of x [B, T, S, C], each contiguous if x is."""
+    """(sample, first frame, frame past the last) of every piece of x [B, T, S, C], each contiguous if x is."""
     frames = x.shape[1]
     bounds = [(frames * i // pieces, frames * (i + 1) // pieces) for i in range(pieces)]
     return [(b, *bound) for b in range(x.shape[0]) for bound in bounds]
 
 
 def part(x: Activations, sample: int, start: int, stop: int) -> Activations:
-    """One piece of tokens, or of a modulation [B or 1, T or 1, 1, C] that is shared by samples or frames."""
+    """One piece of tokens [B, T, S, C], or of a modulation [B or 1, T or 1, 1, C] that samples or frames share."""
     if isinstance(x, Quantized):
         return Quantized(*(part(tensor, sample, start, stop) for tensor in x))
     x = x[sample : sample + 1] if x.shape[0] > 1 else x
@@ -267,14 +267,14 @@ def pack_text(text: TextTokens) -> Packing:
 
 
 def attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """Attend to the real tokens alone, then add the padding key from the log-sum-exp.
+    """Attend to the real tokens only, then add the padding key by means of the log-sum-exp.
 
     With weights w = exp(logit): (sum w_i v_i + n w_p v_p) / (sum w_i + n w_p) is a blend of the attended output and
     v_p by sigmoid(ln n + logit_p - lse).
     """
     batch, tokens, heads, dim = q.shape
     ends = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device, dtype=torch.int32)
-    # The longest text has every row but the padding's.
+    # The longest text uses every row except the padding's.
     longest = k.shape[1] - (0 if packing.log_counts is None else 1)
     real = (x.flatten(0, 1)[packing.rows] for x in (k, v))
     out, lse = varlen(q.flatten(0, 1), *real, Varlen(ends, packing.ends, tokens, longest))

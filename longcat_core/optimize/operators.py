@@ -1,6 +1,6 @@
-"""Kernels as operators of their own inside compiled graphs: the compiler calls them and does not look into them.
+"""Kernels as custom operators inside compiled graphs: the compiler calls them without looking into them.
 
-Neither the launch code of a package nor PyTorch's choice of a kernel can then break a graph.
+Then neither a package's launch code nor PyTorch's choice of a kernel can break a graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Varlen(NamedTuple):
     """Lengths of packed sequences, as flash-attention kernels take them.
 
-    cu_seqlens_*: int32 [B+1] running totals on the tensors' device; max_seqlen_*: tokens of the longest sequence.
+    cu_seqlens_*: int32 [B+1] running totals on the tensors' device; max_seqlen_*: length of the longest sequence.
     """
 
     cu_seqlens_q: Tensor
@@ -34,7 +34,7 @@ class Varlen(NamedTuple):
 # q [sum Nq, H, D], k and v [sum Nk, H, D] -> output [sum Nq, H, D] and log-sum-exp [H, sum Nq] fp32.
 AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
 
-# ComfyUI loads the pack under a name of its own, and another copy of it may be there.
+# ComfyUI loads the pack under a name of its own, beside which longcat_core may be imported too.
 NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
 
 
@@ -70,14 +70,14 @@ _foreign = threading.local()
 
 
 def _within_graph(*tensors: Tensor) -> bool:
-    # The operators have no backward pass. Where gradients flow, the compiler must look into the kernel.
+    # The operators have no backward pass: with gradients the compiler must look into the kernel.
     if not torch.compiler.is_compiling():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def opaque(name: str, kernel: Attend) -> Attend:
-    """`kernel` as it is, and in compiled graphs as an operator; `name` must be the kernel's alone."""
+    """`kernel`, which in compiled graphs becomes a custom operator; `name` must be unique."""
     _RAW[name] = kernel
 
     @wraps(kernel)
@@ -98,7 +98,7 @@ def opaque_varlen(name: str, kernel: AttendVarlen) -> AttendVarlen:
     return attend
 
 
-# Stands in a compiled graph for a kernel that is no backend of ours and may be another object at every step.
+# Stands in a compiled graph for a kernel that does not belong to a backend and may be another object at every step.
 attend_foreign = opaque("foreign", lambda q, k, v: _foreign.attend(q, k, v))
 
 
@@ -114,7 +114,7 @@ def foreign_kernel(attend: Attend) -> Iterator[None]:
 
 
 def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose signature is its schema, as an operator; fake: makes outputs of the same shapes and dtypes."""
+    """`function` as a custom operator, its signature as schema; fake: returns outputs of the same shapes and dtypes."""
     made = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
     made.register_fake(fake)
     return made

@@ -1,7 +1,7 @@
-"""8-bit linear layers: weights in e4m3 with a scale for each row, activations quantized row by row as they come.
+"""8-bit linear layers: weights in e4m3 with a scale for each row, activations quantized row by row at run time.
 
-y[m, n] = sx[m] * sw[n] * sum_k x8[m, k] * w8[n, k] + bias[n], the scales chosen so that the largest value of a row is
-448, e4m3's largest. Lossy; `longcat bench exactness` and `policies` measure how much.
+y[m, n] = sx[m] * sw[n] * sum_k x8[m, k] * w8[n, k] + bias[n], with scales that map the largest value of a row to 448,
+e4m3's largest. Lossy; `longcat bench exactness` and `policies` measure the error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .kernels import elementwise as kernels
 from .kernels.elementwise import Quantized, quantize_rows
 from .requirement import Inputs, Requirement, trial
 
-# The layers of a block that hold its work. Modulation, embeddings and the final layer are fp32 islands, and the text's
-# keys and values are computed once.
+# The layers of a block that do most of its work. Modulation, embeddings and the final layer are fp32 islands, and the
+# text's keys and values are computed once.
 LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.proj", "ffn.gate_up", "ffn.down")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What becomes 8-bit: `layers` of every block, but for the first and last blocks that are kept as they are."""
+    """What becomes 8-bit: `layers` of every block, except `keep_first` and `keep_last` blocks at the two ends."""
 
     layers: Sequence[str] = LAYERS
     keep_first: int = 0
@@ -36,7 +36,7 @@ class Policy:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.layers) - set(LAYERS))
         if unknown:
-            raise LongCatError(f"no layers {', '.join(unknown)} to quantize; choose from {', '.join(LAYERS)}")
+            raise LongCatError(f"cannot quantize layers {', '.join(unknown)}; choose from {', '.join(LAYERS)}")
         if self.keep_first < 0 or self.keep_last < 0:
             raise LongCatError(f"cannot keep {self.keep_first} first and {self.keep_last} last blocks; give 0 or more")
 
@@ -62,14 +62,13 @@ def missing(device: torch.device) -> str:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer with e4m3 weights. x [.., in] in 16 bits or fp32, or quantized already -> [.., out] in its dtype.
+    """A linear layer with e4m3 weights: x [.., in] in 16 bits or fp32, or already quantized -> [.., out] in its dtype.
 
-    weight [out, in] e4m3; weight_scale [out, 1] fp32; bias [out] or None. Called with fp8=False: the same weights,
-    multiplied out, in a product of x's own precision. `dtype` is that of the output where x comes quantized. There is
-    no backward pass.
+    weight [out, in] e4m3; weight_scale [out, 1] fp32; bias [out] or None. With fp8=False the weights are dequantized
+    and multiplied in x's precision. `dtype`: of the output if x is quantized. It has no backward pass.
     """
 
-    # `optimize.fused` chooses how such layers multiply, and hands their input over quantized.
+    # `optimize.fused` chooses how such layers multiply, and may quantize their input.
     eight_bit = takes_quantized = True
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
@@ -90,7 +89,7 @@ class Fp8Linear(nn.Module):
             return cls(*quantize_rows(layer.weight.detach()), bias, layer.weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        # Weights and scales move, but are no numbers to be cast: .to(dtype) casts the bias and the output.
+        # Weights and scales move but are not cast; .to(dtype) casts the bias and the output.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
         for name in ("weight", "weight_scale"):
             moved = getattr(self, name).data.to(probe.device)
@@ -102,8 +101,8 @@ class Fp8Linear(nn.Module):
         return self
 
     def run_on(self, device: torch.device) -> None:
-        """Choose how products are made for `device`, where the weights may not lie yet."""
-        # Asked for here and not in a graph, which must not run what answers it.
+        """Choose how to multiply on `device`, where the weights may not lie yet."""
+        # Decided here, because a graph must not run the trial.
         self.native = not missing(device)
 
     def forward(self, x: Tensor | Quantized, fp8: bool = True) -> Tensor:
@@ -115,7 +114,7 @@ class Fp8Linear(nn.Module):
 
 
 def dequantized(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """An e4m3 weight [out, in] with weight_scale [out, 1], multiplied out."""
+    """The dequantized e4m3 weight [out, in] with weight_scale [out, 1] fp32, in `dtype`."""
     return (weight.float() * weight_scale).to(dtype)
 
 
@@ -129,23 +128,23 @@ def quantized_linear(
     fp8: bool,
     native: bool,
 ) -> Tensor:
-    """x [.., in], quantized here unless it is already, times weight [out, in] e4m3 -> [.., out] in `dtype`.
+    """x [.., in], quantized here unless it already is, times weight [out, in] e4m3 -> [.., out] in `dtype`.
 
-    weight_scale [out, 1] fp32; bias [out] or None. fp8 off: a product in x's precision, of the weight multiplied out.
-    Raises LongCatError where gradients should flow.
+    weight_scale [out, 1] fp32; bias [out] or None. fp8=False: the dequantized weight in x's precision. native: see
+    `scaled_product`. Raises LongCatError if x needs gradients.
     """
     if not isinstance(x, Quantized):
         if torch.is_grad_enabled() and x.requires_grad:
             raise LongCatError("8-bit layers have no backward pass; train the network in bf16, without fp8")
         if not fp8:
             return F.linear(x, dequantized(weight, weight_scale, x.dtype), None if bias is None else bias.to(x.dtype))
-        # In a compiled graph quantizing is fused with whatever made x.
+        # In a compiled graph quantizing is fused with the operation that computed x.
         own = not torch.compiler.is_compiling() and kernels.usable(x)
         x = kernels.quantize(x) if own else Quantized(*quantize_rows(x))
     return scaled_product(x, weight, weight_scale, bias, dtype, native)
 
 
-# Scales in numbers of e4m3 that survive a cast to any other float: four bits each.
+# A scale is stored as this many e4m3 numbers of four bits each, which survive a cast to any wider float.
 _DIGITS = 8
 
 
@@ -157,7 +156,7 @@ def scale_rows(rows: int, columns: int) -> int:
 def with_scales(weight: Tensor, weight_scale: Tensor) -> Tensor:
     """weight [out, in] e4m3 and its scales [out, 1] fp32 as one e4m3 tensor [out + `scale_rows`, in].
 
-    For an owner that moves, keeps and puts back one tensor a layer. It may also be cast to a wider float and back.
+    For an owner that moves, stores and restores one tensor per layer. It may also be cast to a wider float and back.
     """
     rows, columns = weight.shape
     shifts = torch.arange(0, 32, 32 // _DIGITS, device=weight.device, dtype=torch.int32)
@@ -168,17 +167,17 @@ def with_scales(weight: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 def without_scales(packed: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The weight [rows, in], as it is kept in `packed`, and its scales [rows, 1] fp32, out of `with_scales`."""
+    """The weight [rows, in], in packed's dtype, and its scales [rows, 1] fp32: the reverse of `with_scales`."""
     digits = packed[rows:].flatten()[: _DIGITS * rows].view(rows, _DIGITS).to(torch.int32)
     shifts = torch.arange(0, 32, 32 // _DIGITS, device=packed.device, dtype=torch.int32)
     return packed[:rows], (digits << shifts).sum(1, keepdim=True, dtype=torch.int32).view(torch.float32)
 
 
 def check_sizes(rows: int, columns: int) -> None:
-    """Raise LongCatError unless 8-bit products take a weight [rows, columns]."""
+    """Raise LongCatError unless 8-bit GEMMs support a weight [rows, columns]."""
     if rows % 16 or columns % 16:
         raise LongCatError(
-            f"a weight of {rows}x{columns} cannot be quantized to fp8, both must be multiples of 16; load without fp8"
+            f"a weight of {rows}x{columns} cannot be quantized to fp8: both must be multiples of 16; load without fp8"
         )
 
 
@@ -187,7 +186,7 @@ def scaled_product(
 ) -> Tensor:
     """x [.., in] times weight [out, in] e4m3 with weight_scale [out, 1] fp32, plus bias [out] -> [.., out] in dtype.
 
-    native: by the GPU's 8-bit product; otherwise the same numbers in fp32.
+    native: by the GPU's 8-bit GEMM; otherwise with the same numbers in fp32.
     """
     shape = (*x.values.shape[:-1], weight.shape[0])
     values, scales = x.values.flatten(0, -2), x.scales.reshape(-1, 1)
@@ -195,7 +194,7 @@ def scaled_product(
         # Products of two e4m3 numbers are exact in fp32.
         out = F.linear(values.float(), weight.float()) * scales * weight_scale.t()
         return (out if bias is None else out + bias.float()).to(dtype).view(shape)
-    # Rows with scales come out in bf16 only.
+    # With a scale per row the output is always bf16.
     bias = None if bias is None else bias.to(torch.bfloat16)
     out = torch._scaled_mm(
         *(values, weight.t(), scales, weight_scale.t()), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -204,11 +203,10 @@ def scaled_product(
 
 
 def quantize(model: nn.Module, policy: Policy | None = None) -> int:
-    """Turn the layers that `policy` names into 8-bit ones, in place; returns how many bytes of weights that saved.
+    """Convert the layers that `policy` names to 8 bits, in place; returns the number of bytes saved.
 
-    Layer by layer, so that besides the network one layer is held twice at most. What is 8-bit already stays. Raises
-    LongCatError for layers that are no plain linear ones (LoRAs must be merged before) and for sizes that do not fit;
-    the model is as it was then.
+    Layer by layer, so that at most one layer is held twice. 8-bit layers do not change. Raises LongCatError for layers
+    that are not plain linear ones (merge LoRAs first) and for sizes that do not fit; the model does not change then.
     """
     names = (policy or Policy()).names(len(model.blocks))
     layers = {name: model.get_submodule(name) for name in names}
@@ -216,7 +214,7 @@ def quantize(model: nn.Module, policy: Policy | None = None) -> int:
         if isinstance(layer, Fp8Linear):
             continue
         if type(layer) is not nn.Linear:
-            raise LongCatError(f"{name} is a {type(layer).__name__} and cannot be quantized; merge LoRAs before")
+            raise LongCatError(f"{name} is a {type(layer).__name__} and cannot be quantized; merge LoRAs first")
         check_sizes(*layer.weight.shape)
     saved = 0
     for name, layer in layers.items():
@@ -236,7 +234,7 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 
 def policies(depth: int) -> dict[str, Policy]:
-    """Policies to compare: all layers, each kind alone, all but one kind, and all but the outer blocks."""
+    """Policies to compare: all layers, each kind by itself, all but one kind, and all but the outer blocks."""
     found = {"all": Policy()}
     for layer in LAYERS:
         found[f"only {layer}"] = Policy((layer,))

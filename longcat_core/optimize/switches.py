@@ -1,4 +1,4 @@
-"""The switches: how a loaded network is run. Every optimization is one field here."""
+"""The switches that say how a loaded network runs. Every optimization is one field here."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ CompileMode = Literal["off", "blocks"]
 
 @dataclass(frozen=True)
 class Optimizations:
-    """How the network is run. Each field is one switch; all of them flip on a loaded model.
+    """How the network runs. Each field is one switch, which can be changed on a loaded model.
 
     fused_qkv
         One GEMM for q, k, v (and for k, v of the text); off: one GEMM per slice of the same weight. Exact.
     fused_ffn
         One GEMM for gate and up; off: two. Exact.
     text_mode
-        Which text keys cross-attention sees. `exact`: what the checkpoint defines, at the least cost: with
+        Which text keys cross-attention reads. `exact`: what the checkpoint defines, at the least cost: with
         `text_tokens_zero_pad` all padding is folded into one key whose logit is raised by ln(count), without it
         padding is dropped. `padded`: the same values the plain way, over every position. `packed`: padding is
-        dropped always; on a `text_tokens_zero_pad` checkpoint (the released one) that changes the output.
+        always dropped, which changes the output of a `text_tokens_zero_pad` checkpoint (the released one).
     attention
-        Name of an attention backend or `auto`, the fastest exact one that this machine has. Lossy ones (`cudnn-fp8`,
-        `sage`) only by name; the first output is then checked, and one of NaN or zeros is computed anew by `auto`.
+        Name of an attention backend, or `auto`: the fastest exact one of this machine. Lossy ones (`cudnn-fp8`, `sage`)
+        must be named; the first output is then checked, and if it is NaN or zero it is computed again by `auto`.
     compile
         `blocks`: torch.compile of the transformer block, one graph for all blocks, steps and prompts. Same
-        mathematics, other rounding.
+        mathematics, different rounding.
     explicit_fp32
-        Modulation, norms and gates by explicit casts; off: autocast regions as public implementations have
-        them (on CPU, where autocast knows no fp32, both are the same).
+        Modulation, norms and gates cast to fp32 explicitly; off: autocast regions, as in public implementations (on a
+        CPU, where autocast does not support fp32, both are the same).
     gradient_checkpointing
         Recompute each block in the backward pass instead of keeping its activations. Exact.
     reuse_text
-        Each block's keys and values of the text are computed once for a result of `embed_text`; off: at every step.
-        Exact.
+        Compute each block's keys and values of the text once per result of `embed_text`; off: at every step. Exact.
     reuse_modulation
-        Time embedding and modulation once for every distinct timestep of a batch, which the halves of guidance and the
-        frames share; off: for every frame of every sample. Exact.
+        Compute time embedding and modulation once for a timestep that the halves of guidance and the frames share; off:
+        for every frame of every sample. Exact.
     fused_step
-        Guidance and the Euler step in one compiled function, in fp32. Acts where `compile` is on; without it the same
-        function runs op by op. Same mathematics, other rounding.
+        Guidance and the Euler step in one compiled function, in fp32, if `compile` is on; otherwise the same function
+        runs op by op. Same mathematics, different rounding.
     fp8
-        8-bit GEMMs in layers whose weights were quantized to fp8; off: the same weights, multiplied out, in 16-bit
-        GEMMs. Without effect on other layers. Lossy, and checked as a lossy attention is.
+        8-bit GEMMs in layers whose weights were quantized to fp8; off: 16-bit GEMMs of the dequantized weights. Other
+        layers are not affected. Lossy, and checked like a lossy attention backend.
     fused_kernels
-        The element-wise work of a block (norm with modulation or RoPE, residual with gate, silu(gate) * up) by Triton
-        kernels of our own, on CUDA and in 16 bits; off, and elsewhere: by PyTorch or its compiler. Same mathematics,
-        other rounding.
+        Our Triton kernels for the element-wise work of a block (norm with modulation or RoPE, residual with gate,
+        silu(gate) * up), on CUDA in 16 bits; off, and elsewhere: PyTorch or its compiler. Same mathematics, different
+        rounding.
     split_guidance
-        The halves of guidance one after the other instead of as one batch: activations take half the memory. Same
-        mathematics, other rounding where kernels choose by batch.
+        Run the halves of guidance one after the other instead of as one batch: activations take half the memory. Same
+        mathematics, different rounding if kernels depend on the batch.
     fused_text
-        Attention to the text with the norm of its queries by a Triton kernel of our own, where fused_kernels acts and
-        the text is short enough for it to be the faster one; folded padding stays folded there. Same mathematics, other
+        Our Triton kernel for attention to the text, including the norm of its queries, if fused_kernels applies and the
+        text is short enough for it to be the fastest; folded padding stays folded. Same mathematics, different
         rounding.
     """
 

@@ -206,7 +206,7 @@ def test_moving_and_casting_keep_the_scales(model):
     small = load(dtype=torch.float32, fp8=Policy())
     RuntimeLoras(small, [(LORA, 0.3)])
     assert small.to(torch.bfloat16).blocks[0].attn.qkv.lora_up.dtype == torch.bfloat16
-    with pytest.raises(LongCatError, match="merge LoRAs before"):
+    with pytest.raises(LongCatError, match="merge LoRAs first"):
         quantize(model)
 
 

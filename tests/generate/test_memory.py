@@ -165,7 +165,7 @@ def test_a_plan_is_made_for_what_is_free(monkeypatch):
     with pytest.warns(UserWarning, match=r"needs about \d\.\d GiB of GPU memory and 0.0 are free; it may run out"):
         chosen, told = plan(0)
     assert chosen.streamed == config.depth and chosen.split_guidance
-    assert told == f"0.0 GiB of GPU memory are free: {chosen.told(config.depth)}"
+    assert told == f"0.0 GiB of GPU memory are free: {chosen.describe(config.depth)}"
 
 
 def test_what_cannot_fit_in_memory_is_refused_before_the_work(tmp_path, capsys, monkeypatch):

@@ -47,7 +47,7 @@ def test_a_cache_is_counted_as_it_lies():
 
 def test_with_room_for_all_nothing_is_done():
     assert chosen(80, VC, text_encoder=UMT5) == (Plan(), pytest.approx(51, abs=4))
-    assert Plan().told(48) == ""
+    assert Plan().describe(48) == ""
 
 
 @pytest.mark.parametrize(
@@ -115,5 +115,5 @@ def test_smaller_and_smaller_until_there_is_nothing_left():
 
 
 def test_what_was_chosen_is_reported():
-    said = Plan(12, True, True, True).told(48)
-    assert re.search("12 of 48 blocks", said) and "guidance" in said and "given frames" in said and "text" in said
+    said = Plan(12, True, True, True).describe(48)
+    assert re.search("12 of 48 blocks", said) and "guidance" in said and "the KV cache" in said and "text" in said

@@ -131,9 +131,9 @@ def test_policy(model, policy, count):
 @pytest.mark.parametrize(
     "bad, sentence",
     [
-        (lambda: Policy(("attn.kqv",)), "no layers attn.kqv to quantize; choose from attn.qkv"),
+        (lambda: Policy(("attn.kqv",)), "cannot quantize layers attn.kqv; choose from attn.qkv"),
         (lambda: Policy(keep_first=-1), "cannot keep -1 first"),
-        (lambda: check_sizes(96, 40), "96x40 cannot be quantized to fp8, both must be multiples of 16"),
+        (lambda: check_sizes(96, 40), "96x40 cannot be quantized to fp8: both must be multiples of 16"),
     ],
 )
 def test_bad_policies_and_sizes(bad, sentence):

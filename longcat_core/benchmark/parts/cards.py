@@ -130,7 +130,7 @@ def _rows(bench: Bench, path: str, rate: float) -> None:
     for limit in counted.limits(bench.device):
         plan = counted.plan(limit)
         head = {"name": f"{path}, {limit.name}", "path": path, "phase": "card", "limit_gib": limit.gib}
-        head |= {"plan": plan.told(bench.model.config.depth) or "all on the device", "streamed": plan.streamed}
+        head |= {"plan": plan.describe(bench.model.config.depth) or "all on the device", "streamed": plan.streamed}
         head |= {"split_guidance": plan.split_guidance, "given_gib": limit.size and limit.size / GIB}
         bench.add(head, lambda limit=limit, plan=plan: _step(bench, path, limit, plan, rate), finish)
 
