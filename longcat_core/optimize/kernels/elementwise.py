@@ -2,8 +2,8 @@
 
 Compilers come near that, except that they read a norm's modulation again for every token (here a program keeps it for
 several tokens) and split RoPE's pairs (here each lies in one thread). The kernels also save a first call from
-compiling. All arithmetic is fp32 between the loads and the stores, and the kernels have no backward pass. `model.ops.PlainOps`
-defines what they compute.
+compiling. All arithmetic is fp32 between the loads and the stores, and the kernels have no backward pass.
+`model.ops.PlainOps` defines what they compute.
 """
 
 from __future__ import annotations
