@@ -36,13 +36,11 @@ class Part:
     """One part of `longcat bench`.
 
     text: heading and introduction of its section on the page; run: measures and adds rows to the bench's report;
-    columns: fields of a row shown in the terminal; table: the section's table, from results and `Targets` or None;
-    sized: the bench at the size at which the part runs.
+    table: the section's table, from results and `Targets` or None; sized: the bench at the size at which the part runs.
     """
 
     text: str
     run: Callable[[Bench], None]
-    columns: tuple[str, ...]
     table: Callable[[Results, Any], str]
     charts: tuple[Chart, ...] = ()
     sized: Callable[[Bench], Bench] = lambda bench: bench
@@ -106,25 +104,33 @@ def met(passed: bool) -> str:
 
 
 def bars(
-    rows: Sequence[Row],
     title: str,
     heading: str,
     field: str,
     form: str = "{:.0f}",
     color: Callable[[Row], Color] = lambda row: BLUE,
     label: Callable[[Row], str] = lambda row: row["name"],
-) -> Image.Image:
-    """One bar for each row; form: of the value written at its end."""
-    found = [Bar(label(row), row[field], color(row), form.format(row[field])) for row in rows]
-    return bar_chart(title, [Bars(heading, found)])
+    rows: Callable[[list[Row]], Sequence[Row]] = lambda rows: rows,
+) -> Chart:
+    """A chart with one bar for each row. title: a format of the inputs; form: of the value at the bar's end; rows:
+    chooses and orders rows."""
+
+    def draw(results: Results, _: Any = None) -> Image.Image:
+        found = [
+            Bar(label(row), row[field], color(row), form.format(row[field]))
+            for row in rows(ok_rows(results, field))
+        ]
+        inputs = {"size": "", "blocks": "?", "variant": ""} | results["inputs"]
+        return bar_chart(title.format(**inputs), [Bars(heading, found)])
+
+    return Chart(draw, (field,))
 
 
-def steps_chart(results: Results, _: Any = None) -> Image.Image:
-    """Milliseconds of every variant, colored by phase."""
-    rows = [row for row in ok_rows(results, "ms") if row.get("phase") not in ("preparation", "attention")]
-    inputs = results["inputs"]
-    title = f"One denoising step, {inputs.get('size', '')}, {inputs.get('blocks', '?')} blocks"
-    return bars(rows, title, "ms", "ms", color=lambda row: PHASE_COLORS.get(row.get("phase"), BLUE))
-
-
-STEPS = Chart(steps_chart, ("ms",))
+# Milliseconds of every variant, colored by phase.
+STEPS = bars(
+    "One denoising step, {size}, {blocks} blocks",
+    "ms",
+    "ms",
+    color=lambda row: PHASE_COLORS.get(row.get("phase", ""), BLUE),
+    rows=lambda rows: [row for row in rows if row.get("phase") not in ("preparation", "attention")],
+)

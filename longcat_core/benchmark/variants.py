@@ -26,16 +26,16 @@ EAGER, COMPILED, EXACT, FP8, FP8_8BIT = (
 )
 DISTILLED = ", distilled"
 FULL = Optimizations(compile="blocks")
+FP8_WEIGHTS = "fp8 weights, 16-bit GEMMs"
 # Without our own kernels, the compiler's stand in for them.
 NO_KERNELS = ", without own kernels"
 # With our own kernels, compiling the blocks gains little and makes the first call slow. The other mode is measured too.
 PATH_COMPILE = {EXACT: "off", FP8: "off"}
 SUFFIXES = {"off": ", not compiled", "blocks": ", compiled"}
 # Fields of a row that the terminal shows as soon as the row is done.
-PROGRESS = ("ms", "first_s", "error", "graphs", "fit", "gb_s", "plan")
+PROGRESS = ("ms", "first_s", "seconds", "error", "graphs", "fit", "gb_s", "plan")
 
 Row = dict[str, Any]
-Finish = Callable[[Row], Row]
 
 
 @dataclass
@@ -103,60 +103,64 @@ class Bench:
 
     # --- measuring ---
 
-    def add(self, row: Row, run: Callable[[], Row], finish: Finish | None = None) -> Row:
-        """Measure one variant, free its memory, and add its row to the report. finish: completes a row that is ok."""
-        row = attempt(row, self.budget, run)
-        clean_up(self.device)
-        if finish is not None and row["status"] == OK:
-            row = finish(row)
+    def add(self, row: Row, run: Callable[..., Row], *args: Any, free: bool = True) -> Row:
+        """Measure one variant and report its row, completed by `run(*args)`. free: drop graphs, free memory."""
+        row = attempt(row, self.budget, run, *args)
+        if free:
+            clean_up(self.device)
+        return self.keep(row)
+
+    def keep(self, row: Row) -> Row:
+        """Add a row to the report, and say what it holds."""
         self.report.add(row)
         figures = ", ".join(f"{name} {shown(row[name])}" for name in PROGRESS if row.get(name) is not None)
-        self.say(f"{self.report.content['name']}, {row['name']}: {row.get('reason') or figures}")
+        self.say(f"{self.report.name}, {row['name']}: {row.get('reason') or figures}")
         return row
+
+    def step(self, inputs: workload.Inputs, chosen: Optimizations, warm_up: int, forward: Callable[[], Any]) -> Row:
+        """Timings of a denoising step around a forward."""
+        step = workload.step_of(forward, inputs, chosen)
+        return measure(step, self.device, self.repeats, self.budget, warm_up).as_row()
 
     def baseline(self, name: str, compiled: bool) -> Row:
         """A row of the baseline's step."""
 
         def run() -> Row:
-            baseline = BaselineTransformer(self.model)
+            baseline, inputs = BaselineTransformer(self.model), self.inputs()
             torch._dynamo.reset()
-            forward = workload.baseline_forward(baseline, self.inputs(), compiled)
-            step = workload.step_of(forward, self.inputs(), Optimizations(fused_step=False))
-            return measure(step, self.device, self.repeats, self.budget, warm_up=int(compiled)).as_row()
+            forward = workload.baseline_forward(baseline, inputs, compiled)
+            return self.step(inputs, Optimizations(fused_step=False), int(compiled), forward)
 
         return self.add({"name": name, "compiled": compiled, "phase": "baseline"}, run)
 
     def network(
-        self, name: str, values: dict[str, Any], batch: int | None = None, finish: Finish | None = None, **row: Any
+        self, name: str, values: dict[str, Any], batch: int = 0, finish: Callable[[Row], Row] = dict, **row: Any
     ) -> Row:
-        """A row of the network's step with these optimizations."""
+        """A row of the network's step with these optimizations. batch: 0 for the bench's; finish: completes the row."""
         chosen = Optimizations(**values)
-        compiled = chosen.compile != "off"
+        compiled, batch = chosen.compile != "off", batch or self.size.batch
 
         def run() -> Row:
-            with workload.Notes(self.model) as notes:
-                workload.exactly(self.model, chosen)
-                inputs = self.inputs(batch)
-                step = workload.step_of(workload.network_forward(self.model, inputs), inputs, chosen)
-                timing = measure(step, self.device, self.repeats, self.budget, warm_up=int(compiled))
-                out = timing.as_row() | {"notes": notes} | workload.kernels_of(self.model, inputs)
+            inputs = self.inputs(batch)
+            with workload.switched(self.model, chosen, name) as notes:
+                forward = workload.network_forward(self.model, inputs)
+                out = self.step(inputs, chosen, int(compiled), forward) | {"notes": notes}
+                out |= workload.kernels_of(self.model, inputs)
                 out["weights_gib"] = sum(p.nbytes for p in self.model.parameters()) / GIB
                 # A failed compilation leaves the network running eagerly, with a note.
                 out["compiled"] = compiled and not any("uncompiled" in note for note in notes)
-            workload.require(self.model, chosen, notes, name)
-            return out
+            return finish(out)
 
-        batch = batch or self.size.batch
         head = {"name": name, "compiled": compiled, "batch": batch, "optimizations": asdict(chosen)}
-        return self.add(head | row, run, finish)
+        return self.add(head | row, run)
 
     def quantize(self) -> bool:
         """Quantize the model's weights to fp8, in place, with a row of how long that took; whether it worked."""
 
+        @torch.no_grad()
         def run() -> Row:
             torch._dynamo.reset()
-            with torch.no_grad():
-                timing = measure(lambda: quantize(self.model), self.device, 0, self.budget)
+            timing = measure(lambda: quantize(self.model), self.device, 0, self.budget)
             return {"first_s": timing.first_s, "ms": timing.ms, "peak_gib": timing.peak_gib}
 
         return self.add({"name": "quantizing the weights", "phase": "preparation"}, run)["status"] == OK
@@ -168,8 +172,8 @@ def eight_bit() -> list[str]:
     return [backend.name for backend in sorted(lossy, key=lambda backend: bool(backend.needs.missing()))]
 
 
-def compared(first: Row, before: Row | None = None, removed: bool = False) -> Finish:
-    """Adds the ratio to the row `first` and what the variant is worth over the row `before`.
+def compared(first: Row, before: Row | None = None, removed: bool = False) -> Callable[[Row], Row]:
+    """Completes a row by its ratio to the row `first` and by what the variant is worth over the row `before`.
 
     worth_ms: milliseconds saved by the optimization; share: of the time of `first`. removed: the row is `before`
     without the optimization.
@@ -201,5 +205,5 @@ def lossy(bench: Bench, first: Row, full: Row, paths: bool) -> None:
     for name, other in bench.eight_bit_paths().items():
         bench.network(name, other, finish=compared(first, row), phase="fp8")
     if not paths:
-        bench.network("fp8 weights, 16-bit GEMMs", values | {"fp8": False}, finish=finish, phase="fp8")
+        bench.network(FP8_WEIGHTS, values | {"fp8": False}, finish=finish, phase="fp8")
         bench.network(f"{FP8}{NO_KERNELS}", bench.full() | {"fused_kernels": False}, finish=finish, phase="fp8")

@@ -6,7 +6,7 @@ Parts switch the network only through the functions of this module.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,10 +59,8 @@ class Size:
     def check(self, config: ModelConfig) -> None:
         """Raises LongCatError for sides or a frame count that the network cannot take."""
         latent_shape(self.frames, self.height, self.width)
-        for name, side, patch in (
-            ("height", self.height, config.patch_size[1]),
-            ("width", self.width, config.patch_size[2]),
-        ):
+        for name, patch in (("height", config.patch_size[1]), ("width", config.patch_size[2])):
+            side = getattr(self, name)
             if side < 8 * patch or side % (8 * patch):
                 raise LongCatError(f"{name} {side} is not a multiple of {8 * patch}; give such sides in --size HxW")
 
@@ -136,21 +134,44 @@ class Inputs:
         tokens = self.size.tokens(self.config)
         return asdict(self.size) | {"tokens": tokens, "text_tokens": self.mask.sum(1).tolist(), "seed": SEED}
 
+    def prompts(self) -> dict[str, Any]:
+        """Text and guidance as arguments of `sample`."""
+        text = {"context": self.context[-1:], "mask": self.mask[-1:], "guidance_scale": 1.0}
+        if self.size.batch == 1:
+            return text
+        negative = {"negative_context": self.context[:1], "negative_mask": self.mask[:1]}
+        return text | negative | {"guidance_scale": GUIDANCE}
+
     def given(self) -> Tensor:
         return self.latents.expand(self.size.batch, -1, -1, -1, -1).contiguous()
 
 
-def exactly(model: OptimizedTransformer, chosen: Optimizations) -> None:
-    """Switch the model, and drop everything that an earlier variant compiled."""
-    torch._dynamo.reset()
-    model.set_optimizations(chosen)
-    for function in (model.compiled_block, STEP):
-        function.forget()
+@contextmanager
+def noting(model: OptimizedTransformer) -> Iterator[list[str]]:
+    """The sentences that a model announces while this context is open."""
+    notes: list[str] = []
+    before = model.announce
+    # Compiling is expected here.
+    model.announce = lambda sentence: None if sentence.startswith("compiling") else notes.append(sentence)
+    try:
+        yield notes
+    finally:
+        model.announce = before
 
 
-def require(model: OptimizedTransformer, chosen: Optimizations, notes: Sequence[str], name: str) -> None:
-    """Raise LongCatError if the network fell back from the optimizations that were chosen for it."""
-    if model.optimizations != chosen:
+@contextmanager
+def switched(model: OptimizedTransformer, chosen: Optimizations, name: str = "") -> Iterator[list[str]]:
+    """Switch the model, and drop everything that an earlier variant compiled. Gives a list of what it announces.
+
+    name: the variant's; with a name, LongCatError is raised at the end if the network fell back from `chosen`.
+    """
+    with noting(model) as notes:
+        torch._dynamo.reset()
+        model.set_optimizations(chosen)
+        for function in (model.compiled_block, STEP):
+            function.forget()
+        yield notes
+    if name and model.optimizations != chosen:
         raise LongCatError(f"{name} was given up at its first step: {'; '.join(notes) or model.optimizations}")
 
 
@@ -216,34 +237,9 @@ def timed_sampling(model: OptimizedTransformer, inputs: Inputs, repeats: int, **
 
     ms: median of a step; times_ms: each step; peak_gib: of the whole sampling; out: the latents.
     """
-    guidance: dict[str, Any] = {"guidance_scale": 1.0}
-    if inputs.size.batch == 2:
-        negative = {"negative_context": inputs.context[:1], "negative_mask": inputs.mask[:1]}
-        guidance = {"guidance_scale": GUIDANCE, **negative}
     laps = Laps(inputs.device)
-    with Notes(model) as notes:
-        reset_peak(inputs.device)
-        text, schedule = (inputs.context[-1:], inputs.mask[-1:]), make_schedule("base", 1 + repeats)
-        out = sample(model, inputs.latents, schedule, *text, callback=laps.mark, **guidance, **options)
-        peak = peak_gib(inputs.device)
-    times = laps.times_ms()
-    return {"ms": statistics.median(times), "times_ms": times, "peak_gib": peak, "notes": notes, "out": out}
-
-
-class Notes:
-    """Context manager that collects a model's announcements in a list."""
-
-    def __init__(self, model: OptimizedTransformer) -> None:
-        self.model, self.sentences = model, []
-
-    def __enter__(self) -> list[str]:
-        self.before, self.model.announce = self.model.announce, self._note
-        return self.sentences
-
-    def _note(self, sentence: str) -> None:
-        # Compiling is expected here.
-        if not sentence.startswith("compiling"):
-            self.sentences.append(sentence)
-
-    def __exit__(self, *error: object) -> None:
-        self.model.announce = self.before
+    reset_peak(inputs.device)
+    schedule = make_schedule("base", 1 + repeats)
+    out = sample(model, inputs.latents, schedule, **inputs.prompts(), callback=laps.mark, **options)
+    peak, times = peak_gib(inputs.device), laps.times_ms()
+    return {"ms": statistics.median(times), "times_ms": times, "peak_gib": peak, "out": out}

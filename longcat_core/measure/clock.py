@@ -139,12 +139,12 @@ def measure(
     return timing
 
 
-def attempt(row: dict[str, Any], budget: Budget, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`row` with the results of `run`, or with the reason it has none: one failing variant must not end the others."""
+def attempt(row: dict[str, Any], budget: Budget, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """`row` completed by `run(*args)`, or by the reason it was not: one failing variant must not end the others."""
     if budget.used_up:
         return row | {"status": NOT_RUN, "reason": "the budget was used up"}
     try:
-        return row | {"status": OK} | run()
+        return row | {"status": OK} | run(*args)
     except LongCatError as error:
         # This machine lacks a backend or a module; the error says which.
         return row | {"status": UNAVAILABLE, "reason": str(error)}

@@ -22,7 +22,6 @@ from longcat_core.benchmark.targets import Targets
 from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
 from longcat_core.measure import results
-from longcat_core.measure.clock import Budget
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compiled_blocks import COMPILED_BLOCK
@@ -475,20 +474,20 @@ def test_cards_offload_what_does_not_fit(everything):
     [("fp8", 24.0, 1029, True), ("fp8", 24.0, 1031, False), ("fp8", 12.0, 2290, True), ("fp8", 12.0, 2310, False)],
 )
 def test_targets_of_cards(path, gib, ms, met):
-    row = {"path": path, "limit_gib": gib, "ms": ms, "ratio": ms / 1000, "floor_ms": 2000}
-    assert cards.verdict(row)["met"] == met
-    assert cards.verdict(row | {"path": "exact"}) == {} == cards.verdict(row | {"limit_gib": None})
+    slowdown, over_floor = ms / 1000, ms / 2000
+    assert cards.verdict(path, gib, slowdown, over_floor)["met"] == met
+    assert cards.verdict("exact", gib, slowdown, over_floor) == {} == cards.verdict(path, None, slowdown, over_floor)
 
 
-def test_a_card_of_another_size_than_it_was_asked_for(monkeypatch):
+def test_a_card_of_another_size_than_it_was_asked_for():
     """On a GPU the released model meets real cards' sizes, another model shares of its need."""
     small = ModelConfig(hidden_size=64, depth=2, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
-    model = OptimizedTransformer(small).requires_grad_(False)
-    one = variants.Bench(model, workload.Size(32, 48, 5), torch.device("cpu"), 1, Budget(None))
-    counted = cards._Counted(one, False)
-    counted.config = ModelConfig()
-    names = [limit.name for limit in counted.limits(torch.device("cuda"))]
-    assert names == ["no limit", "24 GiB", "16 GiB", "12 GiB"]
+    shares = [f"{share} % of the need" for share in (80, 60, 45)]
+    for config, device, names in (
+        (ModelConfig(), "cuda", ["24 GiB", "16 GiB", "12 GiB"]), (small, "cuda", shares), (ModelConfig(), "cpu", shares)
+    ):  # fmt: skip
+        found = [limit.name for limit in cards.limits(config, torch.device(device), 1 << 35)]
+        assert found == ["no limit", *names]
 
 
 def test_loading_beside_reading(everything):

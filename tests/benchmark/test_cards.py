@@ -49,9 +49,9 @@ def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
         made.append(weakref.ref(bench.model))
         return bench
 
-    settle, counted = cards.settle, cards._Counted
+    settle, plans = cards.settle, cards.plans
     monkeypatch.setattr(cards, "settle", lambda *args: (done.append("settled"), settle(*args)))
-    monkeypatch.setattr(cards, "_Counted", lambda bench, fp8: (done.append(fp8), counted(bench, fp8))[1])
+    monkeypatch.setattr(cards, "plans", lambda bench, fp8: (done.append(fp8), plans(bench, fp8))[1])
     bench = fresh()
     bench.report, bench.fresh = report, watched
     cards.run(bench)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ...measure.charts import BLUE, GRAY, GREEN, ORANGE, Bar, Bars, bar_chart
 from ...measure.results import markdown
@@ -14,28 +13,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class Switch(NamedTuple):
-    """name: a field of `Optimizations`; what: its name in rows."""
-
-    name: str
-    what: str
-
-
-# Optimizations are added in this order. The plain network's `attention` is FlashAttention-2 on CUDA.
-SWITCHES = (
-    Switch("fused_qkv", "fused q, k, v"),
-    Switch("fused_ffn", "fused gate and up"),
-    Switch("explicit_fp32", "explicit casts, no autocast"),
-    Switch("text_mode", "text padding folded"),
-    Switch("reuse_text", "text keys once per prompt"),
-    Switch("reuse_modulation", "modulation once per timestep"),
-    Switch("attention", "fastest exact attention"),
-    Switch("compile", "blocks compiled"),
-    Switch("fused_step", "fused sampler step"),
-    Switch("fused_kernels", "own Triton kernels"),
-    Switch("fused_text", "own kernel for text"),
-)
-LAYOUT = Switch("layout", "one token layout")
+# Switches of `Optimizations`, in the order in which they are added, and their names in rows. The plain network's
+# `attention` is FlashAttention-2 on CUDA.
+SWITCHES = {
+    "fused_qkv": "fused q, k, v",
+    "fused_ffn": "fused gate and up",
+    "explicit_fp32": "explicit casts, no autocast",
+    "text_mode": "text padding folded",
+    "reuse_text": "text keys once per prompt",
+    "reuse_modulation": "modulation once per timestep",
+    "attention": "fastest exact attention",
+    "compile": "blocks compiled",
+    "fused_step": "fused sampler step",
+    "fused_kernels": "own Triton kernels",
+    "fused_text": "own kernel for text",
+}
+# What the plain network itself adds to the baseline.
+LAYOUT = "layout", "one token layout"
 # Color and legend of each phase, and of published guesses.
 SERIES = {
     "added": (BLUE, "added"),
@@ -47,37 +41,21 @@ SERIES = {
 
 def run(bench: Bench) -> None:
     """Rows of the phases baseline, added and removed, and last, since it changes the weights, fp8."""
-    first = bench.baseline(EAGER, False)
+    first = before = bench.baseline(EAGER, False)
     bench.baseline(COMPILED, True)
-    before = bench.network(
-        LAYOUT.what, bench.plain(), finish=compared(first, first), phase="added", switch=LAYOUT.name
-    )
-    for switch, values in added(bench):
-        finish = compared(first, before)
-        row = bench.network(switch.what, values, finish=finish, phase="added", switch=switch.name)
-        before = row if row["status"] == "ok" else before
-    full = before
-    for switch, values in removed(bench):
-        finish = compared(first, full, removed=True)
-        bench.network(f"without {switch.what}", values, finish=finish, phase="removed", switch=switch.name)
-    if bench.fp8:
-        lossy(bench, first, full, paths=False)
-
-
-def added(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
-    """Each switch with the values of it and all before it."""
-    values, full = bench.plain(), bench.full()
-    for switch in SWITCHES:
-        values = values | {switch.name: full[switch.name]}
-        yield switch, values
-
-
-def removed(bench: Bench) -> Iterator[tuple[Switch, dict[str, Any]]]:
-    """Each switch with the full set except for it."""
     plain, full = bench.plain(), bench.full()
-    for switch in SWITCHES:
-        if plain[switch.name] != full[switch.name]:
-            yield switch, full | {switch.name: plain[switch.name]}
+    values = dict(plain)
+    for switch, what in (LAYOUT, *SWITCHES.items()):
+        if switch in SWITCHES:
+            values[switch] = full[switch]
+        row = bench.network(what, values, finish=compared(first, before), phase="added", switch=switch)
+        before = row if row["status"] == "ok" or switch not in SWITCHES else before
+    for switch, what in SWITCHES.items():
+        if plain[switch] != full[switch]:
+            without, finish = full | {switch: plain[switch]}, compared(first, before, removed=True)
+            bench.network(f"without {what}", without, finish=finish, phase="removed", switch=switch)
+    if bench.fp8:
+        lossy(bench, first, before, paths=False)
 
 
 def _percent(share: float | None) -> str:
@@ -112,14 +90,14 @@ def worth(results: Results, targets: Any) -> Image.Image:
     for name, percent in {} if targets is None else targets.guesses.items():
         if name in shares:
             shares[name]["guess"] = percent
-    bars = []
-    for name, found in shares.items():
-        for phase, value in found.items():
-            label = "" if bars and bars[-1][0] == name else name
-            bars.append((name, Bar(label, value, SERIES[phase][0], f"{value:+.1f} %")))
+    bars = [
+        Bar("" if i else name, value, SERIES[phase][0], f"{value:+.1f} %")
+        for name, found in shares.items()
+        for i, (phase, value) in enumerate(found.items())
+    ]
     used = {phase for found in shares.values() for phase in found}
     legend = [(words, color) for phase, (color, words) in SERIES.items() if phase in used]
-    groups = [Bars("% of the eager baseline's time", [bar for _, bar in bars])]
+    groups = [Bars("% of the eager baseline's time", bars)]
     return bar_chart("What each optimization is worth", groups, legend=legend)
 
 
@@ -129,7 +107,6 @@ PART = Part(
 *Added*: optimizations are added in this order to the plain network, and each is compared with the row before it.
 *Removed alone*: the full set without it, compared with the full set. Worth is a share of the eager baseline's time.""",
     run=run,
-    columns=("name", "ms", "first_s", "peak_gib", "ratio", "worth_ms", "share", "status"),
     table=table,
     charts=(STEPS, Chart(worth, ("share",), "-worth")),
 )

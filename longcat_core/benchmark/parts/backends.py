@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ...measure.clock import measure
 from ...measure.fidelity import relative_error
 from ...optimize.attention import BACKENDS, Backend, Inputs
 from ...optimize.kernels import text_attention
-from ..part import Chart, Part, Results, bars, columns, ok_rows
+from ..part import Part, Row, bars, columns
 from ..variants import Bench
 from ..workload import FUSED_TEXT, SEED, TEXT_LENGTH
 
@@ -52,61 +51,51 @@ def run(bench: Bench) -> None:
         q, k, v = random_qkv(bench, keys)
         expected = reference(q, k, v)
         for backend in BACKENDS:
-
-            def one(backend: Backend = backend, q=q, k=k, v=v, expected=expected) -> dict[str, Any]:
-                refused = backend.needs.why_not(Inputs.of(q))
-                if refused:
-                    raise LongCatError(refused)
-                error = relative_error(backend.attend(q, k, v)[:1, :QUERIES, :HEADS], expected)
-                return _timed(bench, lambda: backend.attend(q, k, v), q, k) | {"error": error}
-
-            shape = [*q.shape, k.shape[1]]
-            bench.add({"name": backend.name, "attention": what, "exact": backend.exact, "shape": shape}, one)
-    _own_text_kernel(bench)
-
-
-def _own_text_kernel(bench: Bench) -> None:
+            head = {"name": backend.name, "attention": what, "exact": backend.exact, "shape": [*q.shape, k.shape[1]]}
+            bench.add(head, _backend, bench, backend, q, k, v, expected)
     keys = bench.inputs().folded_keys
     q, k, v = random_qkv(bench, keys)
-    weight = torch.ones(q.shape[-1], dtype=q.dtype, device=q.device)
-    some = q[:, :QUERIES].clone()
+    head = {"name": FUSED_TEXT, "attention": "cross", "exact": True, "shape": [*q.shape, keys]}
+    bench.add(head, _own_text_kernel, bench, q, k, v)
+
+
+def _backend(bench: Bench, backend: Backend, q: Tensor, k: Tensor, v: Tensor, expected: Tensor) -> Row:
+    if refused := backend.needs.why_not(Inputs.of(q)):
+        raise LongCatError(refused)
+    error = relative_error(backend.attend(q, k, v)[:1, :QUERIES, :HEADS], expected)
+    return _timed(bench, lambda: backend.attend(q, k, v), q, k) | {"error": error}
+
+
+def _own_text_kernel(bench: Bench, q: Tensor, k: Tensor, v: Tensor) -> Row:
+    if refused := text_attention.NEEDS.why_not(Inputs.of(q)) or text_attention.refuses(q.shape[-1], k.shape[1]):
+        raise LongCatError(refused)
+    weight, some = torch.ones(q.shape[-1], dtype=q.dtype, device=q.device), q[:, :QUERIES].clone()
     expected = text_attention.plain_text_attention(some, weight, k, v, None)[:1, :, :HEADS]
-
-    def one() -> dict[str, Any]:
-        refused = text_attention.NEEDS.why_not(Inputs.of(q)) or text_attention.refuses(q.shape[-1], keys)
-        if refused:
-            raise LongCatError(refused)
-        out = text_attention.text_attention(some, weight, k, v, None).view(some.shape)
-        error = relative_error(out[:1, :, :HEADS], expected)
-        return _timed(bench, lambda: text_attention.text_attention(q, weight, k, v, None), q, k) | {"error": error}
-
-    bench.add({"name": FUSED_TEXT, "attention": "cross", "exact": True, "shape": [*q.shape, keys]}, one)
+    out = text_attention.text_attention(some, weight, k, v, None).view(some.shape)
+    error = relative_error(out[:1, :, :HEADS], expected)
+    return _timed(bench, lambda: text_attention.text_attention(q, weight, k, v, None), q, k) | {"error": error}
 
 
-def _timed(bench: Bench, attend: Callable[[], Tensor], q: Tensor, k: Tensor) -> dict[str, Any]:
+def _timed(bench: Bench, attend: Callable[[], Tensor], q: Tensor, k: Tensor) -> Row:
     timing = measure(attend, bench.device, max(5, bench.repeats), bench.budget)
     return timing.as_row() | {"tflops": 4 * q.numel() * k.shape[1] / timing.ms / 1e9}
 
 
-def chart(results: Results, _: Any) -> Any:
-    rows = sorted((r for r in ok_rows(results, "ms", "tflops") if r["attention"] == "self"), key=lambda r: r["ms"])
-    return bars(
-        rows,
-        "Self-attention of one block (orange: lossy)",
-        "ms",
-        "ms",
-        "{:.1f}",
-        color=lambda row: BLUE if row["exact"] else ORANGE,
-        label=lambda row: f"{row['name']}, {row['tflops']:.0f} TFLOP/s",
-    )
-
+CHART = bars(
+    "Self-attention of one block (orange: lossy)",
+    "ms",
+    "ms",
+    "{:.1f}",
+    color=lambda row: BLUE if row["exact"] else ORANGE,
+    label=lambda row: f"{row['name']}, {row['tflops']:.0f} TFLOP/s",
+    rows=lambda rows: sorted((row for row in rows if row["attention"] == "self"), key=lambda row: row["ms"]),
+)
 
 PART = Part(
     text="## Attention kernels\n\nAt the model's shapes. The error is relative, against fp32 on a slice.",
     run=run,
-    columns=("name", "attention", "ms", "tflops", "error", "status"),
     table=columns(
         name="", attention="attention", ms="ms", tflops="TFLOP/s", error="error", exact="exact", status=""
     ),
-    charts=(Chart(chart, ("tflops",)),),
+    charts=(CHART,),
 )

@@ -29,7 +29,6 @@ LIMITS_GIB, SHARES = (24.0, 16.0, 12.0), (0.8, 0.6, 0.45)
 # The slowdown that a limit may cause in fp8, by GiB: over no limit, at OVER_FLOOR over the floor.
 BOUNDS = {24.0: 1.03, 16.0: 1.10, 12.0: 1.15}
 OVER_FLOOR = 12.0
-UNLIMITED = "no limit"
 COPIED = 1 << 28
 
 
@@ -37,7 +36,7 @@ class Limit(NamedTuple):
     """size: bytes, or None for no limit. gib: the card's memory, if the limit stands for a card."""
 
     name: str
-    size: int | None
+    size: int | None = None
     gib: float | None = None
 
 
@@ -62,35 +61,31 @@ def within(device: torch.device, size: int | None) -> Iterator[None]:
         limit_memory(device, None)
 
 
-class _Counted:
-    """What a plan depends on, counted for one network."""
+def limits(config: ModelConfig, device: torch.device, needed: int) -> list[Limit]:
+    """No limit, then cards for the released model on a GPU, or shares of the bytes that another model needs."""
+    if device.type == "cuda" and config == ModelConfig():
+        return [Limit("no limit"), *(Limit(f"{gib:g} GiB", int(gib * GIB), gib) for gib in LIMITS_GIB)]
+    sizes = {share: WORKSPACE + int(share * (needed - WORKSPACE)) for share in SHARES}
+    return [Limit("no limit"), *(Limit(f"{100 * share:.0f} % of the need", size) for share, size in sizes.items())]
 
-    def __init__(self, bench: Bench, fp8: bool) -> None:
-        config, device, dtype = bench.model.config, bench.device, bench.model.dtype
-        self.config, self.itemsize = config, dtype.itemsize
-        self.weights = Weights.of(config, dtype, Policy() if fp8 else None)
-        _, *shape = bench.size.latents(config.in_channels)
-        self.work = Work((1, *shape), bench.size.batch == 2)
-        self.own = elementwise.takes(dtype)
-        self.others = 0
-        if device.type == "cuda":
-            here = sum(p.nbytes for p in bench.model.parameters() if p.device.type == "cuda")
-            self.others = torch.cuda.memory_allocated(device) - here
 
-    def limits(self, device: torch.device) -> list[Limit]:
-        needed = needed_bytes(Plan(), self.config, self.weights, self.work, self.itemsize, self.own, self.others)
-        limits = [Limit(UNLIMITED, None)]
-        if device.type == "cuda" and self.config == ModelConfig():
-            return limits + [Limit(f"{gib:g} GiB", int(gib * GIB), gib) for gib in LIMITS_GIB]
-        return limits + [
-            Limit(f"{100 * share:.0f} % of the need", WORKSPACE + int(share * (needed - WORKSPACE))) for share in SHARES
-        ]
+def plans(bench: Bench, fp8: bool) -> list[tuple[Limit, Plan]]:
+    """Every limit with the plan that `longcat` chooses within it, counted for the bench's model."""
+    config, device, dtype = bench.model.config, bench.device, bench.model.dtype
+    weights = Weights.of(config, dtype, Policy() if fp8 else None)
+    work = Work((1, *bench.size.latents(config.in_channels)[1:]), bench.size.batch == 2)
+    own, others = elementwise.takes(dtype), 0
+    if device.type == "cuda":
+        here = sum(p.nbytes for p in bench.model.parameters() if p.device.type == "cuda")
+        others = torch.cuda.memory_allocated(device) - here
 
-    def plan(self, limit: Limit) -> Plan:
+    def chosen(limit: Limit) -> Plan:
         if limit.size is None:
             return Plan()
-        settings = {"free": limit.size, "own": self.own, "others": self.others}
-        return choose_plan(self.config, self.weights, self.work, self.itemsize, **settings)[0]
+        return choose_plan(config, weights, work, dtype.itemsize, free=limit.size, own=own, others=others)[0]
+
+    needed = needed_bytes(Plan(), config, weights, work, dtype.itemsize, own, others)
+    return [(limit, chosen(limit)) for limit in limits(config, device, needed)]
 
 
 def run(bench: Bench) -> None:
@@ -116,23 +111,12 @@ def _rows(bench: Bench, path: str, rate: float) -> None:
         if not bench.quantize():
             return
         settle(bench.model, bench.device)
-    counted, first = _Counted(bench, path == FP8), {}
-
-    def finish(row: Row) -> Row:
-        out = row.pop("out")
-        if row["given_gib"] is None:
-            first.update(ms=row["ms"], out=out)
-        elif first:
-            row |= {"ratio": row["ms"] / first["ms"], "floor_ms": max(first["ms"], row["transfer_ms"])}
-            row |= verdict(row) | {"difference": relative_error(out, first["out"])}
-        return row
-
-    for limit in counted.limits(bench.device):
-        plan = counted.plan(limit)
+    first: Row = {}
+    for limit, plan in plans(bench, path == FP8):
         head = {"name": f"{path}, {limit.name}", "path": path, "phase": "card", "limit_gib": limit.gib}
         head |= {"plan": plan.describe(bench.model.config.depth) or "all on the device", "streamed": plan.streamed}
         head |= {"split_guidance": plan.split_guidance, "given_gib": limit.size and limit.size / GIB}
-        bench.add(head, lambda limit=limit, plan=plan: _step(bench, path, limit, plan, rate), finish)
+        bench.add(head, _step, bench, path, limit, plan, rate, first)
 
 
 def settle(model: OptimizedTransformer, device: torch.device) -> None:
@@ -145,26 +129,34 @@ def settle(model: OptimizedTransformer, device: torch.device) -> None:
     model.to(device)
 
 
-def verdict(row: dict[str, Any]) -> dict[str, Any]:
-    """The bound of a row, if it has one, and whether it is met."""
-    limit = row["limit_gib"]
-    if row["path"] != FP8 or limit not in BOUNDS:
+def verdict(path: str, limit_gib: float | None, ratio: float, over_floor: float) -> Row:
+    """The bound of a path within a limit, if it has one, and whether it is met by a slowdown."""
+    if path != FP8 or limit_gib not in BOUNDS:
         return {}
-    over = row["ms"] / row["floor_ms"] if limit == OVER_FLOOR else row["ratio"]
-    what = "the larger of compute and transfer" if limit == OVER_FLOOR else "no limit"
-    return {"target": f"<= {BOUNDS[limit]:g} x {what}", "met": over <= BOUNDS[limit]}
+    over, what = ratio, "no limit"
+    if limit_gib == OVER_FLOOR:
+        over, what = over_floor, "the larger of compute and transfer"
+    return {"target": f"<= {BOUNDS[limit_gib]:g} x {what}", "met": over <= BOUNDS[limit_gib]}
 
 
 @torch.no_grad()
-def _step(bench: Bench, path: str, limit: Limit, plan: Plan, rate: float) -> Row:
+def _step(bench: Bench, path: str, limit: Limit, plan: Plan, rate: float, first: Row) -> Row:
+    """first: ms and latents without a limit, which the first row fills in."""
     model, inputs, device = bench.model, bench.inputs(), bench.device
-    workload.exactly(model, Optimizations(**bench.path(path)))
-    apply_plan(model, plan)
-    clean_up(device)
-    with within(device, limit.size):
-        row = workload.timed_sampling(model, inputs, bench.repeats)
-    copied = 0 if model.stream is None else (2 if plan.split_guidance else 1) * model.stream.nbytes
-    return row | {"transfer_ms": copied / rate / 1e6}
+    with workload.switched(model, Optimizations(**bench.path(path))) as notes:
+        apply_plan(model, plan)
+        clean_up(device)
+        with within(device, limit.size):
+            row = workload.timed_sampling(model, inputs, bench.repeats)
+    out, copied = row.pop("out"), 0 if model.stream is None else (1 + plan.split_guidance) * model.stream.nbytes
+    row |= {"notes": notes, "transfer_ms": copied / rate / 1e6}
+    if limit.size is None:
+        first |= {"ms": row["ms"], "out": out}
+    elif first:
+        ratio, floor_ms = row["ms"] / first["ms"], max(first["ms"], row["transfer_ms"])
+        row |= {"ratio": ratio, "floor_ms": floor_ms, "difference": relative_error(out, first["out"])}
+        row |= verdict(path, limit.gib, ratio, row["ms"] / floor_ms)
+    return row
 
 
 def table(results: Results, _: Any) -> str:
@@ -187,6 +179,5 @@ longer. Peaks are of the whole sampling. *Difference* is relative, of the latent
 limit: offloaded blocks change nothing, split guidance rounds differently. The GPU keeps its own speed; a real smaller
 card is slower.""",
     run=run,
-    columns=("name", "ms", "ratio", "floor_ms", "peak_gib", "plan", "status"),
     table=table,
 )

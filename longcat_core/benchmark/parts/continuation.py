@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,21 +23,13 @@ from ..variants import EXACT, Bench, Row
 LATENTS = (4, 1)
 
 
-class Cache(NamedTuple):
-    """How the sampler keeps the keys and values of given frames."""
-
-    name: str
-    kv_cache: KVMode
-    offload: bool = False
-
-
-# The others are compared with the first.
-CACHES = (
-    Cache("off", "off"),
-    Cache("exact", "exact"),
-    Cache("official", "official"),
-    Cache("exact, offloaded", "exact", True),
-)
+# How the sampler keeps their keys and values: `kv_cache` and whether it is offloaded. The first is compared with.
+CACHES: dict[str, tuple[KVMode, bool]] = {
+    "off": ("off", False),
+    "exact": ("exact", False),
+    "official": ("official", False),
+    "exact, offloaded": ("exact", True),
+}
 
 
 def sized(bench: Bench) -> Bench:
@@ -67,23 +59,6 @@ def _filling(model: Any, device: torch.device) -> Iterator[dict[str, float]]:
         del model.fill_kv_cache
 
 
-@torch.no_grad()
-def _generate(bench: Bench, latents: int, cache: Cache) -> Row:
-    model, inputs = bench.model, bench.inputs()
-    chosen = Optimizations(**bench.path(EXACT))
-    given = inputs.latents[:, :, :latents].contiguous()
-    workload.exactly(model, chosen)
-    if cache.kv_cache != "off":
-        # Filled once before: compilation does not count, pinning memory does.
-        model.fill_kv_cache(given)
-    clean_up(bench.device)
-    options = {"cond_latents": given, "kv_cache": cache.kv_cache, "offload_kv_cache": cache.offload}
-    with _filling(model, bench.device) as filled:
-        row = workload.timed_sampling(model, inputs, bench.repeats, **options)
-    workload.require(model, chosen, row["notes"], cache.name)
-    return row | filled | {"out": row["out"][:, :, latents:]}
-
-
 def run(bench: Bench) -> None:
     """Rows of every number of given latents and every cache.
 
@@ -92,21 +67,32 @@ def run(bench: Bench) -> None:
     """
     for count in LATENTS:
         first: Row = {}
+        for cache, (mode, offload) in CACHES.items():
+            head = {"name": f"{count} given, {cache}", "given": count, "kv_cache": mode, "offloaded": offload}
+            head |= {"batch": bench.size.batch, "depth": bench.model.config.depth}
+            head["phase"] = "baseline" if mode == "off" else "path"
+            bench.add(head, _generate, bench, cache, count, first)
 
-        def finish(row: Row) -> Row:
-            out = row.pop("out")
-            if row["kv_cache"] == "off":
-                first.update(ms=row["ms"], out=out)  # noqa: B023
-                return row
-            if not first:  # noqa: B023
-                return row
-            return row | {"ratio": first["ms"] / row["ms"], "difference": relative_error(out, first["out"])}  # noqa: B023
 
-        for cache in CACHES:
-            head = {"name": f"{count} given, {cache.name}", "given": count, "kv_cache": cache.kv_cache}
-            head |= {"offloaded": cache.offload, "batch": bench.size.batch, "depth": bench.model.config.depth}
-            head["phase"] = "baseline" if cache.kv_cache == "off" else "path"
-            bench.add(head, lambda count=count, cache=cache: _generate(bench, count, cache), finish)
+@torch.no_grad()
+def _generate(bench: Bench, cache: str, count: int, first: Row) -> Row:
+    """first: ms and generated latents without a cache, which the first row fills in."""
+    model, inputs, (mode, offload) = bench.model, bench.inputs(), CACHES[cache]
+    given = inputs.latents[:, :, :count].contiguous()
+    with workload.switched(model, Optimizations(**bench.path(EXACT)), cache) as notes:
+        if mode != "off":
+            # Filled once before: compilation does not count, pinning memory does.
+            model.fill_kv_cache(given)
+        clean_up(bench.device)
+        options = {"cond_latents": given, "kv_cache": mode, "offload_kv_cache": offload}
+        with _filling(model, bench.device) as filled:
+            row = workload.timed_sampling(model, inputs, bench.repeats, **options) | {"notes": notes}
+    out = row.pop("out")[:, :, count:]
+    if mode == "off":
+        first |= {"ms": row["ms"], "out": out}
+    elif first:
+        row |= {"ratio": first["ms"] / row["ms"], "difference": relative_error(out, first["out"])}
+    return row | filled
 
 
 PART = Part(
@@ -117,7 +103,6 @@ keys and values at every step. *Exact* caches them together with what guidance n
 the latter out. *Once* is the time to fill the cache, once a generation, including pinning memory for an offloaded one.
 Peaks are of the whole generation. *Difference* is relative, of the generated frames from those without a cache.""",
     run=run,
-    columns=("name", "ms", "ratio", "once_ms", "cache_gib", "peak_gib", "difference", "status"),
     table=columns(
         name="",
         ms="ms a step",

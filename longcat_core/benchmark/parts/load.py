@@ -6,7 +6,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ...files.safetensors_io import write_safetensors
 from ...measure.clock import OK, attempt, clean_up, synchronize
 from ...measure.results import markdown, shown
 from ...optimize.quantization import Policy
-from ..part import Part, Results, met
+from ..part import Part, Results, Row, met
 from ..variants import Bench
 
 # Loading must reach this share of the disk's rate, for files from this size in bytes: small ones have other costs.
@@ -69,37 +68,37 @@ def run(bench: Bench) -> None:
             load_transformer(path, dtype=dtype, device=device, fp8=fp8)
             synchronize(device)
 
-        runs: dict[str, Callable[[], None]] = {
+        runs = {
             RAW: lambda: read_whole(path),
             "loading": lambda: load(None),
             "loading to fp8": lambda: load(Policy()),
         }
         times: dict[str, list[float]] = {name: [] for name in runs}
-        rows = {name: {"name": name, "phase": "load"} for name in runs}
+        rows: dict[str, Row] = {name: {"name": name, "phase": "load"} for name in runs}
+
+        def seconds(name: str) -> Row:
+            forget(path)
+            started = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - started)
+            return {}
+
         # Alternating, since a disk's rate drifts.
         for _ in range(bench.repeats):
-            for name, run in runs.items():
-
-                def timed(name: str = name, run: Callable[[], None] = run) -> dict[str, Any]:
-                    forget(path)
-                    started = time.perf_counter()
-                    run()
-                    times[name].append(time.perf_counter() - started)
-                    return {}
-
-                if rows[name].get("status", "ok") == "ok":
-                    rows[name] = attempt(rows[name], bench.budget, timed)
+            for name in runs:
+                if rows[name].get("status", OK) == OK:
+                    rows[name] = attempt(rows[name], bench.budget, seconds, name)
                 clean_up(device)
     raw = statistics.median(times[RAW]) if times[RAW] else None
-    for name, row in rows.items():
-        if times[name]:
-            seconds = statistics.median(times[name])
-            row = {"name": name, "phase": "load", "status": OK, "seconds": seconds, "times_s": times[name]}
-            row["gb_s"] = size / seconds / 1e9
+    for name, taken in times.items():
+        row = rows[name]
+        if taken:
+            median = statistics.median(taken)
+            row = {"name": name, "phase": "load", "status": OK, "seconds": median, "times_s": taken}
+            row["gb_s"] = size / median / 1e9
             if name != RAW and raw is not None:
-                row |= {"share": raw / seconds, "target": SHARE if name == "loading" and size >= LARGE else None}
-        report.add(row)
-        bench.say(f"load, {name}: {row.get('reason') or shown(row['gb_s']) + ' GB/s'}")
+                row |= {"share": raw / median, "target": SHARE if name == "loading" and size >= LARGE else None}
+        bench.keep(row)
 
 
 def table(results: Results, _: Any) -> str:
@@ -120,6 +119,5 @@ PART = Part(
 Medians, from a file that the system was asked to drop from its cache, alternating with reading it on as many threads.
 *Share* is of the rate of reading. To fp8, weights are quantized as they arrive.""",
     run=run,
-    columns=("name", "seconds", "gb_s", "share", "status"),
     table=table,
 )

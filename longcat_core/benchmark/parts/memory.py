@@ -8,48 +8,43 @@ from typing import Any
 import torch
 
 from ...measure.charts import BLUE, ORANGE
-from ...measure.clock import GIB, measure, peak_gib, reset_peak
+from ...measure.clock import GIB, measure
 from ...optimize.memory import activation_bytes
 from ...optimize.switches import Optimizations
 from .. import workload
-from ..part import Chart, Part, Results, bars, columns, ok_rows
-from ..variants import Bench
-from ..workload import Size
+from ..part import Part, Results, Row, bars, columns
+from ..variants import FULL, Bench
+from ..workload import Inputs, Size
 
 # Height, width, frames, batch: 480p with and without guidance, 720p without and with.
 SIZES = ((480, 832, 93, 2), (480, 832, 93, 1), (720, 1280, 93, 1), (720, 1280, 93, 2))
 CPU_SIZES = ((32, 48, 5, 2), (64, 96, 9, 1))
 
 
-@torch.no_grad()
 def run(bench: Bench) -> None:
-    """Rows of each size, eager and compiled: peak beyond the model and its inputs, over `activation_bytes`.
-
-    The second forward is measured: neither count includes what is kept between steps.
-    """
+    """Rows of each size, eager and compiled: peak beyond the model and its inputs, over `activation_bytes`."""
     config, itemsize = bench.model.config, bench.model.dtype.itemsize
     for numbers in SIZES if bench.device.type == "cuda" else CPU_SIZES:
         size = Size(*numbers)
-        counted = activation_bytes(config, size.latents(config.in_channels), itemsize)
-        for name, values in (("eager", bench.full() | {"compile": "off"}), ("compiled", bench.full())):
+        counted = activation_bytes(config, size.latents(config.in_channels), itemsize) / GIB
+        for name, mode in (("eager", "off"), ("compiled", FULL.compile)):
             row = {"name": f"{size}, batch {size.batch}, {name}", "size": str(size), "batch": size.batch}
-            row |= {"compiled": name == "compiled", "counted_gib": counted / GIB, "tokens": size.tokens(config)}
+            row |= {"compiled": name == "compiled", "counted_gib": counted, "tokens": size.tokens(config)}
+            bench.add(row, _peak, bench, size, Optimizations(**bench.full() | {"compile": mode}), counted)
 
-            def one(size: Size = size, values: dict = values, counted: int = counted) -> dict[str, Any]:
-                workload.exactly(bench.model, Optimizations(**values))
-                with workload.Notes(bench.model) as notes:
-                    forward = workload.network_forward(bench.model, workload.Inputs(config, size, bench.device))
-                    forward()
-                    gc.collect()
-                    reset_peak(bench.device)
-                    held = torch.cuda.memory_allocated(bench.device) / GIB if bench.device.type == "cuda" else 0
-                    ms = measure(forward, bench.device, 0, bench.budget).ms
-                peak = peak_gib(bench.device)
-                measured = None if peak is None else peak - held
-                fit = None if measured is None else measured * GIB / counted
-                return {"measured_gib": measured, "ms": ms, "notes": notes, "fit": fit}
 
-            bench.add(row, one)
+@torch.no_grad()
+def _peak(bench: Bench, size: Size, chosen: Optimizations, counted: float) -> Row:
+    """Of the second forward: neither count includes what is kept between steps."""
+    with workload.switched(bench.model, chosen) as notes:
+        forward = workload.network_forward(bench.model, Inputs(bench.model.config, size, bench.device))
+        forward()
+        gc.collect()
+        held = torch.cuda.memory_allocated(bench.device) / GIB if bench.device.type == "cuda" else 0.0
+        timing = measure(forward, bench.device, 0, bench.budget)
+    measured = None if timing.peak_gib is None else timing.peak_gib - held
+    fit = None if measured is None else measured / counted
+    return {"measured_gib": measured, "ms": timing.ms, "notes": notes, "fit": fit}
 
 
 def table(results: Results, targets: Any) -> str:
@@ -59,16 +54,13 @@ def table(results: Results, targets: Any) -> str:
     return columns(**headings, fit="fit", status="")(results, targets) + f"\n\n{largest}"
 
 
-def chart(results: Results, _: Any) -> Any:
-    return bars(
-        ok_rows(results, "fit"),
-        "Peak memory of a forward over the estimate",
-        "measured / estimated",
-        "fit",
-        "{:.3f}",
-        color=lambda row: ORANGE if row["compiled"] else BLUE,
-    )
-
+CHART = bars(
+    "Peak memory of a forward over the estimate",
+    "measured / estimated",
+    "fit",
+    "{:.3f}",
+    color=lambda row: ORANGE if row["compiled"] else BLUE,
+)
 
 PART = Part(
     text="""## Memory
@@ -76,7 +68,6 @@ PART = Part(
 Peak of a forward beyond what the model holds, beside the estimate of `longcat_core.optimize.memory.activation_bytes`.
 *Fit* is measured over estimated; estimates must be multiplied by the largest (`MEMORY_FIT_OWN` there).""",
     run=run,
-    columns=("name", "counted_gib", "measured_gib", "fit", "status"),
     table=table,
-    charts=(Chart(chart, ("fit",)),),
+    charts=(CHART,),
 )

@@ -51,7 +51,6 @@ def table(results: Results, _: Any) -> str:
 PART = Part(
     text="## Steps side by side\n\nAll variants run in one process, in turn, on the same weights and inputs.",
     run=run,
-    columns=("name", "ms", "first_s", "peak_gib", "ratio", "attention", "status"),
     table=table,
     charts=(STEPS,),
 )

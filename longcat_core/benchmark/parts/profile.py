@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from ...errors import LongCatError
 from ...files.atomic import atomic_path
-from ...measure.clock import attempt, clean_up, timed
+from ...measure.clock import attempt, clean_up, synchronize, timed
 from ...measure.results import markdown, shown
 from ...optimize.block_sparse import BlockSparse
 from ...optimize.quantization import quantize, quantized_layers
 from ...optimize.switches import Optimizations
 from .. import workload
 from ..baseline import BaselineTransformer
-from ..part import Chart, Part, Results, bars, ok_rows
+from ..part import Part, Results, Row, bars
 from ..variants import EXACT, FP8, FP8_8BIT, Bench
 from . import refine
 from .refine import SPARSE_EXACT, SPARSE_FP8
@@ -55,13 +55,10 @@ def _kernels(prof: Any, cuda: bool) -> list[tuple[str, float, int]]:
     """(name, ms, calls) of everything that took time, the longest first."""
     found = []
     for event in prof.key_averages():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if cuda != on_device:
-            continue
         us = event.self_device_time_total if cuda else event.self_cpu_time_total
         # Annotations span kernels, which would be counted twice.
         spans = getattr(event, "is_user_annotation", False) or event.key.startswith(ANNOTATIONS)
-        if us > 0 and not spans:
+        if cuda == (event.device_type == torch.autograd.DeviceType.CUDA) and us > 0 and not spans:
             found.append((event.key, us / 1000, event.count))
     return sorted(found, key=lambda item: -item[1])
 
@@ -93,39 +90,8 @@ def run(bench: Bench) -> None:
     """
     variant, report = bench.variant, bench.report
     name = VARIANTS[variant]
-    path = _PATHS.get(name, name)
-
-    def one() -> dict[str, Any]:
-        if path in (FP8, FP8_8BIT) and not quantized_layers(bench.model):
-            quantize(bench.model)
-        chosen = Optimizations(**(bench.plain() if name in (PLAIN, BASELINE) else bench.path(path)))
-        workload.exactly(bench.model, chosen)
-        inputs = bench.inputs()
-        if name == BASELINE:
-            forward = workload.baseline_forward(BaselineTransformer(bench.model), inputs)
-            step = workload.step_of(forward, inputs, Optimizations(fused_step=False))
-        else:
-            step = workload.step_of(workload.network_forward(bench.model, inputs), inputs, chosen)
-        with workload.Notes(bench.model) as notes:
-            step()
-            step()
-            ms = 1000 * timed(step, bench.device)
-        workload.require(bench.model, chosen, notes, name)
-        cuda = bench.device.type == "cuda"
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with profile(activities=activities) as prof:
-            step()
-            if cuda:
-                torch.cuda.synchronize(bench.device)
-        kernels = _kernels(prof, cuda)
-        trace = report.path.with_name(f"trace-{variant.replace('+', '-')}.json.gz")
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(trace) as temporary:
-            prof.export_chrome_trace(str(temporary))
-        return {"ms": ms, "kernels": kernels, "trace": trace.name, "notes": notes}
-
     with workload.attending(bench.model, BlockSparse() if variant in REFINING else None):
-        row = attempt({"name": name, "phase": "total"}, bench.budget, one)
+        row = attempt({"name": name, "phase": "total"}, bench.budget, _profiled, bench, variant)
     clean_up(bench.device)
     kernels = row.pop("kernels", [])
     report.content["inputs"]["variant"] = name
@@ -134,22 +100,48 @@ def run(bench: Bench) -> None:
         for kernel, ms, calls in kernels[:SHOWN]
     ]
     busy = sum(ms for _, ms, _ in kernels)
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, Row] = {}
     for kernel, ms, calls in kernels:
-        total = sums.setdefault(family(kernel), [0.0, 0])
-        total[0] += ms
-        total[1] += calls
-    for what, (ms, calls) in sorted(sums.items(), key=lambda item: -item[1][0]):
-        found = {"name": what, "phase": "family", "ms": ms, "calls": calls, "share": ms / busy, "status": "ok"}
-        report.rows.append(found)
-    report.add(row | {"busy_ms": busy})
-    bench.say(f"profile of {name}: {row['status']}: {row.get('ms') or row.get('reason')}")
+        total = sums.setdefault(family(kernel), {"name": family(kernel), "phase": "family", "ms": 0.0, "calls": 0})
+        total |= {"ms": total["ms"] + ms, "calls": total["calls"] + calls}
+    for total in sorted(sums.values(), key=lambda total: -total["ms"]):
+        report.rows.append(total | {"share": total["ms"] / busy, "status": "ok"})
+    bench.keep(row | {"busy_ms": busy})
+
+
+def _profiled(bench: Bench, variant: str) -> Row:
+    """A step's time, its kernels, and the name of the trace that lies beside the results."""
+    name, inputs, cuda = VARIANTS[variant], bench.inputs(), bench.device.type == "cuda"
+    path = _PATHS.get(name, name)
+    if path in (FP8, FP8_8BIT) and not quantized_layers(bench.model):
+        quantize(bench.model)
+    chosen = Optimizations(**(bench.plain() if name in (PLAIN, BASELINE) else bench.path(path)))
+    with workload.switched(bench.model, chosen, name) as notes:
+        if name == BASELINE:
+            forward = workload.baseline_forward(BaselineTransformer(bench.model), inputs)
+            step = workload.step_of(forward, inputs, Optimizations(fused_step=False))
+        else:
+            step = workload.step_of(workload.network_forward(bench.model, inputs), inputs, chosen)
+        step()
+        step()
+        ms = 1000 * timed(step, bench.device)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as prof:
+        step()
+        synchronize(bench.device)
+    trace = bench.report.path.with_name(f"trace-{variant.replace('+', '-')}.json.gz")
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(trace) as temporary:
+        prof.export_chrome_trace(str(temporary))
+    return {"ms": ms, "kernels": _kernels(prof, cuda), "trace": trace.name, "notes": notes}
+
+
+def families(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.get("phase") == "family"]
 
 
 def table(results: Results, _: Any) -> str:
-    families = [r for r in results["rows"] if r.get("phase") == "family"]
     whole = next((r for r in results["rows"] if r.get("phase") == "total"), {})
-    lines = [(r["name"], r["ms"], f"{100 * r['share']:.1f} %", r["calls"]) for r in families]
+    lines = [(r["name"], r["ms"], f"{100 * r['share']:.1f} %", r["calls"]) for r in families(results["rows"])]
     longest = [
         (k["name"].replace("`", "'")[:90], k["family"], k["ms"], k["calls"]) for k in results.get("kernels", [])[:12]
     ]
@@ -158,17 +150,19 @@ def table(results: Results, _: Any) -> str:
     return f"{busy}\n\n{tables[0]}\n\nThe longest:\n\n{tables[1]}"
 
 
-def chart(results: Results, _: Any) -> Any:
-    title = f"Where one step goes: {results['inputs'].get('variant', '')}"
-    label = lambda row: f"{row['name']} ({100 * row['share']:.0f} %)"  # noqa: E731
-    return bars(ok_rows(results, "ms", "share"), title, "ms on the device", "ms", "{:.1f}", label=label)
-
+CHART = bars(
+    "Where one step goes: {variant}",
+    "ms on the device",
+    "ms",
+    "{:.1f}",
+    label=lambda row: f"{row['name']} ({100 * row['share']:.0f} %)",
+    rows=families,
+)
 
 PART = Part(
     text="## Where the time goes: {variant}\n\nKernels of one step under the PyTorch profiler, by family.",
     run=run,
-    columns=("name", "ms", "calls", "share", "status"),
     table=table,
-    charts=(Chart(chart, ("ms", "share")),),
+    charts=(CHART,),
     sized=sized,
 )

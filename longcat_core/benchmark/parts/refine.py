@@ -42,13 +42,11 @@ def _sparse_name(bench: Bench, settings: BlockSparse) -> str:
 
 
 def _evaluation(bench: Bench, name: str, path: str, settings: BlockSparse | None, phase: str, first: Row) -> Row:
-    sparse = settings is not None
     # Dense attention takes a minute on a GPU, and its kernels are warm: one call is enough.
-    bench = bench if sparse or bench.device.type != "cuda" else replace(bench, repeats=0)
+    bench = bench if settings or bench.device.type != "cuda" else replace(bench, repeats=0)
 
     def finish(row: Row) -> Row:
-        named = {"attention": _sparse_name(bench, settings)} if sparse else {}
-        return compared(first)(row | named)
+        return compared(first)(row | ({"attention": _sparse_name(bench, settings)} if settings else {}))
 
     with workload.attending(bench.model, settings):
         return bench.network(name, bench.path(path), finish=finish, phase=phase)
@@ -65,16 +63,17 @@ def _alone(bench: Bench, settings: BlockSparse) -> None:
         return timing.as_row() | {"attention": name}
 
     def dense() -> Row:
-        workload.exactly(bench.model, Optimizations(**bench.path(EXACT)))
-        attend = bench.model.choose_kernels(bench.device).attend
+        with workload.switched(bench.model, Optimizations(**bench.path(EXACT))):
+            attend = bench.model.choose_kernels(bench.device).attend
         return timed(attend, (q, k, v), kernel_name(attend))
 
     def sparse() -> Row:
-        laid = tuple(map(layout.arrange, (q, k, v)))
-        return timed(block_sparse_attend(layout, settings), laid, _sparse_name(bench, settings))
+        arranged = tuple(map(layout.arrange, (q, k, v)))
+        row = timed(block_sparse_attend(layout, settings), arranged, _sparse_name(bench, settings))
+        return compared(first)(row)
 
     first = bench.add({"name": ALONE[DENSE], "phase": "attention"}, dense)
-    bench.add({"name": ALONE[SPARSE], "phase": "attention"}, sparse, compared(first))
+    bench.add({"name": ALONE[SPARSE], "phase": "attention"}, sparse)
 
 
 def run(bench: Bench) -> None:
@@ -121,7 +120,6 @@ PART = Part(
 One evaluation of the network without guidance, with dense and with block-sparse attention. *Attention alone* is that of
 one layer; for block-sparse attention it includes the choice of chunks.""",
     run=run,
-    columns=("name", "ms", "peak_gib", "ratio", "attention", "status"),
     table=table,
     charts=(STEPS,),
     sized=sized,

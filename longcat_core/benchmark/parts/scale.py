@@ -53,7 +53,6 @@ def chart(results: Results, _: Any) -> Any:
 PART = Part(
     text="## By number of tokens\n\nThe exact path, without guidance.",
     run=run,
-    columns=("size", "tokens", "ms", "peak_gib", "status"),
     table=columns(size="", tokens="tokens", ms="ms", peak_gib="peak GiB", first_s="first call s", status=""),
     charts=(Chart(chart, ("ms", "tokens")),),
 )

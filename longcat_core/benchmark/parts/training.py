@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ...measure.fidelity import relative_error
 from ...optimize.switches import Optimizations
 from ...training.step import flow_matching_loss
 from .. import workload
-from ..part import Chart, Part, Results, bars, columns, ok_rows
+from ..part import Part, Row, bars, columns
 from ..variants import Bench
 
 # Recomputed gradients differ only where kernels sum in no fixed order.
@@ -35,35 +34,30 @@ def run(bench: Bench) -> None:
         loss = flow_matching_loss(model, inputs.latents, level, inputs.context, inputs.mask, noise=noise)
         loss.backward()
 
-    for name, checkpointing in (("without checkpointing", False), ("with gradient checkpointing", True)):
-
-        def one(checkpointing: bool = checkpointing) -> dict[str, Any]:
-            workload.exactly(model, Optimizations(gradient_checkpointing=checkpointing))
+    def timed(checkpointing: bool) -> Row:
+        with workload.switched(model, Optimizations(gradient_checkpointing=checkpointing)):
             row = measure(step, bench.device, bench.repeats, bench.budget).as_row()
-            if not checkpointing:
-                expected.update({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
-                return row
-            difference = max(
-                relative_error(p.grad.cpu(), expected[name]) if expected[name].any() else float(p.grad.any())
-                for name, p in model.named_parameters()
-                if name in expected
-            )
-            return row | {"gradient_difference": difference, "equal": difference <= SAME}
+        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        if not checkpointing:
+            expected.update(gradients)
+            return row
+        difference = max(
+            relative_error(gradients[name], known) if known.any() else float(gradients[name].any())
+            for name, known in expected.items()
+        )
+        return row | {"gradient_difference": difference, "equal": difference <= SAME}
 
-        bench.add({"name": name, "gradient_checkpointing": checkpointing, "depth": model.config.depth}, one)
+    for name, checkpointing in (("without checkpointing", False), ("with gradient checkpointing", True)):
+        head = {"name": name, "gradient_checkpointing": checkpointing, "depth": model.config.depth}
+        bench.add(head, timed, checkpointing)
         model.zero_grad(set_to_none=True)
-
-
-def chart(results: Results, _: Any) -> Any:
-    return bars(ok_rows(results, "ms"), "A training step", "ms", "ms", "{:.1f}")
 
 
 PART = Part(
     text="## Gradient checkpointing\n\nOne loss and its gradients, with and without recomputing each block.",
     run=run,
-    columns=("name", "ms", "peak_gib", "gradient_difference", "status"),
     table=columns(
         name="", ms="ms", peak_gib="peak GiB", gradient_difference="difference of gradients", equal="equal", status=""
     ),
-    charts=(Chart(chart, ("ms",)),),
+    charts=(bars("A training step", "ms", "ms", "{:.1f}"),),
 )
