@@ -115,41 +115,59 @@ def changed_weights(loras: Iterable[Lora | OpenedLora], shapes: Mapping[str, Seq
     return list(dict.fromkeys(f"{name}.weight" for name, _, _ in matched))
 
 
+def lora_of(tensors: Mapping[str, Tensor], source: str) -> OpenedLora:
+    """A LoRA from tensors in memory, at strength 1. source: its name in errors, which are those of `open_loras`."""
+    return OpenedLora(Path(source), 1.0, *_read_layers(tensors, source, lambda rank: 1.0), None)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(module without prefixes, official name of the part) of a key of a LoRA; None for a key of anything else."""
+    plain = key.removeprefix(PREFIX).replace(SEPARATOR, ".") if key.startswith(PREFIX) else key
+    match = _PART.search(plain)
+    if match is None:
+        return None
+    kind = match.lastgroup or ""
+    part = {"down": "lora_down.weight", "up": "lora_up.weight", "scale": "alpha_scale"}.get(kind, kind)
+    if kind == "slice":
+        part = f"lora_up.blocks.{int(match['slice'])}.weight"
+    return _bare(plain[: match.start()]), part
+
+
 def _open(path: str | Path, strength: float) -> OpenedLora:
     check_strength(path, strength)
     path = Path(path)
     read = stamp_of(path)
+    return OpenedLora(path, strength, *_read_layers(read_tensors(path), path, _peft_scale(path)), read)
+
+
+def _read_layers(
+    tensors: Mapping[str, Tensor], source: str | Path, default_scale: Callable[[int], float]
+) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    """`OpenedLora.layers` and `OpenedLora.unknown`. default_scale: scale by rank of layers without an alpha."""
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
-    for name, tensor in read_tensors(path).items():
-        if _OTHER_KINDS.search(name):
-            raise CheckpointError(f"{path} holds {name}: a kind of LoRA that cannot be merged here; give a plain LoRA")
-        plain = name.removeprefix(PREFIX).replace(SEPARATOR, ".") if name.startswith(PREFIX) else name
-        match = _PART.search(plain)
-        if match is None:
-            unknown.append(name)
+    for key, tensor in tensors.items():
+        if _OTHER_KINDS.search(key):
+            raise CheckpointError(f"{source} holds {key}: a kind of LoRA that cannot be merged here; give a plain LoRA")
+        split = split_key(key)
+        if split is None:
+            unknown.append(key)
             continue
-        kind = match.lastgroup or ""
-        part = {"down": "lora_down.weight", "up": "lora_up.weight", "scale": "alpha_scale"}.get(kind, kind)
-        if kind == "slice":
-            part = f"lora_up.blocks.{int(match['slice'])}.weight"
-        module = _bare(plain[: match.start()])
-        parts = found[module]
-        if part in parts:
-            raise CheckpointError(f"{path} changes {module} twice; give a file with one LoRA")
-        parts[part] = tensor
+        module, part = split
+        if part in found[module]:
+            raise CheckpointError(f"{source} changes {module} twice; give a file with one LoRA")
+        found[module][part] = tensor
     if not found:
         raise CheckpointError(
-            f"{path} is not a LoRA (it holds {', '.join(unknown[:_SHOWN]) or 'nothing'}); give a LoRA file"
+            f"{source} is not a LoRA (it holds {', '.join(unknown[:_SHOWN]) or 'nothing'}); give a LoRA file"
         )
-    default_scale = _peft_scale(path)
     for parts in found.values():
         alpha = parts.pop("alpha", None)
         if "alpha_scale" not in parts and _ups(parts):
             # An alpha belongs to one slice and its rank.
             rank = max((1, *_ups(parts)[0].shape[1:2]))
             parts["alpha_scale"] = torch.tensor(default_scale(rank) if alpha is None else float(alpha) / rank)
-    return OpenedLora(path, strength, dict(found), tuple(unknown), read)
+    return dict(found), tuple(unknown)
 
 
 def _bare(module: str) -> str:
@@ -255,6 +273,22 @@ class LoraStack:
         """The changes of parameter `name`, in the order of the files."""
         return list(self._changes.get(name, ()))
 
+    def joined(self, name: str) -> tuple[Tensor, Tensor]:
+        """The changes of parameter `name` as one LoRA that adds up @ down: up [rows, R] fp32, down [R, in].
+
+        Each slice has ranks of its own, with its scale and strength in `up`; rows without a change are 0.
+        """
+        changes = sorted(self._changes[name], key=lambda change: change.index)
+        up = torch.zeros(changes[0].count * changes[0].shape[0], sum(change.rank for change in changes))
+        first = 0
+        for change in changes:
+            row = change.index * change.shape[0]
+            for part in change.ups:
+                scaled = part.float() * (change.scale * change.strength)
+                up[row : row + len(part), first : first + part.shape[1]] = scaled
+                row, first = row + len(part), first + part.shape[1]
+        return up, torch.cat([down for change in changes for down in change.downs])
+
     @torch.no_grad()
     def add(self, name: str, weight: Tensor) -> Tensor:
         """Add the changes of parameter `name` to `weight` (fp32, contiguous) in place; returns it."""
@@ -276,13 +310,17 @@ def _change(lora: OpenedLora, module: str, target: Target, file: int) -> Change:
     path, parts = lora.path, lora.layers[module]
     ups, down = _ups(parts), parts.get("lora_down.weight")
     if not ups or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
-        raise CheckpointError(f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))})")
+        raise CheckpointError(
+            f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))}); download it again"
+        )
     # A convolution's matrices have the sides of its kernel too.
     ups, down = [up.flatten(1) for up in ups], down.flatten(1)
     downs = down.chunk(len(ups))
     if len(downs) != len(ups) or any(up.shape[1] != down.shape[0] for up, down in zip(ups, downs, strict=True)):
         shapes = [list(up.shape) for up in ups]
-        raise CheckpointError(f"{path} has mismatched ranks for {module}: up {shapes}, down {list(down.shape)}")
+        raise CheckpointError(
+            f"{path} has mismatched ranks for {module} (up {shapes}, down {list(down.shape)}); download it again"
+        )
     if not all(torch.isfinite(tensor.float()).all() for tensor in parts.values()):
         raise CheckpointError(f"{path} has NaN or infinite values in {module}; download it again")
     _, index, count = target
