@@ -63,7 +63,7 @@ def _fp8(value: bool, device: torch.device, layers: int) -> str:
     if not layers:
         return " (without effect: no layer is in fp8; LongCat Model Loader makes them with weight_dtype fp8 rowwise)"
     if value and (why := quantization.missing(device)):
-        return f" ({layers} layers, by the same numbers in wider precision: {why})"
+        return f" ({layers} layers, multiplied in wider precision: {why})"
     return f" ({layers} layers)"
 
 

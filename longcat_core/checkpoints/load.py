@@ -188,10 +188,13 @@ def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
         raise CheckpointError(f"{path} has unreadable {key} metadata ({error}); download it again") from error
 
 
-def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> dict[str, list[Part]]:
+def match_parameters(
+    checkpoint: Checkpoint, parameters: Mapping[str, Tensor], allow_unknown: bool = False
+) -> dict[str, list[Part]]:
     """Parameter of the network -> the stored tensors that make it up, found by headers alone.
 
-    Raises CheckpointError for tensors that are missing, unknown, of a wrong shape, or quantized without a scale.
+    Raises CheckpointError for tensors that are missing, of a wrong shape, quantized without a scale, or unknown unless
+    `allow_unknown`.
     """
     table = dict(checkpoint.form.modules(checkpoint.config.depth))
     stored, used = checkpoint.where, set()
@@ -223,7 +226,7 @@ def match_parameters(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -
                     )
             elif not dtype.is_floating_point or (scaled and dtype.itemsize == 1 and len(shape) == 2):
                 missing.append(f"{source}.{'scale_weight' if dtype.is_floating_point else 'weight_scale'}")
-    extra = sorted(set(stored) - used - set(MARKERS))
+    extra = [] if allow_unknown else sorted(set(stored) - used - set(MARKERS))
     for problem, names, remedy in (
         ("lacks", missing, "download it again"),
         ("does not fit", wrong, "check that its config.json belongs to it"),

@@ -139,7 +139,8 @@ def test_layers_that_are_streamed_and_patched_at_use(comfy, loaded, sample, empt
 def test_the_switch_and_what_is_said_of_it(comfy, loaded, model, sample, empty):
     on, report = comfy("LongCatOptimizations", model=loaded)
     layers = len(comfy.node("comfy_fp8").layers(loaded.model.diffusion_model))
-    assert f"fp8: on ({layers} layers, by the same numbers in wider precision: no CUDA device)" in report
+    why = "it runs on CUDA, the tensors are on cpu"
+    assert f"fp8: on ({layers} layers, multiplied in wider precision: {why})" in report
     off, report = comfy("LongCatOptimizations", model=loaded, fp8=False)
     assert f"fp8: off ({layers} layers)" in report
     _, report = comfy("LongCatOptimizations", model=model)
