@@ -88,7 +88,8 @@ class Progress:
     """A bar on stderr that counts the steps of each sampling in turn; `say` prints sentences above it, on stdout."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self.make, self.bar = make, None
+        self.make = make
+        self.bar: Any = None
 
     def __call__(self, step: Step, label: str = "sampling") -> None:
         if self.bar is None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..generate.opened import OpenedModel
+    from ..generate.segments import SegmentFolder
 
 OUTPUT = "longcat.mp4"
 LONG_OUTPUT = "longcat-long.mp4"
@@ -172,9 +173,8 @@ def refine(args: argparse.Namespace) -> int:
 
     paths = paths_of(args)
     height, width = args.size or (None, None)
-    sparse = BlockSparse() if args.sparsity is None else BlockSparse(args.sparsity)
-    if args.sparsity == 0 or (args.sparsity is None and paths.is_nano):
-        sparse = None
+    full = args.sparsity == 0 or (args.sparsity is None and paths.is_nano)
+    sparse = None if full else BlockSparse() if args.sparsity is None else BlockSparse(args.sparsity)
     video, fps = read_video(args.video)
     request = RefineRequest(
         args.prompt,
@@ -214,7 +214,7 @@ def refine(args: argparse.Namespace) -> int:
     with notes_from_warnings(), progress() as bar:
         callback = _labeled(bar, "piece")
 
-        def kept() -> Iterator[np.ndarray]:
+        def kept(folder: SegmentFolder) -> Iterator[np.ndarray]:
             # All pieces first: one that fails must not leave an encoder waiting.
             done = []
             pieces = refine_in_folder(load, paths.defaults, video, request, folder, job.settings(), callback)
@@ -224,7 +224,7 @@ def refine(args: argparse.Namespace) -> int:
             for number, skip in done:
                 yield folder.frames(number, skip)
 
-        job.write(refine(load(), video, request, callback) if folder is None else kept())
+        job.write(refine(load(), video, request, callback) if folder is None else kept(folder))
     job.report(started)
     return 0
 

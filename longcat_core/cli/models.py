@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..generate.opened import OpenedModel
+    from ..optimize.switches import CompileMode
 
 
 def machine_of(args: argparse.Namespace, paths: Any) -> tuple[torch.device, OpenedModel]:
@@ -43,7 +44,7 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> None:
     limit_memory(device, int(args.memory * GIB))
 
 
-def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> str:
+def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> CompileMode:
     """`off` or `blocks`, what `auto` means here. Raises LongCatError if blocks cannot be compiled here."""
     from ..optimize.compilation import why_not
     from ..optimize.kernels import elementwise as kernels

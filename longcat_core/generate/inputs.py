@@ -59,7 +59,7 @@ def dtype_of(dtype: object) -> torch.dtype:
     return found
 
 
-def device_of(device: object) -> torch.device:
+def device_of(device: Any) -> torch.device:
     """A device from itself or its name. Raises LongCatError for an unknown one, or one that this machine lacks."""
     check_type("the device", device, (str, torch.device), "cpu, cuda or cuda:N")
     try:

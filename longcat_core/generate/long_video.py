@@ -22,7 +22,7 @@ from ..sampling.sampler import Step
 from .inputs import check_path, check_type, check_whole
 from .options import HAND_OFFS, MAX_SEED, MAX_SEGMENTS
 from .pipeline import Engine
-from .request import Defaults, GenerateRequest, check_text
+from .request import Defaults, GenerateRequest, check_text, require_filled
 from .segments import Record, Segment, SegmentFolder, Settings, checksum
 
 HandOff = Literal["frames", "latents"]
@@ -101,7 +101,8 @@ class LongVideoRequest:
 
     @property
     def total_frames(self) -> int:
-        return self.first.frames + (len(self.prompts) - 1) * (self.first.frames - self.overlap)
+        frames = require_filled(self.first).frames
+        return frames + (len(self.prompts) - 1) * (frames - self.overlap)
 
 
 def spread_prompts(prompts: Sequence[str], segments: int | None) -> tuple[str, ...]:
@@ -149,7 +150,8 @@ def measure_join(before: np.ndarray, after: np.ndarray, overlap: int) -> Join:
     change = means[1][overlap] - means[0][-1]
     inside = np.concatenate([np.abs(np.diff(mean, axis=0)).max(axis=1) for mean in means])
     usual = float(inside.mean()) if inside.size else 0.0
-    return Join(tuple(round(float(value), 4) for value in change), round(float(change @ LUMA), 4), round(usual, 4))
+    red, green, blue = (round(float(value), 4) for value in change)
+    return Join((red, green, blue), round(float(change @ LUMA), 4), round(usual, 4))
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def long_video(
     segments stay. The same request gives the same frames on one machine, bit for bit, however often it was cut off.
     Raises LongCatError for a folder of other settings or in use, and for a full disk.
     """
-    count, first = len(request.prompts), request.first
+    count, first = len(request.prompts), require_filled(request.first)
     engine = cache(load)
 
     def make(number: int, before: Segment | None) -> tuple[np.ndarray, Tensor, Settings]:

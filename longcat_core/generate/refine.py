@@ -61,9 +61,10 @@ class RefineRequest:
 
     def size(self, video: np.ndarray, defaults: Defaults) -> tuple[int, int]:
         """(height, width) in pixels of the refined video."""
-        if self.height is not None:
+        if self.height is not None and self.width is not None:
             return self.height, self.width
-        return target_size(*video.shape[1:3], defaults.bucketed)
+        _, height, width, _ = video.shape
+        return target_size(height, width, defaults.bucketed)
 
     def work(self, video: np.ndarray, defaults: Defaults) -> Work:
         """What sampling the largest piece will take."""
@@ -256,7 +257,7 @@ def refine_piece(
     del pixels
     noise = seeded_noise(tuple(clean.shape), request.seed_of(number))
     known = None
-    if given:
+    if given and before is not None:
         last = to_pixels(torch.from_numpy(before[-given:].copy()))
         known = engine.encode(padding.known.pad(last))
     latents = engine.denoise(

@@ -74,7 +74,7 @@ class GenerateRequest:
     fps: float = 15
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    def filled(self, defaults: Defaults) -> GenerateRequest:
+    def filled(self, defaults: Defaults) -> FilledRequest:
         """A checked request without any None: files read, the rest from `defaults`. Raises LongCatError."""
         check_text("prompt", self.prompt)
         if self.negative_prompt is not None:
@@ -96,7 +96,7 @@ class GenerateRequest:
         distilled = schedule == "distilled"
         height, width = self._size(defaults, given)
         request = replace(
-            self,
+            FilledRequest(**vars(self)),
             negative_prompt=DEFAULT_NEGATIVE_PROMPT if self.negative_prompt is None else self.negative_prompt,
             height=height,
             width=width,
@@ -147,6 +147,18 @@ class GenerateRequest:
         width = defaults.width if self.width is None else self.width
         return height, width
 
+
+class FilledRequest(GenerateRequest):
+    """A checked request in which nothing is left to the model; `GenerateRequest.filled` makes it."""
+
+    negative_prompt: str
+    height: int
+    width: int
+    frames: int
+    steps: int
+    guidance_scale: float
+    schedule: str
+
     def _check(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
             check_side(name, side)
@@ -174,8 +186,16 @@ class GenerateRequest:
             )
 
 
+def require_filled(request: GenerateRequest) -> FilledRequest:
+    """The request itself. Raises LongCatError unless `filled` made it."""
+    if not isinstance(request, FilledRequest):
+        raise LongCatError("the request is not filled; give request.filled(pipeline.defaults)")
+    return request
+
+
 def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
     """What sampling a filled request will take. overlap: frames that later segments begin with, if there are any."""
+    request = require_filled(request)
     given = max(request.cond_frames, overlap or 0)
     shape = latent_shape(request.frames, request.height, request.width)
     cond = latent_frames(given) if given and request.kv_cache != "off" else 0

@@ -74,7 +74,7 @@ def checksum(*parts: bytes | np.ndarray | str) -> str:
     for part in parts:
         if isinstance(part, np.ndarray):
             total.update(f"{part.dtype.str}{part.shape}".encode())
-            total.update(np.ascontiguousarray(part))
+            total.update(np.ascontiguousarray(part).data)
         else:
             data = part.encode() if isinstance(part, str) else part
             total.update(f"{len(data)}:".encode() + data)
@@ -164,7 +164,9 @@ class SegmentFolder:
         frames, _ = read_video(folder / FRAMES)
         # A copy: the file may be replaced while its tensors are in use.
         latents = read_tensors(folder / LATENTS)["latents"].clone()
-        return Segment(frames, latents, self._record(number).content)
+        record = self._record(number)
+        assert record is not None, "`find` reads the record first"
+        return Segment(frames, latents, record.content)
 
     def frames(self, number: int, skip: int = 0) -> np.ndarray:
         """A segment's frames from `skip` on, uint8 [F, H, W, 3]."""

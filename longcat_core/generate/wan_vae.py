@@ -8,7 +8,7 @@ modules is the whole conversion.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import CheckpointError
 
@@ -104,7 +104,7 @@ def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the 
     named = to_diffusers(shapes) if is_wan_named(shapes) else dict(shapes)
     if any(name in named for name in WAN22_ONLY):
         raise CheckpointError(f"{source} is a Wan 2.2 VAE (48 latent channels); LongCat-Video needs the Wan 2.1 VAE")
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for key, name, axis in (
         ("base_dim", "encoder.conv_in.weight", 0),
         ("in_channels", "encoder.conv_in.weight", 1),

@@ -329,7 +329,8 @@ def side_by_side(fidelity: Fidelity) -> Image.Image:
     from PIL import Image
 
     reference = fidelity.reference.shots
-    size, resampling = cell_form(*reference.shape[1:3], CELL)
+    _, height, width, _ = reference.shape
+    size, resampling = cell_form(height, width, CELL)
     half = max(len(reference) * (size[0] + CELL_GAP), CELL)
     step = size[1] + ROW_LABEL + CELL_GAP
     settings = [fidelity.reference, *fidelity.compared]

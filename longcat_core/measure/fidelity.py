@@ -113,7 +113,7 @@ class Setting:
     first_s: float | None = None
     computed: list[int] = field(default_factory=list)
     steps: int = 0
-    shots: np.ndarray | None = None
+    shots: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
 
     @property
     def title(self) -> str:
@@ -271,8 +271,8 @@ def _probe(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -
 
 def table(fidelity: Fidelity) -> str:
     """Markdown: one row for each setting, the floor last; columns without any value are left out."""
-    head = ("steps computed", f"{fidelity.timed} (s)", "times as fast", "first step (s)", "PSNR (dB)")
-    head += ("nearest and farthest video", "worst frame", "SSIM", "worst frame", "within the noise floor")
+    head = ["steps computed", f"{fidelity.timed} (s)", "times as fast", "first step (s)", "PSNR (dB)"]
+    head += ["nearest and farthest video", "worst frame", "SSIM", "worst frame", "within the noise floor"]
 
     def cells(s: Setting) -> list[Any]:
         mean = shown(statistics.fmean(s.computed), 1).removesuffix(".0") if s.computed else ""

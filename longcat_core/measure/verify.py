@@ -22,7 +22,7 @@ from ..errors import LongCatError
 from ..files.safetensors_io import read_tensors
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
-from ..optimize.block_sparse import BlockSparse, attend_grid
+from ..optimize.block_sparse import BlockSparse, Kernel, attend_grid
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.kernels.elementwise import missing
 from ..sampling.conditioning import to_pixels
@@ -125,9 +125,18 @@ def _sampled(
     guidance: float = GUIDANCE_SCALE,
 ) -> Pair:
     data, schedule = golden.read("generate"), make_schedule(mode, steps)
-    negative = {"negative_context": data["neg.embeds"], "negative_mask": data["neg.mask"], "guidance_scale": guidance}
-    given = {"cond_latents": data[f"{cond}.cond_latents"] if cond else None, "kv_cache": kv_cache}
-    latents = sample(golden.model, data["noise"], schedule, data["pos.embeds"], data["pos.mask"], **negative, **given)
+    latents = sample(
+        golden.model,
+        data["noise"],
+        schedule,
+        data["pos.embeds"],
+        data["pos.mask"],
+        negative_context=data["neg.embeds"],
+        negative_mask=data["neg.mask"],
+        guidance_scale=guidance,
+        cond_latents=data[f"{cond}.cond_latents"] if cond else None,
+        kv_cache=kv_cache,
+    )
     return latents, data[f"{name}.latents"]
 
 
@@ -152,7 +161,7 @@ def _decoded(golden: Golden) -> Pair:
     return golden.vae.decode(data["t2v.latents"]), data["t2v.video"]
 
 
-def _bsa(golden: Golden, case: str, kernel: str) -> Pair:
+def _bsa(golden: Golden, case: str, kernel: Kernel) -> Pair:
     data = golden.read("bsa")
     # Golden layout: [1, heads, tokens, head_dim], tokens in (frames, rows, columns) order.
     device = "cpu" if kernel == "plain" else "cuda"
@@ -197,9 +206,10 @@ def cases(depth: int) -> Iterator[Case]:
     distilled = partial(_sampled, name="t2v_distill", mode="distilled", steps=DISTILLED_STEPS, guidance=1.0)
     yield Case("generate t2v_distill", distilled)
     # The exact cache must reproduce the golden data without a cache.
-    for kv_cache, suffix in (("off", ""), ("exact", ", exact cache")):
+    modes: tuple[tuple[int, KVMode, str], ...] = ((0, "off", ""), (0, "exact", ", exact cache"), (1, "official", ""))
+    for _, kv_cache, suffix in modes[:2]:
         yield Case(f"generate i2v{suffix}", partial(_sampled, name="i2v", cond="i2v", kv_cache=kv_cache))
-    for number, kv_cache, suffix in ((0, "off", ""), (0, "exact", ", exact cache"), (1, "official", "")):
+    for number, kv_cache, suffix in modes:
         for hf, mode in enumerate(("base", "enhance_hf")):
             name = f"vc.cache{number}.hf{hf}"
             run = partial(_sampled, name=name, mode=mode, cond="vc", kv_cache=kv_cache)
@@ -235,9 +245,9 @@ def check(case: Case, golden: Golden) -> Outcome:
     # A constant has no deviation; its magnitude serves instead.
     deviation = expected.float().std(correction=0).item() or expected.float().abs().max().item() or 1.0
     difference = (given.float() - expected.float()).abs() - half_units(given) - half_units(expected)
-    error = difference.clamp(min=0).max().item() / deviation
+    largest = difference.clamp(min=0).max().item() / deviation
     # NaN must fail, hence `<=`.
-    return Outcome(error, "pass" if error <= case.tolerance else "fail")
+    return Outcome(largest, "pass" if largest <= case.tolerance else "fail")
 
 
 def run_verify(directory: Path) -> int:
