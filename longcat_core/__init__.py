@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import BackendUnavailable, CheckpointError, LongCatError
     from .files.media import read_image, read_video, write_video
+    from .generate.engine import Generation
     from .generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
     from .generate.paths import ModelPaths
-    from .generate.pipeline import Generation, Pipeline
+    from .generate.pipeline import Pipeline
     from .generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
     from .generate.request import GenerateRequest, work_of
     from .optimize.block_sparse import BlockSparse
@@ -61,9 +62,10 @@ __all__ = [
 _HOMES = {
     "errors": ("BackendUnavailable", "CheckpointError", "LongCatError"),
     "files.media": ("read_image", "read_video", "write_video"),
+    "generate.engine": ("Generation",),
     "generate.long_video": ("LongVideoRequest", "long_video", "new_frames", "segment_folder", "spread_prompts"),
     "generate.paths": ("ModelPaths",),
-    "generate.pipeline": ("Generation", "Pipeline"),
+    "generate.pipeline": ("Pipeline",),
     "generate.refine": ("RefineRequest", "piece_folder", "refine", "refine_in_folder"),
     "generate.request": ("GenerateRequest", "work_of"),
     "optimize.block_sparse": ("BlockSparse",),

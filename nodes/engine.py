@@ -17,11 +17,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.generate.pipeline import Engine
+from ..longcat_core.generate.engine import Denoising, Engine
 from ..longcat_core.generate.request import RELEASED, Defaults
-from ..longcat_core.model.kv_cache import KVMode
-from ..longcat_core.optimize.block_sparse import BlockSparse
-from ..longcat_core.sampling.sampler import Callback, Step
+from ..longcat_core.sampling.sampler import Step
 from ..longcat_core.sampling.schedules import Schedule
 from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import put_clean, require_wan_vae, to_bytes
@@ -59,37 +57,23 @@ class ComfyEngine(Engine):
         images = self.vae.decode(latents)
         return to_bytes(images[0] if images.ndim == 5 else images)
 
-    def denoise(
-        self,
-        noise: Tensor,
-        schedule: Schedule,
-        prompt: str,
-        *,
-        clean: Tensor | None = None,
-        negative_prompt: str = "",
-        guidance_scale: float = 1.0,
-        cond_latents: Tensor | None = None,
-        kv_cache: KVMode = "exact",
-        step_cache: float = 0.0,
-        block_sparse: BlockSparse | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        if step_cache or block_sparse is not None:
+    def _denoise(self, noise: Tensor, schedule: Schedule, prompt: str, options: Denoising) -> Tensor:
+        if options.step_cache or options.block_sparse is not None:
             raise LongCatError(
                 f"{self.node} takes a step cache and block-sparse attention from the MODEL; connect LongCat Step Cache "
-                "or LongCat Block-Sparse Attention before it"
+                "or LongCat Block-Sparse Attention to it"
             )
-        texts = self._text(prompt), self._text(negative_prompt)
-        guider = make_guider(self.model, *texts, guidance_scale, kv_cache, self.node)
-        samples = torch.zeros_like(noise) if clean is None else clean.to(noise)
-        mask = None if cond_latents is None else put_clean(samples, cond_latents)
+        texts = self._text(prompt), self._text(options.negative_prompt)
+        guider = make_guider(self.model, *texts, options.guidance_scale, options.kv_cache, self.node)
+        samples = torch.zeros_like(noise) if options.clean is None else options.clean.to(noise)
+        mask = None if options.cond_latents is None else put_clean(samples, options.cond_latents)
         show = preview_callback(self.model, len(schedule), mask)
 
         def after(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             show(step, x0, x, total)
-            if callback is not None:
+            if options.callback is not None:
                 sigma = float(schedule.sigmas[step])
-                callback(Step(step, total, float(schedule.timesteps[step]), sigma, x, x0))
+                options.callback(Step(step, total, float(schedule.timesteps[step]), sigma, x, x0))
 
         return guider.sample(
             noise,

@@ -8,7 +8,7 @@ import logging
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from ..longcat_core.generate.pipeline import NANO_WEIGHTS
+from ..longcat_core.generate.paths import NANO_WEIGHTS
 from . import comfy_lora, comfy_model
 
 # One module for each family of nodes, which lists its classes in NODES.

@@ -83,7 +83,7 @@ class LongVideo(LongCatNode):
         kept = long_video.segment_folder(output_folder(folder))
         gathered, report = Gathered(len(spread), request.total_frames, height, width), []
         for segment in long_video.long_video(lambda: engine, request, kept):
-            report.append(segment.told(folder))
+            report.append(segment.summary(folder))
             gathered.add(segment.number, kept.frames(segment.number, segment.skip))
         return gathered.output(cls, "\n".join(report))
 

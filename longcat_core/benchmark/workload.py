@@ -89,7 +89,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int 
         import_ahead(device)
         return random_model(config, device, dtype)
     from ..checkpoints.load import load_transformer
-    from ..generate.pipeline import NANO_MODEL
+    from ..generate.paths import NANO_MODEL
 
     model = load_transformer(NANO_MODEL if name == NANO else Path(name), dtype=dtype, device=device)
     model = model.eval().requires_grad_(False)

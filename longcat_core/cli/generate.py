@@ -159,7 +159,7 @@ def long(args: argparse.Namespace) -> int:
     with notes_from_warnings(), progress() as bar:
         for segment in long_video(lambda: job.load(work), request, folder, _labeled(bar, "segment")):
             finished.append(segment)
-            bar.say(segment.told(folder.path))
+            bar.say(segment.summary(folder.path))
     job.write(new_frames(folder, finished))
     job.report(started, f"{len(finished)} segments, ")
     return 0
@@ -220,7 +220,7 @@ def refine(args: argparse.Namespace) -> int:
             pieces = refine_in_folder(load, paths.defaults, video, request, folder, job.settings(), callback)
             for number, skip, reused in pieces:
                 done.append((number, skip))
-                bar.say(f"piece {number + 1}: {'is in' if reused else 'finished, kept in'} {folder.path}")
+                bar.say(f"piece {number + 1}: {'already in' if reused else 'finished and saved in'} {folder.path}")
             for number, skip in done:
                 yield folder.frames(number, skip)
 

@@ -128,7 +128,8 @@ def plan(args: argparse.Namespace) -> int:
     given = latent_frames(args.cond_frames) if args.cond_frames else 0
     if given >= latent_frames(args.frames):
         raise LongCatError(
-            f"{args.frames} frames leave nothing to generate after {args.cond_frames} given ones; give more --frames"
+            f"{args.frames} frames leave nothing to generate after {args.cond_frames} conditioning frames; "
+            "give more --frames"
         )
     for gib in args.memory:
         if not 0 < gib <= MOST_GIB:

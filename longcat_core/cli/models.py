@@ -76,8 +76,8 @@ def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.devi
         memory=None if args.memory is None else int(args.memory * GIB),
     )
     pipeline.vae.tiling = args.tiled_vae
-    if pipeline.told:
-        note(pipeline.told)
+    if pipeline.plan_note:
+        note(pipeline.plan_note)
     return pipeline
 
 

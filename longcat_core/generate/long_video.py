@@ -1,8 +1,8 @@
-"""Long video: segments, each begun with the end of the one before; a prompt for all, or one for each (interactive).
+"""Long video: segments that each start from the end of the previous one, with one prompt for all or one for each.
 
-The released model was trained to go on: with 13 frames given, 80 new ones, for minutes and without drifting. Every
-finished segment is kept in a folder before the next is begun (`segments`), so that a run that ended early, by whatever,
-goes on with the segment it was in.
+The released model was trained to continue clips: 13 conditioning frames and 80 new ones, for minutes without drifting.
+Every finished segment is saved in a folder (`segments`) before the next one starts, so an interrupted run resumes with
+the segment that was cut off.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames
 from ..sampling.sampler import Step
+from .engine import Engine
 from .inputs import check_path, check_type, check_whole
 from .options import HAND_OFFS, MAX_SEED, MAX_SEGMENTS
-from .pipeline import Engine
 from .request import Defaults, GenerateRequest, check_text, require_filled
 from .segments import Record, Segment, SegmentFolder, Settings, checksum
 
@@ -32,13 +32,14 @@ LUMA = np.array([0.2126, 0.7152, 0.0722])
 
 @dataclass(frozen=True)
 class LongVideoRequest:
-    """What is generated. first: the first segment, whose prompt and seed are `prompts[0]` and its own; the others take
-    everything from it but the image or clip that it begins with, and count its seed on.
+    """A long video.
 
-    prompts: one a segment. overlap: frames of a segment's end that the next begins with, 4k+1. schedule: of the
-    segments after the first; None: as the model continues clips, or distilled where the first is. hand_off: what the
-    next segment is given. `frames`: the last frames, decoded and encoded anew, as the public pipeline does; `latents`:
-    the latents themselves, but for the first, which must stand for a single frame and is encoded from it.
+    first: the first segment; the others copy everything except its prompt and its image or clip, and count up from its
+    seed. prompts: one for each segment. overlap: frames, 4k+1, that a segment shares with the previous one. schedule:
+    of the segments after the first; None: the model's schedule for clips, or distilled if the first segment is.
+    hand_off: what the next segment starts from. `frames` decodes the last frames and encodes them again, as the public
+    pipeline does; `latents` passes the latents on, except the first, which must stand for a single frame.
+    model: JSON values about the model and how it runs that decide the result too.
     """
 
     first: GenerateRequest
@@ -46,11 +47,10 @@ class LongVideoRequest:
     overlap: int = 13
     schedule: str | None = None
     hand_off: HandOff = "frames"
-    # What else decides the result: the model and how it is run. Plain JSON values.
     model: Settings = field(default_factory=dict)
 
     def filled(self, defaults: Defaults) -> LongVideoRequest:
-        """A checked request without anything left to the model's defaults. Raises LongCatError."""
+        """The request with the model's defaults filled in. Raises LongCatError for values that do not fit."""
         check_type("the first segment", self.first, GenerateRequest, "a GenerateRequest")
         check_type("prompts", self.prompts, (tuple, list), "a tuple with one prompt a segment")
         check_whole("the overlap", self.overlap)
@@ -64,7 +64,7 @@ class LongVideoRequest:
         first = replace(self.first, prompt=self.prompts[0]).filled(defaults)
         if first.frames <= self.overlap:
             raise LongCatError(
-                f"segments of {first.frames} frames with {self.overlap} in common leave nothing new; ask for at least "
+                f"segments of {first.frames} frames that share {self.overlap} leave nothing new; ask for at least "
                 f"{self.overlap + TEMPORAL_FACTOR} frames or a smaller overlap"
             )
         schedule = self.schedule or ("distilled" if first.schedule == "distilled" else defaults.clip_schedule)
@@ -74,7 +74,7 @@ class LongVideoRequest:
         return request
 
     def segment(self, number: int, given: np.ndarray | None = None) -> GenerateRequest:
-        """The request of one segment, begun with the frames `given` unless it is the first."""
+        """The request of one segment, which starts from the frames `given` unless it is the first."""
         if number == 0:
             return self.first
         return replace(
@@ -89,7 +89,7 @@ class LongVideoRequest:
         )
 
     def settings(self, number: int) -> Settings:
-        """Everything that decides what a segment looks like but the segment before."""
+        """Everything that decides a segment's frames, except the previous segment."""
         request = self.segment(number)
         names = ("prompt", "negative_prompt", "height", "width", "frames", "steps", "guidance_scale", "seed",
                  "schedule", "kv_cache", "step_cache")  # fmt: skip
@@ -106,7 +106,7 @@ class LongVideoRequest:
 
 
 def spread_prompts(prompts: Sequence[str], segments: int | None) -> tuple[str, ...]:
-    """One prompt a segment: the last is repeated for segments beyond it; by default there are as many as prompts."""
+    """One prompt for each segment; the last one serves all segments beyond it. segments: None for one a prompt."""
     check_type("prompts", prompts, (tuple, list), "a list of prompts")
     if segments is not None:
         check_whole("the number of segments", segments)
@@ -116,22 +116,22 @@ def spread_prompts(prompts: Sequence[str], segments: int | None) -> tuple[str, .
     if not 1 <= count <= MAX_SEGMENTS:
         raise LongCatError(f"{count} segments are out of range; ask for 1 to {MAX_SEGMENTS}")
     if len(prompts) > count:
-        raise LongCatError(f"{len(prompts)} prompts are given for {count} segments; give at most one a segment")
+        raise LongCatError(f"{len(prompts)} prompts are more than the {count} segments; give at most one for each")
     return tuple(prompts) + (prompts[-1],) * (count - len(prompts))
 
 
 def segment_folder(path: Any) -> SegmentFolder:
-    """The folder of a long video: another prompt makes segments anew, any other change wants another folder."""
+    """The folder of a long video. A new prompt regenerates segments; any other change needs another folder."""
     check_path("the folder of segments", path)
     return SegmentFolder(path, changing=("prompt",))
 
 
 @dataclass(frozen=True)
 class Join:
-    """How the picture changes from the last frame of a segment to the first new one of the next, in levels of 0..255.
+    """The change from a segment's last frame to the first new frame of the next segment, in levels of 0..255.
 
-    color: change of the mean of R, G and B. brightness: of the mean luma (BT.709). usual: the same for neighboring
-    frames within both segments, the largest of the three colors, mean over frames.
+    color: of the means of R, G and B. brightness: of the mean luma (BT.709). usual: of neighboring frames within the
+    two segments, the largest of R, G and B, averaged over frames.
     """
 
     color: tuple[float, float, float]
@@ -140,12 +140,12 @@ class Join:
 
     @property
     def step(self) -> float:
-        """The largest change of the three colors."""
+        """The largest of the three color changes."""
         return max(abs(change) for change in self.color)
 
 
 def measure_join(before: np.ndarray, after: np.ndarray, overlap: int) -> Join:
-    """before, after: uint8 [F, H, W, 3]; the first `overlap` frames of `after` stand for the last of `before`."""
+    """before, after: uint8 [F, H, W, 3]; the first `overlap` frames of `after` repeat the last of `before`."""
     means = [frames.mean(axis=(1, 2), dtype=np.float64) for frames in (before, after)]
     change = means[1][overlap] - means[0][-1]
     inside = np.concatenate([np.abs(np.diff(mean, axis=0)).max(axis=1) for mean in means])
@@ -156,9 +156,10 @@ def measure_join(before: np.ndarray, after: np.ndarray, overlap: int) -> Join:
 
 @dataclass(frozen=True)
 class Finished:
-    """A segment that is there. number counts from 0, skip: frames at its front that the one before has too.
+    """A finished segment.
 
-    reused: it was in the folder already. join: with the segment before, None for the first.
+    number: from 0. skip: leading frames that the previous segment has too. reused: it was in the folder already.
+    join: with the previous segment, None for the first.
     """
 
     number: int
@@ -168,15 +169,15 @@ class Finished:
     reused: bool
     join: Join | None
 
-    def told(self, folder: str | Path) -> str:
-        """A sentence for people; folder: by the name that they gave it."""
-        state = f"is in {folder} already" if self.reused else f"finished, kept in {folder}"
+    def summary(self, folder: str | Path) -> str:
+        """A sentence about the segment. folder: as the user named it."""
+        state = f"already in {folder}" if self.reused else f"finished and saved in {folder}"
         sentence = f"segment {self.number + 1} of {self.of}: {state}"
         if self.join is None:
             return sentence
         return (
             f"{sentence}; at its join the mean color changes by {self.join.step:.2f} of 255 and the brightness by "
-            f"{self.join.brightness:+.2f}, where neighboring frames do by {self.join.usual:.2f}"
+            f"{self.join.brightness:+.2f}; between neighboring frames the color changes by {self.join.usual:.2f}"
         )
 
 
@@ -186,12 +187,12 @@ def long_video(
     folder: SegmentFolder,
     callback: Callable[[int, int, Step], None] | None = None,
 ) -> Iterator[Finished]:
-    """Make what is missing of a filled request, segment by segment; each is in the folder when it is yielded.
+    """Generate the missing segments of a filled request; each is in the folder when it is yielded.
 
-    load: called when the first segment has to be made: where all are there, no model is loaded. callback: called after
-    each step with the segment's number, how many there are, and the step; what it raises ends the run, and the finished
-    segments stay. The same request gives the same frames on one machine, bit for bit, however often it was cut off.
-    Raises LongCatError for a folder of other settings or in use, and for a full disk.
+    load: called before the first missing segment; if none is missing, no model is loaded. callback: called after each
+    step with the segment's number, the number of segments, and the step; what it raises ends the run, and finished
+    segments stay. On one machine the same request gives the same frames bit for bit, however often it was interrupted.
+    Raises LongCatError for a folder with other settings or in use, and for a full disk.
     """
     count, first = len(request.prompts), require_filled(request.first)
     engine = cache(load)
@@ -209,7 +210,7 @@ def long_video(
         return result.frames, result.latents, {"join": asdict(join)}
 
     settings = [request.settings(number) for number in range(count)]
-    # Frames as if nothing could be compressed; latents are less than a tenth of that.
+    # As if frames could not be compressed; latents take less than a tenth of that.
     room = [4 * first.frames * first.height * first.width] * count
     for number, record, reused in folder.fill(settings, make, fps=first.fps, room=room):
         join = record.notes.get("join")

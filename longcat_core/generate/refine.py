@@ -1,9 +1,10 @@
-"""The second stage: a finished video to 720p, and to twice the frame rate, by five more evaluations of the network.
+"""The second stage: a finished video to 720p and twice the frame rate, in five more evaluations of the network.
 
-As the public pipeline does it: frames are resized (bilinear, corners aligned) and doubled in time (linear), encoded,
-mixed half and half with noise, and denoised from timestep 500 by the network with `refinement_lora` merged in, without
-guidance. Frames are repeated at both ends so that latent frames come in fours, the chunks of block-sparse attention;
-what was repeated is cut from the result. Long videos go piece by piece, each given the end of the one before.
+This follows the public pipeline. Frames are resized (bilinear, corners aligned), doubled in time (linear), encoded,
+mixed half and half with noise, and denoised from timestep 500 without guidance by the network with `refinement_lora`
+merged. Frames are repeated at both ends so that the latent frames fill the chunks of block-sparse attention, four
+frames each; the repeated frames are cut from the result. A long video is refined in pieces, each conditioned on the
+refined end of the previous one.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels, video_frames
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
+from .engine import Engine, check_finite
 from .inputs import check_callback, check_path, check_type, check_whole
 from .options import MAX_FPS, MAX_SEED
-from .pipeline import Engine, check_finite
 from .request import Defaults, check_number, check_seed, check_side, check_text
 from .segments import Segment, SegmentFolder, Settings, checksum
 
-# Latent frames come in groups of so many.
+# Latent frames are padded to a multiple of this.
 GROUP = 4
 DIVISOR = 64
 
 
 @dataclass(frozen=True)
 class RefineRequest:
-    """How to refine. prompt: the video's own, or "", which the released model takes for long videos.
+    """How to refine a video.
 
-    doubled: twice the frame rate as well as a larger picture. height, width: pixels, multiples of 16; None: the 720p
-    size nearest in shape, or twice the size where the model is not made for that one. steps: of the base schedule,
-    whose part below timestep 500 is run. piece, overlap: frames of the given video in one go, and how many of them the
-    next piece is given refined. fps: of the given video. block_sparse: attention block by block, as the released model
-    refines; None: in full.
+    prompt: the video's own, or "", as the released model refines long videos. doubled: double the frame rate too.
+    height, width: pixels, multiples of 16; None: the 720p size nearest in shape, or twice the size for models that are
+    not trained for 720p. steps: of the base schedule, of which the part below timestep 500 runs. piece: frames of the
+    given video refined at a time. overlap: how many frames the next piece is conditioned on. fps: of the given video.
+    block_sparse: settings of block-sparse attention, with which the released model refines; None: full attention.
     """
 
     prompt: str = ""
@@ -67,7 +68,7 @@ class RefineRequest:
         return target_size(height, width, defaults.bucketed)
 
     def work(self, video: np.ndarray, defaults: Defaults) -> Work:
-        """What sampling the largest piece will take."""
+        """The memory-relevant sizes of sampling the largest piece."""
         parts, factor = pieces(len(video), self.piece, self.overlap), 2 if self.doubled else 1
         given = factor * self.overlap if len(parts) > 1 else 0
         padding = Padding.of(factor * max(stop - start for start, stop in parts), given)
@@ -78,7 +79,7 @@ class RefineRequest:
         return (self.seed + number) % (MAX_SEED + 1)
 
     def settings(self, video: np.ndarray, number: int, defaults: Defaults) -> Settings:
-        """Everything that decides what a piece looks like but the model and the piece before."""
+        """Everything that decides a piece's frames, except the model and the previous piece."""
         start, stop = pieces(len(video), self.piece, self.overlap)[number]
         height, width = self.size(video, defaults)
         return {
@@ -95,7 +96,7 @@ class RefineRequest:
         }
 
     def check(self) -> None:
-        """Raises LongCatError for values that no video can be refined with."""
+        """Raise LongCatError for values that do not fit any video."""
         check_text("prompt", self.prompt)
         for name, value in (("steps", self.steps), ("piece", self.piece), ("overlap", self.overlap)):
             check_whole(name, value)
@@ -109,17 +110,17 @@ class RefineRequest:
             if side is not None:
                 check_side(name, side)
         if (self.height is None) != (self.width is None):
-            raise LongCatError("one of height and width is given for refining; give both or neither")
+            raise LongCatError("only one of height and width is given; give both or neither")
         if self.overlap < 1 or self.piece <= self.overlap:
             raise LongCatError(
-                f"pieces of {self.piece} frames with {self.overlap} in common leave nothing new; give an overlap of at "
+                f"pieces of {self.piece} frames that share {self.overlap} leave nothing new; give an overlap of at "
                 "least 1 and longer pieces"
             )
 
 
 @dataclass(frozen=True)
 class Padding:
-    """How many frames are repeated in front and at the end of `frames` (of which `given` are known already)."""
+    """How many frames are repeated before and after `frames`, of which the first `given` are refined already."""
 
     front: int
     back: int
@@ -128,10 +129,10 @@ class Padding:
 
     @classmethod
     def of(cls, frames: int, given: int = 0) -> Padding:
-        """For a piece of `frames`, the first `given` of them refined before."""
+        """The padding of a piece of `frames` frames."""
         known = _whole_groups(1 + math.ceil((given - 1) / TEMPORAL_FACTOR)) if given else 0
         front = video_frames(known) - given if given else 0
-        # The first latent stands for one frame; with given frames it is among theirs.
+        # The first latent stands for one frame; with given frames it belongs to them.
         single = 0 if given else 1
         noisy = single + math.ceil((frames - given - single) / TEMPORAL_FACTOR)
         back = video_frames(known + _whole_groups(noisy)) - front - frames
@@ -139,7 +140,7 @@ class Padding:
 
     @property
     def known(self) -> Padding:
-        """The same for the given frames alone."""
+        """The padding of the given frames alone."""
         return Padding(self.front, 0, self.given, self.given)
 
     @property
@@ -162,9 +163,9 @@ def _whole_groups(latents: int) -> int:
 
 
 def enlarge(frames: np.ndarray, height: int, width: int, count: int) -> Tensor:
-    """uint8 [F, H, W, 3] -> [1, 3, count, height, width] fp32 in -1..1: bilinear in the picture, linear in time.
+    """uint8 [F, H, W, 3] -> [1, 3, count, height, width] fp32 in -1..1, bilinear in space and linear in time.
 
-    Corners are aligned: the first and last frames and the outermost pixels stay what they are.
+    Corners are aligned: the first and last frames and the outermost pixels keep their values.
     """
     video = to_pixels(torch.from_numpy(np.ascontiguousarray(frames)))[0].transpose(0, 1)
     video = F.interpolate(video, size=(height, width), mode="bilinear", align_corners=True)
@@ -178,7 +179,7 @@ def enlarge(frames: np.ndarray, height: int, width: int, count: int) -> Tensor:
 
 
 def pieces(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
-    """(first, one after the last) frame of every piece of a video; each but the first begins `overlap` earlier."""
+    """First frame and end (exclusive) of every piece; each piece but the first starts `overlap` frames earlier."""
     found, start = [], 0
     while True:
         found.append((start, min(start + piece, frames)))
@@ -188,7 +189,7 @@ def pieces(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def target_size(height: int, width: int, bucketed: bool) -> tuple[int, int]:
-    """(height, width) in pixels to refine a video of this size to."""
+    """(height, width) in pixels that a video of this size is refined to."""
     if bucketed:
         return nearest_bucket(height, width, "720p", DIVISOR)
     return 2 * height, 2 * width
@@ -196,8 +197,11 @@ def target_size(height: int, width: int, bucketed: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece, refined. number counts from 0; frames: uint8 [f, height, width, 3]; skip: frames at its front that
-    the piece before has too; latents: [1, C, T, h, w] fp32, with what is repeated at both ends."""
+    """One refined piece.
+
+    number: from 0. frames: uint8 [f, height, width, 3]. skip: leading frames that the previous piece has too. latents:
+    [1, C, T, h, w] fp32, with the padding at both ends.
+    """
 
     number: int
     of: int
@@ -219,10 +223,10 @@ def refine(
     request: RefineRequest,
     callback: Callable[[int, int, Step], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """The refined frames of `video` (uint8 [F, H, W, 3]) piece by piece: uint8 [f, height, width, 3], none twice.
+    """Yield the refined frames of `video`, uint8 [F, H, W, 3], piece by piece: uint8 [f, height, width, 3].
 
-    callback: called after each step with the piece's number, how many there are, and the step. The same request gives
-    the same frames on one machine, bit for bit. Raises LongCatError for input that does not fit.
+    callback: called after each step with the piece's number, the number of pieces, and the step. On one machine the
+    same request gives the same frames bit for bit. Raises LongCatError for input that does not fit.
     """
     check_type("the engine", engine, Engine, "a Pipeline")
     check_type("the request", request, RefineRequest, "a RefineRequest")
@@ -244,7 +248,7 @@ def refine_piece(
     before: np.ndarray | None,
     callback: Callable[[int, int, Step], None] | None = None,
 ) -> Piece:
-    """One piece of a checked request; before: the refined frames of the one before, None for the first."""
+    """Refine one piece of a checked request. before: the previous piece's refined frames, None for the first."""
     parts = pieces(len(video), request.piece, request.overlap)
     start, stop = parts[number]
     size = request.size(video, engine.defaults)
@@ -283,11 +287,10 @@ def refine_in_folder(
     model: Settings,
     callback: Callable[[int, int, Step], None] | None = None,
 ) -> Iterator[tuple[int, int, bool]]:
-    """Like `refine`, but every finished piece is kept in a folder of `piece_folder`, and what is there is not made
-    again, unless the frames that it was made from are others now.
+    """Like `refine`, but keep finished pieces in a folder of `piece_folder` and reuse those whose source is unchanged.
 
-    load: called when the first piece has to be made. model: what decides the result beside the request, plain JSON.
-    Yields the piece's number, the frames at its front that the one before has too, and whether it was there already.
+    load: called before the first piece that has to be made. model: JSON values about the model that decide the result
+    too. Yields the piece's number, its leading frames that the previous piece has too, and whether it was reused.
     """
     request.check()
     check_video(video)
@@ -308,6 +311,6 @@ def refine_in_folder(
 
 
 def piece_folder(path: Any) -> SegmentFolder:
-    """The folder of a video's refined pieces."""
+    """The folder of a video's refined pieces; other source frames regenerate a piece."""
     check_path("the folder of pieces", path)
     return SegmentFolder(path, changing=("source",))

@@ -1,4 +1,4 @@
-"""What a generation is asked for: filled in, and checked before any model is loaded."""
+"""The request of one video: its defaults are filled in and its values are checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..files.media import read_image, read_video
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
-from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
+from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
-from .inputs import check_path, check_type
+from .inputs import check_path, check_type, check_whole
 from .options import (
     MAX_FPS,
     MAX_FRAMES,
@@ -33,7 +33,10 @@ from .options import (
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model was trained for: sides in pixels, frames, whether given pictures choose the size."""
+    """What a model was trained for.
+
+    height, width: pixels. bucketed: the size follows the shape of a given picture. clip_schedule: for continuing clips.
+    """
 
     height: int
     width: int
@@ -48,13 +51,13 @@ NANO = Defaults(64, 96, 33, bucketed=False, clip_schedule="base")
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One video to generate. None means: what suits the model and the other values (`filled`).
+    """One video to generate. `filled` replaces None by what suits the model and the other values.
 
-    height, width: pixels, multiples of 16. frames: 4k+1, given frames included. fps: of the file, no model input.
-    guidance_scale: 1 is without guidance. image: the first frame. video: a clip whose last `num_cond_frames` frames
-    (4k+1) are continued. given: the frames of either, uint8 [F, H, W, 3]; read from the files by `filled`, or handed
-    in directly instead of a file: one frame is an image, more are a clip. kv_cache: how given frames are computed,
-    step_cache: what may be left out of the steps, 0 nothing; see `sample`.
+    height, width: pixels, multiples of 16. frames: 4k+1, including conditioning frames. guidance_scale: 1 turns
+    guidance off. image: the first frame. video: a clip of which the last `num_cond_frames` frames (4k+1) are continued.
+    given: the frames of the image or the clip, uint8 [F, H, W, 3]; `filled` reads them from the file, or they replace
+    a file: one frame is an image, more are a clip. kv_cache: how conditioning frames are computed. step_cache: the
+    threshold for skipping steps, 0 for none; see `sample`. fps: of the output file; the model does not see it.
     """
 
     prompt: str
@@ -75,20 +78,21 @@ class GenerateRequest:
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def filled(self, defaults: Defaults) -> FilledRequest:
-        """A checked request without any None: files read, the rest from `defaults`. Raises LongCatError."""
+        """The request with files read and every None replaced. Raises LongCatError for values that do not fit."""
         check_text("prompt", self.prompt)
         if self.negative_prompt is not None:
             check_text("negative prompt", self.negative_prompt)
         if not html.unescape(html.unescape(self.prompt)).strip():
             raise LongCatError('the prompt is empty; say what the video shows, such as "a red circle moves right"')
         if self.image is not None and self.video is not None:
-            raise LongCatError("both an image and a video are given; give the one to begin with or to continue")
+            raise LongCatError("an image and a video are both given; give only one of them")
         for name, path in (("image", self.image), ("video", self.video)):
             if path is not None:
                 check_path(f"the path of the {name}", path)
         if self.schedule is not None:
             check_type("the schedule", self.schedule, str, f"one of {', '.join(SCHEDULES)}")
-        _check_cond_frames(self.num_cond_frames)
+        check_whole("the number of conditioning frames", self.num_cond_frames)
+        latent_frames(self.num_cond_frames, noun="conditioning frames")
         given = self.given if self.given is not None else self._read()
         _check_given(given)
         is_clip = given is not None and len(given) > 1
@@ -111,13 +115,13 @@ class GenerateRequest:
 
     @property
     def cond_frames(self) -> int:
-        """Given frames that the video begins with: 0, 1 for an image, `num_cond_frames` for a clip."""
+        """Number of conditioning frames: 0, 1 for an image, `num_cond_frames` for a clip."""
         if self.given is None:
             return 0
         return 1 if len(self.given) == 1 else self.num_cond_frames
 
     def notes(self) -> list[str]:
-        """Sentences on a filled request that will run, but maybe not as meant."""
+        """Warnings about a filled request that runs, though perhaps not as the user meant it."""
         notes = []
         if self.schedule == "distilled" and self.guidance_scale != 1:
             notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
@@ -137,7 +141,7 @@ class GenerateRequest:
                 f"video {self.video} has {len(clip)} frames, fewer than the {self.num_cond_frames} conditioning "
                 f"frames; give a longer clip or at most {most} conditioning frames"
             )
-        # One frame of a clip is an image: the same to the model.
+        # A clip of one frame is an image to the model.
         return clip
 
     def _size(self, defaults: Defaults, given: np.ndarray | None) -> tuple[int, int]:
@@ -177,11 +181,11 @@ class FilledRequest(GenerateRequest):
             return
         if len(self.given) < self.cond_frames:
             raise LongCatError(
-                f"{len(self.given)} frames are given, fewer than the {self.cond_frames} conditioning frames; give more"
+                f"{len(self.given)} given frames are fewer than the {self.cond_frames} conditioning frames; give more"
             )
         if self.frames <= self.cond_frames:
             raise LongCatError(
-                f"{self.frames} frames leave nothing to generate after {self.cond_frames} given ones; "
+                f"{self.frames} frames leave nothing to generate after {self.cond_frames} conditioning frames; "
                 f"ask for at least {self.cond_frames + TEMPORAL_FACTOR} frames"
             )
 
@@ -194,7 +198,7 @@ def require_filled(request: GenerateRequest) -> FilledRequest:
 
 
 def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
-    """What sampling a filled request will take. overlap: frames that later segments begin with, if there are any."""
+    """The memory-relevant sizes of sampling a filled request. overlap: conditioning frames of later segments."""
     request = require_filled(request)
     given = max(request.cond_frames, overlap or 0)
     shape = latent_shape(request.frames, request.height, request.width)
@@ -202,31 +206,23 @@ def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
     return Work((1, *shape), request.guidance_scale != 1, cond)
 
 
-def nearest_frame_counts(frames: int) -> tuple[int, int]:
-    """The nearest counts of the form 4k+1 at or below and above `frames`, at least 1."""
-    below = max(1, (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
-    return below, below + TEMPORAL_FACTOR
-
-
 def check_side(name: str, pixels: int) -> None:
     """Raise LongCatError, with the nearest valid side, unless `pixels` is a multiple of 16 from 16 to 4096."""
     if not _is_whole(pixels):
-        raise LongCatError(f"{name} {pixels} is no whole number; give pixels, a multiple of {SIDE_MULTIPLE}")
+        raise LongCatError(f"{name} {pixels} must be a whole number of pixels, a multiple of {SIDE_MULTIPLE}")
     if not SIDE_MULTIPLE <= pixels <= MAX_SIDE:
         raise LongCatError(f"{name} {pixels} is out of range; give {SIDE_MULTIPLE} to {MAX_SIDE} pixels")
     if pixels % SIDE_MULTIPLE:
         nearest = min(MAX_SIDE, (pixels + SIDE_MULTIPLE // 2) // SIDE_MULTIPLE * SIDE_MULTIPLE)
-        raise LongCatError(f"{name} {pixels} is not divisible by {SIDE_MULTIPLE}; the nearest that is: {nearest}")
+        raise LongCatError(f"{name} {pixels} is not a multiple of {SIDE_MULTIPLE}; the nearest one is {nearest}")
 
 
 def check_frames(frames: int, name: str = "") -> None:
-    """Raise LongCatError, with the two nearest counts, unless `frames`, of input `name`, is 4k+1 and from 1 to 2001."""
-    told = f"{name}: " if name else ""
+    """Raise LongCatError with the nearest counts unless `frames` is 4k+1 from 1 to 2001. name: of the input."""
+    prefix = f"{name}: " if name else ""
     if not _is_whole(frames) or not 1 <= frames <= MAX_FRAMES:
-        raise LongCatError(f"{told}{frames} frames are out of range; give 1 to {MAX_FRAMES}, of the form 4k+1")
-    if frames % TEMPORAL_FACTOR != 1:
-        below, above = nearest_frame_counts(frames)
-        raise LongCatError(f"{told}{frames} frames are not of the form 4k+1; the nearest are {below} and {above}")
+        raise LongCatError(f"{prefix}{frames} frames are out of range; give 1 to {MAX_FRAMES}, of the form 4k+1")
+    latent_frames(frames, name)
 
 
 def check_number(name: str, value: float, least: float, most: float) -> None:
@@ -249,12 +245,6 @@ def _check_given(frames: np.ndarray | None) -> None:
         raise LongCatError(f"given frames are {frames.dtype} {list(frames.shape)}; give uint8 [F, H, W, 3]")
 
 
-def _check_cond_frames(count: int) -> None:
-    if not _is_whole(count) or count < 1 or count % TEMPORAL_FACTOR != 1:
-        below, above = nearest_frame_counts(count if _is_whole(count) else 13)
-        raise LongCatError(f"{count} conditioning frames are not of the form 4k+1; the nearest are {below} and {above}")
-
-
 def check_text(name: str, text: str) -> None:
     """Raise LongCatError unless `text` is text that can be encoded."""
     if not isinstance(text, str):
@@ -262,7 +252,7 @@ def check_text(name: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise LongCatError(f"the {name} is not valid UTF-8 at character {error.start}; type it anew") from error
+        raise LongCatError(f"the {name} is not valid UTF-8 at character {error.start}; type it again") from error
 
 
 def _is_whole(value: object) -> bool:

@@ -1,13 +1,12 @@
-"""A folder that keeps finished segments of a video, so that a run that was cut off goes on where it was.
+"""A folder that keeps the finished segments of a video, so that an interrupted run resumes.
 
     segment-001/latents.safetensors   normalized latents, fp32
-    segment-001/frames.mkv            all of its frames, lossless
-    segment-001/segment.json          settings, checksums, what it was made from: see `Record`
+    segment-001/frames.mkv            all frames, lossless
+    segment-001/segment.json          settings, checksums and the previous segment's: see `Record`
 
-A segment is written under another name, forced to the disk and then renamed, so it is there whole or not at all. It
-counts only as long as its checksums hold, its settings are those of now, and the segment before is the one that it was
-made from. What a segment was made from is told by content, not by file: one that is made anew and comes out the same
-keeps those after it.
+A segment is written under a temporary name, flushed to disk and renamed, so it exists whole or not at all. It is reused
+only while its checksums match, its settings equal the current ones, and it was made from the segment before it. Content
+decides that, not the file: if a regenerated segment comes out the same, the segments after it are kept.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from ..files.safetensors_io import read_tensors, write_safetensors
 
 VERSION = 1
 LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.json", ".lock"
-# What file managers write into folders that are looked at.
+# Files that file managers write into the folders they show.
 LEFT_BY_BROWSING = (".DS_Store", "Thumbs.db", "desktop.ini")
-# Room that must be left on the disk beside a segment's own.
+# Free space that must remain on the disk beside a segment's own.
 SPARE_BYTES = 16 << 20
 
 Settings = dict[str, Any]
@@ -45,10 +44,10 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """What segment.json holds. Settings are plain JSON values.
+    """The content of segment.json. Settings are JSON values, checksums SHA-256.
 
-    content: of latents and frames, before: of the segment before, "" for the first; files: checksums by name;
-    notes: what was measured, for people and for reports. All checksums are SHA-256.
+    content: checksum of latents and frames. before: that of the previous segment, "" for the first. files: checksums
+    by name. notes: measurements, for reports.
     """
 
     settings: Settings
@@ -69,7 +68,7 @@ class Segment:
 
 
 def checksum(*parts: bytes | np.ndarray | str) -> str:
-    """SHA-256, hexadecimal, over parts of a known number; arrays with their shape and type."""
+    """SHA-256 in hexadecimal over a fixed number of parts; arrays count with their shape and dtype."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -81,15 +80,15 @@ def checksum(*parts: bytes | np.ndarray | str) -> str:
     return total.hexdigest()
 
 
-# A segment's number and the one before -> frames, latents, notes.
+# Makes a segment from its number and the previous segment: frames, latents, notes.
 Make = Callable[[int, Segment | None], tuple[np.ndarray, Tensor, Settings]]
 
 
 class SegmentFolder:
-    """Segments of one video, by number from 0. changing: settings that may differ from segment to segment and from run
-    to run: where one does, the segment is made anew; any other difference is an error, and nothing is touched.
+    """The segments of one video, numbered from 0.
 
-    Reading needs no lock; `open` takes it and must be around every `save`.
+    changing: settings that may differ between segments and between runs; if one does, the segment is regenerated. Any
+    other difference is an error, and nothing is touched. Reading needs no lock; `open` takes it for `save`.
     """
 
     def __init__(self, path: str | Path, changing: tuple[str, ...] = ()) -> None:
@@ -97,12 +96,12 @@ class SegmentFolder:
         self.changing = changing
 
     def check(self, settings: Mapping[int, Settings] | list[Settings]) -> None:
-        """Raise LongCatError where segments of other settings are in the folder, or something that is none.
+        """Raise LongCatError if the folder holds segments with other settings, or foreign files under their names.
 
-        settings: of every segment by number, as they will be saved.
+        settings: of every segment, by number, as they will be saved.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise LongCatError(f"{self.path} is no folder; name a folder to keep the segments in")
+            raise LongCatError(f"{self.path} is not a folder; name a folder to keep the segments in")
         wanted = dict(enumerate(settings)) if isinstance(settings, list) else dict(settings)
         for number, now in wanted.items():
             self._check_own(number)
@@ -113,15 +112,15 @@ class SegmentFolder:
             now = {name: value for name, value in as_read(now).items() if name not in self.changing}
             if words := differences_in_words(kept, now):
                 raise LongCatError(
-                    f"{self.path} holds segments of other settings ({words}); give the same ones to continue, or "
+                    f"{self.path} holds segments with other settings ({words}); give the same ones to resume, or "
                     "another folder to start over"
                 )
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the folder, made if need be, for writing; one that was made and stayed empty is gone afterwards.
+        """Lock the folder for writing and create it if necessary; if it stays empty, remove it afterwards.
 
-        Raises LongCatError where another run holds it.
+        Raises LongCatError if another run holds the lock.
         """
         made = not self.path.exists()
         busy = f"another run is writing to {self.path}; wait for its end or name another folder"
@@ -143,7 +142,7 @@ class SegmentFolder:
                     self.path.rmdir()
 
     def find(self, number: int, settings: Settings, before: str) -> Record | None:
-        """The record of a segment that is there as wanted, made from the segment with content `before`, else None."""
+        """The record of an intact segment with these settings, made from the content `before`; None without one."""
         record = self._record(number)
         if record is None or record.settings != as_read(settings) or record.before != before:
             return None
@@ -159,7 +158,7 @@ class SegmentFolder:
         return record
 
     def load(self, number: int) -> Segment:
-        """A segment that `find` found."""
+        """Read a segment that `find` returned."""
         folder = self._folder(number)
         frames, _ = read_video(folder / FRAMES)
         # A copy: the file may be replaced while its tensors are in use.
@@ -169,7 +168,7 @@ class SegmentFolder:
         return Segment(frames, latents, record.content)
 
     def frames(self, number: int, skip: int = 0) -> np.ndarray:
-        """A segment's frames from `skip` on, uint8 [F, H, W, 3]."""
+        """A segment's frames without the first `skip`: uint8 [F, H, W, 3]."""
         return read_video(self._folder(number) / FRAMES)[0][skip:]
 
     def save(
@@ -183,9 +182,9 @@ class SegmentFolder:
         fps: float,
         notes: Settings,
     ) -> Record:
-        """Keep a segment in place of what was there; it is on the disk when this returns.
+        """Save a segment in place of an older one; it is on disk when this returns.
 
-        Raises LongCatError where it cannot be written; the segments that were there stay.
+        Raises LongCatError if it cannot be written; the older segments then stay.
         """
         latents = latents.detach().to("cpu", torch.float32).contiguous()
         try:
@@ -203,19 +202,19 @@ class SegmentFolder:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             reason = cause.strerror if isinstance(cause, OSError) else str(cause)
             raise LongCatError(
-                f"segment {number + 1} could not be written to {self.path} ({reason}); what was finished before is "
-                "kept: make room and run the same again to go on"
+                f"segment {number + 1} could not be written to {self.path} ({reason}); the earlier segments are "
+                "kept, so free some space and run the same command again to resume"
             ) from error
         return record
 
     def fill(
         self, settings: Sequence[Settings], make: Make, *, fps: float, room: Sequence[int]
     ) -> Iterator[tuple[int, Record, bool]]:
-        """Every segment in turn: what is there as wanted is kept, what is not is made of the one before and saved.
+        """Go through the segments: reuse those that match, make the others from the previous segment and save them.
 
-        settings: of each; room: bytes that each may take; make: a segment's number and the one before (None for the
-        first) to its frames, latents and notes. Yields number, record, and whether it was there, once it is on the
-        disk. Raises LongCatError as `check`, `open`, `check_room` and `save` do, and what `make` raises.
+        settings: of each segment. room: bytes that each may take. make: from a segment's number and the previous
+        segment (None for the first) to its frames, latents and notes. Yields number, record, and whether it was reused,
+        once it is on disk. Raises what `check`, `open`, `check_room`, `save` and `make` raise.
         """
         self.check(list(settings))
         with self.open():
@@ -237,20 +236,20 @@ class SegmentFolder:
                 yield number, record, reused
 
     def check_room(self, number: int, bytes_needed: int) -> None:
-        """Raise LongCatError unless the disk has room for a segment of so many bytes."""
+        """Raise LongCatError unless a segment of `bytes_needed` fits on the disk."""
         free = shutil.disk_usage(self.path).free
         if free < bytes_needed + SPARE_BYTES:
             needed, spare, there = (bytes_in_words(count) for count in (bytes_needed, SPARE_BYTES, free))
             raise LongCatError(
                 f"segment {number + 1} may take {needed} and {spare} must stay free, but {self.path} has {there} free; "
-                "what was finished before is kept: make room and run the same again to go on"
+                "the earlier segments are kept, so free some space and run the same command again to resume"
             )
 
     def _folder(self, number: int) -> Path:
         return self.path / f"segment-{number + 1:03}"
 
     def _check_own(self, number: int) -> None:
-        """What is not ours must not be replaced."""
+        """Raise LongCatError if the segment's folder holds files that this program did not write."""
         folder = self._folder(number)
         if not folder.exists() and not folder.is_symlink():
             return
@@ -258,10 +257,10 @@ class SegmentFolder:
             item.name for item in folder.iterdir() if item.name not in (LATENTS, FRAMES, RECORD, *LEFT_BY_BROWSING)
         ]  # fmt: skip
         if foreign:
-            raise LongCatError(f"{folder} is no segment of a video ({foreign[0]} is in it); name another folder")
+            raise LongCatError(f"{folder} is not a segment of a video ({foreign[0]} is in it); name another folder")
 
     def _record(self, number: int) -> Record | None:
-        """None for a record that is missing or damaged."""
+        """A segment's record; None if it is missing or damaged."""
         try:
             content = json.loads((self._folder(number) / RECORD).read_text(encoding="utf-8"))
             if content.pop("version") != VERSION or content.pop("checksum") != checksum(_plain(content)):

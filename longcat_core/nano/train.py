@@ -23,7 +23,7 @@ from ..checkpoints.formats import OFFICIAL
 from ..checkpoints.load import official_state
 from ..errors import LongCatError
 from ..files.safetensors_io import read_tensors, write_safetensors
-from ..generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, NANO_WEIGHTS
+from ..generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, NANO_WEIGHTS
 from ..generate.text import TextEncoder, load_text_encoder
 from ..generate.vae import load_vae
 from ..model.config import ModelConfig

@@ -11,17 +11,22 @@ TEMPORAL_FACTOR = 4
 SPATIAL_FACTOR = 8
 
 
-def latent_frames(frames: int, name: str = "") -> int:
+def latent_frames(frames: int, name: str = "", noun: str = "frames") -> int:
     """Latent frames of a clip of `frames` = 4k+1 frames: one for the first frame, then one for every four.
 
-    Raises LongCatError for other counts, naming the input if `name` is given.
+    Raises LongCatError for other counts. name: of the input; noun: of what is counted, for that error.
     """
     if frames < 1 or (frames - 1) % TEMPORAL_FACTOR:
-        below = max(1, (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
-        above = below + TEMPORAL_FACTOR if frames >= 1 else 5
+        below, above = nearest_frame_counts(frames)
         prefix = f"{name}: " if name else ""
-        raise LongCatError(f"{prefix}{frames} frames are not 4k+1; the nearest counts are {below} and {above}")
+        raise LongCatError(f"{prefix}{frames} {noun} are not of the form 4k+1; the nearest are {below} and {above}")
     return 1 + (frames - 1) // TEMPORAL_FACTOR
+
+
+def nearest_frame_counts(frames: int) -> tuple[int, int]:
+    """The nearest counts of the form 4k+1 at or below and above `frames`, at least 1."""
+    below = max(1, (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
+    return below, below + TEMPORAL_FACTOR
 
 
 def video_frames(latents: int) -> int:

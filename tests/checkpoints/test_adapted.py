@@ -23,7 +23,8 @@ from longcat_core.cli import main as cli
 from longcat_core.cli import models as commands
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_tensors
-from longcat_core.generate.pipeline import ModelPaths, Pipeline
+from longcat_core.generate.paths import ModelPaths
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.model.block import run_block
 from longcat_core.optimize.adapters import Adapted
 from longcat_core.optimize.compilation import Regional
@@ -293,8 +294,8 @@ def test_the_pipeline_and_the_option(tmp_path, monkeypatch):
     path = saved(tmp_path, peft(layer, "diffusion_model."))
     pipeline = Pipeline.load(lora=[(path, 0.5)], lora_mode="runtime")
     assert isinstance(pipeline.model.blocks[0].attn.proj, Adapted)
-    assert pipeline.loras.set([(path, 1.0)]) == ["blocks.0.attn.proj.weight"]
-    assert pipeline.loras.set() and not isinstance(pipeline.model.blocks[0].attn.proj, Adapted)
+    assert pipeline.set_loras([(path, 1.0)]) == ["blocks.0.attn.proj.weight"]
+    assert pipeline.set_loras() and not isinstance(pipeline.model.blocks[0].attn.proj, Adapted)
 
     monkeypatch.setattr(commands, "compile_mode", lambda *args: "off")
     paths = ModelPaths(GOLDEN / "dit.safetensors", GOLDEN / "vae.safetensors", GOLDEN / "dit.safetensors")

@@ -19,7 +19,8 @@ from longcat_core.cli import main as cli
 from longcat_core.cli import models as commands
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
-from longcat_core.generate.pipeline import ModelPaths, Pipeline
+from longcat_core.generate.paths import ModelPaths
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import Policy, quantize
@@ -388,7 +389,7 @@ def test_the_pipeline_takes_one_file_or_several(tmp_path):
     torch.testing.assert_close(both.model.blocks[0].attn.proj.weight, weight)
     torch.testing.assert_close(twice.model.blocks[0].attn.proj.weight - plain, 2 * (weight - plain))
     # Exchanged without loading anew: a second LoRA, and none.
-    twice.loras.set([(path, 1.0)])
+    twice.set_loras([(path, 1.0)])
     assert torch.equal(twice.model.blocks[0].attn.proj.weight, weight)
-    twice.loras.set()
+    twice.set_loras()
     assert torch.equal(twice.model.blocks[0].attn.proj.weight, plain)

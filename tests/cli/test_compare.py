@@ -15,7 +15,8 @@ from PIL import Image
 from longcat_core.cli import compare as fidelity_commands
 from longcat_core.cli import main as cli
 from longcat_core.files import media
-from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
+from longcat_core.generate.paths import NANO_MODEL
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.execution import Execution

@@ -22,8 +22,8 @@ from longcat_core.cli import models as commands
 from longcat_core.errors import LongCatError
 from longcat_core.files import media, places
 from longcat_core.generate import paths as model_paths
-from longcat_core.generate import pipeline
-from longcat_core.generate.pipeline import Generation, ModelPaths
+from longcat_core.generate.engine import Generation
+from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.request import FilledRequest, GenerateRequest
 from longcat_core.optimize import compilation
 from longcat_core.sampling.sampler import Step
@@ -39,8 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("NANO_MODEL", "NANO_VAE", "NANO_TEXT_ENCODER"):
         (weights / f"{name}.safetensors").touch()
     paths = [weights / f"{name}.safetensors" for name in ("NANO_MODEL", "NANO_VAE", "NANO_TEXT_ENCODER")]
-    for module in (pipeline, model_paths):
-        monkeypatch.setattr(module, "NANO_MODEL", paths[0])
+    monkeypatch.setattr(model_paths, "NANO_MODEL", paths[0])
     monkeypatch.setattr(ModelPaths.__init__, "__defaults__", tuple(paths))
 
     def load(*_: Any, **__: Any) -> None:
@@ -94,13 +93,13 @@ BAD = [
     # the prompt
     bad("", said=("prompt is empty", "say what the video shows"), name="empty prompt"),
     bad("&nbsp;", said=("prompt is empty",), name="prompt of an HTML blank"),
-    bad("a \udc80", said=("prompt is not valid UTF-8", "type it anew"), name="prompt not UTF-8"),
+    bad("a \udc80", said=("prompt is not valid UTF-8", "type it again"), name="prompt not UTF-8"),
     bad(PROMPT, "--negative-prompt", "\udc80", said=("negative prompt is not valid UTF-8",), name="negative not UTF-8"),
     bad(said=("PROMPT", "--help"), name="no prompt"),
     bad(PROMPT, "blue", said=("blue", "--help"), name="two prompts"),
     # sizes
-    option("--size", "65x96", "height 65 is not divisible by 16", "64"),
-    option("--size", "64x90", "width 90 is not divisible by 16", "96"),
+    option("--size", "65x96", "height 65 is not a multiple of 16", "64"),
+    option("--size", "64x90", "width 90 is not a multiple of 16", "96"),
     option("--size", "64", "'64'", "64x96"),
     option("--size", "64x96x3", "'64x96x3'", "64x96"),
     option("--size", "-64x96", "--size"),
@@ -233,7 +232,7 @@ def test_full_disk(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_missing_weights_of_the_embedded_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.NANO_MODEL.unlink()
+    model_paths.NANO_MODEL.unlink()
     assert cli.main(["generate", PROMPT]) == 2
     assert "longcat train-nano" in capsys.readouterr().err
 
@@ -246,7 +245,7 @@ class StandIn:
 
     def __init__(self, at_step: Callable[[int], None] = lambda _: None, warn: str = "") -> None:
         self.at_step, self.warn = at_step, warn
-        self.vae, self.told = SimpleNamespace(tiling=False), ""
+        self.vae, self.plan_note = SimpleNamespace(tiling=False), ""
         self.request: GenerateRequest | None = None
 
     def generate(self, request: GenerateRequest, callback: Callable[[Step], None]) -> Generation:

@@ -90,9 +90,9 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a prompt of an HTML blank": (["--prompts-file", "blank.txt"], ("prompt is empty",)),
     "no segments": ([ONE, "--segments", "0"], ("0 segments are out of range", "1 to 999")),
     "segments no number": ([ONE, "--segments", "many"], ("cannot read 'many' as a whole number",)),
-    "more prompts than segments": ([ONE, TWO, "--segments", "1"], ("2 prompts are given for 1 segments", "at most")),
+    "more prompts than segments": ([ONE, TWO, "--segments", "1"], ("2 prompts are more than the 1", "at most")),
     # overlap
-    "overlap not 4k+1": ([ONE, "--overlap", "12"], ("12 frames are not 4k+1", "9 and 13")),
+    "overlap not 4k+1": ([ONE, "--overlap", "12"], ("12 frames are not of the form 4k+1", "9 and 13")),
     "overlap of all": ([ONE, "--frames", "13"], ("leave nothing new", "at least 17 frames", "smaller overlap")),
     "hand-off": ([ONE, "--hand-off", "mail"], ("--hand-off", "frames", "latents")),
     # what all videos have: a row for all, see test_generate.py
@@ -110,7 +110,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "output's form": ([ONE, "-o", "a.avi"], ("'a.avi'", ".mp4, .mkv, .webp, .gif")),
     "output's folder": ([ONE, "-o", "none/a.mp4"], ("none", "does not exist")),
     "output is the image": ([ONE, "--image", "good.png", "-o", "good.png"], ("good.png", "--output")),
-    "folder is a file": ([ONE, "--folder", "file"], ("file is no folder", "name a folder")),
+    "folder is a file": ([ONE, "--folder", "file"], ("file is not a folder", "name a folder")),
     "folder in a file": ([ONE, "--folder", "file/kept"], ("file/kept", "cannot be written to", "name another folder")),
     "folder of somebody": ([ONE, "--folder", "theirs"], ("theirs/segment-001 is no segment", "holiday.jpg")),
 }
@@ -138,7 +138,7 @@ def test_a_full_disk_is_reported_before_a_model_is_loaded(folder: Path, capsys: 
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: usage._replace(free=15_000_000))
     assert cli.main(["long", ONE, *SMALL]) == cli.BAD_INPUT
     told = capsys.readouterr().err
-    assert "segment 1 may take" in told and "run the same again to go on" in told and told.count("\n") == 1
+    assert "segment 1 may take" in told and "run the same command again to resume" in told and told.count("\n") == 1
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_a_run_and_the_same_again(folder: Path, loads: list, capsys: Any) -> Non
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(";")[0] for line in lines[:3]] == [
-        f"segment {number} of 3: finished, kept in a-segments" for number in (1, 2, 3)
+        f"segment {number} of 3: finished and saved in a-segments" for number in (1, 2, 3)
     ]
     assert "color changes by" not in lines[0] and "color changes by" in lines[1]
     assert lines[3].startswith("a.mkv: 17 frames of 16x32 at 12 fps, 3 segments, seed 5, in ")
@@ -159,7 +159,7 @@ def test_a_run_and_the_same_again(folder: Path, loads: list, capsys: Any) -> Non
     assert len(loads) == 1
     Path("a.mkv").unlink()
     assert cli.main(arguments) == 0 and len(loads) == 1
-    assert "segment 3 of 3: is in a-segments already" in capsys.readouterr().out
+    assert "segment 3 of 3: already in a-segments" in capsys.readouterr().out
     assert np.array_equal(read_video("a.mkv")[0], video)
 
 
@@ -204,12 +204,12 @@ def test_other_settings_mid_way_are_refused(
     Path("a-segments", ".lock").unlink()
     capsys.readouterr()
     told = refused(capsys, *arguments, *options)
-    assert said in told and "a-segments holds segments of other settings" in told and len(loads) == 1
+    assert said in told and "a-segments holds segments with other settings" in told and len(loads) == 1
 
 
 def test_another_model_is_refused(folder: Path, loads: list, capsys: Any) -> None:
     """By what is in its files, not by their names."""
-    from longcat_core.generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE
+    from longcat_core.generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE
 
     arguments = ["long", ONE, *SMALL, "-o", "a.webp", "--guidance", "3"]
     assert cli.main(arguments) == 0
@@ -232,7 +232,7 @@ def test_an_interrupt_keeps_finished_segments(folder: Path, loads: list, capsys:
         assert cli.main(arguments) == cli.INTERRUPTED
     assert sorted(os.listdir("a-segments")) == [".lock", "segment-001"] and not Path("a.webp").exists()
     assert cli.main(arguments) == 0
-    assert "segment 1 of 3: is in a-segments already" in capsys.readouterr().out
+    assert "segment 1 of 3: already in a-segments" in capsys.readouterr().out
 
 
 def stop_at(label: str) -> Callable[..., None]:
@@ -258,7 +258,7 @@ def source(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--folder", "file"], ("file is no folder", "name a folder")),
+        (["--folder", "file"], ("file is not a folder", "name a folder")),
         (["--folder", "theirs"], ("theirs/segment-001 is no segment", "holiday.jpg")),
         (["--folder", "kept", "--piece", "5"], ("leave nothing new", "longer pieces")),
         (["--folder", "kept", "--overlap", "0"], ("leave nothing new", "at least 1")),
@@ -279,12 +279,12 @@ def test_refining_goes_on_from_its_folder(
     arguments = [*REFINE, "--sparsity", sparsity, "--folder", "kept", "-o", "out.mkv", "--device", "cpu"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["piece 1: finished, kept in kept", "piece 2: finished, kept in kept"]
+    assert out[:2] == ["piece 1: finished and saved in kept", "piece 2: finished and saved in kept"]
     assert out[2].startswith("out.mkv: 13 frames of 16x32 at 15 fps, seed 0, in ")
     video, _ = read_video("out.mkv")
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["piece 1: is in kept", "piece 2: is in kept"] and len(loads) == 1
+    assert out[:2] == ["piece 1: already in kept", "piece 2: already in kept"] and len(loads) == 1
     assert np.array_equal(read_video("out.mkv")[0], video)
     shutil.rmtree("kept/segment-002")
     assert cli.main(arguments) == 0 and len(loads) == 2
@@ -311,4 +311,4 @@ def test_other_settings_of_refining_are_refused(
     assert cli.main(arguments) == 0
     capsys.readouterr()
     told = refused(capsys, *arguments, *options)
-    assert said in told and "kept holds segments of other settings" in told and len(loads) == 1
+    assert said in told and "kept holds segments with other settings" in told and len(loads) == 1

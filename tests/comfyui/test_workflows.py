@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from longcat_core.files.media import write_video
 from longcat_core.files.safetensors_io import read_header
-from longcat_core.generate.pipeline import NANO_MODEL
+from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.nano.scorer import analyze
 from longcat_core.nano.world import Actor, Scene, render_clip
 from workflows.build import NANO, WORKFLOWS, graphs

@@ -222,8 +222,8 @@ def test_the_command_is_killed_and_run_again(tmp_path):
     )
     assert again.returncode == 0, again.stderr
     lines = again.stdout.splitlines()
-    assert lines[0] == "segment 1 of 3: is in kept already"
-    assert lines[1].startswith("segment 2 of 3: finished, kept in kept; at its join the mean color changes by ")
+    assert lines[0] == "segment 1 of 3: already in kept"
+    assert lines[1].startswith("segment 2 of 3: finished and saved in kept; at its join the mean color changes by ")
     assert lines[-1].startswith("video.mp4: 33 frames of 64x96 at 15 fps, 3 segments, seed 4, in ")
     assert contents(folders[1] / "kept") == contents(folders[0] / "kept") and len(finished(folders[0] / "kept")) == 3
     assert sorted(item.name for item in folders[1].iterdir()) == ["kept", "video.mp4"]

@@ -381,7 +381,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tiny, whole, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(segments.shutil, "disk_usage", free)
-        with pytest.raises(LongCatError, match=r"segment 3 may take .*: make room and run the same again to go on"):
+        with pytest.raises(LongCatError, match=r"segment 3 may take .*, so free some space and run the same"):
             run(tiny, path)
     assert made == [0, 1], "nothing is computed that cannot be kept"
     run(tiny, path)
@@ -409,22 +409,22 @@ BAD = {
     "prompt no text": ({"prompts": ("a", 3)}, "prompt of segment 2 is a int; give text"),
     "first prompt empty": ({"prompts": (" ", "b")}, "the prompt is empty"),
     "later prompt empty": ({"prompts": ("a", "&nbsp;")}, "the prompt is empty"),
-    "overlap not 4k+1": ({"overlap": 12}, "12 frames are not 4k+1; the nearest counts are 9 and 13"),
-    "overlap 0": ({"overlap": 0}, "0 frames are not 4k+1"),
-    "overlap negative": ({"overlap": -3}, "-3 frames are not 4k+1"),
-    "overlap all": ({"overlap": 9}, "segments of 9 frames with 9 in common leave nothing new; ask for at least 13"),
+    "overlap not 4k+1": ({"overlap": 12}, "12 frames are not of the form 4k+1; the nearest are 9 and 13"),
+    "overlap 0": ({"overlap": 0}, "0 frames are not of the form 4k+1"),
+    "overlap negative": ({"overlap": -3}, "-3 frames are not of the form 4k+1"),
+    "overlap all": ({"overlap": 9}, "segments of 9 frames that share 9 leave nothing new; ask for at least 13"),
     "overlap more": ({"overlap": 13}, "ask for at least 17 frames or a smaller overlap"),
     "schedule": ({"schedule": "refine"}, "unknown schedule 'refine'"),
     "steps of clips": ({"first": replace(FIRST, steps=60), "schedule": "distilled"}, "60 steps are out of range"),
-    "first": ({"first": replace(FIRST, height=17)}, "height 17 is not divisible by 16"),
+    "first": ({"first": replace(FIRST, height=17)}, "height 17 is not a multiple of 16"),
     "frames": ({"first": replace(FIRST, frames=10)}, "10 frames are not of the form 4k+1; the nearest are 9 and 13"),
     "short clip": (
         {"first": replace(FIRST, given=pictures(4, 0), num_cond_frames=5)},
-        "4 frames are given, fewer than the 5 conditioning frames; give more",
+        "4 given frames are fewer than the 5 conditioning frames; give more",
     ),
     "whole clip": (
         {"first": replace(FIRST, given=pictures(9, 0), num_cond_frames=9)},
-        "9 frames leave nothing to generate after 9 given ones",
+        "9 frames leave nothing to generate after 9 conditioning frames",
     ),
 }
 
@@ -447,7 +447,7 @@ def test_prompts_are_spread():
         (["a"], -1, "-1 segments"),
         (["a"], 1000, "1000 segments"),
         (["a"] * 1000, None, "1000 segments"),
-        (["a", "b"], 1, "2 prompts are given for 1 segments; give at most one a segment"),
+        (["a", "b"], 1, "2 prompts are more than the 1 segments; give at most one for each"),
     ):
         with pytest.raises(LongCatError, match=said):
             spread_prompts(prompts, count)
@@ -486,9 +486,9 @@ def test_equal_parts_of_one_video_have_a_usual_join():
 
 def test_joins_are_reported(copy):
     finished = list(long_video(unwanted, request(), segment_folder(copy)))
-    assert finished[0].told("here") == "segment 1 of 4: is in here already"
+    assert finished[0].summary("here") == "segment 1 of 4: already in here"
     fresh = replace(finished[1], reused=False, join=Join((1.25, -7.5, 0.0), -2.345, 0.5))
-    assert fresh.told("here") == (
-        "segment 2 of 4: finished, kept in here; at its join the mean color changes by 7.50 of 255 and the brightness "
-        "by -2.35, where neighboring frames do by 0.50"
+    assert fresh.summary("here") == (
+        "segment 2 of 4: finished and saved in here; at its join the mean color changes by 7.50 of 255 and the "
+        "brightness by -2.35; between neighboring frames the color changes by 0.50"
     )

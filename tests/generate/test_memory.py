@@ -15,7 +15,9 @@ from longcat_core.cli.main import main
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate import pipeline as pipelines
-from longcat_core.generate.pipeline import ModelPaths, Pipeline
+from longcat_core.generate import placement
+from longcat_core.generate.paths import ModelPaths
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import RefineRequest
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest, work_of
 from longcat_core.optimize.execution import OptimizedTransformer
@@ -39,7 +41,7 @@ def request(**options: object) -> GenerateRequest:
 @pytest.fixture(scope="module")
 def plain(clip) -> list[np.ndarray]:
     whole = Pipeline.load()
-    assert whole.plan == Plan() and whole.told == "" and whole.model.stream is None
+    assert whole.plan == Plan() and whole.plan_note == "" and whole.model.stream is None
     return [whole.generate(request(given=given)).frames for given in (None, clip)]
 
 
@@ -49,7 +51,7 @@ def test_a_video_is_the_same_from_weights_that_wait(clip, plain, fp8):
     least = Plan(streamed=depth - 1, offload_kv_cache=True, stream_text_encoder=True)
     small = Pipeline.load(least=least, fp8=fp8)
     assert len(small.model.stream.streamed) == depth - 1 and small.plan == least
-    assert small.told == f"{depth - 1} of {depth} blocks, keys of given frames and the text encoder in CPU memory"
+    assert small.plan_note == f"{depth - 1} of {depth} blocks, keys of given frames and the text encoder in CPU memory"
     wanted = plain if not fp8 else [Pipeline.load(fp8=True).generate(request(given=g)).frames for g in (None, clip)]
     for given, frames in zip((None, clip), wanted, strict=True):
         assert np.array_equal(small.generate(request(given=given)).frames, frames)
@@ -60,7 +62,7 @@ def test_split_guidance_comes_from_the_plan_or_the_switch():
     for options in ({"least": Plan(split_guidance=True)}, {"optimizations": Optimizations(split_guidance=True)}):
         loaded = Pipeline.load(**options)
         assert loaded.plan == Plan(split_guidance=True) and loaded.model.optimizations.split_guidance
-        assert loaded.told == "guidance in halves"
+        assert loaded.plan_note == "guidance in halves"
 
 
 @pytest.fixture
@@ -76,11 +78,11 @@ def test_loras_are_exchanged_in_weights_that_wait(lora):
     model, file = Pipeline.load().model, lora
     small = Pipeline.load(least=Plan(streamed=model.config.depth))
     first = small.generate(request()).frames
-    small.loras.set([(file, 1.0)])
+    small.set_loras([(file, 1.0)])
     changed = small.generate(request()).frames
     assert np.array_equal(changed, Pipeline.load(lora=file).generate(request()).frames)
     assert not np.array_equal(changed, first)
-    small.loras.set()
+    small.set_loras()
     assert np.array_equal(small.generate(request()).frames, first)
 
 
@@ -107,7 +109,7 @@ def test_out_of_memory_goes_on_with_the_next_smaller_plan(clip, plain, monkeypat
     with pytest.warns(UserWarning) as warned:
         found = pipeline.generate(request(given=clip), callback=lambda step: seen.append(step.index))
     said = [str(warning.message) for warning in warned]
-    assert len(said) == 2 and all(sentence.startswith("out of memory; going on with less: ") for sentence in said)
+    assert len(said) == 2 and all(sentence.startswith("out of memory; continuing with ") for sentence in said)
     assert said[0].endswith("guidance in halves") and "blocks" not in said[0] and "blocks in CPU memory" in said[1]
     assert seen == [0, 1, 2]
     assert pipeline.plan.split_guidance and 0 < pipeline.plan.streamed <= depth
@@ -136,7 +138,7 @@ def test_out_of_memory_with_nothing_left_is_an_error(monkeypatch):
 def test_the_vae_goes_on_in_tiles(clip, monkeypatch, part):
     pipeline = Pipeline.load()
     Short(monkeypatch, pipeline.vae.model, part, 0)
-    with pytest.warns(UserWarning, match="on tiles from here on"):
+    with pytest.warns(UserWarning, match="on tiles from now on"):
         frames = pipeline.generate(request(given=clip)).frames
     # Tiles are larger than this video, so nothing else changes.
     assert pipeline.vae.tiling and frames.shape == (17, 32, 48, 3)
@@ -146,26 +148,28 @@ def test_the_vae_goes_on_in_tiles(clip, monkeypatch, part):
 
 
 def test_a_plan_is_made_for_what_is_free(monkeypatch):
-    """As on a GPU: how much is free decides, and is told."""
+    """As on a GPU: the free memory decides, and a sentence names it."""
     config = Pipeline.load().model.config
-    ask = pipelines._plan
     work = Work((1, 16, 24, 60, 104))
     cuda = torch.device("cuda")
 
+    def place(work: Work | None, memory: int | None = None) -> placement.Placement:
+        return placement.Placement(config, torch.bfloat16, cuda, None, Optimizations(), work, 0, memory=memory)
+
     def plan(free: int, work: Work | None = work) -> tuple[Plan, str]:
         monkeypatch.setattr(
-            pipelines, "free_bytes", lambda device, memory: free if memory is None else min(free, memory)
+            placement, "free_bytes", lambda device, memory: free if memory is None else min(free, memory)
         )
-        return ask(config, torch.bfloat16, cuda, None, Optimizations(), work, None, 0)
+        return place(work).plan(None)
 
     assert plan(0, None) == (Plan(), "") == plan(10 * GIB)
     with pytest.warns(UserWarning, match="0.5 are free"):
-        limited, _ = ask(config, torch.bfloat16, cuda, None, Optimizations(), work, None, 0, memory=GIB // 2)
+        limited, _ = place(work, GIB // 2).plan(None)
     assert limited != Plan()
     with pytest.warns(UserWarning, match=r"needs about \d\.\d GiB of GPU memory and 0.0 are free; it may run out"):
-        chosen, told = plan(0)
+        chosen, note = plan(0)
     assert chosen.streamed == config.depth and chosen.split_guidance
-    assert told == f"0.0 GiB of GPU memory are free: {chosen.describe(config.depth)}"
+    assert note == f"0.0 GiB of GPU memory are free: {chosen.describe(config.depth)}"
 
 
 def test_what_cannot_fit_in_memory_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
@@ -237,7 +241,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     [
         (["--memory", "8"], "--memory limits a GPU's memory"),
         (["--stream-blocks", "-1"], "--stream-blocks -1 is out of range"),
-        (["--stream-blocks", "1000"], "1000 blocks are to wait in CPU memory, the model has"),
+        (["--stream-blocks", "1000"], "1000 streamed blocks are more than the model's"),
     ],
 )
 def test_bad_input(tmp_path, capsys, monkeypatch, options, said):
@@ -261,9 +265,9 @@ def test_loras_at_run_time_beside_weights_that_wait(tmp_path, lora, fp8):
     )
     for strength in (1.0, 0.5):
         for pipeline in (whole, small):
-            pipeline.loras.set([(lora, strength)])
+            pipeline.set_loras([(lora, strength)])
         assert np.array_equal(small.generate(request()).frames, whole.generate(request()).frames)
-    small.loras.set()
+    small.set_loras()
     assert np.array_equal(small.generate(request()).frames, Pipeline.load(fp8=fp8).generate(request()).frames)
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
+from longcat_core.generate import engine as engine_module
 from longcat_core.generate import pipeline as pipeline_module
-from longcat_core.generate.pipeline import ModelPaths, Pipeline
+from longcat_core.generate.paths import ModelPaths
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import NANO, GenerateRequest
 from longcat_core.generate.vae import load_vae
 from longcat_core.model.kv_cache import KV_MODES, KVMode
@@ -62,7 +64,7 @@ def golden_noise(golden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> 
         assert shape == tuple(golden["noise"].shape) and seed == 0
         return golden["noise"]
 
-    monkeypatch.setattr(pipeline_module, "seeded_noise", noise)
+    monkeypatch.setattr(engine_module, "seeded_noise", noise)
 
 
 def assert_near(got: Tensor, wanted: Tensor) -> None:
@@ -136,7 +138,7 @@ def test_pictures_are_fitted_to_the_size(tiny: Pipeline) -> None:
 def test_a_prompt_that_is_cut_gives_a_warning(tiny: Pipeline, golden: dict[str, Tensor]) -> None:
     full = {**golden, "pos.mask": torch.ones_like(golden["pos.mask"])}
     tiny.text_encoder = GoldenText(full)
-    with pytest.warns(UserWarning, match="the prompt fills all 16 tokens") as caught:
+    with pytest.warns(UserWarning, match="the prompt is longer than 16 tokens; the rest is ignored") as caught:
         tiny.generate(request(frames=5))
     assert len(caught) == 1 and caught[0].filename.endswith("pipeline.py")
 

@@ -18,7 +18,8 @@ from longcat_core.cli import models as commands
 from longcat_core.errors import LongCatError
 from longcat_core.files.media import read_video, write_video
 from longcat_core.generate import pipeline as pipelines
-from longcat_core.generate.pipeline import NANO_MODEL, Pipeline
+from longcat_core.generate.paths import NANO_MODEL
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import Padding, RefineRequest, enlarge, pieces, refine, target_size
 from longcat_core.generate.request import NANO, GenerateRequest
 from longcat_core.generate.vae import load_vae
@@ -173,7 +174,7 @@ def test_the_scene_stays_on_nano():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"height": 33, "width": 48}, "height 33 is not divisible by 16"),
+        ({"height": 33, "width": 48}, "height 33 is not a multiple of 16"),
         ({"width": None}, "give both or neither"),
         ({"piece": 5, "overlap": 5}, "leave nothing new"),
         ({"seed": -1}, "seed -1"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from longcat_core.errors import LongCatError
-from longcat_core.generate.pipeline import Engine
+from longcat_core.generate.engine import Engine
 from longcat_core.generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
 from longcat_core.generate.request import NANO
 from longcat_core.generate.segments import FRAMES, SegmentFolder

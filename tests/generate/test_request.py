@@ -98,7 +98,7 @@ def test_frame_counts(frames: int) -> None:
 
 @pytest.mark.parametrize(("side", "nearest"), [(17, 16), (24, 32), (100, 96), (479, 480), (4095, 4096)])
 def test_sides(side: int, nearest: int) -> None:
-    with pytest.raises(LongCatError, match=f"width {side} is not divisible by 16; the nearest that is: {nearest}$"):
+    with pytest.raises(LongCatError, match=f"width {side} is not a multiple of 16; the nearest one is {nearest}$"):
         check_side("width", side)
     check_side("width", nearest)
 
@@ -110,7 +110,7 @@ def test_sides(side: int, nearest: int) -> None:
         ({"prompt": " &nbsp;&amp;nbsp; \n"}, "prompt is empty"),
         ({"prompt": "a \udcff"}, "prompt is not valid UTF-8 at character 2"),
         ({"negative_prompt": 3}, "negative prompt is a int"),
-        ({"height": 64.0}, "height 64.0 is no whole number"),
+        ({"height": 64.0}, "height 64.0 must be a whole number"),
         ({"height": -64}, "height -64 .*16 to 4096"),
         ({"width": 100000}, "width 100000 .*16 to 4096"),
         ({"frames": True}, "True frames"),
@@ -136,10 +136,10 @@ def test_sides(side: int, nearest: int) -> None:
         ({"num_cond_frames": -4}, "-4 conditioning frames .*1 and 5"),
         ({"given": IMAGE, "frames": 1}, "at least 5 frames"),
         ({"given": CLIP, "frames": 13}, "at least 17 frames"),
-        ({"given": CLIP[:9]}, "9 frames are given, fewer than the 13"),
+        ({"given": CLIP[:9]}, "9 given frames are fewer than the 13"),
         ({"given": CLIP.astype(np.float32)}, "float32"),
         ({"given": CLIP[0]}, "30, 40, 3"),
-        ({"image": Path("a"), "video": Path("b")}, "both an image and a video"),
+        ({"image": Path("a"), "video": Path("b")}, "an image and a video are both given"),
     ],
 )
 def test_refused(changes: dict[str, Any], said: str) -> None:

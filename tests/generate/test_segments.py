@@ -276,7 +276,7 @@ def test_foreign_files_are_rejected_and_kept(folder, make):
     folder.path.mkdir(parents=True)
     make(folder.path / "segment-001")
     before = everything(folder.path)
-    with pytest.raises(LongCatError, match=r"segment-001 is no segment of a video .*; name another folder"):
+    with pytest.raises(LongCatError, match=r"segment-001 is not a segment of a video .*; name another folder"):
         folder.check([SETTINGS])
     assert everything(folder.path) == before
 
@@ -284,7 +284,7 @@ def test_foreign_files_are_rejected_and_kept(folder, make):
 def test_a_file_in_place_of_the_folder_is_refused(folder):
     folder.path.parent.mkdir()
     folder.path.write_bytes(b"precious")
-    with pytest.raises(LongCatError, match="segments is no folder; name a folder"):
+    with pytest.raises(LongCatError, match="segments is not a folder; name a folder"):
         folder.check([SETTINGS])
     with pytest.raises(LongCatError, match="cannot be written to"), folder.open():
         pytest.fail("opened")
@@ -412,7 +412,7 @@ def test_leftovers_are_removed(folder, suffix):
 
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
-REMEDY = "what was finished before is kept: make room and run the same again to go on"
+REMEDY = "the earlier segments are kept, so free some space and run the same command again to resume"
 
 
 def test_a_full_disk_is_reported_before_a_segment_is_begun(folder, monkeypatch):

@@ -126,7 +126,7 @@ def test_a_short_training_teaches_the_color(tmp_path, capsys):
     assert "rank 16, 30 steps on 12 clips" in capsys.readouterr().out
     pipeline = Pipeline.load(lora_mode="runtime")
     before = pink(pipeline)
-    pipeline.loras.set([(lora, 1.0)])
+    pipeline.set_loras([(lora, 1.0)])
     after = pink(pipeline)
     # A shape covers 4 to 8 % of the picture.
     assert max(before) < 0.01, before

@@ -10,7 +10,8 @@ import torch
 
 from longcat_core.checkpoints.load import open_checkpoint
 from longcat_core.files.safetensors_io import read_header
-from longcat_core.generate.pipeline import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, Pipeline
+from longcat_core.generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE
+from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.nano.adherence import measure
 from longcat_core.nano.scorer import score

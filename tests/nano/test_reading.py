@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_tensors
-from longcat_core.generate.pipeline import NANO_TEXT_ENCODER
+from longcat_core.generate.paths import NANO_TEXT_ENCODER
 from longcat_core.generate.text import load_text_encoder
 from longcat_core.nano.reading import NO_ANSWER, QUESTIONS, answers, train_text_encoder
 from longcat_core.nano.vocabulary import new_text_encoder, train_vocabulary

@@ -13,7 +13,7 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import write_safetensors
-from longcat_core.generate.pipeline import NANO_MODEL
+from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.measure.fidelity import relative_error, tensor_psnr
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer

@@ -26,7 +26,7 @@ def test_counts_there_and_back(frames, latents):
     ("frames", "nearest"), [(2, "1 and 5"), (4, "1 and 5"), (32, "29 and 33"), (94, "93 and 97"), (0, "1 and 5")]
 )
 def test_other_counts_are_answered_with_the_nearest(frames, nearest):
-    with pytest.raises(LongCatError, match=f"{frames} frames are not 4k\\+1; the nearest counts are {nearest}"):
+    with pytest.raises(LongCatError, match=f"{frames} frames are not of the form 4k\\+1; the nearest are {nearest}"):
         latent_frames(frames)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longcat_core.generate.pipeline import ModelPaths
+from longcat_core.generate.paths import ModelPaths
 from longcat_core.training import lora as train_lora
 from longcat_core.training.clips import Clip, Sample
 from longcat_core.training.lora import Recipe

@@ -255,7 +255,7 @@ BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
     ([], _written("c.png", "no picture"), "c.png is not a readable image"),
     (["--frames", "13"], None, "are shorter than --frames 13 (a.mkv has 9, b.webp has 9)"),
     (["--frames", "12"], None, "12 frames are not of the form 4k+1"),
-    (["--size", "60x96"], None, "height 60 is not divisible by 16"),
+    (["--size", "60x96"], None, "height 60 is not a multiple of 16"),
     ([], lambda folder: [file.unlink() for file in folder.iterdir()], "clips holds no clips"),
     (["--rank", "0"], None, "rank 0 is out of range"),
     (["--steps", "0"], None, "steps 0 is out of range"),

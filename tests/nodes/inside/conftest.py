@@ -138,7 +138,7 @@ def one_block(comfy):
     """The embedded model's first block alone, for compilation: that takes ten seconds a block on two cores."""
     from safetensors.torch import load_file
 
-    tensors = load_file(comfy.core("generate.pipeline").NANO_MODEL)
+    tensors = load_file(comfy.core("generate.paths").NANO_MODEL)
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("blocks.0.") or "blocks" not in name}
     name = comfy.save("diffusion_models", "one_block.safetensors", kept)
     return comfy("LongCatModelLoader", model_name=name, weight_dtype="fp32")
@@ -206,7 +206,7 @@ def sample(comfy, model, prompts) -> Callable[..., Any]:
 def network(comfy):
     """The same weights in the headless network."""
     load = comfy.core("checkpoints.load")
-    return load.load_transformer(comfy.core("generate.pipeline").NANO_MODEL)
+    return load.load_transformer(comfy.core("generate.paths").NANO_MODEL)
 
 
 @pytest.fixture(scope="session")

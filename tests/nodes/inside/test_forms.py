@@ -26,7 +26,7 @@ NAMES = {"comfyui": comfyui, "fastvideo": fastvideo}
 def nano(comfy) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(comfy.core("generate.pipeline").NANO_MODEL)
+    return load_file(comfy.core("generate.paths").NANO_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def weights(comfy, model) -> dict[str, torch.Tensor]:
 def test_equals_the_headless_network(comfy, loaded, model, sample, empty, prompts):
     """On the same text, to the last digits: one that differs makes numbers of e4m3 fall the other way."""
     quantization, load = comfy.core("optimize.quantization"), comfy.core("checkpoints.load")
-    network = load.load_transformer(comfy.core("generate.pipeline").NANO_MODEL, fp8=quantization.Policy())
+    network = load.load_transformer(comfy.core("generate.paths").NANO_MODEL, fp8=quantization.Policy())
     context = prompts["positive"][0][0]
     noise = comfy.core("sampling.conditioning").seeded_noise(tuple(empty["samples"].shape), 3)
     schedule = comfy.core("sampling.schedules").make_schedule("base", 1)
@@ -70,7 +70,7 @@ def lora(comfy) -> str:
 def merged(comfy, lora) -> str:
     """The LoRA merged headless, at full precision, as a file."""
     load, formats = comfy.core("checkpoints.load"), comfy.core("checkpoints.formats")
-    network = load.load_transformer(comfy.core("generate.pipeline").NANO_MODEL)
+    network = load.load_transformer(comfy.core("generate.paths").NANO_MODEL)
     comfy.core("checkpoints.lora").merge_lora(network, comfy.folder / "models" / "loras" / lora, STRENGTH)
     return comfy.save("diffusion_models", "merged_for_fp8.safetensors", load.official_state(network, formats.OFFICIAL))
 

@@ -15,7 +15,7 @@ def nano(comfy) -> dict[str, torch.Tensor]:
     """The embedded model's tensors in official names."""
     from safetensors.torch import load_file
 
-    return load_file(comfy.core("generate.pipeline").NANO_MODEL)
+    return load_file(comfy.core("generate.paths").NANO_MODEL)
 
 
 def save_folder(comfy, name: str, nano, zero_pad: bool, int8: bool = False) -> str:
@@ -38,7 +38,7 @@ def save_folder(comfy, name: str, nano, zero_pad: bool, int8: bool = False) -> s
         save_file({key: tensors[key] for key in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    config = comfy.core("checkpoints.load").open_checkpoint(comfy.core("generate.pipeline").NANO_MODEL).config
+    config = comfy.core("checkpoints.load").open_checkpoint(comfy.core("generate.paths").NANO_MODEL).config
     values = config.to_dict() | {"text_tokens_zero_pad": zero_pad, "adaln_tembed_dim": config.adaln_dim}
     (folder / "config.json").write_text(json.dumps(values))
     return str(folder.relative_to(comfy.folder / "models" / "diffusion_models"))
@@ -100,7 +100,7 @@ def test_scaled_fp8(comfy, nano, sample, empty):
 def test_linked_files(comfy, tmp_path, sample, empty):
     """A link that leads out of the model folder, as download caches make them."""
     blob = tmp_path / "blob"
-    blob.write_bytes(comfy.core("generate.pipeline").NANO_MODEL.read_bytes())
+    blob.write_bytes(comfy.core("generate.paths").NANO_MODEL.read_bytes())
     (comfy.folder / "models" / "diffusion_models" / "linked.safetensors").symlink_to(blob)
     loaded = comfy("LongCatModelLoader", model_name="linked.safetensors", weight_dtype="fp32")
     assert torch.equal(sample(empty), sample(empty, loaded))
@@ -218,7 +218,7 @@ def test_names_outside_the_folders_are_refused(comfy, name):
 
 def test_a_truncated_file_is_named(comfy):
     path = comfy.folder / "models" / "diffusion_models" / "cut.safetensors"
-    path.write_bytes(comfy.core("generate.pipeline").NANO_MODEL.read_bytes()[:5000])
+    path.write_bytes(comfy.core("generate.paths").NANO_MODEL.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"cut.safetensors is truncated.*download it again"):
         comfy("LongCatModelLoader", model_name=path.name, weight_dtype="default")
 
@@ -232,7 +232,7 @@ def test_text_encoders_of_other_kinds_are_named(comfy):
 def test_a_text_encoder_without_vocabulary_is_named(comfy):
     from safetensors.torch import load_file
 
-    tensors = load_file(comfy.core("generate.pipeline").NANO_TEXT_ENCODER)
+    tensors = load_file(comfy.core("generate.paths").NANO_TEXT_ENCODER)
     tensors.pop("spiece_model")
     name = comfy.save("text_encoders", "mute.safetensors", tensors)
     with pytest.raises(ValueError, match=r"mute.safetensors carries no SentencePiece model"):

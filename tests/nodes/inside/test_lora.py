@@ -27,7 +27,7 @@ MODULES = {
 
 
 def shapes(comfy) -> dict[str, tuple[int, int]]:
-    path = comfy.core("generate.pipeline").NANO_MODEL
+    path = comfy.core("generate.paths").NANO_MODEL
     return {name: shape for name, (_, shape) in comfy.core("files.safetensors_io").read_header(path).items()}
 
 
@@ -54,7 +54,7 @@ def lora(comfy) -> str:
 def merged(comfy, lora):
     """The headless network with the LoRA merged in, as a single file for ComfyUI."""
     load, formats = comfy.core("checkpoints.load"), comfy.core("checkpoints.formats")
-    network = load.load_transformer(comfy.core("generate.pipeline").NANO_MODEL)
+    network = load.load_transformer(comfy.core("generate.paths").NANO_MODEL)
     comfy.core("checkpoints.lora").merge_lora(network, comfy.folder / "models" / "loras" / lora, STRENGTH)
     name = comfy.save("diffusion_models", "merged.safetensors", load.official_state(network, formats.OFFICIAL))
     return comfy("LongCatModelLoader", model_name=name, weight_dtype="fp32")
@@ -80,7 +80,7 @@ def test_a_lora_that_was_trained_here(comfy, model, sample, empty, node):
         comfy.core(name) for name in ("training.lora", "checkpoints.load", "checkpoints.formats")
     )
     path = comfy.folder / "models" / "loras" / "trained.safetensors"
-    nano = comfy.core("generate.pipeline").NANO_MODEL
+    nano = comfy.core("generate.paths").NANO_MODEL
     recipe = training.Recipe(64, 96, 5, rank=4, alpha=6.0, learning_rate=0.3)
     with torch.inference_mode(False):
         trainer = training.LoraTrainer(load.load_transformer(nano), recipe)

@@ -451,7 +451,7 @@ def test_text_of_another_encoder_is_refused(comfy, model, prompts, empty):
     [
         ({"length": 32}, "length: 32 frames are not of the form 4k"),
         ({"length": 1}, "length 1 leaves nothing to generate after 1 given frames; ask for at least 5"),
-        ({"width": 100}, "width 100 is not divisible by 16; the nearest that is: 96"),
+        ({"width": 100}, "width 100 is not a multiple of 16; the nearest one is 96"),
         ({"height": 0}, "height 0 is out of range"),
         ({"resolution": "1080p"}, "unknown resolution '1080p'"),
         ({"image": torch.rand(1, 4, 4, 1)}, r"image is \[1, 4, 4, 1\]; connect an IMAGE"),

@@ -1,0 +1,88 @@
+"""Where a model's parts go: the plan for a GPU's free memory, and the refusal of what a CPU cannot hold."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import LongCatError
+from ..model.config import ModelConfig
+from ..optimize.kernels import elementwise
+from ..optimize.plan import GIB, Plan, Weights, Work, choose_plan, free_bytes, needed_bytes
+from ..optimize.quantization import Policy
+from ..optimize.switches import Optimizations
+from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is to be placed, and what it must leave room for.
+
+    text_encoder, others: bytes of the text encoder, and of everything else beside the network's weights. work: the
+    largest sampling to come; None: unknown. memory: bytes that may be used at most; None: all that are free.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    fp8: Policy | None
+    optimizations: Optimizations
+    work: Work | None
+    text_encoder: int
+    others: int = 0
+    memory: int | None = None
+
+    def plan(self, least: Plan | None) -> tuple[Plan, str]:
+        """The fastest plan that fits and has everything that `least` asks for, and a sentence about it, or "".
+
+        The VAE must be on the device already. Raises LongCatError if the work needs more than a CPU's memory.
+        """
+        depth, least = self.config.depth, least or Plan()
+        least = replace(least, split_guidance=self.optimizations.split_guidance or least.split_guidance)
+        if self.work is not None and self.device.type == "cpu":
+            self._check_host(replace(least, streamed=0), self.work)
+        if self.work is None or self.device.type != "cuda":
+            return least, least.describe(depth)
+        switches = self.optimizations
+        own = switches.fused_kernels and switches.explicit_fp32 and elementwise.takes(self.dtype)
+        free = free_bytes(self.device, self.memory)
+        plan, needed = choose_plan(
+            self.config,
+            Weights.of(self.config, self.dtype, self.fp8),
+            self.work,
+            self.dtype.itemsize,
+            free=free,
+            own=own,
+            others=self.others,
+            text_encoder=self.text_encoder,
+            least=least,
+        )
+        if needed > free:
+            warnings.warn(
+                f"this needs about {needed / GIB:.1f} GiB of GPU memory and {free / GIB:.1f} are free; it may run out",
+                stacklevel=3,
+            )
+        words = plan.describe(depth)
+        return plan, f"{free / GIB:.1f} GiB of GPU memory are free: {words}" if words else ""
+
+    def _check_host(self, plan: Plan, work: Work) -> None:
+        """Raise LongCatError if sampling or decoding takes more than the machine's memory: it would be killed."""
+        import psutil
+
+        config, others = self.config, self.text_encoder + self.others
+        weights = Weights.of(config, self.dtype, self.fp8)
+        sampling = needed_bytes(plan, config, weights, work, self.dtype.itemsize, own=False, others=others)
+        batch, _, frames, height, width = work.latents
+        shape = 1 + TEMPORAL_FACTOR * (frames - 1), SPATIAL_FACTOR * height, SPATIAL_FACTOR * width
+        # The decoded video has three fp32 channels; three copies of it exist at once while it is scaled to 0..1.
+        decoding = weights.rest + weights.block * config.depth + others + batch * math.prod(shape) * 3 * 4 * 3
+        needed, total = max(sampling, decoding), psutil.virtual_memory().total + psutil.swap_memory().total
+        if needed > total:
+            raise LongCatError(
+                f"{shape[0]} frames of {shape[1]}x{shape[2]} (height x width) with this model take about "
+                f"{needed / GIB:,.0f} GiB of memory and this machine has {total / GIB:,.0f} GiB; ask for a smaller or "
+                "shorter video, or run it on a GPU"
+            )
