@@ -18,7 +18,7 @@ from ..sampling.conditioning import last_frames, latent_frames, latent_shape, se
 from ..sampling.sampler import Callback
 from ..sampling.schedules import Schedule, make_schedule
 from .inputs import check_callback, check_tensor, check_type
-from .request import Defaults, GenerateRequest
+from .request import Defaults, FilledRequest, GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ class Engine(ABC):
     """
 
     defaults: Defaults
-    channels = 16
+
+    @property
+    def channels(self) -> int:
+        """C, the number of latent channels."""
+        return 16
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class Engine(ABC):
         """Held while this engine works, so that threads take turns. Engines that one thread uses need none."""
         return nullcontext()
 
-    def _check_handed(self, request: GenerateRequest, handed: Tensor) -> None:
+    def _check_handed(self, request: FilledRequest, handed: Tensor) -> None:
         """Raise LongCatError unless `handed` fits a filled request's conditioning frames without the first."""
         if request.cond_frames < 2:
             raise LongCatError("latents are handed over without the clip that they belong to; give its frames too")
@@ -152,7 +156,7 @@ class Engine(ABC):
         count = latent_frames(request.cond_frames) - 1
         check_tensor("the handed latents", handed, (1, self.channels, count, height, width))
 
-    def _cond_latents(self, request: GenerateRequest, handed: Tensor | None) -> Tensor | None:
+    def _cond_latents(self, request: FilledRequest, handed: Tensor | None) -> Tensor | None:
         if request.given is None:
             return None
         frames = last_frames(request.given, request.cond_frames)

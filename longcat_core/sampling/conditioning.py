@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+
+Clip = TypeVar("Clip", Tensor, np.ndarray)
 
 TEMPORAL_FACTOR = 4
 SPATIAL_FACTOR = 8
@@ -39,7 +44,7 @@ def latent_shape(frames: int, height: int, width: int, channels: int = 16) -> tu
     return channels, latent_frames(frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
-def last_frames(clip: Tensor, count: int) -> Tensor:
+def last_frames(clip: Clip, count: int) -> Clip:
     """The last `count` frames of a clip [F, ...]. Raises LongCatError for a shorter clip."""
     if len(clip) < count:
         raise LongCatError(f"the clip has {len(clip)} frames but {count} conditioning frames are asked for; give more")
