@@ -19,6 +19,7 @@ from .places import check_place, check_suffix
 Frames = np.ndarray
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webp", ".gif")
+COLUMNS, CELL = 4, 280  # of a contact sheet: cells in a row, and their width in pixels
 CRF = 16  # of H.264: visually lossless
 # With its macroblock tree x264 encodes equal frames differently from run to run, at any number of threads.
 X264_PARAMS = "mbtree=0"
@@ -50,7 +51,7 @@ def write_video(path: str | Path, frames: Frames | Iterable[Frames], fps: float)
     Raises LongCatError for an unknown suffix, frames of another shape or dtype, or odd sides in an .mp4.
     """
     path = Path(path)
-    check_video_name(path)
+    check_output_name(path)
     suffix = path.suffix.lower()
     clips = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = next(clips, np.empty((0, 0, 0, 3), np.uint8))
@@ -109,27 +110,18 @@ def _write_animation(path: Path, frames: Iterable[Frames], fps: float) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **form)
 
 
-def contact_sheet(
-    path: str | Path,
-    frames: Frames,
-    prompt: str,
-    *,
-    fps: float = 15,
-    columns: int = 4,
-    count: int = 12,
-    cell_width: int = 280,
-) -> None:
+def contact_sheet(path: str | Path, frames: Frames, prompt: str, *, fps: float = 15, count: int = 12) -> None:
     """Write a .png of up to `count` evenly spaced frames, each with its number and time, and the prompt below.
 
-    Small frames are enlarged by a whole factor without smoothing, to about `cell_width` pixels; large ones are reduced.
+    Small frames are enlarged by a whole factor without smoothing, to about CELL pixels; large ones are reduced.
     """
     path = Path(path)
-    check_sheet_name(path)
+    check_output_name(path, sheet=True)
     image, draw_on, fonts = _package("PIL.Image"), _package("PIL.ImageDraw"), _package("PIL.ImageFont")
     picked = sorted({round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))})
-    columns = min(columns, len(picked))
+    columns = min(COLUMNS, len(picked))
     height, width = frames.shape[1:3]
-    size, filter_ = cell_form(height, width, cell_width)
+    size, filter_ = cell_form(height, width, CELL)
     margin, label, gap = 20, 24, 14
     font, prompt_font = fonts.load_default(size=14), fonts.load_default(size=24)
     sheet_width = 2 * margin + columns * size[0] + (columns - 1) * gap
@@ -173,20 +165,18 @@ def wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
     return [*lines, line] if line else lines
 
 
-def check_video_name(path: Path) -> None:
-    """Raise LongCatError unless the name of `path` says how a video is stored."""
-    check_suffix(path, VIDEO_SUFFIXES, why="; the ending selects the format")
-
-
-def check_sheet_name(path: Path) -> None:
-    """Raise LongCatError unless `path` is named as a contact sheet is."""
-    check_suffix(path, (".png",), "contact sheet")
+def check_output_name(path: Path, *, sheet: bool = False) -> None:
+    """Raise LongCatError unless the name of `path` ends as that of a video (or contact sheet)."""
+    if sheet:
+        check_suffix(path, (".png",), "contact sheet")
+    else:
+        check_suffix(path, VIDEO_SUFFIXES, why="; the ending selects the format")
 
 
 def check_output(path: str | Path, estimated_bytes: int, *, sheet: bool = False) -> None:
     """Raise LongCatError unless a video (or contact sheet) of about `estimated_bytes` can be written to `path`."""
     path = Path(path)
-    (check_sheet_name if sheet else check_video_name)(path)
+    check_output_name(path, sheet=sheet)
     check_place(path, estimated_bytes)
 
 

@@ -119,14 +119,10 @@ class GgufFile:
     def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
         self._check_same()
         tensor, (dtype, shape) = self._tensors[name], self.header[name]
-        data = tensor.data
-        whole = data.shape[:1] != shape[:1]
-        data = data if whole else data[start:stop]
-        kind = tensor.tensor_type.name
-        if kind == "BF16":
+        whole = tensor.data.shape[:1] != shape[:1]
+        data = tensor.data if whole else tensor.data[start:stop]
+        if tensor.tensor_type.name in _PLAIN:
             out = torch.from_numpy(data.copy()).view(dtype)
-        elif kind in _PLAIN:
-            out = torch.from_numpy(data.copy())
         else:
             out = torch.from_numpy(self._gguf.dequantize(data, tensor.tensor_type))
         # Rows without columns of their own can be cut only after the shape is restored.

@@ -25,9 +25,11 @@ from .text import Texts
 
 
 class BlockCache(Protocol):
-    """Keys and values of clean frames in front of x. num_latents: how many frames they are."""
+    """Keys and values of clean frames in front of x."""
 
-    num_latents: int
+    @property
+    def num_latents(self) -> int:
+        """The number of these frames."""
 
     def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Rotated keys and values [B, N, heads, head_dim] of a block, on the device of `like` [B, ...]; None: none."""

@@ -96,7 +96,8 @@ def adapt(layer: Any, rank: int, dtype: torch.dtype | None = None, device: torch
     rows, columns = layer.weight.shape[0], layer.weight[0].numel()
     if dtype is None:
         dtype = layer.weight.dtype if layer.weight.itemsize > 1 else layer.dtype
-    layer.__class__ = _adapted(type(layer))
+    own: Any = type(layer)
+    layer.__class__ = _adapted(own)
     # Not as inference tensors, even while sampling: they are written to later.
     with torch.inference_mode(False):
         shapes = (rank, columns), (rows, rank), (rank,)

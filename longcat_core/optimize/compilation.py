@@ -54,7 +54,7 @@ class Regional:
         self._compiled = cache(self._compile)
 
     def _compile(self, fullgraph: bool, symbolic: bool) -> Callable[..., Any]:
-        options = None
+        options: dict[str, Any] | None = None
         if symbolic and self.backend == "inductor":
             # PyTorch 2.11 fails in this analysis on symbolic sizes, which do not profit from it.
             from torch._inductor import config

@@ -43,9 +43,10 @@ def compiled_call(
         sized = [(x, (1, 2)), *((table, (0,)) for table in rope), *((part, (1,)) for part in cached or ())]
         if frames > 1:
             sized.append((temb, (1,)))
-        varying = []
+        varying: list[tuple[Tensor, tuple[int, ...]]] = []
         if text is not None and text.bias is not None:
-            varying = [*((rows, (1,)) for rows in text.keys or (text.tokens,)), (text.bias, (3,))]
+            read = (text.tokens, *(text.keys or ()))
+            varying = [*((rows, (1,)) for rows in read if rows is not None), (text.bias, (3,))]
             if text.packing is not None:
                 varying.append((text.packing.rows, (0,)))
         with nullcontext() if backend else operators.foreign_kernel(ops.kernels.attend):

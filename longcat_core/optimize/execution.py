@@ -96,7 +96,7 @@ class Execution:
     @property
     def eight_bit(self) -> bool:
         """Whether the network has 8-bit layers, its owner's or those of `optimize.quantization`."""
-        return any(getattr(module, "eight_bit", False) for module in self.network.blocks.modules())
+        return any(getattr(m, "eight_bit", False) for block in self.network.blocks for m in block.modules())
 
     def stream_blocks(self, device: torch.device | str, streamed: Iterable[int]) -> None:
         """Keep these blocks' weights in CPU memory until they run on `device`, in addition to those already there.
@@ -156,8 +156,9 @@ class Execution:
         latents. kernels: see `__call__`.
         """
         device = torch.device(device or cond_latents.device)
-        cache = self.new_kv_cache(*cond_latents.shape[2:], batch=cond_latents.shape[0], device=device)
-        timesteps = cond_latents.new_zeros(cond_latents.shape[0])
+        batch, _, frames, height, width = cond_latents.shape
+        cache = self.new_kv_cache(frames, height, width, batch, device)
+        timesteps = cond_latents.new_zeros(batch)
         cache.out = self(cond_latents, timesteps, None, fill=cache, kernels=kernels)
         cache.rotate(cond_latents.device)
         return cache
@@ -217,9 +218,17 @@ class Execution:
         if not self._give_up(out):
             return out
         del out
-        options = {"num_cond_latents": num_cond_latents, "kv_cache": kv_cache, "fill": fill}
-        kernels = None if kernels is None else self.choose_kernels(x.device)
-        return self(x, timestep, context, mask, kernels=kernels, around_block=around_block, **options)
+        return self(
+            x,
+            timestep,
+            context,
+            mask,
+            num_cond_latents=num_cond_latents,
+            kv_cache=kv_cache,
+            fill=fill,
+            kernels=None if kernels is None else self.choose_kernels(x.device),
+            around_block=around_block,
+        )
 
     def _give_up(self, out: Tensor) -> bool:
         """Check the first output [B, ...] under lossy switches; if it is spoiled, turn one off and announce it."""
@@ -241,7 +250,8 @@ class Execution:
         return torch.get_autocast_dtype(device.type) if autocast else self.compute_dtype
 
     def _grid(self, x: Tensor) -> tuple[int, int, int]:
-        return tuple(size // step for size, step in zip(x.shape[2:], self.config.patch_size, strict=True))
+        frames, rows, columns = (n // step for n, step in zip(x.shape[2:], self.config.patch_size, strict=True))
+        return frames, rows, columns
 
     def _layout(
         self, x: Tensor, num_cond: int, start: int, filling: bool, kernels: attention.Kernels
@@ -294,17 +304,17 @@ class Execution:
         around_block: AroundBlock | None,
     ) -> Run:
         """How a block is called, from the inside out: compiled, recomputed, hooked, streamed."""
-        call = run_block
+        call: Callable[..., Tensor] = run_block
         if self.optimizations.compile == "blocks" and not filling and not torch.compiler.is_compiling():
             call = compiled_call(self.compiled_block, ops, sizes, self.announce)
             call = call if self.uncompiled is None else _unless(self.uncompiled, call)
         if self.optimizations.gradient_checkpointing and grad:
             call = recomputed(call)
 
-        def run(i: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
+        def plain(i: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
             return call(block, x, *shared.of(i, x))
 
-        run = run if around_block is None else _hooked(run, around_block)
+        run: Run = plain if around_block is None else _hooked(plain, around_block)
         return run if self.stream is None else streamed(run, self.stream, texts.need_weights)
 
 
@@ -360,6 +370,7 @@ class OptimizedTransformer(LongCatTransformer):
         # Not through nn.Module, which would register the execution's network as a part of itself.
         self.__dict__["execution"] = execution
 
+    execution: Execution
     optimizations: Optimizations = _value("optimizations")
     requested: Optimizations = _value("requested")
     block_sparse: BlockSparse | None = _value("block_sparse")

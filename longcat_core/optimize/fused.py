@@ -56,7 +56,7 @@ def takes_quantized(layer: nn.Module) -> bool:
     return getattr(layer, "takes_quantized", False)
 
 
-def _sliced(layer: nn.Module, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+def _sliced(layer: Any, x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """One GEMM per slice of the fused weight, so that switching does not need other weights."""
     biases = (None,) * parts if layer.bias is None else layer.bias.chunk(parts)
     return tuple(F.linear(x, w, b) for w, b in zip(layer.weight.chunk(parts), biases, strict=True))
@@ -126,7 +126,7 @@ class TorchOps(PlainOps):
         self, q: Tensor, norm: RMSNorm, k: Tensor, v: Tensor, text: BlockText, reader: nn.Module
     ) -> Activations:
         q = self.norm_rope(q, norm, None)
-        if text.packing is not None:
+        if text.packing is not None and self.kernels.varlen is not None:
             out = attend_packed(self.kernels.varlen, q, k, v, text.packing)
         elif text.bias is not None:
             out = attend_with_bias(q, k, v, text.bias)
@@ -259,9 +259,9 @@ def unfold_padding(rows: Tensor, length: int) -> Tensor:
 
 def pack_text(text: TextTokens) -> Packing:
     """Where the real tokens of each sample lie, for a kernel that takes sequences of different lengths."""
-    width, device = text.tokens.shape[1], text.tokens.device
-    rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(text.lengths)])
-    ends = torch.tensor([0, *text.lengths]).cumsum(0).to(device, torch.int32)
+    width, device, lengths = text.tokens.shape[1], text.tokens.device, text.lengths or []
+    rows = torch.cat([torch.arange(b * width, b * width + n) for b, n in enumerate(lengths)])
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     log_counts = None if text.pad_counts is None else text.pad_counts.float().log()
     return Packing(rows.to(device), ends, log_counts)
 
@@ -276,8 +276,8 @@ def attend_packed(varlen: AttendVarlen, q: Tensor, k: Tensor, v: Tensor, packing
     ends = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device, dtype=torch.int32)
     # The longest text uses every row except the padding's.
     longest = k.shape[1] - (0 if packing.log_counts is None else 1)
-    real = (x.flatten(0, 1)[packing.rows] for x in (k, v))
-    out, lse = varlen(q.flatten(0, 1), *real, Varlen(ends, packing.ends, tokens, longest))
+    keys, values = (x.flatten(0, 1)[packing.rows] for x in (k, v))
+    out, lse = varlen(q.flatten(0, 1), keys, values, Varlen(ends, packing.ends, tokens, longest))
     out = out.view(batch, tokens, heads, dim)
     if packing.log_counts is None:
         return out

@@ -53,7 +53,7 @@ class OffloadableKVCache(KVCache):
         The same two buffers serve all blocks. Memory allocated and freed block by block would become free only when the
         device gets there, and the host runs a whole network ahead of it.
         """
-        if not self._buffers:
+        if self._stream is None or not self._buffers:
             self._stream = torch.cuda.Stream(device)
             self._buffers = [_Buffer(self.k[0], self.v[0], device, self._stream) for _ in range(min(2, len(self.k)))]
         buffer = next((buffer for buffer in self._buffers if buffer.block == block), None)

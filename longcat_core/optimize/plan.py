@@ -95,15 +95,15 @@ def needed_bytes(
 
     others: bytes of other models on the device, the text encoder excluded.
     """
-    batch, channels, *grid = work.latents
+    batch, channels, frames, height, width = work.latents
     halves = 2 if work.guided else 1
     blocks = config.depth - plan.streamed + min(SLOTS, plan.streamed)
     resident = weights.rest + blocks * weights.block + others
     at_once = batch * (1 if plan.split_guidance else halves)
-    activations = forward_bytes(config, (at_once, channels, *grid), itemsize, own, weights.eight_bit)
+    activations = forward_bytes(config, (at_once, channels, frames, height, width), itemsize, own, weights.eight_bit)
     activations += text_bytes(config, halves * batch, TEXT_ROWS, itemsize)
     if work.cond_latents:
-        cache = kv_cache_bytes(config, work.cond_latents, *grid[1:], itemsize)
+        cache = kv_cache_bytes(config, work.cond_latents, height, width, itemsize)
         activations += math.ceil(SLOTS * cache / config.depth) if plan.offload_kv_cache else cache
     return math.ceil((resident + activations) * (1 + WASTE)) + WORKSPACE
 
@@ -198,9 +198,10 @@ def plan_table(
         cells = []
         for fp8 in (None, Policy()):
             weights, free = Weights.of(config, dtype, fp8), int(gib * GIB)
-            settings = {"free": free, "own": own, "text_encoder": text_encoder}
-            plan, needed = choose_plan(config, weights, work, dtype.itemsize, **settings)
+            plan, needed = choose_plan(
+                config, weights, work, dtype.itemsize, free=free, own=own, text_encoder=text_encoder
+            )
             described = plan.describe(config.depth) or "everything on the GPU"
             cells.append(f"{described} ({needed / GIB:.1f} GiB{'' if needed <= free else ', too much'})")
-        rows.append((f"{gib:g} GiB", *cells))
+        rows.append((f"{gib:g} GiB", cells[0], cells[1]))
     return rows

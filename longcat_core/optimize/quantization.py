@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LongCatError
+from ..model.transformer import LongCatTransformer
 from .kernels import elementwise as kernels
 from .kernels.elementwise import Quantized, quantize_rows
 from .requirement import Inputs, Requirement, trial
@@ -202,29 +203,29 @@ def scaled_product(
     return out.to(dtype).view(shape)
 
 
-def quantize(model: nn.Module, policy: Policy | None = None) -> int:
+def quantize(model: LongCatTransformer, policy: Policy | None = None) -> int:
     """Convert the layers that `policy` names to 8 bits, in place; returns the number of bytes saved.
 
     Layer by layer, so that at most one layer is held twice. 8-bit layers do not change. Raises LongCatError for layers
     that are not plain linear ones (merge LoRAs first) and for sizes that do not fit; the model does not change then.
     """
     names = (policy or Policy()).names(len(model.blocks))
-    layers = {name: model.get_submodule(name) for name in names}
-    for name, layer in layers.items():
+    layers: dict[str, nn.Linear] = {}
+    for name in names:
+        layer = model.get_submodule(name)
         if isinstance(layer, Fp8Linear):
             continue
         if type(layer) is not nn.Linear:
             raise LongCatError(f"{name} is a {type(layer).__name__} and cannot be quantized; merge LoRAs first")
         check_sizes(*layer.weight.shape)
+        layers[name] = layer
     saved = 0
     for name, layer in layers.items():
-        if isinstance(layer, Fp8Linear):
-            continue
         parent, _, child = name.rpartition(".")
         new = Fp8Linear.of(layer)
         saved += layer.weight.nbytes - new.weight.nbytes - new.weight_scale.nbytes
         setattr(model.get_submodule(parent), child, new)
-        layer.weight = None
+        del layer.weight
     return saved
 
 

@@ -128,14 +128,14 @@ def trial(run: Callable[[], tuple[Tensor, Tensor]], tolerance: float) -> str:
     try:
         with torch.no_grad():
             out, expected = run()
-            error = ((out - expected).norm() / expected.norm()).item()
+            distance = ((out - expected).norm() / expected.norm()).item()
     except torch.OutOfMemoryError:
         # This says nothing about the kernel.
         raise
     except Exception as error:  # compilers, loaders and launches raise anything
         return f"it fails on this GPU: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     # Written so that NaN is wrong too.
-    return "" if error <= tolerance else f"its output is wrong on this GPU (error {error:.2g})"
+    return "" if distance <= tolerance else f"its output is wrong on this GPU (error {distance:.2g})"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -100,9 +100,10 @@ class _Slot:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: tuple | None = None
         self.whole = False
-        cuda = device.type == "cuda"
-        self.arrived, self.free = (torch.cuda.Event() if cuda else None for _ in range(2))
-        if cuda:
+        self.arrived: torch.cuda.Event | None = None
+        self.free: torch.cuda.Event | None = None
+        if copies is not None:
+            self.arrived, self.free = torch.cuda.Event(), torch.cuda.Event()
             # Kernels that are queued already may still use this memory.
             self.free.record(torch.cuda.current_stream(device))
             # If freed during a copy, the memory must not be reused before the copy is complete.
@@ -188,10 +189,10 @@ class BlockStream:
             if slot.holds == holds and slot.whole >= whole:
                 return slot
         # Prefer a slot with an outdated copy, which must not be found again.
-        slot = next((slot for slot in self._slots if slot.holds and slot.holds[0] == i), None)
-        slot = slot or next(slot for slot in reversed(self._slots) if slot is not keep)
+        outdated = next((slot for slot in self._slots if slot.holds and slot.holds[0] == i), None)
+        slot = outdated or next(slot for slot in reversed(self._slots) if slot is not keep)
         size = offloaded.buffer.nbytes if whole else offloaded.always
-        if self._copies is None:
+        if self._copies is None or slot.free is None or slot.arrived is None:
             slot.buffer[:size].copy_(offloaded.buffer[:size])
         else:
             with torch.cuda.stream(self._copies):
