@@ -140,18 +140,6 @@ _PLACES = (
     "on {}",
 )
 _JOINTS = ("and", "while", ",")
-_UNNAMED = ("an", "background", *_ARTICLES, *_JOINTS)
-VOCABULARY_WORDS = tuple(
-    sorted(
-        {
-            word
-            for row in (*SHAPE_WORDS.values(), *COLOR_WORDS.values(), *MOTION_WORDS.values(), _PLACES, _UNNAMED)
-            for phrase in row
-            for word in phrase.split()
-            if word.isalpha()
-        }
-    )
-)
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
@@ -191,23 +179,26 @@ def corpus(n: int, seed: int = 0) -> list[str]:
     return [caption(sample_scene(rng, two_shapes=0.5), rng) for _ in range(n)]
 
 
-def _lookup(table: dict[str, Words], names: Sequence[str]) -> tuple[dict[str, str], str]:
-    words = {word: name for name in names for word in table[name]}
-    return words, "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+def _any_word(table: dict[str, Words], names: Sequence[str]) -> str:
+    words = (word for name in names for word in table[name])
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
-_SHAPE_OF, _SHAPE = _lookup(SHAPE_WORDS, SHAPES)
-_COLOR_OF, _COLOR = _lookup(COLOR_WORDS, tuple(COLORS))
-_BACKGROUND_OF, _BACKGROUND = _lookup(COLOR_WORDS, tuple(BACKGROUNDS))
-_MOTION_OF, _MOTION = _lookup(MOTION_WORDS, MOTIONS)
-_ACTOR = rf"(?:(?:a|an|the|one) )?({_COLOR}) ({_SHAPE}) ({_MOTION})"
+_BACKGROUND = _any_word(COLOR_WORDS, tuple(BACKGROUNDS))
+_ACTOR = (
+    rf"(?:(?:a|an|the|one) )?({_any_word(COLOR_WORDS, tuple(COLORS))}) ({_any_word(SHAPE_WORDS, SHAPES)}) "
+    rf"({_any_word(MOTION_WORDS, MOTIONS)})"
+)
 _FRONT = rf"(?:(?:a |the )?(?:plain )?({_BACKGROUND}) background ?, ?)?"
 _BACK = rf"(?:,? ?(?:on|over|against|in front of) (?:an? |the )?(?:plain )?({_BACKGROUND})(?: background)?)?"
 _CAPTION = re.compile(rf"{_FRONT}{_ACTOR}(?:(?: and | while | ?, ?(?:and )?){_ACTOR})?{_BACK}")
 
 
-def _match(text: str, folded: str) -> re.Match[str]:
-    match = _CAPTION.fullmatch(folded)
+def match_caption(text: str) -> re.Match[str]:
+    """A caption of this world: groups 2 to 4 and 5 to 7 are the actors' color, shape and motion, the first and the last
+    group the background. For any other text raises LongCatError with the vocabulary.
+    """
+    match = _CAPTION.fullmatch(text.lower().rstrip(". "))
     if match is None or (match[1] is None) == (match[match.re.groups] is None):
         raise LongCatError(
             f'"{text}" is not a caption of the nano world; write "a red circle moves right on a blue background", with '
@@ -217,22 +208,9 @@ def _match(text: str, folded: str) -> re.Match[str]:
     return match
 
 
-def parse_caption(text: str) -> Scene:
-    """The scene that a caption of this world describes. For any other text raises LongCatError with the vocabulary."""
-    groups = _match(text, " ".join(text.lower().split()).rstrip(". ")).groups()
-    actors = [groups[1:4], groups[4:7]] if groups[4] else [groups[1:4]]
-    return Scene(
-        _BACKGROUND_OF[groups[0] or groups[-1]],
-        tuple(Actor(_SHAPE_OF[shape], _COLOR_OF[color], _MOTION_OF[motion]) for color, shape, motion in actors),
-    )
-
-
 def actor_spans(text: str) -> list[tuple[int, int]]:
-    """The span of each actor's words in a caption, from color to motion: (start, end) in characters.
-
-    Raises LongCatError for any other text.
-    """
-    match = _match(text, text.lower().rstrip(". "))
+    """The span of each actor's words in a caption, from color to motion: (start, end) in characters."""
+    match = match_caption(text)
     return [(match.start(i), match.end(i + 2)) for i in (2, 5) if match.group(i)]
 
 

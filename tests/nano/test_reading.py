@@ -14,7 +14,9 @@ from longcat_core.generate.paths import NANO_TEXT_ENCODER
 from longcat_core.generate.text import load_text_encoder
 from longcat_core.nano.reading import NO_ANSWER, QUESTIONS, answers, train_text_encoder
 from longcat_core.nano.vocabulary import new_text_encoder, train_vocabulary
-from longcat_core.nano.world import Actor, Scene, actor_spans, caption, corpus, parse_caption, sample_scene
+from longcat_core.nano.world import Actor, Scene, actor_spans, caption, corpus, sample_scene
+
+from ..support.captions import parse_caption
 
 TOKENS = 32
 OWN = ("shape", "color", "motion")

@@ -12,8 +12,10 @@ from sentencepiece import SentencePieceProcessor
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_header, read_tensors
 from longcat_core.nano.vocabulary import SIZE, new_text_encoder, save_text_encoder, train_vocabulary
-from longcat_core.nano.world import VOCABULARY_WORDS, corpus
+from longcat_core.nano.world import corpus
 from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+
+from ..support.captions import words_of_the_world
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_same_corpus_same_bytes(vocab, captions):
 
 
 def test_every_word_of_the_world_is_one_piece(processor):
-    assert [word for word in VOCABULARY_WORDS if len(processor.encode(word)) != 1] == []
+    assert [word for word in words_of_the_world() if len(processor.encode(word)) != 1] == []
 
 
 def test_case_and_typographic_signs_fold(processor):
