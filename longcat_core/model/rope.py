@@ -10,16 +10,11 @@ from torch import Tensor
 BASE = 10000.0
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a table made while sampling serves training too
-def rope_table(
-    head_dim: int, frames: int, height: int, width: int, start_frame: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, each [frames*height*width, head_dim/2] fp32.
+def rope_angles(head_dim: int, frames: int, height: int, width: int, start_frame: int = 0) -> Tensor:
+    """Every token's angles, [frames*height*width, head_dim/2] fp32, on the CPU.
 
     The head dim is split into 2*(D//6) channels for rows, the same for columns, and the rest, first, for frames.
     Positions are whole numbers from 0, frames from `start_frame` (noise frames behind cached conditioning frames).
-    Cached per grid, since every step and block asks for the same table.
     """
     spatial = 2 * (head_dim // 6)
     axes = (
@@ -34,9 +29,18 @@ def rope_table(
         shape[axis] = len(positions)
         angle = torch.outer(positions.float(), inverse_frequency).view(shape)
         angles.append(angle.expand(frames, height, width, dim // 2))
-    table = torch.cat(angles, dim=-1).flatten(0, 2)
+    return torch.cat(angles, dim=-1).flatten(0, 2)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a table made while sampling serves training too
+def rope_table(
+    head_dim: int, frames: int, height: int, width: int, start_frame: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of `rope_angles`. Cached per grid, since every step and block asks for the same table."""
     # Angles are computed on the CPU so that every device gets the same table to the last bit.
-    return table.cos().to(device), table.sin().to(device)
+    angles = rope_angles(head_dim, frames, height, width, start_frame)
+    return angles.cos().to(device), angles.sin().to(device)
 
 
 # fp32 copies of less than this are not worth avoiding; larger ones are cut into parts.
