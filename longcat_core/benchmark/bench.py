@@ -1,115 +1,49 @@
-"""`longcat bench`: its options, its parts, and a run of one part or of all. PyTorch is imported when a part runs."""
+"""`longcat bench`: a run of one part or of all."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..errors import LongCatError
+from ..files.atomic import atomic_path
+from ..files.places import check_new_folder
+from ..measure.charts import require_pillow
+from ..measure.clock import Budget, clean_up
+from ..measure.results import ResultsFile, aligned, made_by, say
+from ..optimize import attention
+from ..optimize.quantization import quantized_layers
+from . import workload
+from .options import PARTS
+from .part import Part
+from .parts import paths, profile
+from .variants import Bench
+from .workload import FULL_RANDOM, NANO, Size
 
-if TYPE_CHECKING:
-    import torch
-
-    from ..measure.clock import Budget
-    from ..measure.results import ResultsFile
-    from .part import Part
-    from .variants import Bench
-
-# What each part measures. Its record lies in the file of its name, which imports PyTorch: --help does without.
-PARTS = {
-    "backends": "Every attention backend at the model's shapes.",
-    "paths": "The baselines, the exact path and fp8, side by side; the distilled model's steps.",
-    "profile": "Kernels of one step by family, and the profiler's trace.",
-    "exactness": "Error of every path against fp32, on the first blocks.",
-    "memory": "Measured peak of a forward over the estimate.",
-    "ablation": "Each optimization added in turn, and removed alone from the full set.",
-    "policies": "Error of fp8 by the layers in it.",
-    "training": "A training step with and without gradient checkpointing.",
-    "scale": "Time and memory by the number of tokens.",
-    "continuation": "A step with given frames: their keys and values at every step, or from a KV cache.",
-    "refine": "One evaluation of the refinement to 720p: dense and block-sparse attention, exact and fp8.",
-    "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
-    "load": "Loading a checkpoint, beside reading its file.",
-    "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
-}
-# Order of sections on the page.
-PAGE = (
-    *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
-    *("cards", "load", "training", "continuation", "refine"),
-)
 # Parts that `all` runs on the first blocks of the model, in this order, after those that need the whole model.
 FEW = (
     *("exactness", "memory", "recompiles", "load", "training", "ablation", "policies", "scale", "cards"),
     *("continuation", "refine"),
 )
-FEW_BLOCKS = 4
 # Height, width and frames on a GPU and on a CPU: of a video, and of its refinement.
-VIDEO = (480, 832, 93), (32, 48, 5)
-REFINED = (704, 1280, 189), (64, 96, 29)
-
-Kind = Callable[[str], Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, number: Kind, dtypes: Any) -> None:
-    """Add the options of every part. size, whole, number: how the command parses such values."""
-    parts = parser.add_subparsers(metavar="PART", required=True, dest="part")
-    for name, summary in (*PARTS.items(), ("all", "All of these on one model, until the budget runs out.")):
-        sub = parts.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        option = sub.add_argument
-        option("--size", type=size, metavar="HxW",
-               help="pixels (default: 480x832, for refine 704x1280; on a CPU 32x48 and 64x96)")  # fmt: skip
-        option("--frames", type=whole, metavar="N",
-               help="4k+1 (default: 93, for refine 189; on a CPU 5 and 29)")  # fmt: skip
-        option("--batch", type=whole, default=2, choices=(1, 2), help="2: with guidance (default), 1: without")
-        option("--steps", type=whole, default=50, metavar="N", help="steps of a whole video (default: 50)")
-        option("--repeats", type=whole, default=3, metavar="N", help="timed calls, of which the median counts "
-               "(default: 3)")  # fmt: skip
-        option("--blocks", type=whole, metavar="N", help="blocks of the model (default: all)")
-        option("--few-blocks", type=whole, default=FEW_BLOCKS, metavar="N",
-               help="blocks for exactness, policies and training, and in `all` for all parts but backends, paths and "
-               f"profile (default: {FEW_BLOCKS})")  # fmt: skip
-        option("--model", metavar="NAME", help="nano, full-random or the path of a checkpoint (default: full-random; "
-               "on a CPU nano)")  # fmt: skip
-        option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        option("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
-        option("--attention", default="auto", metavar="NAME",
-               help="attention of the full set (see longcat backends)")  # fmt: skip
-        option("--variant", default="exact", metavar="NAME", help="for profile: exact (default), fp8, fp8+8bit, "
-               "plain, baseline, refine or refine+fp8")  # fmt: skip
-        option("--parts", metavar="NAMES", help="for all: run only these parts, separated by commas")
-        option("--no-fp8", action="store_true", help="leave fp8 out")
-        option("--no-plots", action="store_true", help="write numbers only; `report` draws the plots later")
-        option("--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s")
-        option("--budget", type=number, metavar="S", help="start nothing new after this many seconds")
-    sub = parts.add_parser("report", help="Write the page of performance from results.", allow_abbrev=False)
-    sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that bench wrote to (--output)")
-    sub.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="the page, for instance docs/performance.md"
-    )
+VIDEO = {"cuda": (480, 832, 93), "cpu": (32, 48, 5)}
+REFINED = {"cuda": (704, 1280, 189), "cpu": (64, 96, 29)}
 
 
 def part(name: str) -> Part:
-    """The record of a part; imports PyTorch."""
+    """The record of a part."""
     return import_module(f".parts.{name}", __package__).PART
 
 
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
     """Run one part, or all. Bad input raises LongCatError before a model is made; a failing variant becomes a row."""
-    from ..files.places import check_new_folder
-    from ..measure.charts import require_pillow
-    from ..measure.clock import Budget
-    from ..measure.results import commit, machine
-    from ..optimize import attention
-    from .parts import profile
-    from .workload import FULL_RANDOM, NANO, Size
-
-    cuda = device.type == "cuda"
-    args.model = args.model or (FULL_RANDOM if cuda else NANO)
-    *sides, frames = _default(REFINED if profile.refines(args.part, args.variant) else VIDEO, device)
+    args.model = args.model or (FULL_RANDOM if device.type == "cuda" else NANO)
+    *sides, frames = (REFINED if profile.refines(args.part, args.variant) else VIDEO)[device.type]
     args.size, args.frames = args.size or tuple(sides), args.frames or frames
     for name in ("repeats", "steps", "blocks", "few_blocks"):
         value = getattr(args, name)
@@ -131,8 +65,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     check_new_folder(args.output, "results.json")
     if not args.no_plots:
         require_pillow(", or give --no-plots and draw them elsewhere with longcat bench report")
-    known = {"machine": machine(device), "commit": commit()}
-    job = Job(args, device, dtype, Budget(args.budget), known)
+    job = Job(args, device, dtype, Budget(args.budget), made_by(device))
     if args.part == "all":
         _everything(job, size)
     else:
@@ -140,38 +73,27 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     return 0
 
 
-def _default(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[int, ...]:
-    return sizes[0 if device.type == "cuda" else 1]
-
-
 @dataclass
 class Job:
-    """The checked options, and what the parts of a run share."""
+    """The checked options, and what the parts of a run share. origin: entries of every file of results."""
 
     args: argparse.Namespace
     device: torch.device
     dtype: torch.dtype
     budget: Budget
-    known: dict[str, Any]
+    origin: dict[str, Any]
 
-    def bench(self, size: Any, blocks: int | None) -> Bench:
+    def bench(self, size: Size, blocks: int | None) -> Bench:
         """A bench with a new model."""
-        from ..measure.clock import clean_up
-        from .variants import Bench
-        from .workload import load_model
-
         args = self.args
         clean_up(self.device)
-        model = load_model(args.model, self.device, self.dtype, blocks)
+        model = workload.load_model(args.model, self.device, self.dtype, blocks)
         size.check(model.config)
         both_ways = args.part != "all" or args.parts is None
         options = {"fp8": not args.no_fp8, "few_blocks": args.few_blocks, "both_ways": both_ways}
         return Bench(model, size, self.device, args.repeats, self.budget, args.attention, **options)
 
     def report(self, kind: str, bench: Bench) -> ResultsFile:
-        from ..measure.results import ResultsFile
-        from .parts.profile import file_name
-
         args, config = self.args, bench.model.config
         inputs = bench.inputs().describe() | {
             "size": str(bench.size),
@@ -183,8 +105,8 @@ class Job:
             "repeats": args.repeats,
             "attention": args.attention,
         }
-        name = file_name(bench.variant) if kind == "profile" else kind
-        return ResultsFile(kind, args.output, self.device, inputs, self.known, name)
+        name = profile.file_name(bench.variant) if kind == "profile" else kind
+        return ResultsFile(kind, args.output, self.device, inputs, self.origin, name)
 
     def measure(self, kind: str, bench: Bench, variant: str = "exact") -> None:
         """Run one part on a bench; print its table, write its results and charts. variant: of `profile`."""
@@ -198,17 +120,12 @@ class Job:
 
     def finish(self, report: ResultsFile) -> None:
         """Print the table; write the file and its charts."""
-        from ..files.atomic import atomic_path
-        from ..measure.results import aligned, say
-
         record = part(report.content["kind"])
         report.write()
-        say(f"\n{report.content['name']}")
-        say(aligned(record.table(report.content, None)))
+        say(f"\n{report.name}\n{aligned(record.table(report.content, None))}")
         for row in report.rows:
-            for sentence in (row.get("reason"), *row.get("notes", ())):
-                if sentence:
-                    say(f"  {row['name']}: {sentence}")
+            for sentence in filter(None, (row.get("reason"), *row.get("notes", ()))):
+                say(f"  {row['name']}: {sentence}")
         say(str(report.path))
         for name, data in {} if self.args.no_plots else record.draw(report.content).items():
             with atomic_path(report.path.with_name(name)) as temporary:
@@ -216,9 +133,6 @@ class Job:
 
     def guarded(self, kind: str, bench: Bench, variant: str = "exact") -> None:
         """`measure`, except that a part that fails as a whole does not end the others."""
-        from ..measure.clock import clean_up
-        from ..measure.results import say
-
         if self.budget.used_up:
             say(f"{kind}: not run: the budget was used up")
             return
@@ -229,14 +143,8 @@ class Job:
         clean_up(self.device)
 
 
-def _everything(job: Job, size: Any) -> None:
+def _everything(job: Job, size: Size) -> None:
     """Parts that need the whole model, which is quantized as late as possible; then parts on its first blocks."""
-    from ..measure.results import say
-    from ..optimize.quantization import quantized_layers
-    from .parts import paths
-    from .parts.profile import REFINING, VARIANTS, refines
-    from .workload import Size
-
     args = job.args
     wanted, depth = args.parts or list(PARTS), args.blocks
     if {"paths", "profile", "backends"} & set(wanted):
@@ -255,23 +163,22 @@ def _everything(job: Job, size: Any) -> None:
             job.finish(report)
         ran = {row["name"] for row in report.rows if row["status"] == "ok"}
         for variant in ("fp8", "fp8+8bit"):
-            if VARIANTS[variant] in ran and "profile" in wanted:
+            if profile.VARIANTS[variant] in ran and "profile" in wanted:
                 job.guarded("profile", bench, variant)
         if "backends" in wanted:
             job.guarded("backends", bench)
         del bench
     few = args.few_blocks if depth is None else min(args.few_blocks, depth)
     bench = None
-    kinds = [(kind, "exact") for kind in FEW] + [("profile", variant) for variant in REFINING]
-    for kind, variant in kinds:
-        if kind not in wanted or (variant in REFINING and "refine" not in wanted):
+    for kind, variant in (*((kind, "exact") for kind in FEW), *(("profile", variant) for variant in profile.REFINING)):
+        if kind not in wanted or (variant in profile.REFINING and "refine" not in wanted):
             continue
         if args.no_fp8 and (kind == "policies" or variant == "refine+fp8"):
             continue
         if bench is None or bench.model is None or quantized_layers(bench.model):
             # An earlier part quantized or dropped the model.
             bench = job.bench(size, few)
-        if refines(kind, variant):
-            bench = bench.sized(Size(*_default(REFINED, job.device)))
+        if profile.refines(kind, variant):
+            bench = bench.sized(Size(*REFINED[job.device.type]))
         job.guarded(kind, bench, variant)
     say(f"results are in {args.output}")

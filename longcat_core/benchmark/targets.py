@@ -59,16 +59,15 @@ class Target(NamedTuple):
 
 class Share(NamedTuple):
     """Milliseconds of one evaluation, each None if unknown: attention alone, attention and GEMMs in the profile, and
-    projections at their own speed."""
+    attention alone plus the projections at their own speed."""
 
     alone: float | None
     within: float | None
     gemms: float | None
-    projections: float | None
+    floor: float | None
 
-    @property
-    def floor(self) -> float | None:
-        return None if self.alone is None or self.projections is None else self.alone + self.projections
+    def times(self, factor: float) -> Share:
+        return Share(*(None if ms is None else factor * ms for ms in self))
 
 
 class Targets:
@@ -122,8 +121,7 @@ class Targets:
                 verdict = f"not measured ({rows.get(target.name, {}).get('status', 'not run')})"
             else:
                 verdict = met(target.met(value)) if same else "of another run"
-            measured = None if value is None else f"{shown(value)} {target.unit}"
-            lines.append((target.name, target.what, target.bound, measured, verdict))
+            lines.append((target.name, target.what, target.bound, _with(value, target.unit), verdict))
         # An fp32 run has no 16-bit path to compare with.
         rounded = exactness is not None and exactness["inputs"].get("dtype") != "float32"
         ratio = by_name(exactness).get(EXACT, {}).get("ratio") if rounded else None
@@ -136,17 +134,14 @@ class Targets:
         return f"{markdown(('path', 'what', 'target', 'measured', ''), lines)}{notes}\n\n{self._public(rows)}"
 
     def _public(self, rows: dict[str, Row]) -> str:
-        known, lines = self.content["paths"], []
-        tolerance = known["public_tolerance"]
-        for name, public in known["public_s"].items():
-            row = rows.get(name, {})
-            if row.get("status") != "ok":
-                lines.append((name, f"{public} s", "-", "-", "not measured"))
-                continue
-            off = row["ms"] / 1000 / public - 1
-            within = "within" if abs(off) <= tolerance else "not within"
-            measured = f"{shown(row['ms'] / 1000)} s", f"{off:+.1%}", f"{within} {tolerance:.0%}"
-            lines.append((name, f"{public} s", *measured))
+        lines, tolerance = [], self.content["paths"]["public_tolerance"]
+        for name, public in self.content["paths"]["public_s"].items():
+            row, cells = rows.get(name, {}), ("-", "-", "not measured")
+            if row.get("status") == "ok":
+                off = row["ms"] / 1000 / public - 1
+                within = "within" if abs(off) <= tolerance else "not within"
+                cells = f"{shown(row['ms'] / 1000)} s", f"{off:+.1%}", f"{within} {tolerance:.0%}"
+            lines.append((name, f"{public} s", *cells))
         return markdown(("", "public LongCat-Video, H100", "measured", "difference", ""), lines)
 
     # --- where the time of a missed target goes ---
@@ -154,31 +149,31 @@ class Targets:
     def floor(self, found: Found) -> str:
         """The section on missed targets, from results by name; "" if all are met or the results are of another run."""
         lines = []
-        for kind in ("paths", "refine"):
-            results = found.get(kind)
-            for target, value in self.missed(results) if results else ():
+        for results in (found[kind] for kind in ("paths", "refine") if kind in found):
+            for target, value in self.missed(results):
                 cells = self._cells(target, value, results, found)
                 lines.append((f"{target.name}: {target.what}", target.bound, _with(value, target.unit), *cells))
         head = ("", "target", "measured", "attention alone", "in the step", "projections", "rest", "floor")
         return f"{FLOOR}\n\n{markdown(head, lines)}" if lines else ""
 
-    def _cells(self, target: Target, value: float, results: Results, found: Found) -> tuple[Any, ...]:
+    def _cells(self, target: Target, value: float, results: Results, found: Found) -> tuple[str | None, ...]:
         """Attention alone, in the step, projections, rest, floor."""
-        row = by_name(results)[target.name]
+        rows = by_name(results)
+        row = rows[target.name]
         if target.kind == "peak":
             weights = row.get("weights_gib")
             return None, None, None, _with(_less(value, weights), "GiB"), _with(weights, "GiB")
         if target.kind == "first":
             rest = value - row["ms"] / 1000
             return None, None, None, f"{shown(rest)} s ({rest / value:.0%})", _with(row["ms"] / 1000, "s")
-        share = self.share(target.name, results, found)
-        scale = (DISTILLED_STEPS if target.kind == "whole" else 1) / 1000
-        alone, within, gemms, floor = (None if ms is None else scale * ms for ms in (*share[:3], share.floor))
-        rest = _with(_less(scale * row["ms"], alone, gemms), "s")
-        if target.kind == "ratio":
-            floor = None if floor is None else by_name(results)[target.over]["ms"] / 1000 / floor
-        projections = NO_PROFILE if gemms is None else _with(gemms, "s")
-        return _with(alone, "s"), _with(within, "s"), projections, rest, _with(floor, target.unit)
+        seconds = (DISTILLED_STEPS if target.kind == "whole" else 1) / 1000
+        share = self.share(target.name, results, found).times(seconds)
+        floor = share.floor
+        if floor is not None and target.kind == "ratio":
+            floor = rows[target.over]["ms"] / 1000 / floor
+        projections = NO_PROFILE if share.gemms is None else _with(share.gemms, "s")
+        rest = _with(_less(seconds * row["ms"], share.alone, share.gemms), "s")
+        return _with(share.alone, "s"), _with(share.within, "s"), projections, rest, _with(floor, target.unit)
 
     def share(self, name: str, results: Results, found: Found) -> Share:
         """Of one evaluation of the row `name` in results of `paths` or of `refine`."""
@@ -189,13 +184,12 @@ class Targets:
             alone = blocks * row["ms"] if row.get("status") == "ok" else None
         else:
             alone = _alone(found.get("backends"), rows[name], results)
-        families, known = _profiled(found, path, results), self.content["projections"]
-        projections = None
-        if inputs.get("hidden_size", known["hidden_size"]) == known["hidden_size"]:
+        families, floor, width = _profiled(found, path, results), None, self.content["projections"]["hidden_size"]
+        if alone is not None and inputs.get("hidden_size", width) == width:
             precision = "bf16" if path.endswith(EXACT) else "fp8"
-            projections = self.projections_ms(precision, inputs["batch"] * inputs["tokens"], blocks)
-        whole = Share(alone, families.get("attention"), families.get("GEMM"), projections)
-        return whole if name == path else Share(*(None if ms is None else ms / 2 for ms in whole))
+            floor = alone + self.projections_ms(precision, inputs["batch"] * inputs["tokens"], blocks)
+        whole = Share(alone, families.get("attention"), families.get("GEMM"), floor)
+        return whole if name == path else whole.times(0.5)
 
     def projections_ms(self, precision: str, tokens: int, blocks: int) -> float:
         """Projections of all blocks by themselves, over the tokens of all samples, in `bf16` or `fp8`."""

@@ -100,7 +100,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from ..benchmark.bench import add_arguments
+    from ..benchmark.options import add_arguments
 
     add_arguments(parser, size=size, whole=whole, number=number, dtypes=DTYPES)
 

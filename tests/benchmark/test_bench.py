@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from longcat_core.benchmark import bench, report, variants, workload
+from longcat_core.benchmark import bench, options, report, variants, workload
 from longcat_core.benchmark.parts import cards, load, refine
 from longcat_core.benchmark.parts.profile import family
 from longcat_core.benchmark.targets import Targets
@@ -85,7 +85,7 @@ def everything(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("kind", bench.PARTS)
+@pytest.mark.parametrize("kind", options.PARTS)
 def test_every_part_leaves_a_file_that_says_where_it_comes_from(everything, kind):
     content = json.loads((everything / f"{kind}.json").read_text(encoding="utf-8"))
     assert content["schema"] == results.SCHEMA and content["kind"] == kind
@@ -107,7 +107,7 @@ def test_pictures_show_something(everything):
     drawn = sorted(path.name for path in everything.glob("*.png"))
     # A CPU does not report its peak, so memory has no picture.
     found = [results.read(path) for path in everything.glob("*.json")]
-    assert {content["kind"] for content in found} == bench.PARTS.keys()
+    assert {content["kind"] for content in found} == options.PARTS.keys()
     drawable = [content for content in found if content["kind"] != "memory"]
     wanted = [name for content in drawable for name in bench.part(content["kind"]).chart_names(content)]
     assert drawn == sorted(wanted) and "profile-fp8.png" in drawn
