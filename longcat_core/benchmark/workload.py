@@ -6,9 +6,10 @@ Parts switch the network only through the functions of this module.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from ..errors import LongCatError
 from ..measure.clock import Laps, peak_gib, reset_peak
 from ..measure.speed import SEED, TEXT_TOKENS, kernel_name
 from ..model.config import ModelConfig
-from ..model.text import TextTokens
 from ..optimize.attention import import_ahead
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.execution import OptimizedTransformer
@@ -110,6 +110,14 @@ def first_blocks(model: OptimizedTransformer, depth: int) -> OptimizedTransforme
     return small.eval()
 
 
+def random_text(config: ModelConfig, lengths: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random text [B, TEXT_LENGTH, caption], zero beyond each of the B lengths, and its mask."""
+    device = generator.device
+    mask = (torch.arange(TEXT_LENGTH)[None] < torch.tensor(lengths)[:, None]).to(device).long()
+    context = torch.randn((*mask.shape, config.caption_channels), generator=generator, device=device)
+    return context * mask[..., None], mask
+
+
 class Inputs:
     """Latents [1, C, T, H, W], timestep and text of one denoising step, the same for all variants."""
 
@@ -119,14 +127,10 @@ class Inputs:
         generator = torch.Generator(device).manual_seed(SEED)
         shape = size.latents(config.in_channels)
         self.latents = torch.randn((1, *shape[1:]), generator=generator, device=device)
-        lengths = [TEXT_TOKENS[(b + 2 - size.batch) % 2] for b in range(size.batch)]
+        lengths = TEXT_TOKENS[-size.batch :]
         # All padding counts as one key.
         self.folded_keys = max(lengths) + 1
-        self.mask = (torch.arange(TEXT_LENGTH)[None] < torch.tensor(lengths)[:, None]).to(device).long()
-        self.context = torch.randn(
-            (size.batch, TEXT_LENGTH, config.caption_channels), generator=generator, device=device
-        )
-        self.context *= self.mask[..., None]
+        self.context, self.mask = random_text(config, lengths, generator)
         self.numbers = [torch.tensor(n, device=device) for n in (SIGMA, SIGMA_CHANGE)]
         self.scale = torch.tensor(GUIDANCE, device=device) if size.batch == 2 else None
 
@@ -196,18 +200,15 @@ def kernels_of(model: OptimizedTransformer, inputs: Inputs) -> dict[str, str]:
     }
 
 
-def network_forward(model: OptimizedTransformer, inputs: Inputs) -> Callable[[], Tensor]:
-    """One forward as the sampler makes it: [batch, C, T, H, W] fp32. Call under no_grad."""
-    text: TextTokens | None = None
+def network_forward(model: OptimizedTransformer, inputs: Inputs, **options: Any) -> Callable[[], Tensor]:
+    """One forward as the sampler makes it: [batch, C, T, H, W] fp32; options: of the network. Call under no_grad."""
     timestep = torch.full((1, 1), TIMESTEP, device=inputs.device)
+    # Embedded in the first call, as by the sampler.
+    text = cache(lambda: model.embed_text(inputs.context, inputs.mask))
 
     def forward() -> Tensor:
-        nonlocal text
-        if not model.optimizations.reuse_text:
-            return model(inputs.given(), timestep, inputs.context, inputs.mask)
-        # Embedded in the first call, as by the sampler.
-        text = model.embed_text(inputs.context, inputs.mask) if text is None else text
-        return model(inputs.given(), timestep, text)
+        given = (text(),) if model.optimizations.reuse_text else (inputs.context, inputs.mask)
+        return model(inputs.given(), timestep, *given, **options)
 
     return forward
 

@@ -242,11 +242,12 @@ def _step(room: float, most: int) -> float:
     return next(factor * unit for factor in (1, 2, 5, 10) if room / (factor * unit) <= most)
 
 
-def zero_axis(values: Sequence[float]) -> Axis:
-    """From zero to at least the largest value."""
-    step = _step(max(values), 6)
-    count = math.ceil(max(values) / step)
-    return Axis(0, count * step, [(i * step, f"{i * step:g}") for i in range(count + 1)])
+def even_axis(low: float, high: float, most: int = 6) -> Axis:
+    """From `low` to `high`, rounded outwards to ticks in at most about `most` steps."""
+    step = _step(high - low, most)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    places = max(0, -math.floor(math.log10(step)))
+    return Axis(first * step, last * step, [(i * step, f"{i * step:.{places}f}") for i in range(first, last + 1)])
 
 
 def log_axis(values: Sequence[float]) -> Axis:
@@ -284,9 +285,10 @@ def fidelity_plot(fidelity: Fidelity) -> Image.Image:
         return said, colors.get(setting.name, FLOOR_COLOR), setting is floor
 
     several = "; median over the videos" if len(settings[0].distances) > 1 else ""
+    shares = even_axis(min(0.999, *map(min, ssim)), 1.0, 5)
     return line_chart(
         f"Every frame against {fidelity.reference.name}, same seed{several}",
-        (panel("PSNR (dB)", 330, _decibel_axis(mse), mse), panel("SSIM", 230, _share_axis(ssim), ssim)),
+        (panel("PSNR (dB)", 330, _decibel_axis(mse), mse), panel("SSIM", 230, shares, ssim)),
         Axis(first, last, [(frame, str(frame)) for frame in _frame_ticks(first, last)]),
         "frame",
         [fidelity.what],
@@ -297,25 +299,12 @@ def fidelity_plot(fidelity: Fidelity) -> Image.Image:
 
 def _decibel_axis(series: Sequence[Sequence[float]]) -> Axis:
     """Identical frames, of infinite PSNR, stand on top of all others."""
-    finite = [value for values in series for value in values if math.isfinite(value)]
-    step = 10 if finite and max(finite) - min(finite) > 30 else 5
-    low = step * math.floor(min(finite) / step) if finite else 0
-    high = step * math.ceil(max(finite) / step) if finite else step
-    high = max(high, low + step)
-    ticks = [(value, str(value)) for value in range(low, high + 1, step)]
-    if len(finite) < sum(map(len, series)):
-        high += step
-        ticks.append((high, "identical"))
+    finite = [value for values in series for value in values if math.isfinite(value)] or [0.0]
+    low, high, ticks = even_axis(min(finite), max(*finite, min(finite) + 10))
+    if math.inf in itertools.chain(*series):
+        high += ticks[1][0] - ticks[0][0]
+        ticks = [*ticks, (high, "identical")]
     return Axis(low, high, ticks)
-
-
-def _share_axis(series: Sequence[Sequence[float]]) -> Axis:
-    """From just below the lowest value up to 1."""
-    room = max(1 - min(value for values in series for value in values), 1e-3)
-    step = _step(room, 5)
-    count = math.ceil(room / step - 1e-9)
-    places = max(0, -math.floor(math.log10(step)))
-    return Axis(1 - count * step, 1.0, [(1 - i * step, f"{1 - i * step:.{places}f}") for i in range(count + 1)])
 
 
 def _frame_ticks(first: int, last: int) -> list[int]:

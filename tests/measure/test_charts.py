@@ -41,5 +41,5 @@ def test_axes_hold_all_values():
     assert [label for _, label in charts.log_axis([17, 3345]).ticks] == [
         "10", "20", "50", "100", "200", "500", "1,000", "2,000", "5,000"
     ]  # fmt: skip
-    assert [label for _, label in charts.zero_axis([2.8, 11.6]).ticks] == ["0", "2", "4", "6", "8", "10", "12"]
+    assert [label for _, label in charts.even_axis(0, 11.6).ticks] == ["0", "2", "4", "6", "8", "10", "12"]
     assert Axis(0, 10, []).place(15, 100, 0) == 0 and Axis(5, 5, []).place(5, 0, 100) == 50

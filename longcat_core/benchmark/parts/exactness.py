@@ -45,13 +45,6 @@ class Captured:
         self.blocks.append(out.float().flatten(1, -2))
 
 
-def forward(model: Any, inputs: workload.Inputs, around: Any = None) -> Tensor:
-    """One forward of the network, with a hook around its blocks."""
-    text = model.embed_text(inputs.context, inputs.mask)
-    timestep = torch.full((1, 1), workload.TIMESTEP, device=inputs.device)
-    return model(inputs.given(), timestep, text, around_block=around)
-
-
 def errors(given: Tensor, expected: Tensor) -> Row:
     return {"error": relative_error(given, expected), "psnr": tensor_psnr(given, expected)}
 
@@ -71,7 +64,7 @@ def _blocks(bench: Bench) -> None:
     def reference() -> Row:
         wide = copy.deepcopy(model).float()
         with workload.switched(wide, Optimizations(attention="sdpa", fp8=False)):
-            expected.out = forward(wide, inputs, expected.around)
+            expected.out = workload.network_forward(wide, inputs, around_block=expected.around)()
         return {"error": 0.0, "dtype": "float32"}
 
     def compared(out: Tensor, blocks: list[Tensor]) -> Row:
@@ -95,7 +88,7 @@ def _blocks(bench: Bench) -> None:
     def network(name: str, values: dict[str, Any], fp8: bool) -> Row:
         network, seen = quantized() if fp8 else model, Captured()
         with workload.switched(network, Optimizations(**values), name) as notes:
-            row = compared(forward(network, inputs, seen.around), seen.blocks)
+            row = compared(workload.network_forward(network, inputs, around_block=seen.around)(), seen.blocks)
         ratio = row["error"] / first["error"] if first.get("error") else None
         return row | {"notes": notes} | ({"ratio": ratio} if first["status"] == "ok" else {})
 

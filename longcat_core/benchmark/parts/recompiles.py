@@ -6,7 +6,6 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ...measure.clock import clean_up, synchronize
@@ -49,14 +48,6 @@ CHANGES = (
 )
 
 
-def _text(inputs: workload.Inputs, tokens: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor(tokens[:batch], device=inputs.device)
-    mask = (torch.arange(workload.TEXT_LENGTH, device=inputs.device)[None] < lengths[:, None]).long()
-    shape = batch, workload.TEXT_LENGTH, inputs.config.caption_channels
-    generator = torch.Generator(inputs.device).manual_seed(sum(tokens))
-    return torch.randn(shape, generator=generator, device=inputs.device) * mask[..., None], mask
-
-
 def _merge(model: Any, strength: float) -> None:
     """ForwardChange weights in place, as merging a LoRA does."""
     for block in model.blocks:
@@ -77,7 +68,8 @@ def run(bench: Bench) -> None:
         x = latents[..., : inputs.latents.shape[-1] + change.wider * model.config.patch_size[2]]
         cache = model.fill_kv_cache(x[:, :, : change.cached].contiguous()) if change.cached else None
         x = x.expand(change.batch, -1, -1, -1, -1).contiguous()
-        text = model.embed_text(*_text(inputs, change.tokens, change.batch))
+        generator = torch.Generator(inputs.device).manual_seed(sum(change.tokens))
+        text = model.embed_text(*workload.random_text(model.config, change.tokens[: change.batch], generator))
         timestep = torch.full((1, x.shape[2] if change.cond else 1), change.timestep, device=inputs.device)
         timestep[:, : change.cond] = 0
         model(x, timestep, text, num_cond_latents=change.cond, kv_cache=cache)

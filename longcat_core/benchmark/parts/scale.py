@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...measure.charts import BLUE, ORANGE, Line, Panel, line_chart, log_axis, zero_axis
+from ...measure.charts import BLUE, ORANGE, Line, Panel, even_axis, line_chart, log_axis
 from ..part import Chart, Part, Results, columns, ok_rows
 from ..variants import Bench
 from ..workload import Size
@@ -45,7 +45,7 @@ def chart(results: Results, _: Any) -> Any:
     panels = [Panel("ms", 260, log_axis(ms), [Line(points, BLUE)])]
     peaks = [(at, row["peak_gib"]) for at, row in zip(x, rows, strict=True) if row.get("peak_gib")]
     if peaks:
-        panels.append(Panel("peak GiB", 190, zero_axis([peak for _, peak in peaks]), [Line(peaks, ORANGE)]))
+        panels.append(Panel("peak GiB", 190, even_axis(0.0, max(peak for _, peak in peaks)), [Line(peaks, ORANGE)]))
     title = f"Time and memory by tokens, {results['inputs'].get('blocks', '?')} blocks, batch 1"
     return line_chart(title, panels, log_axis([row["tokens"] for row in rows]), "tokens")
 
