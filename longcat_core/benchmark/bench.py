@@ -89,8 +89,8 @@ class Job:
         clean_up(self.device)
         model = workload.load_model(args.model, self.device, self.dtype, blocks)
         size.check(model.config)
-        both_ways = args.part != "all" or args.parts is None
-        options = {"fp8": not args.no_fp8, "few_blocks": args.few_blocks, "both_ways": both_ways}
+        both_compile_modes = args.part != "all" or args.parts is None
+        options = {"fp8": not args.no_fp8, "few_blocks": args.few_blocks, "both_compile_modes": both_compile_modes}
         return Bench(model, size, self.device, args.repeats, self.budget, args.attention, **options)
 
     def report(self, kind: str, bench: Bench) -> ResultsFile:
@@ -114,7 +114,7 @@ class Job:
         bench.variant = variant
         bench = record.sized(bench)
         size, depth = bench.size, bench.model.config.depth
-        bench.report, bench.fresh = self.report(kind, bench), lambda: self.bench(size, depth)
+        bench.report, bench.remake = self.report(kind, bench), lambda: self.bench(size, depth)
         record.run(bench)
         self.finish(bench.report)
 

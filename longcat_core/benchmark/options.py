@@ -26,10 +26,10 @@ PARTS = {
 }
 FEW_BLOCKS = 4
 
-Kind = Callable[[str], Any]
+Parse = Callable[[str], Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, size: Kind, whole: Kind, number: Kind, dtypes: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, size: Parse, whole: Parse, number: Parse, dtypes: Any) -> None:
     """Add the options of every part. size, whole, number: how the command parses such values."""
     parts = parser.add_subparsers(metavar="PART", required=True, dest="part")
     for name, summary in (*PARTS.items(), ("all", "All of these on one model, until the budget runs out.")):

@@ -99,7 +99,7 @@ def spread(row: Row) -> str:
     return f"{shown(min(times))} to {shown(max(times))}" if times else "-"
 
 
-def met(passed: bool) -> str:
+def met_or_missed(passed: bool) -> str:
     return "met" if passed else "missed"
 
 

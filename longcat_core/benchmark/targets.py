@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import LongCatError
 from ..measure.results import markdown, shown
-from .part import Results, Row, by_name, met
+from .part import Results, Row, by_name, met_or_missed
 from .parts.paths import DISTILLED_STEPS
 from .parts.refine import ALONE, SPARSE
 from .variants import DISTILLED, EXACT
 
-Found = dict[str, Results]
+ResultsByName = dict[str, Results]
 
 FLOOR = """## What the floor allows
 
@@ -49,7 +49,7 @@ class Target(NamedTuple):
             return row["peak_gib" if self.kind == "peak" else "first_s"]
         return (DISTILLED_STEPS if self.kind == "whole" else 1) * row["ms"] / 1000
 
-    def met(self, value: float) -> bool:
+    def is_met(self, value: float) -> bool:
         return value >= self.limit if self.kind == "ratio" else value <= self.limit
 
     @property
@@ -57,7 +57,7 @@ class Target(NamedTuple):
         return f"{'>=' if self.kind == 'ratio' else '<='} {self.limit:g} {self.unit}"
 
 
-class Share(NamedTuple):
+class TimeShare(NamedTuple):
     """Milliseconds of one evaluation, each None if unknown: attention alone, attention and GEMMs in the profile, and
     attention alone plus the projections at their own speed."""
 
@@ -66,8 +66,8 @@ class Share(NamedTuple):
     gemms: float | None
     floor: float | None
 
-    def times(self, factor: float) -> Share:
-        return Share(*(None if ms is None else factor * ms for ms in self))
+    def times(self, factor: float) -> TimeShare:
+        return TimeShare(*(None if ms is None else factor * ms for ms in self))
 
 
 class Targets:
@@ -108,7 +108,7 @@ class Targets:
         rows = by_name(results)
         for target in self.of(results["kind"]) if self.comparable(results) else ():
             value = target.value(rows)
-            if value is not None and not target.met(value):
+            if value is not None and not target.is_met(value):
                 yield target, value
 
     def table(self, results: Results, exactness: Results | None) -> str:
@@ -120,14 +120,14 @@ class Targets:
             if value is None:
                 verdict = f"not measured ({rows.get(target.name, {}).get('status', 'not run')})"
             else:
-                verdict = met(target.met(value)) if same else "of another run"
-            lines.append((target.name, target.what, target.bound, _with(value, target.unit), verdict))
+                verdict = met_or_missed(target.is_met(value)) if same else "of another run"
+            lines.append((target.name, target.what, target.bound, _in_unit(value, target.unit), verdict))
         # An fp32 run has no 16-bit path to compare with.
         rounded = exactness is not None and exactness["inputs"].get("dtype") != "float32"
         ratio = by_name(exactness).get(EXACT, {}).get("ratio") if rounded else None
         if ratio is not None:
             most = self.content["exactness"]["ratio"]
-            bound = f"<= {most} x", f"{shown(ratio)} x", met(ratio <= most)
+            bound = f"<= {most} x", f"{shown(ratio)} x", met_or_missed(ratio <= most)
             lines.append((EXACT, "error over the plain 16-bit path's", *bound))
         note = f"{known['size']}, {known['blocks']} blocks, batch {known['batch']} on an H100"
         notes = "" if same else f"\n\nThe targets are for {note}; this run was another."
@@ -146,36 +146,36 @@ class Targets:
 
     # --- where the time of a missed target goes ---
 
-    def floor(self, found: Found) -> str:
+    def floor(self, found: ResultsByName) -> str:
         """The section on missed targets, from results by name; "" if all are met or the results are of another run."""
         lines = []
         for results in (found[kind] for kind in ("paths", "refine") if kind in found):
             for target, value in self.missed(results):
                 cells = self._cells(target, value, results, found)
-                lines.append((f"{target.name}: {target.what}", target.bound, _with(value, target.unit), *cells))
+                lines.append((f"{target.name}: {target.what}", target.bound, _in_unit(value, target.unit), *cells))
         head = ("", "target", "measured", "attention alone", "in the step", "projections", "rest", "floor")
         return f"{FLOOR}\n\n{markdown(head, lines)}" if lines else ""
 
-    def _cells(self, target: Target, value: float, results: Results, found: Found) -> tuple[str | None, ...]:
+    def _cells(self, target: Target, value: float, results: Results, found: ResultsByName) -> tuple[str | None, ...]:
         """Attention alone, in the step, projections, rest, floor."""
         rows = by_name(results)
         row = rows[target.name]
         if target.kind == "peak":
             weights = row.get("weights_gib")
-            return None, None, None, _with(_less(value, weights), "GiB"), _with(weights, "GiB")
+            return None, None, None, _in_unit(_minus(value, weights), "GiB"), _in_unit(weights, "GiB")
         if target.kind == "first":
             rest = value - row["ms"] / 1000
-            return None, None, None, f"{shown(rest)} s ({rest / value:.0%})", _with(row["ms"] / 1000, "s")
+            return None, None, None, f"{shown(rest)} s ({rest / value:.0%})", _in_unit(row["ms"] / 1000, "s")
         seconds = (DISTILLED_STEPS if target.kind == "whole" else 1) / 1000
         share = self.share(target.name, results, found).times(seconds)
         floor = share.floor
         if floor is not None and target.kind == "ratio":
             floor = rows[target.over]["ms"] / 1000 / floor
-        projections = NO_PROFILE if share.gemms is None else _with(share.gemms, "s")
-        rest = _with(_less(seconds * row["ms"], share.alone, share.gemms), "s")
-        return _with(share.alone, "s"), _with(share.within, "s"), projections, rest, _with(floor, target.unit)
+        projections = NO_PROFILE if share.gemms is None else _in_unit(share.gemms, "s")
+        rest = _in_unit(_minus(seconds * row["ms"], share.alone, share.gemms), "s")
+        return _in_unit(share.alone, "s"), _in_unit(share.within, "s"), projections, rest, _in_unit(floor, target.unit)
 
-    def share(self, name: str, results: Results, found: Found) -> Share:
+    def share(self, name: str, results: Results, found: ResultsByName) -> TimeShare:
         """Of one evaluation of the row `name` in results of `paths` or of `refine`."""
         rows, inputs = by_name(results), results["inputs"]
         path, blocks = name.removesuffix(DISTILLED), inputs["blocks"]
@@ -183,12 +183,13 @@ class Targets:
             row = rows.get(ALONE[SPARSE], {})
             alone = blocks * row["ms"] if row.get("status") == "ok" else None
         else:
-            alone = _alone(found.get("backends"), rows[name], results)
-        families, floor, width = _profiled(found, path, results), None, self.content["projections"]["hidden_size"]
+            alone = _attention_alone(found.get("backends"), rows[name], results)
+        families, floor = _profiled_families(found, path, results), None
+        width = self.content["projections"]["hidden_size"]
         if alone is not None and inputs.get("hidden_size", width) == width:
             precision = "bf16" if path.endswith(EXACT) else "fp8"
             floor = alone + self.projections_ms(precision, inputs["batch"] * inputs["tokens"], blocks)
-        whole = Share(alone, families.get("attention"), families.get("GEMM"), floor)
+        whole = TimeShare(alone, families.get("attention"), families.get("GEMM"), floor)
         return whole if name == path else whole.times(0.5)
 
     def projections_ms(self, precision: str, tokens: int, blocks: int) -> float:
@@ -197,7 +198,7 @@ class Targets:
         return sum(known["ms"][precision].values()) * blocks * tokens / known["tokens"]
 
 
-def _alone(backends: Results | None, row: Row, results: Results) -> float | None:
+def _attention_alone(backends: Results | None, row: Row, results: Results) -> float | None:
     """Attention of all blocks by the kernels that the row names, as measured at the same size."""
     inputs = results["inputs"]
     if backends is None or any(backends["inputs"].get(key) != inputs.get(key) for key in ("size", "batch")):
@@ -208,7 +209,7 @@ def _alone(backends: Results | None, row: Row, results: Results) -> float | None
     return None if self_ms is None or cross_ms is None else inputs["blocks"] * (self_ms + cross_ms)
 
 
-def _profiled(found: Found, path: str, results: Results) -> dict[str, float]:
+def _profiled_families(found: ResultsByName, path: str, results: Results) -> dict[str, float]:
     """Milliseconds by family from the profile of a path with the same inputs."""
     for other in found.values():
         same = all(other["inputs"].get(key) == results["inputs"].get(key) for key in ("size", "batch", "blocks"))
@@ -217,9 +218,9 @@ def _profiled(found: Found, path: str, results: Results) -> dict[str, float]:
     return {}
 
 
-def _less(value: float, *others: float | None) -> float | None:
+def _minus(value: float, *others: float | None) -> float | None:
     return None if None in others else value - sum(others)
 
 
-def _with(value: float | None, unit: str) -> str | None:
+def _in_unit(value: float | None, unit: str) -> str | None:
     return None if value is None else f"{shown(value)} {unit}"

@@ -43,8 +43,8 @@ class Bench:
     """What all variants share: the model, its inputs, how long and how often to measure, and the report.
 
     fp8: whether lossy variants run; few_blocks: blocks of parts that need only some; variant: what `profile` profiles;
-    both_ways: whether paths also run compiled if they normally do not, and the reverse; fresh: makes the bench again,
-    with the original weights.
+    both_compile_modes: whether paths also run compiled if they normally do not, and the reverse; remake: makes the
+    bench again, with the original weights.
     """
 
     model: Any
@@ -57,8 +57,8 @@ class Bench:
     fp8: bool = True
     few_blocks: int = 4
     variant: str = "exact"
-    both_ways: bool = True
-    fresh: Callable[[], Bench] | None = None
+    both_compile_modes: bool = True
+    remake: Callable[[], Bench] | None = None
     say: Callable[[str], None] = say
     _inputs: dict[int, workload.Inputs] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ class Bench:
         """The same model and budget at another size."""
         return replace(self, size=size, _inputs={})
 
-    def few(self) -> Any:
+    def first_blocks(self) -> Any:
         """The model's first blocks."""
         return workload.first_blocks(self.model, min(self.few_blocks, self.model.config.depth))
 
@@ -96,7 +96,7 @@ class Bench:
         attends = {FP8_8BIT: fastest} | {f"{FP8_8BIT}, {other}": other for other in others}
         return {name: self.path(FP8) | {"attention": attention} for name, attention in attends.items()}
 
-    def other_way(self, name: str) -> tuple[str, dict[str, Any]]:
+    def other_compile_mode(self, name: str) -> tuple[str, dict[str, Any]]:
         """Name and values of the same path in its other mode of compilation."""
         compiled = "blocks" if PATH_COMPILE[name] == "off" else "off"
         return name + SUFFIXES[compiled], self.full() | {"compile": compiled}
@@ -172,7 +172,7 @@ def eight_bit() -> list[str]:
     return [backend.name for backend in sorted(lossy, key=lambda backend: bool(backend.needs.missing()))]
 
 
-def compared(first: Row, before: Row | None = None, removed: bool = False) -> Callable[[Row], Row]:
+def compare_with(first: Row, before: Row | None = None, removed: bool = False) -> Callable[[Row], Row]:
     """Completes a row by its ratio to the row `first` and by what the variant is worth over the row `before`.
 
     worth_ms: milliseconds saved by the optimization; share: of the time of `first`. removed: the row is `before`
@@ -191,19 +191,19 @@ def compared(first: Row, before: Row | None = None, removed: bool = False) -> Ca
     return finish
 
 
-def lossy(bench: Bench, first: Row, full: Row, paths: bool) -> None:
+def lossy_rows(bench: Bench, first: Row, full: Row, paths: bool) -> None:
     """Rows of fp8 weights: with 8-bit GEMMs, with 8-bit attention, and for paths distilled and in the other mode of
     compilation, else with 16-bit GEMMs and without own kernels. first, full: the rows of EAGER and of EXACT."""
     if not bench.quantize():
         return
-    values, finish = bench.path(FP8), compared(first, full)
+    values, finish = bench.path(FP8), compare_with(first, full)
     row = bench.network(FP8, values, finish=finish, phase="fp8")
     if paths:
         bench.network(f"{FP8}{DISTILLED}", values, 1, phase="distilled")
-        if bench.both_ways:
-            bench.network(*bench.other_way(FP8), finish=finish, phase="fp8")
+        if bench.both_compile_modes:
+            bench.network(*bench.other_compile_mode(FP8), finish=finish, phase="fp8")
     for name, other in bench.eight_bit_paths().items():
-        bench.network(name, other, finish=compared(first, row), phase="fp8")
+        bench.network(name, other, finish=compare_with(first, row), phase="fp8")
     if not paths:
         bench.network(FP8_WEIGHTS, values | {"fp8": False}, finish=finish, phase="fp8")
         bench.network(f"{FP8}{NO_KERNELS}", bench.full() | {"fused_kernels": False}, finish=finish, phase="fp8")

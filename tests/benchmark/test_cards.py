@@ -53,7 +53,7 @@ def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
     monkeypatch.setattr(cards, "settle", lambda *args: (done.append("settled"), settle(*args)))
     monkeypatch.setattr(cards, "plans", lambda bench, fp8: (done.append(fp8), plans(bench, fp8))[1])
     bench = fresh()
-    bench.report, bench.fresh = report, watched
+    bench.report, bench.remake = report, watched
     cards.run(bench)
     assert len(made) == 2 and len([row for row in report.rows if row["status"] == "ok"]) == 5
     # Quantized weights are laid out anew before anything is counted.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longcat_core.benchmark.parts.exactness import Captured
+from longcat_core.benchmark.parts.exactness import BlockOutputs
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError
@@ -161,7 +161,7 @@ def test_half_the_memory(model):
 
 def test_the_network_with_it_and_its_switch(model):
     def outputs(network: OptimizedTransformer) -> list[Tensor]:
-        seen = Captured()
+        seen = BlockOutputs()
         return [network(*inputs(), around_block=seen.around), *seen.blocks]
 
     eight = copy.deepcopy(model)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...measure.charts import BLUE, GRAY, GREEN, ORANGE, Bar, Bars, bar_chart
 from ...measure.results import markdown
 from ..part import STEPS, Chart, Part, Results, Row, ok_rows
-from ..variants import COMPILED, EAGER, Bench, compared, lossy
+from ..variants import COMPILED, EAGER, Bench, compare_with, lossy_rows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,14 +48,14 @@ def run(bench: Bench) -> None:
     for switch, what in (LAYOUT, *SWITCHES.items()):
         if switch in SWITCHES:
             values[switch] = full[switch]
-        row = bench.network(what, values, finish=compared(first, before), phase="added", switch=switch)
+        row = bench.network(what, values, finish=compare_with(first, before), phase="added", switch=switch)
         before = row if row["status"] == "ok" or switch not in SWITCHES else before
     for switch, what in SWITCHES.items():
         if plain[switch] != full[switch]:
-            without, finish = full | {switch: plain[switch]}, compared(first, before, removed=True)
+            without, finish = full | {switch: plain[switch]}, compare_with(first, before, removed=True)
             bench.network(f"without {what}", without, finish=finish, phase="removed", switch=switch)
     if bench.fp8:
-        lossy(bench, first, before, paths=False)
+        lossy_rows(bench, first, before, paths=False)
 
 
 def _percent(share: float | None) -> str:

@@ -21,7 +21,7 @@ from ...optimize.quantization import Policy
 from ...optimize.streaming import pinned
 from ...optimize.switches import Optimizations
 from .. import workload
-from ..part import Part, Results, measured_rows, met
+from ..part import Part, Results, measured_rows, met_or_missed
 from ..variants import EXACT, FP8, Bench, Row
 
 # Memory limits of a GPU for the released model; of other models, shares of what they need.
@@ -95,14 +95,14 @@ def run(bench: Bench) -> None:
     measured rate; floor_ms: the larger of transfer_ms and the step without a limit; peak_gib: of the whole sampling;
     difference: relative, of the latents after these steps from those without a limit.
     """
-    report, fresh = bench.report, bench.fresh
+    report = bench.report
     report.content["inputs"]["copy_gb_s"] = rate = copy_rate(bench.device) / 1e9
     bench.say(f"copies to the device: {rate:.1f} GB/s")
     # Two models do not fit on the device.
     bench.model = None
     for path in (*((FP8,) if bench.fp8 else ()), EXACT):
         # In a function of its own: nothing of a model may stay on the device when the next one is made and counted.
-        _rows(replace(fresh(), report=report), path, rate)
+        _rows(replace(bench.remake(), report=report), path, rate)
 
 
 def _rows(bench: Bench, path: str, rate: float) -> None:
@@ -162,7 +162,7 @@ def _step(bench: Bench, path: str, limit: Limit, plan: Plan, rate: float, first:
 def table(results: Results, _: Any) -> str:
     lines = []
     for row in measured_rows(results):
-        bound = None if row.get("target") is None else f"{row['target']}: {met(row.get('met'))}"
+        bound = None if row.get("target") is None else f"{row['target']}: {met_or_missed(row.get('met'))}"
         figures = [row.get(name) for name in ("ms", "ratio", "transfer_ms", "floor_ms", "peak_gib", "difference")]
         lines.append((row["name"], row["plan"], *figures, bound, row["status"]))
     head = ("", "plan", "ms a step", "x no limit", "transfer ms", "floor ms", "peak GiB", "difference", "target", "")

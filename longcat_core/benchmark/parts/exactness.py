@@ -27,7 +27,7 @@ from ..variants import EAGER, EXACT, FP8, FP8_WEIGHTS, NO_KERNELS, Bench, Row, e
 STEPS = 16
 
 
-class Captured:
+class BlockOutputs:
     """Tokens after every block, in fp32: `around` for a network's `around_block`, `hook` for a forward hook."""
 
     out: Tensor
@@ -59,7 +59,7 @@ def run(bench: Bench) -> None:
 
 @torch.no_grad()
 def _blocks(bench: Bench) -> None:
-    model, inputs, expected = bench.few(), bench.inputs(), Captured()
+    model, inputs, expected = bench.first_blocks(), bench.inputs(), BlockOutputs()
 
     def reference() -> Row:
         wide = copy.deepcopy(model).float()
@@ -74,7 +74,7 @@ def _blocks(bench: Bench) -> None:
         return errors(out, expected.out) | {"per_block": per_block}
 
     def baseline() -> Row:
-        plain, seen = BaselineTransformer(model), Captured()
+        plain, seen = BaselineTransformer(model), BlockOutputs()
         for block in plain.blocks:
             block.register_forward_hook(seen.hook)
         return compared(workload.baseline_forward(plain, inputs)(), seen.blocks)
@@ -86,7 +86,7 @@ def _blocks(bench: Bench) -> None:
         return lossy
 
     def network(name: str, values: dict[str, Any], fp8: bool) -> Row:
-        network, seen = quantized() if fp8 else model, Captured()
+        network, seen = quantized() if fp8 else model, BlockOutputs()
         with workload.switched(network, Optimizations(**values), name) as notes:
             row = compared(workload.network_forward(network, inputs, around_block=seen.around)(), seen.blocks)
         ratio = row["error"] / first["error"] if first.get("error") else None
@@ -95,7 +95,7 @@ def _blocks(bench: Bench) -> None:
     if bench.add({"name": "fp32", "depth": model.config.depth}, reference)["status"] != "ok":
         return
     first = bench.add({"name": EAGER}, baseline)
-    variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT)} | dict([bench.other_way(EXACT)])
+    variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT)} | dict([bench.other_compile_mode(EXACT)])
     variants[f"{EXACT}{NO_KERNELS}"] = bench.full() | {"fused_kernels": False}
     lossy = {FP8: bench.path(FP8), FP8_WEIGHTS: bench.path(FP8) | {"fp8": False}} | bench.eight_bit_paths()
     for name, values in (variants | (lossy if bench.fp8 else {})).items():

@@ -17,7 +17,7 @@ from ...files.safetensors_io import write_safetensors
 from ...measure.clock import OK, attempt, clean_up, synchronize
 from ...measure.results import markdown, shown
 from ...optimize.quantization import Policy
-from ..part import Part, Results, Row, met
+from ..part import Part, Results, Row, met_or_missed
 from ..variants import Bench
 
 # Loading must reach this share of the disk's rate, for files from this size in bytes: small ones have other costs.
@@ -26,7 +26,7 @@ BLOCK = 1 << 24
 RAW = "reading the file"
 
 
-def forget(path: Path) -> bool:
+def drop_from_cache(path: Path) -> bool:
     """Ask the system to drop a file from its cache; returns whether it can be asked."""
     if not hasattr(os, "posix_fadvise"):
         return False
@@ -61,7 +61,7 @@ def run(bench: Bench) -> None:
         path = Path(place) / "model.safetensors"
         write_safetensors(path, official_state(bench.model, OFFICIAL))
         size = path.stat().st_size
-        cold = forget(path)
+        cold = drop_from_cache(path)
         report.content["inputs"] |= {"file_gb": size / 1e9, "cold": cold}
 
         def load(fp8: Policy | None) -> None:
@@ -77,7 +77,7 @@ def run(bench: Bench) -> None:
         rows: dict[str, Row] = {name: {"name": name, "phase": "load"} for name in runs}
 
         def seconds(name: str) -> Row:
-            forget(path)
+            drop_from_cache(path)
             started = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - started)
@@ -105,7 +105,7 @@ def table(results: Results, _: Any) -> str:
     lines = []
     for row in results["rows"]:
         share, least = row.get("share"), row.get("target")
-        bound = None if share is None or least is None else f">= {least:.0%}: {met(share >= least)}"
+        bound = None if share is None or least is None else f">= {least:.0%}: {met_or_missed(share >= least)}"
         of_disk = None if share is None else f"{share:.0%}"
         lines.append((row["name"], row.get("seconds"), row.get("gb_s"), of_disk, bound, row["status"]))
     inputs = results["inputs"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...measure.results import markdown
 from ..part import STEPS, Part, Results, by_name, measured_rows, preparation, spread
-from ..variants import COMPILED, DISTILLED, EAGER, EXACT, Bench, compared, lossy
+from ..variants import COMPILED, DISTILLED, EAGER, EXACT, Bench, compare_with, lossy_rows
 
 # Steps of the distilled model.
 DISTILLED_STEPS = 16
@@ -16,16 +16,16 @@ def exact_paths(bench: Bench) -> None:
     """Rows of the baselines and of the exact path; distilled means batch 1, without guidance."""
     first = bench.baseline(EAGER, False)
     bench.baseline(COMPILED, True)
-    bench.network(EXACT, bench.path(EXACT), finish=compared(first), phase="path")
+    bench.network(EXACT, bench.path(EXACT), finish=compare_with(first), phase="path")
     bench.network(f"{EXACT}{DISTILLED}", bench.path(EXACT), 1, phase="distilled")
-    if bench.both_ways:
-        bench.network(*bench.other_way(EXACT), finish=compared(first), phase="path")
+    if bench.both_compile_modes:
+        bench.network(*bench.other_compile_mode(EXACT), finish=compare_with(first), phase="path")
 
 
 def lossy_paths(bench: Bench) -> None:
     """Rows of fp8, after those of `exact_paths` in the same report."""
     rows = by_name(bench.report.content)
-    lossy(bench, rows.get(EAGER, {}), rows.get(EXACT, {}), paths=True)
+    lossy_rows(bench, rows.get(EAGER, {}), rows.get(EXACT, {}), paths=True)
 
 
 def run(bench: Bench) -> None:

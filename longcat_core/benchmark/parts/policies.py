@@ -18,7 +18,7 @@ from .exactness import CHART, errors
 @torch.no_grad()
 def run(bench: Bench) -> None:
     """Rows of every policy: error of the output against the 16-bit network, on the model's first blocks."""
-    model, inputs = bench.few(), bench.inputs()
+    model, inputs = bench.first_blocks(), bench.inputs()
     chosen = Optimizations(**bench.full() | {"compile": "off", "fp8": True})
 
     def output(network: Any) -> torch.Tensor:

@@ -13,8 +13,8 @@ from ...measure.speed import kernel_name
 from ...optimize.block_sparse import BlockSparse, ChunkLayout, block_sparse_attend, choose_kernel, chunk_layout
 from ...optimize.switches import Optimizations
 from .. import workload
-from ..part import STEPS, Part, Results, measured_rows, met, preparation, spread
-from ..variants import EXACT, FP8, Bench, Row, compared
+from ..part import STEPS, Part, Results, measured_rows, met_or_missed, preparation, spread
+from ..variants import EXACT, FP8, Bench, Row, compare_with
 from .backends import random_qkv
 
 DENSE, SPARSE = "dense", "block-sparse"
@@ -46,7 +46,7 @@ def _evaluation(bench: Bench, name: str, path: str, settings: BlockSparse | None
     bench = bench if settings or bench.device.type != "cuda" else replace(bench, repeats=0)
 
     def finish(row: Row) -> Row:
-        return compared(first)(row | ({"attention": _sparse_name(bench, settings)} if settings else {}))
+        return compare_with(first)(row | ({"attention": _sparse_name(bench, settings)} if settings else {}))
 
     with workload.attending(bench.model, settings):
         return bench.network(name, bench.path(path), finish=finish, phase=phase)
@@ -70,7 +70,7 @@ def _alone(bench: Bench, settings: BlockSparse) -> None:
     def sparse() -> Row:
         arranged = tuple(map(layout.arrange, (q, k, v)))
         row = timed(block_sparse_attend(layout, settings), arranged, _sparse_name(bench, settings))
-        return compared(first)(row)
+        return compare_with(first)(row)
 
     first = bench.add({"name": ALONE[DENSE], "phase": "attention"}, dense)
     bench.add({"name": ALONE[SPARSE], "phase": "attention"}, sparse)
@@ -87,7 +87,7 @@ def run(bench: Bench) -> None:
     found = _evaluation(bench, SPARSE_EXACT, EXACT, settings, "path", {})
     first = _evaluation(bench, DENSE_EXACT, EXACT, None, "baseline", {})
     if found["status"] == "ok":
-        found.update(compared(first)(found))
+        found.update(compare_with(first)(found))
     if bench.fp8 and bench.quantize():
         _evaluation(bench, SPARSE_FP8, FP8, settings, "fp8", first)
         _evaluation(bench, DENSE_FP8, FP8, None, "fp8", first)
@@ -103,7 +103,7 @@ def table(results: Results, targets: Any) -> str:
         line = [row["name"], ms, spread(row), row.get("ratio")]
         if judged:
             target = wanted.get(row["name"])
-            verdict = None if target is None or ms is None else met(target.met(ms / 1000))
+            verdict = None if target is None or ms is None else met_or_missed(target.is_met(ms / 1000))
             public = targets.public_refine_s * 1000 / ms if ms and row.get("phase") != "attention" else None
             line += [target and target.bound, verdict, public]
         lines.append((*line, row.get("peak_gib"), row.get("first_s"), row.get("attention"), row["status"]))

@@ -21,7 +21,7 @@ SAME = 1e-2
 
 def run(bench: Bench) -> None:
     """Rows of one loss and its gradients, batch 1, on a copy of the model's first blocks."""
-    model = copy.deepcopy(bench.few())
+    model = copy.deepcopy(bench.first_blocks())
     model.requires_grad_(True).train()
     inputs = bench.inputs(1)
     generator = torch.Generator(bench.device).manual_seed(workload.SEED)
