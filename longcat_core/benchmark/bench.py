@@ -89,8 +89,8 @@ class Job:
         clean_up(self.device)
         model = workload.load_model(args.model, self.device, self.dtype, blocks)
         size.check(model.config)
-        both_compile_modes = args.part != "all" or args.parts is None
-        options = {"fp8": not args.no_fp8, "few_blocks": args.few_blocks, "both_compile_modes": both_compile_modes}
+        also_compiled = args.part != "all" or args.parts is None
+        options = {"fp8": not args.no_fp8, "few_blocks": args.few_blocks, "also_compiled": also_compiled}
         return Bench(model, size, self.device, args.repeats, self.budget, args.attention, **options)
 
     def report(self, kind: str, bench: Bench) -> ResultsFile:

@@ -29,9 +29,6 @@ FULL = Optimizations(compile="blocks")
 FP8_WEIGHTS = "fp8 weights, 16-bit GEMMs"
 # Without our own kernels, the compiler's stand in for them.
 NO_KERNELS = ", without own kernels"
-# With our own kernels, compiling the blocks gains little and makes the first call slow. The other mode is measured too.
-PATH_COMPILE = {EXACT: "off", FP8: "off"}
-SUFFIXES = {"off": ", not compiled", "blocks": ", compiled"}
 # Fields of a row that the terminal shows as soon as the row is done.
 PROGRESS = ("ms", "first_s", "seconds", "error", "graphs", "fit", "gb_s", "plan")
 
@@ -43,8 +40,7 @@ class Bench:
     """What all variants share: the model, its inputs, how long and how often to measure, and the report.
 
     fp8: whether lossy variants run; few_blocks: blocks of parts that need only some; variant: what `profile` profiles;
-    both_compile_modes: whether paths also run compiled if they normally do not, and the reverse; remake: makes the
-    bench again, with the original weights.
+    also_compiled: whether paths also run with compiled blocks; remake: makes the bench again, with its first weights.
     """
 
     model: Any
@@ -57,7 +53,7 @@ class Bench:
     fp8: bool = True
     few_blocks: int = 4
     variant: str = "exact"
-    both_compile_modes: bool = True
+    also_compiled: bool = True
     remake: Callable[[], Bench] | None = None
     say: Callable[[str], None] = say
     _inputs: dict[int, workload.Inputs] = field(default_factory=dict)
@@ -85,10 +81,11 @@ class Bench:
         return {name: getattr(FULL, name) for name in PLAIN} | {"attention": self.attention}
 
     def path(self, name: str) -> dict[str, Any]:
-        """Values of the path EXACT, FP8 or FP8_8BIT."""
-        if name == FP8_8BIT:
-            return self.eight_bit_paths()[FP8_8BIT]
-        return self.full() | {"compile": PATH_COMPILE[name]}
+        """Values of the path EXACT, FP8 or FP8_8BIT.
+
+        With our own kernels, compiling the blocks gains little and makes the first call slow; `compiled` has the rest.
+        """
+        return self.eight_bit_paths()[FP8_8BIT] if name == FP8_8BIT else self.full() | {"compile": "off"}
 
     def eight_bit_paths(self) -> dict[str, dict[str, Any]]:
         """Names and values of FP8_8BIT and of its variants with the other 8-bit kernels."""
@@ -96,10 +93,9 @@ class Bench:
         attends = {FP8_8BIT: fastest} | {f"{FP8_8BIT}, {other}": other for other in others}
         return {name: self.path(FP8) | {"attention": attention} for name, attention in attends.items()}
 
-    def other_compile_mode(self, name: str) -> tuple[str, dict[str, Any]]:
-        """Name and values of the same path in its other mode of compilation."""
-        compiled = "blocks" if PATH_COMPILE[name] == "off" else "off"
-        return name + SUFFIXES[compiled], self.full() | {"compile": compiled}
+    def compiled(self, name: str) -> tuple[str, dict[str, Any]]:
+        """Name and values of the path EXACT or FP8 with compiled blocks."""
+        return f"{name}, compiled", self.full()
 
     # --- measuring ---
 
@@ -200,8 +196,8 @@ def lossy_rows(bench: Bench, first: Row, full: Row, paths: bool) -> None:
     row = bench.network(FP8, values, finish=finish, phase="fp8")
     if paths:
         bench.network(f"{FP8}{DISTILLED}", values, 1, phase="distilled")
-        if bench.both_compile_modes:
-            bench.network(*bench.other_compile_mode(FP8), finish=finish, phase="fp8")
+        if bench.also_compiled:
+            bench.network(*bench.compiled(FP8), finish=finish, phase="fp8")
     for name, other in bench.eight_bit_paths().items():
         bench.network(name, other, finish=compare_with(first, row), phase="fp8")
     if not paths:

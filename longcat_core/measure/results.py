@@ -131,20 +131,11 @@ class ResultsFile:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_plain(self.content), indent=1, allow_nan=False) + "\n"
+        # NaN and infinity, which JSON lacks, become null.
+        content = json.loads(json.dumps(self.content), parse_constant=lambda _: None)
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         with atomic_path(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _blocks(bench: Bench) -> None:
     if bench.add({"name": "fp32", "depth": model.config.depth}, reference)["status"] != "ok":
         return
     first = bench.add({"name": EAGER}, baseline)
-    variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT)} | dict([bench.other_compile_mode(EXACT)])
+    variants = {"plain, eager": bench.plain(), EXACT: bench.path(EXACT)} | dict([bench.compiled(EXACT)])
     variants[f"{EXACT}{NO_KERNELS}"] = bench.full() | {"fused_kernels": False}
     lossy = {FP8: bench.path(FP8), FP8_WEIGHTS: bench.path(FP8) | {"fp8": False}} | bench.eight_bit_paths()
     for name, values in (variants | (lossy if bench.fp8 else {})).items():

@@ -18,8 +18,8 @@ def exact_paths(bench: Bench) -> None:
     bench.baseline(COMPILED, True)
     bench.network(EXACT, bench.path(EXACT), finish=compare_with(first), phase="path")
     bench.network(f"{EXACT}{DISTILLED}", bench.path(EXACT), 1, phase="distilled")
-    if bench.both_compile_modes:
-        bench.network(*bench.other_compile_mode(EXACT), finish=compare_with(first), phase="path")
+    if bench.also_compiled:
+        bench.network(*bench.compiled(EXACT), finish=compare_with(first), phase="path")
 
 
 def lossy_paths(bench: Bench) -> None:

@@ -12,13 +12,8 @@ from ..workload import Size
 
 # Height, width, frames: 4,680 to 168,960 tokens of the released model.
 SIZES = (
-    (480, 832, 9),
-    (480, 832, 25),
-    (480, 832, 49),
-    (480, 832, 93),
-    (720, 1280, 61),
-    (720, 1280, 93),
-    (720, 1280, 125),
+    *((480, 832, frames) for frames in (9, 25, 49, 93)),
+    *((720, 1280, frames) for frames in (61, 93, 125)),
     (704, 1280, 189),
 )
 # 48 to 384 tokens.
