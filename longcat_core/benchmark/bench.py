@@ -6,7 +6,6 @@ import argparse
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from ..files.atomic import atomic_path
 from ..files.places import check_new_folder
 from ..measure.charts import require_pillow
 from ..measure.clock import Budget, clean_up
-from ..measure.results import ResultsFile, aligned, made_by, say
+from ..measure.results import ResultsFile, aligned, say
 from ..optimize import attention
 from ..optimize.quantization import quantized_layers
 from . import workload
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     check_new_folder(args.output, "results.json")
     if not args.no_plots:
         require_pillow(", or give --no-plots and draw them elsewhere with longcat bench report")
-    job = Job(args, device, dtype, Budget(args.budget), made_by(device))
+    job = Job(args, device, dtype, Budget(args.budget))
     if args.part == "all":
         _everything(job, size)
     else:
@@ -75,13 +74,12 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
 
 @dataclass
 class Job:
-    """The checked options, and what the parts of a run share. origin: entries of every file of results."""
+    """The checked options, and what the parts of a run share."""
 
     args: argparse.Namespace
     device: torch.device
     dtype: torch.dtype
     budget: Budget
-    origin: dict[str, Any]
 
     def bench(self, size: Size, blocks: int | None) -> Bench:
         """A bench with a new model."""
@@ -106,7 +104,7 @@ class Job:
             "attention": args.attention,
         }
         name = profile.file_name(bench.variant) if kind == "profile" else kind
-        return ResultsFile(kind, args.output, self.device, inputs, self.origin, name)
+        return ResultsFile(kind, args.output, self.device, inputs, name)
 
     def measure(self, kind: str, bench: Bench, variant: str = "exact") -> None:
         """Run one part on a bench; print its table, write its results and charts. variant: of `profile`."""

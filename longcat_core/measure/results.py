@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@cache
 def machine(device: torch.device) -> dict[str, Any]:
     """The hardware and software that a measurement depends on."""
     found: dict[str, Any] = {
@@ -73,6 +75,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
+@cache
 def commit() -> str:
     """The commit of this checkout, with a + if tracked files differ from it; empty outside a checkout.
 
@@ -84,11 +87,6 @@ def commit() -> str:
     return found + ("+" if found and _command("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
-def made_by(device: torch.device) -> dict[str, Any]:
-    """The entries of a file of results that say where it comes from."""
-    return {"machine": machine(device), "commit": commit()}
-
-
 def say(sentence: str) -> None:
     """Print a line at once: a run that is cut off must have shown how far it got."""
     print(sentence, flush=True)
@@ -97,16 +95,8 @@ def say(sentence: str) -> None:
 class ResultsFile:
     """One file of results, rewritten after every row, so that an interrupted run loses nothing."""
 
-    def __init__(
-        self,
-        kind: str,
-        folder: Path,
-        device: torch.device,
-        inputs: dict[str, Any],
-        origin: dict[str, Any] | None = None,
-        name: str = "",
-    ) -> None:
-        """origin: what `made_by` returns, if already looked up. name: the name of the file; default: the kind."""
+    def __init__(self, kind: str, folder: Path, device: torch.device, inputs: dict[str, Any], name: str = "") -> None:
+        """name: of the file; default: the kind."""
         self.name = name or kind
         self.path = folder / f"{self.name}.json"
         self.content: dict[str, Any] = {
@@ -115,7 +105,8 @@ class ResultsFile:
             "name": self.name,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "longcat " + shlex.join(sys.argv[1:]),
-            **(origin or made_by(device)),
+            "machine": machine(device),
+            "commit": commit(),
             "inputs": inputs,
             "rows": [],
         }

@@ -34,7 +34,7 @@ def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def report(tmp_path) -> results.ResultsFile:
-    return results.ResultsFile("cards", tmp_path, CPU, {}, {"machine": {}, "commit": ""})
+    return results.ResultsFile("cards", tmp_path, CPU, {})
 
 
 def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
