@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -153,9 +153,9 @@ class BaselineTransformer(nn.Module):
         super().__init__()
         self.config, self.dtype = model.config, model.dtype
         self.patch_embed = _shared(model.patch_embed)
-        self.time_embed = nn.ModuleList(_split(layer)[0] for layer in model.time_embed)
-        self.text_embed = nn.ModuleList(_split(layer)[0] for layer in model.text_embed)
-        self.blocks = nn.ModuleList(PlainBlock(block) for block in model.blocks)
+        self.time_embed: Any = nn.ModuleList(_split(layer)[0] for layer in model.time_embed)
+        self.text_embed: Any = nn.ModuleList(_split(layer)[0] for layer in model.text_embed)
+        self.blocks: Any = nn.ModuleList(PlainBlock(block) for block in model.blocks)
         (self.final_modulation,), (self.final_linear,) = map(
             _split, (model.final_layer.modulation, model.final_layer.linear)
         )

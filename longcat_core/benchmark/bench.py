@@ -57,7 +57,8 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
         unknown = [name for name in args.parts if name not in PARTS]
         if unknown:
             raise LongCatError(f"--parts has no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
-    size = Size(*args.size, args.frames, args.batch)
+    height, width = args.size
+    size = Size(height, width, args.frames, args.batch)
     size.latents()
     if args.model not in (FULL_RANDOM, NANO) and not Path(args.model).exists():
         raise LongCatError(f"--model {args.model} does not exist; give nano, full-random or the path of a checkpoint")
@@ -167,16 +168,16 @@ def _everything(job: Job, size: Size) -> None:
             job.guarded("backends", bench)
         del bench
     few = args.few_blocks if depth is None else min(args.few_blocks, depth)
-    bench = None
+    small: Bench | None = None
     for kind, variant in (*((kind, "exact") for kind in FEW), *(("profile", variant) for variant in profile.REFINING)):
         if kind not in wanted or (variant in profile.REFINING and "refine" not in wanted):
             continue
         if args.no_fp8 and (kind == "policies" or variant == "refine+fp8"):
             continue
-        if bench is None or bench.model is None or quantized_layers(bench.model):
+        if small is None or small.model is None or quantized_layers(small.model):
             # An earlier part quantized or dropped the model.
-            bench = job.bench(size, few)
+            small = job.bench(size, few)
         if profile.refines(kind, variant):
-            bench = bench.sized(Size(*REFINED[job.device.type]))
-        job.guarded(kind, bench, variant)
+            small = small.sized(Size(*REFINED[job.device.type]))
+        job.guarded(kind, small, variant)
     say(f"results are in {args.output}")

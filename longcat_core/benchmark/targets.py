@@ -123,8 +123,8 @@ class Targets:
                 verdict = met_or_missed(target.is_met(value)) if same else "of another run"
             lines.append((target.name, target.what, target.bound, _in_unit(value, target.unit), verdict))
         # An fp32 run has no 16-bit path to compare with.
-        rounded = exactness is not None and exactness["inputs"].get("dtype") != "float32"
-        ratio = by_name(exactness).get(EXACT, {}).get("ratio") if rounded else None
+        rounded = exactness if exactness and exactness["inputs"].get("dtype") != "float32" else {"rows": []}
+        ratio = by_name(rounded).get(EXACT, {}).get("ratio")
         if ratio is not None:
             most = self.content["exactness"]["ratio"]
             bound = f"<= {most} x", f"{shown(ratio)} x", met_or_missed(ratio <= most)
@@ -219,7 +219,7 @@ def _profiled_families(found: ResultsByName, path: str, results: Results) -> dic
 
 
 def _minus(value: float, *others: float | None) -> float | None:
-    return None if None in others else value - sum(others)
+    return None if None in others else value - sum(filter(None, others))
 
 
 def _in_unit(value: float | None, unit: str) -> str | None:

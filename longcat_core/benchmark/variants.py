@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..measure.clock import GIB, OK, Budget, attempt, clean_up, measure
-from ..measure.results import ResultsFile, say, shown
+from ..measure.results import say, shown
 from ..measure.speed import PLAIN, plain
 from ..optimize.attention import BACKENDS
 from ..optimize.quantization import quantize
@@ -37,7 +37,8 @@ Row = dict[str, Any]
 
 @dataclass
 class Bench:
-    """What all variants share: the model, its inputs, how long and how often to measure, and the report.
+    """What all variants share: the model, its inputs, how long and how often to measure, and the report, a
+    `ResultsFile`.
 
     fp8: whether lossy variants run; few_blocks: blocks of parts that need only some; variant: what `profile` profiles;
     also_compiled: whether paths also run with compiled blocks; remake: makes the bench again, with its first weights.
@@ -49,12 +50,12 @@ class Bench:
     repeats: int
     budget: Budget
     attention: str = "auto"
-    report: ResultsFile | None = None
+    report: Any = None
     fp8: bool = True
     few_blocks: int = 4
     variant: str = "exact"
     also_compiled: bool = True
-    remake: Callable[[], Bench] | None = None
+    remake: Any = None
     say: Callable[[str], None] = say
     _inputs: dict[int, workload.Inputs] = field(default_factory=dict)
 

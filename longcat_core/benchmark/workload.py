@@ -106,7 +106,7 @@ def first_blocks(model: OptimizedTransformer, depth: int) -> OptimizedTransforme
     small = OptimizedTransformer(config, model.optimizations, dtype=model.dtype, device="meta")
     for name in ("patch_embed", "time_embed", "text_embed", "final_layer"):
         setattr(small, name, getattr(model, name))
-    small.blocks = torch.nn.ModuleList(list(model.blocks)[:depth])
+    small.register_module("blocks", torch.nn.ModuleList(list(model.blocks)[:depth]))
     return small.eval()
 
 
@@ -131,7 +131,7 @@ class Inputs:
         # All padding counts as one key.
         self.folded_keys = max(lengths) + 1
         self.context, self.mask = random_text(config, lengths, generator)
-        self.numbers = [torch.tensor(n, device=device) for n in (SIGMA, SIGMA_CHANGE)]
+        self.sigma, self.sigma_change = (torch.tensor(number, device=device) for number in (SIGMA, SIGMA_CHANGE))
         self.scale = torch.tensor(GUIDANCE, device=device) if size.batch == 2 else None
 
     def describe(self) -> dict[str, Any]:
@@ -226,7 +226,8 @@ def step_of(forward: Callable[[], Tensor], inputs: Inputs, chosen: Optimizations
 
     def step() -> Tensor:
         with torch.no_grad():
-            return take_step(chosen, inputs.latents, forward(), *inputs.numbers, inputs.scale, 0)[0]
+            out, sigmas = forward(), (inputs.sigma, inputs.sigma_change)
+            return take_step(chosen, inputs.latents, out, *sigmas, inputs.scale, 0)[0]
 
     return step
 

@@ -66,7 +66,8 @@ def table(results: Results, targets: Any) -> str:
     phases: dict[str, dict[str, Row]] = {}
     for row in results["rows"]:
         phases.setdefault(row.get("phase", ""), {})[row["name"]] = row
-    lines, alone = [], phases.get("removed", {})
+    lines: list[tuple[Any, ...]] = []
+    alone = phases.get("removed", {})
     for name, row in phases.get("baseline", {}).items():
         lines.append((name, row.get("ms"), None, None, None, None, row.get("peak_gib"), row["status"]))
     for phase, sign in (("added", "+ "), ("fp8", "")):

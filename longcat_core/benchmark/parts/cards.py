@@ -162,7 +162,7 @@ def _step(bench: Bench, path: str, limit: Limit, plan: Plan, rate: float, first:
 def table(results: Results, _: Any) -> str:
     lines = []
     for row in measured_rows(results):
-        bound = None if row.get("target") is None else f"{row['target']}: {met_or_missed(row.get('met'))}"
+        bound = None if row.get("target") is None else f"{row['target']}: {met_or_missed(row['met'])}"
         figures = [row.get(name) for name in ("ms", "ratio", "transfer_ms", "floor_ms", "peak_gib", "difference")]
         lines.append((row["name"], row["plan"], *figures, bound, row["status"]))
     head = ("", "plan", "ms a step", "x no limit", "transfer ms", "floor ms", "peak GiB", "difference", "target", "")

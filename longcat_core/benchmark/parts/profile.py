@@ -140,7 +140,7 @@ def families(rows: list[Row]) -> list[Row]:
 
 
 def table(results: Results, _: Any) -> str:
-    whole = next((r for r in results["rows"] if r.get("phase") == "total"), {})
+    whole: Row = next((r for r in results["rows"] if r.get("phase") == "total"), {})
     lines = [(r["name"], r["ms"], f"{100 * r['share']:.1f} %", r["calls"]) for r in families(results["rows"])]
     longest = [
         (k["name"].replace("`", "'")[:90], k["family"], k["ms"], k["calls"]) for k in results.get("kernels", [])[:12]
