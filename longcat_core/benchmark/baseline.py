@@ -71,18 +71,17 @@ def quarter_turn(x: Tensor) -> Tensor:
     return torch.stack((-second, first), dim=-1).flatten(-2)
 
 
-class PlainSelfAttention(nn.Module):
-    """Separate q, k, v and proj; heads come before tokens, as in public rotary code."""
+class PlainAttention(nn.Module):
+    """Separate q, k, v and proj, on the weights of a block's attention; qkv: where they come from."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, source: Any, qkv: list[nn.Linear]) -> None:
         super().__init__()
-        source = block.attn
-        self.heads, (self.proj,) = source.num_heads, _split(source.proj)
-        self.q, self.k, self.v = _split(source.qkv, 3)
+        self.heads, (self.q, self.k, self.v), (self.proj,) = source.num_heads, qkv, _split(source.proj)
         self.q_norm, self.k_norm = _shared(source.q_norm), _shared(source.k_norm)
         self.angles: dict[Grid, Tensor] = {}
 
-    def forward(self, x: Tensor, grid: Grid, attend: Attend) -> Tensor:
+    def own(self, x: Tensor, grid: Grid, attend: Attend) -> Tensor:
+        """Attention of x [B, N, C] to itself; heads come before tokens, as in public rotary code."""
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         angles = self.angles[grid].to(x.device)
@@ -93,18 +92,8 @@ class PlainSelfAttention(nn.Module):
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.reshape(x.shape))
 
-
-class PlainCrossAttention(nn.Module):
-    """Attends every position of the text, or with a mask every real one."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        source = block.cross_attn
-        self.heads, (self.q,), (self.proj,) = source.num_heads, _split(source.q), _split(source.proj)
-        self.k, self.v = _split(source.kv, 2)
-        self.q_norm, self.k_norm = _shared(source.q_norm), _shared(source.k_norm)
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, attend: Attend) -> Tensor:
+    def to_text(self, x: Tensor, text: Tensor, mask: Tensor | None, attend: Attend) -> Tensor:
+        """Attention to every position of the text, or with a mask to every real one."""
         layers = (self.q, x), (self.k, text), (self.v, text)
         q, k, v = (layer(rows).unflatten(-1, (self.heads, -1)) for layer, rows in layers)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -119,7 +108,9 @@ class PlainCrossAttention(nn.Module):
 class PlainBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.attn, self.cross_attn = PlainSelfAttention(block), PlainCrossAttention(block)
+        cross = block.cross_attn
+        self.attn = PlainAttention(block.attn, _split(block.attn.qkv, 3))
+        self.cross_attn = PlainAttention(cross, [*_split(cross.q), *_split(cross.kv, 2)])
         (self.modulation,), self.cross_norm = _split(block.modulation), _shared(block.cross_norm)
         (self.w1, self.w3), (self.w2,) = _split(block.ffn.gate_up, 2), _split(block.ffn.down)
 
@@ -133,11 +124,11 @@ class PlainBlock(nn.Module):
             values = _autocast_linear(self.modulation, F.silu(temb)).unsqueeze(2)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = values.chunk(6, dim=-1)
         h = modulated(x.view(by_frame), shift_a, scale_a).view(batch, tokens, dim)
-        h = self.attn(h, grid, attend)
+        h = self.attn.own(h, grid, attend)
         with _fp32_autocast(x):
             summed = x + (gate_a * h.view(by_frame)).view(batch, tokens, dim)
         x = summed.to(x.dtype)
-        x = x + self.cross_attn(self.cross_norm(x), text, mask, attend)
+        x = x + self.cross_attn.to_text(self.cross_norm(x), text, mask, attend)
         h = modulated(x.view(by_frame), shift_f, scale_f).view(batch, tokens, dim)
         h = self.w2(F.silu(self.w1(h)) * self.w3(h))
         with _fp32_autocast(x):

@@ -37,12 +37,12 @@ class BlockOutputs:
 
     def around(self, i: int, run: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         out = run(tokens)
-        # A copy, since the next block may write into its input.
-        self.blocks.append(out.float().flatten(1, -2) if out.dtype != torch.float32 else out.flatten(1, -2).clone())
+        self.hook(None, None, out)
         return out
 
     def hook(self, module: Any, args: Any, out: Tensor) -> None:
-        self.blocks.append(out.float().flatten(1, -2))
+        # A copy, since the next block may write into its input.
+        self.blocks.append(out.to(torch.float32, copy=True).flatten(1, -2))
 
 
 def errors(given: Tensor, expected: Tensor) -> Row:
