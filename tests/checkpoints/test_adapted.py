@@ -88,7 +88,7 @@ def test_layers_outside_of_blocks(model, tmp_path):
     assert error(output(model), wanted) < 1e-5 and error(wanted, output(load())) > 0.1
 
 
-def test_strength_0_and_none_are_the_base_bit_for_bit(model):
+def test_strength_0_and_no_lora_equal_the_base_bit_for_bit(model):
     plain, modules = output(model), dict(model.named_modules())
     kinds = {name: type(module) for name, module in modules.items()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -137,7 +137,7 @@ def test_a_rewritten_file_is_read_again(tmp_path, model):
     assert error(output(model), output(load(lora=[(path, 1.0)]))) < 1e-5
 
 
-def test_what_is_wrong_changes_nothing(tmp_path, model):
+def test_bad_loras_change_nothing(tmp_path, model):
     loras = RuntimeLoras(model, [(LORA, 0.5)])
     wanted = output(model)
     with pytest.raises(CheckpointError, match="is not a LoRA"):

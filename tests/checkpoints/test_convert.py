@@ -47,7 +47,7 @@ def error(path: Path, name: str = "t2v.out") -> float:
     return ((output(path) - wanted).abs().max() / wanted.std()).item()
 
 
-def test_the_commands_forms_are_the_ones_there_are():
+def test_the_command_offers_every_form():
     assert set(CHECKPOINT_FORMS) == set(convert.TARGETS)
 
 
@@ -95,7 +95,7 @@ def test_any_form_to_any_other(tmp_path, source, to):
     assert len(errors) == sum(len(checkpoint.parts(name)) for name in wanted)
 
 
-def test_bf16_stays_what_it_was(tmp_path, golden):
+def test_bf16_numbers_do_not_change(tmp_path, golden):
     source = tmp_path / "source.safetensors"
     write_safetensors(source, {name: tensor.bfloat16() for name, tensor in comfyui(golden).items()})
     errors = convert.convert(source, tmp_path / "new.safetensors", "bf16")
@@ -105,14 +105,14 @@ def test_bf16_stays_what_it_was(tmp_path, golden):
     assert all(torch.equal(new[name], tensor.bfloat16()) for name, tensor in golden.items())
 
 
-def test_fp8_stays_what_it_was(tmp_path, golden):
+def test_fp8_numbers_do_not_change(tmp_path, golden):
     source = tmp_path / "source.safetensors"
     write_safetensors(source, fp8_scaled(comfyui(golden)))
     errors = convert.convert(source, tmp_path / "new.safetensors", "comfyui-fp8")
     assert max(row.relative for row in errors) < 1e-6
 
 
-def test_int8_is_the_official_one(tmp_path):
+def test_int8_equals_the_official_file(tmp_path):
     """Numbers and scales of the golden file, which the public code made; the rest is bf16 here, fp32 there."""
     convert.convert(DIT, tmp_path / "new.safetensors", "int8")
     new, wanted = read_tensors(tmp_path / "new.safetensors"), read_tensors(GOLDEN / "dit_int8.safetensors")
@@ -145,7 +145,7 @@ def test_comfyui_fp8_is_what_comfyui_takes(tmp_path, golden):
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_what_shapes_cannot_tell_goes_along(tmp_path, golden, flag):
+def test_settings_without_a_shape_are_kept(tmp_path, golden, flag):
     source = tmp_path / "source.safetensors"
     write_safetensors(source, golden, {"config": json.dumps({"text_tokens_zero_pad": flag})})
     convert.convert(source, tmp_path / "new.safetensors", "int8")

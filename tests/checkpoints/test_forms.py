@@ -99,7 +99,7 @@ def test_names_in_16_bits_are_exact(tmp_path, golden, wanted, forward, form, dty
     assert error(model, forward) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
 
 
-def test_the_file_name_tells_nothing(tmp_path, golden, wanted):
+def test_the_file_name_does_not_matter(tmp_path, golden, wanted):
     path = saved(tmp_path, comfyui(golden), name="Wan2_1-T2V-14B_official_int8.gguf")
     assert_same(load_transformer(path), wanted)
 
@@ -379,7 +379,7 @@ def test_numbers_beyond_fp16_are_not_the_files_fault(tmp_path, golden):
         load_transformer(path, dtype=torch.float16)
 
 
-def test_the_avatar_model_is_not_taken_for_ours(tmp_path, golden):
+def test_the_avatar_model_is_rejected(tmp_path, golden):
     for state in (golden, comfyui(golden)):
         extra = {"blocks.0.audio_cross_attn.q_linear.weight": torch.zeros(2)}
         with pytest.raises(CheckpointError, match="holds LongCat-Video-Avatar, not a LongCat-Video transformer"):

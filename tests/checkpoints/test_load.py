@@ -65,7 +65,7 @@ def assert_same(model: torch.nn.Module, wanted: State) -> None:
 # Forms
 
 
-def test_one_parameter_off_the_disk(folder, wanted):
+def test_one_parameter_is_read_again(folder, wanted):
     checkpoint = open_checkpoint(folder)
     for name in ("blocks.0.ffn.gate_up.weight", "blocks.1.attn.qkv.bias", "patch_embed.weight"):
         assert torch.equal(read_parameter(checkpoint, name), wanted[name])
@@ -100,27 +100,27 @@ def test_files_that_the_index_does_not_name_are_left_alone(folder, wanted):
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "transformer."])
-def test_prefix_is_taken_off_and_what_stands_beside_it_is_left_alone(tmp_path, state, wanted, prefix):
+def test_prefixes_are_removed_and_other_tensors_ignored(tmp_path, state, wanted, prefix):
     file = tmp_path / "prefixed.safetensors"
     write_safetensors(file, {prefix + k: v for k, v in state.items()} | {"first_stage_model.x": torch.ones(2)})
     assert_same(load_transformer(file), wanted)
     assert open_checkpoint(file).prefix == prefix
 
 
-def test_shapes_tell_the_config(tmp_path):
+def test_the_config_is_inferred_from_shapes(tmp_path):
     shutil.copy(GOLDEN / "dit.safetensors", tmp_path)
     assert open_checkpoint(tmp_path / "dit.safetensors").config == CONFIG
     assert open_checkpoint(GOLDEN / "dit_int8.safetensors").config == CONFIG
 
 
-def test_config_beside_shards_goes_before_shapes(folder):
+def test_config_json_takes_precedence_over_shapes(folder):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"text_tokens_zero_pad": False}))
     assert not load_transformer(folder).config.text_tokens_zero_pad
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_metadata_tells_what_shapes_cannot(tmp_path, state, flag):
+def test_metadata_adds_what_shapes_do_not_show(tmp_path, state, flag):
     file = tmp_path / "one.safetensors"
     write_safetensors(file, state, {"config": json.dumps({"text_tokens_zero_pad": flag})})
     assert open_checkpoint(file).config.text_tokens_zero_pad is flag
@@ -152,14 +152,14 @@ def test_weights_are_cast(wanted):
     assert_same(model, {name: value.bfloat16() for name, value in wanted.items()})
 
 
-def test_loaded_weights_do_not_hang_on_the_file(tmp_path, wanted):
+def test_loaded_weights_do_not_depend_on_the_file(tmp_path, wanted):
     file = Path(shutil.copy(GOLDEN / "dit.safetensors", tmp_path))
     model = load_transformer(file)
     file.write_bytes(b"\0" * file.stat().st_size)
     assert_same(model, wanted)
 
 
-def test_official_names_go_there_and_back(tmp_path, state):
+def test_official_names_round_trip(tmp_path, state):
     written = official_state(load_transformer(GOLDEN / "dit.safetensors"), OFFICIAL)
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], value) for name, value in state.items())

@@ -263,7 +263,7 @@ def test_loras_are_exchanged_exactly(tmp_path, kind):
     assert same(model, [])
 
 
-def test_exchanging_changes_nothing_where_the_checkpoint_is_gone(tmp_path):
+def test_exchanging_changes_nothing_if_the_checkpoint_is_gone(tmp_path):
     path = tmp_path / "dit.safetensors"
     path.write_bytes((GOLDEN / "dit.safetensors").read_bytes())
     model = load_transformer(path)

@@ -71,7 +71,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, good):
     assert os.listdir(tmp_path) == [good.name]
 
 
-def test_what_a_killed_process_of_this_number_left_is_in_nobodys_way(tmp_path):
+def test_files_of_a_killed_process_do_not_block_writing(tmp_path):
     left = tmp_path / f".x.safetensors.{os.getpid()}.tmp"
     left.write_bytes(b"half")
     write_safetensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
