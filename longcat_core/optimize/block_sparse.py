@@ -464,26 +464,13 @@ def with_block_sparse(chosen: Kernels, layout: ChunkLayout, settings: BlockSpars
     return chosen._replace(attend=block_sparse_attend(layout, settings), text=text, quantized=None)
 
 
-def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSparse, cond_frames: int = 0) -> Tensor:
-    """Block-sparse attention of tokens in (frames, rows, columns) order; golden data is compared with it.
+def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSparse) -> Tensor:
+    """Block-sparse attention of all tokens of a grid in (frames, rows, columns) order, which golden data holds.
 
-    q [B, Nq, heads, head_dim], k and v [B, Nk, heads, head_dim]: all tokens of the grid, or with queries of its noise
-    frames alone -> as q. cond_frames: the first frames, whose queries see only their own keys.
+    q, k, v [B, N, heads, head_dim] -> as q.
     """
-    frames, height, width = grid
-    if k.shape[1] != math.prod(grid) or q.shape[1] % (height * width):
+    if not q.shape[1] == k.shape[1] == math.prod(grid):
         raise LongCatError(f"{q.shape[1]} queries and {k.shape[1]} keys do not fit a grid of {grid} tokens")
-    layout = chunk_layout(tuple(grid), settings.chunk, settings.query_chunk, cond_frames, q.device)
-    attend = block_sparse_attend(layout, settings)
-    k, v = layout.arrange(k), layout.arrange(v)
-    skipped = frames - q.shape[1] // (height * width)
-    if skipped not in (0, cond_frames):
-        raise LongCatError(f"queries of the last {frames - skipped} frames; give those of all or of the noise frames")
-    cond, n = layout.cond_slots, cond_frames * height * width
-    q = q.index_select(1, layout.order if not skipped else layout.order[cond:] - n)
-    if skipped:
-        return attend(q, k, v).index_select(1, layout.places[n:] - cond)
-    if not cond or cond_frames == frames:
-        return layout.restore(attend(q, k, v))
-    out = torch.cat((attend(q[:, :cond], k[:, :cond], v[:, :cond]), attend(q[:, cond:], k, v)), dim=1)
-    return layout.restore(out)
+    layout = chunk_layout(tuple(grid), settings.chunk, settings.query_chunk, 0, q.device)
+    q, k, v = (layout.arrange(x) for x in (q, k, v))
+    return layout.restore(block_sparse_attend(layout, settings)(q, k, v))

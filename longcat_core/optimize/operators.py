@@ -10,11 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
 # q [B, Nq, H, D], k and v [B, Nk, H, D] -> [B, Nq, H, D].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -38,35 +39,32 @@ AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
 NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
 
 
-def _attend_op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    return _RAW[backend](q, k, v).contiguous()
+def operator(name: str, fake: Callable[..., Any]) -> Callable[[F], F]:
+    """Make a function a custom operator, with its signature as schema. fake: returns outputs of the same form."""
+
+    def made(function: F) -> F:
+        found = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+        found.register_fake(fake)
+        return cast(F, found)
+
+    return made
 
 
-def _varlen_op(
+_KERNELS: dict[str, Callable[..., Any]] = {}
+_foreign = threading.local()
+
+
+@operator("attend", lambda q, *_: q.new_empty(q.shape))
+def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    return _KERNELS[backend](q, k, v).contiguous()
+
+
+@operator("attend_varlen", lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)))
+def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _RAW_VARLEN[backend](q, k, v, Varlen(ends_q, ends_k, longest_q, longest_k))
+    out, lse = _KERNELS[backend](q, k, v, Varlen(ends_q, ends_k, longest_q, longest_k))
     return out.contiguous(), lse.contiguous()
-
-
-_attend_op = torch.library.custom_op(
-    f"{NAMESPACE}::attend", _attend_op, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, str backend) -> Tensor"
-)
-_attend_op.register_fake(lambda q, k, v, backend: q.new_empty(q.shape))
-_varlen_op = torch.library.custom_op(
-    f"{NAMESPACE}::attend_varlen",
-    _varlen_op,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, SymInt longest_q, SymInt longest_k, "
-    "str backend) -> (Tensor, Tensor)",
-)
-_varlen_op.register_fake(
-    lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
-)
-
-_RAW: dict[str, Attend] = {}
-_RAW_VARLEN: dict[str, AttendVarlen] = {}
-_foreign = threading.local()
 
 
 def _within_graph(*tensors: Tensor) -> bool:
@@ -78,22 +76,24 @@ def _within_graph(*tensors: Tensor) -> bool:
 
 def opaque(name: str, kernel: Attend) -> Attend:
     """`kernel`, which in compiled graphs becomes a custom operator; `name` must be unique."""
-    _RAW[name] = kernel
+    _KERNELS[name] = kernel
 
     @wraps(kernel)
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend_op(q, k, v, name) if _within_graph(q, k, v) else kernel(q, k, v)
+        return _attend(q, k, v, name) if _within_graph(q, k, v) else kernel(q, k, v)
 
     return attend
 
 
 def opaque_varlen(name: str, kernel: AttendVarlen) -> AttendVarlen:
     """The same for a kernel over packed sequences."""
-    _RAW_VARLEN[name] = kernel
+    _KERNELS[f"{name} varlen"] = kernel
 
     @wraps(kernel)
     def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
-        return _varlen_op(q, k, v, *lengths, name) if _within_graph(q, k, v) else kernel(q, k, v, lengths)
+        if _within_graph(q, k, v):
+            return _attend_varlen(q, k, v, *lengths, f"{name} varlen")
+        return kernel(q, k, v, lengths)
 
     return attend
 
@@ -111,10 +111,3 @@ def foreign_kernel(attend: Attend) -> Iterator[None]:
         yield
     finally:
         _foreign.attend = before
-
-
-def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a custom operator, its signature as schema; fake: returns outputs of the same shapes and dtypes."""
-    made = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
-    made.register_fake(fake)
-    return made

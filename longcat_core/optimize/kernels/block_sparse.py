@@ -244,6 +244,47 @@ def launch_attend(
     return out
 
 
+def _fake_pool(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1] // chunk, x.shape[3])
+
+
+def _fake_top(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], keep), dtype=torch.int32)
+
+
+@operator("pool_chunks", _fake_pool)
+def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
+    """Means over the real tokens of chunks: x [B, N, heads, head_dim] -> [B, heads, N/chunk, head_dim], same dtype.
+
+    sizes [n] int32: real tokens of every N/n slots; chunks consist of such parts. fp32 inside.
+    """
+    x, out = _matrix(x), _fake_pool(x, sizes, chunk)
+    batch, tokens, heads, dim = x.shape
+    part, grid = tokens // len(sizes), (tokens // chunk, batch * heads)
+    _pool[grid](x, sizes, out, tokens, heads, grid[0], x.stride(1), CHUNK=chunk, PART=part, DIM=dim, num_warps=2)
+    return out
+
+
+@operator("top_chunks", _fake_top)
+def top_chunks(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor:
+    """Indices of the `keep` best key chunks, ascending: scores [.., n] in 16 bits -> [.., keep] int32.
+
+    Of equal scores the first win. padded: chunks with sizes [n] of 0 are skipped; at least `keep` must remain. n is at
+    most MAX_CHUNKS.
+    """
+    scores, out = scores.contiguous(), _fake_top(scores, sizes, keep, padded)
+    chunks = scores.shape[-1]
+    width = 1 << (chunks - 1).bit_length()
+    _top_k[(scores.numel() // chunks,)](
+        *(scores.view(torch.int16), sizes, out, chunks, keep),
+        PADDED=padded,
+        WIDTH=width,
+        num_warps=min(16, max(1, width // 1024)),
+    )
+    return out
+
+
+@operator("attend_chunks", lambda q, *_: q.new_empty(q.shape))
 def _attend_op(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
 ) -> Tensor:
@@ -252,6 +293,7 @@ def _attend_op(
     return launch_attend(q, k, v, indices, counts, sizes, q_chunk, padded, tiles)
 
 
+@operator("attend_chunks_flash4", lambda q, *_: q.new_empty(q.shape))
 def _flash4_op(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
 ) -> Tensor:
@@ -267,68 +309,6 @@ def _flash4_op(
         block_size=(q_chunk, k.shape[1] // len(sizes)),
     )
     return _flash_attn_fwd(_matrix(q), _matrix(k), _matrix(v), block_sparse_tensors=lists)[0]
-
-
-def _pool_op(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
-    x = _matrix(x)
-    batch, tokens, heads, dim = x.shape
-    out = _fake_pool(x, sizes, chunk)
-    part = tokens // len(sizes)
-    grid = (tokens // chunk, batch * heads)
-    _pool[grid](x, sizes, out, tokens, heads, grid[0], x.stride(1), CHUNK=chunk, PART=part, DIM=dim, num_warps=2)
-    return out
-
-
-def _fake_pool(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1] // chunk, x.shape[3])
-
-
-def _top_k_op(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor:
-    scores = scores.contiguous()
-    chunks = scores.shape[-1]
-    out = _fake_top_k(scores, sizes, keep, padded)
-    width = 1 << (chunks - 1).bit_length()
-    _top_k[(scores.numel() // chunks,)](
-        *(scores.view(torch.int16), sizes, out, chunks, keep),
-        PADDED=padded,
-        WIDTH=width,
-        num_warps=min(16, max(1, width // 1024)),
-    )
-    return out
-
-
-def _fake_top_k(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor:
-    return scores.new_empty((*scores.shape[:-1], keep), dtype=torch.int32)
-
-
-def _fake_attend(q: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-_attend_op = operator("attend_chunks", _attend_op, _fake_attend)
-_flash4_op = operator("attend_chunks_flash4", _flash4_op, _fake_attend)
-_pool_op = operator("pool_chunks", _pool_op, _fake_pool)
-_top_k_op = operator("top_chunks", _top_k_op, _fake_top_k)
-
-
-# --- what block-sparse attention calls -------------------------------------------------------------------------------
-
-
-def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
-    """Means over the real tokens of chunks: x [B, N, heads, head_dim] -> [B, heads, N/chunk, head_dim], same dtype.
-
-    sizes [n] int32: real tokens of every N/n slots; chunks consist of such parts. fp32 inside.
-    """
-    return _pool_op(x, sizes, chunk)
-
-
-def top_chunks(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor:
-    """Indices of the `keep` best key chunks, ascending: scores [.., n] in 16 bits -> [.., keep] int32.
-
-    Of equal scores the first win. padded: chunks with sizes [n] of 0 are skipped; at least `keep` must remain. n is at
-    most MAX_CHUNKS.
-    """
-    return _top_k_op(scores, sizes, keep, padded)
 
 
 def attend_chunks(

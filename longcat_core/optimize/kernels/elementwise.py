@@ -195,6 +195,7 @@ def _launch_residual_norm(
     )
 
 
+@operator("residual_norm", lambda x, update, gate, weight, bias, one_plus, fp8: _norm_out(x, update, fp8))
 def _residual_norm_op(
     x: Tensor, update: Tensor | None, gate: Tensor | None, weight: Tensor, bias: Tensor, one_plus: bool, fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,10 +216,12 @@ def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor
     return out
 
 
+@operator("norm_rope", lambda x, weight, cos, sin: x.new_empty(x.shape))
 def _norm_rope_op(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     return _launch_norm_rope(x, weight, cos, sin, x.new_empty(x.shape))
 
 
+@operator("gated_product", lambda gate_up, fp8: _out(gate_up, gate_up.shape[-1] // 2, fp8))
 def _gated_product_op(gate_up: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     width = gate_up.shape[-1] // 2
     out, scales = _out(gate_up, width, fp8)
@@ -227,22 +230,13 @@ def _gated_product_op(gate_up: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
+@operator("quantize", lambda x: _out(x, x.shape[-1], True))
 def _quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     out, scales = _out(x, width, True)
     size, warps = _block(width)
     _quantize[(x.numel() // width,)](x, out, scales, width, WIDTH=size, num_warps=warps)
     return out, scales
-
-
-_residual_norm_op = operator(
-    "residual_norm", _residual_norm_op, lambda x, update, gate, weight, bias, one_plus, fp8: _norm_out(x, update, fp8)
-)
-_norm_rope_op = operator("norm_rope", _norm_rope_op, lambda x, weight, cos, sin: x.new_empty(x.shape))
-_gated_product_op = operator(
-    "gated_product", _gated_product_op, lambda gate_up, fp8: _out(gate_up, gate_up.shape[-1] // 2, fp8)
-)
-_quantize_op = operator("quantize", _quantize_op, lambda x: _out(x, x.shape[-1], True))
 
 
 # --- what the network calls ------------------------------------------------------------------------------------------

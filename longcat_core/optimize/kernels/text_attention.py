@@ -165,7 +165,15 @@ def _launch(
     return out
 
 
-def _launch_fp8(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_fp8(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    values = torch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), dtype=torch.float8_e4m3fn, device=q.device)
+    return values, q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
+
+
+@operator("text_attention_fp8", _fake_fp8)
+def _text_attention_fp8_op(
+    q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     batch, tokens = q.shape[:2]
     out = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
     # A mean of a text's values does not exceed the largest. e4m3 is a floating-point format: a scale larger than a row
@@ -175,17 +183,9 @@ def _launch_fp8(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | 
     return out.flatten(2), scales[:, None, None].expand(batch, tokens, 1).contiguous()
 
 
+@operator("text_attention", lambda q, weight, k, v, bias: q.new_empty(q.shape))
 def _text_attention_op(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return _launch(q, weight, k, v, bias, q.new_empty(q.shape))
-
-
-def _fake_fp8(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    values = torch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), dtype=torch.float8_e4m3fn, device=q.device)
-    return values, q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
-
-
-_text_attention_op = operator("text_attention", _text_attention_op, lambda q, weight, k, v, bias: q.new_empty(q.shape))
-_text_attention_fp8_op = operator("text_attention_fp8", _launch_fp8, _fake_fp8)
 
 
 def text_attention(
