@@ -156,7 +156,7 @@ def chunk_layout(
     if not 0 <= cond_frames <= frames:
         raise LongCatError(f"{cond_frames} conditioning frames in a grid of {frames} frames; give at most that many")
     k_chunk, q_chunk = math.prod(chunk), math.prod(query)
-    orders, sizes, firsts, per_part = [], [], [], []
+    orders, counts, firsts, per_part = [], [], [], []
     for start, stop in ((0, cond_frames), (cond_frames, frames)):
         if start == stop:
             per_part.append((0, 0, 0))
@@ -175,10 +175,10 @@ def chunk_layout(
         boxes = torch.where(boxes < 0, torch.where(boxes[:, :1] < 0, spare, boxes[:, :1]), boxes)
         size = (~missing).sum(1)
         orders.append(boxes.flatten())
-        sizes.append(size)
+        counts.append(size)
         firsts.append(torch.arange(start, stop, query[0]))
         per_part.append((int((size > 0).sum()), boxes.numel(), len(firsts[-1])))
-    order, sizes = torch.cat(orders), torch.cat(sizes).to(torch.int32)
+    order, sizes = torch.cat(orders), torch.cat(counts).to(torch.int32)
     real = torch.arange(k_chunk)[None] < sizes[:, None]
     slots = real.flatten().nonzero()[:, 0]
     places = torch.empty(math.prod(grid), dtype=torch.int64).scatter_(0, order[slots], slots)
@@ -203,8 +203,8 @@ def chunk_layout(
 @torch.inference_mode(False)
 def chunked_rope_table(head_dim: int, layout: ChunkLayout, start_frame: int, device: Any) -> tuple[Tensor, Tensor]:
     """`rope_table` of the layout's grid, arranged: cosines and sines, each [slots, head_dim/2] fp32."""
-    tables = rope_table(head_dim, *layout.grid, start_frame, torch.device(device))
-    return tuple(layout.arrange(table, 0) for table in tables)
+    cos, sin = rope_table(head_dim, *layout.grid, start_frame, torch.device(device))
+    return layout.arrange(cos, 0), layout.arrange(sin, 0)
 
 
 class ChunkedLayout(FrameLayout):
@@ -259,8 +259,11 @@ class _ArrangedCache:
     def __init__(self, cache: BlockCache, layout: ChunkLayout) -> None:
         self.cache, self.layout, self.num_latents = cache, layout, cache.num_latents
 
-    def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.cache.read(block, like)
+    def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = self.cache.read(block, like)
+        if found is None:
+            return None
+        k, v = found
         return self.layout.arrange(k), self.layout.arrange(v)
 
     def keep(self, block: int) -> None:

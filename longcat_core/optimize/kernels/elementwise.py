@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..operators import operator
-from ..requirement import Inputs, Requirement
+from ..requirement import HALF, Inputs, Requirement
 from .jit import jit, tl, triton
 
 EPS = 1e-6
@@ -24,13 +24,13 @@ TINY = 1e-12
 # Tokens that one program normalizes with the modulation it holds in registers.
 ROWS = 8
 
-NEEDS = Requirement(triton=True, head_dims=None, backward=False)
+NEEDS = Requirement(triton=True, dtypes=HALF, head_dims=None, backward=False)
 missing = NEEDS.missing
 
 
 def takes(dtype: torch.dtype) -> bool:
     """Whether these kernels can run on this machine for activations in `dtype`."""
-    return dtype in NEEDS.dtypes and not missing()
+    return dtype in HALF and not missing()
 
 
 def usable(x: Tensor) -> bool:
@@ -153,7 +153,8 @@ def _strides(vector: Tensor | None) -> tuple[int, int]:
     """Steps from sample to sample and frame to frame of a modulation [B or 1, T or 1, 1, C], a weight [C] or None."""
     if vector is None or vector.ndim == 1:
         return 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(vector.shape[:2], vector.stride()[:2], strict=True))
+    sample, frame = (0 if vector.shape[dim] == 1 else vector.stride(dim) for dim in (0, 1))
+    return sample, frame
 
 
 def _out(like: Tensor, width: int, fp8: bool) -> tuple[Tensor, Tensor]:

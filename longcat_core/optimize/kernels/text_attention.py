@@ -30,12 +30,13 @@ ROWS, COLUMNS, WARPS, STAGES = 64, 32, 4, 2
 LONGEST = 288
 
 
-NEEDS = Requirement(triton=True, head_dims=(16, 32, 64, 128), backward=False)
+HEAD_DIMS = (16, 32, 64, 128)
+NEEDS = Requirement(triton=True, head_dims=HEAD_DIMS, backward=False)
 
 
 def refuses(head_dim: int, keys: int) -> str:
     """Why heads of `head_dim` channels over `keys` keys do not go through the kernel, or ""."""
-    if head_dim not in NEEDS.head_dims:
+    if head_dim not in HEAD_DIMS:
         return f"it takes head dims of 16, 32, 64 and 128, not {head_dim}"
     return f"over more than {LONGEST} keys other kernels are faster; these are {keys}" if keys > LONGEST else ""
 
