@@ -25,15 +25,14 @@ def check_mode(mode: str) -> None:
 class KVCache:
     """Pre-allocated self-attention keys and values of the clean conditioning frames, for every block.
 
-    Filled by one pass of the network over the conditioning latents, then read at every step. Keys arrive after
-    k_norm and before RoPE; `rotate` applies RoPE once, in place, since conditioning frames always stand at
-    positions 0..n-1. A batch-1 cache serves any batch (both halves of classifier-free guidance).
+    One pass of the network over the conditioning latents fills it; then it is read at every step. Keys arrive after
+    k_norm and before RoPE; `rotate` applies RoPE once, in place, since conditioning frames always have positions
+    0..n-1. A batch-1 cache serves any batch (both halves of classifier-free guidance).
 
-    k, v: [depth, batch, tokens, heads, head_dim] in the network's dtype. out: what the network returned for these
-    frames, [batch, C, n, H, W] fp32, the same at every step and for every prompt: guidance sums over all frames need
-    it.
+    k, v: [depth, batch, tokens, heads, head_dim] in the network's dtype. out: the network's output for these frames,
+    [batch, C, n, H, W] fp32, which does not depend on step or prompt; guidance sums over all frames need it.
 
-    `optimize.kv_offload` has one whose buffers wait in pinned CPU memory.
+    `optimize.kv_offload` has a subclass with buffers in pinned CPU memory.
     """
 
     def __init__(
@@ -60,13 +59,13 @@ class KVCache:
         return self.grid[0]
 
     def store(self, block: int, k: Tensor, v: Tensor) -> None:
-        """Keep one block's keys (before RoPE) and values, each [batch, tokens, heads, head_dim]."""
+        """Store one block's keys (before RoPE) and values, each [batch, tokens, heads, head_dim]."""
         self._forget()
         self.k[block].copy_(k)
         self.v[block].copy_(v)
 
     def rotate(self, device: torch.device | None = None) -> None:
-        """Apply RoPE to all keys, once; further calls do nothing. device: where to do it; None: where they lie."""
+        """Apply RoPE to all keys, once; further calls do nothing. device: where to compute; None: beside the keys."""
         if self.rotated:
             return
         self._forget()
@@ -79,8 +78,8 @@ class KVCache:
     def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a block on the device of `like` [B, ...], for its batch.
 
-        A batch-1 cache is expanded without a copy; one of b videos serves m*b samples in the order of
-        torch.cat([latents] * m), which is how guidance stacks its halves.
+        A batch-1 cache is expanded without a copy; a cache of b videos serves m*b samples in the order of
+        torch.cat([latents] * m), in which guidance stacks its halves.
         """
         k, v = self._on(like.device, block)
         if k.shape[0] == 1:
@@ -92,7 +91,7 @@ class KVCache:
         return self.k[block].to(device), self.v[block].to(device)
 
     def to(self, device: torch.device | str) -> KVCache:
-        """Move the buffers, for instance to "cpu" to free GPU memory; `read` fetches a block at a time."""
+        """Move the buffers, for instance to "cpu" to free GPU memory; `read` then fetches one block at a time."""
         self._forget()
         device = torch.device(device)
         if self.k.device != device:
@@ -100,14 +99,14 @@ class KVCache:
         return self
 
     def keep(self, block: int) -> None:
-        """A pass that reads the cache keeps nothing; `Filling` is the one that fills it."""
+        """None: a pass that reads the cache does not write to it; see `Filling`."""
         return None
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def _forget(self) -> None:
-        """Called where the buffers are about to change, for copies that are kept elsewhere."""
+        """Called before the buffers change, to drop copies."""
 
     @property
     def nbytes(self) -> int:
@@ -115,12 +114,12 @@ class KVCache:
 
 
 class Filling:
-    """A pass over the conditioning frames alone that fills a cache: stores what every block has, reads nothing."""
+    """The cache of a pass that fills a `KVCache`: it stores every block's keys and values and reads none."""
 
     num_latents = 0
 
     def __init__(self, cache: KVCache, restore: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        """restore: brings keys and values [B, N, heads, head_dim] into the order of frames, which a cache has."""
+        """restore: brings keys and values [B, N, heads, head_dim] into the cache's order, frame by frame."""
         self.cache, self.restore = cache, restore
 
     def read(self, block: int, like: Tensor) -> None:

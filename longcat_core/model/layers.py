@@ -22,10 +22,10 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer in fp32, however its weights are stored (the fp32 islands of the model)."""
+    """A linear layer in fp32, regardless of its weights' dtype (the fp32 islands of the model)."""
     bias = None if layer.bias is None else layer.bias.float()
     out = F.linear(x.float(), layer.weight.float(), bias)
-    # An adapter beside the weight (a LoRA applied at run time) adds its own change.
+    # An adapter (a LoRA applied at run time) adds its own change.
     change = getattr(layer, "lora_change", None)
     return out if change is None else out + change(x.float())
 

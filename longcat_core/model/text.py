@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import LongCatError
 
-# `exact`: what the checkpoint defines, with padding folded into one key; `packed`: padding is dropped; `padded`: every
+# `exact`: as the checkpoint defines it, with padding folded into one key; `packed`: padding is dropped; `padded`: every
 # position is attended to.
 TextMode = Literal["exact", "packed", "padded"]
 
@@ -53,10 +53,10 @@ class TextTokens:
 
 
 class Packing(NamedTuple):
-    """Real tokens of a batch of texts in one row after the other.
+    """Real tokens of a batch of texts, laid end to end.
 
-    rows: [sum of lengths] int64, their places in the texts laid end to end; ends: [B+1] int32 running totals of the
-    lengths; log_counts: [B] fp32, ln of how many padding tokens the last row of each text stands for, or None.
+    rows: [sum of lengths] int64, their rows among all rows of all texts; ends: [B+1] int32 running totals of the
+    lengths; log_counts: [B] fp32, ln of the number of padding tokens that each text's last row stands for, or None.
     """
 
     rows: Tensor
@@ -67,7 +67,7 @@ class Packing(NamedTuple):
 class BlockText(NamedTuple):
     """What one block attends to; tensors only, since numbers would tie a compiled block to one prompt's length.
 
-    tokens [B, M, C], or the block's own keys [B, M, heads, head_dim] with values alike; bias and packing as above.
+    tokens [B, M, C], or the block's own keys and values, each [B, M, heads, head_dim]; bias and packing as above.
     """
 
     tokens: Tensor | None

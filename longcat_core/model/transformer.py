@@ -1,7 +1,7 @@
 """The LongCat-Video transformer: tokens stay [B, T, H*W, C] from patch embedding to final layer.
 
-Nothing here knows how it is run. `optimize.execution` chooses the `Ops`, the token layout, the KV cache and the way
-each block is called, and hands them in.
+Nothing here depends on how the network runs. `optimize.execution` chooses the `Ops`, the token layout, the KV cache and
+the way each block is called, and passes them in.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NoCache:
 
 
 class FrameLayout:
-    """The network's own order of tokens: frames, rows, columns, as [B, T, H*W, C]."""
+    """The default order of tokens: frames, rows, columns, as [B, T, H*W, C]."""
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T, S, C] in the order in which the blocks see them."""
@@ -62,19 +62,19 @@ class FrameLayout:
         return tokens
 
     def rope(self, head_dim: int, grid: tuple[int, ...], start: int, device: torch.device) -> Rope:
-        """RoPE tables of the tokens of a grid (frames, rows, columns) whose first frame is number `start`."""
+        """RoPE tables for a grid (frames, rows, columns) of tokens whose first frame has position `start`."""
         return rope_table(head_dim, *grid, start, device)
 
     def per_frame(self, temb: Tensor) -> Tensor:
-        """Time embedding [B or 1, T or 1, adaLN] for what stands in the place of frames."""
+        """Time embedding [B or 1, T or 1, adaLN] of what the blocks see as frames."""
         return temb
 
     def leading(self, frames: int) -> int:
-        """How much of what stands in the place of frames the first `frames` frames are."""
+        """How many of what the blocks see as frames belong to the first `frames` frames."""
         return frames
 
     def sizes(self, grid: tuple[int, ...]) -> tuple[int, int]:
-        """T and S of the tokens [B, T, S, C] that the blocks see of a grid (frames, rows, columns)."""
+        """T and S of the tokens [B, T, S, C] that the blocks see for a grid (frames, rows, columns)."""
         return grid[0], grid[1] * grid[2]
 
     def restore_rows(self, rows: Tensor) -> Tensor:
@@ -179,8 +179,8 @@ class LongCatTransformer(nn.Module):
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] in the dtype of activations -> x0 - noise [B, C_out, T, H, W] fp32.
 
-        timestep: [B or 1] or per latent frame [B or 1, T or 1], 0..1000; what all videos share may be given once.
-        texts: what block i attends to. num_cond_latents: clean frames at the front of x (they carry timestep 0).
+        timestep: [B or 1] or per latent frame [B or 1, T or 1], 0..1000; 1 if all videos or frames share it.
+        texts: what block i attends to. num_cond_latents: clean frames at the front of x (their timestep is 0).
         cache: of clean frames that stand in front of x and are not part of it, or one that this pass fills.
         layout: the order in which blocks see the tokens. run: called in place of every block.
         """
@@ -190,12 +190,12 @@ class LongCatTransformer(nn.Module):
         temb = self.embed_time(timestep, x.dtype, ops)
         patches = self.patch_embed(x)
         grid = patches.shape[2:]
-        # Contiguous in this order, unless an owner's layer made the patches. The last view sets the strides of a single
-        # video, so that a compiled block takes its first and its later inputs for the same.
+        # Contiguous in this order, unless an owner's layer made the patches. The last view resets the strides of a
+        # single video, so that its first input and later ones do not need two graphs of a compiled block.
         tokens = patches.flatten(3).permute(0, 2, 3, 1).contiguous()
         tokens = layout.arrange(tokens.view(-1).view(tokens.shape))
         del patches
-        # Views, because what the compiler learns of a tensor's sizes sticks to it, and these tables are shared.
+        # Views, because the compiler marks tensors with what it learns of their sizes, and these tables are shared.
         cos, sin = layout.rope(self.config.head_dim, grid, cache.num_latents, tokens.device)
         shared = Shared(layout.per_frame(temb), texts, (cos[:], sin[:]), cache, ops, layout.leading(num_cond_latents))
         for i, block in enumerate(self.blocks):

@@ -114,7 +114,7 @@ class BlockStream:
     """Runs blocks whose weights do not all fit on the device.
 
     Offloaded weights keep their place in `state_dict` and may be written to there. Their parameters lie on the device
-    only inside `running`. Without a backward pass; for one thread at a time.
+    only inside `running`. It has no backward pass and serves one thread at a time.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class BlockStream:
                 block.to(self.device)
 
     def extend(self, streamed: Iterable[int]) -> None:
-        """Offload these blocks as well. Not while a block runs."""
+        """Offload these blocks as well. Must not be called while a block runs."""
         self.rest()
         for i in sorted(set(streamed) - set(self._offloaded)):
             self._offloaded[i] = _Offloaded(self.blocks[i], self._late)

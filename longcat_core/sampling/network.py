@@ -13,7 +13,7 @@ from ..optimize.switches import Optimizations
 
 
 class Network(Protocol):
-    """A network that predicts x0 - noise. Called under torch.no_grad with tensors on `device`."""
+    """A network that predicts x0 - noise. It is called under torch.no_grad with tensors on `device`."""
 
     @property
     def device(self) -> torch.device:

@@ -274,7 +274,7 @@ def residual_norm(
 def residual_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + gate * update, summed in fp32 and written into x [B, T, S, C] contiguous; gate [B or 1, T or 1, 1, C] fp32.
 
-    Not for compiled graphs.
+    Must not be used in compiled graphs.
     """
     _launch_residual_norm(x, update.contiguous(), gate, None, None, x)
     return x
