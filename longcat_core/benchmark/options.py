@@ -18,11 +18,11 @@ PARTS = {
     "policies": "Error of fp8 by the layers in it.",
     "training": "A training step with and without gradient checkpointing.",
     "scale": "Time and memory by the number of tokens.",
-    "continuation": "A step with given frames: their keys and values at every step, or from a KV cache.",
+    "continuation": "A step with conditioning frames: their keys and values at every step, or from a KV cache.",
     "refine": "One evaluation of the refinement to 720p: dense and block-sparse attention, exact and fp8.",
     "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
     "load": "Loading a checkpoint, beside reading its file.",
-    "recompiles": "Graphs of a block over steps, prompts, LoRAs, given frames and sizes.",
+    "recompiles": "Graphs of a block over steps, prompts, LoRAs, conditioning frames and sizes.",
 }
 FEW_BLOCKS = 4
 

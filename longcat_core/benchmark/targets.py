@@ -18,12 +18,12 @@ ResultsByName = dict[str, Results]
 
 FLOOR = """## What the floor allows
 
-Every missed target, in the target's own unit. *Attention alone*: its kernels as measured below, times the blocks. *In
-the step* and *projections*: attention and GEMMs of that path in the profiler; for a distilled step, half of those with
-guidance. *Rest*: what remains of the measured value after attention alone and projections; of memory, all but the
-weights; of a first call, all but one step, which is compilation and warm-up. *Floor*: attention alone plus the
-projections as fast as an H100 multiplies such matrices by themselves; of memory, the weights; of a first call, one
-step."""
+Every missed target, in the target's own unit. *Attention alone*: its kernels as measured below, times the number of
+blocks. *In the step* and *projections*: attention and GEMMs of that path in the profiler; for a distilled step, half of
+those with guidance. *Rest*: what remains of the measured value after attention alone and projections; for memory,
+everything but the weights; for a first call, everything but one step, which is compilation and warm-up. *Floor*:
+attention alone plus the projections at the speed at which an H100 multiplies such matrices by themselves; for memory,
+the weights; for a first call, one step."""
 NO_PROFILE = "no profile of this path"
 
 

@@ -39,7 +39,7 @@ PROBE = (1, 512, 2)
 @dataclass(frozen=True)
 class Distance:
     """Distance of one video from another, frame by frame. mse: mean square error in squared levels of 0..255, ssim: in
-    -1..1, both [F] fp64, of generated frames only; given: the number of given frames before them."""
+    -1..1, both [F] fp64, of generated frames only; given: how many conditioning frames come before them."""
 
     mse: np.ndarray
     ssim: np.ndarray
@@ -60,7 +60,7 @@ def distance(video: np.ndarray, reference: np.ndarray, given: int = 0) -> Distan
     if min(video.shape[1:3]) < WINDOW:
         raise LongCatError(f"frames of {video.shape[1]}x{video.shape[2]} are too small for SSIM, it takes {WINDOW}")
     if not 0 <= given < len(video):
-        raise LongCatError(f"{given} given of {len(video)} frames leave none to compare")
+        raise LongCatError(f"{given} conditioning frames of {len(video)} leave none to compare")
     mse, ssim = [], []
     for start in range(given, len(video), CHUNK):
         one, other = (frames[start : start + CHUNK].astype(np.float32) for frames in (video, reference))

@@ -174,10 +174,10 @@ PART = Part(
     text="""## Smaller cards
 
 Steps of the sampler while PyTorch may use only as much memory as such a card has. *Plan* is what `longcat` then chooses
-by itself. *Floor* is the step without a limit, or the time to copy the offloaded weights once a forward if that is
-longer. Peaks are of the whole sampling. *Difference* is relative, of the latents after these steps from those without a
-limit: offloaded blocks change nothing, split guidance rounds differently. The GPU keeps its own speed; a real smaller
-card is slower.""",
+by itself. *Floor* is the step without a limit, or the time to copy the offloaded weights once for each forward,
+whichever is longer. Peaks are of the whole sampling. *Difference* is relative: the latents after these steps against
+those without a limit. Offloading blocks changes nothing; split guidance rounds differently. The GPU keeps its own
+speed; a real smaller card is slower.""",
     run=run,
     table=table,
 )

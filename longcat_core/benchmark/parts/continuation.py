@@ -1,4 +1,4 @@
-"""A denoising step with given frames (I2V, continuation): their keys at every step, or from a KV cache."""
+"""A denoising step with conditioning frames (I2V, continuation): their keys at every step, or from a KV cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .. import workload
 from ..part import STEPS, Part, columns
 from ..variants import EXACT, Bench, Row
 
-# Given latent frames: of the end of a clip, and of an image.
+# Conditioning latents: of the end of a clip, and of an image.
 LATENTS = (4, 1)
 
 
@@ -33,7 +33,7 @@ CACHES: dict[str, tuple[KVMode, bool]] = {
 
 
 def sized(bench: Bench) -> Bench:
-    """Long enough to leave a frame to generate after the given ones."""
+    """Long enough to leave a frame to generate after the conditioning frames."""
     frames = max(bench.size.frames, video_frames(max(LATENTS) + 1))
     return bench.sized(replace(bench.size, frames=frames))
 
@@ -60,7 +60,7 @@ def _filling(model: Any, device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def run(bench: Bench) -> None:
-    """Rows of every number of given latents and every cache.
+    """Rows of every number of conditioning latents and every cache.
 
     ms: of a step; ratio: speedup over no cache; once_ms: filling the cache, once a generation; peak_gib: of the whole
     generation; difference: relative, of the generated latents from those without a cache.
@@ -96,12 +96,13 @@ def _generate(bench: Bench, cache: str, count: int, first: Row) -> Row:
 
 
 PART = Part(
-    text="""## Given frames from a KV cache
+    text="""## Conditioning frames from a KV cache
 
 Steps of the sampler with clean latents in front: one of an image, or four from the end of a clip. *Off* computes their
-keys and values at every step. *Exact* caches them together with what guidance needs of these frames; *official* leaves
-the latter out. *Once* is the time to fill the cache, once a generation, including pinning memory for an offloaded one.
-Peaks are of the whole generation. *Difference* is relative, of the generated frames from those without a cache.""",
+keys and values at every step. *Exact* caches them together with what guidance needs of these frames; *official* caches
+the keys and values alone. *Once* is the time to fill the cache, which happens once a generation; for an offloaded cache
+it includes pinning memory. Peaks are of the whole generation. *Difference* is relative: generated frames against those
+without a cache.""",
     run=run,
     table=columns(
         name="",

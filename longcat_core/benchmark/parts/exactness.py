@@ -149,8 +149,8 @@ CHART = bars(
 PART = Part(
     text="""## Exactness
 
-Relative error of the output against an fp32 run with the same weights and inputs: on the first blocks of the network,
-and on the latents of whole videos of the embedded model. The ratio is to the error of the plain 16-bit baseline.""",
+Relative error of the output against an fp32 run with the same weights and inputs, for the first blocks of the network
+and for the latents of whole videos of the bundled model. The ratio is to the error of the plain 16-bit baseline.""",
     run=run,
     table=table,
     charts=(CHART,),

@@ -116,8 +116,8 @@ def table(results: Results, _: Any) -> str:
 PART = Part(
     text="""## Loading
 
-Medians, from a file that the system was asked to drop from its cache, alternating with reading it on as many threads.
-*Share* is of the rate of reading. To fp8, weights are quantized as they arrive.""",
+Medians, from a file that the system was asked to drop from its cache; loading alternates with reading the file on as
+many threads. *Share* is of the rate of reading. For fp8, weights are quantized as they arrive.""",
     run=run,
     table=table,
 )

@@ -65,8 +65,9 @@ CHART = bars(
 PART = Part(
     text="""## Memory
 
-Peak of a forward beyond what the model holds, beside the estimate of `longcat_core.optimize.memory.activation_bytes`.
-*Fit* is measured over estimated; estimates must be multiplied by the largest (`MEMORY_FIT_OWN` there).""",
+Peak memory of a forward beyond what the model holds, and the estimate of
+`longcat_core.optimize.memory.activation_bytes`. *Fit* is the measured peak over the estimate. Estimates must be
+multiplied by the largest fit (`MEMORY_FIT_OWN` there).""",
     run=run,
     table=table,
     charts=(CHART,),

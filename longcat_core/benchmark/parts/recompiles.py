@@ -59,7 +59,7 @@ def _merge(model: Any, strength: float) -> None:
 def run(bench: Bench) -> None:
     """Rows of `CHANGES`, one after the other on the bench's model: new graphs, and seconds of the first forward."""
     model, size, report = bench.model, bench.size, bench.report
-    # Room for given frames.
+    # Room for conditioning frames.
     size = workload.Size(size.height, size.width, max(size.frames, FRAMES), 2)
     inputs = workload.Inputs(model.config, size, bench.device)
     latents = torch.cat([inputs.latents, inputs.latents], -1)
@@ -96,7 +96,7 @@ def run(bench: Bench) -> None:
 PART = Part(
     text="""## Compiling
 
-One model with compiled blocks, and one change after the other. *Graphs* is how many were compiled for the change.""",
+One model with compiled blocks, changed in one way after another. *Graphs* is how many were compiled for the change.""",
     run=run,
     table=columns(name="", graphs="graphs", at_most="at most", held="held", first_s="first forward s", status=""),
 )

@@ -117,8 +117,8 @@ def table(results: Results, targets: Any) -> str:
 PART = Part(
     text="""## Refining to 720p
 
-One evaluation of the network without guidance, with dense and with block-sparse attention. *Attention alone* is that of
-one layer; for block-sparse attention it includes the choice of chunks.""",
+One evaluation of the network without guidance, with dense and with block-sparse attention. *Attention alone* is the
+attention of one layer; for block-sparse attention it includes the choice of chunks.""",
     run=run,
     table=table,
     charts=(STEPS,),
