@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -56,23 +56,19 @@ def cut(words: str, font: Any, width: float) -> str:
     return f"{words}..."
 
 
-def _sheet(width: int, height: int) -> tuple[Image.Image, Any]:
+def _sheet(title: str, above: Sequence[str], height: int) -> tuple[Image.Image, Any, int]:
+    """A sheet with a title and lines of small print above `height` pixels, its pen, and where those pixels begin."""
     from PIL import Image, ImageDraw
 
-    sheet = Image.new("RGB", (width, int(height)), PAPER)
-    return sheet, ImageDraw.Draw(sheet)
-
-
-def _heading(title: str, above: Sequence[str]) -> tuple[int, Callable[[Any], None]]:
-    """Height of a title with lines of small print below it, and what draws them."""
-    lines = [line for words in above for line in wrap(words, _font(15).getlength, WIDTH - 2 * MARGIN)]
-
-    def write(pen: Any) -> None:
-        pen.text((MARGIN, 22), cut(title, _font(24), WIDTH - 2 * MARGIN), fill=INK, font=_font(24))
-        for i, line in enumerate(lines):
-            pen.text((MARGIN, 60 + 20 * i), line, fill=FAINT, font=_font(15))
-
-    return 66 + 20 * len(lines), write
+    room = WIDTH - 2 * MARGIN
+    lines = [line for words in above for line in wrap(words, _font(15).getlength, room)]
+    top = 66 + 20 * len(lines)
+    sheet = Image.new("RGB", (WIDTH, top + height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, 22), cut(title, _font(24), room), fill=INK, font=_font(24))
+    for i, line in enumerate(lines):
+        pen.text((MARGIN, 60 + 20 * i), line, fill=FAINT, font=_font(15))
+    return sheet, pen, top
 
 
 # --- bars ------------------------------------------------------------------------------------------------------------
@@ -108,11 +104,8 @@ def bar_chart(
     gap = 8 if thick < 20 else 0
     left = MARGIN + 12 + min(max(font.getlength(bar.label) for bar in bars), WIDTH * 0.4)
     room = WIDTH - MARGIN - left - max(font.getlength(bar.shown) for bar in bars) - 12
-    top, write_heading = _heading(title, above)
-    gaps = gap * sum(bool(bar.label) for bar in bars)
-    height = top + LEGEND * len(legend) + (thick + 4) * len(bars) + gaps + 38 * len(groups) + 24 * len(below) + MARGIN
-    sheet, pen = _sheet(WIDTH, height)
-    write_heading(pen)
+    height = LEGEND * len(legend) + (thick + 4) * len(bars) + gap * sum(bool(bar.label) for bar in bars)
+    sheet, pen, top = _sheet(title, above, height + 38 * len(groups) + 24 * len(below) + MARGIN)
     y = top + 6
     for words, color in legend:
         pen.rectangle((MARGIN, y + 4, MARGIN + 20, y + 14), fill=color)
@@ -182,13 +175,12 @@ def line_chart(
     """Panels one below the other over one x axis. legend: text, color, dashed; note: small print below it."""
     from PIL import Image, ImageDraw
 
-    top, write_heading = _heading(title, above)
-    boxes, y = [], top + 30
+    height = sum(panel.height + 70 for panel in panels) + 4
+    sheet, pen, start = _sheet(title, above, height + LEGEND * (len(legend) + bool(note)) + MARGIN)
+    boxes, y = [], start + 30
     for panel in panels:
         boxes.append((LEFT, y, WIDTH - MARGIN, y + panel.height))
         y += panel.height + 70
-    legend_at = y - 26
-    sheet, pen = _sheet(WIDTH, legend_at + LEGEND * (len(legend) + bool(note)) + MARGIN)
     fine = Image.new("RGB", (WIDTH * FINE, sheet.height * FINE), PAPER)
     fine_pen = ImageDraw.Draw(fine)
     for (left, top, right, bottom), panel in zip(boxes, panels, strict=True):
@@ -198,8 +190,7 @@ def line_chart(
         for line in panel.lines:
             places = [(FINE * x.place(a, left, right), FINE * panel.y.place(b, bottom, top)) for a, b in line.points]
             _draw_line(fine_pen, places, line)
-    sheet.paste(fine.reduce(FINE), (0, 0))
-    write_heading(pen)
+    sheet.paste(fine.reduce(FINE).crop((0, start, *sheet.size)), (0, start))
     for (left, top, right, bottom), panel in zip(boxes, panels, strict=True):
         pen.text((MARGIN, top - 26), panel.name, fill=INK, font=_font(17))
         for value, label in panel.y.ticks:
@@ -207,7 +198,7 @@ def line_chart(
         for value, label in x.ticks:
             pen.text((x.place(value, left, right), bottom + 8), label, FAINT, _font(14), anchor="ma")
         pen.text((right, bottom + 24), x_name, FAINT, _font(14), anchor="ra")
-    y = legend_at
+    y = start + height
     for words, color, dashed in legend:
         for at in (0, 8, 16) if dashed else range(0, 21, 4):
             pen.rectangle((MARGIN + at, y + 6, MARGIN + at + 4, y + 12), fill=color)
@@ -299,8 +290,11 @@ def fidelity_plot(fidelity: Fidelity) -> Image.Image:
 
 def _decibel_axis(series: Sequence[Sequence[float]]) -> Axis:
     """Identical frames, of infinite PSNR, stand on top of all others."""
-    finite = [value for values in series for value in values if math.isfinite(value)] or [0.0]
-    low, high, ticks = even_axis(min(finite), max(*finite, min(finite) + 10))
+    finite = [value for values in series for value in values if math.isfinite(value)] or [0.0, 10.0]
+    # At least 5 dB, so that differences of a fraction of that look small.
+    low, high = min(finite), max(finite)
+    around = max(0.0, 5 - (high - low)) / 2
+    low, high, ticks = even_axis(low - around, high + around)
     if math.inf in itertools.chain(*series):
         high += ticks[1][0] - ticks[0][0]
         ticks = [*ticks, (high, "identical")]
@@ -315,7 +309,7 @@ def _frame_ticks(first: int, last: int) -> list[int]:
 def side_by_side(fidelity: Fidelity) -> Image.Image:
     """Frames of the first video, one row for each setting: on the left its own, on the right the amplified difference
     from the reference."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     reference = fidelity.reference.shots
     _, height, width, _ = reference.shape
@@ -323,7 +317,8 @@ def side_by_side(fidelity: Fidelity) -> Image.Image:
     half = max(len(reference) * (size[0] + CELL_GAP), CELL)
     step = size[1] + ROW_LABEL + CELL_GAP
     settings = [fidelity.reference, *fidelity.compared]
-    sheet, pen = _sheet(2 * (MARGIN + half) + MARGIN, MARGIN + len(settings) * step + MARGIN)
+    sheet = Image.new("RGB", (2 * (MARGIN + half) + MARGIN, MARGIN + len(settings) * step + MARGIN), PAPER)
+    pen = ImageDraw.Draw(sheet)
     columns = (MARGIN, 2 * MARGIN + half)
     for y, setting in zip(itertools.count(MARGIN, step), settings, strict=False):
         parts = [(setting.title, setting.shots)]
