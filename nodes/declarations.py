@@ -1,7 +1,6 @@
-"""What each node is called, takes and returns. Options come from the table of `longcat_core/generate/options.py`.
+"""The name, inputs and outputs of each node. Options come from the table in `longcat_core/generate/options.py`.
 
-Imports nothing of ComfyUI: `inputs.schema` turns a declaration into ComfyUI's schema, and `docs/build.py` into the
-tables of the help pages.
+Does not import ComfyUI. `inputs.schema` turns a declaration into ComfyUI's schema, `docs/build.py` into a help page.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from .fields import Node, Socket, Widget, long_text, of, own
 
 CUSTOM, TWICE = "custom", "twice the size"
 CONTINUATION = "base, then enhance_hf"
-# Name of a mode -> schedules of the first segment and of the others.
+# Mode of LongCat Long Video -> schedules of the first segment and of the others.
 LONG_MODES = {CONTINUATION: ("base", "enhance_hf"), "base": ("base", "base"), "distilled": ("distilled", "distilled")}
-# Frames, rows and columns of tokens; a token is one latent frame of 16x16 pixels.
+# Frames, rows and columns of tokens; a token covers 16x16 pixels of one latent frame.
 CHUNKS = {"4x4x4": (4, 4, 4), "4x4x8": (4, 4, 8), "8x4x4": (8, 4, 4)}
 MODES = (*SCHEDULES, "refine")
 
@@ -32,14 +31,14 @@ _mode = own(
     "mode",
     "choice",
     "noise schedule. base: 50 steps, guidance 4. distilled: 16 steps, guidance 1, with the cfg_step LoRA. enhance_hf: "
-    "base with finer late steps, for continuation. refine: from the middle of the schedule on, guidance 1, with the "
+    "base with finer late steps, for continuation. refine: base from noise level 0.5 on, guidance 1, with the "
     "refinement LoRA",
     MODES[0],
     choices=MODES,
 )
-# 64 bits, as ComfyUI's own nodes have it.
+# 64 bits, as in ComfyUI's own nodes.
 _seed = replace(of("seed", most=2**64 - 1), new_seed=True)
-# A new seed at every run would never resume what is there.
+# Not drawn again after each run: with a new seed, a run would not resume the saved segments.
 _first_seed = replace(of("seed", "refine", help="seed of the first piece's noise; later pieces count up from it. "
                           "Choose another folder for another seed"), new_seed=False)  # fmt: skip
 _steps = of(
@@ -56,7 +55,7 @@ _guidance = of(
 _kv_cache = of("kv_cache", optional=True)
 _width, _height = of("width"), of("height")
 _length = of("frames", name="length", least=1 + FRAME_MULTIPLE)
-_double_rate = own("double_rate", "switch", "double the frame rate too; off: enlarge the picture only", True)
+_double_rate = own("double_rate", "switch", "double the frame rate as well; off: enlarge the picture only", True)
 
 
 def _sizes(choices: tuple[str, ...], help: str, width: Widget, height: Widget) -> tuple[Widget, ...]:
@@ -70,18 +69,18 @@ def _sizes(choices: tuple[str, ...], help: str, width: Widget, height: Widget) -
 _given_sizes = (
     *_sizes(
         tuple(BUCKETS),
-        "480p or 720p: of the sizes that LongCat-Video was trained on, the one nearest in shape; the rest "
-        "is cropped evenly",
+        "480p or 720p: the trained size that is closest in aspect ratio; what does not fit is cropped "
+        "evenly",
         _width,
         _height,
     ),
     _length,
-    own("batch_size", "whole", "number of videos at once, each from its own noise", 1, least=1, most=64,
+    own("batch_size", "whole", "number of videos generated together, each from its own noise", 1, least=1, most=64,
          optional=True),
 )  # fmt: skip
 _refined_sizes = _sizes(
     ("720p", TWICE),
-    "720p: of the sizes that LongCat-Video refines to, the one nearest in shape. twice the size: for LongCat-nano",
+    "720p: the 720p size that is closest in aspect ratio. twice the size: for LongCat-nano",
     *(
         replace(side, row=replace(side.row, default=pixels, nano=None))
         for side, pixels in ((_width, 1280), (_height, 704))
@@ -101,8 +100,8 @@ _OPTIMIZATIONS = {
     "the released model's result. padded: token by token, the same result but slower. packed: dropped, which changes "
     "the released model's result",
     "attention": "attention backend. auto: the fastest exact one. cudnn-fp8 and sage are faster and lossy",
-    "compile": "torch.compile. blocks: compile the transformer blocks; the first step takes about a minute, later "
-    "steps are faster",
+    "compile": "what to compile with torch.compile. blocks: the transformer blocks; the first step takes about a "
+    "minute longer, later steps are faster",
     "explicit_fp32": "compute norms and gates in fp32 by explicit casts; off: by autocast, as public implementations "
     "do",
     "gradient_checkpointing": "for training only: recompute activations in the backward pass, with less memory and "
@@ -142,7 +141,7 @@ NODES: dict[str, Node] = {
             own("model_name", "choice", "LongCat-Video's transformer in ComfyUI's diffusion_models folders: one "
                  "safetensors or GGUF file, or the official dit folder. longcat_nano is the small test model that "
                  "comes with the pack"),
-            own("weight_dtype", "choice", "how to keep the weights. default: as suits the file and this machine. fp8 "
+            own("weight_dtype", "choice", "dtype of the weights. default: what suits the file and this machine. fp8 "
                  "rowwise: 8-bit weights and matrix products, half the memory of bf16 and faster on Ada, Hopper and "
                  "Blackwell, lossy. fp8_e4m3fn: half the memory, 16-bit products, lossy. fp32: for comparison",
                  "default"),
@@ -155,15 +154,15 @@ NODES: dict[str, Node] = {
         (
             own("text_encoder_name", "choice", "UMT5 encoder in ComfyUI's text_encoders folders: umt5_xxl for "
                  "LongCat-Video, longcat_nano_umt5 for LongCat-nano"),
-            own("device", "choice", "cpu keeps the text encoder out of GPU memory, which is slower", "default",
+            own("device", "choice", "where the text encoder runs; cpu is slower and needs no GPU memory", "default",
                  choices=("default", "cpu")),
         ),
         (Socket("", "Clip", "for CLIP Text Encode"),),
     ),
     "LongCatOptimizations": Node(
         "LongCat Optimizations",
-        "Turns each optimization of LongCat-Video on or off, on a model that is already loaded. The incoming MODEL "
-        "stays as it is.",
+        "Turns each optimization of LongCat-Video on or off, on a model that is already loaded. The input MODEL is not "
+        "changed.",
         (_model, *_switches()),
         (
             Socket("", "Model", ""),
@@ -192,7 +191,7 @@ NODES: dict[str, Node] = {
         "LongCat Scheduler",
         "Computes the noise levels of LongCat-Video's own schedules, for SamplerCustomAdvanced.",
         (
-            replace(_model, help="LongCat-Video; the shift is 12 here, even after ModelSamplingSD3"),
+            replace(_model, help="LongCat-Video; the shift is always 12, even after ModelSamplingSD3"),
             _mode,
             _steps,
         ),
@@ -208,9 +207,9 @@ NODES: dict[str, Node] = {
     "LongCatImageToVideo": Node(
         "LongCat Image to Video",
         "Makes a latent whose first frame is the image, for LongCat Sampler and for stock samplers.",
-        (_vae, Socket("image", "Image", "the first frame; if there are several images, the first one is used"),
+        (_vae, Socket("image", "Image", "the first frame; of several images, the first one is used"),
          *_given_sizes),
-        (Socket("", "Latent", "with a noise_mask that marks the given frame"),),
+        (Socket("", "Latent", "with a noise_mask that keeps the first frame"),),
     ),
     "LongCatVideoContinuation": Node(
         "LongCat Video Continuation",
@@ -222,7 +221,7 @@ NODES: dict[str, Node] = {
             of("cond_frames"),
             *_given_sizes,
         ),
-        (Socket("", "Latent", "with a noise_mask that marks the given frames"),),
+        (Socket("", "Latent", "with a noise_mask that keeps the frames of the clip"),),
     ),
     "LongCatRefine": Node(
         "LongCat Refine",
@@ -234,7 +233,7 @@ NODES: dict[str, Node] = {
                    "Video Components"),
             _double_rate,
             *_refined_sizes,
-            of("fps", help="frame rate of the given video; only the output fps depends on it"),
+            of("fps", help="frame rate of the input video; only the output fps depends on it"),
             Socket("refined_before", "Image", "for a long video in pieces: the refined frames of the previous piece, "
                    "whose last ones replace the first ones of this piece", optional=True),
             of("overlap", "refine", help="with refined_before: number of this piece's first frames that the previous "
@@ -256,11 +255,11 @@ NODES: dict[str, Node] = {
             _model,
             _clip,
             _vae,
-            long_text(own("prompts", "text", "one prompt a line, one line for each segment; the last line serves all "
-                       "segments beyond it. Change a line and its segment and those after it are regenerated", "")),
+            long_text(own("prompts", "text", "one prompt per line, one line per segment; further segments use the last "
+                       "line. If you change a line, its segment and all later ones are regenerated", "")),
             long_text(of("negative_prompt", default=DEFAULT_NEGATIVE_PROMPT)),
-            of("segments", "long", help="number of segments; 0 makes one for each prompt. 93 frames are 6.2 s, and "
-                "each further segment adds 5.3 s", default=3, shown="", least=0),
+            of("segments", "long", help="number of segments; 0: one for each prompt. The first segment of 93 frames "
+                "lasts 6.2 s, and each further one adds 5.3 s", default=3, shown="", least=0),
             _width,
             _height,
             of("frames", "long", name="length", least=1 + FRAME_MULTIPLE),
@@ -273,13 +272,13 @@ NODES: dict[str, Node] = {
             of("hand_off", "long"),
             _folder("longcat/long-video"),
             _kv_cache,
-            Socket("begin_with", "Image", "one image becomes the first frame; of a clip, the last overlap frames are "
-                   "continued. Both are fitted to width and height", optional=True),
+            Socket("begin_with", "Image", "a single image becomes the first frame; a clip is continued from its last "
+                   "overlap frames. Both are scaled and cropped to width and height", optional=True),
             of("fps", help="frame rate of the files in the folder; it changes nothing else", optional=True),
         ),
         (
-            Socket("images", "Image", "all frames, with shared frames only once"),
-            Socket("report", "String", "the segments, and how color changes at the joins"),
+            Socket("images", "Image", "all frames; frames that two segments share appear once"),
+            Socket("report", "String", "the segments, and how the color changes at the joins"),
         ),
     ),
     "LongCatRefineLongVideo": Node(
@@ -292,8 +291,8 @@ NODES: dict[str, Node] = {
             _clip,
             _vae,
             Socket("video", "Image", "all frames, for instance from LongCat Long Video"),
-            long_text(of("prompt", "refine", help="prompt of the given video, or nothing, as LongCat-Video refines "
-                      "long videos", shown="")),
+            long_text(of("prompt", "refine", help="prompt of the input video, or empty, which is how LongCat-Video "
+                      "refines long videos", shown="")),
             _first_seed,
             of("steps", "refine"),
             _double_rate,
@@ -301,7 +300,7 @@ NODES: dict[str, Node] = {
             of("piece", "refine"),
             of("overlap", "refine"),
             _folder("longcat/refined"),
-            of("fps", help="frame rate of the given video; only the output fps depends on it", optional=True),
+            of("fps", help="frame rate of the input video; only the output fps depends on it", optional=True),
         ),
         (
             Socket("images", "Image", "all refined frames"),
@@ -311,7 +310,7 @@ NODES: dict[str, Node] = {
     "LongCatBlockSparseAttention": Node(
         "LongCat Block-Sparse Attention",
         "Lets each small block of tokens attend only to the few blocks that matter most to it, as LongCat-Video does "
-        "when it refines to 720p. Faster on large videos; the result differs from full attention's.",
+        "when it refines to 720p. Faster on large videos; the result differs from that of full attention.",
         (
             replace(_model, help="LongCat-Video, for refining with the refinement LoRA"),
             of("sparsity", "refine", nano=None),
@@ -335,19 +334,19 @@ NODES: dict[str, Node] = {
     ),
     "LongCatBenchmark": Node(
         "LongCat Benchmark",
-        "Times a few denoising steps of two settings of LongCat-Video on this machine, one after the other, and plots "
-        "them.",
+        "Times a few denoising steps of LongCat-Video with two settings on this machine, one after the other, and "
+        "plots the times.",
         (
             replace(_model, help="A: LongCat-Video, with or without LongCat Optimizations"),
-            Socket("latent_image", "Latent", "size of the video, for instance from EmptyHunyuanLatentVideo; frames "
-                   "from a LongCat conditioning node are kept"),
-            of("steps", default=3, most=20, shown="", help="number of timed steps for each setting, after a first one "
+            Socket("latent_image", "Latent", "sets the size of the video, for instance EmptyHunyuanLatentVideo; "
+                   "conditioning frames from a LongCat node are kept"),
+            of("steps", default=3, most=20, shown="", help="number of timed steps for each setting, after a first step "
                 "that also compiles; the median counts"),
             _guidance,
             Socket("model_b", "Model", "B: the same model with other LongCat Optimizations, another dtype or other "
                    "patches. Not connected: A with every optimization off", optional=True),
-            Socket("positive", "Conditioning", "prompt; not connected: random text of usual length", optional=True),
-            Socket("negative", "Conditioning", "negative prompt; not connected: random text of usual length",
+            Socket("positive", "Conditioning", "prompt; not connected: random text of typical length", optional=True),
+            Socket("negative", "Conditioning", "negative prompt; not connected: random text of typical length",
                    optional=True),
         ),
         (
@@ -358,23 +357,23 @@ NODES: dict[str, Node] = {
     ),
     "LongCatFidelity": Node(
         "LongCat Fidelity",
-        "Samples the same video under two settings of LongCat-Video and shows what the second one changes: PSNR and "
-        "SSIM of every frame, frames side by side, and the noise floor.",
+        "Samples one video with two settings of LongCat-Video and shows what the second one changes: PSNR and SSIM of "
+        "every frame, frames side by side, and the noise floor.",
         (
-            replace(_model, help="A, the reference: LongCat-Video under the settings that you trust"),
+            replace(_model, help="A, the reference: LongCat-Video with settings that you trust"),
             Socket("model_b", "Model", "B: the same model with LongCat Step Cache, LongCat Optimizations, a LoRA, "
                    "another weight dtype or other patches"),
             replace(_vae, help="the Wan 2.1 VAE, which decodes both"),
             _positive,
             _negative,
-            Socket("latent_image", "Latent", "as for LongCat Sampler; frames from a LongCat conditioning node are the "
-                   "same in both videos and are not compared"),
+            Socket("latent_image", "Latent", "as for LongCat Sampler; conditioning frames are the same in both "
+                   "videos and are not compared"),
             _seed,
             _steps,
             _guidance,
             _mode,
-            own("noise_floor", "switch", "sample A again with another exact attention kernel, to see how far apart two "
-                 "correct runs are; takes as long as A", True),
+            own("noise_floor", "switch", "sample A again with another exact attention kernel, to show how far apart "
+                 "two correct runs are; takes as long as A", True),
             _kv_cache,
         ),
         (

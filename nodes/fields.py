@@ -1,4 +1,4 @@
-"""What declarations of nodes are made of: sockets, widgets and nodes. Imports nothing of ComfyUI."""
+"""The parts of a node's declaration: sockets, widgets and the node. Does not import ComfyUI."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Socket:
 
 @dataclass(frozen=True)
 class Widget:
-    """An input that is set on the node. new_seed: whether ComfyUI draws another value after each run; None: it is not
-    a seed."""
+    """An input that is set on the node. new_seed: whether ComfyUI draws another value after each run; None if it is
+    not a seed."""
 
     row: Option
     optional: bool = False
@@ -63,7 +63,7 @@ class Widget:
 
 @dataclass(frozen=True)
 class Node:
-    """One node. shows: it shows a picture itself, so ComfyUI runs it although nothing is connected to its outputs."""
+    """One node. shows: whether it shows a picture itself, so that ComfyUI runs it without connected outputs."""
 
     name: str
     description: str
@@ -73,12 +73,12 @@ class Node:
 
 
 def of(known: str, command: str = "generate", /, *, optional: bool = False, **changes: Any) -> Widget:
-    """The option `known` of a command as a node's input, with these changes to its row, its name included."""
+    """A command's option `known` as a node's input, with `changes` to its row."""
     return Widget(replace(option(known, command), **changes), optional)
 
 
 def own(name: str, kind: Any, help: str, default: Any = None, *, optional: bool = False, **more: Any) -> Widget:
-    """An input without an option of a command."""
+    """An input that is not an option of any command."""
     return Widget(Option(name, kind, help, default, **more), optional)
 
 
