@@ -8,15 +8,15 @@ import os
 from pathlib import Path
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.wan
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..longcat_core.checkpoints.load import CONFIG_KEY, QUANT_METADATA, open_checkpoint
+from ..longcat_core.checkpoints.load import CONFIG_KEY, QUANT_METADATA, Checkpoint, open_checkpoint
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.safetensors_io import read_header
 from ..longcat_core.files.tensor_files import is_gguf, open_file
@@ -41,11 +41,11 @@ XXL_WIDTH = 4096
 
 
 def _model_names() -> list[str]:
-    """Names of single files and, in place of shards, of folders of the official form, as ComfyUI lists names."""
+    """Names of single files and, in place of shards, of their folders, as ComfyUI lists names."""
     names = {}
     gguf = []
     for root in folder_paths.get_folder_paths("diffusion_models"):
-        # ComfyUI lists only what it can load itself.
+        # ComfyUI does not list GGUF files, which it cannot load itself.
         gguf += [name for name in folder_paths.recursive_search(root)[0] if name.lower().endswith(".gguf")]
     for name in [*folder_paths.get_filename_list("diffusion_models"), *sorted(gguf)]:
         if name.lower().endswith((".safetensors", ".sft", ".gguf")):
@@ -62,23 +62,25 @@ def _find(kind: str, name: str) -> Path:
     """The file or folder `name` inside one of ComfyUI's folders of a kind."""
     for root in map(os.path.abspath, folder_paths.get_folder_paths(kind)):
         path = os.path.abspath(os.path.join(root, name))
-        # Links are not resolved, because a link in the folder may lead out of it; a name may not.
+        # Links are not resolved: a link in the folder may lead out of it, a name may not.
         if path.startswith(os.path.join(root, "")) and os.path.exists(path):
             return Path(path)
     raise CheckpointError(f"{name} is not in ComfyUI's {kind} folders; put it there, then press R to refresh the list")
 
 
-def load_model(path: str, model_options: dict, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def load_model(
+    path: str, model_options: dict, disable_dynamic: bool = False, checkpoint: Checkpoint | None = None
+) -> ModelPatcher:
     """A native MODEL from a folder of shards, GGUF, or a file under a prefix that ComfyUI does not know.
 
-    ComfyUI calls this again when it needs an independent copy.
+    checkpoint: opened from `path`; None when ComfyUI calls this again for an independent copy.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = checkpoint or open_checkpoint(path)
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(checkpoint.where.values()):
         state |= _dequantized(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
     state = {name: state[checkpoint.prefix + name] for name in checkpoint.where}
-    metadata = {CONFIG_KEY: _json(checkpoint.config.text_tokens_zero_pad)}
+    metadata = {CONFIG_KEY: json.dumps({"text_tokens_zero_pad": checkpoint.config.text_tokens_zero_pad})}
     if checkpoint.quantized:
         metadata[QUANT_METADATA] = json.dumps({"layers": checkpoint.quantized})
     options = {"disable_dynamic": True} if disable_dynamic else {}
@@ -97,22 +99,19 @@ def _dequantized(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_rowwise(path: str, disable_dynamic: bool = True) -> comfy.model_patcher.ModelPatcher:
+def load_rowwise(path: str, disable_dynamic: bool = True, checkpoint: Checkpoint | None = None) -> ModelPatcher:
     """A native MODEL from a file or folder, quantized to fp8 row by row as its weights arrive.
 
-    ComfyUI never pages its weights in at use, which it does only with weights that it can cast.
+    Always without dynamic VRAM, under which ComfyUI would cast the weights. Arguments as for `load_model`.
     """
-    checkpoint = open_checkpoint(path)
-    known = "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
-    patcher = load_model(path, {"custom_operations": comfy_fp8.Rowwise}, disable_dynamic=known)
+    checkpoint = checkpoint or open_checkpoint(path)
+    # ComfyUI 0.8 does not have dynamic VRAM.
+    dynamic = "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
+    patcher = load_model(path, {"custom_operations": comfy_fp8.Rowwise}, dynamic, checkpoint)
     if isinstance(patcher.model, LongCatVideo):
         comfy_fp8.remember(patcher.model.diffusion_model, checkpoint)
     patcher.cached_patcher_init = (load_rowwise, (path,))
     return patcher
-
-
-def _json(text_tokens_zero_pad: bool) -> str:
-    return f'{{"text_tokens_zero_pad": {str(text_tokens_zero_pad).lower()}}}'
 
 
 class ModelLoader(LongCatNode):
@@ -129,13 +128,14 @@ class ModelLoader(LongCatNode):
         checkpoint = open_checkpoint(path)
         import_ahead(comfy.model_management.get_torch_device())
         if weight_dtype == FP8_ROWWISE:
-            model = load_rowwise(str(path))
+            model = load_rowwise(str(path), checkpoint=checkpoint)
         else:
             dtype = WEIGHT_DTYPES[weight_dtype]
             options = {} if dtype is None else {"dtype": dtype}
-            own = path.is_dir() or is_gguf(path) or checkpoint.prefix not in COMFYUI_PREFIXES
-            load = load_model if own else comfy.sd.load_diffusion_model
-            model = load(str(path), options)
+            if path.is_dir() or is_gguf(path) or checkpoint.prefix not in COMFYUI_PREFIXES:
+                model = load_model(str(path), options, checkpoint=checkpoint)
+            else:
+                model = comfy.sd.load_diffusion_model(str(path), options)
         if not isinstance(model.model, LongCatVideo):
             raise CheckpointError(f"{model_name} is not a complete LongCat-Video checkpoint; download it again")
         return io.NodeOutput(model)
@@ -169,7 +169,7 @@ class TextEncoderLoader(LongCatNode):
 
 
 class _Target:
-    """What comfy.sd.CLIP needs of a text encoder: its class, tokenizer and arguments."""
+    """The text encoder's class, tokenizer and arguments, as comfy.sd.CLIP takes them."""
 
     tokenizer = comfy.text_encoders.wan.WanT5Tokenizer
 
@@ -203,7 +203,7 @@ def _small_clip(path: Path, sizes: dict[str, int], options: dict, disable_dynami
     return clip
 
 
-def _small_clip_patcher(*args, **kwargs) -> comfy.model_patcher.ModelPatcher:
+def _small_clip_patcher(*args, **kwargs) -> ModelPatcher:
     return _small_clip(*args, **kwargs).patcher
 
 
