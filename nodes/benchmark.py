@@ -19,7 +19,7 @@ from ..longcat_core.measure.speed import SEED, TEXT_TOKENS, TimedSetting, kernel
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.conditioning import video_frames
 from .comfy_attention import chosen
-from .comfy_model import OPTIMIZATIONS_KEY
+from .comfy_network import OPTIMIZATIONS_KEY
 from .conditioning import to_image
 from .inputs import LongCatNode
 from .models import compute_dtype, execution_of, options_of, require_comparable, switches_of, with_option

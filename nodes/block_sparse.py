@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..longcat_core.optimize.block_sparse import BlockSparse
-from .comfy_model import BLOCK_SPARSE_KEY
+from .comfy_network import BLOCK_SPARSE_KEY
 from .declarations import CHUNKS
 from .inputs import LongCatNode
 from .models import require_longcat, with_option

@@ -1,4 +1,4 @@
-"""ComfyUI's attention as a kernel of the network, for users who chose one in ComfyUI itself."""
+"""ComfyUI's attention as a kernel of the network, for users who chose an attention in ComfyUI itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..longcat_core.optimize.attention import Kernels
 from ..longcat_core.optimize.switches import Optimizations
 
 OVERRIDE = "optimized_attention_override"
-# Start options of ComfyUI that name an attention; --use-pytorch-cross-attention is what the network does anyway.
+# ComfyUI's command line options that name an attention, except --use-pytorch-cross-attention, our default anyway.
 FLAGS = (
     "use_sage_attention",
     "use_flash_attention",
@@ -24,7 +24,7 @@ FLAGS = (
 
 
 class ComfyAttention:
-    """Attend over q [B, Nq, H, D], k and v [B, Nk, H, D] as ComfyUI is set up; `options`: transformer_options."""
+    """ComfyUI's attention over q [B, Nq, H, D] and k, v [B, Nk, H, D]. options: transformer_options."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -38,9 +38,9 @@ class ComfyAttention:
 
 
 def chosen(optimizations: Optimizations, options: dict[str, Any]) -> str:
-    """What in ComfyUI decides over self-attention, in words, or "": then `Optimizations.attention` does.
+    """What in ComfyUI decides which self-attention runs, in words; "" if `Optimizations.attention` decides.
 
-    An override set by a node always does; a start option of ComfyUI only where no backend is asked for by name.
+    An override set by a node always decides, a command line option only if `attention` is auto.
     """
     if options.get(OVERRIDE) is not None:
         return "an attention override set by another node"
@@ -49,8 +49,8 @@ def chosen(optimizations: Optimizations, options: dict[str, Any]) -> str:
 
 
 def user_kernels(optimizations: Optimizations, options: dict[str, Any], own: Kernels) -> Kernels:
-    """`own`, with self-attention by what `chosen` names.
+    """`own`, with ComfyUI's self-attention if `chosen` says so.
 
-    Cross-attention keeps its own: padding is one key with a raised logit, which few kernels know.
+    Cross-attention keeps our kernel: padding is a single key with a raised logit, which few kernels support.
     """
     return own._replace(attend=ComfyAttention(options), quantized=None) if chosen(optimizations, options) else own

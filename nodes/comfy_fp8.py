@@ -1,6 +1,6 @@
-"""8-bit linear layers inside ComfyUI's MODEL: loaded, streamed, patched by LoRAs, saved. Arithmetic is the core's.
+"""8-bit linear layers that ComfyUI can load, stream, patch with LoRAs and save. The core does the arithmetic.
 
-ComfyUI moves, keeps and puts back one weight a layer, so the scales of its rows travel in the same tensor.
+ComfyUI moves, backs up and restores one weight per layer, so the scales of its rows are stored in the same tensor.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ E4M3 = torch.float8_e4m3fn
 
 
 class Rowwise:
-    """Given to ComfyUI's loader as `custom_operations`: LongCat-Video's config takes it for what it asks for."""
+    """Passed to ComfyUI's loader as `custom_operations`, which asks LongCat-Video's config for 8-bit layers."""
 
 
 class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
-    """x [.., in] in 16 bits or fp32, or quantized already -> [.., out]; see `quantization.Fp8Linear`.
+    """x [.., in] in 16 bits or fp32, or already quantized -> [.., out]; see `quantization.Fp8Linear`.
 
-    weight: e4m3 rows with their scales below them, `with_scales` of the core. bias [out] or None. `original` reads the
-    weight as the checkpoint has it, for a LoRA to be merged into before it is quantized.
+    weight: e4m3 rows followed by their scales, as `with_scales` packs them. bias [out] or None. original: reads the
+    weight from the checkpoint, so that a LoRA is merged at full precision and the result quantized.
     """
 
     eight_bit = True
@@ -51,7 +51,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         check_sizes(self.out_features, self.in_features)
         rows = self.out_features + scale_rows(self.out_features, self.in_features)
-        # ComfyUI may leave a layer empty until its weights come, or without a weight at all.
+        # ComfyUI may create a layer on the meta device, or without a weight, until its weights are loaded.
         weight = getattr(layer, "weight", None)
         device = torch.device("cpu") if weight is None else weight.device
         weight = torch.empty(rows, self.in_features, dtype=E4M3, device=device)
@@ -67,9 +67,9 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         weight = state.get(f"{prefix}weight")
         if weight is not None and weight.shape == self.shape:
-            # On the GPU where there is one: that takes a hundredth of the time.
+            # A GPU quantizes a hundred times faster.
             weight = weight.to(comfy.model_management.get_torch_device())
-            # e4m3 keeps its numbers and scales.
+            # e4m3 weights that come with scales keep both.
             scale = state.get(f"{prefix}weight_scale")
             rows = quantize_rows(weight) if scale is None else (weight, scale.to(weight.device))
             state = {name: value for name, value in state.items() if name != f"{prefix}weight_scale"}
@@ -78,7 +78,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight without its scales."""
+        """Shape of the weight without its scales."""
         return torch.Size((self.out_features, self.in_features))
 
     @property
@@ -86,11 +86,11 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return not self.weight_function
 
     def _bare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
-        """The packed weight and the bias on x's device, streamed there if they are not, and what to release after."""
+        """The packed weight and the bias on x's device, and what to release after use if they were streamed there."""
         here = self.weight.device == x.device and not self.bias_function
         if here and (self.bias is None or self.bias.device == x.device):
             return self.weight, self.bias, None
-        # Without the functions of the weight, which are for numbers and not for e4m3 with scales.
+        # Without the weight's functions, which take plain numbers and not e4m3 with scales.
         layer = SimpleNamespace(
             weight=self.weight, bias=self.bias, weight_function=[], bias_function=self.bias_function
         )
@@ -99,14 +99,14 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return weight, bias, (layer, weight, bias, stream)
 
     def forward(self, x: Tensor | Quantized, fp8: bool = True) -> Tensor:
-        """fp8: multiply in 8 bits; otherwise the same weights, multiplied out."""
+        """fp8: multiply in 8 bits, or else dequantize the weights and multiply in x's dtype."""
         comfy.ops.run_every_op()
         given = x.values if isinstance(x, Quantized) else x
         dtype = self.dtype if isinstance(x, Quantized) else x.dtype
         packed, bias, streamed = self._bare(given)
         weight, scales = without_scales(packed, self.out_features)
         if self.weight_function:
-            # A LoRA on a layer that is streamed: merged here, and multiplied in 16 bits.
+            # A LoRA on a streamed layer: merged here into the dequantized weight.
             full = dequantized(weight, scales, dtype)
             for function in self.weight_function:
                 full = function(full)
@@ -117,12 +117,12 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             comfy.ops.uncast_bias_weight(*streamed)
         return out
 
-    # --- what ComfyUI calls to merge LoRAs ---
+    # --- called by ComfyUI to merge LoRAs ---
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **unused: Any) -> Tensor:
-        """The weight [out, in] to merge a LoRA into: the checkpoint's own, or, without its file, what is kept of it.
+        """The weight [out, in] to merge a LoRA into: the checkpoint's, or the quantized one if the file is gone.
 
-        weight: the packed one, cast to any float.
+        weight: the packed one, cast to any float dtype.
         """
         dtype = self.dtype if weight.dtype == E4M3 else weight.dtype
         if self.original is not None:
@@ -135,7 +135,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def set_weight(
         self, weight: Tensor, inplace_update: bool = False, seed: Any = None, return_weight: bool = False, **unused: Any
     ) -> Tensor | None:
-        """Take the merged weight [out, in], quantized anew."""
+        """Quantize the merged weight [out, in] and store it, or return it packed if `return_weight`."""
         packed = with_scales(*quantize_rows(weight))
         if return_weight:
             return packed
@@ -150,7 +150,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
 
 def install(model: torch.nn.Module, config: ModelConfig) -> None:
-    """Put 8-bit layers in place of the network's linear ones, before weights are loaded."""
+    """Replace the network's linear layers with 8-bit ones, before weights are loaded."""
     for name in Policy().names(config.depth):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Linear(model.get_submodule(name)))
@@ -162,13 +162,13 @@ def layers(model: torch.nn.Module) -> dict[str, Linear]:
 
 
 def remember(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Let every 8-bit layer find its weight in the checkpoint's files again."""
+    """Let every 8-bit layer read its weight from the checkpoint's files again."""
     for name, layer in layers(model).items():
         layer.original = lambda name=name: read_parameter(checkpoint, f"{name}.weight")
 
 
 def prepare(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Tell the 8-bit layers what they run on. Not a part of a forward, whose graph must not look for it."""
+    """Set the device and dtype that the 8-bit layers run with. Called before `forward`, to stay out of its graph."""
     native = not missing(device)
     for module in model.modules():
         if isinstance(module, Linear):

@@ -1,23 +1,15 @@
-"""LongCat-Video as a native ComfyUI model: network, BaseModel, config, registration. The one bridge to ComfyUI.
-
-All arithmetic is `longcat_core`'s. What is settled here: which ComfyUI value becomes which argument of the network,
-and that the network's x0 - noise is the negative of the velocity that ComfyUI's flow models return.
-"""
+"""LongCat-Video as a native ComfyUI model: its BaseModel, its config, and how ComfyUI recognizes its files."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_detection
-import comfy.model_management
-import comfy.ops
-import comfy.patcher_extension
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
@@ -32,227 +24,18 @@ from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.text import trim_text
-from ..longcat_core.model.transformer import LongCatTransformer
-from ..longcat_core.optimize.attention import Kernels
-from ..longcat_core.optimize.execution import Execution
-from ..longcat_core.optimize.kernels import elementwise
-from ..longcat_core.optimize.memory import forward_bytes, text_bytes
-from ..longcat_core.optimize.switches import Optimizations
+from ..longcat_core.optimize.memory import text_bytes
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8
-from .comfy_attention import user_kernels
-from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
+from .comfy_network import DiffusionModel
 from .comfy_weights import from_checkpoint, to_official
 
 IMAGE_MODEL = "longcat_video"
-# Keys of transformer_options that the pack's nodes set and the network reads.
-OPTIMIZATIONS_KEY = "longcat_optimizations"
-BLOCK_SPARSE_KEY = "longcat_block_sparse"
-# Sets of switches whose executions a network keeps: clones of a MODEL in one workflow.
-EXECUTIONS = 16
-
-
-def _replaced(layer: torch.nn.Module) -> bool:
-    """Whether someone's function stands in for the layer's own forward, as a bypass LoRA's does."""
-    return getattr(layer.forward, "__func__", None) is not type(layer).forward
-
-
-def _linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """A layer in fp32 wherever its weights are and whatever they are stored in, with LoRAs on them applied."""
-    x = x.float()
-    if isinstance(layer, torch.nn.Linear) or _replaced(layer):
-        # `comfy_cast_weights` is set on these layers below: they cast their weights to the input's dtype.
-        return layer(x)
-    # ComfyUI's quantized layer, which would quantize the input as well.
-    weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
-    out = F.linear(x, weight, bias)
-    comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
-    return out
-
-
-def _is_streamed(block: torch.nn.Module, device: torch.device) -> bool:
-    """Whether a weight of the block is elsewhere than on `device`, or is patched at its use."""
-    return any(
-        getattr(layer, "weight_function", None)
-        or getattr(layer, "bias_function", None)
-        or any(parameter.device != device for parameter in layer.parameters(recurse=False))
-        for layer in block.modules()
-    )
-
-
-def _sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
-    """A layer that ComfyUI neither streams, casts, quantizes nor patches at use holds its whole weight, ready."""
-    return (
-        isinstance(layer, torch.nn.Linear)
-        and not _replaced(layer)
-        and not layer.comfy_cast_weights
-        and not layer.weight_function
-        and not layer.bias_function
-        and layer.weight.dtype == x.dtype
-        and layer.weight.device == x.device
-    )
-
-
-class Prepared(NamedTuple):
-    """How one forward runs, chosen before it."""
-
-    execution: Execution
-    kernels: Kernels
-
-
-class DiffusionModel(LongCatTransformer):
-    """The network as ComfyUI builds and calls it. Clones of a MODEL share it, each with an execution of its own."""
-
-    def __init__(
-        self,
-        *,
-        image_model: str,
-        dtype: torch.dtype | None = None,
-        device: Any = None,
-        operations: Any,
-        fp8: bool = False,
-        **config: Any,
-    ) -> None:
-        operations = type("Operations", (operations,), {"linear_fp32": staticmethod(_linear_fp32)})
-        super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
-        if fp8:
-            comfy_fp8.install(self, self.config)
-        for layer in self._fp32_layers():
-            # fp32 input on a layer that does not cast raises; these must take it.
-            layer.comfy_cast_weights = True
-        # By what makes them; see `execution`.
-        self.executions: dict[tuple, Execution] = {}
-
-    def _fp32_layers(self) -> list[torch.nn.Module]:
-        final = [self.final_layer.modulation, self.final_layer.linear]
-        return [*self.time_embed, *(block.modulation for block in self.blocks), *final]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DiffusionModel:
-        # ComfyUI takes `dtype` for what it asked for, also while weights are not loaded or come as the file has them.
-        return torch.nn.Module._apply(self, fn, recurse)
-
-    def execution(self, dtype: torch.dtype, options: dict[str, Any]) -> Execution:
-        """How a MODEL with these transformer_options runs, with activations in `dtype`; the same one for the same.
-
-        One that has given up a lossy switch stays so until other switches have been in use.
-        """
-        key = dtype, options.get(OPTIMIZATIONS_KEY, Optimizations()), options.get(BLOCK_SPARSE_KEY)
-        execution = self.executions.pop(key, None)
-        if execution is None:
-            execution = Execution(
-                self,
-                key[1],
-                block_sparse=key[2],
-                dtype=dtype,
-                sliceable=_sliceable,
-                uncompiled=_is_streamed,
-                announce=lambda sentence: logging.warning("LongCat: %s", sentence),
-            )
-        # Those used last, in order of use. Each holds only its switches.
-        self.executions = dict([*self.executions.items()][1 - EXECUTIONS :]) | {key: execution}
-        return execution
-
-    def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Prepared:
-        """The execution and kernels of the MODEL that is about to run.
-
-        Not a part of `forward`, so that a compiled graph of the whole network holds none of the look-ups.
-        """
-        comfy_fp8.prepare(self, device, dtype)
-        execution = self.execution(dtype, options)
-        own = execution.choose_kernels(device)
-        return Prepared(execution, user_kernels(execution.requested, options, own))
-
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Tensor | None = None,
-        control: Any = None,
-        transformer_options: dict[str, Any] | None = None,
-        num_cond_latents: int = 0,
-        shared_timestep: bool = False,
-        prepared: Prepared | None = None,
-        **unused: Any,
-    ) -> Tensor:
-        """Latents x [B, 16, T, H, W] -> flow velocity (noise - x0), the same shape, fp32.
-
-        timestep [B] or [B, T] in 0..1000; context [B, L, caption], padded with zero rows; num_cond_latents: clean
-        frames at the front of x; shared_timestep: all rows of timestep are the same.
-        """
-        options = {} if transformer_options is None else transformer_options
-        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-        wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
-        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
-        prepared = self.prepare(x.device, x.dtype, options) if prepared is None else prepared
-        # A copy: EasyCache writes into the input, which in fp32 is the sampler's own tensor.
-        return executor.execute(x.clone(), timestep, context, num_cond_latents, shared_timestep, prepared, options)
-
-    def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype, options: dict[str, Any] | None = None) -> int:
-        """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
-        switches = (options or {}).get(OPTIMIZATIONS_KEY, Optimizations())
-        own = switches.fused_kernels and switches.explicit_fp32 and elementwise.takes(dtype)
-        eight_bit = any(getattr(module, "eight_bit", False) for module in self.modules())
-        return forward_bytes(self.config, latents, dtype.itemsize, own, eight_bit)
-
-    def _run(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        num_cond: int,
-        shared: bool,
-        prepared: Prepared,
-        options: dict[str, Any],
-    ) -> Tensor:
-        execution, kernels = prepared
-        texts = options.get(TEXT_CACHE_KEY)
-        known = texts is not None and execution.optimizations.reuse_text and not torch.compiler.is_compiling()
-        text = texts.get(execution, context) if known else read_text(execution, context)
-        around = self._around_block(x, timestep, context, options)
-        timestep = timestep[:1] if shared else timestep
-        cache, holder = None, options.get(CONDITIONING_CACHE_KEY)
-        if num_cond and holder is not None:
-            room = self.forward_bytes(x.shape, x.dtype, options)
-            cache = holder.get(execution, x[:, :, :num_cond], room, kernels)
-            x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
-        out = execution(
-            x,
-            timestep,
-            text,
-            num_cond_latents=0 if cache else num_cond,
-            kv_cache=cache,
-            kernels=kernels,
-            around_block=around,
-        )
-        if not cache:
-            return -out
-        # The sampler puts the clean frames back itself. What the network returns for them is in guidance's sums, or
-        # not where it is 0.
-        known = cache.out if holder.exact else torch.zeros_like(cache.out)
-        return -torch.cat((known.to(out).repeat(len(out) // len(known), 1, 1, 1, 1), out), dim=2)
-
-    def _around_block(self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any]) -> Any:
-        """The blocks under ComfyUI's `patches_replace` hooks, or None where there is none."""
-        replace = options.get("patches_replace", {}).get("dit", {})
-        options["total_blocks"], options["block_type"] = len(self.blocks), "double"
-        if not replace and "optimized_attention_override" not in options:
-            return None
-
-        def around(i: int, run: Any, tokens: Tensor) -> Tensor:
-            options["block_index"] = i
-            if ("double_block", i) not in replace:
-                return run(tokens)
-            values = {"img": tokens.flatten(1, 2), "txt": context, "vec": timestep, "pe": None}
-            values["transformer_options"] = options
-            original = {"original_block": lambda args: {"img": run(args["img"].view_as(tokens)).flatten(1, 2)}}
-            return replace[("double_block", i)](values, original)["img"].view_as(tokens)
-
-        return around
 
 
 class TextCond(comfy.conds.CONDRegular):
-    """Text [B, L, C] whose padding is cut; texts of other lengths join its batch, padded with zero rows."""
+    """Text [B, L, C] without its padding. Texts of different lengths form one batch, padded with zero rows."""
 
     def can_concat(self, other: TextCond) -> bool:
         one, two = self.cond, other.cond
@@ -265,7 +48,7 @@ class TextCond(comfy.conds.CONDRegular):
 
 
 class LongCatLatents(comfy.latent_formats.Wan21):
-    """Wan 2.1 latents. Stock previews, which show frame 0, get the last frame: frame 0 may be the given image."""
+    """Wan 2.1 latents. Stock previews, which show frame 0, get the last frame: frame 0 may be the input image."""
 
     @staticmethod
     def latent_rgb_factors_reshape(latents: Tensor) -> Tensor:
@@ -287,9 +70,9 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return self.manual_cast_dtype or self.get_dtype()
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """The conditioning of one prompt for all steps. Raises LongCatError for what the network cannot take."""
+        """The conditioning of one prompt for all steps. Raises LongCatError for input that the network cannot take."""
         config = self.diffusion_model.config
-        _check_latents(kwargs.get("noise"), config)
+        check_latents(kwargs.get("noise"), config)
         text = kwargs.get("cross_attn")
         if text is None:
             raise LongCatError("a conditioning holds no text; connect the CONDITIONING of a CLIP Text Encode node")
@@ -305,13 +88,13 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return conds
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
-        _check_latents(latent, self.diffusion_model.config)
+        check_latents(latent, self.diffusion_model.config)
         return super().process_latent_in(latent)
 
     def _apply_model(
         self, x: Tensor, t: Tensor, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
     ) -> Tensor:
-        # Counted here and not in the network, where reading a value back would break a compiled graph in two.
+        # Counted outside the network, where reading a value back would break a compiled graph in two.
         mask = kwargs.get("denoise_mask")
         noisy = None if mask is None else noisy_frames(mask)
         kwargs["num_cond_latents"] = 0 if noisy is None else count_clean(noisy)
@@ -321,15 +104,15 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def process_timestep(self, timestep: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Timesteps [B], or [B, T] with 0 on given frames where there is a mask."""
+        """Timesteps [B], or with a mask [B, T], 0 for conditioning frames."""
         return timestep if denoise_mask is None else timestep[:, None] * noisy_frames(denoise_mask)
 
     def scale_latent_inpaint(
         self, sigma: Tensor, noise: Tensor, latent_image: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """What stands where the mask is 0: given frames clean; the given parts of other frames noised like the rest.
+        """The latents where the mask is 0: clean in conditioning frames, noised in frames that are masked in part.
 
-        ComfyUI before 0.33 tells no mask here; all given latents are clean then.
+        ComfyUI before 0.33 does not pass the mask here; all are clean then.
         """
         if denoise_mask is None:
             return latent_image
@@ -337,21 +120,20 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return torch.where(noisy_frames(denoise_mask)[:, None, :, None, None], noised, latent_image)
 
     def resize_cond_for_context_window(self, cond_key: str, cond_value: Any, *args: Any, **kwargs: Any) -> Any:
-        # Text has no time axis, whatever length its channels happen to have.
+        # Text has no time axis, even if one of its sizes equals the number of latent frames.
         return cond_value if cond_key == "c_crossattn" else None
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
-        """Bytes of one forward on latents of this shape, keys and values of the text included; weights are ComfyUI's to
-        count."""
+        """Bytes of activations and text keys for one forward on latents of this shape; ComfyUI counts the weights."""
         if len(input_shape) != 5:
-            return 0.0  # no video: refused in a sentence as soon as sampling begins
+            return 0.0  # not a video; `extra_conds` raises an error that says so
         dtype = self.compute_dtype()
         tokens = max((shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())), default=0)
         text = text_bytes(self.network.config, input_shape[0], tokens + 1, dtype.itemsize)
         return self.network.forward_bytes(input_shape, dtype) + text
 
 
-def _check_latents(latents: Tensor | None, config: ModelConfig) -> None:
+def check_latents(latents: Tensor | None, config: ModelConfig) -> None:
     if latents is None:
         return
     _, rows, columns = config.patch_size
@@ -379,10 +161,10 @@ class LongCatConfig(comfy.supported_models_base.BASE):
 
     def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> LongCatVideo:
         if self.custom_operations is comfy_fp8.Rowwise:
-            # Not operations of all layers: which layers become 8-bit ones, the network says.
+            # A request, not a set of operations: the network decides which layers become 8-bit.
             self.custom_operations = None
             self.unet_config = {**self.unet_config, "fp8": True}
-        # ComfyUI runs nodes in inference mode, whose tensors no gradient may pass: training nodes need others.
+        # ComfyUI runs nodes in inference mode, whose tensors cannot have gradients; training nodes need them.
         with torch.inference_mode(False):
             return LongCatVideo(self, device=device)
 
@@ -406,8 +188,8 @@ def detect(
 ) -> dict | None:
     """The unet_config of a LongCat-Video checkpoint of any form, or None for any other file.
 
-    PixArt and Wan have some of the names that the headless loader looks for: here all must be there, and the patch
-    embedding must be a video's.
+    Since PixArt and Wan share some names, all names of the form's signature must be there, and the patch embedding must
+    be a video's.
     """
     form = next((form for form in FORMATS if _is_video(state_dict, f"{prefix}{form.outer['patch_embed'][0]}")), None)
     if form is None:
@@ -433,7 +215,8 @@ def _is_video(state_dict: Mapping[str, Tensor], module: str) -> bool:
 
 
 def register() -> None:
-    """Make ComfyUI's own loaders recognize LongCat-Video files; a second call, or copy of the pack, replaces it."""
+    """Make ComfyUI's own loaders recognize LongCat-Video files; registering again, as a second copy of the pack does,
+    replaces the wrapper."""
     models = comfy.supported_models.models
     models[:] = [model for model in models if model.unet_config.get("image_model") != IMAGE_MODEL]
     models.append(LongCatConfig)
@@ -441,7 +224,7 @@ def register() -> None:
     others = getattr(current, "longcat_wraps", current)
 
     def detect_unet_config(state_dict, key_prefix, metadata=None):
-        # First, because official LongCat names send ComfyUI's own tests down another model's branch.
+        # Ours first: ComfyUI's own detection takes official LongCat names for another model's.
         found = detect(state_dict, key_prefix, metadata)
         return others(state_dict, key_prefix, metadata=metadata) if found is None else found
 

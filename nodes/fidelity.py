@@ -19,7 +19,7 @@ from ..longcat_core.optimize.attention import Inputs
 from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .comfy_attention import chosen
-from .comfy_model import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
+from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
 from .inputs import LongCatNode
 from .models import compute_dtype, options_of, require_comparable, switches_of, with_option, wrappers_of

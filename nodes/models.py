@@ -10,7 +10,8 @@ from comfy.model_patcher import ModelPatcher
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.optimize.execution import Execution
 from ..longcat_core.optimize.switches import Optimizations
-from .comfy_model import OPTIMIZATIONS_KEY, LongCatVideo
+from .comfy_model import LongCatVideo
+from .comfy_network import OPTIMIZATIONS_KEY
 
 
 def require_longcat(model: ModelPatcher, node: str) -> None:

@@ -16,7 +16,7 @@ from ..longcat_core.optimize.kernels import elementwise as kernels
 from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
 from .comfy_attention import chosen
-from .comfy_model import OPTIMIZATIONS_KEY
+from .comfy_network import OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
 from .models import options_of, require_longcat
 

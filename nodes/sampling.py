@@ -1,4 +1,4 @@
-"""LongCat Sampler and its parts: LongCat Scheduler and LongCat Guider. All run in ComfyUI's sampling machinery."""
+"""LongCat Sampler and its parts, LongCat Scheduler and LongCat Guider, on top of ComfyUI's own sampling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from ..longcat_core.sampling.step import guide
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
-from .comfy_model import OPTIMIZATIONS_KEY
+from .comfy_network import OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
 from .models import require_longcat
 
@@ -40,7 +40,7 @@ class Guider(comfy.samplers.CFGGuider):
         self.kv_cache = kv_cache
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
-        # ComfyUI passes x - x0 = sigma * velocity and takes the same back; guidance is homogeneous in it.
+        # ComfyUI passes x - x0, which is sigma * velocity, and expects the same; guidance commutes with the factor.
         options = dict(model_options or {})
         switches = options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
         if self.cfg != 1:
@@ -79,7 +79,7 @@ def clean_frames(noise_mask: Tensor | None) -> int:
 
 
 def preview_callback(model: ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
-    """Progress and previews as stock nodes send them; each step's preview shows the next generated frame."""
+    """Sends progress and previews as stock nodes do; each step's preview shows the next generated frame."""
     stock = latent_preview.prepare_callback(model, steps)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:

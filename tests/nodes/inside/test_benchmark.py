@@ -25,7 +25,7 @@ def test_a_against_everything_off(comfy, model, prompts, small):
     flat = (plot * 255).round().int().reshape(-1, 3)
     for color in comfy.core("measure.charts").COLORS[:2]:
         assert (flat == torch.tensor(color)).all(1).sum() > 500
-    key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
+    key = comfy.node("comfy_network").OPTIMIZATIONS_KEY
     ran = [options.get(key) for options in seen]
     config = comfy.core("optimize.switches")
     assert len(ran) == 6 and ran[:3] == [None] * 3 and len(set(ran[3:])) == 1

@@ -343,7 +343,7 @@ def test_compile_without_a_compiler_is_said(comfy, model, monkeypatch):
     monkeypatch.setattr(comfy.core("optimize.compilation").shutil, "which", lambda name: None)
     switched, report = comfy("LongCatOptimizations", model=model, **SWITCHES | {"compile": "blocks"})
     assert "compile: off (blocks is not available: there is no C++ compiler)" in report
-    key = comfy.node("comfy_model").OPTIMIZATIONS_KEY
+    key = comfy.node("comfy_network").OPTIMIZATIONS_KEY
     assert switched.model_options["transformer_options"][key].compile == "off"
 
 

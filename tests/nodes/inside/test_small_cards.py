@@ -74,5 +74,5 @@ def test_compiled_blocks(comfy, loaded, sample, empty, streaming, compiles, with
 
 
 def test_blocks_whose_weights_are_elsewhere_are_not_compiled(comfy, loaded):
-    streams, block = comfy.node("comfy_model")._is_streamed, loaded.model.diffusion_model.blocks[0]
+    streams, block = comfy.node("comfy_network").is_streamed, loaded.model.diffusion_model.blocks[0]
     assert not streams(block, torch.device("cpu")) and streams(block, torch.device("cuda"))

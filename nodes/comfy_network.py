@@ -1,0 +1,232 @@
+"""The network inside ComfyUI: layers that ComfyUI streams, casts and patches, its hooks, and the call itself.
+
+The core does all arithmetic. This file decides which ComfyUI value becomes which argument of the network, and negates
+its output: the core's is x0 - noise, ComfyUI's flow models return the velocity noise - x0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import comfy.ops
+import comfy.patcher_extension
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..longcat_core.model.config import ModelConfig
+from ..longcat_core.model.transformer import LongCatTransformer
+from ..longcat_core.optimize.attention import Kernels
+from ..longcat_core.optimize.execution import Execution
+from ..longcat_core.optimize.kernels import elementwise
+from ..longcat_core.optimize.memory import forward_bytes
+from ..longcat_core.optimize.switches import Optimizations
+from . import comfy_fp8
+from .comfy_attention import OVERRIDE, user_kernels
+from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
+
+# Keys of transformer_options that the pack's nodes set and the network reads.
+OPTIMIZATIONS_KEY = "longcat_optimizations"
+BLOCK_SPARSE_KEY = "longcat_block_sparse"
+# Number of executions that a network keeps, one for each set of switches on clones of its MODEL.
+EXECUTIONS = 16
+
+
+def is_replaced(layer: torch.nn.Module) -> bool:
+    """Whether another function replaces the layer's own forward, as a bypass LoRA's does."""
+    return getattr(layer.forward, "__func__", None) is not type(layer).forward
+
+
+def linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer in fp32, wherever and in whichever dtype ComfyUI keeps its weights, with LoRAs applied to them."""
+    x = x.float()
+    if isinstance(layer, torch.nn.Linear) or is_replaced(layer):
+        # Such layers cast their weights to the input's dtype, since `DiffusionModel` sets `comfy_cast_weights`.
+        return layer(x)
+    # A layer that ComfyUI quantized would quantize its input too.
+    weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    out = F.linear(x, weight, bias)
+    comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+    return out
+
+
+def is_streamed(block: torch.nn.Module, device: torch.device) -> bool:
+    """Whether a weight of the block is not on `device`, or is patched when it is used."""
+    return any(
+        getattr(layer, "weight_function", None)
+        or getattr(layer, "bias_function", None)
+        or any(parameter.device != device for parameter in layer.parameters(recurse=False))
+        for layer in block.modules()
+    )
+
+
+def sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
+    """Whether `layer.weight` can be used as it is: ComfyUI does not stream, cast, quantize or patch it at use."""
+    return (
+        isinstance(layer, torch.nn.Linear)
+        and not is_replaced(layer)
+        and not layer.comfy_cast_weights
+        and not layer.weight_function
+        and not layer.bias_function
+        and layer.weight.dtype == x.dtype
+        and layer.weight.device == x.device
+    )
+
+
+class Prepared(NamedTuple):
+    """How one forward runs; chosen beforehand."""
+
+    execution: Execution
+    kernels: Kernels
+
+
+class DiffusionModel(LongCatTransformer):
+    """The network as ComfyUI builds and calls it. Clones of a MODEL share it; each has an execution of its own."""
+
+    def __init__(
+        self,
+        *,
+        image_model: str,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        operations: Any,
+        fp8: bool = False,
+        **config: Any,
+    ) -> None:
+        operations = type("Operations", (operations,), {"linear_fp32": staticmethod(linear_fp32)})
+        super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
+        if fp8:
+            comfy_fp8.install(self, self.config)
+        for layer in self._fp32_layers():
+            # These take fp32 input, which ComfyUI's layers refuse unless they cast their weights.
+            layer.comfy_cast_weights = True
+        # In order of use, by the arguments that they were made from; see `execution`.
+        self.executions: dict[tuple, Execution] = {}
+
+    def _fp32_layers(self) -> list[torch.nn.Module]:
+        final = [self.final_layer.modulation, self.final_layer.linear]
+        return [*self.time_embed, *(block.modulation for block in self.blocks), *final]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DiffusionModel:
+        # Keeps `dtype`: ComfyUI reads it as the dtype that it asked for, even if weights have the file's dtype for now.
+        return torch.nn.Module._apply(self, fn, recurse)
+
+    def execution(self, dtype: torch.dtype, options: dict[str, Any]) -> Execution:
+        """How a MODEL with these transformer_options runs, with activations in `dtype`.
+
+        Equal arguments give the same execution, so that a lossy switch that the guard turned off stays off.
+        """
+        key = dtype, options.get(OPTIMIZATIONS_KEY, Optimizations()), options.get(BLOCK_SPARSE_KEY)
+        execution = self.executions.pop(key, None)
+        if execution is None:
+            execution = Execution(
+                self,
+                key[1],
+                block_sparse=key[2],
+                dtype=dtype,
+                sliceable=sliceable,
+                uncompiled=is_streamed,
+                announce=lambda sentence: logging.warning("LongCat: %s", sentence),
+            )
+        # The most recently used ones. Each holds only its switches.
+        self.executions = dict([*self.executions.items()][1 - EXECUTIONS :]) | {key: execution}
+        return execution
+
+    def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Prepared:
+        """The execution and kernels of the MODEL that is about to run.
+
+        Called before `forward`, so that these lookups stay out of a compiled graph of the whole network.
+        """
+        comfy_fp8.prepare(self, device, dtype)
+        execution = self.execution(dtype, options)
+        kernels = execution.choose_kernels(device)
+        return Prepared(execution, user_kernels(execution.requested, options, kernels))
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        num_cond_latents: int = 0,
+        shared_timestep: bool = False,
+        prepared: Prepared | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Latents x [B, 16, T, H, W] -> flow velocity (noise - x0), the same shape, fp32.
+
+        timestep [B] or [B, T] in 0..1000; context [B, L, caption], padded with zero rows; num_cond_latents: number of
+        conditioning frames at the front of x; shared_timestep: whether all rows of timestep are equal.
+        """
+        options = {} if transformer_options is None else transformer_options
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
+        prepared = self.prepare(x.device, x.dtype, options) if prepared is None else prepared
+        # A copy: EasyCache writes into the input, which in fp32 is the sampler's own tensor.
+        return executor.execute(x.clone(), timestep, context, num_cond_latents, shared_timestep, prepared, options)
+
+    def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype, options: dict[str, Any] | None = None) -> int:
+        """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
+        switches = (options or {}).get(OPTIMIZATIONS_KEY, Optimizations())
+        fused = switches.fused_kernels and switches.explicit_fp32 and elementwise.takes(dtype)
+        eight_bit = any(getattr(module, "eight_bit", False) for module in self.modules())
+        return forward_bytes(self.config, latents, dtype.itemsize, fused, eight_bit)
+
+    def _run(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        num_cond: int,
+        shared: bool,
+        prepared: Prepared,
+        options: dict[str, Any],
+    ) -> Tensor:
+        execution, kernels = prepared
+        texts = options.get(TEXT_CACHE_KEY)
+        reuse = texts is not None and execution.optimizations.reuse_text and not torch.compiler.is_compiling()
+        text = texts.get(execution, context) if reuse else read_text(execution, context)
+        around = self._around_block(x, timestep, context, options)
+        timestep = timestep[:1] if shared else timestep
+        cache, caches = None, options.get(CONDITIONING_CACHE_KEY)
+        if num_cond and caches is not None:
+            activations = self.forward_bytes(x.shape, x.dtype, options)
+            cache = caches.get(execution, x[:, :, :num_cond], activations, kernels)
+            x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
+        out = execution(
+            x,
+            timestep,
+            text,
+            num_cond_latents=0 if cache else num_cond,
+            kv_cache=cache,
+            kernels=kernels,
+            around_block=around,
+        )
+        if not cache:
+            return -out
+        # The sampler restores the conditioning frames, but guidance sums over the network's output for them too; with
+        # zeros they drop out of the sums.
+        clean = cache.out if caches.exact else torch.zeros_like(cache.out)
+        return -torch.cat((clean.to(out).repeat(len(out) // len(clean), 1, 1, 1, 1), out), dim=2)
+
+    def _around_block(self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any]) -> Any:
+        """A wrapper that runs each block under ComfyUI's `patches_replace`, or None if nothing needs it."""
+        replace = options.get("patches_replace", {}).get("dit", {})
+        options["total_blocks"], options["block_type"] = len(self.blocks), "double"
+        if not replace and OVERRIDE not in options:
+            return None
+
+        def around(i: int, run: Any, tokens: Tensor) -> Tensor:
+            options["block_index"] = i
+            if ("double_block", i) not in replace:
+                return run(tokens)
+            values = {"img": tokens.flatten(1, 2), "txt": context, "vec": timestep, "pe": None}
+            values["transformer_options"] = options
+            original = {"original_block": lambda args: {"img": run(args["img"].view_as(tokens)).flatten(1, 2)}}
+            return replace[("double_block", i)](values, original)["img"].view_as(tokens)
+
+        return around
