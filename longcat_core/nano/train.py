@@ -204,9 +204,8 @@ class Trainer:
         """All that training needs to resume after `step` steps: weights, their averages and Adam's moments."""
         tensors = {"step": torch.tensor(step)}
         for i, (parameter, average) in enumerate(zip(self.parameters, self.average.average, strict=True)):
-            moments = self.optimizer.state[parameter]
             tensors |= {f"{i}.weight": parameter, f"{i}.average": average}
-            tensors |= {f"{i}.{key}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+            tensors |= {f"{i}.{key}": self.optimizer.state[parameter][key] for key in ("step", "exp_avg", "exp_avg_sq")}
         return tensors
 
     @torch.no_grad()
@@ -364,15 +363,6 @@ def run(args: argparse.Namespace) -> int:
     if args.stage in ("all", "text"):
         train_reader(args.output, steps=args.text_steps, seed=args.seed, device=device)
     if args.stage in ("all", "transformer"):
-        train_transformer(
-            args.output,
-            steps=args.steps,
-            seed=args.seed,
-            device=device,
-            clips_scale=args.clips_scale,
-            batch_scale=args.batch_scale,
-            gradient_checkpointing=args.gradient_checkpointing,
-            state=args.state,
-            stop_after=args.stop_after,
-        )
+        names = ("steps", "seed", "clips_scale", "batch_scale", "gradient_checkpointing", "state", "stop_after")
+        train_transformer(args.output, device=device, **{name: getattr(args, name) for name in names})
     return 0
