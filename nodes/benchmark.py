@@ -18,7 +18,7 @@ from ..longcat_core.measure.results import machine, shown
 from ..longcat_core.measure.speed import SEED, TEXT_TOKENS, TimedSetting, kernel_name, plain
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.conditioning import video_frames
-from .comfy_attention import chosen
+from .comfy_attention import attention_by_comfyui
 from .comfy_network import OPTIMIZATIONS_KEY
 from .conditioning import to_image
 from .inputs import LongCatNode
@@ -72,7 +72,8 @@ def time_steps(
         callback=lambda step, x0, x, total: bar.update_absolute(step + 1, total), first_steps=1 + steps,
     )  # fmt: skip
     peak, switches = peak_gib(device), switches_of(model)
-    kernel = chosen(switches, options_of(model)) or kernel_name(execution_of(model).choose_kernels(device).attend)
+    kernel = attention_by_comfyui(switches, options_of(model))
+    kernel = kernel or kernel_name(execution_of(model).choose_kernels(device).attend)
     first, *later = timer.seconds
     return TimedSetting(name, switches, kernel, first, [1000 * seconds for seconds in later], peak), timer.x0
 

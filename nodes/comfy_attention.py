@@ -37,7 +37,7 @@ class ComfyAttention:
         return out.unflatten(-1, (heads, -1))
 
 
-def chosen(optimizations: Optimizations, options: dict[str, Any]) -> str:
+def attention_by_comfyui(optimizations: Optimizations, options: dict[str, Any]) -> str:
     """What in ComfyUI decides which self-attention runs, in words; "" if `Optimizations.attention` decides.
 
     An override set by a node always decides, a command line option only if `attention` is auto.
@@ -48,9 +48,11 @@ def chosen(optimizations: Optimizations, options: dict[str, Any]) -> str:
     return f"ComfyUI's --{flag.replace('_', '-')}" if flag and optimizations.attention == "auto" else ""
 
 
-def user_kernels(optimizations: Optimizations, options: dict[str, Any], own: Kernels) -> Kernels:
-    """`own`, with ComfyUI's self-attention if `chosen` says so.
+def with_comfyui_attention(kernels: Kernels, optimizations: Optimizations, options: dict[str, Any]) -> Kernels:
+    """`kernels`, with ComfyUI's self-attention if `attention_by_comfyui` says so.
 
     Cross-attention keeps our kernel: padding is a single key with a raised logit, which few kernels support.
     """
-    return own._replace(attend=ComfyAttention(options), quantized=None) if chosen(optimizations, options) else own
+    if not attention_by_comfyui(optimizations, options):
+        return kernels
+    return kernels._replace(attend=ComfyAttention(options), quantized=None)

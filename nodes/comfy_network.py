@@ -24,7 +24,7 @@ from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
 from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
-from .comfy_attention import OVERRIDE, user_kernels
+from .comfy_attention import OVERRIDE, with_comfyui_attention
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
 
 # Keys of transformer_options that the pack's nodes set and the network reads.
@@ -142,7 +142,7 @@ class DiffusionModel(LongCatTransformer):
         comfy_fp8.prepare(self, device, dtype)
         execution = self.execution(dtype, options)
         kernels = execution.choose_kernels(device)
-        return Prepared(execution, user_kernels(execution.requested, options, kernels))
+        return Prepared(execution, with_comfyui_attention(kernels, execution.requested, options))
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from ..longcat_core.generate.options import FRAME_MULTIPLE, SCHEDULES
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.buckets import BUCKETS
 from ..longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from .fields import Node, Socket, Widget, long_text, of, own
+from .fields import Node, Socket, Widget, long_text, own, shared
 
 CUSTOM, TWICE = "custom", "twice the size"
 CONTINUATION = "base, then enhance_hf"
@@ -37,24 +37,24 @@ _mode = own(
     choices=MODES,
 )
 # 64 bits, as in ComfyUI's own nodes.
-_seed = replace(of("seed", most=2**64 - 1), new_seed=True)
+_seed = replace(shared("seed", most=2**64 - 1), new_seed=True)
 # Not drawn again after each run: with a new seed, a run would not resume the saved segments.
-_first_seed = replace(of("seed", "refine", help="seed of the first piece's noise; later pieces count up from it. "
+_first_seed = replace(shared("seed", "refine", help="seed of the first piece's noise; later pieces count up from it. "
                           "Choose another folder for another seed"), new_seed=False)  # fmt: skip
-_steps = of(
+_steps = shared(
     "steps",
     help="number of denoising steps: 50, or 16 for distilled. For 50 steps, enhance_hf evaluates the model 56 times "
     "and refine 5 times",
     shown="",
 )
-_guidance = of(
+_guidance = shared(
     "guidance",
     help="CFG-zero scale: 4, or 1 for distilled and refine; 1 turns guidance off and takes half the time",
     shown="",
 )
-_kv_cache = of("kv_cache", optional=True)
-_width, _height = of("width"), of("height")
-_length = of("frames", name="length", least=1 + FRAME_MULTIPLE)
+_kv_cache = shared("kv_cache", optional=True)
+_width, _height = shared("width"), shared("height")
+_length = shared("frames", name="length", least=1 + FRAME_MULTIPLE)
 _double_rate = own("double_rate", "switch", "double the frame rate as well; off: enlarge the picture only", True)
 
 
@@ -218,7 +218,7 @@ NODES: dict[str, Node] = {
         (
             _vae,
             Socket("video", "Image", "frames of the clip to continue, for instance from Get Video Components"),
-            of("cond_frames"),
+            shared("cond_frames"),
             *_given_sizes,
         ),
         (Socket("", "Latent", "with a noise_mask that keeps the frames of the clip"),),
@@ -233,11 +233,11 @@ NODES: dict[str, Node] = {
                    "Video Components"),
             _double_rate,
             *_refined_sizes,
-            of("fps", help="frame rate of the input video; only the output fps depends on it"),
+            shared("fps", help="frame rate of the input video; only the output fps depends on it"),
             Socket("refined_before", "Image", "for a long video in pieces: the refined frames of the previous piece, "
                    "whose last ones replace the first ones of this piece", optional=True),
-            of("overlap", "refine", help="with refined_before: number of this piece's first frames that the previous "
-                "piece also has", most=92, optional=True),
+            shared("overlap", "refine", help="with refined_before: number of this piece's first frames that the "
+                "previous piece also has", most=92, optional=True),
         ),
         (
             Socket("", "Latent", "for LongCat Sampler in mode refine, at guidance 1"),
@@ -257,24 +257,24 @@ NODES: dict[str, Node] = {
             _vae,
             long_text(own("prompts", "text", "one prompt per line, one line per segment; further segments use the last "
                        "line. If you change a line, its segment and all later ones are regenerated", "")),
-            long_text(of("negative_prompt", default=DEFAULT_NEGATIVE_PROMPT)),
-            of("segments", "long", help="number of segments; 0: one for each prompt. The first segment of 93 frames "
-                "lasts 6.2 s, and each further one adds 5.3 s", default=3, shown="", least=0),
+            long_text(shared("negative_prompt", default=DEFAULT_NEGATIVE_PROMPT)),
+            shared("segments", "long", help="number of segments; 0: one for each prompt. The first segment of 93 "
+                "frames lasts 6.2 s, and each further one adds 5.3 s", default=3, shown="", least=0),
             _width,
             _height,
-            of("frames", "long", name="length", least=1 + FRAME_MULTIPLE),
-            of("overlap", "long"),
+            shared("frames", "long", name="length", least=1 + FRAME_MULTIPLE),
+            shared("overlap", "long"),
             _first_seed,
-            of("steps", help="number of denoising steps: 50, or 16 for distilled", shown=""),
+            shared("steps", help="number of denoising steps: 50, or 16 for distilled", shown=""),
             _guidance,
             own("mode", "choice", "schedule of the first segment and of the others. distilled: 16 steps, guidance 1, "
                  "with the cfg_step LoRA. base: for LongCat-nano", CONTINUATION, choices=tuple(LONG_MODES)),
-            of("hand_off", "long"),
+            shared("hand_off", "long"),
             _folder("longcat/long-video"),
             _kv_cache,
             Socket("begin_with", "Image", "a single image becomes the first frame; a clip is continued from its last "
                    "overlap frames. Both are scaled and cropped to width and height", optional=True),
-            of("fps", help="frame rate of the files in the folder; it changes nothing else", optional=True),
+            shared("fps", help="frame rate of the files in the folder; it changes nothing else", optional=True),
         ),
         (
             Socket("images", "Image", "all frames; frames that two segments share appear once"),
@@ -291,16 +291,16 @@ NODES: dict[str, Node] = {
             _clip,
             _vae,
             Socket("video", "Image", "all frames, for instance from LongCat Long Video"),
-            long_text(of("prompt", "refine", help="prompt of the input video, or empty, which is how LongCat-Video "
+            long_text(shared("prompt", "refine", help="prompt of the input video, or empty, which is how LongCat-Video "
                       "refines long videos", shown="")),
             _first_seed,
-            of("steps", "refine"),
+            shared("steps", "refine"),
             _double_rate,
             *_refined_sizes,
-            of("piece", "refine"),
-            of("overlap", "refine"),
+            shared("piece", "refine"),
+            shared("overlap", "refine"),
             _folder("longcat/refined"),
-            of("fps", help="frame rate of the input video; only the output fps depends on it", optional=True),
+            shared("fps", help="frame rate of the input video; only the output fps depends on it", optional=True),
         ),
         (
             Socket("images", "Image", "all refined frames"),
@@ -313,7 +313,7 @@ NODES: dict[str, Node] = {
         "when it refines to 720p. Faster on large videos; the result differs from that of full attention.",
         (
             replace(_model, help="LongCat-Video, for refining with the refinement LoRA"),
-            of("sparsity", "refine", nano=None),
+            shared("sparsity", "refine", nano=None),
             own("cdf_threshold", "number", "above 0: keep blocks until they hold this share of the attention, if that "
                  "is more than sparsity keeps", 0.0, least=0.0, most=1.0, step=0.05, digits=3),
             own("chunk", "choice", "size of a block in tokens: frames, rows, columns; LongCat-Video uses 4x4x4",
@@ -326,9 +326,9 @@ NODES: dict[str, Node] = {
         "Skips steps whose output can be predicted from the last two. About twice as fast; the video changes slightly.",
         (
             _model,
-            of("step_cache", name="threshold", default=0.05, help="how much the output may change in total, relative "
-                "to itself, before a step is computed again: 0.03 is conservative, 0.12 is aggressive, 0 computes "
-                "every step"),
+            shared("step_cache", name="threshold", default=0.05, help="how much the output may change in total, "
+                "relative to itself, before a step is computed again: 0.03 is conservative, 0.12 is aggressive, 0 "
+                "computes every step"),
         ),
         (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
     ),
@@ -340,8 +340,8 @@ NODES: dict[str, Node] = {
             replace(_model, help="A: LongCat-Video, with or without LongCat Optimizations"),
             Socket("latent_image", "Latent", "sets the size of the video, for instance EmptyHunyuanLatentVideo; "
                    "conditioning frames from a LongCat node are kept"),
-            of("steps", default=3, most=20, shown="", help="number of timed steps for each setting, after a first step "
-                "that also compiles; the median counts"),
+            shared("steps", default=3, most=20, shown="", help="number of timed steps for each setting, after a first "
+                "step that also compiles; the median counts"),
             _guidance,
             Socket("model_b", "Model", "B: the same model with other LongCat Optimizations, another dtype or other "
                    "patches. Not connected: A with every optimization off", optional=True),

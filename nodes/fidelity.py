@@ -18,7 +18,7 @@ from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
 from ..longcat_core.optimize.attention import Inputs
 from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
-from .comfy_attention import chosen
+from .comfy_attention import attention_by_comfyui
 from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
 from .inputs import LongCatNode
@@ -33,7 +33,7 @@ TIMED = "steps after the first"
 def floor_kernel(model: ModelPatcher) -> str:
     """An exact kernel other than the MODEL's own. Raises LongCatError with the reason if there is none."""
     switches = switches_of(model)
-    if other := chosen(switches, options_of(model)):
+    if other := attention_by_comfyui(switches, options_of(model)):
         raise LongCatError(f"{other} chooses A's attention, which may not be exact; remove it to get a noise floor")
     head_dim = model.model.diffusion_model.config.head_dim
     return core.other_kernel(switches.attention, Inputs(model.load_device, compute_dtype(model), head_dim, False))

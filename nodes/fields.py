@@ -72,13 +72,13 @@ class Node:
     shows: bool = False
 
 
-def of(known: str, command: str = "generate", /, *, optional: bool = False, **changes: Any) -> Widget:
-    """A command's option `known` as a node's input, with `changes` to its row."""
-    return Widget(replace(option(known, command), **changes), optional)
+def shared(name: str, command: str = "generate", /, *, optional: bool = False, **changes: Any) -> Widget:
+    """The option `name` of a command as a node's input, with `changes` to its row, such as another name."""
+    return Widget(replace(option(name, command), **changes), optional)
 
 
 def own(name: str, kind: Any, help: str, default: Any = None, *, optional: bool = False, **more: Any) -> Widget:
-    """An input that is not an option of any command."""
+    """An input of the node's own, which is not an option of any command."""
     return Widget(Option(name, kind, help, default, **more), optional)
 
 

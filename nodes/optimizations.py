@@ -15,7 +15,7 @@ from ..longcat_core.optimize.compilation import why_not
 from ..longcat_core.optimize.kernels import elementwise as kernels
 from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
-from .comfy_attention import chosen
+from .comfy_attention import attention_by_comfyui
 from .comfy_network import OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
 from .models import options_of, require_longcat
@@ -50,7 +50,7 @@ def report(
             line += _fp8(value, device, fp8_layers)
         if name == "gradient_checkpointing" and value:
             line += " (acts in training only)"
-        if name == "attention" and (other := chosen(switches, options)):
+        if name == "attention" and (other := attention_by_comfyui(switches, options)):
             line += f" (not used: {other} decides)"
         lines.append(line)
     missing = [f"  {name}: {why}" for name, usable, why in backends.report() if not usable]
