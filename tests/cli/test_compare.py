@@ -14,8 +14,8 @@ from PIL import Image
 
 from longcat_core.cli import compare as fidelity_commands
 from longcat_core.cli import main as cli
+from longcat_core.cli import models as commands
 from longcat_core.files import media
-from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.optimize import attention as backends
@@ -26,89 +26,60 @@ SMALL = ("--steps", "6", "--frames", "5")
 B = ("--versus", "--step-cache 0.5")
 
 
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command that must end in one sentence, before a model is loaded and with nothing written."""
-
-    def load(*_: Any, **__: Any) -> None:
-        pytest.fail("a model was loaded before the input was checked")
-
-    monkeypatch.setattr(fidelity_commands, "load_models", load)
-
-    def run(*arguments: str) -> str:
-        before = sorted(work.rglob("*"))
-        assert cli.main(["compare", *arguments]) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and err.startswith("longcat: error: ") and err.count("\n") == 1, err
-        assert sorted(work.rglob("*")) == before
-        return err
-
-    return run
-
-
 @pytest.mark.parametrize(
-    "versus, said",
+    ("versus", "said"),
     [
         ("--size 80x96", "another height (80) than A (64)"),
-        ("--width 112", "another width (112) than A (96)"),
         ("--frames 17", "another number of frames (17) than A (33)"),
-        ("--seed 3", "another seed (3) than A (0)"),
         ("--image first.png", "another image (first.png) than A (None)"),
-        ("--cond-frames 5", "another number of given frames (5) than A (13)"),
+        ("--memory 4", "sets --memory, which holds for all"),
         ("--steps 0", "--versus '--steps 0': 0 steps"),
-        ("--attention magic", "unknown attention backend 'magic'"),
         ("--model missing", "missing does not exist"),
-        ("--lora missing", "missing does not exist"),
-        ("--stepz 3", "--stepz"),
+        ("--stepz 3", "--versus '--stepz 3'"),
         ("--output x", "--output"),
-        ("--steps", "--steps"),
-        ("blue", "blue"),
         ("--negative-prompt 'open", "cannot be read"),
         ("", "--versus is empty"),
     ],
 )
-def test_what_cannot_be_compared(refused: Any, versus: str, said: str) -> None:
+def test_settings_that_cannot_be_compared(refused: Any, monkeypatch: Any, versus: str, said: str) -> None:
+    monkeypatch.setattr(commands, "check_memory", lambda *_: None)
     Image.new("RGB", (96, 64)).save("first.png")
-    assert said in refused(PROMPT, "--versus", versus)
+    assert said in refused("compare", PROMPT, "--versus", versus)
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    ("options", "said"),
     [
-        ((PROMPT,), "--versus"),
-        (B, "a PROMPT is missing"),
-        ((PROMPT, "", *B), "prompt is empty"),
-        ((PROMPT, *B, "--seeds", "0"), "0 seeds are out of range"),
-        ((PROMPT, *B, "--seed", str(2**63 - 1), "--seeds", "2"), "2^63"),
-        ((PROMPT, *B, "--floor", "magic"), "'magic'"),
-        ((PROMPT, *B, "--floor", "sdpa", "--attention", "sdpa"), "A's own attention"),
-        ((PROMPT, *B, "--output", "full"), "full already exists and is not empty"),
-        ((PROMPT, *B, "--output", "full/file.txt"), "file.txt already exists"),
-        ((PROMPT, *B, "--output", "missing/dir"), "does not exist"),
-        ((PROMPT, *B, "--page", "full/file.txt"), "must end in .md"),
-        ((PROMPT, *B, "--page", "full/notes.md"), "notes.md already exists and is not from longcat compare"),
-        ((PROMPT, *B, "--page", "full/other.md"), "other-plot.png already exists"),
-        ((PROMPT, *B, "--page", "missing/page.md"), "does not exist"),
-        ((PROMPT, *B, "--frames", "6"), "6 frames"),
+        ("", "--versus"),
+        ("--versus --fp8 --prompts-file empty.txt", "exclude each other"),
+        ("--versus --fp8 --seeds 0", "0 seeds are out of range"),
+        (f"--versus --fp8 --seed {2**63 - 1} --seeds 2", "2^63"),
+        ("--versus --fp8 --floor magic", "'magic'"),
+        ("--versus --fp8 --floor sdpa --attention sdpa", "A's own attention"),
+        ("--versus --fp8 --output full", "full already exists and is not empty"),
+        ("--versus --fp8 --output full/file.txt", "file.txt already exists"),
+        ("--versus --fp8 --output missing/dir", "does not exist"),
+        ("--versus --fp8 --page full/file.txt", "must end in .md"),
+        ("--versus --fp8 --page full/notes.md", "notes.md already exists and is not from longcat compare"),
+        ("--versus --fp8 --page full/other.md", "other-plot.png already exists"),
+        ("--versus --fp8 --page missing/page.md", "does not exist"),
     ],
 )
-def test_bad_input(refused: Any, arguments: tuple[str, ...], said: str) -> None:
+def test_bad_input(refused: Any, options: str, said: str) -> None:
     Path("full").mkdir()
     Path("full/file.txt").write_text("mine", encoding="utf-8")
     Path("full/notes.md").write_text("# Mine", encoding="utf-8")
     Path("full/other-plot.png").touch()
-    assert said in refused(*arguments)
+    assert said in refused("compare", PROMPT, *options.split())
+
+
+def test_a_prompt_is_missing(refused: Any) -> None:
+    assert "a PROMPT is missing" in refused("compare", *B)
 
 
 def test_lossy_floor_is_refused(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "check", lambda name: None)
-    assert "--floor sage is lossy" in refused(PROMPT, *B, "--floor", "sage")
+    assert "--floor sage is lossy" in refused("compare", PROMPT, *B, "--floor", "sage")
 
 
 def test_versus_takes_a_single_option_too() -> None:
@@ -119,25 +90,22 @@ def test_versus_takes_a_single_option_too() -> None:
 
 
 @pytest.fixture
-def run(work: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs a command on the embedded model: (loads, kernel of every forward)."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command on the bundled model: (whether in 8 bits, of every load; the kernel of every forward)."""
     loads, kernels = [], []
-    load, choose = fidelity_commands.load_models, Execution.choose_kernels
+    load, choose = commands.load_pipeline, Execution.choose_kernels
     names = {backend.attend: backend.name for backend in backends.BACKENDS}
-
-    def load_models(args: Any, *rest: Any) -> Pipeline:
-        loads.append((args.fp8, args.dtype))
-        return load(args, *rest)
 
     def choose_kernels(self: Execution, device: torch.device) -> Any:
         chosen = choose(self, device)
         kernels.append(names[chosen.attend])
         return chosen
 
-    monkeypatch.setattr(fidelity_commands, "load_models", load_models)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "load_pipeline", lambda *a, **kw: loads.append(kw["fp8"]) or load(*a, **kw))
     monkeypatch.setattr(Execution, "choose_kernels", choose_kernels)
 
-    def run(*arguments: str) -> tuple[list, list[str]]:
+    def run(*arguments: str) -> tuple[list[bool], list[str]]:
         loads.clear(), kernels.clear()
         assert cli.main(["compare", *arguments]) == 0
         return loads, kernels
@@ -148,7 +116,7 @@ def run(work: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_settings_of_a_model_share_it_and_the_floor_has_another_kernel(run: Any, capsys: Any) -> None:
     versus = ("--versus", "--fp8", *B, "--versus", "--steps 3", "--versus", "--attention sdpa")
     loads, kernels = run(PROMPT, *SMALL, *versus, "--seeds", "2", "--page", "page.md")
-    assert loads == [(False, "auto"), (True, "auto")]
+    assert loads == [False, True]
     report = json.loads(Path("longcat-compare/report.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["A", "B", "C", "D", "E", "noise floor"]
@@ -215,7 +183,7 @@ def test_floor_that_runs_out_of_memory_costs_only_the_floor(run: Any, monkeypatc
     assert report["inputs"]["no_floor"] == "the other exact kernel, sdpa-math, ran out of memory"
 
 
-def test_interrupted_leaves_whole_files_only(run: Any, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_leaves_whole_files_only(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -223,4 +191,4 @@ def test_interrupted_leaves_whole_files_only(run: Any, work: Path, monkeypatch: 
     assert cli.main(["compare", PROMPT, "--steps", "2", "--frames", "5", *B, "--output", "out"]) == cli.INTERRUPTED
     assert sorted(os.listdir("out")) == ["A-1.mkv", "B-1.mkv", "noise-floor-1.mkv"]
     assert cli.main(["compare", PROMPT, *B, "--output", "out"]) == cli.BAD_INPUT
-    assert NANO_MODEL.exists() and len(os.listdir("out")) == 3
+    assert len(os.listdir("out")) == 3
