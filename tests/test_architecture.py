@@ -16,7 +16,6 @@ from torch import Tensor
 
 from longcat_core.model.attention import CrossAttention
 from longcat_core.model.block import Block
-from longcat_core.model.config import ModelConfig
 from longcat_core.model.layers import LayerNorm
 from longcat_core.model.ops import Once, PlainOps
 from longcat_core.model.text import BlockText, TextTokens
@@ -24,9 +23,11 @@ from longcat_core.model.transformer import FrameLayout, LongCatTransformer
 from longcat_core.optimize.attention import Inputs, resolve_kernels
 from longcat_core.optimize.fused import TorchOps
 
+from .support.tiny import tiny_config
+
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 SKETCHES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-CONFIG = ModelConfig(hidden_size=64, depth=2, num_heads=4, caption_channels=24, ffn_hidden=96, adaln_dim=32)
+CONFIG = tiny_config(num_heads=4, caption_channels=24)
 KERNELS = resolve_kernels("sdpa", Inputs(torch.device("cpu"), torch.float32, CONFIG.head_dim, False))
 FRAMES, TOKENS = 3, 3 * 2 * 4
 

@@ -29,6 +29,8 @@ from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import quantized_layers
 from longcat_core.optimize.switches import Optimizations
 
+from ..support.tiny import tiny_config
+
 PUBLISHED = Targets.beside(Path(__file__).parents[2] / "docs" / "performance.md")
 SMALL = ["--size", "32x48", "--frames", "5", "--blocks", "1", "--few-blocks", "1", "--repeats", "1"]
 
@@ -419,7 +421,7 @@ def test_missing_pillow_is_an_error_before_any_work(tmp_path, monkeypatch, capsy
 
 
 def test_random_weights_are_made_in_their_dtype():
-    config = ModelConfig(hidden_size=64, depth=1, num_heads=2, caption_channels=16, ffn_hidden=256, adaln_dim=16)
+    config = tiny_config(depth=1, caption_channels=16, ffn_hidden=256, adaln_dim=16)
     model = workload.random_model(config, torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not any(p.is_meta for p in model.parameters())
     assert bool((model.blocks[0].attn.q_norm.weight == 1).all())
@@ -481,13 +483,13 @@ def test_targets_of_cards(path, gib, ms, met):
 
 def test_a_card_of_another_size_than_it_was_asked_for():
     """On a GPU the released model meets real cards' sizes, another model shares of its need."""
-    small = ModelConfig(hidden_size=64, depth=2, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
-    shares = [f"{share} % of the need" for share in (80, 60, 45)]
-    for config, device, names in (
-        (ModelConfig(), "cuda", ["24 GiB", "16 GiB", "12 GiB"]), (small, "cuda", shares), (ModelConfig(), "cpu", shares)
-    ):  # fmt: skip
-        found = [limit.name for limit in cards.limits(config, torch.device(device), 1 << 35)]
-        assert found == ["no limit", *names]
+    small = tiny_config()
+    model = OptimizedTransformer(small).requires_grad_(False)
+    one = variants.Bench(model, workload.Size(32, 48, 5), torch.device("cpu"), 1, Budget(None))
+    counted = cards._Counted(one, False)
+    counted.config = ModelConfig()
+    names = [limit.name for limit in counted.limits(torch.device("cuda"))]
+    assert names == ["no limit", "24 GiB", "16 GiB", "12 GiB"]
 
 
 def test_loading_beside_reading(everything):

@@ -12,12 +12,12 @@ from longcat_core.benchmark import variants, workload
 from longcat_core.benchmark.parts import cards
 from longcat_core.measure import results
 from longcat_core.measure.clock import Budget
-from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.quantization import Fp8Linear, quantize
 
 from ..support.pretend_cuda import Properties, pretended
+from ..support.tiny import tiny_config
 
-SMALL = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+SMALL = tiny_config(depth=3)
 CPU = torch.device("cpu")
 
 

@@ -206,8 +206,10 @@ def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch
     options = [*line.split(), "--kv-cache", "official", "--schedule", "enhance_hf", "--negative-prompt", "fog"]
     assert cli.main(["generate", PROMPT, "-o", "a.mp4", *options]) == 0
     wanted = GenerateRequest(
-        *(PROMPT, "fog", 32, 48, 9, 2, 3.5, 4, "enhance_hf"),
-        video=Path("clip.webp"), num_cond_frames=5, kv_cache="official", fps=12,
+        *(PROMPT, "fog", 32, 48, 9, 2, 3.5, 4, "enhance_hf", None, Path("clip.webp")),
+        num_cond_frames=5,
+        kv_cache="official",
+        fps=12,
     )
     assert model.request == wanted
     np.testing.assert_array_equal(model.request.given, clip[-5:])
@@ -287,6 +289,12 @@ def test_backends_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(names()[1:])
     assert all(line.split()[1] in ("yes", "no") for line in lines)
+
+
+def test_train_nano_has_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train-nano", "--help"])
+    assert "--steps" in capsys.readouterr().out
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -174,6 +174,14 @@ def test_bad_input_of_refine(loads: list, source: None, refused: Any, options: l
     assert all(words in sentence for words in said) and not loads, sentence
 
 
+def test_refining_doubles_the_rate(source: None, loads: list, capsys: Any) -> None:
+    options = ["--steps", "12", "--piece", "9", "--overlap", "5", "--seed", "2", "--device", "cpu"]
+    assert cli.main(["refine", "clip.mkv", *options]) == 0 and len(loads) == 1
+    frames, fps = read_video("clip-refined.mp4")
+    assert frames.shape == (26, 32, 64, 3) and fps == 30
+    assert "26 frames of 32x64 at 30 fps, seed 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("sparsity", ["0", "0.5"])
 def test_refining_goes_on_from_its_folder(source: None, loads: list, capsys: Any, sparsity: str) -> None:
     arguments = [*REFINE, "--sparsity", sparsity, "--folder", "kept"]

@@ -12,18 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longcat_core.checkpoints.load import load_transformer
 from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
 from longcat_core.generate import engine as engine_module
 from longcat_core.generate import pipeline as pipeline_module
-from longcat_core.generate.paths import ModelPaths
-from longcat_core.generate.pipeline import Pipeline
-from longcat_core.generate.request import NANO, GenerateRequest
-from longcat_core.generate.vae import load_vae
+from longcat_core.generate.pipeline import ModelPaths, Pipeline
+from longcat_core.generate.request import GenerateRequest
 from longcat_core.model.kv_cache import KV_MODES, KVMode
 
-GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+from ..support.tiny import GOLDEN, golden_pipeline
+
 SIZE = {"height": 64, "width": 96, "frames": 17}
 
 
@@ -47,15 +45,14 @@ def golden() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple:
-    # dit.safetensors has config.json beside it for the network's shape.
-    model = load_transformer(GOLDEN / "dit.safetensors")
-    return model, load_vae(GOLDEN / "vae.safetensors")
+def loaded() -> Pipeline:
+    return golden_pipeline(None)
 
 
 @pytest.fixture
-def tiny(loaded: tuple, golden: dict[str, Tensor]) -> Pipeline:
-    return Pipeline(*loaded, GoldenText(golden), NANO)
+def tiny(loaded: Pipeline, golden: dict[str, Tensor]) -> Pipeline:
+    loaded.text_encoder = GoldenText(golden)
+    return loaded
 
 
 @pytest.fixture

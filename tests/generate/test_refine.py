@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import merge_lora
-from longcat_core.cli import main as cli
-from longcat_core.cli import models as commands
 from longcat_core.errors import LongCatError
-from longcat_core.files.media import read_video, write_video
 from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import Padding, RefineRequest, enlarge, pieces, refine, target_size
-from longcat_core.generate.request import NANO, GenerateRequest
-from longcat_core.generate.vae import load_vae
+from longcat_core.generate.request import GenerateRequest
 from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
 from longcat_core.optimize.block_sparse import BlockSparse
@@ -30,23 +23,14 @@ from longcat_core.optimize.kernels.elementwise import quantize_rows
 from longcat_core.sampling.conditioning import latent_frames
 from longcat_core.sampling.sampler import Interrupted
 
-GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+from ..support.tiny import PromptText, golden_pipeline
+
 SCENE = Scene("black", (Actor("square", "green", "up"),))
-
-
-class GoldenText:
-    def __init__(self) -> None:
-        self.golden = load_file(GOLDEN / "generate.safetensors")
-
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        return self.golden["pos.embeds"], self.golden["pos.mask"]
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Pipeline:
-    return Pipeline(
-        load_transformer(GOLDEN / "dit.safetensors"), load_vae(GOLDEN / "vae.safetensors"), GoldenText(), NANO
-    )
+    return golden_pipeline(PromptText())
 
 
 def clip(frames: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -200,54 +184,6 @@ def test_bad_frames(tiny):
     for video in (clip(5).astype(np.float32), clip(5)[..., :1], clip(5)[:0]):
         with pytest.raises(LongCatError, match="give uint8 frames"):
             run(tiny, video)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(tiny, tmp_path, monkeypatch):
-    """`longcat refine` in a folder with a clip, on the tiny model."""
-    loaded = []
-
-    def load(paths, **options):
-        loaded.append(options)
-        return tiny
-
-    monkeypatch.setattr(commands, "load_pipeline", load)
-    monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / "clip.webp", clip(9), 10)
-    return lambda *options: (cli.main(["refine", *options, "--device", "cpu"]), loaded)
-
-
-def test_the_command_doubles_the_rate(command, tmp_path, capsys):
-    code, loaded = command("clip.webp", "--steps", "12", "--piece", "5", "--overlap", "1", "--seed", "2")
-    assert code == 0 and len(loaded) == 1
-    frames, fps = read_video(tmp_path / "clip-refined.mp4")
-    assert frames.shape == (18, 64, 96, 3) and fps == 20
-    assert "18 frames of 64x96 at 20 fps, seed 2" in capsys.readouterr().out
-    code, _ = command("clip.webp", "--steps", "12", "--spatial-only", "--size", "32x48", "-o", "small.webp")
-    frames, fps = read_video(tmp_path / "small.webp")
-    assert code == 0 and frames.shape == (9, 32, 48, 3) and fps == 10
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["none.mp4"], "none.mp4 does not exist"),
-        (["clip.webp", "-o", "clip.webp"], "is the input itself"),
-        (["clip.webp", "--size", "33x48"], "height 33"),
-        (["clip.webp", "--piece", "3", "--overlap", "3"], "leave nothing new"),
-        (["clip.webp", "-o", "x.avi"], "x.avi"),
-        (["clip.webp", "--sparsity", "1.5"], "sparsity is 1.5"),
-        (["clip.webp", "--compile", "never"], "--compile"),
-    ],
-)
-def test_the_command_says_what_is_wrong(command, tmp_path, capsys, options, said):
-    code, loaded = command(*options)
-    told = capsys.readouterr().err
-    assert code == cli.BAD_INPUT and said in told and told.count("\n") == 1 and not loaded
-    assert [path.name for path in tmp_path.iterdir()] == ["clip.webp"]
 
 
 @pytest.mark.parametrize("fp8", [False, True])

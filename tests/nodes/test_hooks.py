@@ -20,7 +20,9 @@ from longcat_core.optimize.memory import activation_bytes
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.frames import count_clean, noisy_frames
 
-SMALL = ModelConfig(hidden_size=64, depth=2, num_heads=4, caption_channels=24, ffn_hidden=256, adaln_dim=32)
+from ..support.tiny import tiny_config
+
+SMALL = tiny_config(num_heads=4, caption_channels=24, ffn_hidden=256)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,10 @@ from longcat_core.optimize.memory import kv_cache_bytes
 from longcat_core.optimize.plan import GIB, Plan, Weights, Work, choose_plan, needed_bytes, plans, smaller
 from longcat_core.optimize.quantization import Policy, quantize
 
+from ..support.tiny import tiny_config
+
 FULL = ModelConfig()
-SMALL = ModelConfig(hidden_size=64, depth=5, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+SMALL = tiny_config(depth=5)
 # Text and image to video at 480p, 93 frames; continuation; what refining makes of it.
 T2V = Work((1, 16, 24, 60, 104))
 VC = Work((1, 16, 24, 60, 104), cond_latents=4)

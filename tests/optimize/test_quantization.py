@@ -15,7 +15,6 @@ from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.measure.fidelity import relative_error, tensor_psnr
-from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kernels.elementwise import Quantized, quantize_rows
 from longcat_core.optimize.quantization import (
@@ -33,7 +32,9 @@ from longcat_core.optimize.quantization import (
 )
 from longcat_core.optimize.switches import Optimizations
 
-CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+from ..support.tiny import tiny_config
+
+CONFIG = tiny_config(depth=3)
 SWITCHES = Optimizations(attention="sdpa")
 
 

@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from longcat_core.errors import LongCatError
 from longcat_core.model.block import run_block
-from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import streaming
 from longcat_core.optimize.compilation import Regional
 from longcat_core.optimize.execution import OptimizedTransformer
@@ -23,7 +22,9 @@ from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
 
-CONFIG = ModelConfig(hidden_size=64, depth=6, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+from ..support.tiny import tiny_config
+
+CONFIG = tiny_config(depth=6)
 SWITCHES = Optimizations(attention="sdpa")
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kv_offload import OffloadableKVCache
 from longcat_core.optimize.streaming import pinned
@@ -18,8 +17,9 @@ from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
 
 from ..support.pretend_cuda import CUDA, Event, Stream, WrongOrder, pretended
+from ..support.tiny import tiny_config
 
-CONFIG = ModelConfig(hidden_size=64, depth=4, num_heads=2, caption_channels=32, ffn_hidden=96, adaln_dim=32)
+CONFIG = tiny_config(depth=4)
 
 
 @pytest.fixture
