@@ -99,3 +99,13 @@ def test_what_needs_no_weights_is_refused_at_once(paths, lora, tmp_path):
     ):
         with pytest.raises(LongCatError, match=said):
             open_model(*arguments)
+
+
+def test_an_official_folder_names_all_three_parts(tmp_path):
+    for name in ("dit", "vae", "text_encoder", "tokenizer"):
+        (tmp_path / name).mkdir()
+    found = ModelPaths.of(tmp_path)
+    assert found == ModelPaths(tmp_path, tmp_path / "vae", tmp_path) and not found.is_nano
+    assert ModelPaths.of(tmp_path, vae="v.safetensors").vae == Path("v.safetensors")
+    found.check()
+    assert ModelPaths.of().is_nano and ModelPaths().defaults.frames == 33

@@ -16,10 +16,9 @@ from longcat_core.generate.refine import RefineRequest, piece_folder, refine, re
 from longcat_core.generate.request import NANO
 from longcat_core.generate.segments import FRAMES, SegmentFolder
 from longcat_core.optimize.block_sparse import BlockSparse
-from longcat_core.sampling.sampler import Interrupted
 
 from ..support.folders import contents, copied, flipped, state
-from ..support.tiny import SEED, unwanted
+from ..support.tiny import SEED, moving_clip, unwanted
 
 REFINE = RefineRequest("a", seed=SEED, height=16, width=32, steps=12, piece=9, overlap=5, doubled=False)
 
@@ -31,9 +30,8 @@ def refined(engine: Engine, path: Path, video: np.ndarray, model: dict | None = 
 
 @pytest.fixture(scope="module")
 def video() -> np.ndarray:
-    """17 frames: three pieces of 9 with 5 in common."""
-    rows, columns = np.mgrid[:8, :16]
-    return np.stack([np.stack([(rows * 9 + columns * 5 + 7 * i) % 256] * 3, -1) for i in range(17)]).astype(np.uint8)
+    """Three pieces of 9 frames with 5 in common."""
+    return moving_clip(17, 8, 16)
 
 
 @pytest.fixture(scope="module")
@@ -117,17 +115,3 @@ def test_pieces_of_other_settings_are_refused_and_stay(tiny, video, pieces, tmp_
     with pytest.raises(LongCatError, match=said):
         refined(tiny, path, video, **changes)
     assert state(path) == before
-
-
-def test_refining_may_stop_and_go_on(tiny, video, pieces, tmp_path, made):
-    def stop(number: int, of: int, step: Any) -> None:
-        assert of == 3
-        if number == 1:
-            raise Interrupted
-
-    folder = piece_folder(tmp_path / "v")
-    with pytest.raises(Interrupted):
-        list(refine_in_folder(lambda: tiny, NANO, video, REFINE, folder, {}, stop))
-    made.clear()
-    refined(tiny, folder.path, video)
-    assert made == [1, 2] and contents(folder.path) == contents(pieces)

@@ -14,8 +14,9 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def state(path: Path) -> dict[str, tuple[int, bytes | None]]:
+    """Time of change and content of everything under a folder, and of the folder itself."""
     return {
-        str(item): (item.stat().st_mtime_ns, item.read_bytes() if item.is_file() else None)
+        str(item): (item.lstat().st_mtime_ns, item.read_bytes() if item.is_file() else None)
         for item in (path, *path.rglob("*"))
     }
 
