@@ -483,13 +483,13 @@ def test_targets_of_cards(path, gib, ms, met):
 
 def test_a_card_of_another_size_than_it_was_asked_for():
     """On a GPU the released model meets real cards' sizes, another model shares of its need."""
-    small = tiny_config()
-    model = OptimizedTransformer(small).requires_grad_(False)
-    one = variants.Bench(model, workload.Size(32, 48, 5), torch.device("cpu"), 1, Budget(None))
-    counted = cards._Counted(one, False)
-    counted.config = ModelConfig()
-    names = [limit.name for limit in counted.limits(torch.device("cuda"))]
-    assert names == ["no limit", "24 GiB", "16 GiB", "12 GiB"]
+    shares = [f"{share} % of the need" for share in (80, 60, 45)]
+    for config, device, names in (
+        (ModelConfig(), "cuda", ["24 GiB", "16 GiB", "12 GiB"]), (tiny_config(), "cuda", shares),
+        (ModelConfig(), "cpu", shares),
+    ):  # fmt: skip
+        found = [limit.name for limit in cards.limits(config, torch.device(device), 1 << 35)]
+        assert found == ["no limit", *names]
 
 
 def test_loading_beside_reading(everything):

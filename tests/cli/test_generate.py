@@ -22,8 +22,9 @@ from longcat_core.cli import models as commands
 from longcat_core.errors import LongCatError
 from longcat_core.files import media, places
 from longcat_core.generate import paths as model_paths
-from longcat_core.generate.pipeline import Generation, ModelPaths
-from longcat_core.generate.request import GenerateRequest
+from longcat_core.generate.engine import Generation
+from longcat_core.generate.paths import ModelPaths
+from longcat_core.generate.request import FilledRequest, GenerateRequest
 from longcat_core.nano import adherence
 from longcat_core.optimize import compilation
 from longcat_core.optimize.attention import names
@@ -205,7 +206,7 @@ def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch
     line = "--video clip.webp --cond-frames 5 --size 32x48 --frames 9 --steps 2 --guidance 3.5 --seed 4 --fps 12"
     options = [*line.split(), "--kv-cache", "official", "--schedule", "enhance_hf", "--negative-prompt", "fog"]
     assert cli.main(["generate", PROMPT, "-o", "a.mp4", *options]) == 0
-    wanted = GenerateRequest(
+    wanted = FilledRequest(
         *(PROMPT, "fog", 32, 48, 9, 2, 3.5, 4, "enhance_hf", None, Path("clip.webp")),
         num_cond_frames=5,
         kv_cache="official",

@@ -51,12 +51,12 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "folder of prompts": (["--prompts-file", "theirs"], ("theirs",)),
     "no prompts in it": (["--prompts-file", "empty.txt"], ("empty.txt holds no prompts", "one a line")),
     "prompts not UTF-8": (["--prompts-file", "latin.txt"], ("latin.txt is not UTF-8 text",)),
-    "more prompts than segments": ([ONE, TWO, "--segments", "1"], ("2 prompts are given for 1 segments", "at most")),
+    "more prompts than segments": ([ONE, TWO, "--segments", "1"], ("2 prompts are more than the 1", "at most")),
     "hand-off": ([ONE, "--hand-off", "mail"], ("--hand-off", "frames", "latents")),
     "frames": ([ONE, "--frames", "32"], ("32 frames are not of the form 4k+1", "29 and 33")),
     "output is the image": ([ONE, "--image", "good.png", "-o", "good.png"], ("good.png", "--output")),
-    "folder is a file": ([ONE, "--folder", "file"], ("file is no folder", "name a folder")),
-    "folder of somebody": ([ONE, "--folder", "theirs"], ("theirs/segment-001 is no segment", "holiday.jpg")),
+    "folder is a file": ([ONE, "--folder", "file"], ("file is not a folder", "name a folder")),
+    "folder of somebody": ([ONE, "--folder", "theirs"], ("theirs/segment-001 is not a segment", "holiday.jpg")),
 }
 
 
@@ -126,7 +126,7 @@ def test_other_settings_are_refused(loads: list, refused: Any, options: list[str
     arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
     assert cli.main(arguments) == 0 and len(loads) == 1
     sentence = refused(*arguments, *options)
-    assert said in sentence and "a-segments holds segments of other settings" in sentence and len(loads) == 1
+    assert said in sentence and "a-segments holds segments with other settings" in sentence and len(loads) == 1
 
 
 def test_another_model_is_refused(loads: list, refused: Any) -> None:
@@ -159,7 +159,7 @@ def source(inputs: None) -> None:
     ("options", "said"),
     [
         (["--folder", "file"], ("file is not a folder", "name a folder")),
-        (["--folder", "theirs"], ("theirs/segment-001 is no segment", "holiday.jpg")),
+        (["--folder", "theirs"], ("theirs/segment-001 is not a segment", "holiday.jpg")),
         (["--overlap", "0"], ("leave nothing new", "at least 1")),
         (["--prompt", "a \udc80"], ("prompt is not valid UTF-8",)),
         (["--size", "33x48"], ("height 33",)),
@@ -216,4 +216,4 @@ def test_other_settings_of_refining_are_refused(
     arguments = [*REFINE, "--folder", "kept"]
     assert cli.main(arguments) == 0
     sentence = refused(*arguments, *options)
-    assert said in sentence and "kept holds segments of other settings" in sentence and len(loads) == 1
+    assert said in sentence and "kept holds segments with other settings" in sentence and len(loads) == 1

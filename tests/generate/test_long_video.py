@@ -358,12 +358,12 @@ BAD = {
     "prompt no text": ({"prompts": ("a", 3)}, "prompt of segment 2 is a int; give text"),
     "first prompt empty": ({"prompts": (" ", "b")}, "the prompt is empty"),
     "later prompt empty": ({"prompts": ("a", "&nbsp;")}, "the prompt is empty"),
-    "overlap not 4k+1": ({"overlap": 12}, "12 frames are not 4k+1; the nearest counts are 9 and 13"),
-    "overlap negative": ({"overlap": -3}, "-3 frames are not 4k+1"),
-    "overlap all": ({"overlap": 9}, "segments of 9 frames with 9 in common leave nothing new; ask for at least 13"),
+    "overlap not 4k+1": ({"overlap": 12}, "12 frames are not of the form 4k+1; the nearest are 9 and 13"),
+    "overlap negative": ({"overlap": -3}, "-3 frames are not of the form 4k+1"),
+    "overlap all": ({"overlap": 9}, "segments of 9 frames that share 9 leave nothing new; ask for at least 13"),
     "schedule": ({"schedule": "refine"}, "unknown schedule 'refine'"),
     "steps of clips": ({"first": replace(FIRST, steps=60), "schedule": "distilled"}, "60 steps are out of range"),
-    "first": ({"first": replace(FIRST, height=17)}, "height 17 is not divisible by 16"),
+    "first": ({"first": replace(FIRST, height=17)}, "height 17 is not a multiple of 16"),
 }
 
 

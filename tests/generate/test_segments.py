@@ -246,7 +246,7 @@ def test_foreign_files_are_rejected_and_kept(folder, name):
     folder.path.mkdir(parents=True)
     FOREIGN[name](folder.path / "segment-001")
     before = state(folder.path)
-    with pytest.raises(LongCatError, match=r"segment-001 is no segment of a video .*; name another folder"):
+    with pytest.raises(LongCatError, match=r"segment-001 is not a segment of a video .*; name another folder"):
         folder.check([SETTINGS])
     assert state(folder.path) == before
 
