@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from longcat_core.generate import pipeline as pipelines
+from longcat_core.generate import engine as engine_module
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import MAX_SEED
 
@@ -19,13 +19,13 @@ def tiny() -> Pipeline:
 
 @pytest.fixture
 def made(monkeypatch) -> list[int]:
-    """Numbers of the segments and pieces that were generated or refined, in order; told by their seeds."""
-    numbers, seeded = [], pipelines.seeded_noise
+    """Numbers of the segments and pieces that were generated or refined, in order; known by their seeds."""
+    numbers, seeded = [], engine_module.seeded_noise
 
     def spy(shape: tuple[int, ...], seed: int) -> Tensor:
         numbers.append((seed - SEED) % (MAX_SEED + 1))
         return seeded(shape, seed)
 
-    monkeypatch.setattr(pipelines, "seeded_noise", spy)
+    monkeypatch.setattr(engine_module, "seeded_noise", spy)
     monkeypatch.setattr("longcat_core.generate.refine.seeded_noise", spy)
     return numbers
