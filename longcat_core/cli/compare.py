@@ -1,30 +1,39 @@
-"""`longcat compare`: two or more settings at the same seeds, and the noise floor. PyTorch is imported when it runs."""
+"""`longcat compare`: two or more settings at the same seeds, and the noise floor."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
 
 from ..errors import LongCatError
+from ..files.atomic import atomic_path
+from ..files.media import check_output, estimate_bytes, write_video
+from ..files.places import check_place, check_suffix
+from ..generate.opened import OpenedModel
 from ..generate.options import MEMORY, MODEL, SAMPLING, WHAT, of_command
-from .console import dtype_of, note, notes_from_warnings, progress
-from .generate import free_name, paths_of, prompts_of, request_of
-from .models import compile_mode, load_models, machine_of
-from .options import add_options
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from ..generate.opened import OpenedModel
-    from ..measure.fidelity import Fidelity, Setting
+from ..generate.paths import ModelPaths
+from ..generate.request import FilledRequest, check_seed, work_of
+from ..measure.charts import fidelity_plot, side_by_side
+from ..measure.clock import clean_up, is_out_of_memory, synchronize
+from ..measure.fidelity import FLOOR, REFERENCE, Fidelity, Setting, described, distance, letters, other_kernel, picks
+from ..measure.fidelity import text as fidelity_text
+from ..measure.results import ResultsFile
+from ..optimize import attention as backends
+from ..sampling.sampler import Interrupted, Step
+from .console import Progress, notes_from_warnings, progress
+from .generate import free_name, print_notes, prompts_of, request_of
+from .models import compile_mode, dtype_of, load_models, machine_of, paths_of
+from .options import Parser, add_options
 
 OUTPUT = "longcat-compare"
 REPORT, PLOT, SIDE_BY_SIDE = "report.md", "plot.png", "side-by-side.png"
@@ -48,21 +57,6 @@ changes. A score of a single video does not show that, since a different video m
 too, because kernels round differently and sampling amplifies that. How much they differ is the noise floor."""
 
 
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the video shows; each prompt makes a video")
-    add_options(parser, "compare")
-    parser.set_defaults(parser_kind=type(parser))
-
-
-def joined(argv: Sequence[str]) -> list[str]:
-    """`--versus --fp8` as `--versus=--fp8`: argparse would take the value for an option."""
-    words, found = iter(argv), []
-    for word in words:
-        value = next(words, None) if word == "--versus" else None
-        found.append(word if value is None else f"{word}={value}")
-    return found
-
-
 @dataclass(frozen=True)
 class _Side:
     """One checked setting. model: the options for which a model has to be loaded."""
@@ -70,8 +64,8 @@ class _Side:
     name: str
     options: str
     args: argparse.Namespace
-    paths: Any
-    request: Any
+    paths: ModelPaths
+    request: FilledRequest
     device: torch.device
     opened: OpenedModel
     model: dict[str, Any]
@@ -79,7 +73,7 @@ class _Side:
 
 def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
     """The text of every --versus, and its options on top of those outside --versus."""
-    parser = args.parser_kind(prog="longcat compare", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="longcat compare", add_help=False, allow_abbrev=False)
     add_options(parser, "compare", WHAT, SAMPLING, MODEL, MEMORY)
     for text in args.versus:
         try:
@@ -106,8 +100,6 @@ def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Si
 
 def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
     """A and the settings to compare with it. Raises LongCatError for settings that cannot be compared."""
-    from ..measure.fidelity import REFERENCE, letters
-
     first = _side(REFERENCE, "", args, prompt)
     sides = [first]
     for name, (text, parsed) in zip(letters(), list(_parsed(args)), strict=False):
@@ -130,8 +122,6 @@ def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
 
 def compare(args: argparse.Namespace) -> int:
     """`longcat compare`: everything is checked before a model is loaded, and files appear whole or not at all."""
-    from ..generate.request import check_seed
-
     prompts = prompts_of(args)
     if not prompts:
         raise LongCatError('a PROMPT is missing; say what the video shows, such as "a red circle moves right"')
@@ -146,26 +136,20 @@ def compare(args: argparse.Namespace) -> int:
         video.filled(first.paths.defaults)
     _check_floor(args)
     folder = _check_output(args, first.request, len(videos) * (len(sides) + 1))
-    for sentence in dict.fromkeys(sentence for side in sides for sentence in side.request.notes()):
-        note(sentence)
+    print_notes(dict.fromkeys(sentence for side in sides for sentence in side.request.notes()))
 
     with notes_from_warnings(), progress() as bar:
         fidelity = _Run(sides, [(video.prompt, video.seed) for video in videos], folder, bar).compare()
     _write(fidelity, args, first.device, videos, folder)
     for setting in fidelity.others:
-        print(f"{setting.title}. {fidelity.verdict(setting)}{_speed(fidelity, setting)}")
+        faster = fidelity.faster(setting)
+        speed = "" if faster is None else f" {faster:.2f} times as fast."
+        print(f"{setting.title}. {fidelity.verdict(setting)}{speed}")
     print(f"{folder}: {REPORT}, {PLOT}, {SIDE_BY_SIDE}, {len(videos) * (1 + len(fidelity.compared))} videos")
     return 0
 
 
-def _speed(fidelity: Fidelity, setting: Setting) -> str:
-    faster = fidelity.faster(setting)
-    return "" if faster is None else f" {faster:.2f} times as fast."
-
-
 def _check_floor(args: argparse.Namespace) -> None:
-    from ..optimize import attention as backends
-
     if args.floor in ("auto", "off"):
         return
     backends.check(args.floor)
@@ -178,9 +162,7 @@ def _check_floor(args: argparse.Namespace) -> None:
         raise LongCatError(f"--floor {args.floor} is A's own attention; name another one, or leave it out")
 
 
-def _check_output(args: argparse.Namespace, request: Any, videos: int) -> Path:
-    from ..files.media import check_output, estimate_bytes
-
+def _check_output(args: argparse.Namespace, request: FilledRequest, videos: int) -> Path:
     folder = args.output or free_name(Path(OUTPUT))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LongCatError(f"{folder} already exists and is not empty; choose another with --output")
@@ -193,8 +175,6 @@ def _check_output(args: argparse.Namespace, request: Any, videos: int) -> Path:
 
 
 def _check_page(page: Path) -> None:
-    from ..files.places import check_place, check_suffix
-
     check_suffix(page, (".md",), "page")
     ours = page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
     for path in (page, *(page.with_name(f"{page.stem}-{name}") for name in (PLOT, SIDE_BY_SIDE))):
@@ -208,47 +188,40 @@ def _check_page(page: Path) -> None:
 
 class _Run:
     """Runs all settings. Those that can share a loaded model take turns, video by video, so that a machine that slows
-    down for a while slows all of them."""
+    down for a while slows all of them. videos: prompt and seed of each."""
 
-    def __init__(self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Any) -> None:
-        from ..measure.fidelity import Setting, picks
-
+    def __init__(
+        self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Progress
+    ) -> None:
         self.sides, self.videos, self.folder, self.bar = sides, videos, folder, bar
         request = sides[0].request
         self.given, self.picks = request.cond_frames, picks(request.frames, request.cond_frames)
         self.settings = {side.name: Setting(side.name, side.options) for side in sides}
         self.no_floor = ""
+        # The only reference to the loaded model.
         self.pipeline: Any = None
         # Videos of A, with which the others are compared.
         self.frames: list[np.ndarray] = []
 
     def compare(self) -> Fidelity:
-        from ..measure.fidelity import FLOOR, Fidelity, described
-
         first = self.sides[0]
         waiting = list(self.sides)
         while waiting:
             model = waiting[0].model
-            group, waiting = (
-                [side for side in waiting if side.model == model],
-                [side for side in waiting if side.model != model],
-            )
+            group = [side for side in waiting if side.model == model]
+            waiting = [side for side in waiting if side.model != model]
             self._load(group)
             if first in group:
                 group[1:1] = self._floor(first)
             self._run(group)
         self.pipeline = None
         reference, *others = (self.settings[side.name] for side in self.sides)
-        floor = self.settings.get(FLOOR)
         request = first.request
         size, dtype = (request.frames, request.height, request.width), dtype_of(first.args.dtype, first.device)
         what = described(len(self.videos), size, request.steps, request.guidance_scale, first.device, dtype)
-        return Fidelity(reference, others, floor, self.no_floor, what, self.picks)
+        return Fidelity(reference, others, self.settings.get(FLOOR), self.no_floor, what, self.picks)
 
     def _load(self, group: Sequence[_Side]) -> None:
-        from ..generate.request import work_of
-        from ..measure.clock import clean_up
-
         side = group[0]
         if self.pipeline is not None:
             # Two models at once may not fit.
@@ -259,31 +232,25 @@ class _Run:
 
     def _floor(self, side: _Side) -> list[_Side]:
         """A with another exact kernel, or nothing if this machine has none; `no_floor` then has the reason."""
-        from ..measure.fidelity import FLOOR, Setting, other_kernel
-        from ..optimize.attention import Inputs, resolve
-
         kernel, own = side.args.floor, side.args.attention
         if kernel == "off":
             self.no_floor = "it was not asked for"
             return []
         dtype = dtype_of(side.args.dtype, side.device)
-        inputs = Inputs(side.device, dtype, self.pipeline.model.config.head_dim, False)
+        inputs = backends.Inputs(side.device, dtype, self.pipeline.model.config.head_dim, False)
         if kernel == "auto":
             try:
                 kernel = other_kernel(own, inputs)
             except LongCatError as error:
                 self.no_floor = str(error)
                 return []
-        elif resolve(kernel, inputs).name == resolve(own, inputs).name:
+        elif backends.resolve(kernel, inputs).name == backends.resolve(own, inputs).name:
             raise LongCatError(f"--floor {kernel} is the backend that A runs with; name another one, or leave it out")
         self.settings[FLOOR] = Setting(FLOOR, f"attention {kernel}")
         args = argparse.Namespace(**{**vars(side.args), "attention": kernel})
         return [replace(side, name=FLOOR, args=args)]
 
     def _run(self, group: list[_Side]) -> None:
-        from ..measure.clock import is_out_of_memory
-        from ..measure.fidelity import FLOOR
-
         for side in group:
             if side.name != FLOOR:
                 self.settings[side.name].first_s = self._first_step(side)
@@ -299,22 +266,21 @@ class _Run:
                     del self.settings[FLOOR]
                     self.no_floor = f"the other exact kernel, {side.args.attention}, ran out of memory"
 
-    def _switch(self, side: _Side) -> None:
+    def _sample(self, side: _Side, i: int, callback: Callable[[Step], None]) -> np.ndarray:
+        """Video `i` of a setting, uint8 [F, H, W, 3]."""
         network = self.pipeline.model
         mode = compile_mode(side.args, side.device, side.paths)
         switches = replace(network.requested, attention=side.args.attention, compile=mode)
         if switches != network.requested:
             network.set_optimizations(switches)
+        prompt, seed = self.videos[i]
+        frames: np.ndarray = self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), callback).frames
+        return frames
 
     def _video(self, side: _Side, i: int) -> None:
-        from ..files.media import write_video
-        from ..measure.fidelity import FLOOR, distance
-
-        self._switch(side)
         setting = self.settings[side.name]
-        prompt, seed = self.videos[i]
         clock = _Clock(self.bar, side.device, f"{side.name}, video {i + 1}/{len(self.videos)}")
-        frames = self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), clock).frames
+        frames = self._sample(side, i, clock)
         if side.name != FLOOR:
             setting.seconds.append(clock.seconds)
         setting.computed.append(clock.computed)
@@ -330,18 +296,14 @@ class _Run:
 
     def _first_step(self, side: _Side) -> float:
         """Seconds until one step is done, so that compiling and choosing kernels does not count in the samplings."""
-        from ..measure.clock import synchronize
-        from ..sampling.sampler import Interrupted
 
-        def stop(_: Any) -> None:
+        def stop(_: Step) -> None:
             synchronize(side.device)
             raise Interrupted
 
-        self._switch(side)
-        prompt, seed = self.videos[0]
         started = time.perf_counter()
         with suppress(Interrupted):
-            self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), stop)
+            self._sample(side, 0, stop)
         return time.perf_counter() - started
 
 
@@ -349,13 +311,11 @@ class _Clock:
     """Callback of one sampling. seconds: up to its last step, with the prompt's encoding; computed: steps that were not
     skipped."""
 
-    def __init__(self, bar: Any, device: torch.device, label: str) -> None:
+    def __init__(self, bar: Progress, device: torch.device, label: str) -> None:
         self.bar, self.device, self.label = bar, device, label
         self.started, self.seconds, self.computed, self.steps = time.perf_counter(), 0.0, 0, 0
 
-    def __call__(self, step: Any) -> None:
-        from ..measure.clock import synchronize
-
+    def __call__(self, step: Step) -> None:
         self.computed += not step.reused
         self.steps = step.total
         if step.index == step.total - 1:
@@ -368,11 +328,8 @@ class _Clock:
 
 
 def _write(
-    fidelity: Fidelity, args: argparse.Namespace, device: torch.device, videos: Sequence[Any], folder: Path
+    fidelity: Fidelity, args: argparse.Namespace, device: torch.device, videos: Sequence[FilledRequest], folder: Path
 ) -> None:
-    from ..measure.charts import fidelity_plot, side_by_side
-    from ..measure.results import ResultsFile
-
     request = videos[0]
     size = f"{request.height}x{request.width}"
     inputs = {"prompts": list(dict.fromkeys(video.prompt for video in videos)), "seed": args.seed, "seeds": args.seeds}
@@ -394,8 +351,6 @@ def _write(
 def _write_page(
     path: Path, fidelity: Fidelity, content: dict[str, Any], pictures: dict[str, Image.Image], prefix: str
 ) -> None:
-    from ..files.atomic import atomic_path
-
     for name, picture in pictures.items():
         with atomic_path(path.with_name(prefix + name)) as temporary:
             picture.save(temporary)
@@ -404,8 +359,6 @@ def _write_page(
 
 
 def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
-    from ..measure.fidelity import text
-
     inputs = content["inputs"]
     seeds = f"seed {inputs['seed']}" if inputs["seeds"] == 1 else f"{inputs['seeds']} seeds from {inputs['seed']} on"
     prompts = "\n".join(f"- {prompt}" for prompt in inputs["prompts"])
@@ -414,7 +367,7 @@ def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
         TITLE,
         ABOUT,
         f"Written on {content['date'][:10]}{commit} by\n\n    {content['command']}",
-        text(fidelity),
+        fidelity_text(fidelity),
         "Seconds are those of the fastest video's whole sampling, with the prompt's encoding. A first step, with any "
         "compiling, runs before and is listed separately. Settings of one model take turns; if something else keeps "
         "the machine busy, the number of computed steps is the better measure.",
@@ -423,8 +376,3 @@ def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
         f"The first prompt, side by side:\n\n![Frames and differences]({prefix}{SIDE_BY_SIDE})",
     )
     return "\n\n".join(parts) + "\n"
-
-
-TASKS = {
-    "compare": (add_compare, compare, "Show what options cost: PSNR and SSIM at the same seed, and the noise floor."),
-}

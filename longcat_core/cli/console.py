@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LongCatError
 
 if TYPE_CHECKING:
-    import torch
-
     from ..sampling.sampler import Step
 
 # --- values of options -----------------------------------------------------------------------------------------------
@@ -53,34 +51,6 @@ def lora(text: str) -> tuple[Path, float]:
     return Path(text), 1.0
 
 
-def device_of(name: str) -> torch.device:
-    """The device; `auto` is a GPU if PyTorch sees one. Raises LongCatError for one that cannot be used."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise LongCatError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise LongCatError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LongCatError(
-            f"device {name!r} is missing: PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu"
-        )
-    return device
-
-
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype; `auto` is bfloat16 on a GPU and float32 on a CPU."""
-    import torch
-
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
 # --- output while a command runs -------------------------------------------------------------------------------------
 
 
@@ -104,8 +74,9 @@ class Progress:
         if self.bar is None:
             self.bar = self.make()
         if self.bar.total != of or done <= self.bar.n:
-            self.bar.reset(total=of)
-            self.bar.initial = done - 1
+            if self.bar.total is not None:
+                self.bar.reset()
+            self.bar.total, self.bar.initial = of, done - 1
         self.bar.set_description(label, refresh=False)
         self.bar.update(done - self.bar.n)
 
@@ -114,14 +85,14 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
-    """A `Progress` that appears with the first step. Raises LongCatError without tqdm."""
+def progress(**options: Any) -> Iterator[Progress]:
+    """A `Progress` that appears with the first step; options: tqdm's. Raises LongCatError without tqdm."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
 
-    bar = Progress(lambda: tqdm(unit="step", dynamic_ncols=True))
+    bar = Progress(lambda: tqdm(**{"unit": "step", "dynamic_ncols": True} | options))
     try:
         yield bar
     finally:

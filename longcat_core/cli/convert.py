@@ -1,45 +1,31 @@
-"""The `longcat` commands that work on checkpoint files. PyTorch is imported when one runs."""
+"""`longcat convert`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..checkpoints import convert as conversion
+from ..checkpoints.convert import LayerError
 from ..errors import LongCatError
-from .options import add_options
-
-if TYPE_CHECKING:
-    from ..checkpoints.convert import LayerError
-
-
-def add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC", help="a checkpoint of any form: file or folder")
-    parser.add_argument("destination", type=Path, metavar="DST", help="the .safetensors file to write")
-    add_options(parser, "convert")
+from ..files.atomic import atomic_path
+from ..files.places import check_place, check_suffix
+from .console import progress
 
 
 def convert(args: argparse.Namespace) -> int:
-    """`longcat convert`: the file is read back and measured before it gets its name."""
-    from ..checkpoints import convert as conversion
-
+    """Write a checkpoint in another form. The file is read back and measured before it gets its name."""
     if args.report is not None:
         _check_report(args.report, args.source)
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
-
     # A small model is done before anyone could read a bar.
-    with tqdm(unit="tensor", dynamic_ncols=True, delay=1, leave=False) as bar:
+    with progress(unit="tensor", delay=1, leave=False) as bar:
 
-        def progress(done: int, of: int) -> None:
-            bar.total = of
-            bar.set_description("writing" if done <= of // 2 else "checking", refresh=False)
-            bar.update()
+        def report(done: int, of: int) -> None:
+            bar.count(done, of, "writing" if done <= of // 2 else "checking")
 
-        errors = conversion.convert(args.source, args.destination, args.to, progress)
+        errors = conversion.convert(args.source, args.destination, args.to, report)
     if args.report is not None:
         _write_report(args.report, errors)
     print_errors(errors)
@@ -68,8 +54,6 @@ def print_errors(errors: list[LayerError]) -> None:
 
 def _check_report(path: Path, source: Path) -> None:
     """Raise LongCatError unless a report can be written to `path` without damage to the source."""
-    from ..files.places import check_place, check_suffix
-
     check_suffix(path, (".json",), "report")
     check_place(path)
     if path.exists() and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
@@ -77,13 +61,5 @@ def _check_report(path: Path, source: Path) -> None:
 
 
 def _write_report(path: Path, errors: list[LayerError]) -> None:
-    from dataclasses import asdict
-
-    from ..files.atomic import atomic_path
-
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps([asdict(error) for error in errors], indent=1) + "\n", encoding="utf-8")
-
-
-# Name -> options, what runs, and a line of help.
-TASKS = {"convert": (add_convert, convert, "Write a checkpoint of any form as bf16, ComfyUI fp8 or INT8.")}

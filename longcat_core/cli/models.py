@@ -1,25 +1,47 @@
-"""From a command's model and memory options to loaded models. PyTorch is imported when a function runs."""
+"""From a command's model and memory options to loaded models."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..errors import LongCatError
+from ..files.safetensors_io import fingerprint
+from ..generate import inputs
+from ..generate.opened import OpenedModel, open_model
 from ..generate.options import LORA_MODES
-from .console import device_of, dtype_of, note
+from ..generate.paths import ModelPaths
+from ..generate.pipeline import Pipeline
+from ..optimize import compilation
+from ..optimize.kernels import elementwise
+from ..optimize.plan import GIB, Plan, Work, limit_memory
+from ..optimize.switches import CompileMode, Optimizations
+from .console import note
 
-if TYPE_CHECKING:
-    import torch
 
-    from ..generate.opened import OpenedModel
-    from ..optimize.switches import CompileMode
+def paths_of(args: argparse.Namespace) -> ModelPaths:
+    """Where the models are that the options name."""
+    return ModelPaths.of(args.model, args.vae, args.text_encoder)
 
 
-def machine_of(args: argparse.Namespace, paths: Any) -> tuple[torch.device, OpenedModel]:
+def device_of(name: str) -> torch.device:
+    """The device; `auto` is a GPU if PyTorch sees one. Raises LongCatError for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return inputs.device_of(name)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return inputs.dtype_of(name)
+
+
+def machine_of(args: argparse.Namespace, paths: ModelPaths) -> tuple[torch.device, OpenedModel]:
     """The device and the opened model, once its files, its LoRAs, the attention and the memory limit are checked."""
-    from ..generate.opened import open_model
-
     model = open_model(paths, args.lora, args.attention)
     device = device_of(args.device)
     check_memory(args, device)
@@ -27,11 +49,7 @@ def machine_of(args: argparse.Namespace, paths: Any) -> tuple[torch.device, Open
 
 
 def check_memory(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise LongCatError for a memory limit or a plan that is out of range, else set the limit."""
-    import torch
-
-    from ..optimize.plan import GIB, limit_memory
-
+    """Raise LongCatError for a memory limit or a plan that is out of range; otherwise set the limit."""
     if args.stream_blocks < 0:
         raise LongCatError(f"--stream-blocks {args.stream_blocks} is out of range; give 0 or more")
     if args.memory is None:
@@ -44,26 +62,21 @@ def check_memory(args: argparse.Namespace, device: torch.device) -> None:
     limit_memory(device, int(args.memory * GIB))
 
 
-def compile_mode(args: argparse.Namespace, device: torch.device, paths: Any) -> CompileMode:
+def compile_mode(args: argparse.Namespace, device: torch.device, paths: ModelPaths) -> CompileMode:
     """`off` or `blocks`, what `auto` means here. Raises LongCatError if blocks cannot be compiled here."""
-    from ..optimize.compilation import why_not
-    from ..optimize.kernels import elementwise as kernels
-
-    mode = args.compile
-    if mode == "auto":
+    mode: CompileMode = args.compile
+    if args.compile == "auto":
         # Nano finishes before its blocks would be compiled, and with our own kernels there is little left to gain.
-        own = kernels.takes(dtype_of(args.dtype, device))
-        return "off" if paths.is_nano or device.type != "cuda" or own or why_not(device) else "blocks"
-    if mode == "blocks" and (reason := why_not(device)):
+        own = elementwise.takes(dtype_of(args.dtype, device))
+        eager = paths.is_nano or device.type != "cuda" or own or compilation.why_not(device)
+        return "off" if eager else "blocks"
+    if mode == "blocks" and (reason := compilation.why_not(device)):
         raise LongCatError(f"--compile blocks does not work here: {reason}; leave it out, or use --compile off")
     return mode
 
 
-def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.device, work: Any) -> Any:
+def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.device, work: Work) -> Pipeline:
     """Load the opened model as the options ask, with enough memory left for `work`."""
-    from ..optimize.plan import GIB, Plan
-    from ..optimize.switches import Optimizations
-
     pipeline = load_pipeline(
         model,
         dtype=dtype_of(args.dtype, device),
@@ -81,21 +94,17 @@ def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.devi
     return pipeline
 
 
-def load_pipeline(model: OpenedModel, **options: Any) -> Any:
-    """`Pipeline.load`: from here on a command is heavy."""
-    from ..generate.pipeline import Pipeline
-
-    return Pipeline.load(model, **options)
+# From here on a command is heavy; tests put a small model here.
+load_pipeline = Pipeline.load
 
 
-def model_settings(args: argparse.Namespace, paths: Any, device: torch.device) -> dict[str, Any]:
+def model_settings(args: argparse.Namespace, paths: ModelPaths, device: torch.device) -> dict[str, Any]:
     """The model and those of its options that decide the result, as a folder of segments records them."""
-    from ..files.safetensors_io import fingerprint
-
+    lora = None
+    if args.lora is not None:
+        lora = "+".join(fingerprint(path) + ("" if weight == 1 else f":{weight:g}") for path, weight in args.lora)
     found = paths.fingerprints() | {
-        "lora": None
-        if args.lora is None
-        else "+".join(fingerprint(path) + ("" if strength == 1 else f":{strength:g}") for path, strength in args.lora),
+        "lora": lora,
         "dtype": str(dtype_of(args.dtype, device)).removeprefix("torch."),
         "fp8": args.fp8,
         "attention": args.attention,
@@ -103,4 +112,4 @@ def model_settings(args: argparse.Namespace, paths: Any, device: torch.device) -
         "device": device.type,
     }
     # Folders made before --lora-mode existed do not have this key.
-    return found if args.lora is None or args.lora_mode == LORA_MODES[0] else found | {"lora_mode": args.lora_mode}
+    return found if lora is None or args.lora_mode == LORA_MODES[0] else found | {"lora_mode": args.lora_mode}

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from ..errors import LongCatError
 from ..generate.options import HEADINGS, Option, of_command
 from .console import lora, number, size, whole
 
 CONVERTERS = {"whole": whole, "number": number, "size": size, "path": Path, "lora": lora}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports errors in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LongCatError(f"{message}; see {self.prog} --help")
 
 
 def add_options(parser: argparse.ArgumentParser, command: str, *headings: str) -> None:

@@ -1,48 +1,35 @@
-"""The `longcat` command that trains a LoRA. PyTorch is imported when it runs."""
+"""`longcat train-lora`."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from ..errors import LongCatError
-from .console import device_of, dtype_of, notes_from_warnings, progress
-from .generate import paths_of
-from .options import add_options
+from ..generate.opened import open_model
+from ..optimize.compilation import why_not
+from ..optimize.switches import Optimizations
+from ..training import lora as training
+from ..training.clips import find_clips
+from .console import notes_from_warnings, progress
+from .models import device_of, dtype_of, paths_of
 
-
-def add_train_lora(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="clips and pictures, a .txt caption beside each")
-    add_options(parser, "train-lora")
+# Options that the recipe takes as they are.
+RECIPE = ("rank", "alpha", "steps", "batch", "learning_rate", "caption_dropout", "cond_share", "shift", "seed",
+          "save_every")  # fmt: skip
 
 
 def train_lora(args: argparse.Namespace) -> int:
-    """`longcat train-lora`: everything is checked before a model is loaded, and the same command resumes."""
-    from ..generate.opened import open_model
-    from ..optimize.compilation import why_not
-    from ..optimize.switches import Optimizations
-    from ..training import lora as training
-    from ..training.clips import find_clips
-
+    """Train a LoRA. Everything is checked before a model is loaded, and the same command resumes."""
     paths = paths_of(args)
     height, width = args.size or (paths.defaults.height, paths.defaults.width)
     recipe = training.Recipe(
         height,
         width,
         paths.defaults.frames if args.frames is None else args.frames,
-        rank=args.rank,
-        alpha=args.alpha,
-        steps=args.steps,
-        batch=args.batch,
-        learning_rate=args.learning_rate,
         layers=training.LAYERS if args.layers is None else tuple(name.strip() for name in args.layers.split(",")),
-        caption_dropout=args.caption_dropout,
-        cond_share=args.cond_share,
-        shift=args.shift,
-        seed=args.seed,
         gradient_checkpointing=not args.no_gradient_checkpointing,
-        save_every=args.save_every,
+        **{name: getattr(args, name) for name in RECIPE},
     )
     # Reading the clips takes long, so their output's name is checked before.
     training.check_output(args.output)
@@ -79,7 +66,3 @@ def train_lora(args: argparse.Namespace) -> int:
         f"in {time.monotonic() - started:.1f} s"
     )
     return 0
-
-
-# Name -> options, what runs, and a line of help.
-TASKS = {"train-lora": (add_train_lora, train_lora, "Train a LoRA on a folder of clips and captions.")}

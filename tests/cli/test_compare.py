@@ -83,10 +83,10 @@ def test_lossy_floor_is_refused(refused: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_versus_takes_a_single_option_too() -> None:
-    assert fidelity_commands.joined(["compare", "x", "--versus", "--fp8", "--versus", "--steps 3"]) == [
+    assert cli.joined(["compare", "x", "--versus", "--fp8", "--versus", "--steps 3"]) == [
         "compare", "x", "--versus=--fp8", "--versus=--steps 3",
     ]  # fmt: skip
-    assert fidelity_commands.joined(["compare", "--versus"]) == ["compare", "--versus"]
+    assert cli.joined(["compare", "--versus"]) == ["compare", "--versus"]
 
 
 @pytest.fixture

@@ -327,7 +327,8 @@ def test_termination_leaves_no_temporary_file(tmp_path: Path) -> None:
         "        temporary.write_bytes(b'half')\n"
         "        print('writing', flush=True)\n"
         "        time.sleep(60)\n"
-        "cli.verify = run\n"
+        "from longcat_core.cli import bench\n"
+        "bench.verify = run\n"
         "sys.exit(cli.main(['verify', sys.argv[1]]))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "a.mp4")]

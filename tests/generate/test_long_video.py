@@ -226,7 +226,7 @@ OTHER = {
 def test_other_settings_are_refused_and_touch_nothing(copy, name):
     changes, first, said = OTHER[name]
     before = state(copy)
-    with pytest.raises(LongCatError, match="give the same ones to continue, or another folder") as raised:
+    with pytest.raises(LongCatError, match="give the same ones to resume, or another folder") as raised:
         next(long_video(unwanted, request(first=replace(FIRST, **first), **changes), segment_folder(copy)))
     assert said in str(raised.value) and str(raised.value).count(" there, ") == 1
     assert state(copy) == before

@@ -43,13 +43,13 @@ def lora(tmp_path: Path) -> Path:
 def parsed(paths: ModelPaths, lora: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Header parses from here on, by name of the file."""
     counted: Counter[str] = Counter()
-    parse = safetensors_io._parse_header
+    parse = safetensors_io._layout
 
     def counting(path: Path) -> tuple:
         counted[path.name] += 1
         return parse(path)
 
-    monkeypatch.setattr(safetensors_io, "_parse_header", counting)
+    monkeypatch.setattr(safetensors_io, "_layout", counting)
     return counted
 
 

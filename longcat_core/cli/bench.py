@@ -1,0 +1,65 @@
+"""The `longcat` commands that measure, or show what this machine can do: bench, verify, plan, backends."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from ..errors import LongCatError
+from ..generate.request import check_frames, check_side
+from ..measure.results import markdown
+from ..measure.verify import run_verify
+from ..model.config import ModelConfig
+from ..optimize.attention import Inputs, report
+from ..optimize.plan import Work, plan_table
+from ..sampling.conditioning import latent_frames, latent_shape
+from .models import device_of, dtype_of
+
+# Memory of common cards, and the size of the released text encoder's weights in 16 bits.
+CARDS_GIB, UMT5_XXL_BYTES = (48, 32, 24, 16, 12, 8), 11_361_820_672
+MOST_GIB = 1_000_000
+
+
+def bench(args: argparse.Namespace) -> int:
+    if args.part == "report":
+        from ..benchmark.report import write_page
+
+        return write_page(args.folders, args.output)
+    from ..benchmark.bench import run
+
+    device = device_of(args.device)
+    return run(args, device, dtype_of(args.dtype, device))
+
+
+def verify(args: argparse.Namespace) -> int:
+    return run_verify(args.directory)
+
+
+def plan(args: argparse.Namespace) -> int:
+    for name, side in zip(("height", "width"), args.size, strict=True):
+        check_side(name, side)
+    check_frames(args.frames)
+    given = latent_frames(args.cond_frames) if args.cond_frames else 0
+    if given >= latent_frames(args.frames):
+        raise LongCatError(
+            f"{args.frames} frames leave nothing to generate after {args.cond_frames} conditioning frames; "
+            "give more --frames"
+        )
+    for gib in args.memory:
+        if not 0 < gib <= MOST_GIB:
+            raise LongCatError(f"{gib:g} GiB of memory are out of range; give a number above 0 and up to {MOST_GIB:g}")
+    work = Work((1, *latent_shape(args.frames, *args.size)), not args.no_guidance, given)
+    rows = plan_table(args.memory or CARDS_GIB, ModelConfig(), work, torch.bfloat16, UMT5_XXL_BYTES)
+    print(markdown(("free", "bf16", "fp8"), rows))
+    return 0
+
+
+def backends(args: argparse.Namespace) -> int:
+    # The released model's dtype and head size.
+    cuda = torch.cuda.is_available()
+    rows = report(Inputs(torch.device("cuda"), torch.bfloat16, 128, False) if cuda else None)
+    width = max(len(name) for name, _, _ in rows)
+    for name, available, reason in rows:
+        print(f"{name:<{width}}  {'yes' if available else 'no ':<3}  {reason}")
+    return 0

@@ -1,0 +1,24 @@
+"""The `longcat` commands about the bundled model: score-nano, lesson-nano, train-nano."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..nano import adherence
+from ..nano.lesson import write_lesson
+
+
+def score(args: argparse.Namespace) -> int:
+    return adherence.run(args.prompts, args.steps, args.guidance, args.lora, args.lesson)
+
+
+def lesson(args: argparse.Namespace) -> int:
+    write_lesson(args.folder, args.clips)
+    print(f"{args.folder}: {args.clips} clips with captions")
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    from ..nano.train import run
+
+    return run(args) or 0
