@@ -109,6 +109,7 @@ def long(args: argparse.Namespace) -> int:
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     first = request.first
+    assert first.height is not None and first.width is not None, "filled in"
     shape = request.total_frames, first.height, first.width
     task = _Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
     request = replace(request, model=task.settings())
