@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
-from longcat_core.checkpoints.lora import PREFIX, SEPARATOR, merge_lora, open_loras
+from longcat_core.checkpoints.lora import PREFIX, SEPARATOR, LoraStack, lora_of, merge_lora, open_loras
 from longcat_core.checkpoints.merged import MergedLoras
 from longcat_core.cli import main as cli
 from longcat_core.cli import models as commands
@@ -67,6 +67,22 @@ def test_every_target_changes_and_strength_minus_one_takes_it_out(model):
     merge_lora(model, LORA, strength=-1)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], atol=1e-6, rtol=1e-5)
+
+
+def test_tensors_in_memory_join_into_one_lora_for_each_weight(model):
+    """As ComfyUI takes it: up @ down is the whole change, of w1 and w3 and of every slice."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    stack = LoraStack([lora_of(read_tensors(LORA), "the LoRA file")], shapes)
+    assert stack.weights == LoraStack([(LORA, 1.0)], shapes).weights
+    for name in stack.weights:
+        up, down = stack.joined(name)
+        expected = stack.add(name, torch.zeros(shapes[name])).flatten(1)
+        torch.testing.assert_close(up @ down.float(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_errors_of_tensors_in_memory_name_their_source():
+    with pytest.raises(CheckpointError, match=r"the LoRA file is not a LoRA \(it holds a\)"):
+        lora_of({"a": torch.ones(1)}, "the LoRA file")
 
 
 # Kinds of files

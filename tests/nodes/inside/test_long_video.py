@@ -222,3 +222,10 @@ def test_bad_input(comfy, long, made, changes, said):
 def test_other_models_and_vaes_are_refused(comfy, long):
     with pytest.raises(comfy.core("errors").LongCatError, match="connect the Wan"):
         long("bad", vae=type("VAE", (), {"first_stage_model": object()})())
+
+
+def test_the_engine_refuses_what_the_model_decides(comfy, model, clip, vae):
+    engine = comfy.node("engine").ComfyEngine("LongCat Long Video", model, clip, vae, [""])
+    schedule = comfy.core("sampling.schedules").make_schedule("base", 2)
+    with pytest.raises(comfy.core("errors").LongCatError, match=r"LongCat Long Video takes a step cache .* the MODEL"):
+        engine.denoise(torch.zeros(1, 16, 1, 8, 12), schedule, "", step_cache=0.1)
