@@ -466,7 +466,7 @@ def test_bad_conditioning_is_refused(comfy, vae, frames, inputs, words):
     "inputs, words",
     [
         ({"cond_frames": 21}, "the clip has 17 frames but 21 conditioning frames are asked for"),
-        ({"cond_frames": 12}, "cond_frames: 12 frames are not 4k"),
+        ({"cond_frames": 12}, "cond_frames: 12 frames are not of the form 4k"),
         ({"length": 13}, "length 13 leaves nothing to generate after 13 given frames; ask for at least 17"),
     ],
 )
