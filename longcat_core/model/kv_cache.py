@@ -113,6 +113,18 @@ class KVCache:
         return self.k.nbytes + self.v.nbytes
 
 
+class NoCache:
+    """A pass over all frames: nothing is read and nothing is kept."""
+
+    num_latents = 0
+
+    def read(self, block: int, like: Tensor) -> None:
+        return None
+
+    def keep(self, block: int) -> None:
+        return None
+
+
 class Filling:
     """The cache of a pass that fills a `KVCache`: it stores every block's keys and values and reads none."""
 

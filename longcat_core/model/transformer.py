@@ -18,6 +18,7 @@ from ..errors import LongCatError
 from .attention import Keep
 from .block import Block, FinalLayer, run_block
 from .config import ModelConfig
+from .kv_cache import NoCache
 from .layers import Patches, linear_fp32, timestep_features
 from .ops import PLAIN, Ops, Rope
 from .rope import rope_table
@@ -36,18 +37,6 @@ class BlockCache(Protocol):
 
     def keep(self, block: int) -> Keep | None:
         """What receives the keys and values of this pass, or None."""
-
-
-class NoCache:
-    """A pass over all frames: nothing is read and nothing is kept."""
-
-    num_latents = 0
-
-    def read(self, block: int, like: Tensor) -> None:
-        return None
-
-    def keep(self, block: int) -> None:
-        return None
 
 
 class FrameLayout:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..errors import LongCatError
 from ..model.block import Block, run_block
 from ..model.config import ModelConfig
-from ..model.kv_cache import Filling, KVCache
+from ..model.kv_cache import Filling, KVCache, NoCache
 from ..model.text import TextTokens, arrange_text
-from ..model.transformer import BlockCache, FrameLayout, LongCatTransformer, NoCache, Run, Shared
+from ..model.transformer import BlockCache, FrameLayout, LongCatTransformer, Run, Shared
 from . import attention
 from .block_sparse import BlockSparse, ChunkedLayout, with_block_sparse
 from .compilation import Regional
