@@ -67,7 +67,7 @@ def find_clips(folder: Path, frames: int) -> list[Clip]:
         raise LongCatError(
             f"{folder} holds no clips; put some there ({' '.join(CLIPS)}, pictures: {' '.join(PICTURES)})"
         )
-    # All of them, before any is decoded.
+    # All captions, before any clip is decoded.
     captions = [_caption(path) for path in files]
     clips, short = [], []
     for path, caption in zip(files, captions, strict=True):
@@ -99,7 +99,7 @@ def _caption(path: Path) -> str:
 
 
 def clips_fingerprint(clips: Sequence[Clip]) -> str:
-    """What tells these clips and captions from others, as `fingerprint` of checkpoints does."""
+    """Tells these clips and captions from others, like `fingerprint` of a checkpoint."""
     return checksum("\n".join(f"{c.path.name} {fingerprint(c.path)} {c.caption}" for c in clips))[:16]
 
 

@@ -1,7 +1,7 @@
 """Training a LoRA: adapters on a frozen network, by flow matching, on clips that were encoded once.
 
-What is random in a step follows from the seed and the step's number alone, so a run that goes on after step n is, on
-one machine, the run that was never stopped. The LoRA is written whole every so often, a state to go on from beside it.
+The randomness of a step follows from the seed and the step's number alone, so a resumed run equals, on one machine, a
+run that was never stopped. The LoRA is saved every `save_every` steps, with a state beside it to resume from.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..files.locks import held
 from ..files.places import check_place, check_suffix
 from ..files.safetensors_io import read_metadata, read_tensors, write_safetensors
 from ..generate.opened import OpenedModel, open_model
+from ..generate.options import LEARNED, TRAINING, of_command
 from ..generate.paths import ModelPaths
 from ..generate.request import check_frames, check_number, check_seed, check_side
 from ..generate.text import MAX_LENGTH, load_text_encoder
@@ -40,17 +41,17 @@ from ..sampling.schedules import SHIFT
 from .clips import Clip, Sample, clips_fingerprint, encode_captions, encode_clips
 from .step import drop_text, flow_matching_loss, sample_sigmas
 
-# Of a block; the rest of the network is small, in fp32, and best left alone.
+# Layers of a block. The rest of the network is small and in fp32.
 LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.kv", "cross_attn.proj", "ffn.gate_up", "ffn.down")
+# Steps until the learning rate is reached.
 WARM_UP = 20
-# Latent frames of a clip that may be given: the default 13 frames of a continuation.
+# Most latent frames of a clip that are conditioning frames: those of the default 13 frames of a continuation.
 MOST_GIVEN = 4
 PREFIX = "diffusion_model."
 # What an optimizer remembers of a parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_TRAINING_STEPS = 1_000_000
 
-# What is done, how far, of how much, and the loss if there is one.
+# What is done, how many pieces of it, of how many, and the loss if there is one.
 Report = Callable[[str, int, int, float | None], None]
 
 
@@ -85,19 +86,17 @@ class Recipe:
             check_side(name, side)
         check_frames(self.frames)
         check_seed(self.seed)
-        for name, value, most in (
-            ("rank", self.rank, 1024),
-            ("steps", self.steps, MAX_TRAINING_STEPS),
-            ("batch", self.batch, 4096),
-            ("save-every", self.save_every, MAX_TRAINING_STEPS),
-        ):
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise LongCatError(f"{name} {value} is out of range; give a whole number from 1 to {most}")
-        check_number("learning rate", self.learning_rate, 1e-9, 1.0)
-        check_number("alpha", self.scaling, 1e-6, 1e6)
-        check_number("caption dropout", self.caption_dropout, 0.0, 1.0)
-        check_number("cond share", self.cond_share, 0.0, 1.0)
-        check_number("shift", self.shift, 0.01, 100.0)
+        for row in of_command("train-lora", LEARNED, TRAINING):
+            if row.least is None or row.most is None or row.name in ("frames", "seed"):
+                continue
+            name = row.name.replace("_", " ")
+            value = self.scaling if row.name == "alpha" else getattr(self, row.name)
+            if row.kind == "number":
+                check_number(name, value, row.least, row.most)
+            elif not isinstance(value, int) or not row.least <= value <= row.most:
+                raise LongCatError(
+                    f"{name} {value} is out of range; give a whole number from {row.least} to {row.most}"
+                )
         unknown = [layer for layer in self.layers if layer not in LAYERS]
         if unknown or not self.layers:
             raise LongCatError(f"no layers {', '.join(unknown) or 'at all'} to train; choose from {', '.join(LAYERS)}")
@@ -108,7 +107,7 @@ class Recipe:
         return float(self.rank if self.alpha is None else self.alpha)
 
     def decides(self) -> dict[str, Any]:
-        """What a state must have in common with a run that goes on from it; JSON values."""
+        """Settings that a resumed run must share with its state; JSON values."""
         values = asdict(self) | {"alpha": self.scaling, "layers": list(self.layers)}
         return {k: v for k, v in values.items() if k not in ("steps", "save_every", "gradient_checkpointing")}
 
@@ -147,7 +146,7 @@ class LoraTrainer:
             loss = self._loss(*inputs)
             loss.backward()
         value, norm = loss.item(), nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        # Of a loss that is not finite it is not either.
+        # The norm is not finite if the loss is not.
         if not math.isfinite(norm):
             raise LongCatError(
                 f"the loss is {value} at step {number + 1}, its gradient {float(norm)}; what was saved before is kept: "
@@ -157,7 +156,7 @@ class LoraTrainer:
         return value
 
     def _draw(self, samples: Mapping[int, Sequence[Sample]], null: Tensor) -> tuple[Any, ...]:
-        """A batch of one kind of clip: latents, noise, sigmas, how many frames are given, text and mask. On the CPU."""
+        """A batch of clips of one length: latents, noise, sigmas, conditioning frames, text, mask. On the CPU."""
         sizes = list(samples)
         counts = torch.tensor([len(samples[size]) for size in sizes], dtype=torch.float)
         frames = sizes[int(torch.multinomial(counts, 1))]
@@ -185,7 +184,7 @@ class LoraTrainer:
         return flow_matching_loss(self.model, latents, sigmas, text, num_cond_latents=given, noise=noise)
 
     def state(self) -> dict[str, Tensor]:
-        """The LoRA under the names of its file, and what the optimizer remembers after a step."""
+        """The LoRA under the names of its file, and the optimizer's moments."""
         tensors: dict[str, Tensor] = dict(self.parameters)
         for name, parameter in self.parameters.items():
             tensors |= {f"{key}.{name}": self.optimizer.state[parameter][key] for key in MOMENTS}
@@ -193,7 +192,7 @@ class LoraTrainer:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Be as after `steps` steps."""
+        """Restore what `state` returned after `steps` steps."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in MOMENTS}
@@ -202,12 +201,12 @@ class LoraTrainer:
 
 @dataclass
 class LoraFile:
-    """The LoRA that is written, and the state beside it. settings: what a run that goes on must have in common."""
+    """The LoRA that is written, and the state beside it. settings: those that a resumed run must share."""
 
     path: Path
     recipe: Recipe
     settings: dict[str, Any]
-    # Steps that the state has behind it; 0 without one.
+    # Steps done according to the state; 0 without one.
     done: int = field(init=False, default=0)
 
     @property
@@ -216,7 +215,7 @@ class LoraFile:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No other run trains it meanwhile. Raises LongCatError where one does."""
+        """Keep other runs from training the same file. Raises LongCatError if one does."""
         with held(
             self.path.with_name(f".{self.path.name}.lock"),
             f"another run is training {self.path}; wait for its end or name another file with --output",
@@ -225,7 +224,7 @@ class LoraFile:
             yield
 
     def open(self) -> None:
-        """See what is there. Raises LongCatError for another's file, and for a state of other settings."""
+        """Read the state. Raises LongCatError for a LoRA without a state, and for a state with other settings."""
         if not self.state.exists():
             if self.path.exists():
                 raise LongCatError(
@@ -243,24 +242,24 @@ class LoraFile:
             )
 
     def write(self, state: Mapping[str, Tensor], done: int) -> None:
-        """The state, then the LoRA: cut off in between, `finish` makes the LoRA of the state."""
+        """Write the state, then the LoRA: after an interrupt in between, `finish` writes the LoRA from the state."""
         write_safetensors(self.state, state, {"settings": json.dumps(self.settings), "step": str(done)})
         lora = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
         alphas = {f"{name.removesuffix('.lora_A.weight')}.alpha" for name in lora if name.endswith(".lora_A.weight")}
         lora |= {name: torch.tensor(self.recipe.scaling) for name in alphas}
-        told = {"rank": self.recipe.rank, "alpha": f"{self.recipe.scaling:g}", "steps": done}
-        told |= {"base": self.settings["model"], "settings": json.dumps(self.settings)}
-        write_safetensors(self.path, lora, {"format": "pt"} | {name: str(value) for name, value in told.items()})
+        notes = {"rank": self.recipe.rank, "alpha": f"{self.recipe.scaling:g}", "steps": done}
+        notes |= {"base": self.settings["model"], "settings": json.dumps(self.settings)}
+        write_safetensors(self.path, lora, {"format": "pt"} | {name: str(value) for name, value in notes.items()})
         self.done = done
 
     def finish(self) -> None:
-        """See that the LoRA is that of a state which has all steps."""
+        """Write the LoRA from the state unless it already has all of its steps."""
         if not self.path.exists() or read_metadata(self.path).get("steps") != str(self.done):
             self.write(read_tensors(self.state), self.done)
 
 
 def estimate_bytes(config: ModelConfig, recipe: Recipe) -> int:
-    """Of the file and its state, each there twice while it is written."""
+    """Bytes of the file and its state, each of which exists twice while it is written."""
     with torch.device("meta"):
         block = OptimizedTransformer(ModelConfig(**{**config.to_dict(), "depth": 1})).blocks[0]
     sides = sum(sum(block.get_parameter(f"{name}.weight").shape) for name in recipe.layers)
@@ -282,7 +281,7 @@ def train_lora(
 
     Continues from the state beside `output`. VAE and text encoder are loaded, used and freed before the transformer is
     loaded. Raises LongCatError for files and settings that do not fit together, before anything is loaded; for a loss
-    that is not finite, when the last save stays; and where another run trains the same file.
+    that is not finite, which leaves the last save; and if another run trains the same file.
     """
     optimizations = Optimizations() if optimizations is None else optimizations
     opened = model if isinstance(model, OpenedModel) else open_model(model, attention=optimizations.attention)

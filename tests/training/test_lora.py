@@ -260,7 +260,7 @@ BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
     (["--rank", "0"], None, "rank 0 is out of range"),
     (["--steps", "0"], None, "steps 0 is out of range"),
     (["--batch", "-1"], None, "batch -1 is out of range"),
-    (["--save-every", "0"], None, "save-every 0 is out of range"),
+    (["--save-every", "0"], None, "save every 0 is out of range"),
     (["--learning-rate", "0"], None, "learning rate 0.0 is out of range"),
     (["--learning-rate", "nan"], None, "learning rate nan is out of range"),
     (["--alpha", "-1"], None, "alpha -1.0 is out of range"),
