@@ -14,7 +14,7 @@ from ..optimize.kernels import elementwise
 from ..optimize.plan import GIB, Plan, Weights, Work, choose_plan, free_bytes, needed_bytes
 from ..optimize.quantization import Policy
 from ..optimize.switches import Optimizations
-from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..sampling.conditioning import SPATIAL_FACTOR, video_frames
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Placement:
         weights = Weights.of(config, self.dtype, self.fp8)
         sampling = needed_bytes(plan, config, weights, work, self.dtype.itemsize, own=False, others=others)
         batch, _, frames, height, width = work.latents
-        shape = 1 + TEMPORAL_FACTOR * (frames - 1), SPATIAL_FACTOR * height, SPATIAL_FACTOR * width
+        shape = video_frames(frames), SPATIAL_FACTOR * height, SPATIAL_FACTOR * width
         # The decoded video has three fp32 channels; three copies of it exist at once while it is scaled to 0..1.
         decoding = weights.rest + weights.block * config.depth + others + batch * math.prod(shape) * 3 * 4 * 3
         needed, total = max(sampling, decoding), psutil.virtual_memory().total + psutil.swap_memory().total
