@@ -123,3 +123,19 @@ def test_the_typed_example_uses_the_whole_interface():
     """`make lint` type-checks it; a name that is not in it could lose its annotations unnoticed."""
     used = set(re.findall(r"\blongcat\.(\w+)", (Path(__file__).parent / "typed_face.py").read_text(encoding="utf-8")))
     assert used == set(longcat.__all__)
+
+
+def test_loras_are_exchanged_only_when_no_thread_generates(pipeline):
+    thread = threading.Thread(target=pipeline.set_loras, daemon=True)
+    waited: list[bool] = []
+
+    def exchange(step: longcat.Step) -> None:
+        if step.index == 0:
+            thread.start()
+            # Without the lock it would be done long before this.
+            thread.join(timeout=0.3)
+            waited.append(thread.is_alive())
+
+    pipeline.generate(request(), exchange)
+    thread.join(timeout=120)
+    assert waited == [True] and not thread.is_alive()
