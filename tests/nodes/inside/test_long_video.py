@@ -198,7 +198,7 @@ def test_what_is_kept_is_for_other_programs_too(comfy, long):
     [
         ({"prompts": " \n "}, "the prompt is empty"),
         ({"segments": 1}, "2 prompts are more than the 1 segments"),
-        ({"overlap": 9}, "9 frames with 9 in common"),
+        ({"overlap": 9}, "9 frames that share 9 leave nothing new"),
         ({"overlap": 6}, "overlap: 6 frames are not of the form 4k"),
         ({"width": 100}, "width 100"),
         ({"begin_with": torch.zeros(3, 64, 96, 3)}, "3 given frames are fewer than the 5"),
