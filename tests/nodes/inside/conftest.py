@@ -103,6 +103,8 @@ def _load(folder: Path) -> Comfy:
     for kind in ("diffusion_models", "text_encoders", "loras", "vae"):
         (folder / "models" / kind).mkdir(parents=True)
         folder_paths.folder_names_and_paths[kind] = ([str(folder / "models" / kind)], {".safetensors"})
+    # A checkout of ComfyUI has it.
+    (folder / "output").mkdir()
     folder_paths.set_output_directory(str(folder / "output"))
     folder_paths.set_temp_directory(str(folder / "temp"))
     import nodes
