@@ -71,7 +71,8 @@ def device_of(device: Any) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise LongCatError(f"device {str(found)!r} is missing: PyTorch sees no GPU; use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise LongCatError(f"device {str(found)!r} is missing: PyTorch sees {torch.cuda.device_count()} GPUs")
+        count = torch.cuda.device_count()
+        raise LongCatError(f"device {str(found)!r} is missing: PyTorch sees {count} GPUs; use a lower number or cpu")
     return found
 
 
