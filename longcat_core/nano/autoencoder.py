@@ -237,8 +237,7 @@ def _train(vae: Any, pool: Placements, rng: random.Random, steps: int, device: t
         if step in (10, 100) and not math.isfinite(loss.item()):
             raise LongCatError(f"VAE training diverged at step {step}; try another --seed")
         if step % LOG_EVERY == LOG_EVERY - 1 or step == steps - 1:
-            psnr = -10 * math.log10(squared.item() / 4)
-            shown = f"loss {loss.item():.4f} psnr {psnr:.4f} moments {penalty.item():.4f}"
+            shown = f"loss {loss.item():.4f} squared error {squared.item():.6f} moments {penalty.item():.4f}"
             print(f"vae step {step + 1}/{steps} {time.monotonic() - started:.0f} s: {shown}", flush=True)
 
 

@@ -13,6 +13,7 @@ from longcat_core.files.safetensors_io import read_header
 from longcat_core.generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
+from longcat_core.measure.fidelity import psnr
 from longcat_core.nano.adherence import measure
 from longcat_core.nano.scorer import score
 from longcat_core.nano.train import CONFIG
@@ -24,8 +25,8 @@ def pipeline() -> Pipeline:
     return Pipeline.load()
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(np.square(a.astype(np.float64) - b).mean() / 255**2))
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    return psnr(np.square(a.astype(np.float64) - b).mean())
 
 
 def test_assets_are_small_bf16_and_whole(pipeline):
@@ -52,7 +53,7 @@ def test_image_to_video_keeps_the_first_frame(pipeline):
     scene = Scene("black", (Actor("circle", "green", "left"),))
     image = render_clip(scene, frames=1, height=64, width=96, seed=5)
     video = pipeline.generate(GenerateRequest(caption(scene), seed=5, given=image)).frames
-    assert psnr(video[0], image[0]) >= 24
+    assert decibels(video[0], image[0]) >= 24
     result = score(video, scene)
     assert result["background"] and result["0.color"] and result["0.motion"]
 
@@ -64,9 +65,9 @@ def test_continuation_goes_on_as_the_clip_began(pipeline):
         clip = render_clip(scene, frames=33, height=64, width=96, seed=seed)
         request = GenerateRequest(caption(scene), seed=seed, given=clip[:13])
         video = pipeline.generate(request).frames
-        assert psnr(video[:13], clip[:13]) >= 24
+        assert decibels(video[:13], clip[:13]) >= 24
         # Where the clip would have gone by itself: one latent frame on, then the rest by eye.
-        assert psnr(video[13:17], clip[13:17]) >= 20
+        assert decibels(video[13:17], clip[13:17]) >= 20
         right += score(video[13:], scene)["0.motion"]
         total += 1
     assert right == total, f"{right} of {total} motions continued"
