@@ -48,8 +48,8 @@ def test_prompt_gives_the_video_that_it_describes(client, watch, artifacts):
     (artifacts / "text_to_video.mp4").write_bytes(content)
     frames, fps = watch(content, file["filename"])
     assert frames.shape == (33, 64, 96, 3) and fps == FPS
-    right = score(frames, RED_CIRCLE).attributes
-    # The shape is left out: nano rounds corners (README: "What nano can do").
+    right = score(frames, RED_CIRCLE)
+    # The shape is left out: nano rounds corners (docs/nano.md).
     assert right["background"] and right["0.color"] and right["0.motion"], right
 
 
