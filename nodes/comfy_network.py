@@ -130,8 +130,10 @@ class DiffusionModel(LongCatTransformer):
                 uncompiled=is_streamed,
                 announce=lambda sentence: logging.warning("LongCat: %s", sentence),
             )
-        # The most recently used ones. Each holds only its switches.
-        self.executions = dict([*self.executions.items()][1 - EXECUTIONS :]) | {key: execution}
+        # Taken out above, it is the last in order of use again. Each holds only its switches.
+        self.executions[key] = execution
+        if len(self.executions) > EXECUTIONS:
+            del self.executions[next(iter(self.executions))]
         return execution
 
     def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Prepared:
