@@ -80,7 +80,7 @@ class Option:
         return f"{self.help[0].upper()}{self.help[1:]}."
 
     def default_words(self, nano: bool = False) -> str:
-        """The default of the released model, or of nano, in words; "" if there is none."""
+        """The default of the released model or of nano as text; empty if it has none."""
         value = self.nano if nano and self.nano is not None else self.default
         if self.shown and not (nano and self.nano is not None):
             return self.shown

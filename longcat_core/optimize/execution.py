@@ -101,7 +101,7 @@ class Execution:
     def stream_blocks(self, device: torch.device | str, streamed: Iterable[int]) -> None:
         """Keep these blocks' weights in CPU memory until they run on `device`, in addition to those already there.
 
-        From then on there are no gradients. The other weights must lie on the device.
+        The network then has no backward pass. All other weights must be on the device.
         """
         if self.stream is None:
             # Keys and values of the text are computed once per prompt.

@@ -56,7 +56,7 @@ def test_nothing_of_one_path_is_counted_in_the_next(report, monkeypatch):
     bench.report, bench.remake = report, watched
     cards.run(bench)
     assert len(made) == 2 and len([row for row in report.rows if row["status"] == "ok"]) == 5
-    # Quantized weights are laid out anew before anything is counted.
+    # Quantized weights are laid out again before anything is counted.
     assert done == ["settled", True, False]
 
 

@@ -209,7 +209,7 @@ def test_int8_of_comfyui(tmp_path, golden, wanted):
 
 @pytest.mark.parametrize("kind", ["scaled", "scaled by rows", "described", "plain"])
 def test_8_bit_layers_keep_the_numbers_of_the_file(tmp_path, golden, wanted, kind):
-    """Quantizing them anew would cost a second rounding; kept, they are what the file says to the last bit."""
+    """Quantizing them again would round them twice; they stay bit-equal to the file."""
     path = saved(tmp_path, STORED[kind](golden))
     exact = load_transformer(path).state_dict()
     model = load_transformer(path, fp8=Policy())
@@ -221,7 +221,7 @@ def test_8_bit_layers_keep_the_numbers_of_the_file(tmp_path, golden, wanted, kin
 
 def test_8_bit_layers_from_what_is_not_e4m3_are_quantized(tmp_path, golden):
     state = STORED["scaled"](golden)
-    # One of three parts of a fused weight in bf16: the whole is quantized anew.
+    # One of three parts of a fused weight in bf16: the whole weight is quantized again.
     state["blocks.0.self_attn.k.weight"] = comfyui(golden)["blocks.0.self_attn.k.weight"].bfloat16()
     del state["blocks.0.self_attn.k.scale_weight"]
     path = saved(tmp_path, state)

@@ -404,7 +404,7 @@ def test_the_pipeline_takes_one_file_or_several(tmp_path):
     weight, plain = one.model.blocks[0].attn.proj.weight, Pipeline.load().model.blocks[0].attn.proj.weight
     torch.testing.assert_close(both.model.blocks[0].attn.proj.weight, weight)
     torch.testing.assert_close(twice.model.blocks[0].attn.proj.weight - plain, 2 * (weight - plain))
-    # Exchanged without loading anew: a second LoRA, and none.
+    # Exchanged without loading again: for a second LoRA, then for none.
     twice.set_loras([(path, 1.0)])
     assert torch.equal(twice.model.blocks[0].attn.proj.weight, weight)
     twice.set_loras()

@@ -107,7 +107,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def kinds(events: list[str]) -> list[str]:
-    """Without names, some of which are drawn anew by every run."""
+    """Without names, because every run draws some of them at random."""
     return [event.split()[0] for event in events]
 
 

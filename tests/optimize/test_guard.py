@@ -1,4 +1,4 @@
-"""The first output under lossy settings is checked; a spoiled one is computed anew without them, and that is said."""
+"""The first output under lossy settings is checked; a spoiled one is recomputed without them and announced."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ def test_text_and_timesteps_are_worked_up_once(model, text, monkeypatch):
 
 
 def test_kept_keys_are_those_of_the_weights(model, text):
-    """A LoRA merged in, other switches, another dtype: keys and values of a text are computed anew."""
+    """A LoRA merged in, other switches, another dtype: keys and values of a text are recomputed."""
     read = model.embed_text(text["context"], text["mask"])
     layer = model.blocks[0].cross_attn.kv
 

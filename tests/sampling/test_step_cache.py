@@ -118,8 +118,8 @@ def test_sampling_leaves_steps_out(setting, kv_cache, given):
 def test_kept_and_computed_given_frames_leave_out_the_same_steps(setting):
     cond = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(1))
     once, _, computed = run(setting, 0.1, cond_latents=cond, kv_cache="exact")
-    anew, _, also = run(setting, 0.1, cond_latents=cond, kv_cache="off")
-    assert computed == also and (once - anew).abs().max() < 1e-4
+    every, _, also = run(setting, 0.1, cond_latents=cond, kv_cache="off")
+    assert computed == also and (once - every).abs().max() < 1e-4
 
 
 def test_what_a_request_may_ask_for():

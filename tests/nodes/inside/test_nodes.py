@@ -323,7 +323,7 @@ def test_packed_text_changes_the_result(comfy, model, sample, empty):
 
 
 def test_compiled_blocks_side_by_side_with_plain_ones(comfy, one_block, sample, empty):
-    """An A/B graph: two MODELs share one network, and going back and forth compiles nothing anew."""
+    """An A/B graph: two MODELs share one network, and switching between them compiles nothing again."""
     from torch._dynamo.utils import counters
 
     compiled, report = comfy("LongCatOptimizations", model=one_block, **SWITCHES | {"compile": "blocks"})

@@ -1,4 +1,4 @@
-"""The Triton kernels against their definitions in PyTorch, in Triton's interpreter where there is no GPU.
+"""Compares the Triton kernels with their definitions in PyTorch; without a GPU they run in Triton's interpreter.
 
 In fp16: the interpreter rounds bf16 toward zero. Rounding to e4m3 it loses the carry of what rounds up to a power of
 two, and below 2^-6 it rounds in its own way.
