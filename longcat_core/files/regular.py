@@ -1,0 +1,58 @@
+"""Open the files that users name: regular files only, read no further than their kind justifies."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ..errors import LongCatError
+from .atomic import reason
+
+# Of a text that a person or a program writes: prompts, configs, records.
+MAX_TEXT_BYTES = 64_000_000
+
+
+def check_regular(path: str | Path, what: str = "", error: type[LongCatError] = LongCatError) -> None:
+    """Raise `error` unless `path` is an existing regular file, or a link to one.
+
+    Opening a pipe would wait for its writer, and a device may never end. what: what the file should be, for the
+    sentence.
+    """
+    name = f"{what} {path}".strip()
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as fault:
+        raise error(f"{name} does not exist; give the path of a file") from fault
+    except (OSError, ValueError) as fault:
+        raise error(f"{name} cannot be read ({reason(fault)}); check its name and its permissions") from fault
+    if stat.S_ISDIR(mode):
+        raise error(f"{name} is a folder; give a file")
+    if not stat.S_ISREG(mode):
+        raise error(f"{name} is a pipe or a device; give a regular file")
+
+
+def read_bytes(
+    path: str | Path, what: str = "", limit: int = MAX_TEXT_BYTES, error: type[LongCatError] = LongCatError
+) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises `error` as `check_regular` does."""
+    check_regular(path, what, error)
+    name = f"{what} {path}".strip()
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as fault:
+        raise error(f"{name} cannot be read ({reason(fault)}); check its permissions") from fault
+    if len(content) > limit:
+        raise error(f"{name} has more than {limit:,} bytes; give a smaller file")
+    return content
+
+
+def read_text(
+    path: str | Path, what: str = "", limit: int = MAX_TEXT_BYTES, error: type[LongCatError] = LongCatError
+) -> str:
+    """`read_bytes` as UTF-8 text, without the byte order mark that some editors write."""
+    try:
+        return read_bytes(path, what, limit, error).decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise error(f"{what} {path}".strip() + " is not UTF-8 text; save it as UTF-8") from fault
