@@ -47,7 +47,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     file, place = StateDict(state), Path(SOURCE)
     dtypes, shapes = ({name: pair[i] for name, pair in file.header.items()} for i in range(2))
     where = dict.fromkeys(state, place)
-    checkpoint = Checkpoint(SOURCE, form, "", where, {place: file}, shapes, dtypes, config, {})
+    checkpoint = Checkpoint(SOURCE, form, "", where, {place: file}, shapes, dtypes, {}, config.depth, config)
     reader, sources = Reader(checkpoint), dict(form.modules(config.depth))
     eight_bit = {f"{module}.weight" for module in Policy().names(config.depth)} if rowwise else set()
     whole = {modules[0]: module for module, modules in sources.items() if len(modules) == 1}

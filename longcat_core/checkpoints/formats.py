@@ -46,7 +46,8 @@ class Format:
     """One form of checkpoint.
 
     signature: prefixes of keys, all of which a file must have. outer: the network's module -> file modules, outside
-    the blocks; block: the same inside a block. block_prefix: of a block's names in the file, with {i} for its number.
+    the blocks; block: the same inside a block. block_prefix: of a block's names in the file, with {i} for its number;
+    target_prefix: of its names in the network. model: what the form is a form of.
     """
 
     name: str
@@ -54,14 +55,16 @@ class Format:
     outer: Table
     block: Table
     block_prefix: str = "blocks.{i}."
+    target_prefix: str = "blocks.{i}."
+    model: str = "LongCat-Video transformer"
 
     def modules(self, depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(module of the network, file modules) of a network with `depth` blocks."""
         yield from self.outer.items()
         for i in range(depth):
-            prefix = self.block_prefix.format(i=i)
+            prefix, target = self.block_prefix.format(i=i), self.target_prefix.format(i=i)
             for canonical, sources in self.block.items():
-                yield f"blocks.{i}.{canonical}", tuple(prefix + s for s in sources)
+                yield target + canonical, tuple(prefix + s for s in sources)
 
 
 def _format(column: int, name: str, signature: tuple[str, ...]) -> Format:

@@ -45,12 +45,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint. `Reader` reads its numbers.
+class Stored:
+    """The tensors of any model in its opened files: a transformer, a text encoder or a VAE. `Reader` reads the numbers.
 
-    where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, GGUF's quantized tensors as fp32. config:
-    from config.json or the file's metadata, else inferred from shapes. quantized: modules that the file's metadata
-    describes -> their format.
+    where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, GGUF's quantized tensors as fp32.
+    quantized: modules that the file's metadata describes -> their format. depth: blocks that the form repeats.
     """
 
     source: str
@@ -60,13 +59,13 @@ class Checkpoint:
     files: dict[Path, TensorFile]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
-    config: ModelConfig
     quantized: dict[str, dict]
+    depth: int
 
     def parts(self, name: str) -> list[Part]:
         """The stored tensors of a parameter of the network, in the order of its rows. KeyError if one is missing."""
         module, _, kind = name.rpartition(".")
-        sources = dict(self.form.modules(self.config.depth))[module]
+        sources = dict(self.form.modules(self.depth))[module]
         found = []
         for source in sources:
             part = stored_part(self.where, source, kind)
@@ -74,6 +73,13 @@ class Checkpoint:
                 raise KeyError(f"{source}.{kind}")
             found.append(part)
         return found
+
+
+@dataclass(frozen=True)
+class Checkpoint(Stored):
+    """An opened transformer. config: from config.json or the file's metadata, else inferred from shapes."""
+
+    config: ModelConfig
 
 
 def stored_part(names: Mapping[str, object], module: str, parameter: str) -> Part | None:
@@ -178,7 +184,7 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
         config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
     layers = dict(_json_metadata(metadata, QUANT_METADATA, path).get("layers") or {})
     quantized = {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
-    return Checkpoint(str(path), form, prefix, where, files, shapes, dtypes, config, quantized)
+    return Checkpoint(str(path), form, prefix, where, files, shapes, dtypes, quantized, config.depth, config)
 
 
 def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
@@ -189,14 +195,14 @@ def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
 
 
 def match_parameters(
-    checkpoint: Checkpoint, parameters: Mapping[str, Tensor], allow_unknown: bool = False
+    checkpoint: Stored, parameters: Mapping[str, Tensor], allow_unknown: bool = False
 ) -> dict[str, list[Part]]:
     """Parameter of the network -> the stored tensors that make it up, found by headers alone.
 
     Raises CheckpointError for tensors that are missing, of a wrong shape, quantized without a scale, or unknown unless
     `allow_unknown`.
     """
-    table = dict(checkpoint.form.modules(checkpoint.config.depth))
+    table = dict(checkpoint.form.modules(checkpoint.depth))
     stored, used = checkpoint.where, set()
     # In a file with scales, an 8-bit weight without one is incomplete.
     scaled = any(name in MARKERS or name.endswith((".scale_weight", ".weight_scale")) for name in stored)
@@ -230,7 +236,7 @@ def match_parameters(
     for problem, names, remedy in (
         ("lacks", missing, "download it again"),
         ("does not fit", wrong, "check that its config.json belongs to it"),
-        ("holds unknown tensors", extra, "check that it is a LongCat-Video transformer"),
+        ("holds unknown tensors", extra, f"check that it is a {checkpoint.form.model}"),
     ):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -256,7 +262,7 @@ class Weight(NamedTuple):
 class Reader:
     """Reads the numbers of a checkpoint. Raises CheckpointError if its files can no longer be read."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Stored) -> None:
         self.checkpoint = checkpoint
         self._ahead: ReadAhead | None = None
 
@@ -402,7 +408,7 @@ def load_transformer(
     or wrongly shaped tensor, and for a weight with NaN or infinity. Besides the network, one tensor at a time is held.
     """
     if isinstance(source, Checkpoint):
-        checkpoint = source if config is None else replace(source, config=config)
+        checkpoint = source if config is None else replace(source, config=config, depth=config.depth)
     else:
         checkpoint = open_checkpoint(source, config)
     with torch.device("meta"):
