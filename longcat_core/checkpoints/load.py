@@ -160,12 +160,28 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
     path: a safetensors or GGUF file, a folder of shards, or a folder that holds them in `dit`. Raises CheckpointError.
     """
     path = Path(path)
+    files = {file: open_file(file) for file in _files(path)}
+    form, prefix = detect([name for opened in files.values() for name in opened.header], str(path))
+    stored, metadata = collect(path, files, form, prefix)
+    beside = (path / folder / "config.json" for folder in (*FOLDERS, ""))
+    config = config or next((ModelConfig.from_json(file) for file in beside if file.is_file()), None)
+    if config is None:
+        config = infer_config(form, stored.shapes, str(path))
+        settings = _json_metadata(metadata, CONFIG_KEY, path)
+        zero_pad = bool(settings.get("text_tokens_zero_pad", config.text_tokens_zero_pad))
+        config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
+    return Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
+
+
+def collect(path: Path, files: Mapping[Path, TensorFile], form: Format, prefix: str) -> tuple[Stored, dict[str, str]]:
+    """The tensors of opened files whose names begin with `prefix`, and the files' metadata.
+
+    Raises CheckpointError for a tensor that two files hold.
+    """
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     metadata: dict[str, str] = {}
-    files = {file: open_file(file) for file in _files(path)}
-    form, prefix = detect([name for opened in files.values() for name in opened.header], str(path))
     for file, opened in files.items():
         for whole, (dtype, shape) in opened.header.items():
             if not whole.startswith(prefix):
@@ -175,16 +191,9 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Chec
                 raise CheckpointError(f"tensor {name} is in both {where[name].name} and {file.name}; keep one")
             where[name], shapes[name], dtypes[name] = file, shape, dtype
         metadata |= opened.metadata
-    beside = (path / folder / "config.json" for folder in (*FOLDERS, ""))
-    config = config or next((ModelConfig.from_json(file) for file in beside if file.is_file()), None)
-    if config is None:
-        config = infer_config(form, shapes, str(path))
-        stored = _json_metadata(metadata, CONFIG_KEY, path)
-        zero_pad = bool(stored.get("text_tokens_zero_pad", config.text_tokens_zero_pad))
-        config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
     layers = dict(_json_metadata(metadata, QUANT_METADATA, path).get("layers") or {})
     quantized = {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
-    return Checkpoint(str(path), form, prefix, where, files, shapes, dtypes, quantized, config.depth, config)
+    return Stored(str(path), form, prefix, where, dict(files), shapes, dtypes, quantized, 0), metadata
 
 
 def _json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
