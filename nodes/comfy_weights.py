@@ -11,7 +11,9 @@ from comfy.quant_ops import QUANT_ALGOS
 from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import BESIDE, MARKERS, OFFICIAL, QUANT_FORMATS, detect
-from ..longcat_core.checkpoints.load import Checkpoint, Reader, match_parameters
+from ..longcat_core.checkpoints.load import Checkpoint
+from ..longcat_core.checkpoints.reader import Reader
+from ..longcat_core.checkpoints.stored import match_parameters
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.quantization import Policy, dequantized, without_scales

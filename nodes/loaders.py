@@ -16,7 +16,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..longcat_core.checkpoints.load import CONFIG_KEY, QUANT_METADATA, Checkpoint, open_checkpoint
+from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint, open_checkpoint
+from ..longcat_core.checkpoints.stored import QUANT_METADATA
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.safetensors_io import read_header
 from ..longcat_core.files.tensor_files import is_gguf, open_file

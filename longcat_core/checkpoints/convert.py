@@ -18,7 +18,9 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.kernels.elementwise import E4M3_MAX, TINY
 from ..optimize.quantization import LAYERS
 from .formats import COMFYUI, OFFICIAL, Format, Table
-from .load import CONFIG_KEY, Checkpoint, Part, Reader, match_parameters, open_checkpoint
+from .load import CONFIG_KEY, Checkpoint, open_checkpoint
+from .reader import Reader
+from .stored import Part, match_parameters
 
 INT8_MAX = 127
 

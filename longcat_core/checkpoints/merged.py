@@ -8,8 +8,9 @@ import torch
 
 from ..model.transformer import LongCatTransformer
 from ..optimize.quantization import Fp8Linear
-from .load import Checkpoint, Reader
+from .load import Checkpoint
 from .lora import Lora, LoraStack, OpenedLora, changed_weights
+from .reader import Reader
 
 
 class MergedLoras:

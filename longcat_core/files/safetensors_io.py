@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .atomic import atomic_path
+from .regular import check_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 # The parts of a file that a fingerprint reads.
@@ -231,10 +232,7 @@ def _first(names: list[str]) -> str:
 
 def _layout(path: Path) -> tuple[Header, dict[str, str], dict[str, int], Stamp]:
     """Header, metadata, the position of every tensor's first byte, and the stamp of the file that they describe."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; give a .safetensors file")
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give the path of a .safetensors file")
+    check_regular(path, error=CheckpointError)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{path} is a pickle by its ending, which can run code when it is loaded; convert it to .safetensors"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .regular import check_regular
 from .safetensors_io import Header, SafetensorsFile, stamp
 
 GGUF_MAGIC = b"GGUF"
@@ -37,6 +38,7 @@ class TensorFile(Protocol):
 
 def open_file(path: Path) -> TensorFile:
     """Open the file at `path` and parse its header. Raises CheckpointError unless it is whole safetensors or GGUF."""
+    check_regular(path, error=CheckpointError)
     return GgufFile(path) if is_gguf(path) else SafetensorsFile(path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longcat_core.checkpoints import convert, load
+from longcat_core.checkpoints import convert, reader
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
 from longcat_core.cli import main as cli
 from longcat_core.errors import CheckpointError, LongCatError
@@ -208,13 +208,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, golden, caps
 def test_a_faulty_disk_is_noticed_and_the_old_file_stays(tmp_path, monkeypatch):
     path = tmp_path / "new.safetensors"
     path.write_bytes(b"old")
-    rows = load.Reader.rows
+    rows = reader.Reader.rows
 
-    def faulty(self: load.Reader, name: str, *args: int) -> torch.Tensor:
+    def faulty(self: reader.Reader, name: str, *args: int) -> torch.Tensor:
         tensor = rows(self, name, *args)
         return tensor * 2 if name == "blocks.1.ffn.w2.weight_scale" else tensor
 
-    monkeypatch.setattr(load.Reader, "rows", faulty)
+    monkeypatch.setattr(reader.Reader, "rows", faulty)
     with pytest.raises(CheckpointError, match=r"reads back with another blocks\.1\.ffn\.w2\.weight_scale than was"):
         convert.convert(DIT, path, "int8")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longcat_core.checkpoints import load
+from longcat_core.checkpoints import reader
 from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint, read_parameter
 from longcat_core.errors import CheckpointError
@@ -280,7 +280,7 @@ def test_gguf_blocks_mean_what_the_package_says(tmp_path, golden):
 def test_gguf_in_pieces_is_the_same(tmp_path, golden, monkeypatch):
     write_gguf(tmp_path / "x.gguf", comfyui(golden), gguf_types(comfyui(golden), "Q4_K"), flat_patches=True)
     whole = load_transformer(tmp_path / "x.gguf").state_dict()
-    monkeypatch.setattr(load, "PIECE", 1000)
+    monkeypatch.setattr(reader, "PIECE", 1000)
     assert_same(load_transformer(tmp_path / "x.gguf"), whole)
 
 
@@ -422,7 +422,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("fp8", [None, Policy()])
 def test_loading_holds_one_tensor_besides_the_network(tmp_path, golden, monkeypatch, kind, fp8):
     """And buffers of pieces that are read ahead; a GGUF file is mapped."""
-    monkeypatch.setattr(load, "PIECE", 1024)
+    monkeypatch.setattr(reader, "PIECE", 1024)
     path = tmp_path / "x"
     if kind == "gguf":
         write_gguf(path, comfyui(golden), gguf_types(comfyui(golden), "Q8_0"))
@@ -435,7 +435,7 @@ def test_loading_holds_one_tensor_besides_the_network(tmp_path, golden, monkeypa
     network = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(tensor.numel() for tensor in golden.values()) * 2
     # Quantizing makes one weight wide, twice over; pieces of fp32 are small.
-    room = (3 * 4 * largest if fp8 else 2 * largest) + load.AHEAD * 4 * load.PIECE
+    room = (3 * 4 * largest if fp8 else 2 * largest) + reader.AHEAD * 4 * reader.PIECE
     assert network <= count.peak <= network + room, (count.peak, network, largest)
     assert largest * 4 < network
 

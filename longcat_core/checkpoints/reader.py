@@ -1,0 +1,176 @@
+"""Read the numbers of stored tensors: row by row, dequantized, with LoRAs added, and checked to be finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..files.read_ahead import ReadAhead
+from ..files.tensor_files import TensorFile
+from ..optimize.kernels.elementwise import quantize_rows
+from .formats import QUANT_FORMATS
+from .lora import LoraStack
+from .stored import Part, Stored
+
+# Numbers that are converted at a time, which a loader holds besides the network and one stored tensor.
+PIECE = 1 << 22
+# Pieces that are prefetched.
+AHEAD = 6
+
+
+class Weight(NamedTuple):
+    """A parameter as the network holds it. scale: [rows, 1] fp32, which multiplies the values of 8-bit layers."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def extremes(self) -> Tensor:
+        """Smallest and largest value, or scale, [2] fp32 on the weight's device; NaN where any number is."""
+        if self.scale is None:
+            return torch.stack(self.values.aminmax()).float()
+        # e4m3 has no infinity, and one NaN of each sign.
+        bad = (self.values.view(torch.uint8) & 0x7F == 0x7F).any()
+        return torch.stack(self.scale.masked_fill(bad, torch.nan).aminmax())
+
+
+class Reader:
+    """Reads the numbers of a checkpoint. Raises CheckpointError if its files can no longer be read."""
+
+    def __init__(self, checkpoint: Stored) -> None:
+        self.checkpoint = checkpoint
+        self._ahead: ReadAhead | None = None
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a stored tensor on the CPU, in the stored dtype."""
+        if self._ahead is not None and (found := self._ahead.take((name, start, stop))) is not None:
+            return found
+        return self._file(name).rows(self.checkpoint.prefix + name, start, stop)
+
+    @contextmanager
+    def ahead(self, parts: Iterable[Part]) -> Iterator[None]:
+        """Inside the `with` block, threads prefetch the `pieces` of these parts, which must be read in this order. A
+        piece is valid until the next one is read."""
+
+        def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+            name = self.checkpoint.prefix + part.name
+            return lambda buffer: self._file(part.name).rows(name, *cut, buffer)
+
+        jobs = (((part.name, *cut), job(part, cut)) for part in parts for cut in self._cuts(part))
+        self._ahead = ReadAhead(jobs, AHEAD, 4 * PIECE)
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
+
+    def _cuts(self, part: Part) -> Iterator[tuple[int, int]]:
+        """(first row, row after the last) of each piece of a stored tensor."""
+        shape = self.checkpoint.shapes[part.name]
+        rows = shape[0] if shape else 1
+        count = max(1, PIECE * rows // max(1, math.prod(shape)))
+        return ((start, min(start + count, rows)) for start in range(0, rows, count))
+
+    def _file(self, name: str) -> TensorFile:
+        return self.checkpoint.files[self.checkpoint.where[name]]
+
+    def check_formats(self) -> None:
+        """Raise CheckpointError for a layer in a quantized format other than numbers times scales."""
+        formats = dict(self.checkpoint.quantized)
+        for name in self.checkpoint.where:
+            if name.endswith(".comfy_quant"):
+                try:
+                    formats[name.removesuffix(".comfy_quant")] = dict(json.loads(self.rows(name).numpy().tobytes()))
+                except (ValueError, TypeError) as error:
+                    raise CheckpointError(
+                        f"{self.checkpoint.source} has an unreadable {name}; download it again"
+                    ) from error
+        for layer, conf in formats.items():
+            kind, more = conf.get("format"), conf.get("params")
+            rotated = conf.get("convrot") or (isinstance(more, dict) and more.get("convrot"))
+            if kind not in QUANT_FORMATS or rotated:
+                raise CheckpointError(
+                    f"{self.checkpoint.source} stores {layer} as {kind}{' with rotation' if rotated else ''}, which is "
+                    f"not supported; give a file in bf16, GGUF or {', '.join(QUANT_FORMATS)}"
+                )
+
+    def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device` by its scale."""
+        scale = self.scale(part)
+        scale = None if scale is None else scale.to(device)
+        for start, stop in self._cuts(part):
+            rows = self.rows(part.name, start, stop)
+            if scale is not None:
+                factor = scale if scale.numel() == 1 else scale[start:stop]
+                rows = rows.to(device).float() * factor.view(-1, *[1] * (rows.ndim - 1))
+            yield start, rows
+
+    def scale(self, part: Part) -> Tensor | None:
+        """The scale of a part, fp32, one number or [rows]; None for plain numbers."""
+        return None if part.scale is None else self.rows(part.scale).float().flatten()
+
+    def into(self, target: Tensor, parts: list[Part]) -> Tensor:
+        """Fill a parameter [rows, ..] with its parts, in the target's dtype and on its device; returns `target`."""
+        first = 0
+        for part in parts:
+            for start, rows in self.pieces(part, target.device):
+                target[first + start : first + start + len(rows)].copy_(rows)
+                # Release them before the next rows are read.
+                del rows
+            first += self.checkpoint.shapes[part.name][0]
+        return target
+
+    def e4m3(self, parts: list[Part], device: torch.device | str) -> tuple[Tensor, Tensor] | None:
+        """The stored numbers [rows, columns] of a parameter and its scales [rows, 1] fp32, if all of it is e4m3."""
+        if any(self.checkpoint.dtypes[part.name] != torch.float8_e4m3fn for part in parts):
+            return None
+        scales = []
+        for part in parts:
+            scale = self.scale(part)
+            scale = torch.ones(1) if scale is None else scale
+            scales.append(scale.expand(self.checkpoint.shapes[part.name][0]))
+        values = torch.empty(self._shape(parts), dtype=torch.float8_e4m3fn, device=device)
+        self.into(values, [Part(part.name) for part in parts])
+        return values, torch.cat(scales)[:, None].to(device)
+
+    def _shape(self, parts: list[Part]) -> tuple[int, ...]:
+        shapes = [self.checkpoint.shapes[part.name] for part in parts]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    def weight(
+        self,
+        name: str,
+        parts: list[Part],
+        stack: LoraStack,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        eight_bit: bool,
+    ) -> Weight:
+        """Parameter `name` of the network with the LoRAs of `stack`, in `dtype`, or quantized for an 8-bit layer.
+
+        Weights stored as e4m3 keep their numbers and scales in an 8-bit layer unless a LoRA changes them.
+        """
+        changed = name in stack
+        if eight_bit and not changed and (stored := self.e4m3(parts, device)) is not None:
+            return Weight(*stored)
+        # fp32 where a LoRA is added, so that the sum is rounded, not its terms.
+        target = torch.empty(self._shape(parts), dtype=torch.float32 if changed else dtype, device=device)
+        self.into(target, parts)
+        if changed:
+            target = stack.add(name, target).to(dtype)
+        return Weight(*quantize_rows(target)) if eight_bit else Weight(target)
+
+
+def require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError for the first parameter with a non-finite extreme; this waits for the device once."""
+    finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
+    for name, fine in zip(extremes, finite, strict=True):
+        if not fine:
+            remedy = "load it as bfloat16 or float32" if dtype == torch.float16 else "download it again"
+            raise CheckpointError(f"{source} has NaN or infinite values in {name}; {remedy}")
