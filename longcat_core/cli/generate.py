@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import LongCatError
-from ..files.media import check_output, contact_sheet, estimate_bytes, read_video, write_video
+from ..files.media import check_output, estimate_bytes, read_video, write_video
 from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
+from ..generate.media import contact_sheet
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
 from ..generate.refine import RefineRequest, check_video, piece_folder, refine_in_folder

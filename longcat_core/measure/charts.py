@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import LongCatError
-from ..files.media import cell_form, wrap
+from ..generate.media import cell_form, wrap
 from .fidelity import Fidelity, Setting, decibels, psnr
 
 if TYPE_CHECKING:

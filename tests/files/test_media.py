@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 
 from longcat_core.errors import LongCatError
 from longcat_core.files import media, places
+from longcat_core.files.media import writing
 
 
 def moving_bar(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
@@ -133,8 +133,8 @@ def test_broken_off_writing_leaves_the_old_file(
         file.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(media, "_write_stream", broken)
-    monkeypatch.setattr(media, "_write_animation", broken)
+    monkeypatch.setattr(writing, "_write_stream", broken)
+    monkeypatch.setattr(writing, "_write_animation", broken)
     expected = LongCatError if isinstance(error, OSError) else error
     with pytest.raises(expected):
         media.write_video(path, moving_bar(), 15)
@@ -185,52 +185,6 @@ def test_what_cannot_be_written(tmp_path: Path, name: str, video: np.ndarray, sa
     with pytest.raises(LongCatError, match=said):
         media.write_video(tmp_path / name, video, 15)
     assert not list(tmp_path.iterdir())
-
-
-# --- contact sheet ---------------------------------------------------------------------------------------------------
-
-
-def test_contact_sheet_shows_frames_and_prompt(tmp_path: Path) -> None:
-    video = np.zeros((33, 64, 96, 3), np.uint8)
-    video[...] = np.arange(33, dtype=np.uint8)[:, None, None, None] * 7
-    media.contact_sheet(tmp_path / "a.png", video, "a red circle")
-    sheet = media.read_image(only_file(tmp_path))
-    # 4 columns and 3 rows of frames enlarged threefold, 14 apart, 20 around.
-    assert sheet.shape[1] == 4 * 288 + 3 * 14 + 2 * 20
-    assert sheet.shape[0] == 20 + 3 * (192 + 24 + 14) + 32 + 20
-    corner = [sheet[20 + row * 230 + 5, 20 + column * 302 + 5, 0] for row in range(3) for column in range(4)]
-    assert corner[0] == 0 and corner[-1] == 32 * 7
-    assert all(a < b for a, b in pairwise(corner))
-    assert sheet[-52:-20].min() < 100, "the prompt is written"
-    assert sheet[20 + 192 : 20 + 192 + 24, 20:300].min() < 160, "frame and time are written"
-
-
-def test_contact_sheet_enlarges_by_pixels(tmp_path: Path) -> None:
-    video = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
-    media.contact_sheet(tmp_path / "a.png", video, "x")
-    sheet = media.read_image(tmp_path / "a.png")
-    np.testing.assert_array_equal(sheet[20 : 20 + 192, 20 : 20 + 288], video[0].repeat(3, 0).repeat(3, 1))
-
-
-def test_contact_sheet_of_large_frames(tmp_path: Path) -> None:
-    media.contact_sheet(tmp_path / "a.png", np.zeros((5, 480, 832, 3), np.uint8), "x", count=2)
-    assert media.read_image(tmp_path / "a.png").shape[1] == 2 * 280 + 14 + 2 * 20
-
-
-def test_long_prompt_is_wrapped(tmp_path: Path) -> None:
-    video = moving_bar(1)
-    heights = []
-    for prompt in ("short", "many words " * 40, "x" * 400, ""):
-        media.contact_sheet(tmp_path / "a.png", video, prompt)
-        heights.append(media.read_image(tmp_path / "a.png").shape[0])
-    assert heights[1] > heights[0] + 200 and heights[2] > heights[0] + 200 and heights[3] == heights[0] - 32
-
-
-def test_wrapping_loses_nothing() -> None:
-    text = "a wonderful  sentence with averyveryverylongword in it"
-    lines = media.wrap(text, len, 10)
-    assert all(len(line) <= 10 for line in lines)
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -363,7 +317,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_estimate_is_generous(tmp_path: Path) -> None:
     video = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), dtype=np.uint8)
-    for suffix in media.VIDEO_SUFFIXES:
+    for suffix in writing.VIDEO_SUFFIXES:
         path = tmp_path / f"noise{suffix}"
         media.write_video(path, video, 15)
         assert path.stat().st_size < media.estimate_bytes(path, *video.shape[:3])

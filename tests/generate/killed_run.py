@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from longcat_core.files import atomic, media
+from longcat_core.files import atomic
+from longcat_core.files.media import writing
 from longcat_core.generate.long_video import LongVideoRequest, long_video, segment_folder
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import RefineRequest, piece_folder, refine_in_folder
@@ -52,7 +53,7 @@ class Events:
 
     def watch(self, engine: Pipeline) -> None:
         sys.addaudithook(self._audit)
-        flush, pictures, denoise = atomic.flush, media._pictures, engine.denoise
+        flush, pictures, denoise = atomic.flush, writing._pictures, engine.denoise
 
         def flushed(path: Path) -> None:
             self(f"flush {path.name}")
@@ -67,7 +68,7 @@ class Events:
             self.tell("denoise")
             return denoise(*args, **kwargs)
 
-        atomic.flush, media._pictures, engine.denoise = flushed, encoded, denoised
+        atomic.flush, writing._pictures, engine.denoise = flushed, encoded, denoised
 
     def _audit(self, event: str, args: tuple) -> None:
         writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)

@@ -1,0 +1,107 @@
+"""Open pictures and videos: local regular files alone, in containers and codecs of a list, with errors as sentences.
+
+A name is never taken for an address, a pattern or a list of files, because decoders get an open file and no name. A
+file cannot lead to others either: playlists, PostScript and the like are on neither list.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...errors import LongCatError
+from ..atomic import reason
+from ..regular import check_regular
+
+# Pillow's names. Decoders that run programs (EPS) or are rarely tried (FLI, PSD, ...) are left out.
+PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA", "ICO")
+# FFmpeg's names. None of these demuxers opens a second file. The last three hold sound, which is refused by that name.
+DEMUXERS = (
+    "mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "ogg", "asf", "nut", "ivf", "gif", "apng", "mxf",
+    "dv", "h264", "hevc", "m4v", "yuv4mpegpipe", "obu", "wav", "mp3", "flac",
+)  # fmt: skip
+DECODERS = (
+    "h264", "hevc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "vvc", "mpeg1video",
+    "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "h261", "h263", "h263p", "flv", "wmv1", "wmv2", "wmv3",
+    "vc1", "theora", "mjpeg", "prores", "dnxhd", "cfhd", "dvvideo", "ffv1", "huffyuv", "ffvhuff", "utvideo",
+    "magicyuv", "qtrle", "rawvideo", "v210", "png", "apng", "gif", "cinepak", "svq1", "svq3",
+)  # fmt: skip
+# Beyond this a picture is refused before it is decoded. Pillow has the same limit, which other programs may lift.
+MAX_PIXELS = 178_000_000
+
+
+def package(module: str) -> Any:
+    """A package of the `headless` extra."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = {"PIL": "pillow"}.get(module.split(".")[0], module)
+        raise LongCatError(
+            f"reading and writing media needs the package {name}; run: pip install 'longcat-video[headless]'"
+        ) from error
+
+
+@contextmanager
+def decoding(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Turn any failure of a decoder into a LongCatError. what: image, animation or video; remedy: what to give."""
+    try:
+        yield
+    except LongCatError:
+        raise
+    except MemoryError as error:
+        raise LongCatError(f"{path} needs more memory than there is; make it smaller") from error
+    except Exception as error:
+        # Decoders of damaged files raise anything: IndexError, struct.error, KeyError, zlib.error.
+        # EINVAL is FFmpeg's word for a format that is not on the list.
+        unknown = type(error).__name__ == "UnidentifiedImageError" or getattr(error, "errno", None) == errno.EINVAL
+        why = "its format is unknown or not supported" if unknown else reason(error)
+        raise LongCatError(f"{path} is not a readable {what} ({why}); give {remedy}") from error
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Iterator[BinaryIO]:
+    """A regular file, opened for reading. It has no name that a decoder could take for more than a file."""
+    check_regular(path, what)
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
+    except OSError as error:
+        raise LongCatError(f"{what} {path} cannot be read ({reason(error)}); check its permissions") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def opened_picture(file: BinaryIO) -> Iterator[Any]:
+    """A Pillow image of a format on the list, its pixels not decoded yet. Raises LongCatError for too many pixels."""
+    image = package("PIL.Image")
+    with image.open(file, formats=_known_formats(image)) as picture:
+        check_pixels(*picture.size)
+        yield picture
+
+
+def _known_formats(image: Any) -> list[str]:
+    image.init()
+    return [form for form in PICTURE_FORMATS if form in image.OPEN]
+
+
+@contextmanager
+def opened_container(file: BinaryIO) -> Iterator[Any]:
+    """A PyAV container that reads from `file` alone."""
+    options = {
+        "format_whitelist": ",".join(DEMUXERS),
+        "codec_whitelist": ",".join(DECODERS),
+        "protocol_whitelist": "file",
+    }
+    with package("av").open(file, options=options, metadata_errors="replace") as container:
+        yield container
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise LongCatError if a picture or frame has too many pixels to be decoded."""
+    if width * height > MAX_PIXELS:
+        raise LongCatError(f"a picture of {width}x{height} pixels is too large; scale it to {MAX_PIXELS:,} pixels")

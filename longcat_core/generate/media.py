@@ -1,0 +1,72 @@
+"""What tasks take from media, and make of it: clips read by their time, contact sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files.atomic import atomic_path
+from ..files.media import check_output_name, read_video
+from ..files.media.opening import package
+
+__all__ = ["contact_sheet", "read_video"]
+
+COLUMNS, CELL = 4, 280  # of a contact sheet: cells in a row, and their width in pixels
+
+
+def contact_sheet(path: str | Path, frames: np.ndarray, prompt: str, *, fps: float = 15, count: int = 12) -> None:
+    """Write a .png of up to `count` evenly spaced frames, each with its number and time, and the prompt below.
+
+    Small frames are enlarged by a whole factor without smoothing, to about CELL pixels; large ones are reduced.
+    """
+    path = Path(path)
+    check_output_name(path, sheet=True)
+    image, draw_on, fonts = package("PIL.Image"), package("PIL.ImageDraw"), package("PIL.ImageFont")
+    picked = sorted({round(i) for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))})
+    columns = min(COLUMNS, len(picked))
+    height, width = frames.shape[1:3]
+    size, filter_ = cell_form(height, width, CELL)
+    margin, label, gap = 20, 24, 14
+    font, prompt_font = fonts.load_default(size=14), fonts.load_default(size=24)
+    sheet_width = 2 * margin + columns * size[0] + (columns - 1) * gap
+    lines = wrap(prompt, prompt_font.getlength, sheet_width - 2 * margin)
+    rows = -(-len(picked) // columns)
+    top = margin + rows * (size[1] + label + gap)
+    sheet = image.new("RGB", (sheet_width, top + 32 * len(lines) + margin), (250, 250, 250))
+    draw = draw_on.Draw(sheet)
+    for cell, index in enumerate(picked):
+        x = margin + cell % columns * (size[0] + gap)
+        y = margin + cell // columns * (size[1] + label + gap)
+        sheet.paste(image.fromarray(frames[index]).resize(size, filter_), (x, y))
+        draw.text((x, y + size[1] + 4), f"frame {index}, {index / fps:.2f} s", fill=(110, 110, 110), font=font)
+    for number, line in enumerate(lines):
+        draw.text((margin, top + 32 * number), line, fill=(20, 20, 20), font=prompt_font)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def cell_form(height: int, width: int, cell_width: int) -> tuple[tuple[int, int], Any]:
+    """(width, height) in pixels of a frame in a contact sheet, and the Pillow filter that resizes it."""
+    resampling = package("PIL.Image").Resampling
+    if width <= cell_width:
+        factor = max(1, round(cell_width / width))
+        return (width * factor, height * factor), resampling.NEAREST
+    return (cell_width, max(1, round(height * cell_width / width))), resampling.LANCZOS
+
+
+def wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
+    """Lines of `text`, at most `width` wide; a word is broken only if it does not fit on a line."""
+    lines, line = [], ""
+    for word in text.split():
+        while measure(word) > width:
+            cut = next(n for n in range(len(word), 0, -1) if n == 1 or measure(word[:n]) <= width)
+            lines += [line] if line else []
+            lines, line, word = [*lines, word[:cut]], "", word[cut:]
+        joined = f"{line} {word}".strip()
+        if measure(joined) > width:
+            lines, joined = [*lines, line], word
+        line = joined
+    return [*lines, line] if line else lines
