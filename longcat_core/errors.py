@@ -1,11 +1,18 @@
-"""Errors for users to read: one clear sentence that names the input and the remedy."""
+"""Errors for users to read, one clear sentence that names the input and the remedy, and the checks of types.
+
+What a script hands in is refused with such a sentence before anything is loaded or computed.
+"""
 
 from __future__ import annotations
+
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
 
 # ComfyUI shows a class with its module, for which it takes the path of the pack on disk.
 MODULE = "longcat_core.errors"
 # Of a sentence: names and reasons that come from files can be as long as the file.
-MAX_CHARACTERS = 2000
+MAX_CHARACTERS = 500
 
 
 class LongCatError(ValueError):
@@ -30,6 +37,39 @@ class BackendUnavailable(LongCatError):
     """An unknown attention backend, or one that this machine lacks."""
 
     __module__ = MODULE
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Raise LongCatError unless `value` is of type `kind`; remedy: what to give instead."""
+    if not isinstance(value, kind):
+        raise LongCatError(f"{name} cannot be of type {type(value).__name__}; give {remedy}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise LongCatError unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise LongCatError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is an integer, Python's or NumPy's; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number, Python's or NumPy's; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def plain_fields(record: Any) -> None:
+    """Replace the numbers of NumPy and PyTorch in the fields of a frozen dataclass by Python's, in place.
+
+    They compare and print otherwise, and JSON and generators of random numbers refuse them.
+    """
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            object.__setattr__(record, field.name, value.item())
 
 
 def printable(text: str, limit: int = MAX_CHARACTERS) -> str:

@@ -35,7 +35,7 @@ OWN = ("bench", "train-nano")
 # Fields of a request -> rows of other names.
 RENAMED = {"guidance_scale": "guidance", "num_cond_frames": "cond_frames"}
 # What has no row: frames that scripts hand in directly, and positional arguments.
-WITHOUT_ROW = {"given", "prompt"}
+WITHOUT_ROW = {"given", "source", "prompt"}
 # Options of `generate` about the video that no node has: sockets and nodes take their place.
 WITHOUT_INPUT = {"size", "image", "video", "schedule", "distilled"}
 

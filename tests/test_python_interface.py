@@ -15,6 +15,7 @@ import torch
 import longcat_core as longcat
 
 PROMPT = "a red circle moves right on a blue background"
+SCHEDULE = longcat.make_schedule("base", 1)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,7 @@ def test_importing_shows_the_interface_and_stays_light():
         longcat.pipelines  # noqa: B018
 
 
+LONG = longcat.LongVideoRequest(request(), (PROMPT,))
 WRONG = {
     "paths": (lambda _: longcat.Pipeline.load("model"), "paths cannot be of type str; give ModelPaths.of"),
     "path of text": (lambda _: longcat.Pipeline.load(longcat.ModelPaths("model")), "give a pathlib.Path"),
@@ -48,7 +50,7 @@ WRONG = {
     "LoRA": (lambda _: longcat.Pipeline.load(lora=5), "lora cannot be of type int"),
     "LoRA without strength": (lambda _: longcat.Pipeline.load(lora=[("a",)]), "not a pair of path and strength"),
     "strength of text": (lambda p: p.set_loras([("a", "0.5")]), "not a pair of path and strength"),
-    "LoRA mode": (lambda _: longcat.Pipeline.load(lora_mode="both"), "unknown LoRA mode 'both'"),
+    "LoRA mode": (lambda _: longcat.Pipeline.load(lora_mode="both"), "the LoRA mode is 'both'; choose one of"),
     "request": (lambda p: p.generate(PROMPT), "the request cannot be of type str"),
     "prompt": (lambda p: p.generate(request(prompt=[PROMPT])), "the prompt is a list"),
     "frames": (lambda p: p.generate(request(frames=5.0)), r"5\.0 frames are out of range"),
@@ -56,7 +58,7 @@ WRONG = {
     "given": (lambda p: p.generate(request(given=[1])), "what is given cannot be of type list"),
     "schedule": (lambda p: p.generate(request(schedule=3)), "the schedule cannot be of type int"),
     "callback": (lambda p: p.generate(request(), 3), "the callback cannot be of type int"),
-    "noise": (lambda p: p.denoise(torch.zeros(1, 3, 2, 8, 12), None, PROMPT), r"the noise cannot be .* \[1, 3"),
+    "noise": (lambda p: p.denoise(torch.zeros(1, 3, 2, 8, 12), SCHEDULE, PROMPT), r"the noise cannot be .* \[1, 3"),
     "latents of integers": (lambda p: p.decode(torch.zeros(1, 16, 2, 8, 12, dtype=torch.int64)), "torch.int64"),
     "no latents": (lambda p: p.decode(np.zeros(3)), "the latents cannot be of type ndarray"),
     "handed": (
@@ -70,6 +72,44 @@ WRONG = {
     "prompts": (lambda _: longcat.spread_prompts(PROMPT, 2), "prompts cannot be of type str"),
     "folder": (lambda _: longcat.segment_folder(3), "the folder of segments cannot be of type int"),
     "video to refine": (lambda p: list(longcat.refine(p, [1], longcat.RefineRequest())), "cannot be of type list"),
+    "noise's schedule": (lambda p: p.denoise(torch.zeros(1, 16, 1, 2, 2), "base", PROMPT), "give what make_schedule"),
+    "noise's prompt": (lambda p: p.denoise(torch.zeros(1, 16, 1, 2, 2), SCHEDULE, 3), "the prompt is a int; give text"),
+    "guidance of text": (
+        lambda p: p.denoise(torch.zeros(1, 16, 1, 2, 2), SCHEDULE, PROMPT, guidance_scale="4"),
+        "guidance 4 is out of range; give a number from",
+    ),
+    "two videos to decode": (lambda p: p.decode(torch.zeros(2, 16, 1, 2, 2)), r"give .* \[1, 16, any, any, any\]"),
+    "frames beside a file": (
+        lambda p: p.generate(request(image=Path("a.png"), given=np.zeros((1, 8, 8, 3), np.uint8))),
+        "both given; give only one",
+    ),
+    "defaults": (lambda p: request().filled(p), "cannot be of type Pipeline; give the defaults of a pipeline"),
+    "overlap": (lambda p: longcat.work_of(request().filled(p.defaults), "13"), "the overlap cannot be '13'"),
+    "fp8": (lambda _: longcat.Pipeline.load(fp8="yes"), "fp8 cannot be of type str; give True or False"),
+    "work": (lambda _: longcat.Pipeline.load(work=request()), "work cannot be of type GenerateRequest; give a Work"),
+    "least": (lambda _: longcat.Pipeline.load(least=4), "least cannot be of type int; give a Plan or None"),
+    "memory": (lambda _: longcat.Pipeline.load(memory="8GB"), "memory cannot be '8GB'; give a number of bytes"),
+    "latents of work": (lambda _: longcat.Work((1, 2)), r"work cannot be latents \(1, 2\); give the shape"),
+    "streamed": (lambda _: longcat.Plan(streamed=-1), "streamed blocks cannot be -1; give a whole number"),
+    "switch": (lambda _: longcat.Optimizations(fused_qkv="no"), "optimization fused_qkv cannot be of type str"),
+    "compile": (lambda _: longcat.Optimizations(compile=True), "optimization compile is True; choose one of off"),
+    "attention": (lambda _: longcat.Optimizations(attention=None), "optimization attention cannot be of type NoneType"),
+    "sparsity": (lambda _: longcat.BlockSparse(sparsity="0.9"), r"sparsity is 0\.9; it must lie between 0 and 1"),
+    "chunk": (lambda _: longcat.BlockSparse(chunk=4), "chunk is 4; it must be three whole numbers"),
+    "steps": (lambda _: longcat.make_schedule("base", 4.5), r"4\.5 steps are out of range"),
+    "mode": (lambda _: longcat.make_schedule(["base"], 4), r"unknown schedule \['base'\]"),
+    "description": (
+        lambda p: longcat.LongVideoRequest(request(), (PROMPT,), 1, model={"x": torch.ones(1)}).filled(p.defaults),
+        "the description of the model holds what JSON cannot hold",
+    ),
+    "model, not a function": (
+        lambda p: list(longcat.long_video(p, LONG, longcat.segment_folder("s"))),
+        "what loads the model cannot be of type Pipeline; give a function",
+    ),
+    "folder of text": (
+        lambda p: list(longcat.long_video(lambda: p, LONG, "s")),
+        "the folder cannot be of type str; give what segment_folder returns",
+    ),
     "piece": (lambda _: longcat.RefineRequest(piece=93.0).check(), r"piece cannot be 93\.0; give a whole number"),
 }
 

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LongCatError
+from ..errors import LongCatError, check_type
 from ..files.media import resize_and_crop
-from ..model.kv_cache import KVMode
+from ..model.kv_cache import KVMode, check_mode
 from ..optimize.block_sparse import BlockSparse
 from ..sampling.conditioning import last_frames, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback
 from ..sampling.schedules import Schedule, make_schedule
-from .inputs import check_callback, check_tensor, check_type
-from .request import Defaults, FilledRequest, GenerateRequest
+from .inputs import check_callback, check_tensor
+from .options import MAX_GUIDANCE, MAX_STEP_CACHE
+from .request import Defaults, FilledRequest, GenerateRequest, check_number, check_text
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,13 @@ class Engine(ABC):
         `sampling.sampler.sample`. Raises LongCatError for tensors that do not fit.
         """
         check_callback(callback)
+        check_type("the schedule", schedule, Schedule, "what make_schedule returns")
+        check_text("prompt", prompt)
+        check_text("negative prompt", negative_prompt)
+        check_number("guidance", guidance_scale, 0.0, MAX_GUIDANCE)
+        check_number("step cache", step_cache, 0.0, MAX_STEP_CACHE)
+        check_mode(kv_cache)
+        check_type("block_sparse", block_sparse, (BlockSparse, type(None)), "a BlockSparse or None")
         check_tensor("the noise", noise, (None, self.channels, None, None, None))
         if clean is not None:
             check_tensor("the clean latents", clean, tuple(noise.shape))

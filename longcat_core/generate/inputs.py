@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +12,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.lora import Lora
-from ..errors import LongCatError
+from ..errors import LongCatError, check_type, is_number, is_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_type(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
-    """Raise LongCatError unless `value` is of type `kind`; remedy: what to give instead."""
-    if not isinstance(value, kind):
-        raise LongCatError(f"{name} cannot be of type {type(value).__name__}; give {remedy}")
 
 
 def check_path(name: str, path: object) -> None:
@@ -29,14 +24,23 @@ def check_path(name: str, path: object) -> None:
 
 def check_whole(name: str, value: object) -> None:
     """Raise LongCatError unless `value` is an integer; True and False are not."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_whole(value):
         raise LongCatError(f"{name} cannot be {value!r}; give a whole number")
 
 
-def check_callback(callback: object) -> None:
+def check_callback(callback: object, name: str = "the callback") -> None:
     """Raise LongCatError unless `callback` is None or can be called."""
     if callback is not None and not callable(callback):
-        raise LongCatError(f"the callback cannot be of type {type(callback).__name__}; give a function")
+        raise LongCatError(f"{name} cannot be of type {type(callback).__name__}; give a function")
+
+
+def check_json(name: str, value: object) -> None:
+    """Raise LongCatError unless `value` is a dict that JSON can hold."""
+    check_type(name, value, dict, "a dict of JSON values")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LongCatError(f"{name} holds what JSON cannot hold ({error}); give text, numbers and lists") from error
 
 
 def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...]) -> None:
@@ -95,4 +99,4 @@ def _is_lora(pair: Any) -> bool:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         return False
     path, strength = pair
-    return isinstance(path, str | os.PathLike) and isinstance(strength, int | float) and not isinstance(strength, bool)
+    return isinstance(path, str | os.PathLike) and is_number(strength)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from ..errors import LongCatError
+from ..errors import LongCatError, check_choice, check_type, plain_fields
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames
 from ..sampling.sampler import Step
 from .engine import Engine
-from .inputs import check_path, check_type, check_whole
+from .inputs import check_callback, check_json, check_path, check_whole
 from .options import HAND_OFFS, MAX_SEED, MAX_SEGMENTS
 from .request import Defaults, GenerateRequest, check_text, require_filled
 from .segments import Record, Segment, SegmentFolder, Settings, checksum
@@ -49,6 +49,9 @@ class LongVideoRequest:
     hand_off: HandOff = "frames"
     model: Settings = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        plain_fields(self)
+
     def filled(self, defaults: Defaults) -> LongVideoRequest:
         """The request with the model's defaults filled in. Raises LongCatError for values that do not fit."""
         check_type("the first segment", self.first, GenerateRequest, "a GenerateRequest")
@@ -56,8 +59,8 @@ class LongVideoRequest:
         check_whole("the overlap", self.overlap)
         if not 1 <= len(self.prompts) <= MAX_SEGMENTS:
             raise LongCatError(f"{len(self.prompts)} segments are out of range; ask for 1 to {MAX_SEGMENTS}")
-        if self.hand_off not in HAND_OFFS:
-            raise LongCatError(f"unknown hand-off {self.hand_off!r}; choose one of {', '.join(HAND_OFFS)}")
+        check_choice("the hand-off", self.hand_off, HAND_OFFS)
+        check_json("the description of the model", self.model)
         for number, prompt in enumerate(self.prompts, 1):
             check_text(f"prompt of segment {number}", prompt)
         latent_frames(self.overlap, "overlap")
@@ -194,6 +197,10 @@ def long_video(
     segments stay. On one machine the same request gives the same frames bit for bit, however often it was interrupted.
     Raises LongCatError for a folder with other settings or in use, and for a full disk.
     """
+    check_type("the request", request, LongVideoRequest, "a LongVideoRequest")
+    check_type("the folder", folder, SegmentFolder, "what segment_folder returns")
+    check_callback(load, "what loads the model")
+    check_callback(callback)
     count, first = len(request.prompts), require_filled(request.first)
     engine = cache(load)
 
@@ -227,5 +234,7 @@ def _handed(request: LongVideoRequest, before: Segment | None) -> Tensor | None:
 
 def new_frames(folder: SegmentFolder, finished: Sequence[Finished]) -> Iterator[np.ndarray]:
     """The frames of the whole video, segment by segment: uint8 [F, H, W, 3], none twice."""
+    check_type("the folder", folder, SegmentFolder, "what segment_folder returns")
+    check_type("the finished segments", finished, (list, tuple), "the list of what long_video yielded")
     for segment in finished:
         yield folder.frames(segment.number, segment.skip)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..checkpoints.load import Checkpoint, open_checkpoint
 from ..checkpoints.lora import Lora, OpenedLora, open_loras
+from ..errors import check_type
 from ..optimize.attention import check as check_attention
-from .inputs import check_type, loras_of
+from .inputs import loras_of
 from .paths import ModelPaths
 
 

@@ -18,7 +18,7 @@ from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer
 from ..checkpoints.lora import Lora
 from ..checkpoints.merged import MergedLoras
-from ..errors import CheckpointError, LongCatError
+from ..errors import CheckpointError, LongCatError, check_choice, check_type, is_whole
 from ..optimize.plan import Plan, Work, apply_plan, smaller
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
@@ -26,7 +26,7 @@ from ..optimize.switches import Optimizations
 from ..sampling.sampler import sample
 from ..sampling.schedules import Schedule
 from .engine import Denoising, Engine
-from .inputs import check_tensor, check_type, device_of, dtype_of, loras_of
+from .inputs import check_tensor, device_of, dtype_of, loras_of
 from .opened import OpenedModel, open_model
 from .paths import ModelPaths
 from .placement import Placement
@@ -89,8 +89,12 @@ class Pipeline(Engine):
         dtype, device = dtype_of(dtype), device_of(device)
         optimizations = Optimizations() if optimizations is None else optimizations
         check_type("optimizations", optimizations, Optimizations, "an Optimizations")
-        if lora_mode not in get_args(LoraMode):
-            raise LongCatError(f"unknown LoRA mode {lora_mode!r}; choose one of {', '.join(get_args(LoraMode))}")
+        check_choice("the LoRA mode", lora_mode, get_args(LoraMode))
+        check_type("fp8", fp8, bool, "True or False")
+        for name, value, kind in (("work", work, Work), ("least", least, Plan)):
+            check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
+        if memory is not None and not (is_whole(memory) and memory > 0):
+            raise LongCatError(f"memory cannot be {memory!r}; give a number of bytes, or None for what is free")
         if isinstance(paths, OpenedModel):
             if lora is not None:
                 raise LongCatError("an opened model has its LoRAs already; give them to open_model instead")
@@ -157,7 +161,7 @@ class Pipeline(Engine):
             return self._tiled_if_needed(self.vae.encode, pixels)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        check_tensor("the latents", latents, (None, self.channels, None, None, None))
+        check_tensor("the latents", latents, (1, self.channels, None, None, None))
         with self.turn():
             frames = self._tiled_if_needed(self.vae.decode, latents)
         return frames[0].mul(255).round().to("cpu", torch.uint8).numpy()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import LongCatError
+from ..errors import LongCatError, check_type, plain_fields
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
@@ -28,7 +28,7 @@ from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .engine import Engine, check_finite
-from .inputs import check_callback, check_path, check_type, check_whole
+from .inputs import check_callback, check_path, check_whole
 from .options import MAX_FPS, MAX_SEED
 from .request import Defaults, check_number, check_seed, check_side, check_text
 from .segments import Segment, SegmentFolder, Settings, checksum
@@ -59,6 +59,9 @@ class RefineRequest:
     overlap: int = 13
     fps: float = 15
     block_sparse: BlockSparse | None = None
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
     def size(self, video: np.ndarray, defaults: Defaults) -> tuple[int, int]:
         """(height, width) in pixels of the refined video."""

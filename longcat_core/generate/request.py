@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import LongCatError
+from ..errors import LongCatError, check_type, is_number, is_whole, plain_fields
 from ..files.media import read_image, read_video
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
@@ -17,7 +17,7 @@ from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
-from .inputs import check_path, check_type, check_whole
+from .inputs import check_path, check_whole
 from .options import (
     MAX_FPS,
     MAX_FRAMES,
@@ -49,15 +49,24 @@ RELEASED = Defaults(480, 832, 93, bucketed=True, clip_schedule="enhance_hf")
 NANO = Defaults(64, 96, 33, bucketed=False, clip_schedule="base")
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a filled request's given frames come from: files, as (image, video, number of conditioning frames)."""
+
+    files: tuple[Path | None, Path | None, int]
+    frames: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """One video to generate. `filled` replaces None by what suits the model and the other values.
 
     height, width: pixels, multiples of 16. frames: 4k+1, including conditioning frames. guidance_scale: 1 turns
     guidance off. image: the first frame. video: a clip of which the last `num_cond_frames` frames (4k+1) are continued.
-    given: the frames of the image or the clip, uint8 [F, H, W, 3]; `filled` reads them from the file, or they replace
-    a file: one frame is an image, more are a clip. kv_cache: how conditioning frames are computed. step_cache: the
-    threshold for skipping steps, 0 for none; see `sample`. fps: of the output file; the model does not see it.
+    given: the frames of the image or the clip, uint8 [F, H, W, 3]; `filled` reads them from the file, or they are given
+    instead of a file: one frame is an image, more are a clip. kv_cache: how conditioning frames are computed.
+    step_cache: the threshold for skipping steps, 0 for none; see `sample`. fps: of the output file; the model does not
+    see it. source: set by `filled`, which reads again where a filled request names another file.
     """
 
     prompt: str
@@ -76,9 +85,14 @@ class GenerateRequest:
     step_cache: float = 0.0
     fps: float = 15
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
+    source: Source | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
     def filled(self, defaults: Defaults) -> FilledRequest:
         """The request with files read and every None replaced. Raises LongCatError for values that do not fit."""
+        check_type("what the model was trained for", defaults, Defaults, "the defaults of a pipeline")
         check_text("prompt", self.prompt)
         if self.negative_prompt is not None:
             check_text("negative prompt", self.negative_prompt)
@@ -93,7 +107,7 @@ class GenerateRequest:
             check_type("the schedule", self.schedule, str, f"one of {', '.join(SCHEDULES)}")
         check_whole("the number of conditioning frames", self.num_cond_frames)
         latent_frames(self.num_cond_frames, noun="conditioning frames")
-        given = self.given if self.given is not None else self._read()
+        given, own = self._frames()
         _check_given(given)
         is_clip = given is not None and len(given) > 1
         schedule = self.schedule or (defaults.clip_schedule if is_clip else "base")
@@ -109,7 +123,11 @@ class GenerateRequest:
             guidance_scale=(1.0 if distilled else 4.0) if self.guidance_scale is None else self.guidance_scale,
             schedule=schedule,
             given=given,
+            # Frames given in place of a file that a filled request names take its place.
+            image=None if own else self.image,
+            video=None if own else self.video,
         )
+        request = replace(request, source=None if given is None else Source(request._files, given))
         request._check()
         return request
 
@@ -128,6 +146,27 @@ class GenerateRequest:
         if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):
             notes.append("the negative prompt has no effect at guidance 1")
         return notes
+
+    @property
+    def _files(self) -> tuple[Path | None, Path | None, int]:
+        return self.image, self.video, self.num_cond_frames
+
+    def _frames(self) -> tuple[np.ndarray | None, bool]:
+        """The conditioning frames, and whether they were given rather than read from a file.
+
+        Whoever changes the file of a filled request means the new file, and whoever changes its frames the new frames.
+        """
+        if self.given is None:
+            return self._read(), False
+        before = self.source or Source((None, None, self.num_cond_frames), None)
+        renamed = self._files[:2] != before.files[:2]
+        if self.given is before.frames:
+            # More conditioning frames are read from the file again.
+            from_file = self._files[:2] != (None, None) and self._files != before.files
+            return (self._read(), False) if renamed or from_file else (self.given, self._files[:2] == (None, None))
+        if renamed and self._files[:2] != (None, None):
+            raise LongCatError("frames and the file of an image or a video are both given; give only one of them")
+        return self.given, True
 
     def _read(self) -> np.ndarray | None:
         if self.image is not None:
@@ -170,7 +209,7 @@ class FilledRequest(GenerateRequest):
         if self.schedule not in SCHEDULES:
             raise LongCatError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
         most = DISTILLED_GRID if self.schedule == "distilled" else MAX_STEPS
-        if not _is_whole(self.steps) or not 1 <= self.steps <= most:
+        if not is_whole(self.steps) or not 1 <= self.steps <= most:
             raise LongCatError(f"{self.steps} steps are out of range; the {self.schedule} schedule takes 1 to {most}")
         check_mode(self.kv_cache)
         check_number("step cache", self.step_cache, 0.0, MAX_STEP_CACHE)
@@ -200,6 +239,8 @@ def require_filled(request: GenerateRequest) -> FilledRequest:
 def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
     """The memory-relevant sizes of sampling a filled request. overlap: conditioning frames of later segments."""
     request = require_filled(request)
+    if overlap is not None:
+        check_whole("the overlap", overlap)
     given = max(request.cond_frames, overlap or 0)
     shape = latent_shape(request.frames, request.height, request.width)
     cond = latent_frames(given) if given and request.kv_cache != "off" else 0
@@ -208,7 +249,7 @@ def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
 
 def check_side(name: str, pixels: int) -> None:
     """Raise LongCatError, with the nearest valid side, unless `pixels` is a multiple of 16 from 16 to 4096."""
-    if not _is_whole(pixels):
+    if not is_whole(pixels):
         raise LongCatError(f"{name} {pixels} must be a whole number of pixels, a multiple of {SIDE_MULTIPLE}")
     if not SIDE_MULTIPLE <= pixels <= MAX_SIDE:
         raise LongCatError(f"{name} {pixels} is out of range; give {SIDE_MULTIPLE} to {MAX_SIDE} pixels")
@@ -220,20 +261,20 @@ def check_side(name: str, pixels: int) -> None:
 def check_frames(frames: int, name: str = "") -> None:
     """Raise LongCatError with the nearest counts unless `frames` is 4k+1 from 1 to 2001. name: of the input."""
     prefix = f"{name}: " if name else ""
-    if not _is_whole(frames) or not 1 <= frames <= MAX_FRAMES:
+    if not is_whole(frames) or not 1 <= frames <= MAX_FRAMES:
         raise LongCatError(f"{prefix}{frames} frames are out of range; give 1 to {MAX_FRAMES}, of the form 4k+1")
     latent_frames(frames, name)
 
 
 def check_number(name: str, value: float, least: float, most: float) -> None:
     """Raise LongCatError unless `value` is a finite number from `least` to `most`."""
-    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
+    if not is_number(value) or not math.isfinite(value) or not least <= value <= most:
         raise LongCatError(f"{name} {value} is out of range; give a number from {least:g} to {most:g}")
 
 
 def check_seed(seed: int) -> None:
     """Raise LongCatError unless `seed` is a whole number from 0 to 2^63 - 1."""
-    if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
+    if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
         raise LongCatError(f"seed {seed} is out of range; give a whole number from 0 to 2^63 - 1")
 
 
@@ -253,7 +294,3 @@ def check_text(name: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise LongCatError(f"the {name} is not valid UTF-8 at character {error.start}; type it again") from error
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

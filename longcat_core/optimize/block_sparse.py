@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import BackendUnavailable, LongCatError
+from ..errors import BackendUnavailable, LongCatError, check_choice, is_number, is_whole, plain_fields
 from ..model.rope import rope_table
 from ..model.transformer import BlockCache, FrameLayout
 from .attention import Attend, Kernels
@@ -63,23 +63,24 @@ class BlockSparse:
     kernel: Kernel = "auto"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.sparsity is None and self.cdf_threshold is None:
             raise LongCatError("block-sparse attention has neither a sparsity nor a cdf_threshold; give one of them")
         for name, low in (("sparsity", 0.0), ("cdf_threshold", 0.0)):
             value = getattr(self, name)
-            if value is not None and not low <= value <= 1:
+            if value is not None and not (is_number(value) and low <= value <= 1):
                 raise LongCatError(f"block-sparse {name} is {value}; it must lie between 0 and 1")
         for name in ("chunk", "query_chunk"):
             value = getattr(self, name)
             if value is None and name == "query_chunk":
                 continue
-            if len(value) != 3 or not all(isinstance(n, int) and n >= 1 for n in value):
+            sides = isinstance(value, list | tuple) and len(value) == 3
+            if not sides or not all(is_whole(n) and n >= 1 for n in value):
                 raise LongCatError(f"block-sparse {name} is {value}; it must be three whole numbers of at least 1")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(int(n) for n in value))
         if any(q % k for q, k in zip(self.queries, self.chunk, strict=True)):
             raise LongCatError(f"block-sparse query_chunk {self.queries} must be a multiple of the chunk {self.chunk}")
-        if self.kernel not in KERNELS:
-            raise LongCatError(f"block-sparse kernel is {self.kernel!r}; choose one of {', '.join(KERNELS)}")
+        check_choice("block-sparse kernel", self.kernel, KERNELS)
 
     @property
     def queries(self) -> Shape:

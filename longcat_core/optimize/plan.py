@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import LongCatError, is_whole, plain_fields
 from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
 from .execution import OptimizedTransformer
@@ -36,6 +37,11 @@ class Plan:
     offload_kv_cache: bool = False
     stream_text_encoder: bool = False
 
+    def __post_init__(self) -> None:
+        plain_fields(self)
+        if not is_whole(self.streamed) or self.streamed < 0:
+            raise LongCatError(f"streamed blocks cannot be {self.streamed!r}; give a whole number of at least 0")
+
     def describe(self, depth: int) -> str:
         """The plan in words, or "" if everything lies on the device as usual."""
         offloaded = {
@@ -59,6 +65,11 @@ class Work:
     latents: Sequence[int]
     guided: bool = True
     cond_latents: int = 0
+
+    def __post_init__(self) -> None:
+        shape = self.latents
+        if not isinstance(shape, list | tuple) or len(shape) != 5 or not all(is_whole(n) and n > 0 for n in shape):
+            raise LongCatError(f"work cannot be latents {shape!r}; give the shape [B, C, T, H, W], or use work_of")
 
 
 @dataclass(frozen=True)

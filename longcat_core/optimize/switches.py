@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from ..errors import LongCatError
+from ..errors import check_choice, check_type, plain_fields
 from ..model.text import TextMode
 
 CompileMode = Literal["off", "blocks"]
@@ -75,7 +75,10 @@ class Optimizations:
     fused_text: bool = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise LongCatError(f"optimization {name} is {value!r}; choose one of {', '.join(allowed)}")
+            check_choice(f"optimization {name}", getattr(self, name), allowed)
+        check_type("optimization attention", self.attention, str, "the name of a backend, or auto")
+        for switch in fields(self):
+            if isinstance(switch.default, bool):
+                check_type(f"optimization {switch.name}", getattr(self, switch.name), bool, "True or False")

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import LongCatError
+from ..errors import LongCatError, is_whole
 from .flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 Mode = Literal["base", "distilled", "enhance_hf", "refine"]
@@ -53,10 +53,10 @@ def make_schedule(mode: str, steps: int) -> Schedule:
     timesteps above 500, then 500, 450 ... 50. refine: 500, then the base timesteps below 500. In the last two
     the number of evaluations, `len(schedule)`, differs from `steps`.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise LongCatError(f"unknown schedule {mode!r}; choose one of {', '.join(MODES)}")
     limit = DISTILLED_GRID if mode == "distilled" else NUM_TRAIN_TIMESTEPS
-    if not 1 <= steps <= limit:
+    if not is_whole(steps) or not 1 <= steps <= limit:
         raise LongCatError(f"{steps} steps are out of range; the {mode} schedule takes 1 to {limit}")
     if mode == "distilled":
         timesteps = _distilled_timesteps(steps)

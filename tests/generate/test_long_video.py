@@ -353,7 +353,7 @@ def test_a_run_that_another_would_disturb(tiny, copy, made):
 BAD = {
     "no prompt": ({"prompts": ()}, "0 segments are out of range; ask for 1 to 999"),
     "too many": ({"prompts": ("a",) * 1000}, "1000 segments are out of range; ask for 1 to 999"),
-    "hand-off": ({"hand_off": "mail"}, "unknown hand-off 'mail'; choose one of frames, latents"),
+    "hand-off": ({"hand_off": "mail"}, "the hand-off is 'mail'; choose one of frames, latents"),
     "prompt not UTF-8": ({"prompts": ("a", "\udc80")}, "prompt of segment 2 is not valid UTF-8"),
     "prompt no text": ({"prompts": ("a", 3)}, "prompt of segment 2 is a int; give text"),
     "first prompt empty": ({"prompts": (" ", "b")}, "the prompt is empty"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from longcat_core.errors import LongCatError
@@ -44,6 +47,47 @@ def test_what_is_given_stays() -> None:
 def test_filling_twice_changes_nothing() -> None:
     once = GenerateRequest("x", given=CLIP).filled(RELEASED)
     assert once.filled(NANO) == once and once.given is CLIP
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.uint16, np.array, torch.tensor])
+def test_numbers_of_numpy_and_pytorch_are_numbers(number: Any) -> None:
+    request = GenerateRequest("x", seed=number(7), frames=number(17), steps=number(2), height=number(64)).filled(NANO)
+    assert request == GenerateRequest("x", seed=7, frames=17, steps=2, height=64).filled(NANO)
+    assert {type(value) for value in (request.seed, request.frames, request.steps, request.height)} == {int}
+    guided = GenerateRequest("x", guidance_scale=np.float32(1.5), fps=np.float64(24), step_cache=np.float16(0.25))
+    assert json.dumps([guided.guidance_scale, guided.fps, guided.step_cache]) == "[1.5, 24.0, 0.25]"
+
+
+@pytest.mark.parametrize("number", [True, np.True_, 17.0, np.float32(17), "17", np.array([17]), None, np.nan])
+def test_what_is_not_a_whole_number_is_refused(number: Any) -> None:
+    with pytest.raises(LongCatError, match="steps are out of range"):
+        GenerateRequest("x", frames=17, steps=[] if number is None else number).filled(NANO)
+
+
+def test_a_new_file_in_a_filled_request_is_read(tmp_path: Path) -> None:
+    for name, color in (("a.png", (10, 20, 30)), ("b.png", (200, 100, 0))):
+        Image.new("RGB", (40, 30), color).save(tmp_path / name)
+    write_video(tmp_path / "c.mkv", CLIP, 15)
+    first = GenerateRequest("x", image=tmp_path / "a.png").filled(NANO)
+    again = replace(first, image=tmp_path / "b.png").filled(NANO)
+    assert (again.given == (200, 100, 0)).all() and again.image == tmp_path / "b.png"
+    # Nothing is read twice.
+    assert again.filled(NANO).given is again.given
+    clip = replace(first, image=None, video=tmp_path / "c.mkv").filled(NANO)
+    assert np.array_equal(clip.given, CLIP[-13:])
+    assert len(replace(clip, num_cond_frames=5).filled(NANO).given) == 5
+    # Without its file it is a request of text alone.
+    assert replace(first, image=None).filled(NANO).given is None
+
+
+def test_new_frames_in_a_filled_request_take_the_place_of_its_file(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), (10, 20, 30)).save(tmp_path / "a.png")
+    first = GenerateRequest("x", image=tmp_path / "a.png").filled(NANO)
+    own = replace(first, given=IMAGE).filled(NANO)
+    assert own.given is IMAGE and own.image is None and own.filled(NANO).given is IMAGE
+    assert (replace(own, image=tmp_path / "a.png").filled(NANO).given == (10, 20, 30)).all()
+    assert replace(own, given=CLIP, num_cond_frames=5).filled(NANO).cond_frames == 5
+    assert replace(first, given=None).filled(NANO).given.shape == (1, 30, 40, 3)
 
 
 def test_distilled_brings_its_own_steps_and_guidance() -> None:
