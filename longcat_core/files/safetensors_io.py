@@ -1,6 +1,7 @@
 """Read and write safetensors files, with errors that a person can act on.
 
-The header is parsed here rather than by the safetensors package, whose errors name neither the file nor the remedy.
+The header is checked by the safetensors package and, because its errors name neither the file nor the remedy, parsed
+here first.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .atomic import atomic_path
+from .records import parse_record
 from .regular import check_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 # The parts of a file that a fingerprint reads.
 SAMPLE_HEAD, SAMPLES, SAMPLE_BYTES = 1 << 20, 64, 4096
+AGAIN = "download it again"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +43,19 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
+    # The scales of blocks; older versions of PyTorch lack it.
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
+}
+# Whose numbers dtypes that cannot be read are.
+PACKED_DTYPES = {
+    "F4": " (nvfp4 or mxfp4)",
+    "F6_E2M3": " (mxfp6)",
+    "F6_E3M2": " (mxfp6)",
+    "F8_E8M0": " (mxfp8 or mxfp4)",
 }
 # What a file named like a checkpoint may be instead, by its first bytes.
 FOREIGN_STARTS = (
@@ -254,33 +272,74 @@ def _layout(path: Path) -> tuple[Header, dict[str, str], dict[str, int], Stamp]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
-    size = found[1]
+    size, data = found[1], 8 + length
     if len(text) < length:
         raise CheckpointError(
-            f"{path} is truncated ({size:,} bytes, its header alone takes {8 + length:,}); download it again"
+            f"{path} is truncated ({size:,} bytes, its header alone takes {data:,}); download it again"
         )
-    try:
-        raw = json.loads(text)
-        metadata = raw.pop("__metadata__", None) or {}
-        data = 8 + length
-        end = data + max((int(value["data_offsets"][1]) for value in raw.values()), default=0)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} has a corrupt safetensors header; download it again") from error
+    entries, metadata = _entries(path, text)
+    end = data + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if size != end:
         state = "truncated" if size < end else "corrupt"
         raise CheckpointError(f"{path} is {state} ({size:,} bytes instead of {end:,}); download it again")
-    header = {name: _entry(path, name, value) for name, value in raw.items()}
-    return header, metadata, {name: data + int(value["data_offsets"][0]) for name, value in raw.items()}, found
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            kind = entry.dtype + PACKED_DTYPES.get(entry.dtype, "")
+            raise CheckpointError(f"{path} stores '{name}' as {kind}, which is not supported; give another file")
+        first, last = entry.data_offsets
+        if last - first != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+            raise CheckpointError(f"{path} has a corrupt entry for '{name}'; download it again")
+    _check_with_package(path, found)
+    header = {name: (DTYPES[entry.dtype], entry.shape) for name, entry in entries.items()}
+    return header, metadata, {name: data + entry.data_offsets[0] for name, entry in entries.items()}, found
 
 
-def _entry(path: Path, name: str, value: dict) -> tuple[torch.dtype, tuple[int, ...]]:
+@dataclass(frozen=True)
+class _Entry:
+    """What a header says about a tensor. data_offsets: of its first byte and of the byte after its last."""
+
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class _RawHeader(BaseModel):
+    """The JSON of a header: an entry for each tensor, by its name, and metadata."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Entry]
+    metadata: dict[str, str] | None = Field(None, alias="__metadata__")
+
+
+def _entries(path: Path, text: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """The entry of every tensor, and the metadata. Raises CheckpointError, also for a name that is there twice."""
+    raw = parse_record(
+        text, _RawHeader, f"{path}", "readable and has a corrupt safetensors header", AGAIN, CheckpointError
+    )
+
+    def unique(pairs: list[tuple[str, object]]) -> None:
+        names = Counter(name for name, _ in pairs)
+        for name, count in names.items():
+            if count > 1:
+                raise CheckpointError(f"{path} has a corrupt safetensors header ('{name}' is there twice); {AGAIN}")
+
+    # For parsers the last one wins, without a word.
+    json.loads(text, object_pairs_hook=unique)
+    return raw.__pydantic_extra__, raw.metadata or {}
+
+
+def _check_with_package(path: Path, found: Stamp) -> None:
+    """Raise CheckpointError for a header that the safetensors package refuses, as for tensors that overlap.
+
+    found: stamp of the file whose header was parsed.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        kind, shape = value["dtype"], tuple(int(side) for side in value["shape"])
-        length = int(value["data_offsets"][1]) - int(value["data_offsets"][0])
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} has a corrupt entry for '{name}'; download it again") from error
-    if kind not in DTYPES:
-        raise CheckpointError(f"{path} stores '{name}' as {kind}, which is not supported; give another file")
-    if length != math.prod(shape) * DTYPES[kind].itemsize:
-        raise CheckpointError(f"{path} has a corrupt entry for '{name}'; download it again")
-    return DTYPES[kind], shape
+        # Maps the file, and reads its header alone.
+        with safe_open(path, framework="np"):
+            changed = stamp(path.stat()) != found
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} has a corrupt safetensors header ({error}); {AGAIN}") from error
+    if changed:
+        raise CheckpointError(f"{path} was written while it was read; load it again")
