@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .gguf_header import check_header
 from .regular import check_regular
 from .safetensors_io import Header, SafetensorsFile, stamp
 
@@ -65,6 +66,7 @@ class GgufFile:
         self.path, self._gguf = path, gguf
         try:
             self._stamp = stamp(path.stat())
+            check_header(path)
             self._reader = gguf.GGUFReader(path)
             self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
             for kind in {tensor.tensor_type for tensor in self._tensors.values()}:
@@ -90,8 +92,10 @@ class GgufFile:
         shape = tuple(int(side) for side in reversed(tensor.shape))
         field = self._reader.fields.get(_ORIGINAL_SHAPE + tensor.name)
         if field is not None:
-            original = tuple(int(side) for side in field.contents())
-            if math.prod(original) != math.prod(shape):
+            sides = field.contents()
+            whole = isinstance(sides, list) and all(isinstance(side, int) and side >= 0 for side in sides)
+            original = tuple(sides) if whole else ()
+            if not original or math.prod(original) != math.prod(shape):
                 raise CheckpointError(f"{self.path} has a corrupt shape for {tensor.name}; download it again")
             shape = original
         return _PLAIN.get(tensor.tensor_type.name, torch.float32), shape
