@@ -15,6 +15,7 @@ from ..files.safetensors_io import Stamp
 from ..model.transformer import LongCatTransformer
 from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
 from .lora import Lora, LoraStack, OpenedLora, check_strength, stamp_of
+from .lora_alpha import file_of
 
 # Ranks are rounded up to a multiple of this, so that a new LoRA reuses the previous one's buffers and compiled graphs.
 STEP = 16
@@ -126,7 +127,10 @@ def _kind(name: str) -> str:
 
 def _file(lora: Lora | OpenedLora) -> tuple[Path, Stamp | None]:
     """A LoRA's file and its stamp, taken when the file was read, else now."""
-    return (lora.path, lora.read) if isinstance(lora, OpenedLora) else (Path(lora[0]), stamp_of(Path(lora[0])))
+    if isinstance(lora, OpenedLora):
+        return lora.path, lora.read
+    path = file_of(lora[0]) if Path(lora[0]).is_dir() else Path(lora[0])
+    return path, stamp_of(path)
 
 
 def _strength(lora: Lora | OpenedLora) -> float:

@@ -2,21 +2,19 @@
 
 A file names modules as one of the checkpoint forms does, or as the network does; a module may be a whole fused weight
 or a part of one. In every kind, a layer is down [n*r, in], n ups [out/n, r] and a scale here: slice i of its rows
-changes by scale * up_i @ down_i. Kinds differ in names, and in what their alpha means:
+changes by scale * up_i @ down_i. Kinds differ in names (`lora_names`), and in what their alpha means:
 
     official    `alpha_scale` is the scale; n > 1 where the layer is fused (`lora_up.blocks.i`)
-    all others  scale = alpha / r, 1 without an alpha; PEFT keeps alpha in `adapter_config.json`
+    all others  scale = alpha / r, 1 without an alpha; `lora_alpha` finds an alpha that is not in the tensors
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,26 +22,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
-from ..files.safetensors_io import Stamp, read_tensors, stamp
+from ..files.safetensors_io import SafetensorsFile, Stamp, stamp
 from ..model.transformer import LongCatTransformer
-from .formats import targets
-
-PREFIX = "lora___lorahyphen___"
-SEPARATOR = "___lorahyphen___"
-# What trainers put before a module's name, possibly several; after the second kind, "_" stands for ".".
-PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "unet.", "dit.")
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_", "lycoris_")
-# The suffix after a module's name.
-_PART = re.compile(
-    r"\.(?:(?P<down>lora_down\.weight|lora\.down\.weight|lora_A(?:\.[^.]+)?\.weight|lora_A)"
-    r"|(?P<up>lora_up\.weight|lora\.up\.weight|lora_B(?:\.[^.]+)?\.weight|lora_B)"
-    r"|lora_up\.blocks\.(?P<slice>\d+)\.weight"
-    r"|(?P<scale>alpha_scale)|(?P<alpha>alpha|lora_alpha))$"
-)
-# Kinds of LoRA that change a weight by more than a product of two matrices.
-_OTHER_KINDS = re.compile(r"\.(dora_scale|lora_magnitude_vector.*|hada_\w+|lokr_\w+|oft_\w+|lora_mid.*|diff|diff_b)$")
-_PEFT_CONFIG = "adapter_config.json"
-_SHOWN = 3
+from .lora_alpha import Scales, Stated, file_of, stated_alphas
+from .lora_names import check_kind, flat, listed, short, split_key, targets_by_flat_name
 
 # A file and its strength; 1 is the file's own.
 Lora = tuple[str | Path, float]
@@ -68,27 +50,37 @@ class OpenedLora:
 
     layers: the official parts of every target module, by its name in the file without prefixes: {"lora_down.weight":
     [n*r, in], "lora_up.weight" or "lora_up.blocks.i.weight": [out/n, r], "alpha_scale": []}. unknown: keys that are not
-    a LoRA's. read: the stamp of the file before it was read, None if it was missing.
+    a LoRA's. notes: sentences about where its alpha was found. read: the stamp of the file before it was read, None if
+    it was missing.
     """
 
     path: Path
     strength: float
     layers: dict[str, dict[str, Tensor]]
     unknown: tuple[str, ...]
+    notes: tuple[str, ...]
     read: Stamp | None
 
     def match(self, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Target], list[str]]:
-        """(module of the file -> what it changes of a network with parameters `shapes`, names that match nothing)."""
-        depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-        by_name = targets(depth)
-        by_flat_name = {name.replace(".", "_"): target for name, target in by_name.items()}
-        matched, missed = {}, list(self.unknown)
+        """(module of the file -> what it changes of a network with parameters `shapes`, names that match nothing).
+
+        Raises CheckpointError for two modules that change the same rows.
+        """
+        by_name = targets_by_flat_name(len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}))
+        matched: dict[str, Target] = {}
+        by_target: dict[Target, str] = {}
+        missed = list(self.unknown)
         for module in self.layers:
-            target = by_name.get(module) or by_flat_name.get(_flat(module))
+            target = by_name.get(flat(module))
             if target is None or f"{target[0]}.weight" not in shapes:
                 missed.append(module)
+            elif target in by_target:
+                raise CheckpointError(
+                    f"{self.path} changes {short(by_target[target])} twice, also as {short(module)}; give a file with "
+                    "one LoRA"
+                )
             else:
-                matched[module] = target
+                matched[module], by_target[target] = target, module
         return matched, missed
 
 
@@ -115,84 +107,72 @@ def changed_weights(loras: Iterable[Lora | OpenedLora], shapes: Mapping[str, Seq
     return list(dict.fromkeys(f"{name}.weight" for name, _, _ in matched))
 
 
-def lora_of(tensors: Mapping[str, Tensor], source: str) -> OpenedLora:
-    """A LoRA from tensors in memory, at strength 1. source: its name in errors, which are those of `open_loras`."""
-    return OpenedLora(Path(source), 1.0, *_read_layers(tensors, source, lambda rank: 1.0), None)
+def lora_of(tensors: Mapping[str, Tensor], source: str, file: Path | None = None) -> OpenedLora:
+    """A LoRA from tensors in memory, at strength 1. source: its name in errors, which are those of `open_loras`.
 
-
-def split_key(key: str) -> tuple[str, str] | None:
-    """(module without prefixes, official name of the part) of a key of a LoRA; None for a key of anything else."""
-    plain = key.removeprefix(PREFIX).replace(SEPARATOR, ".") if key.startswith(PREFIX) else key
-    match = _PART.search(plain)
-    if match is None:
-        return None
-    kind = match.lastgroup or ""
-    part = {"down": "lora_down.weight", "up": "lora_up.weight", "scale": "alpha_scale"}.get(kind, kind)
-    if kind == "slice":
-        part = f"lora_up.blocks.{int(match['slice'])}.weight"
-    return _bare(plain[: match.start()]), part
+    file: where the tensors were read, whose header and PEFT config may hold the alpha; None: nowhere.
+    """
+    places: tuple[list[Stated], list[str]] = ([], [])
+    if file is not None:
+        places = stated_alphas(file, SafetensorsFile(file).metadata, _kohya_names(tensors))
+    return OpenedLora(Path(source), 1.0, *_read_layers(tensors, source, *places), None)
 
 
 def _open(path: str | Path, strength: float) -> OpenedLora:
     check_strength(path, strength)
-    path = Path(path)
+    path = file_of(path)
     read = stamp_of(path)
-    return OpenedLora(path, strength, *_read_layers(read_tensors(path), path, _peft_scale(path)), read)
+    file = SafetensorsFile(path)
+    tensors = file.tensors()
+    places = stated_alphas(path, file.metadata, _kohya_names(tensors))
+    return OpenedLora(path, strength, *_read_layers(tensors, path, *places), read)
+
+
+def _kohya_names(keys: Iterable[str]) -> bool:
+    return any(".lora_down." in key for key in keys)
 
 
 def _read_layers(
-    tensors: Mapping[str, Tensor], source: str | Path, default_scale: Callable[[int], float]
-) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    """`OpenedLora.layers` and `OpenedLora.unknown`. default_scale: scale by rank of layers without an alpha."""
+    tensors: Mapping[str, Tensor], source: str | Path, stated: Sequence[Stated], notes: Sequence[str]
+) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...], tuple[str, ...]]:
+    """`OpenedLora.layers`, `unknown` and `notes`. stated: where alpha may be, beside the tensors."""
+    check_kind(tensors, source)
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
     for key, tensor in tensors.items():
-        if _OTHER_KINDS.search(key):
-            raise CheckpointError(f"{source} holds {key}: a kind of LoRA that cannot be merged here; give a plain LoRA")
         split = split_key(key)
         if split is None:
             unknown.append(key)
             continue
         module, part = split
         if part in found[module]:
-            raise CheckpointError(f"{source} changes {module} twice; give a file with one LoRA")
+            raise CheckpointError(f"{source} changes {short(module)} twice; give a file with one LoRA")
         found[module][part] = tensor
     if not found:
-        raise CheckpointError(
-            f"{source} is not a LoRA (it holds {', '.join(unknown[:_SHOWN]) or 'nothing'}); give a LoRA file"
-        )
-    for parts in found.values():
+        raise CheckpointError(f"{source} is not a LoRA (it holds {listed(unknown) or 'nothing'}); give a LoRA file")
+    scales = Scales(source, stated)
+    for module, parts in found.items():
         alpha = parts.pop("alpha", None)
-        if "alpha_scale" not in parts and _ups(parts):
+        if "alpha_scale" in parts:
+            parts["alpha_scale"] = torch.tensor(_number(source, module, "alpha_scale", parts["alpha_scale"]))
+        elif _ups(parts):
             # An alpha belongs to one slice and its rank.
-            rank = max((1, *_ups(parts)[0].shape[1:2]))
-            parts["alpha_scale"] = torch.tensor(default_scale(rank) if alpha is None else float(alpha) / rank)
-    return dict(found), tuple(unknown)
+            rank = int(max((0, *_ups(parts)[0].shape[1:2])))
+            own = None if alpha is None else _number(source, module, "alpha", alpha)
+            parts["alpha_scale"] = torch.tensor(scales.of(module, rank, own))
+    return dict(found), tuple(unknown), (*(notes if scales.needed else ()), *scales.notes())
 
 
-def _bare(module: str) -> str:
-    """A module's name without the prefixes of trainers."""
-    while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), ""):
-        module = module.removeprefix(prefix)
-    return module
-
-
-def _peft_scale(path: Path) -> Callable[[int], float]:
-    """Scale by rank of layers without an alpha of their own: that of a PEFT config beside the file, else 1."""
-    config = path.with_name(_PEFT_CONFIG)
-    if not config.is_file():
-        return lambda rank: 1.0
-    try:
-        values = dict(json.loads(config.read_text(encoding="utf-8")))
-        alpha, root = values.get("lora_alpha"), bool(values.get("use_rslora"))
-        alpha = None if alpha is None else float(alpha)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{config} is not a readable PEFT config ({error}); download it again") from error
-    if values.get("alpha_pattern") or values.get("use_dora"):
+def _number(source: str | Path, module: str, name: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1 or tensor.dtype == torch.bool or tensor.is_complex():
         raise CheckpointError(
-            f"{config} asks for alpha_pattern or DoRA, which cannot be merged here; give a plain LoRA"
+            f"{source} has a broken {name} for {short(module)} (it is {tensor.dtype} {list(tensor.shape)}, not one "
+            "number); download it again"
         )
-    return lambda rank: 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
+    value = float(tensor)
+    if not math.isfinite(value):
+        raise CheckpointError(f"{source} has NaN or infinite values in {short(module)} ({name}); download it again")
+    return value
 
 
 def _ups(parts: Mapping[str, Tensor]) -> list[Tensor]:
@@ -229,6 +209,14 @@ class Change:
         """Rank of all slices together."""
         return sum(len(down) for down in self.downs)
 
+    def without_effect(self) -> str:
+        """Why nothing is added; "" if something is."""
+        if self.strength == 0 or self.scale == 0 or not self.rank:
+            return f"its {'strength' if self.strength == 0 else 'alpha' if self.scale == 0 else 'rank'} is 0"
+        pairs = zip(self.ups, self.downs, strict=True)
+        some = any(bool((up != 0).any()) and bool((down != 0).any()) for up, down in pairs)
+        return "" if some else "its matrices are 0, as before training"
+
 
 class LoraStack:
     """LoRA files with strengths, ready to be added to the weights of one network."""
@@ -237,18 +225,27 @@ class LoraStack:
         """shapes: of the network's parameters by name.
 
         Everything is checked here. Raises CheckpointError for a file that matches nothing, does not fit or is broken;
-        warns (UserWarning) if only some of a file's modules match.
+        warns (UserWarning) if only some of a file's modules match, if a file changes nothing, and of where an alpha was
+        found that is not in the tensors.
         """
         self._changes: dict[str, list[Change]] = defaultdict(list)
         # Modules of all files that match the network, as the files name them.
         self.modules: list[str] = []
         for file, lora in enumerate(open_loras(loras)):
             matched, missed = lora.match(shapes)
+            reasons: Counter[str] = Counter()
             for module, target in matched.items():
                 change = _change(lora, module, target, file)
                 self._add(f"{target[0]}.weight", change, module, lora.path, shapes)
+                # One layer with an effect is enough.
+                if "" not in reasons:
+                    reasons[change.without_effect()] += 1
             self.modules += matched
             _report(lora.path, len(matched), missed)
+            for note in lora.notes:
+                warnings.warn(note, stacklevel=2)
+            if "" not in reasons:
+                warnings.warn(f"{lora.path} changes nothing: {reasons.most_common(1)[0][0]}", stacklevel=2)
 
     def _add(
         self, weight: str, change: Change, module: str, path: str | Path, shapes: Mapping[str, Sequence[int]]
@@ -256,7 +253,7 @@ class LoraStack:
         rows, columns = shapes[weight][0] // change.count, math.prod(shapes[weight][1:])
         if change.shape != (rows, columns):
             raise CheckpointError(
-                f"{path} changes {module} by {list(change.shape)}, the model has {[rows, columns]}; "
+                f"{path} changes {short(module)} by {list(change.shape)}, the model has {[rows, columns]}; "
                 "it belongs to a model of another size"
             )
         self._changes[weight].append(change)
@@ -302,27 +299,28 @@ class LoraStack:
         return weight
 
 
-def _flat(module: str) -> str:
-    return next((module.removeprefix(prefix) for prefix in FLAT_PREFIXES if module.startswith(prefix)), "")
-
-
 def _change(lora: OpenedLora, module: str, target: Target, file: int) -> Change:
-    path, parts = lora.path, lora.layers[module]
+    path, name, parts = lora.path, short(module), lora.layers[module]
     ups, down = _ups(parts), parts.get("lora_down.weight")
-    if not ups or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
+    sliced = [f"lora_up.blocks.{i}.weight" for i in range(len(ups))]
+    whole = (len(ups) == 1 and "lora_up.weight" in parts) or all(part in parts for part in sliced)
+    if not ups or not whole or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
         raise CheckpointError(
-            f"{path} has a broken LoRA for {module} (it holds {', '.join(sorted(parts))}); download it again"
+            f"{path} has a broken LoRA for {name} (it holds {listed(sorted(parts))}); download it again"
         )
+    if not all(tensor.is_floating_point() for tensor in (down, *ups)):
+        kinds = ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in (down, *ups)))
+        raise CheckpointError(f"{path} has matrices of {kinds} for {name}; give a LoRA in floating-point numbers")
     # A convolution's matrices have the sides of its kernel too.
     ups, down = [up.flatten(1) for up in ups], down.flatten(1)
-    downs = down.chunk(len(ups))
-    if len(downs) != len(ups) or any(up.shape[1] != down.shape[0] for up, down in zip(ups, downs, strict=True)):
+    downs = down.tensor_split(len(ups))
+    if any(up.shape[1] != down.shape[0] for up, down in zip(ups, downs, strict=True)):
         shapes = [list(up.shape) for up in ups]
         raise CheckpointError(
-            f"{path} has mismatched ranks for {module} (up {shapes}, down {list(down.shape)}); download it again"
+            f"{path} has mismatched ranks for {name} (up {shapes}, down {list(down.shape)}); download it again"
         )
     if not all(torch.isfinite(tensor.float()).all() for tensor in parts.values()):
-        raise CheckpointError(f"{path} has NaN or infinite values in {module}; download it again")
+        raise CheckpointError(f"{path} has NaN or infinite values in {name}; download it again")
     _, index, count = target
     return Change(file, index, count, downs, tuple(ups), float(parts["alpha_scale"]), lora.strength)
 
@@ -331,13 +329,12 @@ def _report(path: str | Path, matched: int, missed: list[str]) -> None:
     if not missed:
         return
     total = matched + len(missed)
-    examples = ", ".join(missed[:_SHOWN]) + (f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else "")
     if not matched:
         raise CheckpointError(
-            f"{path} matches nothing in LongCat-Video: 0 of its {total} modules; it has for instance {examples}; "
+            f"{path} matches nothing in LongCat-Video: 0 of its {total} modules; it has for instance {listed(missed)}; "
             "it belongs to another model"
         )
-    warnings.warn(f"{path} matches {matched} of its {total} modules; not matched: {examples}", stacklevel=3)
+    warnings.warn(f"{path} matches {matched} of its {total} modules; not matched: {listed(missed)}", stacklevel=3)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def test_other_strengths_read_and_write_nothing_but_scales(tmp_path, model, monk
     loras = RuntimeLoras(model, [(path, 1.0), (LORA, 0.0)])
     before = {name: parameter._version for name, parameter in model.named_parameters()}
     path.unlink()
-    monkeypatch.setattr(lora_files, "read_tensors", lambda *_: pytest.fail("a file was read again"))
+    monkeypatch.setattr(lora_files, "SafetensorsFile", lambda *_: pytest.fail("a file was read again"))
     changed = loras.set([(path, 0.25), (LORA, 0.0)])
     assert len(changed) == 17 and "blocks.0.attn.qkv.weight" in changed
     written = [name for name, parameter in model.named_parameters() if parameter._version != before[name]]

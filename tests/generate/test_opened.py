@@ -57,8 +57,8 @@ def parsed(paths: ModelPaths, lora: Path, monkeypatch: pytest.MonkeyPatch) -> Co
 def read(lora: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """LoRA files that are read from here on."""
     files: list[Path] = []
-    read_file: Callable = lora_files.read_tensors
-    monkeypatch.setattr(lora_files, "read_tensors", lambda path: files.append(Path(path)) or read_file(path))
+    open_file: Callable = lora_files.SafetensorsFile
+    monkeypatch.setattr(lora_files, "SafetensorsFile", lambda path: files.append(Path(path)) or open_file(path))
     return files
 
 
