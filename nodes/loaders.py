@@ -16,12 +16,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..longcat_core.checkpoints import umt5
 from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint, open_checkpoint
 from ..longcat_core.checkpoints.stored import QUANT_METADATA
 from ..longcat_core.errors import CheckpointError, LongCatError
-from ..longcat_core.files.safetensors_io import read_header
 from ..longcat_core.files.tensor_files import is_gguf, open_file
-from ..longcat_core.generate import umt5
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
@@ -152,9 +151,9 @@ class TextEncoderLoader(LongCatNode):
     @classmethod
     def execute(cls, text_encoder_name: str, device: str) -> io.NodeOutput:
         path = _find("text_encoders", text_encoder_name)
-        shapes = {name: shape for name, (_, shape) in read_header(path).items()}
-        sizes = umt5.config_from_state(shapes, text_encoder_name)
-        if umt5.SPIECE not in shapes:
+        opened = umt5.open_umt5(path)
+        sizes = opened.sizes
+        if opened.spiece is None:
             raise CheckpointError(
                 f"{text_encoder_name} carries no SentencePiece model (tensor '{umt5.SPIECE}'); "
                 "use the umt5_xxl file made for ComfyUI"

@@ -40,10 +40,10 @@ BRITISH = re.compile(
     r"symbol|synchron|token|util|vector|visual)is(?:e|ing|ation)",
     re.IGNORECASE,
 )
-# Captions of the nano world may be spelled either way.
+# Captions of the nano world may be spelled either way, and scripts import a function by its older spelling.
 BRITISH_WORDS = dict.fromkeys(
     ("longcat_core/nano/world.py", "tests/nano/test_lesson.py", "tests/generate/test_segments.py"), "grey"
-)
+) | dict.fromkeys(("longcat_core/checkpoints/umt5.py", "tests/checkpoints/test_umt5.py"), "quantise")
 RULES = [(re.compile(pattern.replace(" ", r"\s")), advice) for pattern, advice in TICS.items()]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..errors import CheckpointError
 
 Table = Mapping[str, tuple[str, ...]]
@@ -105,6 +107,24 @@ STORED_WEIGHTS: tuple[tuple[str, str | None], ...] = (
     ("weight", "weight_scale"),  # ComfyUI, each layer with its own description
     ("weight", None),
 )
+
+
+def times_scale(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Rows of the stored weight `name` times their scale in `state`, in fp32; as stored if `state` has no scale.
+
+    tensor [rows, ..]; the scale is one number, or one for each of these rows: CheckpointError for another count.
+    """
+    module, _, suffix = name.rpartition(".")
+    scales = (f"{module}.{scale}" for stored, scale in STORED_WEIGHTS if stored == suffix and scale is not None)
+    found = next((scale for scale in scales if scale in state), None)
+    if found is None:
+        return tensor
+    scale = state[found].float().flatten()
+    if len(scale) not in (1, len(tensor)):
+        raise CheckpointError(f"{found} holds {len(scale)} scales for {len(tensor)} rows of {name}; download it again")
+    return tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
+
+
 # Tensors beside a quantized weight that say how its layer's input is quantized; the weight does not depend on them.
 BESIDE = ("comfy_quant", "input_scale", "scale_input")
 MARKERS = ("scaled_fp8",)

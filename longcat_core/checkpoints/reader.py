@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..files.read_ahead import ReadAhead
 from ..files.tensor_files import TensorFile
 from ..optimize.kernels.elementwise import quantize_rows
-from .formats import QUANT_FORMATS
+from .formats import QUANT_FORMATS, times_scale
 from .lora import LoraStack
 from .stored import Part, Stored
 
@@ -106,14 +106,24 @@ class Reader:
         scale = None if scale is None else scale.to(device)
         for start, stop in self._cuts(part):
             rows = self.rows(part.name, start, stop)
-            if scale is not None:
+            if part.scale is not None and scale is not None:
                 factor = scale if scale.numel() == 1 else scale[start:stop]
-                rows = rows.to(device).float() * factor.view(-1, *[1] * (rows.ndim - 1))
+                rows = times_scale(part.name, rows.to(device), {part.scale: factor})
             yield start, rows
 
     def scale(self, part: Part) -> Tensor | None:
-        """The scale of a part, fp32, one number or [rows]; None for plain numbers."""
-        return None if part.scale is None else self.rows(part.scale).float().flatten()
+        """The scale of a part, fp32, one number or [rows]; None for plain numbers.
+
+        Raises CheckpointError for a scale of 0 or less; `require_finite` finds the others that are wrong.
+        """
+        if part.scale is None:
+            return None
+        scale = self.rows(part.scale).float().flatten()
+        if (scale.isfinite() & (scale <= 0)).any():
+            raise CheckpointError(
+                f"{self.checkpoint.source} has a scale of 0 or less in {part.scale}; download it again"
+            )
+        return scale
 
     def into(self, target: Tensor, parts: list[Part]) -> Tensor:
         """Fill a parameter [rows, ..] with its parts, in the target's dtype and on its device; returns `target`."""

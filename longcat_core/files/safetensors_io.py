@@ -226,28 +226,6 @@ def fingerprint(path: str | Path) -> str:
     return total.hexdigest()[:16]
 
 
-def check_tensors(
-    source: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    """Raise CheckpointError naming the first tensors that are missing from, extra in, or wrongly shaped in `source`.
-
-    `found` and `expected` map names to shapes; `what` says what the file should be, e.g. "Wan 2.1 VAE".
-    """
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    wrong = [name for name in sorted(expected) if name in found and tuple(found[name]) != tuple(expected[name])]
-    faults = [f"{_first(names)} {fault}" for names, fault in ((missing, "missing"), (extra, "not expected")) if names]
-    if wrong:
-        name = wrong[0]
-        faults.append(f"{_first(wrong)} misshapen ({name}: {list(found[name])} instead of {list(expected[name])})")
-    if faults:
-        raise CheckpointError(f"{source} is not a whole {what}: {'; '.join(faults)}; download it again")
-
-
-def _first(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
 def _layout(path: Path) -> tuple[Header, dict[str, str], dict[str, int], Stamp]:
     """Header, metadata, the position of every tensor's first byte, and the stamp of the file that they describe."""
     check_regular(path, error=CheckpointError)

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import html
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.umt5 import SPIECE, Umt5, open_umt5
+from ..checkpoints.whole import read_whole
 from ..errors import CheckpointError, LongCatError
-from ..files.safetensors_io import SafetensorsFile, check_tensors
+from ..files.records import FiniteFloat, read_record
+from ..files.regular import read_bytes, read_text
 from ..optimize.streaming import BlockStream
-from . import umt5
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 PAD, EOS = 0, 1
 MAX_LENGTH = 512
+EMBEDDING, TIED_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+# Rows that an embedding may have beyond its vocabulary; UMT5-XXL has 384.
+SPARE_ROWS = 1024
+MAX_CONFIG_BYTES, MAX_DISTANCE = 1_000_000, 1 << 20
 # Cannot be inferred from shapes; the same in every published UMT5.
-FIXED_CONFIG = {
+FIXED_CONFIG: dict[str, object] = {
     "feed_forward_proj": "gated-gelu",
     "layer_norm_epsilon": 1e-6,
     "relative_attention_max_distance": 128,
@@ -133,115 +139,165 @@ def clean_prompt(text: str) -> str:
 def load_text_encoder(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> TextEncoder:
-    """A UMT5 encoder from one .safetensors or from the official folders `text_encoder/` and `tokenizer/`.
+    """A UMT5 encoder from one file, or from the official folders `text_encoder/` and `tokenizer/`.
 
-    The single file has Hugging Face T5 names and the SentencePiece model as uint8 tensor `spiece_model`; ComfyUI's
-    scaled fp8 is dequantized. For the folder form, `path` is `text_encoder/` or its parent. Raises CheckpointError for
-    files that are unreadable, incomplete or not a UMT5 encoder, LongCatError without transformers and sentencepiece.
+    Names are transformers', Wan's or llama.cpp's, under any prefix; weights may be quantized as a transformer's may
+    (`checkpoints.formats`). A single file carries its SentencePiece model as tensor `spiece_model`, or has it beside
+    it. For the folder form, `path` is `text_encoder/` or its parent. Raises CheckpointError for files that are
+    unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and for a tokenizer of another model,
+    LongCatError without transformers and sentencepiece.
     """
     path = Path(path)
     folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
-    if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file; give the text encoder's own folder or file")
-    opened = [SafetensorsFile(file) for file in files]
-    shapes = {name: shape for file in opened for name, (_, shape) in file.header.items()}
-    tokenize = _folder_tokenizer(folder) if folder.is_dir() else _embedded_tokenizer(opened[0])
-    config = umt5.config_from_state(shapes, str(path)) | FIXED_CONFIG
-    if (folder / "config.json").is_file():
-        config |= _read_config(folder / "config.json")
-    model = _meta_model(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected.pop(umt5.TIED_EMBEDDING, None)
-    check_tensors(path, {name: shapes[name] for name in umt5.weight_names(shapes)}, expected, "UMT5 encoder")
-
-    state = {}
-    for file in opened:
-        scales = file.tensors([name for name in file.header if name.endswith(umt5.FP8_SCALE)])
-        for name, tensor in file.tensors(umt5.weight_names(file.header)).items():
-            # Like transformers itself: the output of the feed-forward overflows fp16.
-            kept = torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
-            # `copy`: a tensor that needs no cast would otherwise stay a view of the file, which may be replaced later.
-            state[name] = umt5.dequantize(name, tensor, scales).to(device, kept, copy=True)
-    model.load_state_dict(state | {umt5.TIED_EMBEDDING: state[umt5.EMBEDDING]}, assign=True)
+    opened = open_umt5(folder)
+    settings = _read_config(folder / "config.json", opened) if (folder / "config.json").exists() else FIXED_CONFIG
+    vocabulary = opened.vocabulary()
+    if vocabulary is not None:
+        tokenizer = _sentencepiece(vocabulary, path)
+    else:
+        tokenizer = _tokenizer_beside(folder)
+    rows = opened.sizes["vocab_size"]
+    if not tokenizer.pieces <= rows <= tokenizer.pieces + SPARE_ROWS:
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer.source} has {tokenizer.pieces} pieces, the embedding of {path} has {rows} "
+            "rows; give the tokenizer that belongs to the text encoder"
+        )
+    model = _meta_model(opened.sizes | settings, dtype)
+    parameters = {name: tensor for name, tensor in model.state_dict().items() if name != TIED_EMBEDDING}
+    state = read_whole(opened, parameters, device)
+    model.load_state_dict(state | {TIED_EMBEDDING: state[EMBEDDING]}, assign=True)
     model.encoder.set_input_embeddings(model.shared)
-    return TextEncoder(model.requires_grad_(False), tokenize)
+    return TextEncoder(model.requires_grad_(False), tokenizer.encode)
 
 
 def _missing(package: str, error: ImportError) -> LongCatError:
     return LongCatError(f"text needs the {package} package ({error}); run: pip install 'longcat-video[headless]'")
 
 
-def _meta_model(config: dict) -> UMT5EncoderModel:
+def _meta_model(config: Mapping[str, object], dtype: torch.dtype) -> UMT5EncoderModel:
     try:
         from transformers import UMT5Config, UMT5EncoderModel
     except ImportError as error:
         raise _missing("transformers", error) from error
     with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config(**config))
+        model = UMT5EncoderModel(UMT5Config(**config)).to(dtype)
+        if dtype == torch.float16:
+            # Like transformers itself: the output of the feed-forward overflows fp16.
+            for block in model.encoder.block:
+                block.layer[1].DenseReluDense.wo.float()
+    return model
 
 
-def _read_config(file: Path) -> dict:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"cannot read {file} as a text encoder config ({error!r}); download it again") from error
-    if kind != "umt5":
-        raise CheckpointError(f"{file} describes a text encoder of type '{kind}'; LongCat-Video needs umt5")
-    return {key: config[key] for key in ("layer_norm_epsilon", "relative_attention_max_distance") if key in config}
+@dataclass(frozen=True)
+class Config:
+    """What is read of a text encoder's config.json. Sizes are compared with the files, the rest is used."""
+
+    model_type: str
+    vocab_size: int | None = None
+    d_model: int | None = None
+    d_kv: int | None = None
+    d_ff: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    relative_attention_num_buckets: int | None = None
+    feed_forward_proj: str = str(FIXED_CONFIG["feed_forward_proj"])
+    layer_norm_epsilon: FiniteFloat = 1e-6
+    relative_attention_max_distance: int = 128
 
 
-def _sentencepiece(proto: bytes, source: Path) -> Tokenize:
+def _read_config(file: Path, opened: Umt5) -> dict[str, object]:
+    """UMT5Config's settings that do not follow from shapes."""
+    remedy = "download it again"
+    config = read_record(file, Config, "a text encoder config", remedy, MAX_CONFIG_BYTES, CheckpointError)
+    if config.model_type != "umt5":
+        raise CheckpointError(
+            f"{file} describes a text encoder of type '{config.model_type}'; LongCat-Video needs umt5"
+        )
+    wanted = opened.sizes | {"feed_forward_proj": FIXED_CONFIG["feed_forward_proj"]}
+    for name, value in wanted.items():
+        if (given := getattr(config, name)) not in (None, value):
+            raise CheckpointError(f"{file} has {name} {given}, the files beside it {value}; {remedy}")
+    distance, buckets = config.relative_attention_max_distance, opened.sizes["relative_attention_num_buckets"]
+    if not (0 < config.layer_norm_epsilon < 1 and buckets <= distance < MAX_DISTANCE):
+        raise CheckpointError(
+            f"{file} has layer_norm_epsilon {config.layer_norm_epsilon} and relative_attention_max_distance "
+            f"{distance}, which no UMT5 encoder has; {remedy}"
+        )
+    read = {"layer_norm_epsilon": config.layer_norm_epsilon, "relative_attention_max_distance": distance}
+    return FIXED_CONFIG | read
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """encode: cleaned text to ids, without EOS. pieces: ids that it may give are below. source: its file."""
+
+    encode: Tokenize
+    pieces: int
+    source: Path
+
+
+def _sentencepiece(proto: bytes, source: Path) -> Tokenizer:
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise _missing("sentencepiece", error) from error
     try:
-        processor = SentencePieceProcessor(model_proto=proto)
-    except RuntimeError as error:
+        processor = SentencePieceProcessor()
+        processor.LoadFromSerializedProto(proto)
+        pieces, eos = processor.get_piece_size(), processor.eos_id()
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"the SentencePiece model in {source} is corrupt; download it again") from error
-    if processor.eos_id() != EOS:
-        raise CheckpointError(f"the SentencePiece model in {source} has EOS id {processor.eos_id()}, UMT5's is {EOS}")
-    return processor.encode
+    _check_eos(eos, source)
+    return Tokenizer(processor.encode, pieces, source)
 
 
-def _embedded_tokenizer(file: SafetensorsFile) -> Tokenize:
-    path, header = file.path, file.header
-    if umt5.SPIECE not in header:
-        # Before blaming the vocabulary, check whether the file is an encoder at all.
-        umt5.config_from_state({name: shape for name, (_, shape) in header.items()}, str(path))
+def _check_eos(eos: int | None, source: Path) -> None:
+    if eos != EOS:
         raise CheckpointError(
-            f"{path} carries no SentencePiece model (tensor '{umt5.SPIECE}'); use ComfyUI's umt5_xxl file or the "
-            "official text_encoder and tokenizer folders"
+            f"the tokenizer in {source} has EOS id {eos}, UMT5's is {EOS}; give the tokenizer of the text encoder"
         )
-    proto = file.tensors([umt5.SPIECE])[umt5.SPIECE]
-    return _sentencepiece(proto.to(torch.uint8).numpy().tobytes(), path)
 
 
-def _folder_tokenizer(folder: Path) -> Tokenize:
-    """From `spiece.model`, else `tokenizer.json`, in `tokenizer/` beside the folder or in the folder itself."""
-    places = (folder.parent / "tokenizer", folder)
-    for place in places:
-        if (place / "spiece.model").is_file():
-            return _sentencepiece((place / "spiece.model").read_bytes(), place / "spiece.model")
-    for place in places:
-        if (place / "tokenizer.json").is_file():
-            return _tokenizer_json(place / "tokenizer.json")
+def _tokenizer_beside(path: Path) -> Tokenizer:
+    """From `spiece.model`, else `tokenizer.json`, in a folder of the text encoder's file or beside its folder."""
+    folder = path if path.is_dir() else path.parent
+    # Where LongCat-Video keeps it, beside the files, and where Wan does.
+    places = [folder, folder / "tokenizer", folder / "google" / "umt5-xxl"]
+    if path.is_dir():
+        places.insert(0, folder.parent / "tokenizer")
+    for name, read in (("spiece.model", _spiece_file), ("tokenizer.json", _tokenizer_json)):
+        for place in places:
+            if (place / name).exists():
+                return read(place / name)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{places[0]} holds neither spiece.model nor tokenizer.json; download the tokenizer folder too"
+        )
     raise CheckpointError(
-        f"{places[0]} holds neither spiece.model nor tokenizer.json; download the tokenizer folder too"
+        f"{path} carries no SentencePiece model (tensor '{SPIECE}'), and no spiece.model lies beside it; download the "
+        "tokenizer folder too, or use ComfyUI's umt5_xxl file"
     )
 
 
-def _tokenizer_json(file: Path) -> Tokenize:
+def _spiece_file(file: Path) -> Tokenizer:
+    return _sentencepiece(read_bytes(file, "the tokenizer", error=CheckpointError), file)
+
+
+def _tokenizer_json(file: Path) -> Tokenizer:
     try:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer as Package
     except ImportError as error:
         raise _missing("tokenizers", error) from error
+    text = read_text(file, "the tokenizer", error=CheckpointError)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Package.from_str(text)
     except Exception as error:  # the package raises Exception itself, nothing narrower
         raise CheckpointError(f"cannot read {file} as a tokenizer ({error}); download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    _check_eos(tokenizer.token_to_id("</s>"), file)
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, 1 + max(ids), file)

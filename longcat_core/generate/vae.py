@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Mapping
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import wan_vae
+from ..checkpoints.whole import read_whole
 from ..errors import CheckpointError, LongCatError
-from ..files.safetensors_io import SafetensorsFile, check_tensors, write_safetensors
+from ..files.records import FiniteFloat, read_record
+from ..files.safetensors_io import write_safetensors
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from . import wan_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+
+MAX_CONFIG_BYTES = 1_000_000
+REMEDY = "give another config"
+# Means and deviations of latents are about 1; between this and its inverse, every product is finite in fp32.
+LARGEST = 1e6
 
 
 class VideoVAE:
@@ -94,32 +100,25 @@ class VideoVAE:
 def load_vae(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", tiling: bool = False
 ) -> VideoVAE:
-    """A Wan 2.1 VAE from one .safetensors (ComfyUI/Wan or diffusers names) or a diffusers folder (or its parent).
+    """A Wan 2.1 VAE from one file, or from a diffusers folder or its parent.
 
-    A diffusers-named file takes `vae_config.json` or a VAE's `config.json` beside it; otherwise all sizes come from the
-    tensors' shapes and the latent normalization is Wan 2.1's own. Weights are cast to `dtype`.
-    Raises CheckpointError for a file that is unreadable, incomplete or not a Wan 2.1 VAE, and LongCatError without
-    diffusers.
+    Names are Wan's and ComfyUI's, or diffusers', under any prefix. Sizes come from the tensors' shapes. A file with
+    diffusers' names takes the latent normalization from `vae_config.json` or a VAE's `config.json` beside it; otherwise
+    it is Wan 2.1's own. Weights are cast to `dtype`. Raises CheckpointError for files that are unreadable, incomplete
+    or not a Wan 2.1 VAE, for a config that does not fit them and for a weight that is not finite, and LongCatError
+    without diffusers.
     """
     path = Path(path)
-    files, config_file = _find(path)
-    opened = [SafetensorsFile(file) for file in files]
-    shapes = {name: shape for file in opened for name, (_, shape) in file.header.items()}
-    wan_named = wan_vae.is_wan_named(shapes)
-    config = wan_vae.config_from_state(shapes, str(path))
-    stored = None if wan_named or config_file is None else _read_config(config_file)
-    if stored is not None:
-        config |= stored
-        for key in ("latents_mean", "latents_std"):
-            if not isinstance(config[key], list) or len(config[key]) != config["z_dim"]:
-                raise CheckpointError(f"{config_file} needs {config['z_dim']} values in {key}; give another config")
-    model = _meta_model(config, config_file or path)
-    names = wan_vae.to_diffusers if wan_named else dict
-    check_tensors(path, names(shapes), {k: tuple(v.shape) for k, v in model.state_dict().items()}, "Wan 2.1 VAE")
-    state = names({name: tensor for file in opened for name, tensor in file.tensors().items()})
-    # `copy`: a tensor that needs no cast would otherwise stay a view of the file, which may be replaced later.
-    state = {name: tensor.to(device, dtype, copy=True) for name, tensor in state.items()}
-    model.load_state_dict(state, assign=True)
+    folder = path / "vae" if (path / "vae" / "config.json").exists() else path
+    opened = wan_vae.open_vae(folder)
+    config_file = _config_of(folder)
+    config = wan_vae.sizes(opened)
+    if config_file is not None and opened.form is wan_vae.DIFFUSERS:
+        config |= _normalization(config_file, config)
+    with torch.device("meta"):
+        # nn.Module's own method: diffusers' override prints a warning on every cast.
+        model = nn.Module.to(_autoencoder()(**config), dtype=dtype)
+    model.load_state_dict(read_whole(opened, model.state_dict(), device), assign=True)
     return VideoVAE(model.requires_grad_(False), tiling=tiling)
 
 
@@ -132,44 +131,62 @@ def save_vae(path: str | Path, model: AutoencoderKLWan, dtype: torch.dtype = tor
     write_safetensors(path, {name: tensor.to(dtype) for name, tensor in state.items()}, {"format": "pt"})
 
 
-def _find(path: Path) -> tuple[list[Path], Path | None]:
-    """(weight files, config file or None) of a file or folder."""
-    if not path.is_dir():
-        beside = [path.with_name(name) for name in ("vae_config.json", "config.json")]
-        return [path], next((file for file in beside if file.is_file() and _is_vae_config(file)), None)
-    folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
-    config = folder / "config.json"
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file; give the VAE's own folder or file")
-    if not config.is_file():
-        raise CheckpointError(f"{folder} holds no config.json; give the VAE's .safetensors file itself")
-    if not _is_vae_config(config):
-        raise CheckpointError(f"{config} is not the config of an AutoencoderKLWan; give the VAE's own folder")
-    return files, config
+@dataclass(frozen=True)
+class Config:
+    """What is read of a VAE's config.json: the structure, which must be Wan 2.1's, sizes and normalization."""
+
+    z_dim: int
+    base_dim: int | None = None
+    decoder_base_dim: int | None = None
+    in_channels: int | None = None
+    out_channels: int | None = None
+    dim_mult: list[int] | None = None
+    num_res_blocks: int | None = None
+    attn_scales: list[float] | None = None
+    temperal_downsample: list[bool] | None = None
+    is_residual: bool | None = None
+    patch_size: int | None = None
+    latents_mean: list[FiniteFloat] = field(default_factory=lambda: list(wan_vae.LATENTS_MEAN))
+    latents_std: list[FiniteFloat] = field(default_factory=lambda: list(wan_vae.LATENTS_STD))
 
 
-def _read_json(file: Path) -> Mapping[str, object]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file} as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a config: it does not hold a JSON object")
-    return content
+def _config_of(path: Path) -> Path | None:
+    """The VAE's config in a folder, which must be there, or beside a file."""
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.exists():
+            raise CheckpointError(f"{path} holds no config.json; give the VAE's .safetensors file itself")
+        if not _is_vae_config(config):
+            raise CheckpointError(f"{config} is not the config of an AutoencoderKLWan; give the VAE's own folder")
+        return config
+    beside = (path.with_name(name) for name in ("vae_config.json", "config.json"))
+    return next((file for file in beside if file.exists() and _is_vae_config(file)), None)
 
 
 def _is_vae_config(file: Path) -> bool:
     # A network's config.json lies beside the VAE in some folders; only a VAE's has z_dim.
-    return "z_dim" in _read_json(file)
+    return "z_dim" in read_record(file, dict[str, Any], "a config", REMEDY, MAX_CONFIG_BYTES, CheckpointError)
 
 
-def _read_config(file: Path) -> dict[str, object]:
-    known = inspect.signature(_autoencoder().__init__).parameters
-    config = {name: value for name, value in _read_json(file).items() if name in known}
-    if config.get("is_residual") or config.get("patch_size"):
+def _normalization(file: Path, sizes: dict[str, Any]) -> dict[str, list[float]]:
+    """latents_mean and latents_std of a config that describes a VAE of these `sizes`."""
+    config = read_record(file, Config, "a VAE's config", REMEDY, MAX_CONFIG_BYTES, CheckpointError)
+    if config.is_residual or config.patch_size:
         raise CheckpointError(f"{file} describes a Wan 2.2 VAE; LongCat-Video needs the Wan 2.1 VAE")
-    return config
+    for name, value in (sizes | {"decoder_base_dim": sizes["decoder_base_dim"] or sizes["base_dim"]}).items():
+        if not name.startswith("latents_") and (given := getattr(config, name)) not in (None, value):
+            raise CheckpointError(f"{file} has {name} {given}, the VAE beside it {value}; {REMEDY}")
+    found = {"latents_mean": config.latents_mean, "latents_std": config.latents_std}
+    for name, numbers in found.items():
+        if len(numbers) != sizes["z_dim"]:
+            raise CheckpointError(f"{file} needs {sizes['z_dim']} values in {name}; {REMEDY}")
+        if max(map(abs, numbers)) > LARGEST:
+            raise CheckpointError(f"{file} has {max(numbers, key=abs)} in {name}, which no latent reaches; {REMEDY}")
+    if (least := min(config.latents_std)) < 1 / LARGEST:
+        raise CheckpointError(f"{file} has {least} in latents_std, which must be above 0; {REMEDY}")
+    if any(abs(a - b) > 1e-3 for name in found for a, b in zip(found[name], sizes[name], strict=True)):
+        warnings.warn(f"{file} has another latents_mean or latents_std than Wan 2.1's VAE; they are used", stacklevel=3)
+    return found
 
 
 def _autoencoder() -> type[AutoencoderKLWan]:
@@ -180,12 +197,3 @@ def _autoencoder() -> type[AutoencoderKLWan]:
             f"the VAE needs the diffusers package ({error}); run: pip install 'longcat-video[headless]'"
         ) from error
     return AutoencoderKLWan
-
-
-def _meta_model(config: Mapping[str, object], source: Path) -> AutoencoderKLWan:
-    autoencoder = _autoencoder()
-    try:
-        with torch.device("meta"):
-            return autoencoder(**config)
-    except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"cannot build the VAE that {source} describes ({error})") from error

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checkpoints.umt5 import SPIECE
 from ..errors import LongCatError
 from ..files.safetensors_io import write_safetensors
-from ..generate import umt5
 from ..generate.text import EOS, FIXED_CONFIG, PAD
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def save_text_encoder(
     path: str | Path, model: UMT5EncoderModel, vocab: bytes, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write the single-file form: Hugging Face T5 names and the vocabulary as uint8 tensor `spiece_model`."""
-    state = model.state_dict()
-    tensors = {name: state[name].to(dtype) for name in umt5.weight_names(state)}
-    tensors[umt5.SPIECE] = torch.frombuffer(bytearray(vocab), dtype=torch.uint8)
+    # Without the tied copy of the embedding.
+    tensors = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    tensors[SPIECE] = torch.frombuffer(bytearray(vocab), dtype=torch.uint8)
     write_safetensors(path, tensors)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core.checkpoints import wan_vae
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_header, read_tensors, write_safetensors
-from longcat_core.generate import wan_vae
 from longcat_core.generate.vae import load_vae, save_vae
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -193,14 +193,14 @@ def _wan22_config(path, state):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_missing, "'decoder.conv_out.bias', 'encoder.norm_out.gamma' missing"),
-        (_extra, "'loss.logvar' not expected"),
-        (_misshapen, r"'quant_conv.bias' misshapen \(quant_conv.bias: \[31\] instead of \[32\]\)"),
+        (_missing, "lacks: encoder.norm_out.gamma; decoder.conv_out.bias; "),
+        (_extra, "holds unknown tensors: loss.logvar; check that it is a Wan 2.1 VAE"),
+        (_misshapen, r"quant_conv.bias has shape \[31\], the network wants \[32\]"),
         (_truncated, "is truncated"),
         (_transformer, r"is not a Wan 2.1 VAE"),
-        (_wrong_config, "misshapen"),
+        (_wrong_config, "base_dim 16, the VAE beside it 8"),
         (_wrong_normalization, "needs 16 values in latents_mean"),
-        (_broken_config, "as JSON"),
+        (_broken_config, "is not a config .*JSON"),
         (_wan22_config, r"Wan 2.2"),
     ],
 )

@@ -8,15 +8,28 @@ modules is the whole conversion.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
+from .formats import Format
+from .stored import Stored, stored_part
+from .whole import open_whole
 
 T = TypeVar("T")
+
+REMEDY = "choose wan_2.1_vae, or longcat_nano_vae for the test model"
 
 DIM_MULT = (1, 2, 4, 4)
 RES_BLOCKS = 2
 LATENT_CHANNELS = 16
+# The arguments of diffusers' AutoencoderKLWan that shapes do not show.
+STRUCTURE = {
+    "dim_mult": list(DIM_MULT),
+    "num_res_blocks": RES_BLOCKS,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],  # diffusers' own spelling
+}
 # Mean and standard deviation per latent channel, as Wan 2.1 publishes them.
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -65,72 +78,67 @@ def _blocks() -> Iterator[tuple[str, str, tuple[tuple[str, str], ...]]]:
         yield f"decoder.upsamples.{level * up + RES_BLOCKS + 1}", f"decoder.up_blocks.{level}.upsamplers.0", RESAMPLE
 
 
-WAN_TO_DIFFUSERS = {"conv1": "quant_conv", "conv2": "post_quant_conv"} | {
-    f"{wan}.{inner_wan}": f"{diffusers}.{inner_diffusers}"
+DIFFUSERS_TO_WAN = {"quant_conv": "conv1", "post_quant_conv": "conv2"} | {
+    f"{diffusers}.{inner_diffusers}": f"{wan}.{inner_wan}"
     for wan, diffusers, table in _blocks()
     for inner_wan, inner_diffusers in table
 }
-DIFFUSERS_TO_WAN = {diffusers: wan for wan, diffusers in WAN_TO_DIFFUSERS.items()}
-
-
-def is_wan_named(state: Mapping[str, object]) -> bool:
-    """Whether the names are ComfyUI's and Wan's own rather than diffusers'."""
-    return "encoder.conv1.weight" in state
-
-
-def to_diffusers(state: Mapping[str, T]) -> dict[str, T]:
-    """Rename ComfyUI/Wan keys (of tensors or shapes) to AutoencoderKLWan's; names not in the table stay as they are."""
-    return _rename(state, WAN_TO_DIFFUSERS)
 
 
 def to_wan(state: Mapping[str, T]) -> dict[str, T]:
-    """Rename AutoencoderKLWan keys (of tensors or shapes) to ComfyUI's and Wan's; the inverse of `to_diffusers`."""
-    return _rename(state, DIFFUSERS_TO_WAN)
-
-
-def _rename(state: Mapping[str, T], table: Mapping[str, str]) -> dict[str, T]:
+    """Rename AutoencoderKLWan keys (of tensors or shapes) to ComfyUI's and Wan's."""
     renamed = {}
     for name, value in state.items():
         module, _, parameter = name.rpartition(".")
-        renamed[f"{table.get(module, module)}.{parameter}"] = value
+        renamed[f"{DIFFUSERS_TO_WAN.get(module, module)}.{parameter}"] = value
     return renamed
 
 
-def config_from_state(shapes: Mapping[str, tuple[int, ...]], source: str = "the VAE") -> dict:
-    """AutoencoderKLWan's arguments for a state dict given as name -> shape, in either naming.
+def _format(name: str, signature: tuple[str, ...], modules: Mapping[str, str]) -> Format:
+    outer = {module: (source,) for module, source in modules.items()}
+    return Format(name, signature, outer, {}, model="Wan 2.1 VAE")
 
-    Raises CheckpointError, naming `source`, for what is not a Wan 2.1 VAE of 16 latent channels.
+
+WAN = _format("Wan", ("encoder.conv1.",), DIFFUSERS_TO_WAN)
+DIFFUSERS = _format("diffusers", ("encoder.conv_in.",), {module: module for module in DIFFUSERS_TO_WAN})
+
+
+def open_vae(path: Path) -> Stored:
+    """Parse the headers of a VAE in any form: a file, or a folder with its files. Raises CheckpointError."""
+    return open_whole(path, (WAN, DIFFUSERS), REMEDY)
+
+
+def sizes(stored: Stored) -> dict[str, Any]:
+    """AutoencoderKLWan's arguments by the shapes of an opened VAE's tensors, with Wan 2.1's normalization.
+
+    Raises CheckpointError for what is not a Wan 2.1 VAE of 16 latent channels.
     """
-    named = to_diffusers(shapes) if is_wan_named(shapes) else dict(shapes)
-    if any(name in named for name in WAN22_ONLY):
+    source, table = stored.source, dict(stored.form.modules(0))
+    if any(name in stored.where for name in WAN22_ONLY):
         raise CheckpointError(f"{source} is a Wan 2.2 VAE (48 latent channels); LongCat-Video needs the Wan 2.1 VAE")
-    sizes: dict[str, Any] = {}
-    for key, name, axis in (
-        ("base_dim", "encoder.conv_in.weight", 0),
-        ("in_channels", "encoder.conv_in.weight", 1),
-        ("decoder_base_dim", "decoder.conv_out.weight", 1),
-        ("out_channels", "decoder.conv_out.weight", 0),
-        ("z_dim", "post_quant_conv.weight", 0),
+    found: dict[str, Any] = {}
+    for key, module, axis in (
+        ("base_dim", "encoder.conv_in", 0),
+        ("in_channels", "encoder.conv_in", 1),
+        ("decoder_base_dim", "decoder.conv_out", 1),
+        ("out_channels", "decoder.conv_out", 0),
+        ("z_dim", "post_quant_conv", 0),
     ):
-        shape = named.get(name, ())
-        if len(shape) != 5:
-            raise CheckpointError(f"{source} is not a Wan 2.1 VAE: it has no 3-D convolution '{name}'")
-        sizes[key] = int(shape[axis])
-    if sizes["z_dim"] != LATENT_CHANNELS:
+        part = stored_part(stored.where, table[module][0], "weight")
+        shape = () if part is None else stored.shapes[part.name]
+        if len(shape) != 5 or not all(shape):
+            raise CheckpointError(
+                f"{source} is not a Wan 2.1 VAE: it has no 3-D convolution '{table[module][0]}.weight'; {REMEDY}"
+            )
+        found[key] = shape[axis]
+    if found["z_dim"] != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{source} has {sizes['z_dim']} latent channels; LongCat-Video needs Wan 2.1's {LATENT_CHANNELS}"
+            f"{source} has {found['z_dim']} latent channels; LongCat-Video needs Wan 2.1's {LATENT_CHANNELS}"
         )
-    if (sizes["in_channels"], sizes["out_channels"]) != (3, 3):
+    if (found["in_channels"], found["out_channels"]) != (3, 3):
         raise CheckpointError(
-            f"{source} takes {sizes['in_channels']} and gives {sizes['out_channels']} image channels instead of 3"
+            f"{source} takes {found['in_channels']} and gives {found['out_channels']} image channels instead of 3"
         )
-    if sizes["decoder_base_dim"] == sizes["base_dim"]:
-        sizes["decoder_base_dim"] = None
-    return sizes | {
-        "dim_mult": list(DIM_MULT),
-        "num_res_blocks": RES_BLOCKS,
-        "attn_scales": [],
-        "temperal_downsample": [False, True, True],  # diffusers' own spelling
-        "latents_mean": list(LATENTS_MEAN),
-        "latents_std": list(LATENTS_STD),
-    }
+    if found["decoder_base_dim"] == found["base_dim"]:
+        found["decoder_base_dim"] = None
+    return found | STRUCTURE | {"latents_mean": list(LATENTS_MEAN), "latents_std": list(LATENTS_STD)}

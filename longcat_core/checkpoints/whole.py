@@ -1,0 +1,94 @@
+"""Open and read a model that is loaded in one piece, a text encoder or a VAE, under any prefix and in any form."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..files.weight_files import open_weights
+from .formats import MARKERS, Format
+from .reader import Reader, Weight, require_finite
+from .stored import Stored, collect, match_parameters
+
+# More blocks than any such model has. A file may name a block of any number in a few bytes.
+MAX_BLOCKS = 1000
+
+
+def open_whole(path: Path, forms: Sequence[Format], remedy: str, beside: Collection[str] = ()) -> Stored:
+    """Parse the headers of the model at `path`, a file or a folder: its form, the prefix of its names, its tensors.
+
+    A file may hold other models too, under other prefixes. beside: names that are not parameters. remedy: the end of
+    the sentence for another model. Raises CheckpointError.
+    """
+    files = open_weights(path, remedy)
+    names = [name for opened in files.values() for name in opened.header]
+    found = list(_recognized(names, forms))
+    if not found:
+        sample = ", ".join(names[:3]) or "no tensors"
+        raise CheckpointError(f"{path} is not a {forms[0].model} (it holds {sample}); {remedy}")
+    form = found[0][0]
+    prefixes = sorted(prefix for other, prefix in found if other is form)
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"{path} holds more than one {form.model}, under '{prefixes[0]}' and '{prefixes[1]}'; keep one in the file"
+        )
+    stored, _ = collect(path, files, form, prefixes[0])
+    where = {name: file for name, file in stored.where.items() if name not in beside}
+    # A marker may lack the prefix.
+    where |= {name.rpartition(".")[2]: file for file, opened in files.items() for name in opened.header if _marks(name)}
+    return replace(stored, where=where, depth=_depth(form, where, str(path)))
+
+
+def _marks(name: str) -> bool:
+    return name.rpartition(".")[2] in MARKERS
+
+
+def _recognized(names: Sequence[str], forms: Iterable[Format]) -> Iterator[tuple[Format, str]]:
+    """The forms whose signature the names have, each with the prefix before it."""
+    for form in forms:
+        anchor = form.signature[0]
+        modules = {name.rpartition(".")[0] + "." for name in names}
+        prefixes = {module.removesuffix(anchor) for module in modules if module.endswith(anchor)}
+        for prefix in prefixes:
+            whole = not prefix or prefix.endswith(".")
+            if whole and all(any(name.startswith(prefix + mark) for name in names) for mark in form.signature):
+                yield form, prefix
+
+
+def _depth(form: Format, names: Iterable[str], source: str) -> int:
+    """How many blocks the names have. Raises CheckpointError unless they are numbered from 0 without a gap."""
+    if not form.block:
+        return 0
+    marker = form.block_prefix.partition("{i}")[0]
+    numbers = {name.removeprefix(marker).partition(".")[0] for name in names if name.startswith(marker)}
+    if len(numbers) > MAX_BLOCKS:
+        raise CheckpointError(f"{source} has {len(numbers)} blocks, more than any {form.model}; give another file")
+    missing = sorted({str(i) for i in range(len(numbers))} - numbers, key=int)
+    if missing:
+        raise CheckpointError(f"{source} lacks {marker}{missing[0]}, though it has a later block; download it again")
+    return len(numbers)
+
+
+def read_whole(
+    stored: Stored, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The numbers of these parameters, which lie on the meta device, in their dtypes on `device`.
+
+    Raises CheckpointError for tensors that do not make up the model, and for a weight with NaN or infinity.
+    """
+    parts = match_parameters(stored, parameters)
+    reader = Reader(stored)
+    reader.check_formats()
+    state, extremes = {}, {}
+    with reader.ahead(part for name in parameters for part in parts[name]):
+        for name, parameter in parameters.items():
+            state[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            reader.into(state[name], parts[name])
+            extremes[name] = Weight(state[name]).extremes()
+    require_finite(extremes, stored.source, next(iter(parameters.values())).dtype)
+    return state
