@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -210,6 +211,139 @@ def test_bad_files(tmp_path, state, make, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_vae(path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+PREFIXES = ["model.", "vae.", "first_stage_model.", "model.first_stage_model.", "module.", "_orig_mod.", "vae.model."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("names", [dict, wan_vae.to_wan], ids=["diffusers", "wan"])
+def test_a_prefix_is_taken_off(tmp_path, state, vae, golden, names, prefix):
+    path = tmp_path / "vae.safetensors"
+    # Other models may lie in the file too.
+    other = {"dit.blocks.0.norm1.weight": torch.zeros(1), "cond_stage_model.a": torch.zeros(1)}
+    write_safetensors(path, {prefix + name: tensor for name, tensor in names(state).items()} | other)
+    latents = golden["t2v.latents"][:, :, :1]
+    assert torch.equal(load_vae(path).decode(latents), vae.decode(latents))
+
+
+def _one(value, name="decoder.mid_block.attentions.0.proj.weight"):
+    def spoil(state):
+        tensor = state[name].clone()
+        tensor.view(-1)[3] = value
+        return state | {name: tensor}
+
+    return spoil
+
+
+def _scaled(state):
+    name = "decoder.mid_block.attentions.0.proj"
+    weight = (state[f"{name}.weight"] * 8).to(torch.float8_e4m3fn)
+    return state | {f"{name}.weight": weight, f"{name}.scale_weight": torch.tensor(0.125)}
+
+
+def test_a_scaled_weight(tmp_path, state, vae, golden):
+    write_safetensors(tmp_path / "vae.safetensors", _scaled(state) | {"scaled_fp8": torch.zeros(2)})
+    latents = golden["t2v.latents"][:, :, :1]
+    got, want = load_vae(tmp_path / "vae.safetensors").decode(latents), vae.decode(latents)
+    assert 0 < (got - want).norm() / want.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_one(torch.nan), "NaN or infinite values in decoder.mid_block.attentions.0.proj.weight"),
+        (_one(-torch.inf, "quant_conv.bias"), "NaN or infinite values in quant_conv.bias"),
+        (_one(torch.nan, "encoder.norm_out.gamma"), "NaN or infinite values in encoder.norm_out.gamma"),
+        (lambda state: {name: tensor.long() for name, tensor in state.items()}, "encoder.conv_in"),
+        (lambda state: state | {"quant_conv.bias": state["quant_conv.bias"].to(torch.uint8)}, "quant_conv"),
+        (lambda state: state | {"quant_conv.weight": state["quant_conv.weight"].to(torch.int8)}, "quant_conv.*scale"),
+        (lambda state: _scaled(state) | {"decoder.mid_block.attentions.0.proj.scale_weight": torch.ones(5)}, "shape"),
+        (lambda state: {f"{p}{n}": t for p in ("vae.", "ema.") for n, t in state.items()}, "more than one Wan 2.1 VAE"),
+    ],
+)
+def test_what_is_wrong_with_the_weights_is_named(tmp_path, state, spoil, message):
+    path = tmp_path / "vae.safetensors"
+    write_safetensors(path, spoil(dict(state)))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_vae(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 700
+
+
+MEAN, STD = list(wan_vae.LATENTS_MEAN), list(wan_vae.LATENTS_STD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents_mean": STD, "latents_std": MEAN}, "-0.9497 in latents_std, which must be above 0"),
+        ({"latents_std": [0.0, *STD[1:]]}, "0.0 in latents_std, which must be above 0"),
+        ({"latents_std": [1e-300, *STD[1:]]}, "latents_std, which must be above 0"),
+        ({"latents_mean": [1e300, *MEAN[1:]]}, "in latents_mean, which no latent reaches"),
+        ({"latents_std": STD[:15]}, "needs 16 values in latents_std"),
+        ({"latents_std": ["1"] * 16}, "latents_std"),
+        ({"latents_std": [None] * 16}, "latents_std"),
+        ({"latents_mean": [[0.1]] * 16}, "latents_mean"),
+        ({"latents_std": [True] * 16}, "latents_std"),
+        ({"latents_std": None}, "latents_std"),
+        ({"latents_std": 1.5}, "latents_std"),
+        ({"latents_std": {"0": 1.0}}, "latents_std"),
+        ({"latents_std": [10**400, *STD[1:]]}, "latents_std"),
+        ({"latents_std": [float("nan"), *STD[1:]]}, "config"),
+        ({"num_res_blocks": 100000}, "num_res_blocks 100000, the VAE beside it 2"),
+        ({"num_res_blocks": "2"}, "num_res_blocks"),
+        ({"dim_mult": [1] * 1000}, "dim_mult"),
+        ({"dim_mult": 4}, "dim_mult"),
+        ({"temperal_downsample": [True, True, True]}, "temperal_downsample"),
+        ({"attn_scales": [0.5]}, "attn_scales"),
+        ({"base_dim": 0}, "base_dim 0"),
+        ({"base_dim": 10**30}, "base_dim"),
+        ({"z_dim": 16.5}, "z_dim"),
+        ({"z_dim": "x" * 1000000}, "has more than 1,000,000 bytes"),
+        ({"_class_name": None, "patch_size": [1]}, "patch_size"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, state, change, message):
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", state)
+    config = json.loads((GOLDEN / "vae_config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_vae(tmp_path)
+    assert "config.json" in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["1", "null", '"z_dim"', "[]", "[" * 100000, '{"z_dim":' * 10000, "{", "", "\x00"])
+def test_a_config_that_is_none_is_refused(tmp_path, state, text):
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", state)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json is not"):
+        load_vae(tmp_path)
+
+
+def test_a_normalization_of_its_own_is_noted(tmp_path, state):
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", state)
+    config = json.loads((GOLDEN / "vae_config.json").read_text()) | {"latents_std": [1.0] * 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"config.json has another latents_mean or latents_std than Wan 2.1's"):
+        assert load_vae(tmp_path).std.flatten().tolist() == [1.0] * 16
+
+
+def test_files_of_a_folder_are_not_mixed(tmp_path, state):
+    (tmp_path / "config.json").write_text((GOLDEN / "vae_config.json").read_text())
+    for name in ("diffusion_pytorch_model", "old"):
+        write_safetensors(tmp_path / f"{name}.safetensors", state)
+    with pytest.raises(CheckpointError, match=r"is in both diffusion_pytorch_model.safetensors and old.safetensors"):
+        load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, state, name):
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", state)
+    (tmp_path / "config.json").write_text((GOLDEN / "vae_config.json").read_text())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="is a pipe or a device"):
+        load_vae(tmp_path)
 
 
 def test_bad_folders(tmp_path):

@@ -1,0 +1,321 @@
+"""A UMT5 encoder is read in every form that people publish, and refused by the right reason in all others."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core.checkpoints.umt5 import dequantise, open_umt5
+from longcat_core.errors import CheckpointError
+from longcat_core.files.safetensors_io import read_tensors, write_safetensors
+from longcat_core.generate.paths import NANO_TEXT_ENCODER
+from longcat_core.generate.text import load_text_encoder
+
+State = dict[str, Tensor]
+PROMPTS = ["a red circle moves right on a blue background", ""]
+WAN = {
+    "shared": "token_embedding",
+    "encoder.final_layer_norm": "norm",
+    "encoder.block.": "blocks.",
+    "layer.0.layer_norm": "norm1",
+    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+    "layer.0.SelfAttention.": "attn.",
+    "layer.1.layer_norm": "norm2",
+    "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+    "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+    "layer.1.DenseReluDense.wo": "ffn.fc2",
+}
+LLAMA_CPP = {
+    "shared": "token_embd",
+    "encoder.final_layer_norm": "enc.output_norm",
+    "encoder.block.": "enc.blk.",
+    "layer.0.layer_norm": "attn_norm",
+    "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
+    "layer.0.SelfAttention.": "attn_",
+    "layer.1.layer_norm": "ffn_norm",
+    "layer.1.DenseReluDense.wi_0": "ffn_gate",
+    "layer.1.DenseReluDense.wi_1": "ffn_up",
+    "layer.1.DenseReluDense.wo": "ffn_down",
+}
+STACK = {"shared": "encoder.embed_tokens", "encoder.": ""}
+TIED = {"shared": "encoder.embed_tokens"}
+
+
+def renamed(state: State, table: dict[str, str]) -> State:
+    def rename(name: str) -> str:
+        for theirs, ours in table.items():
+            name = name.replace(theirs, ours, 1)
+        return name
+
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return read_tensors(NANO_TEXT_ENCODER)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> Tensor:
+    return load_text_encoder(NANO_TEXT_ENCODER).encode(PROMPTS, 32)[0]
+
+
+def encoded(path: Path) -> Tensor:
+    return load_text_encoder(path).encode(PROMPTS, 32)[0]
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "model.", "text_encoder.", "encoder.", "text_encoders.umt5xxl.transformer.", "cond_stage_model.", "module."],
+)
+@pytest.mark.parametrize("names", [{}, WAN, LLAMA_CPP, STACK, TIED], ids=["hf", "wan", "llama.cpp", "stack", "tied"])
+def test_names_and_prefixes(tmp_path, state, wanted, names, prefix):
+    path = tmp_path / "te.safetensors"
+    inner = {name: tensor for name, tensor in renamed(state, names).items() if name != "spiece_model"}
+    vocabulary = {("text_encoders." if "umt5xxl" in prefix else "") + "spiece_model": state["spiece_model"]}
+    beside = {"vae.decoder.conv1.weight": torch.zeros(1), "diffusion_model.blocks.0.x.weight": torch.zeros(1)}
+    write_safetensors(
+        path, {prefix + name: tensor for name, tensor in inner.items()} | vocabulary | (beside if prefix else {})
+    )
+    assert torch.equal(encoded(path), wanted)
+    assert open_umt5(path).sizes["num_layers"] == 2
+
+
+def is_layer(name: str) -> bool:
+    return re.search(r"(SelfAttention\.[qkvo]|DenseReluDense\.\w+)\.weight$", name) is not None
+
+
+def described(**description: object) -> Tensor:
+    return torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+
+
+def fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def by_rows(weight: Tensor, largest: float) -> Tensor:
+    return weight.abs().amax(1, keepdim=True) / largest
+
+
+def scaled(weight: Tensor) -> State:
+    scale = weight.abs().amax() / 448
+    return {"weight": fp8(weight, scale), "scale_weight": scale, "scale_input": torch.ones(())}
+
+
+def scaled_rows(weight: Tensor) -> State:
+    scale = by_rows(weight, 448)
+    return {"weight": fp8(weight, scale), "scale_weight": scale}
+
+
+def comfy_fp8(weight: Tensor) -> State:
+    found = scaled(weight)
+    return {
+        "weight": found["weight"],
+        "weight_scale": found["scale_weight"].view(1),
+        "input_scale": torch.ones(()),
+        "comfy_quant": described(format="float8_e4m3fn", full_precision_matrix_mult=True),
+    }
+
+
+def comfy_e5m2(weight: Tensor) -> State:
+    scale = weight.abs().amax() / 57344
+    stored = (weight / scale).to(torch.float8_e5m2)
+    return {"weight": stored, "weight_scale": scale, "comfy_quant": described(format="float8_e5m2")}
+
+
+def comfy_int8(weight: Tensor) -> State:
+    scale = by_rows(weight, 127)
+    stored = (weight / scale).round().to(torch.int8)
+    return {"weight": stored, "weight_scale": scale, "comfy_quant": described(format="int8_tensorwise")}
+
+
+def one_int8(weight: Tensor) -> State:
+    scale = weight.abs().amax() / 127
+    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+
+def official_int8(weight: Tensor) -> State:
+    scale = by_rows(weight, 127)
+    return {"weight_int8": (weight / scale).round().to(torch.int8), "weight_scale": scale.flatten()}
+
+
+def plain_fp8(weight: Tensor) -> State:
+    return {"weight": weight.to(torch.float8_e4m3fn)}
+
+
+def stored_as(state: State, make: Callable[[Tensor], State], layer: Callable[[str], bool] = is_layer) -> State:
+    out: State = {}
+    for name, tensor in state.items():
+        if layer(name):
+            out |= {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in make(tensor.float()).items()}
+        else:
+            out[name] = tensor
+    return out
+
+
+MAKERS = [scaled, scaled_rows, comfy_fp8, comfy_e5m2, comfy_int8, one_int8, official_int8, plain_fp8]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("form", ["hf", "wan", "prefix"])
+def test_quantized_weights(tmp_path, state, wanted, make, form):
+    quantized = stored_as(state, make)
+    if make in (scaled, scaled_rows):
+        quantized["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    if form == "wan":
+        quantized = renamed(quantized, WAN)
+    elif form == "prefix":
+        # The marker and the vocabulary stay outside, as some writers leave them.
+        outside = ("scaled_fp8", "spiece_model")
+        quantized = {name if name in outside else f"text_encoder.{name}": tensor for name, tensor in quantized.items()}
+    write_safetensors(tmp_path / "te.safetensors", quantized)
+    got = encoded(tmp_path / "te.safetensors")
+    most = 0.3 if make is comfy_e5m2 else 0.1
+    assert 1e-4 < (got - wanted).norm() / wanted.norm() < most
+
+
+def test_layers_described_in_the_metadata(tmp_path, state, wanted):
+    quantized = stored_as(state, scaled)
+    layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in state if is_layer(name)}
+    write_safetensors(
+        tmp_path / "te.safetensors", quantized, {"_quantization_metadata": json.dumps({"layers": layers})}
+    )
+    got = encoded(tmp_path / "te.safetensors")
+    assert 1e-4 < (got - wanted).norm() / wanted.norm() < 0.1
+
+
+def test_gguf(tmp_path, state, wanted):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(tmp_path / "te.gguf"), "t5")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in renamed(state, LLAMA_CPP).items():
+        if name == "spiece_model":
+            (tmp_path / "spiece.model").write_bytes(tensor.numpy().tobytes())
+        elif tensor.ndim == 2 and "rel_b" not in name:
+            writer.add_tensor(name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    got = encoded(tmp_path / "te.gguf")
+    assert 1e-4 < (got - wanted).norm() / wanted.norm() < 0.05
+
+
+@pytest.mark.parametrize("place", ["spiece.model", "tokenizer/spiece.model", "google/umt5-xxl/spiece.model"])
+def test_a_vocabulary_beside_the_file(tmp_path, state, wanted, place):
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_bytes(state["spiece_model"].numpy().tobytes())
+    path = tmp_path / "models_t5_umt5-xxl-enc-bf16.safetensors"
+    write_safetensors(path, renamed({name: t for name, t in state.items() if name != "spiece_model"}, WAN))
+    assert torch.equal(encoded(path), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_a_vocabulary_that_was_cast(tmp_path, state, wanted, dtype):
+    write_safetensors(tmp_path / "te.safetensors", state | {"spiece_model": state["spiece_model"].to(dtype)})
+    assert torch.equal(encoded(tmp_path / "te.safetensors"), wanted)
+
+
+Q = "encoder.block.1.layer.0.SelfAttention.q."
+
+
+def _no_scale(state: State) -> State:
+    found = stored_as(state, scaled)
+    del found[Q + "scale_weight"]
+    return found
+
+
+def _with(suffix: str, value: Tensor, make: Callable[[Tensor], State] = scaled) -> Callable[[State], State]:
+    return lambda state: stored_as(state, make) | {Q + suffix: value}
+
+
+def _bare_int8(state: State) -> State:
+    return stored_as(state, lambda weight: {"weight": one_int8(weight)["weight"]})
+
+
+def _nan(name: str) -> Callable[[State], State]:
+    def spoil(state: State) -> State:
+        tensor = state[name].clone()
+        tensor.view(-1)[-1] = torch.nan
+        return state | {name: tensor}
+
+    return spoil
+
+
+def _block(number: str) -> Callable[[State], State]:
+    return lambda state: state | {f"encoder.block.{number}.layer.0.layer_norm.weight": torch.zeros(128)}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_no_scale, "SelfAttention.q.*scale"),
+        (_bare_int8, "SelfAttention.*scale"),
+        (_with("scale_weight", torch.ones(7)), r"q.scale_weight has shape \[7\]"),
+        (_with("scale_weight", torch.ones(2, 128)), r"q.scale_weight has shape \[2, 128\]"),
+        (_with("scale_weight", torch.ones(0)), r"q.scale_weight has shape \[0\]"),
+        (_with("scale_weight", torch.tensor(0.0)), "scale of 0 or less in .*q.scale_weight"),
+        (_with("weight_scale", -torch.ones(128, 1), comfy_int8), "scale of 0 or less in .*q.weight_scale"),
+        (_with("scale_weight", torch.tensor(torch.nan)), "NaN or infinite values in .*q.weight"),
+        (_with("scale_weight", torch.tensor(torch.inf)), "NaN or infinite values in .*q.weight"),
+        (_with("comfy_quant", described(format="nvfp4"), comfy_fp8), "nvfp4"),
+        (_with("comfy_quant", torch.zeros(3, dtype=torch.uint8), comfy_fp8), "q.comfy_quant"),
+        (_nan("shared.weight"), "NaN or infinite values in shared.weight"),
+        (_nan("encoder.block.0.layer.1.layer_norm.weight"), "NaN or infinite values in .*0.layer.1.layer_norm.weight"),
+        (_block("3"), "lacks encoder.block.2, though it has a later block"),
+        (_block("999999999"), "lacks encoder.block.2"),
+        (_block("9" * 5000), "lacks encoder.block.2"),
+        (_block("x"), "lacks encoder.block.2"),
+        (lambda state: state | {"shared.weight": state["shared.weight"][:64]}, "384 pieces, the embedding .* 64 rows"),
+        (lambda state: state | {"shared.weight": torch.zeros(4000, 128)}, "384 pieces, the embedding .* 4000 rows"),
+        (lambda state: state | {"shared.weight": torch.zeros(384, 0)}, "no matrix 'shared.weight'"),
+        (lambda state: state | {"spiece_model": torch.full((9,), 0.5)}, "is not bytes"),
+        (lambda state: state | {"spiece_model": state["spiece_model"][:0]}, "is corrupt"),
+        (lambda state: state | {f"x.{name}": tensor for name, tensor in state.items()}, "more than one UMT5 encoder"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, state, spoil, message):
+    path = tmp_path / "te.safetensors"
+    write_safetensors(path, spoil(state))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_text_encoder(path)
+    assert "te.safetensors" in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_scales_multiply_rows():
+    rows = torch.arange(1.0, 4.0)
+    for name in ("scale_weight", "weight_scale"):
+        for scale in (rows, rows[:, None]):
+            assert torch.equal(
+                dequantise("a.weight", torch.ones(3, 3), {f"a.{name}": scale}), rows[:, None].expand(3, 3)
+            )
+    assert torch.equal(
+        dequantise("a.weight", torch.ones(3, 3), {"a.weight_scale": torch.tensor(2.0)}), torch.full((3, 3), 2.0)
+    )
+    plain = torch.ones(3, dtype=torch.bfloat16)
+    assert dequantise("a.bias", plain, {"a.weight_scale": rows}) is plain
+    with pytest.raises(CheckpointError, match=r"a\.scale_weight holds 2 scales for 3 rows of a.weight"):
+        dequantise("a.weight", torch.ones(3, 3), {"a.scale_weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize("what", ["te.safetensors", "tokenizer/spiece.model", "text_encoder/config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, state, what):
+    for folder in ("text_encoder", "tokenizer"):
+        (tmp_path / folder).mkdir()
+    write_safetensors(
+        tmp_path / "text_encoder" / "a.safetensors", {n: t for n, t in state.items() if n != "spiece_model"}
+    )
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(state["spiece_model"].numpy().tobytes())
+    (tmp_path / what).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / what)
+    with pytest.raises(CheckpointError, match="is a pipe or a device"):
+        load_text_encoder(tmp_path / what if what.startswith("te.") else tmp_path)
