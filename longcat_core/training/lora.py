@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints.load import load_transformer
 from ..errors import CheckpointError, LongCatError
-from ..files.differences import as_read, differences_in_words
-from ..files.locks import held
 from ..files.places import check_place, check_suffix
-from ..files.safetensors_io import read_metadata, read_tensors, write_safetensors
+from ..files.safetensors_io import read_tensors
 from ..generate.opened import OpenedModel, open_model
 from ..generate.options import LEARNED, TRAINING, of_command
 from ..generate.paths import ModelPaths
@@ -39,6 +35,7 @@ from ..optimize.execution import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.schedules import SHIFT
 from .clips import Clip, Sample, clips_fingerprint, encode_captions, encode_clips
+from .saved import MOMENTS, PREFIX, LoraFile, check_state
 from .step import drop_text, flow_matching_loss, sample_sigmas
 
 # Layers of a block. The rest of the network is small and in fp32.
@@ -47,9 +44,6 @@ LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.kv", "cross_attn.
 WARM_UP = 20
 # Most latent frames of a clip that are conditioning frames: those of the default 13 frames of a continuation.
 MOST_GIVEN = 4
-PREFIX = "diffusion_model."
-# What an optimizer remembers of a parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # What is done, how many pieces of it, of how many, and the loss if there is one.
 Report = Callable[[str, int, int, float | None], None]
@@ -192,78 +186,32 @@ class LoraTrainer:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Restore what `state` returned after `steps` steps."""
+        """Restore what `state` returned after `steps` steps. Raises CheckpointError for other tensors than those."""
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        check_state("the training state", found, {name: tuple(p.shape) for name, p in self.parameters.items()})
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
             moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
 
-@dataclass
-class LoraFile:
-    """The LoRA that is written, and the state beside it. settings: those that a resumed run must share."""
-
-    path: Path
-    recipe: Recipe
-    settings: dict[str, Any]
-    # Steps done according to the state; 0 without one.
-    done: int = field(init=False, default=0)
-
-    @property
-    def state(self) -> Path:
-        return self.path.with_suffix(".state.safetensors")
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other runs from training the same file. Raises LongCatError if one does."""
-        with held(
-            self.path.with_name(f".{self.path.name}.lock"),
-            f"another run is training {self.path}; wait for its end or name another file with --output",
-            remove=True,
-        ):
-            yield
-
-    def open(self) -> None:
-        """Read the state. Raises LongCatError for a LoRA without a state, and for a state with other settings."""
-        if not self.state.exists():
-            if self.path.exists():
-                raise LongCatError(
-                    f"{self.path} exists, without {self.state.name} to go on from; name another file with --output"
-                )
-            return
-        metadata = read_metadata(self.state)
-        try:
-            there, self.done = dict(json.loads(metadata["settings"])), int(metadata["step"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.state} is not a training state; name another file with --output") from error
-        if words := differences_in_words(there, as_read(self.settings)):
-            raise LongCatError(
-                f"{self.state} has other settings ({words}); give the same ones to continue, or another --output"
-            )
-
-    def write(self, state: Mapping[str, Tensor], done: int) -> None:
-        """Write the state, then the LoRA: after an interrupt in between, `finish` writes the LoRA from the state."""
-        write_safetensors(self.state, state, {"settings": json.dumps(self.settings), "step": str(done)})
-        lora = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-        alphas = {f"{name.removesuffix('.lora_A.weight')}.alpha" for name in lora if name.endswith(".lora_A.weight")}
-        lora |= {name: torch.tensor(self.recipe.scaling) for name in alphas}
-        notes = {"rank": self.recipe.rank, "alpha": f"{self.recipe.scaling:g}", "steps": done}
-        notes |= {"base": self.settings["model"], "settings": json.dumps(self.settings)}
-        write_safetensors(self.path, lora, {"format": "pt"} | {name: str(value) for name, value in notes.items()})
-        self.done = done
-
-    def finish(self) -> None:
-        """Write the LoRA from the state unless it already has all of its steps."""
-        if not self.path.exists() or read_metadata(self.path).get("steps") != str(self.done):
-            self.write(read_tensors(self.state), self.done)
-
-
-def estimate_bytes(config: ModelConfig, recipe: Recipe) -> int:
-    """Bytes of the file and its state, each of which exists twice while it is written."""
+def adapter_shapes(config: ModelConfig, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapters by their names in the file, as `LoraTrainer` has them."""
     with torch.device("meta"):
         block = OptimizedTransformer(ModelConfig(**{**config.to_dict(), "depth": 1})).blocks[0]
-    sides = sum(sum(block.get_parameter(f"{name}.weight").shape) for name in recipe.layers)
-    return 8 * 4 * recipe.rank * config.depth * sides + (1 << 20)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in range(config.depth):
+        for name in recipe.layers:
+            rows, columns = block.get_parameter(f"{name}.weight").shape
+            module = f"{PREFIX}blocks.{i}.{name}"
+            shapes |= {f"{module}.lora_A.weight": (recipe.rank, columns)}
+            shapes |= {f"{module}.lora_B.weight": (rows, recipe.rank)}
+    return shapes
+
+
+def estimate_bytes(adapters: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of the file and its state, each of which exists twice while it is written."""
+    return 8 * 4 * sum(math.prod(shape) for shape in adapters.values()) + (1 << 20)
 
 
 def train_lora(
@@ -287,9 +235,11 @@ def train_lora(
     opened = model if isinstance(model, OpenedModel) else open_model(model, attention=optimizations.attention)
     paths, checkpoint = opened.paths, opened.checkpoint
     check_output(output)
-    check_place(output, estimate_bytes(checkpoint.config, recipe))
+    adapters = adapter_shapes(checkpoint.config, recipe)
+    check_place(output, estimate_bytes(adapters))
     settings = recipe.decides() | paths.fingerprints() | {"clips": clips_fingerprint(clips)}
-    file = LoraFile(output, recipe, settings | {"dtype": str(dtype).removeprefix("torch.")})
+    settings |= {"dtype": str(dtype).removeprefix("torch.")}
+    file = LoraFile(output, recipe.rank, recipe.scaling, settings, adapters)
     with file.held():
         file.open()
         if file.done >= recipe.steps:

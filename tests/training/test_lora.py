@@ -22,7 +22,7 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.cli import main as cli
 from longcat_core.errors import LongCatError
 from longcat_core.files import media
-from longcat_core.files.safetensors_io import read_metadata, read_tensors, write_safetensors
+from longcat_core.files.safetensors_io import read_header, read_metadata, read_tensors, write_safetensors
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.training import lora as train_lora
 from longcat_core.training.clips import find_clips
@@ -186,6 +186,120 @@ def test_more_steps_go_on_and_other_settings_do_not(train, tmp_path):
     write_safetensors(tmp_path / "c.state.safetensors", {"a": torch.ones(1)})
     with pytest.raises(LongCatError, match=r"c\.state\.safetensors is not a training state"):
         train("c")
+
+
+def rewritten(path: Path, change: Callable[[dict, dict], None], checksum: bool = True) -> None:
+    """Write a state again with other tensors or header; `checksum`: keep its checksum, which then is wrong."""
+    tensors, metadata = dict(read_tensors(path)), read_metadata(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    if not checksum:
+        del metadata["checksum"]
+    change(tensors, metadata)
+    write_safetensors(path, tensors, metadata)
+
+
+FIRST = "exp_avg.diffusion_model.blocks.0.attn.qkv.lora_A.weight"
+DAMAGE: dict[str, tuple[Callable[[dict, dict], None], bool, str]] = {
+    "a number": (lambda t, m: t[FIRST].view(-1)[5].add_(1e-3), True, "does not match its checksum"),
+    "a sign of zero": (lambda t, m: t[FIRST].view(-1)[5].zero_().neg_(), True, "does not match its checksum"),
+    "steps": (lambda t, m: m.update(step="3"), True, "does not match its checksum"),
+    "steps of 5,000 digits": (lambda t, m: m.update(step="9" * 5000), True, "has no number of steps"),
+    "steps below zero": (lambda t, m: m.update(step="-2"), True, "has no number of steps"),
+    "steps of a half": (lambda t, m: m.update(step="2.5"), True, "has no number of steps"),
+    "settings as a list": (lambda t, m: m.update(settings="[1]"), True, "is not a training state"),
+    "settings nested": (lambda t, m: m.update(settings="[" * 99_999), True, "is not a training state"),
+    "a tensor is missing": (lambda t, m: t.pop(FIRST) is None, False, f"lacks {FIRST}, 1 of 84"),
+    "a tensor of one number": (lambda t, m: t.update({FIRST: torch.ones(1, 1)}), False, r"has other tensors \(exp_avg"),
+    "a tensor of whole numbers": (lambda t, m: t.update({FIRST: t[FIRST].int()}), False, "has other tensors"),
+    "a tensor too many": (lambda t, m: t.update(more=torch.ones(1)), False, r"has other tensors \(more\)"),
+    "NaN, without a checksum": (lambda t, m: t[FIRST].fill_(torch.nan), False, "has NaN or infinite values"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_not_gone_on_with(train, tmp_path, damage):
+    change, checksum, said = DAMAGE[damage]
+    train("a", replace(RECIPE, steps=2))
+    rewritten(tmp_path / "a.state.safetensors", change, checksum)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for steps in (2, 4):
+        with pytest.raises(LongCatError, match=rf"a\.state\.safetensors .*{said}.*; name another file") as caught:
+            train("a", replace(RECIPE, steps=steps), report=lambda *_: pytest.fail("it went on"))
+        assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 99, b"{}", None])
+def test_a_state_that_cannot_be_read_is_one_sentence(train, tmp_path, content):
+    train("a", replace(RECIPE, steps=2))
+    state = tmp_path / "a.state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(LongCatError, match=r"a\.state\.safetensors .*, so training cannot go on; name another file"):
+        train("a", replace(RECIPE, steps=4))
+
+
+def test_a_state_of_an_older_version_goes_on_and_says_so(train, tmp_path):
+    wanted = train("a", replace(RECIPE, steps=4))
+    train("b", replace(RECIPE, steps=2))
+    rewritten(tmp_path / "b.state.safetensors", lambda tensors, metadata: None, checksum=False)
+    with pytest.warns(UserWarning, match=r"b\.state\.safetensors is of an older version and has no checksum"):
+        assert same(train("b", replace(RECIPE, steps=4)), wanted)
+
+
+def flipped(raw: bytes, at: int) -> bytes:
+    return raw[:at] + bytes([raw[at] ^ 0x40]) + raw[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: flipped(raw, len(raw) - 9),
+        lambda raw: flipped(raw, len(raw) // 2),
+        lambda raw: flipped(raw, 8),
+        lambda raw: flipped(raw, 100),
+        lambda raw: raw[:-1],
+        lambda raw: raw[:5],
+        lambda raw: b"",
+        lambda raw: raw + b"more",
+        lambda raw: b"\0" * len(raw),
+        lambda raw: None,
+    ],
+)
+def test_a_damaged_lora_is_written_again_from_its_state(train, tmp_path, damage):
+    train("a", replace(RECIPE, steps=2))
+    path = tmp_path / "a.safetensors"
+    whole = path.read_bytes()
+    if (now := damage(whole)) is None:
+        path.unlink()
+    else:
+        path.write_bytes(now)
+    with pytest.warns(UserWarning, match=r"a\.safetensors was missing or did not match its state; it is written again"):
+        train("a", replace(RECIPE, steps=2), report=lambda *_: pytest.fail("it went on"))
+    assert path.read_bytes() == whole
+
+
+def test_anothers_lora_beside_a_state_is_not_replaced(train, tmp_path):
+    train("a", replace(RECIPE, steps=2))
+    write_safetensors(tmp_path / "a.safetensors", {"x.lora_A.weight": torch.ones(2, 2)}, {"format": "pt"})
+    before = (tmp_path / "a.safetensors").read_bytes()
+    for steps in (2, 4):
+        with pytest.raises(
+            LongCatError, match=r"a\.safetensors is not the LoRA of a\.state\.safetensors; move"
+        ):
+            train("a", replace(RECIPE, steps=steps))
+    assert before == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_equal_trainings_write_equal_bytes(train, tmp_path):
+    """The order of a header must not follow the hashes of names, which differ between processes."""
+    train("a", replace(RECIPE, steps=2))
+    lora = list(read_header(tmp_path / "a.safetensors"))
+    adapters = [name for name in lora if not name.endswith(".alpha")]
+    modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in adapters)
+    assert lora == [*adapters, *(f"{module}.alpha" for module in modules)] and len(modules) == len(lora) // 3
+    train("b", replace(RECIPE, steps=2))
+    for name in ("{}.safetensors", "{}.state.safetensors"):
+        assert (tmp_path / name.format("a")).read_bytes() == (tmp_path / name.format("b")).read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(train, tmp_path, monkeypatch):
