@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import LongCatError
+from ..files.records import read_record
 from ..measure.results import markdown, shown
 from .part import Results, Row, by_name, met_or_missed
 from .parts.paths import DISTILLED_STEPS
@@ -83,9 +83,10 @@ class Targets:
         path = page.with_name(f"{page.stem}-targets.json")
         if not path.exists():
             return None
+        content = read_record(path, dict[str, Any], "a file of targets", "restore or remove it")
         try:
-            return cls(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls(content)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise LongCatError(f"cannot read {path} as targets ({error}); restore or remove it") from error
 
     def of(self, kind: str) -> list[Target]:

@@ -21,6 +21,7 @@ import torch
 
 from ..errors import LongCatError
 from ..files.atomic import atomic_path
+from ..files.records import read_record
 
 SCHEMA = 1
 PACKAGES = ("triton", "flash-attn", "flash-attn-4", "nvidia-cudnn-frontend", "sageattention", "xformers")
@@ -131,11 +132,9 @@ class ResultsFile:
 
 def read(path: Path) -> dict[str, Any]:
     """Read one file of results. Raises LongCatError for any other file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LongCatError(f"cannot read {path} as a file of results ({error}); run longcat bench again") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("rows"), list):
+    content = read_record(path, dict[str, Any], "a file of results", "run longcat bench again")
+    rows = content.get("rows")
+    if content.get("schema") != SCHEMA or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise LongCatError(f"{path} is not a file of results of this version; run longcat bench again")
     return content
 

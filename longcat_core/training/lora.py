@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints.load import load_transformer
-from ..errors import CheckpointError, LongCatError
+from ..errors import CheckpointError, LongCatError, check_type, is_whole, plain_fields
 from ..files.places import check_place, check_suffix
 from ..files.safetensors_io import read_tensors
 from ..generate.opened import OpenedModel, open_model
@@ -76,6 +76,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise LongCatError for a value out of range."""
+        plain_fields(self)
         for name, side in (("height", self.height), ("width", self.width)):
             check_side(name, side)
         check_frames(self.frames)
@@ -87,10 +88,11 @@ class Recipe:
             value = self.scaling if row.name == "alpha" else getattr(self, row.name)
             if row.kind == "number":
                 check_number(name, value, row.least, row.most)
-            elif not isinstance(value, int) or not row.least <= value <= row.most:
+            elif not is_whole(value) or not row.least <= value <= row.most:
                 raise LongCatError(
                     f"{name} {value} is out of range; give a whole number from {row.least} to {row.most}"
                 )
+        check_type("layers", self.layers, (tuple, list), f"a tuple of {', '.join(LAYERS)}")
         unknown = [layer for layer in self.layers if layer not in LAYERS]
         if unknown or not self.layers:
             raise LongCatError(f"no layers {', '.join(unknown) or 'at all'} to train; choose from {', '.join(LAYERS)}")
@@ -98,7 +100,9 @@ class Recipe:
     @property
     def scaling(self) -> float:
         """alpha, filled in."""
-        return float(self.rank if self.alpha is None else self.alpha)
+        value = self.rank if self.alpha is None else self.alpha
+        check_type("alpha", value, (int, float), "a number or None")
+        return float(value)
 
     def decides(self) -> dict[str, Any]:
         """Settings that a resumed run must share with its state; JSON values."""

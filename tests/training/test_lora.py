@@ -406,3 +406,25 @@ def test_bad_input_is_one_sentence(folder, capsys, options, spoil, said):
 def test_a_missing_folder(capsys, tmp_path):
     assert cli.main(["train-lora", str(tmp_path / "none"), "-o", str(tmp_path / "a.safetensors")]) == 2
     assert "none is not a folder; give one with clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rank": 4.0}, r"rank 4\.0 is out of range; give a whole number"),
+        ({"rank": True}, "rank True is out of range"),
+        ({"alpha": "4"}, "alpha cannot be of type str; give a number or None"),
+        ({"learning_rate": "1e-4"}, "learning rate 1e-4 is out of range"),
+        ({"layers": 3}, "layers cannot be of type int; give a tuple of attn"),
+        ({"height": "16"}, "height 16 must be a whole number"),
+    ],
+)
+def test_a_recipe_of_wrong_types_is_refused(values, sentence):
+    with pytest.raises(LongCatError, match=sentence):
+        Recipe(**{"height": 16, "width": 16, "frames": 1} | values)
+
+
+def test_a_recipe_takes_numbers_of_numpy():
+    recipe = Recipe(height=np.int64(16), width=np.int32(16), frames=np.array(1), rank=np.uint8(4), alpha=np.float32(2))
+    assert recipe == Recipe(height=16, width=16, frames=1, rank=4, alpha=2.0)
+    assert json.dumps(recipe.decides())
