@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -43,6 +43,26 @@ if TYPE_CHECKING:
 LoraMode = Literal["merged", "runtime"]
 
 
+class PipelineLoras(Sequence[Lora]):
+    """The LoRAs of a pipeline as pairs of file and strength, read from it whenever they are asked for."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def __len__(self) -> int:
+        return len(self._pipeline._active)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._pipeline._active[at]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def set(self, lora: str | Path | Sequence[Lora] | None = None) -> list[str]:
+        """`Pipeline.set_loras`."""
+        return self._pipeline.set_loras(lora)
+
+
 @dataclass
 class Pipeline(Engine):
     """A loaded model with its VAE and text encoder.
@@ -57,7 +77,8 @@ class Pipeline(Engine):
     plan: Plan = field(default_factory=Plan)
     plan_note: str = ""
     # Exchanges the transformer's LoRAs; None if it does not come from a checkpoint.
-    _loras: MergedLoras | RuntimeLoras | None = None
+    _exchange: MergedLoras | RuntimeLoras | None = None
+    _active: tuple[Lora, ...] = ()
     _turns: Turns = field(default_factory=Turns, init=False, repr=False, compare=False)
 
     @classmethod
@@ -134,7 +155,8 @@ class Pipeline(Engine):
         else:
             text_encoder.to(device)
         exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
-        return cls(model, vae, text_encoder, paths.defaults, plan, plan_note, exchange)
+        active = tuple((lora.path, lora.strength) for lora in loras)
+        return cls(model, vae, text_encoder, paths.defaults, plan, plan_note, exchange, active)
 
     @property
     def channels(self) -> int:
@@ -143,6 +165,11 @@ class Pipeline(Engine):
     def turn(self) -> AbstractContextManager[None]:
         return self._turns.take()
 
+    @property
+    def loras(self) -> PipelineLoras:
+        """The LoRAs that are applied now: pairs of file and strength, and `set` to replace them."""
+        return PipelineLoras(self)
+
     def set_loras(self, lora: str | Path | Sequence[Lora] | None = None) -> list[str]:
         """Replace the LoRAs by these, given as to `load`; None removes all. Returns the names of the changed weights.
 
@@ -150,10 +177,12 @@ class Pipeline(Engine):
         that `load` did not make.
         """
         loras = loras_of(lora)
-        if self._loras is None:
+        if self._exchange is None:
             raise LongCatError("the LoRAs of this pipeline cannot be exchanged; make it with Pipeline.load")
         with self.turn():
-            return self._loras.set(loras)
+            changed = self._exchange.set(loras)
+            self._active = tuple(loras)
+        return changed
 
     def encode(self, pixels: Tensor) -> Tensor:
         check_tensor("the video", pixels, (None, 3, None, None, None))

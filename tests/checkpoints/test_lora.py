@@ -389,7 +389,11 @@ def test_the_pipeline_takes_one_file_or_several(tmp_path):
     torch.testing.assert_close(both.model.blocks[0].attn.proj.weight, weight)
     torch.testing.assert_close(twice.model.blocks[0].attn.proj.weight - plain, 2 * (weight - plain))
     # Exchanged without loading again: for a second LoRA, then for none.
+    assert list(twice.loras) == [(path, 2.0)]
     twice.set_loras([(path, 1.0)])
     assert torch.equal(twice.model.blocks[0].attn.proj.weight, weight)
-    twice.set_loras()
+    with pytest.raises(LongCatError):
+        twice.loras.set("missing.safetensors")
+    assert list(twice.loras) == [(path, 1.0)]
+    assert twice.loras.set() and not twice.loras
     assert torch.equal(twice.model.blocks[0].attn.proj.weight, plain)
