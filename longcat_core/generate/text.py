@@ -294,10 +294,12 @@ def _tokenizer_json(file: Path) -> Tokenizer:
     text = read_text(file, "the tokenizer", error=CheckpointError)
     try:
         tokenizer = Package.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # One that has no token for unknown signs fails only when it meets one.
+        tokenizer.encode("a \U0010fffd", add_special_tokens=False)
     except Exception as error:  # the package raises Exception itself, nothing narrower
         raise CheckpointError(f"cannot read {file} as a tokenizer ({error}); download it again") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     _check_eos(tokenizer.token_to_id("</s>"), file)
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, 1 + max(ids), file)

@@ -107,6 +107,18 @@ def test_official_folders(official, encoder):
         assert torch.equal(load_text_encoder(path).encode(PROMPTS, max_length=24)[0], want)
 
 
+def test_a_file_that_the_index_does_not_name_is_left_alone(official, encoder):
+    first = sorted((official / "text_encoder").glob("*.safetensors"))[0]
+    other = {name: torch.randn(tensor.shape) for name, tensor in read_tensors(first).items()}
+    write_safetensors(official / "text_encoder" / "old_finetune.safetensors", other)
+    with pytest.warns(UserWarning, match="does not name old_finetune.safetensors, which is left alone"):
+        found, _ = load_text_encoder(official).encode(PROMPTS, max_length=24)
+    assert torch.equal(found, encoder.encode(PROMPTS, max_length=24)[0])
+    (official / "text_encoder" / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is in both .*old_finetune.safetensors"):
+        load_text_encoder(official)
+
+
 def test_official_folder_equals_from_pretrained(official):
     ours = load_text_encoder(official).model.state_dict()
     theirs = UMT5EncoderModel.from_pretrained(official / "text_encoder", local_files_only=True).state_dict()
@@ -269,6 +281,75 @@ def test_bad_folders(official):
         load_text_encoder(official)
     with pytest.raises(CheckpointError, match=r"holds no .safetensors file"):
         load_text_encoder(empty)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": None}, "model_type"),
+        ({"model_type": ["umt5"]}, "model_type"),
+        ({"d_model": 4096}, "has d_model 4096, the files beside it 32"),
+        ({"num_layers": "3"}, "num_layers"),
+        ({"num_layers": 10**400}, "num_layers"),
+        ({"num_heads": [2]}, "num_heads"),
+        ({"vocab_size": 256384}, "vocab_size 256384"),
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj relu"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon"),
+        ({"layer_norm_epsilon": float("nan")}, "config"),
+        ({"layer_norm_epsilon": -1e-6}, "layer_norm_epsilon -1e-06"),
+        ({"relative_attention_max_distance": 0}, "relative_attention_max_distance 0"),
+        ({"relative_attention_max_distance": 128.5}, "relative_attention_max_distance"),
+        ({"relative_attention_max_distance": None}, "relative_attention_max_distance"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(official, change, message):
+    file = official / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_text_encoder(official)
+    assert "config.json" in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["1", "128.0", "null", '"umt5"', "[" * 100000, '{"a":' * 10000, "{", "", "\x00"])
+def test_a_config_that_is_none_is_refused(official, text):
+    (official / "text_encoder" / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json is not a text encoder config"):
+        load_text_encoder(official)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("spiece.model", b"", "is corrupt"),
+        ("spiece.model", b"\x00" * 100, "is corrupt"),
+        ("spiece.model", b"<html></html>", "is corrupt"),
+        ("tokenizer.json", b"", "as a tokenizer"),
+        ("tokenizer.json", b"1", "as a tokenizer"),
+        ("tokenizer.json", b"[" * 100000, "as a tokenizer"),
+        ("tokenizer.json", b"\xff\xfe", "is not UTF-8"),
+        ("tokenizer.json", {"version": None}, "as a tokenizer"),
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"</s>": 1}, "unk_token": "?"}}, "as a tokenizer"),
+        (
+            "tokenizer.json",
+            {"model": {"type": "WordLevel", "vocab": {"</s>": 2, "?": 0}, "unk_token": "?"}},
+            "EOS id 2",
+        ),
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}, "EOS id None"),
+        (
+            "tokenizer.json",
+            {"model": {"type": "WordLevel", "vocab": {"</s>": 1, "?": 4000000000}, "unk_token": "?"}},
+            "4000000001 pieces",
+        ),
+    ],
+)
+def test_a_broken_tokenizer_is_named(official, name, content, message):
+    (official / "tokenizer" / "spiece.model").unlink()
+    if isinstance(content, dict):
+        content = json.dumps({"version": "1.0", "added_tokens": []} | content).encode()
+    (official / "tokenizer" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_text_encoder(official)
+    assert name in str(caught.value) and len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("package", ["transformers", "sentencepiece"])
