@@ -1,7 +1,8 @@
-"""What tasks take from media, and make of it: clips read by their time, contact sheets."""
+"""Media for people to look at: what a clip holds, and contact sheets."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,22 @@ from typing import Any
 import numpy as np
 
 from ..files.atomic import atomic_path
-from ..files.media import check_output_name, read_video
+from ..files.media import VideoReader, check_output_name
 from ..files.media.opening import package
 
-__all__ = ["contact_sheet", "read_video"]
-
 COLUMNS, CELL = 4, 280  # of a contact sheet: cells in a row, and their width in pixels
+
+
+def read_video(path: str | Path) -> tuple[np.ndarray, float]:
+    """All frames that a clip holds, uint8 [F, H, W, 3] RGB, and its frames per second.
+
+    For looking at clips: one that is cut short, which every task refuses, gives what is there and a warning. Raises
+    LongCatError as `files.media.read_video` does.
+    """
+    with VideoReader(path, partial=True) as video:
+        if video.note:
+            warnings.warn(video.note, stacklevel=2)
+        return np.stack(list(video)), video.fps
 
 
 def contact_sheet(path: str | Path, frames: np.ndarray, prompt: str, *, fps: float = 15, count: int = 12) -> None:

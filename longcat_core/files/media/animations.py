@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import LongCatError
-from .opening import check_pixels, decoding, opened, opened_picture, package
+from .opening import decoding, opened, opened_picture, package
 from .pictures import to_rgb
 from .timing import Timeline
+from .wholeness import LAST_BYTES, is_cut_short
 
 REMEDY = "an .mp4 or .webm"
 # Milliseconds for which players show a frame that declares none.
@@ -40,8 +41,9 @@ class Animation:
         with self._stack:
             file = self._stack.enter_context(opened(path, "video"))
             with decoding(path, "animation", REMEDY):
-                self._picture = self._stack.enter_context(opened_picture(file))
-                check_pixels(*self._picture.size)
+                if is_cut_short(file):
+                    raise LongCatError(f"{path} is cut short, {LAST_BYTES}; get the whole file")
+                self._picture = self._stack.enter_context(opened_picture(path, file))
                 unit = 10 if self._picture.format == "GIF" else 1
                 self.width, self.height = self._picture.size
             durations = np.array([duration for duration, _ in self._stored()], dtype=np.float64)

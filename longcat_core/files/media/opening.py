@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -31,8 +32,10 @@ DECODERS = (
     "vc1", "theora", "mjpeg", "prores", "dnxhd", "cfhd", "dvvideo", "ffv1", "huffyuv", "ffvhuff", "utvideo",
     "magicyuv", "qtrle", "rawvideo", "v210", "png", "apng", "gif", "cinepak", "svq1", "svq3",
 )  # fmt: skip
-# Beyond this a picture is refused before it is decoded. Pillow has the same limit, which other programs may lift.
-MAX_PIXELS = 178_000_000
+# Beyond these a picture or frame is refused before it is decoded. Most decoders hold it more than once; those of
+# BY_ROWS do not.
+MAX_PIXELS, MAX_PIXELS_BY_ROWS = 80_000_000, 178_000_000
+BY_ROWS = ("PNG", "JPEG", "MPO", "BMP", "PPM", "TGA")
 
 
 def package(module: str) -> Any:
@@ -76,11 +79,18 @@ def opened(path: Path, what: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def opened_picture(file: BinaryIO) -> Iterator[Any]:
+def opened_picture(path: Path, file: BinaryIO) -> Iterator[Any]:
     """A Pillow image of a format on the list, its pixels not decoded yet. Raises LongCatError for too many pixels."""
     image = package("PIL.Image")
-    with image.open(file, formats=_known_formats(image)) as picture:
-        check_pixels(*picture.size)
+    with warnings.catch_warnings():
+        # Pillow warns of large pictures, for which there are limits here, and of odd metadata, which do not matter.
+        warnings.simplefilter("ignore")
+        try:
+            picture = image.open(file, formats=_known_formats(image))
+        except image.DecompressionBombError as error:
+            raise LongCatError(f"{path} has too many pixels; scale it down") from error
+    with picture:
+        check_pixels(path, *picture.size, MAX_PIXELS_BY_ROWS if picture.format in BY_ROWS else MAX_PIXELS)
         yield picture
 
 
@@ -101,7 +111,7 @@ def opened_container(file: BinaryIO) -> Iterator[Any]:
         yield container
 
 
-def check_pixels(width: int, height: int) -> None:
-    """Raise LongCatError if a picture or frame has too many pixels to be decoded."""
-    if width * height > MAX_PIXELS:
-        raise LongCatError(f"a picture of {width}x{height} pixels is too large; scale it to {MAX_PIXELS:,} pixels")
+def check_pixels(path: Path, width: int, height: int, limit: int = MAX_PIXELS) -> None:
+    """Raise LongCatError if a picture or frame has more pixels than `limit`."""
+    if width * height > limit:
+        raise LongCatError(f"{path} has {width}x{height} pixels; scale it to at most {limit / 1e6:,.0f} million pixels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from .opening import decoding, opened, opened_picture, package
 
 # Larger pictures are reduced by a whole factor as they are read; no frame has nearly as many pixels.
-ENOUGH_PIXELS = 64_000_000
+ENOUGH_PIXELS = 32_000_000
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -22,26 +23,34 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     operations = package("PIL.ImageOps")
-    with opened(path, "image") as file, decoding(path, "image", "a PNG, JPEG or WebP"), opened_picture(file) as picture:
-        factor = 1
-        while picture.width * picture.height > ENOUGH_PIXELS * factor**2:
-            factor *= 2
-        # A JPEG is decoded at the smaller size at once; other formats are reduced as soon as they are decoded.
-        picture.draft(picture.mode, (-(-picture.width // factor), -(-picture.height // factor)))
-        reduced = to_sized(picture, ENOUGH_PIXELS)
-        return to_rgb(operations.exif_transpose(reduced))
+    remedy = "a PNG, JPEG or WebP"
+    with opened(path, "image") as file, decoding(path, "image", remedy), opened_picture(path, file) as picture:
+        _check_depth(picture)
+        factor = math.ceil(math.sqrt(picture.width * picture.height / ENOUGH_PIXELS))
+        return to_rgb(operations.exif_transpose(_reduced(picture, factor) if factor > 1 else picture))
 
 
-def to_sized(picture: Any, pixels: int) -> Any:
-    """A Pillow image, reduced by a whole factor if it has more than `pixels`."""
-    factor = 1
-    while picture.width * picture.height > pixels * factor**2:
-        factor += 1
-    if factor == 1:
-        return picture
-    if picture.mode in ("P", "1"):
-        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    return picture.reduce(factor)
+def _reduced(picture: Any, factor: int) -> Any:
+    """A Pillow image whose sides are about `factor` times smaller."""
+    image, (width, height) = package("PIL.Image"), picture.size
+    # A JPEG is decoded at a smaller size at once.
+    picture.draft(picture.mode, (-(-width // factor), -(-height // factor)))
+    picture.load()
+    factor = max(1, round(factor * picture.width / width))
+    # By strips, because Pillow copies what it reduces.
+    rows, strips = 64 * factor, []
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(picture.height, top + rows)))
+        if strip.mode.startswith("I;16"):
+            strip = image.fromarray((np.asarray(strip) >> 8).astype(np.uint8))
+        elif strip.mode in ("P", "PA", "1"):
+            strip = strip.convert("RGBA" if picture.has_transparency_data else "RGB")
+        strips.append(strip.reduce(factor))
+    reduced = image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    for number, strip in enumerate(strips):
+        reduced.paste(strip, (0, 64 * number))
+    reduced.info = {name: value for name, value in picture.info.items() if name != "transparency"}
+    return reduced
 
 
 def to_rgb(picture: Any) -> np.ndarray:
@@ -50,14 +59,18 @@ def to_rgb(picture: Any) -> np.ndarray:
     if picture.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255.
         return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if picture.mode in ("I", "F"):
-        # Pillow clips them at 255, regardless of their range.
-        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
+    _check_depth(picture)
     picture = _srgb(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = image.alpha_composite(image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
     return np.array(picture.convert("RGB"))
+
+
+def _check_depth(picture: Any) -> None:
+    if picture.mode in ("I", "F"):
+        # Pillow clips them at 255, regardless of their range.
+        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
 
 
 def _srgb(picture: Any) -> Any:

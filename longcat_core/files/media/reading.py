@@ -25,7 +25,8 @@ class VideoReader:
 
     path: any container or codec of the lists in `opening`. fps: frames per second to yield, by their time; None yields
     the stored frames as they are (a GIF or WebP at its own rate). from_end: lay the moments of the frames back from
-    the last stored frame rather than forth from the first. Raises LongCatError for a file that cannot be read, is cut
+    the last stored frame rather than forth from the first. partial: read a clip that is cut short as far as it goes,
+    and say so in `note`. Raises LongCatError for a file that cannot be read, is cut
     short, or shows one frame for more than ten minutes.
 
     height, width: of a frame as it is shown, in pixels. fps: of the frames that are yielded. source_fps: of the stored
@@ -33,9 +34,11 @@ class VideoReader:
     sound track. note: what was done to the clip in one sentence for users, or "".
     """
 
-    def __init__(self, path: str | Path, fps: float | None = None, *, from_end: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, fps: float | None = None, *, from_end: bool = False, partial: bool = False
+    ) -> None:
         self.path = Path(path)
-        self._source = Animation(self.path) if is_animation(self.path) else Stream(self.path)
+        self._source = Animation(self.path) if is_animation(self.path) else Stream(self.path, partial)
         self.height, self.width, self.has_sound = self._source.height, self._source.width, self._source.has_sound
         timeline = self._source.timeline
         self.source_fps = timeline.rate

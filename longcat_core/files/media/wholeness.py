@@ -1,0 +1,83 @@
+"""Tell whether a file ends before the size or the end mark that its container declares.
+
+FFmpeg and Pillow read a clip that is cut short without complaint; a continuation would start at the wrong frame.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import BinaryIO
+
+LAST_BYTES = "its last bytes are missing"
+
+_NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
+_TS_PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a packet: where its sync byte is
+
+
+def is_cut_short(file: BinaryIO) -> bool:
+    """Whether the end is missing of a Matroska, MP4, AVI, WebP, GIF, PNG, NUT or MPEG-TS file; others seem whole."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    head = file.read(4096)
+    file.seek(max(0, size - 4096))
+    tail = file.read()
+    file.seek(0)
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return _matroska_end(head) > size
+    if head.startswith((b"RIFF", b"RIFX")) and len(head) >= 8:
+        length = struct.unpack("<I", head[4:8])[0]
+        # Writers that could not go back leave no length.
+        return length not in (0, 0xFFFFFFFF) and length + 8 > size
+    if head.startswith(b"GIF8"):
+        return tail.rstrip(b"\0\r\n ")[-1:] != b";"
+    if head.startswith(b"\x89PNG"):
+        return b"IEND" not in tail
+    if head.startswith(b"nut/multimedia container"):
+        # The index is the last packet; its last bytes are its length and a checksum.
+        length = int.from_bytes(tail[-12:-4], "big")
+        return not (0 < length <= len(tail) and tail[-length:].startswith(_NUT_INDEX)) and _NUT_INDEX not in tail
+    for length, sync in _TS_PACKETS.items():
+        places = range(sync, min(len(head), 5 * length), length)
+        if len(places) == 5 and all(head[place] == 0x47 for place in places):
+            return size % length != 0
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
+        return _boxes_end(file, size) > size
+    return False
+
+
+def _matroska_end(head: bytes) -> int:
+    """Where the segment of a Matroska file ends (RFC 9559), 0 if it does not say."""
+    header, at = _variable_number(head, 4)
+    at += header
+    if head[at : at + 4] != b"\x18\x53\x80\x67":
+        return 0
+    length, start = _variable_number(head, at + 4)
+    # A length of ones alone means that it was not known.
+    unknown = length == (1 << 7 * (start - at - 4)) - 1
+    return 0 if unknown else start + length
+
+
+def _variable_number(data: bytes, at: int) -> tuple[int, int]:
+    """An EBML number (RFC 8794, section 4) and where it ends."""
+    first = data[at] if at < len(data) else 0
+    length = 9 - first.bit_length() if first else 1
+    number = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
+    return number, at + length
+
+
+def _boxes_end(file: BinaryIO, size: int) -> int:
+    """Where the last box of an MP4 file ends (ISO/IEC 14496-12, 4.2)."""
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if length < 8 or not head[4:8].strip(b"\0"):
+            # The last box may reach to the end, or zeros follow it.
+            break
+        at += length
+    file.seek(0)
+    return at
