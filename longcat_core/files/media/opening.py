@@ -100,11 +100,11 @@ def _known_formats(image: Any) -> list[str]:
 
 
 @contextmanager
-def opened_container(file: BinaryIO) -> Iterator[Any]:
-    """A PyAV container that reads from `file` alone."""
+def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS) -> Iterator[Any]:
+    """A PyAV container that reads from `file` alone, with these decoders."""
     options = {
         "format_whitelist": ",".join(DEMUXERS),
-        "codec_whitelist": ",".join(DECODERS),
+        "codec_whitelist": ",".join(decoders),
         "protocol_whitelist": "file",
     }
     with package("av").open(file, options=options, metadata_errors="replace") as container:

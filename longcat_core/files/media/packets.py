@@ -40,7 +40,7 @@ class Packets:
         self._last_dts: float | None = None
         self._last_duration = 0.0
         with opened_container(file) as container:
-            streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+            streams = [stream for stream in container.streams.video if not is_cover(stream)]
             if not streams:
                 raise LongCatError(f"{path} holds no video frames; give {REMEDY}, .gif or .webp")
             stream, form = streams[0], container.format.name
@@ -116,7 +116,7 @@ def _declared_end(container: Any, stream: Any) -> tuple[float, bool] | None:
     return None
 
 
-def _is_cover(stream: Any) -> bool:
+def is_cover(stream: Any) -> bool:
     """Whether a stream is the cover picture of a piece of music."""
     disposition = getattr(stream, "disposition", None)
     return disposition is not None and bool(disposition & type(disposition).attached_pic)

@@ -30,6 +30,15 @@ def read_image(path: str | Path) -> np.ndarray:
         return to_rgb(operations.exif_transpose(_reduced(picture, factor) if factor > 1 else picture))
 
 
+def count_pictures(path: str | Path) -> int:
+    """How many pictures a file holds: the frames of an animation, the pages of a TIFF. Raises as `read_image` does."""
+    path = Path(path)
+    remedy = "a PNG, JPEG or WebP"
+    with opened(path, "image") as file, decoding(path, "image", remedy), opened_picture(path, file) as picture:
+        # The second picture of an MPO is the first one again, small or for the other eye.
+        return 1 if picture.format in ("MPO", "ICO") else int(getattr(picture, "n_frames", 1))
+
+
 def _reduced(picture: Any, factor: int) -> Any:
     """A Pillow image whose sides are about `factor` times smaller."""
     image, (width, height) = package("PIL.Image"), picture.size

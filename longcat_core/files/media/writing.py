@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from ...errors import LongCatError
 from ..atomic import atomic_path
 from ..places import check_place, check_suffix
 from .opening import package
+from .sound import sound_of
 
 Frames = np.ndarray
 
@@ -25,13 +27,16 @@ X264_PARAMS = "mbtree=0"
 _BT709, _LIMITED_RANGE = 1, 1
 
 
-def write_video(path: str | Path, frames: Frames | Iterable[Frames], fps: float) -> None:
+def write_video(
+    path: str | Path, frames: Frames | Iterable[Frames], fps: float, sound: str | Path | None = None
+) -> None:
     """Write frames as .mp4 (H.264, yuv420p, BT.709), .mkv (FFV1, lossless), .webp (animated, lossless) or .gif (256
     colors per frame).
 
     The suffix selects the format. frames: uint8 [F, H, W, 3], or an iterable of such clips, of which .mp4 and .mkv hold
     one at a time in memory. fps: frames per second; .gif and .webp round the end of each frame to 10 ms and 1 ms.
-    Raises LongCatError for an unknown suffix, frames of another shape or dtype, or odd sides in an .mp4.
+    sound: a video whose sound an .mp4 or .mkv has too, from its first frame on; see `check_sound`. Raises LongCatError
+    for an unknown suffix, frames of another shape or dtype, or odd sides in an .mp4.
     """
     path = Path(path)
     check_output_name(path)
@@ -45,7 +50,7 @@ def write_video(path: str | Path, frames: Frames | Iterable[Frames], fps: float)
     pictures = _pictures(chain([first], clips), first.shape[1:])
     with atomic_path(path) as temporary:
         if suffix in (".mp4", ".mkv"):
-            _write_stream(temporary, pictures, first.shape[1:3], fps, lossless=suffix == ".mkv")
+            _write_stream(temporary, pictures, first.shape[1:3], fps, sound, lossless=suffix == ".mkv")
         else:
             _write_animation(temporary, pictures, fps, suffix)
 
@@ -57,7 +62,15 @@ def _pictures(clips: Iterable[Frames], shape: tuple[int, ...]) -> Iterator[Frame
         yield from clip
 
 
-def _write_stream(path: Path, pictures: Iterable[Frames], size: tuple[int, int], fps: float, *, lossless: bool) -> None:
+def _write_stream(
+    path: Path,
+    pictures: Iterable[Frames],
+    size: tuple[int, int],
+    fps: float,
+    sound: str | Path | None,
+    *,
+    lossless: bool,
+) -> None:
     av = package("av")
     form, codec = ("matroska", "ffv1") if lossless else ("mp4", "libx264")
     # Neither a date nor the writer's version, so that equal frames give equal files.
@@ -75,12 +88,19 @@ def _write_stream(path: Path, pictures: Iterable[Frames], size: tuple[int, int],
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED_RANGE
-        for picture in pictures:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            if not lossless:
-                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        heard = nullcontext() if sound is None else sound_of(Path(sound), container)
+        with heard as tracks:
+            for number, picture in enumerate(pictures):
+                if tracks is not None:
+                    # Little by little, because the container keeps what is ahead of the pictures in memory.
+                    tracks.write(number / fps)
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                if not lossless:
+                    frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+            if tracks is not None:
+                tracks.write()
 
 
 def _write_animation(path: Path, frames: Iterable[Frames], fps: float, suffix: str) -> None:
