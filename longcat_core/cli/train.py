@@ -10,8 +10,8 @@ from ..generate.opened import open_model
 from ..optimize.compilation import why_not
 from ..optimize.switches import Optimizations
 from ..training import lora as training
-from ..training.clips import find_clips
-from .console import notes_from_warnings, progress
+from ..training.clips import find_clips, left_out
+from .console import note, notes_from_warnings, progress
 from .models import device_of, dtype_of, paths_of
 
 # Options that the recipe takes as they are.
@@ -41,6 +41,9 @@ def train_lora(args: argparse.Namespace) -> int:
         attention=args.attention, compile=args.compile, gradient_checkpointing=recipe.gradient_checkpointing
     )
     clips = find_clips(args.folder, recipe.frames)
+    for sentence in (left_out(args.folder, clips), *(clip.note for clip in clips)):
+        if sentence:
+            note(sentence)
 
     started, smooth = time.monotonic(), None
     with notes_from_warnings(), progress() as bar:

@@ -1,9 +1,14 @@
-"""A folder of clips and pictures with captions, to train on: found and checked, then encoded one by one."""
+"""A folder of clips and pictures with captions, to train on: found and checked, then encoded one by one.
+
+Frames are taken by their time, at the rate that the model was trained at.
+"""
 
 from __future__ import annotations
 
+import mimetypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +16,22 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..files.media import read_image, read_video, resize_and_crop
+from ..files.media import count_pictures, open_video, read_image, read_video, resize_and_crop
+from ..files.regular import read_text
 from ..files.safetensors_io import fingerprint
+from ..generate.options import FPS
 from ..generate.request import check_text
 from ..generate.segments import checksum
 from ..generate.text import TextEncoder
 from ..generate.vae import VideoVAE
 from ..sampling.conditioning import to_pixels
 
-CLIPS = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".gif", ".webp")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
-_SHOWN = 3
+CLIPS = (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".gif", ".webp", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg",
+         ".vob", ".wmv", ".asf", ".flv", ".f4v", ".ogv", ".3gp", ".3g2", ".mxf", ".nut", ".y4m", ".apng")  # fmt: skip
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm")
+# Kinds of files that are media by their name but are not read.
+_UNREAD = ("image/", "video/", "audio/")
+_SHOWN = 10
 
 # Done, of how many.
 Report = Callable[[int, int], None]
@@ -29,17 +39,18 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Clip:
-    """A file with its caption; `frames` of it are used, 1 of a picture."""
+    """A file with its caption; `frames` of it are used, 1 of a picture. note: how they were taken, or ""."""
 
     path: Path
     caption: str
     frames: int
+    note: str = ""
 
     def read(self) -> np.ndarray:
-        """Its frames from the first on, uint8 [F, H, W, 3]."""
-        if self.path.suffix.lower() in PICTURES:
+        """Its frames from the first on, FPS a second: uint8 [F, H, W, 3]."""
+        if self.frames == 1 and self.path.suffix.lower() in PICTURES:
             return read_image(self.path)[None]
-        return read_video(self.path, first=self.frames)[0]
+        return read_video(self.path, first=self.frames, fps=FPS if self.frames > 1 else None)[0]
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Sample:
 
 
 def find_clips(folder: Path, frames: int) -> list[Clip]:
-    """The clips of a folder, sorted by name, each read once up to `frames` frames.
+    """The clips of a folder, sorted by name, each read once up to `frames` frames at the model's rate.
 
     Raises LongCatError for a folder without clips, a clip that is unreadable or has fewer frames (one: a picture), and
     a caption (the .txt of the same name) that is missing, empty or no text.
@@ -69,29 +80,59 @@ def find_clips(folder: Path, frames: int) -> list[Clip]:
         )
     # All captions, before any clip is decoded.
     captions = [_caption(path) for path in files]
-    clips, short = [], []
-    for path, caption in zip(files, captions, strict=True):
-        found = len(Clip(path, caption, frames).read())
-        if found not in (1, frames):
-            short.append(f"{path.name} has {found}")
-        clips.append(Clip(path, caption, found))
+    short: list[str] = []
+    clips = [_checked(path, caption, frames, short) for path, caption in zip(files, captions, strict=True)]
     if short:
-        more = f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
         raise LongCatError(
-            f"clips in {folder} are shorter than --frames {frames} ({', '.join(short[:_SHOWN])}{more}); give fewer "
-            "frames or take them out"
+            f"clips in {folder} are shorter than --frames {frames}, {frames / FPS:.2f} s at {FPS:g} fps "
+            f"({_some(short)}); give fewer frames or take them out"
         )
     return clips
+
+
+def _checked(path: Path, caption: str, frames: int, short: list[str]) -> Clip:
+    """The clip, whose frames are decoded once; if they are too few, that is added to `short`."""
+    if path.suffix.lower() in PICTURES and (count := count_pictures(path)) == 1:
+        read_image(path)
+        return Clip(path, caption, 1)
+    if path.suffix.lower() in (".tif", ".tiff"):
+        raise LongCatError(f"{path} has {count} pages, of which one would be used; save them as pictures of their own")
+    with open_video(path) as reader:
+        if reader.frames == 1:
+            return Clip(path, caption, len(list(reader)))
+    with open_video(path, FPS) as reader:
+        found = len(list(islice(reader.shown(), frames)))
+        if found < frames:
+            short.append(f"{path.name} has {found}")
+        return Clip(path, caption, found, reader.note)
+
+
+def left_out(folder: Path, clips: Sequence[Clip]) -> str:
+    """A sentence that names the media, the captions and the folders in a folder that `find_clips` did not use; "" if
+    it used all."""
+    used = {clip.path.name for clip in clips} | {clip.path.with_suffix(".txt").name for clip in clips}
+    others = [path for path in sorted(folder.iterdir()) if path.name not in used and not path.name.startswith(".")]
+    captions = {path.stem for path in others if path.suffix.lower() == ".txt"}
+
+    def matters(path: Path) -> bool:
+        kind = mimetypes.guess_type(path.name)[0] or ""
+        media = kind.startswith(_UNREAD) or path.suffix.lower() in CLIPS + PICTURES
+        return path.is_dir() or path.stem in captions or media
+
+    names = [path.name + "/" * path.is_dir() for path in others if matters(path)]
+    return f"not used from {folder}: {_some(names)}; clips are {' '.join(CLIPS + PICTURES)}" if names else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _caption(path: Path) -> str:
     file = path.with_suffix(".txt")
     if not file.is_file():
         raise LongCatError(f"{path} has no caption; write what it shows into {file.name} beside it")
-    try:
-        caption = " ".join(file.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise LongCatError(f"{file} is not UTF-8 text; save it as such") from error
+    caption = " ".join(read_text(file, "caption").split())
     check_text(f"caption {file}", caption)
     if not caption:
         raise LongCatError(f"{file} is empty; write what {path.name} shows into it")

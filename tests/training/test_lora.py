@@ -25,9 +25,10 @@ from longcat_core.files import media
 from longcat_core.files.safetensors_io import read_header, read_metadata, read_tensors, write_safetensors
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.training import lora as train_lora
-from longcat_core.training.clips import find_clips
+from longcat_core.training.clips import find_clips, left_out
 from longcat_core.training.lora import LAYERS, LoraTrainer, Recipe
 
+from ..support.clips import numbered, numbers, write_clip
 from . import killed_training
 from .killed_training import PATHS, RECIPE, samples
 
@@ -283,7 +284,9 @@ def test_anothers_lora_beside_a_state_is_not_replaced(train, tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"x.lora_A.weight": torch.ones(2, 2)}, {"format": "pt"})
     before = (tmp_path / "a.safetensors").read_bytes()
     for steps in (2, 4):
-        with pytest.raises(LongCatError, match=r"a\.safetensors is not the LoRA of a\.state\.safetensors; move"):
+        with pytest.raises(
+            LongCatError, match=r"a\.safetensors is not the LoRA of a\.state\.safetensors; move"
+        ):
             train("a", replace(RECIPE, steps=steps))
     assert before == (tmp_path / "a.safetensors").read_bytes()
 
@@ -355,6 +358,64 @@ def test_clips_are_found_with_their_captions(folder):
     assert one != train_lora.clips_fingerprint(find_clips(folder, 5))
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "fps", "taken"),
+    [
+        ("a.mkv", "ffv1", 30, [0, 2, 4, 6, 8]),
+        ("a.ts", "libx264", 60, [0, 4, 8, 12, 16]),
+        ("a.mpg", "mpeg2video", 25, [0, 2, 3, 5, 7]),
+        ("a.wmv", "wmv2", 15, [0, 1, 2, 3, 4]),
+        ("a.flv", "libx264", 7.5, [0, 0, 1, 1, 2]),
+        ("a.m2ts", "libx264", 30, [0, 2, 4, 6, 8]),
+        ("a.mov", "mpeg4", 12, [0, 1, 2, 2, 3]),
+        ("a.ogv", "libvpx", 15, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_clips_of_any_kind_and_rate_are_taken_by_their_time(tmp_path, name, codec, fps, taken):
+    form = {".ogv": "ogg", ".m2ts": "mpegts", ".wmv": "asf"}.get(Path(name).suffix)
+    write_clip(tmp_path / name, numbered(24), fps, codec=codec, form=form)
+    (tmp_path / "a.txt").write_text("a")
+    [found] = find_clips(tmp_path, 5)
+    assert numbers(found.read()) == taken and found.frames == 5
+    assert (found.note == "") == (fps == 15) and left_out(tmp_path, [found]) == ""
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.TIFF", "a.avif", "a.jfif", "a.tga", "a.webp", "a.gif"])
+def test_pictures_of_any_kind_are_one_frame(tmp_path, name):
+    Image.new("RGB", (48, 32), (9, 8, 7)).save(tmp_path / name, format={".jfif": "JPEG"}.get(Path(name).suffix))
+    (tmp_path / "a.txt").write_text("a")
+    [found] = find_clips(tmp_path, 5)
+    assert found.frames == 1 and found.read().shape == (1, 32, 48, 3)
+
+
+def test_a_moving_picture_is_a_clip_and_pages_are_refused(tmp_path):
+    frames = [Image.fromarray(frame) for frame in numbered(9)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], duration=67)
+    (tmp_path / "a.txt").write_text("a")
+    [found] = find_clips(tmp_path, 5)
+    assert numbers(found.read()) == [0, 1, 2, 3, 4]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(LongCatError, match=r"a\.tif has 9 pages"):
+        find_clips(tmp_path, 5)
+
+
+def test_a_clip_that_is_too_short_after_all_is_no_picture(tmp_path):
+    write_clip(tmp_path / "a.mkv", numbered(2), 60)
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(LongCatError, match=r"shorter than --frames 5, 0\.33 s at 15 fps \(a\.mkv has 1\)"):
+        find_clips(tmp_path, 5)
+
+
+def test_what_is_left_out_is_named(folder):
+    clips = find_clips(folder, 5)
+    assert left_out(folder, clips) == "", "notes.md is neither media nor a caption"
+    for name in ("d.heic", "e.txt", "f.xyz", "f.txt", "g.mp3"):
+        (folder / name).write_text("x")
+    (folder / "h").mkdir()
+    said = left_out(folder, clips)
+    assert said.startswith(f"not used from {folder}: d.heic, e.txt, f.txt, f.xyz, g.mp3, h/; clips are .mp4 ")
+
+
 def _written(name: str, text: str | bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
@@ -365,7 +426,7 @@ BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
     ([], _written("c.txt", b"\xff\xfe\x00"), "c.txt is not UTF-8 text"),
     ([], _written("a.mkv", "no video" * 99), "a.mkv is not a readable video"),
     ([], _written("c.png", "no picture"), "c.png is not a readable image"),
-    (["--frames", "13"], None, "are shorter than --frames 13 (a.mkv has 9, b.webp has 9)"),
+    (["--frames", "13"], None, "are shorter than --frames 13, 0.87 s at 15 fps (a.mkv has 9, b.webp has 9)"),
     (["--frames", "12"], None, "12 frames are not of the form 4k+1"),
     (["--size", "60x96"], None, "height 60 is not a multiple of 16"),
     ([], lambda folder: [file.unlink() for file in folder.iterdir()], "clips holds no clips"),
