@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+
 import comfy.model_management
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.generate.refine import Padding, enlarge, target_size
+from ..longcat_core.generate.refine import Padding, enlarge, size_note, target_size
 from ..longcat_core.generate.request import check_side
 from .conditioning import check_images, put_clean, require_wan_vae, to_bytes
-from .declarations import CUSTOM
+from .declarations import CUSTOM, TWICE
 from .engine import encode_video
 from .inputs import LongCatNode
 
 
 def refined_size(video: Tensor, resolution: str, width: int, height: int) -> tuple[int, int]:
     """(height, width) in pixels that `video`, an IMAGE, is refined to. Raises LongCatError for sides out of range."""
+    given = tuple(video.shape[1:3])
     if resolution != CUSTOM:
-        height, width = target_size(*video.shape[1:3], resolution == "720p")
+        height, width = target_size(*given, resolution == "720p")
     check_side("width", width)
     check_side("height", height)
+    if said := size_note(given, (height, width), resolution != TWICE):
+        logging.warning("LongCat: %s", said)
     return height, width
 
 

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import LongCatError
-from ..files.media import check_output, estimate_bytes, read_video, write_video
+from ..files.media import check_output, check_sound, estimate_bytes, write_video
 from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
 from ..generate.media import contact_sheet
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
-from ..generate.refine import RefineRequest, check_video, piece_folder, refine_in_folder
+from ..generate.refine import RefineRequest, footage_of, piece_folder, refine_in_folder
 from ..generate.refine import refine as refined
 from ..generate.request import GenerateRequest, work_of
 from ..generate.segments import SegmentFolder
@@ -50,11 +50,16 @@ class _Task:
         shape: tuple[int, int, int],
         fps: float,
         seed: int,
+        sound: Path | None = None,
     ) -> None:
-        """Check the output file, which must not be one of `sources`, then models and machine. Raises LongCatError."""
+        """Check the output file, which must not be one of `sources`, then models and machine. Raises LongCatError.
+
+        sound: a video whose sound the output has too.
+        """
         _check_distinct(output, *sources)
         check_output(output, estimate_bytes(output, *shape))
         self.args, self.output, self.shape, self.fps, self.seed = args, output, shape, fps, seed
+        self.sound = sound
         self.device, self.model = machine_of(args, paths)
         self.started = time.monotonic()
 
@@ -68,7 +73,7 @@ class _Task:
         """Write the frames that `make` returns, and return them."""
         with notes_from_warnings(), progress() as bar:
             frames = make(bar)
-            write_video(self.output, frames, self.fps)
+            write_video(self.output, frames, self.fps, self.sound)
         return frames
 
     def report(self, details: str = "") -> int:
@@ -132,20 +137,23 @@ def refine(args: argparse.Namespace) -> int:
     paths = paths_of(args)
     full = args.sparsity == 0 or (args.sparsity is None and paths.is_nano)
     sparse = None if full else BlockSparse() if args.sparsity is None else BlockSparse(args.sparsity)
-    video, fps = read_video(args.video)
     height, width = args.size or (None, None)
     request = RefineRequest(
         *(args.prompt, args.seed, not args.spatial_only, height, width, args.steps, args.piece, args.overlap),
-        fps=fps,
         block_sparse=sparse,
     )
     request.check()
-    check_video(video)
+    video = footage_of(args.video)
+    assert video.fps is not None, "a file has a rate"
+    request = replace(request, fps=video.fps)
     folder = None if args.folder is None else piece_folder(args.folder)
-    rate = 2 if request.doubled else 1
     output = args.output or free_name(args.video.with_name(f"{args.video.stem}-refined.mp4"))
-    shape = rate * len(video), *request.size(video, paths.defaults)
-    task = _Task(args, paths, output, (args.video,), shape, rate * fps, request.seed)
+    shape = request.factor * video.frames, *request.size(video, paths.defaults)
+    # Copied if it can be; that it is left out or coded as AAC is said.
+    sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
+    task = _Task(args, paths, output, (args.video,), shape, request.factor * request.fps, request.seed, sound)
+    print_notes([*request.notes(video, paths.defaults), *filter(None, [said])])
+    video.check()
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 

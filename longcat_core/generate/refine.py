@@ -10,9 +10,10 @@ refined end of the previous one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,20 @@ from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .engine import Engine, check_finite
+from .footage import Footage
 from .inputs import check_callback, check_path, check_whole
-from .options import MAX_FPS, MAX_SEED
+from .options import FPS, MAX_FPS, MAX_SEED, MAX_SIDE, SIDE_MULTIPLE
 from .request import Defaults, check_number, check_seed, check_side, check_text
 from .segments import Segment, SegmentFolder, Settings, checksum
 
 # Latent frames are padded to a multiple of this.
 GROUP = 4
 DIVISOR = 64
+# A change of shape from here on is said.
+VISIBLE = 1.1
+
+# Frames, uint8 [F, H, W, 3], or the path of a file, or the footage that was made of either.
+Video = np.ndarray | str | os.PathLike[str] | Footage
 
 
 @dataclass(frozen=True)
@@ -57,46 +64,65 @@ class RefineRequest:
     steps: int = 50
     piece: int = 93
     overlap: int = 13
-    fps: float = 15
+    fps: float = FPS
     block_sparse: BlockSparse | None = None
 
     def __post_init__(self) -> None:
         plain_fields(self)
 
-    def size(self, video: np.ndarray, defaults: Defaults) -> tuple[int, int]:
+    @property
+    def factor(self) -> int:
+        """By which the frame rate is multiplied."""
+        return 2 if self.doubled else 1
+
+    def size(self, video: Video, defaults: Defaults) -> tuple[int, int]:
         """(height, width) in pixels of the refined video."""
         if self.height is not None and self.width is not None:
             return self.height, self.width
-        _, height, width, _ = video.shape
-        return target_size(height, width, defaults.bucketed)
+        footage = footage_of(video)
+        return target_size(footage.height, footage.width, defaults.bucketed)
 
-    def work(self, video: np.ndarray, defaults: Defaults) -> Work:
+    def notes(self, video: Video, defaults: Defaults) -> list[str]:
+        """What reading and scaling do to the video that its user may not expect."""
+        footage = footage_of(video)
+        asked = self.height is not None or defaults.bucketed
+        note = size_note((footage.height, footage.width), self.size(footage, defaults), asked)
+        return [sentence for sentence in (footage.note, note) if sentence]
+
+    def pieces(self, video: Video) -> list[tuple[int, int]]:
+        """First frame and end (exclusive) of every piece."""
+        return pieces(footage_of(video).frames, self.piece, self.overlap)
+
+    def work(self, video: Video, defaults: Defaults) -> Work:
         """The memory-relevant sizes of sampling the largest piece."""
-        parts, factor = pieces(len(video), self.piece, self.overlap), 2 if self.doubled else 1
-        given = factor * self.overlap if len(parts) > 1 else 0
-        padding = Padding.of(factor * max(stop - start for start, stop in parts), given)
+        parts = self.pieces(video)
+        given = self.factor * self.overlap if len(parts) > 1 else 0
+        padding = Padding.of(self.factor * max(stop - start for start, stop in parts), given)
         shape = latent_shape(padding.total, *self.size(video, defaults))
         return Work((1, *shape), False, padding.given_latents)
 
     def seed_of(self, number: int) -> int:
         return (self.seed + number) % (MAX_SEED + 1)
 
-    def settings(self, video: np.ndarray, number: int, defaults: Defaults) -> Settings:
-        """Everything that decides a piece's frames, except the model and the previous piece."""
-        start, stop = pieces(len(video), self.piece, self.overlap)[number]
-        height, width = self.size(video, defaults)
-        return {
-            "prompt": self.prompt,
-            "height": height,
-            "width": width,
-            "doubled": self.doubled,
-            "seed": self.seed_of(number),
-            "steps": self.steps,
-            "piece": self.piece,
-            "overlap": self.overlap,
-            "block_sparse": None if self.block_sparse is None else asdict(self.block_sparse),
-            "source": checksum(video[start:stop]),
-        }
+    def settings(self, video: Video, defaults: Defaults) -> list[Settings]:
+        """Everything that decides the frames of each piece, except the model and the previous piece."""
+        footage = footage_of(video)
+        height, width = self.size(footage, defaults)
+        return [
+            {
+                "prompt": self.prompt,
+                "height": height,
+                "width": width,
+                "doubled": self.doubled,
+                "seed": self.seed_of(number),
+                "steps": self.steps,
+                "piece": self.piece,
+                "overlap": self.overlap,
+                "block_sparse": None if self.block_sparse is None else asdict(self.block_sparse),
+                "source": checksum(np.stack(frames)),
+            }
+            for number, frames in enumerate(footage.parts(self.pieces(footage)))
+        ]
 
     def check(self) -> None:
         """Raise LongCatError for values that do not fit any video."""
@@ -165,19 +191,25 @@ def _whole_groups(latents: int) -> int:
     return math.ceil(latents / GROUP) * GROUP
 
 
-def enlarge(frames: np.ndarray, height: int, width: int, count: int) -> Tensor:
+def enlarge(frames: Sequence[np.ndarray] | np.ndarray, height: int, width: int, count: int) -> Tensor:
     """uint8 [F, H, W, 3] -> [1, 3, count, height, width] fp32 in -1..1, bilinear in space and linear in time.
 
-    Corners are aligned: the first and last frames and the outermost pixels keep their values.
+    Corners are aligned: the first and last frames and the outermost pixels keep their values. Frame by frame, because
+    all frames of the given size may take more memory than the result.
     """
-    video = to_pixels(torch.from_numpy(np.ascontiguousarray(frames)))[0].transpose(0, 1)
-    video = F.interpolate(video, size=(height, width), mode="bilinear", align_corners=True)
-    if count != len(frames):
-        places = torch.linspace(0, len(frames) - 1, count, dtype=torch.float64)
-        below = places.floor().long().clamp(max=max(0, len(frames) - 2))
-        share = (places - below).float().view(-1, 1, 1, 1)
-        above = (below + 1).clamp(max=len(frames) - 1)
-        video = torch.lerp(video[below], video[above], share)
+
+    @lru_cache(maxsize=2)
+    def enlarged(index: int) -> Tensor:
+        pixels = to_pixels(torch.from_numpy(np.ascontiguousarray(frames[index])[None]))[0].transpose(0, 1)
+        return F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=True)[0]
+
+    video = torch.empty((count, 3, height, width), memory_format=torch.channels_last)
+    places = torch.linspace(0, len(frames) - 1, count, dtype=torch.float64)
+    below = places.floor().long().clamp(max=max(0, len(frames) - 2))
+    for number, index in enumerate(below.tolist()):
+        share = (places[number] - index).float()
+        above = enlarged(min(index + 1, len(frames) - 1)) if share else enlarged(index)
+        video[number] = torch.lerp(enlarged(index), above, share)
     return video.transpose(0, 1)[None]
 
 
@@ -192,10 +224,29 @@ def pieces(frames: int, piece: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def target_size(height: int, width: int, bucketed: bool) -> tuple[int, int]:
-    """(height, width) in pixels that a video of this size is refined to."""
+    """(height, width) in pixels that a video of this size is refined to: twice the size, or the 720p size nearest in
+    shape if `bucketed`.
+
+    Twice the size is less for sides beyond MAX_SIDE, and each side becomes the nearest multiple of SIDE_MULTIPLE.
+    """
     if bucketed:
         return nearest_bucket(height, width, "720p", DIVISOR)
-    return 2 * height, 2 * width
+    factor = min(2.0, MAX_SIDE / max(height, width))
+    tall, wide = (max(1, math.floor(factor * side / SIDE_MULTIPLE + 0.5)) for side in (height, width))
+    return SIDE_MULTIPLE * tall, SIDE_MULTIPLE * wide
+
+
+def size_note(given: tuple[int, int], refined: tuple[int, int], asked: bool) -> str:
+    """A sentence on a video of (height, width) pixels whose shape changes visibly, or that is not refined to twice its
+    size although no other size was asked for; "" for any other video."""
+    change = refined[0] / refined[1] * given[1] / given[0]
+    words = " is scaled to ".join(f"{height}x{width}" for height, width in (given, refined))
+    if not 1 / VISIBLE < change < VISIBLE:
+        percent = 100 * (max(change, 1 / change) - 1)
+        return f"the video of {words}, which changes its shape by {percent:.0f} %; crop it or give another size"
+    if not asked and refined != (2 * given[0], 2 * given[1]):
+        return f"the video of {words}, because the model takes multiples of {SIDE_MULTIPLE} up to {MAX_SIDE}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -213,53 +264,54 @@ class Piece:
     latents: Tensor
 
 
-def check_video(video: np.ndarray) -> None:
-    """Raise LongCatError unless `video` is uint8 [F, H, W, 3]."""
-    check_type("the video to refine", video, np.ndarray, "uint8 frames [F, H, W, 3]")
-    if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not video.size:
-        raise LongCatError(f"the video to refine is {video.dtype} {list(video.shape)}; give uint8 frames [F, H, W, 3]")
+def footage_of(video: Video) -> Footage:
+    """The frames to refine. Raises LongCatError for what `Footage.of` does not take."""
+    return Footage.of(video, "the video to refine")
 
 
 def refine(
     engine: Engine,
-    video: np.ndarray,
+    video: Video,
     request: RefineRequest,
     callback: Callable[[int, int, Step], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield the refined frames of `video`, uint8 [F, H, W, 3], piece by piece: uint8 [f, height, width, 3].
+    """Yield the refined frames of `video` piece by piece: uint8 [f, height, width, 3].
 
-    callback: called after each step with the piece's number, the number of pieces, and the step. On one machine the
-    same request gives the same frames bit for bit. Raises LongCatError for input that does not fit.
+    video: uint8 [F, H, W, 3], or a file, of which one piece is held at a time. callback: called after each step with
+    the piece's number, the number of pieces, and the step. On one machine the same request gives the same frames bit
+    for bit. Raises LongCatError for input that does not fit.
     """
     check_type("the engine", engine, Engine, "a Pipeline")
     check_type("the request", request, RefineRequest, "a RefineRequest")
     check_callback(callback)
     request.check()
-    check_video(video)
+    footage = footage_of(video)
+    parts, size = request.pieces(footage), request.size(footage, engine.defaults)
     before: np.ndarray | None = None
-    for number in range(len(pieces(len(video), request.piece, request.overlap))):
-        piece = refine_piece(engine, video, request, number, before, callback)
+    for number, frames in enumerate(footage.parts(parts)):
+        piece = refine_piece(engine, frames, request, size, number, len(parts), before, callback)
         before = piece.frames
         yield before[piece.skip :]
 
 
 def refine_piece(
     engine: Engine,
-    video: np.ndarray,
+    frames: Sequence[np.ndarray],
     request: RefineRequest,
+    size: tuple[int, int],
     number: int,
+    of: int,
     before: np.ndarray | None,
     callback: Callable[[int, int, Step], None] | None = None,
 ) -> Piece:
-    """Refine one piece of a checked request. before: the previous piece's refined frames, None for the first."""
-    parts = pieces(len(video), request.piece, request.overlap)
-    start, stop = parts[number]
-    size = request.size(video, engine.defaults)
-    factor = 2 if request.doubled else 1
-    count = factor * (stop - start)
-    given = factor * request.overlap if number else 0
+    """Refine one piece of a checked request to `size`, height and width.
+
+    frames: the piece's own, each uint8 [H, W, 3]. before: the previous piece's refined frames, None for the first.
+    """
+    count = request.factor * len(frames)
+    given = request.factor * request.overlap if number else 0
     padding = Padding.of(count, given)
-    pixels = padding.pad(enlarge(video[start:stop], *size, count))
+    pixels = padding.pad(enlarge(frames, *size, count))
     clean = engine.encode(pixels)
     del pixels
     noise = seeded_noise(tuple(clean.shape), request.seed_of(number))
@@ -274,17 +326,17 @@ def refine_piece(
         clean=clean,
         cond_latents=known,
         block_sparse=request.block_sparse,
-        callback=None if callback is None else lambda step: callback(number, len(parts), step),
+        callback=None if callback is None else lambda step: callback(number, of, step),
     )
     check_finite(latents)
-    frames = engine.decode(latents)[padding.front : padding.front + count]
-    return Piece(number, len(parts), frames, given, latents.cpu())
+    refined = engine.decode(latents)[padding.front : padding.front + count]
+    return Piece(number, of, refined, given, latents.cpu())
 
 
 def refine_in_folder(
     load: Callable[[], Engine],
     defaults: Defaults,
-    video: np.ndarray,
+    video: Video,
     request: RefineRequest,
     folder: SegmentFolder,
     model: Settings,
@@ -296,16 +348,16 @@ def refine_in_folder(
     too. Yields the piece's number, its leading frames that the previous piece has too, and whether it was reused.
     """
     request.check()
-    check_video(video)
-    parts = pieces(len(video), request.piece, request.overlap)
-    settings = [request.settings(video, number, defaults) | model for number in range(len(parts))]
-    factor = 2 if request.doubled else 1
-    height, width = request.size(video, defaults)
-    engine = cache(load)
+    footage = footage_of(video)
+    parts, factor = request.pieces(footage), request.factor
+    settings = [piece | model for piece in request.settings(footage, defaults)]
+    height, width = request.size(footage, defaults)
+    engine, given = cache(load), enumerate(footage.parts(parts))
 
     def make(number: int, before: Segment | None) -> tuple[np.ndarray, Tensor, Settings]:
+        frames = next(frames for part, frames in given if part == number)
         known = None if before is None else before.frames
-        piece = refine_piece(engine(), video, request, number, known, callback)
+        piece = refine_piece(engine(), frames, request, (height, width), number, len(parts), known, callback)
         return piece.frames, piece.latents, {}
 
     room = [4 * factor * (stop - start) * height * width for start, stop in parts]

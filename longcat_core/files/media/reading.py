@@ -30,8 +30,9 @@ class VideoReader:
     short, or shows one frame for more than ten minutes.
 
     height, width: of a frame as it is shown, in pixels. fps: of the frames that are yielded. source_fps: of the stored
-    ones, on average. frames: how many are yielded, as far as known before decoding. has_sound: whether there is a
-    sound track. note: what was done to the clip in one sentence for users, or "".
+    ones, on average. even_fps: at which frames that are taken by their time show all of the stored ones. frames: how
+    many are yielded, as far as known before decoding. has_sound: whether there is a sound track. note: what was done to
+    the clip in one sentence for users, or "".
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class VideoReader:
         self._source = Animation(self.path) if is_animation(self.path) else Stream(self.path, partial)
         self.height, self.width, self.has_sound = self._source.height, self._source.width, self._source.has_sound
         timeline = self._source.timeline
-        self.source_fps = timeline.rate
+        self.source_fps, self.even_fps = timeline.rate, timeline.even_rate
         self._grid: Grid | None = None
         if fps is not None:
             last = float(timeline.times[-1])

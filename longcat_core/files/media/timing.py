@@ -21,6 +21,8 @@ T = TypeVar("T")
 SAME_RATE = 0.005
 # Rounding of a frame's duration is bridged up to 10 ms, GIF's unit, and up to this share of the duration.
 MAX_UNIT, MAX_ROUNDING = 0.01, 0.12
+# Frames per second of an even clip that stands for one whose frames differ in duration.
+USUAL_RATES = (1, 2, 3, 4, 5, 6, 7.5, 8, 10, 12, 12.5, 15, 20, 24, 25, 30, 48, 50, 60, 75, 90, 100, 120)
 # A frame that would be shown for less than this share of an interval is not taken.
 SHORTEST_SHARE = 0.25
 
@@ -62,6 +64,19 @@ class Timeline:
             same = abs(self.nominal - self.interval) <= SAME_RATE * self.interval
             return 1 / (self.nominal if same else self.interval)
         return float((len(self.times) - 1) / (self.times[-1] - self.times[0]))
+
+    @property
+    def even_rate(self) -> float:
+        """Frames per second at which an even clip shows every frame of this one, apart from rare short ones."""
+        if not self.varies:
+            return self.rate
+        if not self._uneven:
+            return 1 / self.interval
+        steps = np.diff(self.times)
+        usual, short = float(np.median(steps)), float(np.quantile(steps, 0.1, method="lower"))
+        # Phones and screen recorders miss their rate by some percent from frame to frame.
+        least = 0.95 / (usual if short > 0.6 * usual else short)
+        return float(next((rate for rate in USUAL_RATES if rate >= least), USUAL_RATES[-1]))
 
     def step(self, fps: float) -> float:
         """Seconds of this clip from one frame to the next at `fps`: 1 / fps, corrected for rounded times and rates."""
@@ -111,3 +126,10 @@ class Grid:
             shown = coming
         for _ in range(number, self.count):
             yield shown[1]
+
+
+def even_picks(count: int, fps: float, rate: float) -> list[int]:
+    """Which of `count` frames, `fps` per second, show an even clip at `rate`, back from the last one."""
+    times = np.arange(count) / fps
+    grid = Timeline(times, count / fps, nominal=1 / fps).grid(rate, to_last=float(times[-1]))
+    return list(grid.pick((float(time), number) for number, time in enumerate(times)))
