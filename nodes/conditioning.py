@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import comfy.ldm.wan.vae
 import comfy.model_management
 import comfy.sd
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.media import resize_and_crop
-from ..longcat_core.generate.request import check_frames, check_side
+from ..longcat_core.files.media.timing import even_picks
+from ..longcat_core.generate.options import FPS
+from ..longcat_core.generate.request import check_frames, check_number, check_side
 from ..longcat_core.sampling.buckets import nearest_bucket
-from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, last_frames, latent_frames, latent_shape
+from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from .declarations import CUSTOM
 from .inputs import LongCatNode
 
@@ -80,23 +84,47 @@ def check_images(name: str, images: Tensor) -> None:
         raise LongCatError(f"{name} is {list(images.shape)}; connect an IMAGE with three channels [frames, H, W, 3]")
 
 
+def end_of_clip(name: str, clip: Tensor, fps: float, rate: float, count: int) -> Tensor:
+    """The last `count` frames of a clip [F, H, W, C] of `fps` frames per second, taken by their time at `rate`.
+
+    Raises LongCatError for a clip that is too short.
+    """
+    check_number("fps", fps, 0.1, 1000.0)
+    taken = even_picks(len(clip), fps, rate)
+    if len(taken) < count:
+        raise LongCatError(
+            f"{name} lasts {len(clip) / fps:.2f} s at {fps:g} fps, and {count} frames to continue from last "
+            f"{count / rate:.2f} s at {rate:g} fps; connect a longer clip, correct its fps or continue fewer frames"
+        )
+    if fps != rate:
+        logging.info("LongCat: %s has %g frames per second; they are taken by their time, at %g", name, fps, rate)
+    return clip[taken[-count:]]
+
+
 class ImageToVideo(LongCatNode):
     ID = "LongCatImageToVideo"
 
     @classmethod
     def execute(cls, vae, image, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
         check_images("image", image)
-        return io.NodeOutput(conditioned_latent(vae, image[:1], resolution, width, height, length, batch_size))
+        if len(image) > 1:
+            raise LongCatError(
+                f"image holds {len(image)} images, but a video starts with one; take one out of the batch "
+                "(ImageFromBatch), or connect the frames of a clip to LongCat Video Continuation"
+            )
+        return io.NodeOutput(conditioned_latent(vae, image, resolution, width, height, length, batch_size))
 
 
 class VideoContinuation(LongCatNode):
     ID = "LongCatVideoContinuation"
 
     @classmethod
-    def execute(cls, vae, video, cond_frames, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
+    def execute(
+        cls, vae, video, cond_frames, resolution, width, height, length, batch_size=1, fps=FPS
+    ) -> io.NodeOutput:
         check_images("video", video)
         latent_frames(cond_frames, "cond_frames")
-        frames = last_frames(video, cond_frames)
+        frames = end_of_clip("video", video, fps, FPS, cond_frames)
         return io.NodeOutput(conditioned_latent(vae, frames, resolution, width, height, length, batch_size))
 
 

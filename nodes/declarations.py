@@ -88,6 +88,19 @@ _refined_sizes = _sizes(
 )
 
 
+def _clip_rate(name: str, clip: str, taken: str) -> Widget:
+    """The frame rate of the frames that are connected to `clip`; taken: at which rate they are used."""
+    return shared(
+        "fps",
+        name=name,
+        optional=True,
+        least=0.1,
+        most=1000.0,
+        help=f"frame rate of {clip}, for instance the fps of Get Video Components; its frames are taken by their time, "
+        f"{taken}",
+    )
+
+
 def _folder(default: str) -> Widget:
     return own("folder", "text", "folder inside ComfyUI's output folder that keeps every finished piece; queue the "
                 "same workflow again to resume, even after a crash", default)  # fmt: skip
@@ -207,7 +220,7 @@ NODES: dict[str, Node] = {
     "LongCatImageToVideo": Node(
         "LongCat Image to Video",
         "Makes a latent whose first frame is the image, for LongCat Sampler and for stock samplers.",
-        (_vae, Socket("image", "Image", "the first frame; of several images, the first one is used"),
+        (_vae, Socket("image", "Image", "a single image, the first frame"),
          *_given_sizes),
         (Socket("", "Latent", "with a noise_mask that keeps the first frame"),),
     ),
@@ -217,9 +230,11 @@ NODES: dict[str, Node] = {
         "and for stock samplers.",
         (
             _vae,
-            Socket("video", "Image", "frames of the clip to continue, for instance from Get Video Components"),
+            Socket("video", "Image", "frames of the clip to continue, for instance from Get Video Components; an image "
+                   "batch does not say its frame rate, so set or connect fps"),
             shared("cond_frames"),
             *_given_sizes,
+            _clip_rate("fps", "video", "15 per second, LongCat-Video's rate"),
         ),
         (Socket("", "Latent", "with a noise_mask that keeps the frames of the clip"),),
     ),
@@ -274,7 +289,9 @@ NODES: dict[str, Node] = {
             _kv_cache,
             Socket("begin_with", "Image", "a single image becomes the first frame; a clip is continued from its last "
                    "overlap frames. Both are scaled and cropped to width and height", optional=True),
-            shared("fps", help="frame rate of the files in the folder; it changes nothing else", optional=True),
+            shared("fps", help="frame rate of the files in the folder, and at which the frames of a clip in begin_with "
+                   "are taken", optional=True),
+            _clip_rate("begin_fps", "begin_with", "as many per second as fps says"),
         ),
         (
             Socket("images", "Image", "all frames; frames that two segments share appear once"),

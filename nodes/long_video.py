@@ -9,8 +9,10 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..longcat_core.generate import long_video, refine
+from ..longcat_core.generate.footage import Footage
+from ..longcat_core.generate.options import FPS
 from ..longcat_core.generate.request import RELEASED, GenerateRequest
-from .conditioning import check_images, to_bytes, to_image
+from .conditioning import check_images, end_of_clip, to_bytes, to_image
 from .declarations import LONG_MODES
 from .engine import ComfyEngine, output_folder
 from .inputs import LongCatNode
@@ -62,7 +64,8 @@ class LongVideo(LongCatNode):
     @classmethod
     def execute(
         cls, model, clip, vae, prompts, negative_prompt, segments, width, height, length, overlap, seed, steps,
-        guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=15.0,
+        guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=FPS,
+        begin_fps=FPS,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, LONG)
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
@@ -70,6 +73,8 @@ class LongVideo(LongCatNode):
         given = None
         if begin_with is not None:
             check_images("begin_with", begin_with)
+            if len(begin_with) > 1:
+                begin_with = end_of_clip("begin_with", begin_with, begin_fps, fps, overlap)
             given = to_bytes(begin_with)
         schedule, later_schedule = LONG_MODES[mode]
         first = GenerateRequest(
@@ -94,7 +99,7 @@ class RefineLongVideo(LongCatNode):
     @classmethod
     def execute(
         cls, model, clip, vae, video, prompt, seed, steps, double_rate, resolution, width, height, piece, overlap,
-        folder, fps=15.0,
+        folder, fps=FPS,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, REFINE_LONG)
         check_images("video", video)
@@ -103,9 +108,10 @@ class RefineLongVideo(LongCatNode):
         request.check()
         engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
         kept = refine.piece_folder(output_folder(folder))
-        frames, settings, factor = to_bytes(video), engine.settings(), 2 if double_rate else 1
-        count = len(refine.pieces(len(frames), piece, overlap))
-        gathered = Gathered(count, factor * len(frames), height, width)
+        # Converted piece by piece: a second copy of a long video may not fit into memory.
+        frames = Footage(len(video), *video.shape[1:3], lambda: (to_bytes(frame[None])[0] for frame in video))
+        settings, factor = engine.settings(), request.factor
+        gathered = Gathered(len(request.pieces(frames)), factor * len(video), height, width)
         for number, skip, _ in refine.refine_in_folder(lambda: engine, RELEASED, frames, request, kept, settings):
             gathered.add(number, kept.frames(number, skip))
         return gathered.output(cls, factor * fps)

@@ -256,17 +256,21 @@ def image_to_video() -> Graph:
 def continuation() -> Graph:
     title = "LongCat-Video - video continuation 480p"
     text = (
-        "Load a clip of at least 13 frames, best at 15 fps: its last 13 frames are given, 80 new ones follow.\n"
+        "Load a clip of at least 0.9 s: its last 13 frames at 15 per second are given, 80 new ones follow.\n"
         "The saved video begins with the given frames."
     )
     graph = base(title, REAL, CAT, FILES_NOTE.format(title=title, files="", text=text))
     graph.add("clip", "LoadVideo", "load", 480, (310, 300))
     graph.add("frames", "GetVideoComponents", "load", 860, (310, 80))
-    graph.add("latent", "LongCatVideoContinuation", "prompt", 440, (420, 220))
+    graph.add("latent", "LongCatVideoContinuation", "prompt", 440, (420, 244))
     graph.group("2  What to make", "positive", "negative", "latent")
     graph.groups[0][1].extend(("clip", "frames"))
     graph.link(
-        "clip.VIDEO frames.video", "frames.images latent.video", "vae.VAE latent.vae", "model.MODEL sampler.model"
+        "clip.VIDEO frames.video",
+        "frames.images latent.video",
+        "frames.fps latent.fps",
+        "vae.VAE latent.vae",
+        "model.MODEL sampler.model",
     )
     return finish(graph, "video/longcat_continued", mode="enhance_hf")
 
@@ -387,7 +391,9 @@ def refining() -> Graph:
     graph.groups[0][1].extend(("lora", "sparse", "clip"))
     graph.add("frames", "GetVideoComponents", "prompt", 440, (420, 80))
     graph.link("clip.VIDEO frames.video", "model.MODEL lora.model", "lora.MODEL sparse.model")
-    return refined(graph, "frames.images", "sparse.MODEL", "longcat_720p", "frames.fps")
+    refined(graph, "frames.images", "sparse.MODEL", "longcat_720p", "frames.fps")
+    graph.link("frames.audio video.audio")
+    return graph
 
 
 def refined(graph: Graph, images: str, model: str, prefix: str, fps: str = "", **size: Any) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.read_ahead import ReadAhead
+from ..files.tensor_files import TensorFile
 from ..optimize.kernels.elementwise import quantize_rows
-from .formats import times_scale
+from .formats import QUANT_FORMATS, times_scale
 from .lora import LoraStack
 from .stored import Part, Stored
 
@@ -46,10 +48,10 @@ class Reader:
         self._ahead: ReadAhead | None = None
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a stored tensor on the CPU, in its dtype."""
+        """Rows of a stored tensor on the CPU, in the stored dtype."""
         if self._ahead is not None and (found := self._ahead.take((name, start, stop))) is not None:
             return found
-        return self._read(name, start, stop)
+        return self._file(name).rows(self.checkpoint.prefix + name, start, stop)
 
     @contextmanager
     def ahead(self, parts: Iterable[Part]) -> Iterator[None]:
@@ -57,7 +59,8 @@ class Reader:
         piece is valid until the next one is read."""
 
         def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-            return lambda buffer: self._read(part.name, *cut, buffer)
+            name = self.checkpoint.prefix + part.name
+            return lambda buffer: self._file(part.name).rows(name, *cut, buffer)
 
         jobs = (((part.name, *cut), job(part, cut)) for part in parts for cut in self._cuts(part))
         self._ahead = ReadAhead(jobs, AHEAD, 4 * PIECE)
@@ -74,10 +77,28 @@ class Reader:
         count = max(1, PIECE * rows // max(1, math.prod(shape)))
         return ((start, min(start + count, rows)) for start in range(0, rows, count))
 
-    def _read(self, name: str, start: int, stop: int | None, buffer: Tensor | None = None) -> Tensor:
-        """Rows in the dtype that their bits have, which the file may store as bytes."""
-        file = self.checkpoint.files[self.checkpoint.where[name]]
-        return file.rows(self.checkpoint.prefix + name, start, stop, buffer).view(self.checkpoint.dtypes[name])
+    def _file(self, name: str) -> TensorFile:
+        return self.checkpoint.files[self.checkpoint.where[name]]
+
+    def check_formats(self) -> None:
+        """Raise CheckpointError for a layer in a quantized format other than numbers times scales."""
+        formats = dict(self.checkpoint.quantized)
+        for name in self.checkpoint.where:
+            if name.endswith(".comfy_quant"):
+                try:
+                    formats[name.removesuffix(".comfy_quant")] = dict(json.loads(self.rows(name).numpy().tobytes()))
+                except (ValueError, TypeError) as error:
+                    raise CheckpointError(
+                        f"{self.checkpoint.source} has an unreadable {name}; download it again"
+                    ) from error
+        for layer, conf in formats.items():
+            kind, more = conf.get("format"), conf.get("params")
+            rotated = conf.get("convrot") or (isinstance(more, dict) and more.get("convrot"))
+            if kind not in QUANT_FORMATS or rotated:
+                raise CheckpointError(
+                    f"{self.checkpoint.source} stores {layer} as {kind}{' with rotation' if rotated else ''}, which is "
+                    f"not supported; give a file in bf16, GGUF or {', '.join(QUANT_FORMATS)}"
+                )
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device` by its scale."""

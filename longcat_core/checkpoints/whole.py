@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.weight_files import open_weights
-from .formats import Format
-from .quantized import MARKERS
+from .formats import MARKERS, Format
 from .reader import Reader, Weight, require_finite
 from .stored import Stored, collect, match_parameters
 
@@ -84,6 +83,7 @@ def read_whole(
     """
     parts = match_parameters(stored, parameters)
     reader = Reader(stored)
+    reader.check_formats()
     state, extremes = {}, {}
     with reader.ahead(part for name in parameters for part in parts[name]):
         for name, parameter in parameters.items():

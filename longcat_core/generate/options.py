@@ -20,6 +20,8 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 30.0
 MAX_STEP_CACHE = 1.0
 MAX_FPS = 120.0
+# Frames per second of the videos that the models were trained on.
+FPS = 15.0
 MAX_SEED = 2**63 - 1
 MAX_SEGMENTS = 999
 SCHEDULES = ("base", "distilled", "enhance_hf")
@@ -203,7 +205,8 @@ OPTIONS: tuple[Option, ...] = (
         LEARNED,
         _TRAIN,
         Option("size", "size", "height x width in pixels that clips are scaled and cropped to", filled=True, **_size),
-        Option("frames", "whole", "number of frames to take from the start of each clip, 4k+1", **_frames),
+        Option("frames", "whole", "number of frames to take from the start of each clip, 15 per second, 4k+1",
+               **_frames),
         Option("rank", "whole", "rank of the LoRA", 16, least=1, most=1024, metavar="N"),
         Option("alpha", "number", "the LoRA is scaled by alpha / rank", shown="the rank", filled=True, least=1e-6,
                most=1e6, metavar="X"),
@@ -307,8 +310,8 @@ OPTIONS: tuple[Option, ...] = (
                metavar="DIR", shown="none", commands=_REFINE),
         Option("page", "path", "also write the report to this .md file, with its pictures beside it", metavar="FILE",
                commands=_COMPARE),
-        Option("fps", "number", "frame rate of the output file", 15.0, least=1.0, most=MAX_FPS, step=0.5, digits=2,
-               metavar="X", common=True),
+        Option("fps", "number", "frame rate of the output file, and at which the frames of a clip are taken", FPS,
+               least=1.0, most=MAX_FPS, step=0.5, digits=2, metavar="X", common=True),
     ),
     *_group(
         "",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LongCatError, check_type, is_number, is_whole, plain_fields
-from ..files.media import read_image, read_video
+from ..files.media import count_pictures, open_video, read_image, read_video
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
@@ -19,6 +19,7 @@ from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
 from .inputs import check_path, check_whole
 from .options import (
+    FPS,
     MAX_FPS,
     MAX_FRAMES,
     MAX_GUIDANCE,
@@ -51,10 +52,14 @@ NANO = Defaults(64, 96, 33, bucketed=False, clip_schedule="base")
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a filled request's given frames come from: files, as (image, video, number of conditioning frames)."""
+    """Where a filled request's given frames come from.
 
-    files: tuple[Path | None, Path | None, int]
+    files: image, video, number of conditioning frames, and frames per second. notes: sentences on what reading did.
+    """
+
+    files: tuple[Path | None, Path | None, int, float]
     frames: np.ndarray | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class GenerateRequest:
     guidance off. image: the first frame. video: a clip of which the last `num_cond_frames` frames (4k+1) are continued.
     given: the frames of the image or the clip, uint8 [F, H, W, 3]; `filled` reads them from the file, or they are given
     instead of a file: one frame is an image, more are a clip. kv_cache: how conditioning frames are computed.
-    step_cache: the threshold for skipping steps, 0 for none; see `sample`. fps: of the output file; the model does not
-    see it. source: set by `filled`, which reads again where a filled request names another file.
+    step_cache: the threshold for skipping steps, 0 for none; see `sample`. fps: of the output file; the frames of a
+    clip are taken by their time at this rate, and given frames have it. source: set by `filled`, which reads again
+    where a filled request names another file.
     """
 
     prompt: str
@@ -83,7 +89,7 @@ class GenerateRequest:
     num_cond_frames: int = 13
     kv_cache: KVMode = "exact"
     step_cache: float = 0.0
-    fps: float = 15
+    fps: float = FPS
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
     source: Source | None = field(default=None, repr=False, compare=False)
 
@@ -107,7 +113,8 @@ class GenerateRequest:
             check_type("the schedule", self.schedule, str, f"one of {', '.join(SCHEDULES)}")
         check_whole("the number of conditioning frames", self.num_cond_frames)
         latent_frames(self.num_cond_frames, noun="conditioning frames")
-        given, own = self._frames()
+        check_number("fps", self.fps, 1.0, MAX_FPS)
+        given, own, notes = self._frames()
         _check_given(given)
         is_clip = given is not None and len(given) > 1
         schedule = self.schedule or (defaults.clip_schedule if is_clip else "base")
@@ -127,7 +134,7 @@ class GenerateRequest:
             image=None if own else self.image,
             video=None if own else self.video,
         )
-        request = replace(request, source=None if given is None else Source(request._files, given))
+        request = replace(request, source=None if given is None else Source(request._files, given, notes))
         request._check()
         return request
 
@@ -140,7 +147,7 @@ class GenerateRequest:
 
     def notes(self) -> list[str]:
         """Warnings about a filled request that runs, though perhaps not as the user meant it."""
-        notes = []
+        notes = [] if self.source is None else list(self.source.notes)
         if self.schedule == "distilled" and self.guidance_scale != 1:
             notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
         if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):
@@ -148,40 +155,47 @@ class GenerateRequest:
         return notes
 
     @property
-    def _files(self) -> tuple[Path | None, Path | None, int]:
-        return self.image, self.video, self.num_cond_frames
+    def _files(self) -> tuple[Path | None, Path | None, int, float]:
+        return self.image, self.video, self.num_cond_frames, self.fps
 
-    def _frames(self) -> tuple[np.ndarray | None, bool]:
-        """The conditioning frames, and whether they were given rather than read from a file.
+    def _frames(self) -> tuple[np.ndarray | None, bool, tuple[str, ...]]:
+        """The conditioning frames, whether they were given rather than read from a file, and what reading did.
 
         Whoever changes the file of a filled request means the new file, and whoever changes its frames the new frames.
         """
         if self.given is None:
-            return self._read(), False
-        before = self.source or Source((None, None, self.num_cond_frames), None)
+            return self._read()
+        before = self.source or Source((None, None, self.num_cond_frames, self.fps), None)
         renamed = self._files[:2] != before.files[:2]
         if self.given is before.frames:
-            # More conditioning frames are read from the file again.
+            # More conditioning frames, or at another rate, are read from the file again.
             from_file = self._files[:2] != (None, None) and self._files != before.files
-            return (self._read(), False) if renamed or from_file else (self.given, self._files[:2] == (None, None))
+            own = self._files[:2] == (None, None)
+            return self._read() if renamed or from_file else (self.given, own, before.notes)
         if renamed and self._files[:2] != (None, None):
             raise LongCatError("frames and the file of an image or a video are both given; give only one of them")
-        return self.given, True
+        return self.given, True, ()
 
-    def _read(self) -> np.ndarray | None:
+    def _read(self) -> tuple[np.ndarray | None, bool, tuple[str, ...]]:
         if self.image is not None:
-            return read_image(self.image)[None]
+            count = count_pictures(self.image)
+            several = f"{self.image} holds {count} pictures; the first one is used"
+            return read_image(self.image)[None], False, (several,) if count > 1 else ()
         if self.video is None:
-            return None
-        clip, _ = read_video(self.video, last=self.num_cond_frames)
+            return None, False, ()
+        with open_video(self.video, self.fps) as reader:
+            sound = f"the sound of {self.video} is left out" if reader.has_sound else ""
+            notes, frames = tuple(filter(None, (reader.note, sound))), reader.frames
+        clip, _ = read_video(self.video, last=self.num_cond_frames, fps=self.fps)
         if len(clip) < self.num_cond_frames:
             most = nearest_frame_counts(len(clip))[0]
             raise LongCatError(
-                f"video {self.video} has {len(clip)} frames, fewer than the {self.num_cond_frames} conditioning "
-                f"frames; give a longer clip or at most {most} conditioning frames"
+                f"video {self.video} lasts {frames / self.fps:.2f} s and has {len(clip)} frames at {self.fps:g} per "
+                f"second, fewer than the {self.num_cond_frames} conditioning frames, which last "
+                f"{self.num_cond_frames / self.fps:.2f} s; give a longer clip or at most {most} conditioning frames"
             )
         # A clip of one frame is an image to the model.
-        return clip
+        return clip, False, notes
 
     def _size(self, defaults: Defaults, given: np.ndarray | None) -> tuple[int, int]:
         if self.height is None and self.width is None and given is not None and defaults.bucketed:
@@ -214,7 +228,6 @@ class FilledRequest(GenerateRequest):
         check_mode(self.kv_cache)
         check_number("step cache", self.step_cache, 0.0, MAX_STEP_CACHE)
         check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
-        check_number("fps", self.fps, 1.0, MAX_FPS)
         check_seed(self.seed)
         if self.given is None:
             return

@@ -25,6 +25,8 @@ from longcat_core.generate.request import (
 )
 from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 
+from ..support.clips import numbered, numbers, write_clip
+
 IMAGE = np.zeros((1, 30, 40, 3), np.uint8)
 CLIP = np.zeros((20, 30, 40, 3), np.uint8)
 
@@ -47,6 +49,45 @@ def test_what_is_given_stays() -> None:
 def test_filling_twice_changes_nothing() -> None:
     once = GenerateRequest("x", given=CLIP).filled(RELEASED)
     assert once.filled(NANO) == once and once.given is CLIP
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate", "wanted"),
+    [
+        (15, 15, [35, 36, 37, 38, 39]),
+        (30, 15, [31, 33, 35, 37, 39]),
+        (60, 15, [23, 27, 31, 35, 39]),
+        (29.97, 15, [31, 33, 35, 37, 39]),
+        (7.5, 15, [37, 37, 38, 38, 39]),
+        (60, 30, [31, 33, 35, 37, 39]),
+        (30, 30, [35, 36, 37, 38, 39]),
+    ],
+)
+def test_a_clip_is_continued_at_the_speed_that_it_has(
+    tmp_path: Path, fps: float, rate: float, wanted: list[int]
+) -> None:
+    clip = write_clip(tmp_path / "a.mkv", numbered(40), fps)
+    request = GenerateRequest("x", video=clip, num_cond_frames=5, fps=rate).filled(NANO)
+    assert request.given is not None and numbers(request.given) == wanted
+    assert [f"at {rate:g}" in note for note in request.notes()] == [True] * (round(fps) != rate)
+    # Another rate of a filled request is another choice of frames.
+    again = replace(request, fps=2 * rate).filled(NANO)
+    assert again.given is not None and numbers(again.given) != wanted
+
+
+def test_a_clip_that_is_too_short_is_measured_in_seconds(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mkv", numbered(20), 30)
+    with pytest.raises(LongCatError, match=r"lasts 0\.67 s and has 10 frames at 15 .* last 0\.87 s; .* at most 9 "):
+        GenerateRequest("x", video=clip).filled(NANO)
+
+
+def test_what_is_not_used_of_a_file_is_said(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mkv", numbered(20), sound="aac")
+    notes = GenerateRequest("x", video=clip, num_cond_frames=5).filled(NANO).notes()
+    assert notes == [f"the sound of {clip} is left out"]
+    write_video(tmp_path / "a.gif", numbered(5), 15)
+    notes = GenerateRequest("x", image=tmp_path / "a.gif").filled(NANO).notes()
+    assert notes == [f"{tmp_path / 'a.gif'} holds 5 pictures; the first one is used"]
 
 
 @pytest.mark.parametrize("number", [np.int64, np.int32, np.uint16, np.array, torch.tensor])
