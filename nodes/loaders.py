@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
@@ -162,10 +163,12 @@ class TextEncoderLoader(LongCatNode):
         if device == "cpu":
             cpu = torch.device("cpu")
             options = {"load_device": cpu, "offload_device": cpu}
-        if sizes["d_model"] == XXL_WIDTH:
-            folders = folder_paths.get_folder_paths("embeddings")
-            return io.NodeOutput(comfy.sd.load_clip([str(path)], folders, comfy.sd.CLIPType.WAN, options))
-        return io.NodeOutput(_small_clip(path, sizes, options))
+        if sizes["d_model"] != XXL_WIDTH:
+            return io.NodeOutput(_small_clip(path, options))
+        if not _known(opened):
+            return io.NodeOutput(_xxl_clip(path, options))
+        folders = folder_paths.get_folder_paths("embeddings")
+        return io.NodeOutput(comfy.sd.load_clip([str(path)], folders, comfy.sd.CLIPType.WAN, options))
 
 
 class _Target:
@@ -177,10 +180,38 @@ class _Target:
         self.clip, self.params = clip, {}
 
 
-def _small_clip(path: Path, sizes: dict[str, int], options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def _known(opened: umt5.Umt5) -> bool:
+    """Whether ComfyUI reads a text encoder's file as it is."""
+    int8 = any(name.endswith(".weight_int8") for name in opened.where)
+    return opened.form is umt5.TRANSFORMERS and not (opened.prefix or int8 or is_gguf(Path(opened.source)))
+
+
+def _state(opened: umt5.Umt5) -> dict[str, torch.Tensor]:
+    """A text encoder's tensors as ComfyUI's classes take them, in bf16 if its file has another form."""
+    if _known(opened):
+        state, metadata = comfy.utils.load_torch_file(opened.source, safe_load=True, return_metadata=True)
+        return comfy.utils.convert_old_quants(state, "", metadata=metadata)[0]
+    vocabulary = bytearray(opened.vocabulary() or b"")
+    return opened.state(torch.bfloat16) | {umt5.SPIECE: torch.frombuffer(vocabulary, dtype=torch.uint8)}
+
+
+def _xxl_clip(path: Path, options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A CLIP for UMT5-XXL in a form that ComfyUI's own loader does not know."""
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [_state(umt5.open_umt5(path))],
+        folder_paths.get_folder_paths("embeddings"),
+        comfy.sd.CLIPType.WAN,
+        options,
+        **({"disable_dynamic": True} if disable_dynamic else {}),
+    )
+    clip.patcher.cached_patcher_init = (_patcher, (_xxl_clip, path, options))
+    return clip
+
+
+def _small_clip(path: Path, options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A CLIP for a UMT5 whose sizes ComfyUI's own loader does not recognize."""
-    state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    state, _ = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    opened = umt5.open_umt5(path)
+    state, sizes = _state(opened), opened.sizes
     names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     options = {**options, "umt5xxl_model_config": {name: sizes[name] for name in names}}
     quantized = comfy.utils.detect_layer_quantization(state, "")
@@ -199,12 +230,12 @@ def _small_clip(path: Path, sizes: dict[str, int], options: dict, disable_dynami
         )
     except RuntimeError as error:
         raise LongCatError(f"{path.name} does not load as a UMT5 encoder ({error}); download it again") from error
-    clip.patcher.cached_patcher_init = (_small_clip_patcher, (path, sizes, options))
+    clip.patcher.cached_patcher_init = (_patcher, (_small_clip, path, options))
     return clip
 
 
-def _small_clip_patcher(*args, **kwargs) -> ModelPatcher:
-    return _small_clip(*args, **kwargs).patcher
+def _patcher(make: Callable[..., comfy.sd.CLIP], *args, **kwargs) -> ModelPatcher:
+    return make(*args, **kwargs).patcher
 
 
 NODES = [ModelLoader, TextEncoderLoader]

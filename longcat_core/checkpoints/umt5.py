@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError
 from .formats import Format
 from .formats import times_scale as dequantise  # the name by which scripts import it
 from .stored import Stored, stored_part
-from .whole import open_whole
+from .whole import open_whole, read_whole
 
 __all__ = ["SPIECE", "Umt5", "dequantise", "open_umt5"]
 
@@ -80,6 +81,27 @@ class Umt5(Stored):
         if not torch.equal(values.double(), stored.double()):
             raise CheckpointError(f"{file} has a SentencePiece model ('{name}') that is not bytes; download it again")
         return values.numpy().tobytes()
+
+    def state(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """All weights by transformers' names, without the tied copy of the embedding, as `read_whole` reads them."""
+        rows, width, inner = (
+            self.sizes["vocab_size"],
+            self.sizes["d_model"],
+            self.sizes["d_kv"] * self.sizes["num_heads"],
+        )
+        into, out, norm = (inner, width), (width, inner), (width,)
+        gate, down = (self.sizes["d_ff"], width), (width, self.sizes["d_ff"])
+        bias = (self.sizes["relative_attention_num_buckets"], self.sizes["num_heads"])
+        block = zip(_BLOCK, (norm, into, into, into, out, bias, norm, gate, gate, down), strict=True)
+        shapes = {_SHARED: (rows, width), _NORM: norm}
+        shapes |= {f"encoder.block.{i}.{name}": shape for name, shape in list(block) for i in range(self.depth)}
+        # Like transformers itself: the output of the feed-forward overflows fp16.
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        parameters = {
+            f"{module}.weight": torch.empty(shape, dtype=wide if module.endswith(".wo") else dtype, device="meta")
+            for module, shape in shapes.items()
+        }
+        return read_whole(self, parameters, device)
 
 
 def open_umt5(path: Path) -> Umt5:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.umt5 import SPIECE, Umt5, open_umt5
-from ..checkpoints.whole import read_whole
 from ..errors import CheckpointError, LongCatError
 from ..files.records import FiniteFloat, read_record
 from ..files.regular import read_bytes, read_text
@@ -162,9 +161,8 @@ def load_text_encoder(
             f"the tokenizer in {tokenizer.source} has {tokenizer.pieces} pieces, the embedding of {path} has {rows} "
             "rows; give the tokenizer that belongs to the text encoder"
         )
-    model = _meta_model(opened.sizes | settings, dtype)
-    parameters = {name: tensor for name, tensor in model.state_dict().items() if name != TIED_EMBEDDING}
-    state = read_whole(opened, parameters, device)
+    model = _meta_model(opened.sizes | settings)
+    state = opened.state(dtype, device)
     model.load_state_dict(state | {TIED_EMBEDDING: state[EMBEDDING]}, assign=True)
     model.encoder.set_input_embeddings(model.shared)
     return TextEncoder(model.requires_grad_(False), tokenizer.encode)
@@ -174,18 +172,13 @@ def _missing(package: str, error: ImportError) -> LongCatError:
     return LongCatError(f"text needs the {package} package ({error}); run: pip install 'longcat-video[headless]'")
 
 
-def _meta_model(config: Mapping[str, object], dtype: torch.dtype) -> UMT5EncoderModel:
+def _meta_model(config: Mapping[str, object]) -> UMT5EncoderModel:
     try:
         from transformers import UMT5Config, UMT5EncoderModel
     except ImportError as error:
         raise _missing("transformers", error) from error
     with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**config)).to(dtype)
-        if dtype == torch.float16:
-            # Like transformers itself: the output of the feed-forward overflows fp16.
-            for block in model.encoder.block:
-                block.layer[1].DenseReluDense.wo.float()
-    return model
+        return UMT5EncoderModel(UMT5Config(**config))
 
 
 @dataclass(frozen=True)

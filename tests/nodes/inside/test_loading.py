@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from . import cases
 from .conftest import MODEL, TEXT_ENCODER, version
 
 
@@ -264,6 +265,38 @@ def test_xxl_goes_to_comfyuis_own_loader(comfy, monkeypatch):
     monkeypatch.setattr(sd, "load_clip", lambda paths, folders, kind, options: (paths, kind, options))
     paths, kind, options = comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="cpu")
     assert paths[0].endswith(name) and kind == sd.CLIPType.WAN and options["load_device"].type == "cpu"
+
+
+WAN = (
+    ("encoder.final_layer_norm", "norm"), ("shared", "token_embedding"), ("encoder.block.", "blocks."),
+    ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"), ("layer.0.SelfAttention", "attn"),
+    ("layer.0.layer_norm", "norm1"), ("layer.1.layer_norm", "norm2"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+    ("layer.1.DenseReluDense.wi_1", "ffn.fc1"), ("layer.1.DenseReluDense.wo", "ffn.fc2"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["wan", "prefix", "int8"])
+def test_text_encoders_in_forms_that_comfyui_does_not_know(comfy, prompts, form):
+    from safetensors.torch import load_file
+
+    state = load_file(comfy.core("generate.paths").NANO_TEXT_ENCODER)
+    vocabulary = {"spiece_model": state.pop("spiece_model")}
+    for theirs, ours in WAN if form == "wan" else ():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    if form == "prefix":
+        state = {f"text_encoder.{name}": tensor for name, tensor in state.items()}
+    if form == "int8":
+        for name in [name for name in state if name.endswith((".q.weight", ".wo.weight"))]:
+            weight = state.pop(name).float()
+            scale = weight.abs().amax(1) / 127
+            state |= {f"{name}_int8": (weight / scale[:, None]).round().to(torch.int8), f"{name}_scale": scale}
+    name = comfy.save("text_encoders", f"{form}.safetensors", state | vocabulary)
+    clip = comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="default")
+    found = comfy("CLIPTextEncode", clip=clip, text=cases.PROMPT)[0][0]
+    error = (found - prompts["positive"][0][0]).abs().max()
+    assert error < 0.1 if form == "int8" else error == 0
+    load, arguments = clip.patcher.cached_patcher_init
+    assert type(load(*arguments)) is type(clip.patcher)
 
 
 def test_text_encoder_on_the_cpu(comfy, clip):
