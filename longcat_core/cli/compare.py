@@ -353,7 +353,7 @@ def _write_page(
 ) -> None:
     for name, picture in pictures.items():
         with atomic_path(path.with_name(prefix + name)) as temporary:
-            picture.save(temporary)
+            picture.save(temporary, format="PNG")
     with atomic_path(path) as temporary:
         temporary.write_text(_page(fidelity, content, prefix), encoding="utf-8")
 

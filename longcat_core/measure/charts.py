@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import LongCatError
-from ..generate.media import cell_form, wrap
+from ..generate.lettering import fitting, wrap
+from ..generate.media import cell_form
 from .fidelity import Fidelity, Setting, decibels, psnr
 
 if TYPE_CHECKING:
@@ -51,9 +52,7 @@ def cut(words: str, font: Any, width: float) -> str:
     """`words`, shortened with three dots where they are wider than `width` pixels."""
     if font.getlength(words) <= width:
         return words
-    while words and font.getlength(f"{words}...") > width:
-        words = words[:-1]
-    return f"{words}..."
+    return f"{words[: fitting(words, lambda start: font.getlength(f'{start}...'), width)]}..."
 
 
 def _sheet(title: str, above: Sequence[str], height: int) -> tuple[Image.Image, Any, int]:
