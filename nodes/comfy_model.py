@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import FORMATS
 from ..longcat_core.checkpoints.formats import detect as detect_form
-from ..longcat_core.checkpoints.load import CONFIG_KEY, infer_config
+from ..longcat_core.checkpoints.load import infer_config, with_zero_pad
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.config import ModelConfig
@@ -202,11 +201,8 @@ def detect(
     if known != (form, "") or not all(any(name.startswith(mark) for name in names) for mark in form.signature):
         return None
     shapes = {name: tuple(state_dict[prefix + name].shape) for name in names}
-    values = infer_config(form, shapes, "the checkpoint").to_dict()
-    stored = json.loads((metadata or {}).get(CONFIG_KEY) or "{}")
-    if isinstance(stored, dict) and "text_tokens_zero_pad" in stored:
-        values["text_tokens_zero_pad"] = bool(stored["text_tokens_zero_pad"])
-    return {"image_model": IMAGE_MODEL, **values}
+    config = with_zero_pad(infer_config(form, shapes, "the checkpoint"), metadata or {}, "the checkpoint")
+    return {"image_model": IMAGE_MODEL, **config.to_dict()}
 
 
 def _is_video(state_dict: Mapping[str, Tensor], module: str) -> bool:

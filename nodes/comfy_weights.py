@@ -10,10 +10,11 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import BESIDE, MARKERS, OFFICIAL, QUANT_FORMATS, detect
-from ..longcat_core.checkpoints.load import Checkpoint
+from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, detect
+from ..longcat_core.checkpoints.load import Checkpoint, open_checkpoint
+from ..longcat_core.checkpoints.quantized import MARKERS, described_beside
 from ..longcat_core.checkpoints.reader import Reader
-from ..longcat_core.checkpoints.stored import match_parameters
+from ..longcat_core.checkpoints.stored import collect, match_parameters
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.quantization import Policy, dequantized, without_scales
@@ -46,14 +47,21 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     kept, for ComfyUI to report. Raises CheckpointError naming what is missing or has the wrong shape.
     """
     form, _ = detect(state, SOURCE)
-    file, place = StateDict(state), Path(SOURCE)
-    dtypes, shapes = ({name: pair[i] for name, pair in file.header.items()} for i in range(2))
-    where = dict.fromkeys(state, place)
-    checkpoint = Checkpoint(SOURCE, form, "", where, {place: file}, shapes, dtypes, {}, config.depth, config)
+    _correct(state)
+    place, file = Path(SOURCE), StateDict(state)
+    stored, _ = collect(place, {place: file}, form, "", left=QUANT_ALGOS)
+    for name, dtype in stored.dtypes.items():
+        if state[name].dtype != dtype:
+            # fp8 that is stored as bytes, which ComfyUI would take for whole numbers.
+            state[name] = state[name].view(dtype)
+    checkpoint = Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
     reader, sources = Reader(checkpoint), dict(form.modules(config.depth))
     eight_bit = {f"{module}.weight" for module in Policy().names(config.depth)} if rowwise else set()
     whole = {modules[0]: module for module, modules in sources.items() if len(modules) == 1}
-    left_to_comfyui = {f"{whole[source]}.weight" for source in whole if _comfyui_reads(state, source)} - eight_bit
+    described = dict(described_beside(file.header, file.rows, SOURCE))
+    # ComfyUI runs their format, and they are stored whole.
+    quantized = {layer for layer, conf in described.items() if conf["format"] in QUANT_ALGOS and layer in whole}
+    left_to_comfyui = {f"{whole[layer]}.weight" for layer in quantized if f"{layer}.weight" in state} - eight_bit
     parameters = {name: tensor for name, tensor in empty_parameters(config).items() if name not in left_to_comfyui}
 
     out = {}
@@ -85,13 +93,18 @@ def empty_parameters(config: ModelConfig) -> dict[str, Tensor]:
         return LongCatTransformer(config).state_dict()
 
 
-def _comfyui_reads(state: dict[str, Tensor], layer: str) -> bool:
-    """Whether a layer stays as stored: ComfyUI runs its quantized format, or at least we cannot read that format."""
-    description = state.get(f"{layer}.comfy_quant")
-    if description is None or f"{layer}.weight" not in state:
-        return False
-    kind = json.loads(description.numpy().tobytes()).get("format")
-    return kind in QUANT_ALGOS or kind not in QUANT_FORMATS
+def _correct(state: dict[str, Tensor]) -> None:
+    """Describe e5m2 weights as such: ComfyUI describes every weight of a file with a marker as e4m3."""
+    for layer, description in described_beside(StateDict(state).header, state.__getitem__, SOURCE):
+        weight = state.get(f"{layer}.weight")
+        if description.get("format") == "float8_e4m3fn" and weight is not None and weight.dtype == torch.float8_e5m2:
+            text = json.dumps(description | {"format": "float8_e5m2"}).encode()
+            state[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+
+
+def open_for_comfyui(path: str | Path) -> Checkpoint:
+    """`open_checkpoint` of a file that ComfyUI is to load, which runs more quantized formats than we do."""
+    return open_checkpoint(path, left=QUANT_ALGOS)
 
 
 def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -18,13 +18,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..longcat_core.checkpoints import umt5
-from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint, open_checkpoint
-from ..longcat_core.checkpoints.stored import QUANT_METADATA
+from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint
+from ..longcat_core.checkpoints.quantized import QUANT_METADATA
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.tensor_files import is_gguf, open_file
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
+from .comfy_weights import open_for_comfyui
 from .inputs import LongCatNode
 
 WEIGHT_DTYPES = {
@@ -76,7 +77,7 @@ def load_model(
 
     checkpoint: opened from `path`; None when ComfyUI calls this again for an independent copy.
     """
-    checkpoint = checkpoint or open_checkpoint(path)
+    checkpoint = checkpoint or open_for_comfyui(path)
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(checkpoint.where.values()):
         state |= _dequantized(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
@@ -105,7 +106,7 @@ def load_rowwise(path: str, disable_dynamic: bool = True, checkpoint: Checkpoint
 
     Always without dynamic VRAM, under which ComfyUI would cast the weights. Arguments as for `load_model`.
     """
-    checkpoint = checkpoint or open_checkpoint(path)
+    checkpoint = checkpoint or open_for_comfyui(path)
     # ComfyUI 0.8 does not have dynamic VRAM.
     dynamic = "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
     patcher = load_model(path, {"custom_operations": comfy_fp8.Rowwise}, dynamic, checkpoint)
@@ -126,7 +127,7 @@ class ModelLoader(LongCatNode):
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = _find("diffusion_models", model_name)
         # Reads headers only, and raises an error that says what the file is if it is not LongCat-Video.
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_for_comfyui(path)
         import_ahead(comfy.model_management.get_torch_device())
         if weight_dtype == FP8_ROWWISE:
             model = load_rowwise(str(path), checkpoint=checkpoint)

@@ -184,9 +184,7 @@ def test_options_of_a_video_are_inputs_of_a_node():
 
 
 def test_a_tooltip_is_a_sentence_and_names_nanos_default():
-    tooltips = {
-        (node_id, field.name): field.tooltip for node_id, node in DECLARED.items() for field in node.inputs
-    }
+    tooltips = {(node_id, field.name): field.tooltip for node_id, node in DECLARED.items() for field in node.inputs}
     assert all(text.endswith(".") and text[0] == text[0].upper() for text in tooltips.values())
     assert tooltips["LongCatImageToVideo", "length"].endswith("For LongCat-nano: 33.")
 

@@ -114,9 +114,7 @@ class PlainBlock(nn.Module):
         (self.modulation,), self.cross_norm = _split(block.modulation), _shared(block.cross_norm)
         (self.w1, self.w3), (self.w2,) = _split(block.ffn.gate_up, 2), _split(block.ffn.down)
 
-    def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, grid: Grid, attend: Attend
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, grid: Grid, attend: Attend) -> Tensor:
         """Tokens x [B, N, C], text [B, L, C], temb [B, T, adaLN] fp32 -> [B, N, C]."""
         batch, tokens, dim = x.shape
         by_frame = (batch, grid[0], -1, dim)

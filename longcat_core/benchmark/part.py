@@ -117,8 +117,7 @@ def bars(
 
     def draw(results: Results, _: Any = None) -> Image.Image:
         found = [
-            Bar(label(row), row[field], color(row), form.format(row[field]))
-            for row in rows(ok_rows(results, field))
+            Bar(label(row), row[field], color(row), form.format(row[field])) for row in rows(ok_rows(results, field))
         ]
         inputs = {"size": "", "blocks": "?", "variant": ""} | results["inputs"]
         return bar_chart(title.format(**inputs), [Bars(heading, found)])

@@ -119,7 +119,6 @@ def convert(
         stored = [pair for name, parameter in parameters.items() for pair in target.stored(table, name, parameter)]
     header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in (*target.markers.items(), *stored)}
     reader = Reader(checkpoint)
-    reader.check_formats()
     size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in header.values())
     check_destination(destination, checkpoint, size)
     errors: list[LayerError] = []
@@ -144,7 +143,6 @@ def convert(
         if again.config != checkpoint.config or again.form != target.form:
             raise CheckpointError(f"{destination} reads back as another model; nothing was written")
         found, other = match_parameters(again, parameters), Reader(again)
-        other.check_formats()
         for name, parameter in parameters.items():
             whole = _wide(reader, parts[name], parameter)
             for key, tensor in target.stored(table, name, whole):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .quantized import refuse_packed
 
 Table = Mapping[str, tuple[str, ...]]
 
@@ -127,9 +128,6 @@ def times_scale(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tenso
 
 # Tensors beside a quantized weight that say how its layer's input is quantized; the weight does not depend on them.
 BESIDE = ("comfy_quant", "input_scale", "scale_input")
-MARKERS = ("scaled_fp8",)
-# Formats of a description that can be read here. Others pack several numbers into a byte, or rotate the weight.
-QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 
 # Other models that have all names of LongCat-Video and more.
 LARGER: tuple[tuple[str, tuple[str, ...]], ...] = (("LongCat-Video-Avatar", ("blocks.0.audio_cross_attn.",)),)
@@ -169,6 +167,7 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
         raise CheckpointError(f"{source} holds LoRA, {_REMEDY}")
     if damaged is not None:
         return damaged  # the loader names the missing tensor
+    refuse_packed(keys, source)
     sample = ", ".join(keys[:3]) or "no tensors"
     raise CheckpointError(f"{source} is not a known LongCat-Video checkpoint (it holds {sample}); {_GIVE}")
 

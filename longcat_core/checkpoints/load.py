@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LongCatError
+from ..files.records import read_record
 from ..files.weight_files import open_weights
 from ..model.config import ModelConfig
 from ..optimize.attention import import_ahead
@@ -33,52 +35,98 @@ class Checkpoint(Stored):
     config: ModelConfig
 
 
+def count_blocks(form: Format, names: Iterable[str]) -> int:
+    """How many blocks the file has, by the numbers in its names.
+
+    A number beyond twice their count does not count: a name of a few bytes must not stand for a network of any size.
+    """
+    marker = form.block_prefix.split("{i}")[0]
+    texts = {name.removeprefix(marker).split(".")[0] for name in names if name.startswith(marker)}
+    numbers = {int(text) for text in texts if text.isascii() and text.isdigit() and len(text) < 7}
+    return 1 + max((number for number in numbers if number < 2 * len(numbers)), default=-1)
+
+
 def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) -> ModelConfig:
-    """Sizes from the tensors' shapes; settings that shapes do not show are the released model's."""
+    """Sizes from the tensors' shapes; settings that shapes do not show are the released model's.
+
+    Raises CheckpointError for a tensor that is missing or cannot be what its name says.
+    """
     table = dict(form.modules(1))
 
-    def shape(module: str, parameter: str = "weight") -> tuple[int, ...]:
-        part = stored_part(shapes, table[module][0], parameter)
-        if part is not None:
-            return shapes[part.name]
-        raise CheckpointError(f"{source} lacks tensor {table[module][0]}.{parameter}; download it again")
+    def shape(module: str, sides: int) -> tuple[int, ...]:
+        part = stored_part(shapes, table[module][0], "weight")
+        if part is None:
+            raise CheckpointError(f"{source} lacks tensor {table[module][0]}.weight; download it again")
+        if len(shapes[part.name]) != sides:
+            raise CheckpointError(
+                f"{source} has {part.name} of shape {list(shapes[part.name])}, the network wants {sides} sides; "
+                "download it again"
+            )
+        return shapes[part.name]
 
-    patch = shape("patch_embed")
-    head_dim = shape("blocks.0.attn.q_norm")[0]
-    marker = form.block_prefix.split("{i}")[0]
-    depth = 1 + max(int(name.removeprefix(marker).split(".")[0]) for name in shapes if name.startswith(marker))
-    time, height, width = patch[2:]
-    return ModelConfig(
-        in_channels=patch[1],
-        out_channels=shape("final_layer.linear")[0] // (time * height * width),
-        hidden_size=patch[0],
-        depth=depth,
-        num_heads=patch[0] // head_dim,
-        caption_channels=shape("text_embed.0")[1],
-        ffn_hidden=shape("blocks.0.ffn.down")[1],
-        adaln_dim=shape("time_embed.0")[0],
-        frequency_dim=shape("time_embed.0")[1],
-        patch_size=(time, height, width),
-    )
+    hidden, channels, time, height, width = shape("patch_embed", 5)
+    (head_dim,) = shape("blocks.0.attn.q_norm", 1)
+    try:
+        return ModelConfig(
+            in_channels=channels,
+            out_channels=shape("final_layer.linear", 2)[0] // max(1, time * height * width),
+            hidden_size=hidden,
+            depth=count_blocks(form, shapes),
+            num_heads=hidden // max(1, head_dim),
+            caption_channels=shape("text_embed.0", 2)[1],
+            # By rows, which packed formats leave as they are.
+            ffn_hidden=shape("blocks.0.ffn.gate_up", 2)[0],
+            adaln_dim=shape("time_embed.0", 2)[0],
+            frequency_dim=shape("time_embed.0", 2)[1],
+            patch_size=(time, height, width),
+        )
+    except CheckpointError:
+        raise
+    except LongCatError as error:
+        raise CheckpointError(f"{source} has tensors of shapes that no network has ({error})") from error
 
 
-def open_checkpoint(path: str | Path, config: ModelConfig | None = None) -> Checkpoint:
+def with_zero_pad(config: ModelConfig, metadata: Mapping[str, str], source: str | Path) -> ModelConfig:
+    """The config with what a file's metadata adds to the shapes. Raises CheckpointError for other kinds of metadata."""
+    found = json_metadata(metadata, CONFIG_KEY, source).get("text_tokens_zero_pad", config.text_tokens_zero_pad)
+    if not isinstance(found, bool):
+        raise CheckpointError(f"{source} has unreadable {CONFIG_KEY} metadata ({found!r} as a flag); download it again")
+    return replace(config, text_tokens_zero_pad=found)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read an official `dit/config.json`. Raises CheckpointError for a file that does not hold such a config."""
+    remedy = "give a folder with the model's own config.json"
+    values = read_record(path, dict[str, Any], "a readable model config", remedy, error=CheckpointError)
+    try:
+        return ModelConfig.from_dict(values)
+    except LongCatError as error:
+        raise CheckpointError(f"{path}: {error}; {remedy}") from error
+
+
+def open_checkpoint(path: str | Path, config: ModelConfig | None = None, left: Collection[str] = ()) -> Checkpoint:
     """Parse the headers of a checkpoint, each once: its form, its tensors, the shape of its network.
 
-    path: a safetensors or GGUF file, a folder of shards, or a folder that holds them in `dit`. Raises CheckpointError.
+    path: a safetensors or GGUF file, a folder of shards, or a folder that holds them in `dit`. left: formats of
+    quantized layers that are left to somebody else. Raises CheckpointError.
     """
     path = Path(path)
-    folder = next((path / name for name in FOLDERS if (path / name).is_dir()), path)
-    files = open_weights(folder, "give a safetensors file or LongCat-Video's dit folder")
+    folders = [path / name for name in FOLDERS if (path / name).is_dir()]
+    if len(folders) > 1:
+        raise CheckpointError(f"{path} holds {folders[0].name} and {folders[1].name}; give one of the two folders")
+    files = open_weights(folders[0] if folders else path, "give a safetensors file or LongCat-Video's dit folder")
     form, prefix = detect([name for opened in files.values() for name in opened.header], str(path))
-    stored, metadata = collect(path, files, form, prefix)
-    beside = (path / folder / "config.json" for folder in (*FOLDERS, ""))
-    config = config or next((ModelConfig.from_json(file) for file in beside if file.is_file()), None)
+    stored, metadata = collect(path, files, form, prefix, left)
+    beside = (folder / "config.json" for folder in (*folders, path))
+    config = config or next((read_config(file) for file in beside if file.exists()), None)
     if config is None:
         config = infer_config(form, stored.shapes, str(path))
-        settings = json_metadata(metadata, CONFIG_KEY, path)
-        zero_pad = bool(settings.get("text_tokens_zero_pad", config.text_tokens_zero_pad))
-        config = ModelConfig(**{**config.to_dict(), "text_tokens_zero_pad": zero_pad})
+        config = with_zero_pad(config, metadata, path)
+    if config.depth > 2 * count_blocks(form, stored.where):
+        raise CheckpointError(
+            f"{path} has {count_blocks(form, stored.where)} blocks and a config of {config.depth}; check that its "
+            "config.json belongs to it"
+        )
     return Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
 
 
@@ -112,7 +160,6 @@ def load_transformer(
     parameters = dict(model.named_parameters())
     parts = match_parameters(checkpoint, parameters)
     reader = Reader(checkpoint)
-    reader.check_formats()
     import_ahead(device, model.optimizations.attention)
     stack = LoraStack(lora, {name: parameter.shape for name, parameter in parameters.items()})
     eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.read_ahead import ReadAhead
-from ..files.tensor_files import TensorFile
 from ..optimize.kernels.elementwise import quantize_rows
-from .formats import QUANT_FORMATS, times_scale
+from .formats import times_scale
 from .lora import LoraStack
 from .stored import Part, Stored
 
@@ -48,10 +46,10 @@ class Reader:
         self._ahead: ReadAhead | None = None
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a stored tensor on the CPU, in the stored dtype."""
+        """Rows of a stored tensor on the CPU, in its dtype."""
         if self._ahead is not None and (found := self._ahead.take((name, start, stop))) is not None:
             return found
-        return self._file(name).rows(self.checkpoint.prefix + name, start, stop)
+        return self._read(name, start, stop)
 
     @contextmanager
     def ahead(self, parts: Iterable[Part]) -> Iterator[None]:
@@ -59,8 +57,7 @@ class Reader:
         piece is valid until the next one is read."""
 
         def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-            name = self.checkpoint.prefix + part.name
-            return lambda buffer: self._file(part.name).rows(name, *cut, buffer)
+            return lambda buffer: self._read(part.name, *cut, buffer)
 
         jobs = (((part.name, *cut), job(part, cut)) for part in parts for cut in self._cuts(part))
         self._ahead = ReadAhead(jobs, AHEAD, 4 * PIECE)
@@ -77,28 +74,10 @@ class Reader:
         count = max(1, PIECE * rows // max(1, math.prod(shape)))
         return ((start, min(start + count, rows)) for start in range(0, rows, count))
 
-    def _file(self, name: str) -> TensorFile:
-        return self.checkpoint.files[self.checkpoint.where[name]]
-
-    def check_formats(self) -> None:
-        """Raise CheckpointError for a layer in a quantized format other than numbers times scales."""
-        formats = dict(self.checkpoint.quantized)
-        for name in self.checkpoint.where:
-            if name.endswith(".comfy_quant"):
-                try:
-                    formats[name.removesuffix(".comfy_quant")] = dict(json.loads(self.rows(name).numpy().tobytes()))
-                except (ValueError, TypeError) as error:
-                    raise CheckpointError(
-                        f"{self.checkpoint.source} has an unreadable {name}; download it again"
-                    ) from error
-        for layer, conf in formats.items():
-            kind, more = conf.get("format"), conf.get("params")
-            rotated = conf.get("convrot") or (isinstance(more, dict) and more.get("convrot"))
-            if kind not in QUANT_FORMATS or rotated:
-                raise CheckpointError(
-                    f"{self.checkpoint.source} stores {layer} as {kind}{' with rotation' if rotated else ''}, which is "
-                    f"not supported; give a file in bf16, GGUF or {', '.join(QUANT_FORMATS)}"
-                )
+    def _read(self, name: str, start: int, stop: int | None, buffer: Tensor | None = None) -> Tensor:
+        """Rows in the dtype that their bits have, which the file may store as bytes."""
+        file = self.checkpoint.files[self.checkpoint.where[name]]
+        return file.rows(self.checkpoint.prefix + name, start, stop, buffer).view(self.checkpoint.dtypes[name])
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device` by its scale."""

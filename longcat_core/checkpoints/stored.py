@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.records import parse_record
 from ..files.tensor_files import TensorFile
-from .formats import BESIDE, MARKERS, STORED_WEIGHTS, Format
+from .formats import BESIDE, STORED_WEIGHTS, Format
+from .quantized import (
+    FP8,
+    MARKERS,
+    READABLE,
+    WIDE,
+    described_beside,
+    described_in,
+    dtypes_meant,
+    formats_of,
+    in_words,
+    refuse_packed,
+)
 
-QUANT_METADATA = "_quantization_metadata"
 _SHOWN = 5
 
 
@@ -31,8 +43,9 @@ class Part:
 class Stored:
     """The tensors of any model in its opened files: a transformer, a text encoder or a VAE. `Reader` reads the numbers.
 
-    where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, GGUF's quantized tensors as fp32.
-    quantized: modules that the file's metadata describes -> their format. depth: blocks that the form repeats.
+    where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, but GGUF's quantized tensors as fp32, and
+    fp8 whose bits are stored as uint8 as fp8. quantized: modules that the files' metadata describes -> their
+    descriptions. depth: blocks that the form repeats.
     """
 
     source: str
@@ -42,7 +55,7 @@ class Stored:
     files: dict[Path, TensorFile]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
-    quantized: dict[str, dict]
+    quantized: dict[str, dict[str, Any]]
     depth: int
 
     def parts(self, name: str) -> list[Part]:
@@ -67,26 +80,40 @@ def stored_part(names: Mapping[str, object], module: str, parameter: str) -> Par
     return Part(f"{module}.weight_int8", f"{module}.weight_scale") if f"{module}.weight_int8" in names else None
 
 
-def collect(path: Path, files: Mapping[Path, TensorFile], form: Format, prefix: str) -> tuple[Stored, dict[str, str]]:
+def collect(
+    path: Path, files: Mapping[Path, TensorFile], form: Format, prefix: str, left: Collection[str] = ()
+) -> tuple[Stored, dict[str, str]]:
     """The tensors of opened files whose names begin with `prefix`, and the files' metadata.
 
-    Raises CheckpointError for a file that holds none, and for metadata that cannot be read.
+    left: formats of quantized layers that are left to somebody else. Raises CheckpointError for a file that holds none,
+    and, by its name, for a quantized format that cannot be read or is not what is stored.
     """
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     metadata: dict[str, str] = {}
-    quantized: dict[str, dict] = {}
+    quantized: dict[str, dict[str, Any]] = {}
+    described: list[tuple[str, dict[str, Any]]] = []
     for file, opened in files.items():
         found = {name.removeprefix(prefix): entry for name, entry in opened.header.items() if name.startswith(prefix)}
         if not found:
             raise CheckpointError(f"{file} holds nothing of {path}'s model; keep one model in each folder")
+        # A marker may lack the prefix.
+        found |= {name: opened.header[name] for name in MARKERS if name in opened.header}
         where |= dict.fromkeys(found, file)
         dtypes |= {name: dtype for name, (dtype, _) in found.items()}
         shapes |= {name: shape for name, (_, shape) in found.items()}
         metadata |= opened.metadata
-        layers = dict(json_metadata(opened.metadata, QUANT_METADATA, file).get("layers") or {})
-        quantized |= {str(layer).removeprefix(prefix): conf for layer, conf in layers.items() if isinstance(conf, dict)}
+        layers = {layer.removeprefix(prefix): conf for layer, conf in described_in(opened.metadata, file).items()}
+        quantized |= layers
+        ours = {name: entry for name, entry in opened.header.items() if name.startswith(prefix)}
+        tensors = described_beside(ours, opened.rows, str(file))
+        described += [*layers.items(), *((layer.removeprefix(prefix), conf) for layer, conf in tensors)]
+    # Metadata may describe the layers of other models in the file too.
+    modules = {name.rpartition(".")[0] for name in where}
+    described = [(layer, conf) for layer, conf in described if layer in modules]
+    refuse_packed(where, str(path), {layer for layer, _ in described})
+    dtypes |= dtypes_meant(dtypes, formats_of(described, str(path), left), str(path))
     return Stored(str(path), form, prefix, where, dict(files), shapes, dtypes, quantized, 0), metadata
 
 
@@ -100,6 +127,7 @@ def match_parameters(
     """
     table = dict(checkpoint.form.modules(checkpoint.depth))
     stored, used = checkpoint.where, set()
+    unreadable: list[str] = []
     # In a file with scales, an 8-bit weight without one is incomplete.
     scaled = any(name in MARKERS or name.endswith((".scale_weight", ".weight_scale")) for name in stored)
     found: dict[str, list[Part]] = {}
@@ -116,6 +144,14 @@ def match_parameters(
             used |= {part.name, *(f"{source}.{suffix}" for suffix in BESIDE if kind == "weight")}
             shape, dtype = checkpoint.shapes[part.name], checkpoint.dtypes[part.name]
             want = (parameter.shape[0] // len(table[module]), *parameter.shape[1:])
+            scale_shape = () if part.scale not in stored else checkpoint.shapes[part.scale]
+            scale_dtype = None if part.scale not in stored else checkpoint.dtypes[part.scale]
+            if dtype not in (*WIDE, *FP8, torch.int8):
+                unreadable.append(f"{part.name} as {in_words(dtype)}")
+            elif scale_dtype not in (None, *WIDE):
+                unreadable.append(f"{part.scale} as {in_words(scale_dtype)}")
+            elif len(scale_shape) > 1 and scale_shape[1] > 1:
+                unreadable.append(f"{part.name} with a scale for each block, as in mxfp8 and nvfp4")
             if shape != want:
                 wrong.append(f"{part.name} has shape {list(shape)}, the network wants {list(want)}")
             if part.scale is not None:
@@ -130,6 +166,7 @@ def match_parameters(
                 missing.append(f"{source}.{'scale_weight' if dtype.is_floating_point else 'weight_scale'}")
     extra = [] if allow_unknown else sorted(set(stored) - used - set(MARKERS))
     for problem, names, remedy in (
+        ("stores what cannot be read", unreadable, READABLE),
         ("lacks", missing, "download it again"),
         ("does not fit", wrong, "check that its config.json belongs to it"),
         ("holds unknown tensors", extra, f"check that it is a {checkpoint.form.model}"),
@@ -140,8 +177,9 @@ def match_parameters(
     return found
 
 
-def json_metadata(metadata: dict[str, str], key: str, path: Path) -> dict:
-    try:
-        return dict(json.loads(metadata.get(key) or "{}"))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} has unreadable {key} metadata ({error}); download it again") from error
+def json_metadata(metadata: Mapping[str, str], key: str, path: str | Path) -> dict[str, Any]:
+    """An object that a file's metadata holds as JSON; {} without it. Raises CheckpointError for anything else."""
+    text = metadata.get(key) or "{}"
+    return parse_record(
+        text, dict[str, Any], f"{path} has unreadable {key} metadata: it", "a JSON object", error=CheckpointError
+    )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.weight_files import open_weights
-from .formats import MARKERS, Format
+from .formats import Format
+from .quantized import MARKERS
 from .reader import Reader, Weight, require_finite
 from .stored import Stored, collect, match_parameters
 
@@ -83,7 +84,6 @@ def read_whole(
     """
     parts = match_parameters(stored, parameters)
     reader = Reader(stored)
-    reader.check_formats()
     state, extremes = {}, {}
     with reader.ahead(part for name in parameters for part in parts[name]):
         for name, parameter in parameters.items():

@@ -190,9 +190,7 @@ class _Run:
     """Runs all settings. Those that can share a loaded model take turns, video by video, so that a machine that slows
     down for a while slows all of them. videos: prompt and seed of each."""
 
-    def __init__(
-        self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Progress
-    ) -> None:
+    def __init__(self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Progress) -> None:
         self.sides, self.videos, self.folder, self.bar = sides, videos, folder, bar
         request = sides[0].request
         self.given, self.picks = request.cond_frames, picks(request.frames, request.cond_frames)

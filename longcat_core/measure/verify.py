@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.load import load_transformer
+from ..checkpoints.load import load_transformer, read_config
 from ..checkpoints.lora import merge_lora
 from ..errors import LongCatError
 from ..files.safetensors_io import read_tensors
-from ..model.config import ModelConfig
 from ..model.kv_cache import KVMode
 from ..optimize.block_sparse import BlockSparse, Kernel, attend_grid
 from ..optimize.execution import OptimizedTransformer
@@ -45,7 +44,7 @@ class Golden:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = ModelConfig.from_json(folder / "config.json")
+        self.config = read_config(folder / "config.json")
         self.read = cache(lambda name: read_tensors(folder / f"{name}.safetensors"))
 
     @cached_property

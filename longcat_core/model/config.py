@@ -10,6 +10,13 @@ from typing import Any
 
 from ..errors import LongCatError
 
+# Larger than any network's side, and small enough for products of sides to be counted.
+LARGEST = 1 << 20
+
+
+def _is_size(value: object, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+
 
 def swiglu_hidden(hidden_size: int, mlp_ratio: float, multiple_of: int = 256) -> int:
     """Width of the gated FFN: two thirds of `mlp_ratio * hidden_size`, rounded up to a multiple of 256."""
@@ -39,15 +46,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or value < 1):
-                raise LongCatError(f"model config: {field.name} is {value!r}; it must be a whole number of at least 1")
+            if field.type == "int" and not _is_size(value, LARGEST):
+                raise LongCatError(f"model config: {field.name} is {value!r}; it must be a whole number from 1 to 2^20")
+        if not isinstance(self.text_tokens_zero_pad, bool):
+            raise LongCatError(
+                f"model config: text_tokens_zero_pad is {self.text_tokens_zero_pad!r}, not true or false"
+            )
         if self.hidden_size % self.num_heads:
             raise LongCatError(f"model config: {self.num_heads} heads do not divide hidden_size {self.hidden_size}")
         if self.head_dim % 8:
             # An even share of channels for each of the three axes of RoPE needs it.
             raise LongCatError(f"model config: head dim {self.head_dim} must be a multiple of 8 for 3-D RoPE")
         size = self.patch_size
-        if len(size) != 3 or not all(isinstance(n, int) and n >= 1 for n in size) or size[0] != 1:
+        if not isinstance(size, tuple) or len(size) != 3 or not all(_is_size(n, 256) for n in size) or size[0] != 1:
             raise LongCatError(f"model config: patch_size {size} must be 1 frame and whole numbers of rows and columns")
 
     @property
@@ -56,7 +67,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Read the keys of an official `dit/config.json`; keys that do not describe the network are ignored."""
+        """Read the keys of an official `dit/config.json`, and no others. Raises LongCatError for a wrong value."""
         names = {
             "adaln_tembed_dim": "adaln_dim",
             "frequency_embedding_size": "frequency_dim",
@@ -66,27 +77,19 @@ class ModelConfig:
         known = {f.name for f in fields(cls)}
         kwargs = {names.get(k, k): v for k, v in values.items() if names.get(k, k) in known}
         if "patch_size" in kwargs:
-            kwargs["patch_size"] = tuple(kwargs["patch_size"])
+            size = kwargs["patch_size"]
+            kwargs["patch_size"] = tuple(size) if isinstance(size, list) else size
         if "ffn_hidden" not in kwargs:
-            kwargs["ffn_hidden"] = swiglu_hidden(kwargs.get("hidden_size", cls.hidden_size), values.get("mlp_ratio", 4))
+            hidden, ratio = kwargs.get("hidden_size", cls.hidden_size), values.get("mlp_ratio", 4)
+            if not _is_size(hidden, LARGEST) or not isinstance(ratio, int | float) or not 0 < ratio <= LARGEST:
+                raise LongCatError(f"model config: hidden_size {hidden!r} and mlp_ratio {ratio!r} give no hidden size")
+            kwargs["ffn_hidden"] = swiglu_hidden(hidden, ratio)
         return cls(**kwargs)
 
     @classmethod
     def from_json(cls, path: Path) -> ModelConfig:
-        """Read an official `dit/config.json`. Raises LongCatError for a file that does not hold such a config."""
-        remedy = "give a folder with the model's own config.json"
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LongCatError(f"{path} is not a readable model config ({error}); {remedy}") from error
-        if not isinstance(values, dict):
-            raise LongCatError(f"{path} holds no JSON object; {remedy}")
-        try:
-            return cls.from_dict(values)
-        except LongCatError:
-            raise
-        except (TypeError, ValueError, OverflowError) as error:
-            raise LongCatError(f"{path} has a value of the wrong kind ({error}); {remedy}") from error
+        """`from_dict` of a file of our own; `checkpoints.load.read_config` reads other people's."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -78,9 +78,7 @@ def generate_batch(pipeline: Pipeline, prompts: list[str], seeds: list[int], ste
     return to_bytes(torch.stack(videos))
 
 
-def measure(
-    pipeline: Pipeline, count: int, steps: int = 50, guidance: float = 4.0, lesson: bool = False
-) -> Adherence:
+def measure(pipeline: Pipeline, count: int, steps: int = 50, guidance: float = 4.0, lesson: bool = False) -> Adherence:
     """Generate `count` fresh prompts (seed i for prompt i) and score them; the control averages shuffles by 1 to 5.
 
     lesson: prompts of `nano.lesson` instead of the world's own.

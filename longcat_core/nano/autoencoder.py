@@ -186,9 +186,7 @@ def _draw(pool: Placements, clips: int, shape: Sequence[int], start_frame: int, 
     return video * 2 - 1
 
 
-def train_autoencoder(
-    path: Path, *, steps: int, seed: int, device: torch.device, decoder_alone: bool = False
-) -> None:
+def train_autoencoder(path: Path, *, steps: int, seed: int, device: torch.device, decoder_alone: bool = False) -> None:
     """Train for `steps` steps, fold the latents to zero mean and unit variance, write `path` (bf16, Wan names).
 
     Noise on the latents makes the decoder forgive a sampler's small errors; a penalty on each channel's moments keeps

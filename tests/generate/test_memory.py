@@ -227,10 +227,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         outs.append(output.read_bytes())
     assert outs[0] == outs[1]
     said = capsys.readouterr().err
-    assert (
-        said.count("longcat: note: 2 of ") == 1
-        and "blocks, the KV cache and the text encoder in CPU memory" in said
-    )
+    assert said.count("longcat: note: 2 of ") == 1 and "blocks, the KV cache and the text encoder in CPU memory" in said
     output = tmp_path / "c.mkv"
     assert main([*COMMAND, "--split-guidance", "--tiled-vae", "--output", str(output)]) == 0
     assert "guidance in halves" in capsys.readouterr().err

@@ -284,9 +284,7 @@ def test_anothers_lora_beside_a_state_is_not_replaced(train, tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"x.lora_A.weight": torch.ones(2, 2)}, {"format": "pt"})
     before = (tmp_path / "a.safetensors").read_bytes()
     for steps in (2, 4):
-        with pytest.raises(
-            LongCatError, match=r"a\.safetensors is not the LoRA of a\.state\.safetensors; move"
-        ):
+        with pytest.raises(LongCatError, match=r"a\.safetensors is not the LoRA of a\.state\.safetensors; move"):
             train("a", replace(RECIPE, steps=steps))
     assert before == (tmp_path / "a.safetensors").read_bytes()
 

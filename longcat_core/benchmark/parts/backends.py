@@ -95,8 +95,6 @@ CHART = bars(
 PART = Part(
     text="## Attention kernels\n\nAt the model's shapes. The error is relative, against fp32 on a slice.",
     run=run,
-    table=columns(
-        name="", attention="attention", ms="ms", tflops="TFLOP/s", error="error", exact="exact", status=""
-    ),
+    table=columns(name="", attention="attention", ms="ms", tflops="TFLOP/s", error="error", exact="exact", status=""),
     charts=(CHART,),
 )

@@ -64,6 +64,7 @@ def run(bench: Bench) -> None:
     inputs = workload.Inputs(model.config, size, bench.device)
     latents = torch.cat([inputs.latents, inputs.latents], -1)
     report.content["inputs"] |= inputs.describe() | {"size": str(size)}
+
     def forward(change: ForwardChange) -> None:
         x = latents[..., : inputs.latents.shape[-1] + change.wider * model.config.patch_size[2]]
         cache = model.fill_kv_cache(x[:, :, : change.cached].contiguous()) if change.cached else None

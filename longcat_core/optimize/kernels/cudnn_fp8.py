@@ -36,6 +36,7 @@ CHUNK, ROWS = 512, 32
 # Values of a program that unpacks.
 SIZE = 4096
 
+
 @jit
 def _fp8_attention_extent(
     x, largest, sums, tokens, sample_stride, stride,

@@ -75,11 +75,7 @@ def test_b_is_what_the_sampler_gives_and_the_floor_another_kernel(comfy, model, 
 
 def test_same_settings_are_identical(fidelity, kernels):
     plot, _, a, b, report = fidelity(noise_floor=False)
-    assert (
-        torch.equal(a, b)
-        and "B is identical to A" in report
-        and "No noise floor: it is switched off" in report
-    )
+    assert torch.equal(a, b) and "B is identical to A" in report and "No noise floor: it is switched off" in report
     assert len(kernels) == 2 * STEPS and plot.shape[1] > 300
 
 
