@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import targets
-from ..longcat_core.checkpoints.lora import PREFIX, LoraStack, lora_of, split_key
+from ..longcat_core.checkpoints.lora import LoraStack, lora_of
+from ..longcat_core.checkpoints.lora_names import PREFIX, split_key
 from ..longcat_core.errors import LongCatError
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
