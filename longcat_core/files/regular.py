@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import stat
 from pathlib import Path
 
 from ..errors import LongCatError
 from .atomic import reason
 
+# Byte order marks of encodings other than UTF-8, the longest first: one begins with another.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 # Of a text that a person or a program writes: prompts, configs, records.
 MAX_TEXT_BYTES = 64_000_000
 
@@ -51,8 +60,31 @@ def read_bytes(
 def read_text(
     path: str | Path, what: str = "", limit: int = MAX_TEXT_BYTES, error: type[LongCatError] = LongCatError
 ) -> str:
-    """`read_bytes` as UTF-8 text, without the byte order mark that some editors write."""
+    """`read_bytes` as UTF-8 text, or as what a byte order mark says, without that mark. Raises `error` for other bytes.
+
+    Editors write the mark; some call UTF-16 with a mark Unicode.
+    """
+    content = read_bytes(path, what, limit, error)
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8-sig")
     try:
-        return read_bytes(path, what, limit, error).decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise ValueError("it has null characters")
+    except ValueError as fault:
         raise error(f"{what} {path}".strip() + " is not UTF-8 text; save it as UTF-8") from fault
+    return text
+
+
+def read_lines(path: str | Path, what: str = "") -> list[str]:
+    """`lines_of` the text of a file, which `read_text` reads."""
+    return lines_of(read_text(path, what))
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text as editors show them, without blanks at their ends; empty lines are left out.
+
+    \\n, \\r\\n and \\r end a line; the separators of Unicode, form feeds and vertical tabs do not.
+    """
+    # A file that others were joined into has byte order marks at the starts of later lines too.
+    lines = (line.strip().removeprefix("\ufeff").strip() for line in re.split(r"\r\n|\n|\r", text))
+    return [line for line in lines if line]
