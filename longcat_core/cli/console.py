@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import LongCatError
+from ..errors import LongCatError, printable
 
 if TYPE_CHECKING:
     from ..sampling.sampler import Step
@@ -51,7 +53,74 @@ def lora(text: str) -> tuple[Path, float]:
     return Path(text), 1.0
 
 
+def words(given: Any) -> Any:
+    """Prompts as they were typed: where the locale is plain ASCII, their UTF-8 arrives as single bytes."""
+    if isinstance(given, list):
+        return [words(text) for text in given]
+    with contextlib.suppress(UnicodeError, TypeError):
+        return os.fsencode(given).decode()
+    return given
+
+
 # --- output while a command runs -------------------------------------------------------------------------------------
+
+
+# Characters of a line on stdout, which may be a row of a table.
+LINE = 2000
+
+
+class Stream:
+    """A standard stream that never ends the work: what cannot be written is left out.
+
+    stream: the original, None if it is closed. escaped: whether control characters, which file names and files could
+    bring in, are shown as escapes; tqdm's bars need theirs. lost: why nothing can be written any more, None while it
+    can. Characters that the terminal's encoding lacks are shown as escapes.
+    """
+
+    def __init__(self, stream: TextIO | None, *, escaped: bool) -> None:
+        self.stream, self.escaped = stream, escaped
+        self.lost: Exception | None = OSError(errno.EBADF, "it is closed") if stream is None else None
+
+    def write(self, text: str) -> int:
+        shown = "\n".join(printable(line, LINE) for line in text.split("\n")) if self.escaped else text
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._try("write", shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, method: str, *args: str) -> None:
+        if self.lost is not None:
+            return
+        try:
+            getattr(self.stream, method)(*args)
+        except (OSError, ValueError) as error:
+            self.lost = error
+            with contextlib.suppress(OSError, ValueError):
+                # For what is left in buffers: on exit, the interpreter would write again and complain.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[Stream]:
+    """Make sys.stdout and sys.stderr a `Stream` while the block runs, and return that of stdout."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Otherwise the next file that is opened would get its number, and libraries would log into it.
+            os.open(os.devnull, os.O_RDWR)
+    out, err = Stream(sys.stdout, escaped=True), Stream(sys.stderr, escaped=False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
 
 
 class Progress:
@@ -65,7 +134,7 @@ class Progress:
         if self.bar is None:
             self.bar = self.make()
         if step.index == 0:
-            self.bar.set_description(label, refresh=False)
+            self.bar.set_description(printable(label), refresh=False)
             self.bar.reset(total=step.total)
         self.bar.update()
 
@@ -77,11 +146,11 @@ class Progress:
             if self.bar.total is not None:
                 self.bar.reset()
             self.bar.total, self.bar.initial = of, done - 1
-        self.bar.set_description(label, refresh=False)
+        self.bar.set_description(printable(label), refresh=False)
         self.bar.update(done - self.bar.n)
 
     def say(self, sentence: str) -> None:
-        print(sentence, flush=True) if self.bar is None else self.bar.write(sentence)
+        print(sentence, flush=True) if self.bar is None else self.bar.write(printable(sentence))
 
 
 @contextlib.contextmanager
@@ -112,4 +181,4 @@ def notes_from_warnings() -> Iterator[None]:
 
 def note(sentence: str) -> None:
     """Print a note on stderr."""
-    print(f"longcat: note: {sentence}", file=sys.stderr)
+    print(f"longcat: note: {printable(sentence)}", file=sys.stderr)

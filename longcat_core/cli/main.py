@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..errors import LongCatError
+from ..errors import LongCatError, printable
+from ..files.atomic import reason
 from ..generate.options import DTYPES
-from .console import number, size, whole
+from .console import Stream, number, size, standard_streams, whole, words
 from .options import Parser, add_options
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 class Command(NamedTuple):
-    """One command. run: module and function that take the parsed arguments and return the exit code."""
+    """One command.
+
+    run: module and function that take the parsed arguments and return the exit code. printed: whether what it prints is
+    its result; the others write files, and are right even where their words cannot be read.
+    """
 
     run: str
     summary: str
     # Of each positional argument: its name, the name that --help shows, its help, and more settings of argparse.
     positionals: tuple[tuple[str, str, str, dict[str, Any]], ...] = ()
+    printed: bool = False
 
 
 PROMPT = "what the video shows"
 PATH: dict[str, Any] = {"type": Path}
+# Arguments that models read; others of kind text are names.
+PROMPTS = {"prompt", "negative_prompt", "prompts"}
 COMMANDS = {
     "generate": Command(
         "generate.generate", "Generate a video from a prompt, with the bundled model by default.",
@@ -60,14 +68,16 @@ COMMANDS = {
     ),
     "verify": Command(
         "bench.verify", "Run the golden cases of a folder through this code and print a table.",
-        (("directory", "DIR", "folder of golden data", PATH),),
+        (("directory", "DIR", "folder of golden data", PATH),), printed=True,
     ),
     "plan": Command(
         "bench.plan", "Show what goes where with less GPU memory, for the released model.",
-        (("memory", "GIB", "free GPU memory (default: 48 to 8)", {"type": number, "nargs": "*"}),),
+        (("memory", "GIB", "free GPU memory (default: 48 to 8)", {"type": number, "nargs": "*"}),), printed=True,
     ),
-    "backends": Command("bench.backends", "List the attention backends, and why one cannot be used."),
-    "score-nano": Command("nano.score", "Measure how well the bundled model follows fresh prompts."),
+    "backends": Command("bench.backends", "List the attention backends, and why one cannot be used.",
+                        printed=True),
+    "score-nano": Command("nano.score", "Measure how well the bundled model follows fresh prompts.",
+                          printed=True),
     "lesson-nano": Command(
         "nano.lesson", "Write clips that teach the bundled model pink, for train-lora.",
         (("folder", "DIR", "a new folder", PATH),),
@@ -83,28 +93,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted) or 141 (broken
     pipe)."""
     argv = joined(sys.argv[1:] if argv is None else argv)
-    try:
-        with _termination_as_interrupt():
-            args = build_parser(argv).parse_args(argv)
-            module, function = args.run.split(".")
-            code: int = getattr(import_module(f".{module}", __package__), function)(args)
-            sys.stdout.flush()
-            return code
-    except LongCatError as error:
-        return _fail(str(error))
-    except BrokenPipeError:
-        # The reader has seen enough. On exit, the interpreter would write again and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except OSError as error:
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}; check the path and its permissions")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        return _fail("out of memory; give a smaller size or fewer frames, or choose another --device or --dtype")
-    except KeyboardInterrupt:
-        print("longcat: interrupted; no unfinished file is left", file=sys.stderr)
-        return INTERRUPTED
+    with standard_streams() as out:
+        try:
+            with _ended_by_signals():
+                args = build_parser(argv).parse_args(argv)
+                for name in PROMPTS & vars(args).keys():
+                    setattr(args, name, words(getattr(args, name)))
+                module, function = args.run.split(".")
+                code: int = getattr(import_module(f".{module}", __package__), function)(args)
+            return _printed(out, code) if COMMANDS[args.command].printed else code
+        except SystemExit as ended:
+            # After --help and --version.
+            if code := _printed(out, 0):
+                return code
+            raise ended
+        except LongCatError as error:
+            return _fail(str(error))
+        except BrokenPipeError:
+            return BROKEN_PIPE
+        except OSError as error:
+            return _fail(
+                f"{error.filename or 'the system'}: {error.strerror or error}; check the path and its permissions"
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _fail("out of memory; give a smaller size or fewer frames, or choose another --device or --dtype")
+        except KeyboardInterrupt:
+            print("longcat: interrupted; no unfinished file is left", file=sys.stderr)
+            return INTERRUPTED
 
 
 def build_parser(argv: Sequence[str] = ()) -> Parser:
@@ -116,7 +133,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, command=name)
         for positional, shown, text, settings in command.positionals:
             sub.add_argument(positional, metavar=shown, help=text, **settings)
         add_options(sub, name)
@@ -141,20 +158,43 @@ def joined(argv: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that it too leaves no temporary file."""
+def _ended_by_signals() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C, so that they too leave no temporary file."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Windows has no SIGHUP. Under nohup it is ignored, and stays so.
+    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    caught = [name for name in names if signal.getsignal(name) == signal.SIG_DFL]
+
+    def interrupt(name: int, frame: FrameType | None) -> None:
+        # A shell that ends sends a second one, which must not end the tidying up.
+        for other in caught:
+            signal.signal(other, signal.SIG_IGN)
+        signal.default_int_handler(name, frame)
+
+    for name in caught:
+        signal.signal(name, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for name in caught:
+            signal.signal(name, signal.SIG_DFL)
+
+
+def _printed(out: Stream, code: int) -> int:
+    """`code`, or that of an error if what was printed is the result and did not arrive."""
+    out.flush()
+    if out.lost is None:
+        return code
+    # The reader has seen enough.
+    if isinstance(out.lost, BrokenPipeError):
+        return BROKEN_PIPE
+    return _fail(f"the result could not be printed ({reason(out.lost)}); send stdout to another place")
 
 
 def _fail(sentence: str) -> int:
-    print(f"longcat: error: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"longcat: error: {printable(' '.join(sentence.split()))}", file=sys.stderr)
     return BAD_INPUT
 
 
