@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import LongCatError
 from ..files.atomic import atomic_path
-from ..files.media import check_output, estimate_bytes, write_video
+from ..files.media import estimate_bytes, write_video
 from ..files.places import check_place, check_suffix
 from ..generate.opened import OpenedModel
 from ..generate.options import MEMORY, MODEL, SAMPLING, WHAT, of_command
@@ -31,7 +31,7 @@ from ..measure.results import ResultsFile
 from ..optimize import attention as backends
 from ..sampling.sampler import Interrupted, Step
 from .console import Progress, notes_from_warnings, progress
-from .generate import free_name, print_notes, prompts_of, request_of
+from .generate import print_notes, prompts_of, request_of
 from .models import compile_mode, dtype_of, load_models, machine_of, paths_of
 from .options import Parser, add_options
 
@@ -92,7 +92,6 @@ def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Si
     paths = paths_of(args)
     request = request_of(args, prompt).filled(paths.defaults)
     device, opened = machine_of(args, paths)
-    compile_mode(args, device, paths)
     names = [row.name for row in of_command("compare", MODEL, MEMORY)]
     model = {name: getattr(args, name) for name in names if name not in SWITCHED}
     return _Side(name, options, args, paths, request, device, opened, model)
@@ -137,6 +136,7 @@ def compare(args: argparse.Namespace) -> int:
     _check_floor(args)
     folder = _check_output(args, first.request, len(videos) * (len(sides) + 1))
     print_notes(dict.fromkeys(sentence for side in sides for sentence in side.request.notes()))
+    print_notes(args.outputs.notes)
 
     with notes_from_warnings(), progress() as bar:
         fidelity = _Run(sides, [(video.prompt, video.seed) for video in videos], folder, bar).compare()
@@ -163,24 +163,33 @@ def _check_floor(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace, request: FilledRequest, videos: int) -> Path:
-    folder = args.output or free_name(Path(OUTPUT))
+    folder: Path = args.output or args.outputs.default(Path(OUTPUT))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LongCatError(f"{folder} already exists and is not empty; choose another with --output")
-    # Checked as if it were a file: the folder is created when there is something to put into it.
-    probe = folder / "A-1.mkv" if folder.is_dir() else folder.with_name(f"{folder.name}.mkv")
-    check_output(probe, videos * estimate_bytes(probe, request.frames, request.height, request.width))
+    # The folder is created when there is something to put into it; until then its name is checked as if of a file.
+    probe = folder / "A-1.mkv" if folder.is_dir() else folder
+    check_place(probe, videos * estimate_bytes(folder / "A-1.mkv", request.frames, request.height, request.width))
+    args.outputs.hold(probe)
     if args.page is not None:
-        _check_page(args.page)
+        for path in _check_page(args.page):
+            args.outputs.hold(path, "--page")
     return folder
 
 
-def _check_page(page: Path) -> None:
+def _check_page(page: Path) -> list[Path]:
+    """The page and its pictures. Raises LongCatError if they cannot be written, or would replace what is not ours."""
     check_suffix(page, (".md",), "page")
-    ours = page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
-    for path in (page, *(page.with_name(f"{page.stem}-{name}") for name in (PLOT, SIDE_BY_SIDE))):
-        if path.exists() and not ours:
+    paths = [page, *(page.with_name(f"{page.stem}-{name}") for name in (PLOT, SIDE_BY_SIDE))]
+    there = b""
+    if page.is_file():
+        with open(page, "rb") as file:
+            there = file.read(len(TITLE))
+    for path in paths:
+        if path.exists() and there != TITLE.encode():
             raise LongCatError(f"{path} already exists and is not from longcat compare; choose another with --page")
-    check_place(page.with_suffix(".png"), 1 << 24)
+    for path in paths:
+        check_place(path, 1 << 23)
+    return paths
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -353,7 +362,8 @@ def _write_page(
         with atomic_path(path.with_name(prefix + name)) as temporary:
             picture.save(temporary, format="PNG")
     with atomic_path(path) as temporary:
-        temporary.write_text(_page(fidelity, content, prefix), encoding="utf-8")
+        # Names in the command may have bytes that are not UTF-8.
+        temporary.write_text(_page(fidelity, content, prefix), encoding="utf-8", errors="backslashreplace")
 
 
 def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:

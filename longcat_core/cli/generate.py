@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import LongCatError
+from ..files.atomic import name_with, resolved
 from ..files.media import check_output, check_sound, estimate_bytes, write_video
+from ..files.regular import read_lines
 from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
 from ..generate.media import contact_sheet
 from ..generate.paths import ModelPaths
@@ -52,12 +54,13 @@ class _Task:
         seed: int,
         sound: Path | None = None,
     ) -> None:
-        """Check the output file, which must not be one of `sources`, then models and machine. Raises LongCatError.
+        """Check and hold the output file, which must not be one of `sources`; check models and machine.
 
-        sound: a video whose sound the output has too.
+        sound: a video whose sound the output has too. Raises LongCatError.
         """
         _check_distinct(output, *sources)
         check_output(output, estimate_bytes(output, *shape))
+        args.outputs.hold(output)
         self.args, self.output, self.shape, self.fps, self.seed = args, output, shape, fps, seed
         self.sound = sound
         self.device, self.model = machine_of(args, paths)
@@ -71,8 +74,10 @@ class _Task:
 
     def run(self, make: Callable[[Progress], Frames]) -> Frames:
         """Write the frames that `make` returns, and return them."""
+        print_notes(self.args.outputs.notes)
         with notes_from_warnings(), progress() as bar:
             frames = make(bar)
+            self.output = self.args.outputs.settled(self.output)
             write_video(self.output, frames, self.fps, self.sound)
         return frames
 
@@ -93,8 +98,9 @@ def generate(args: argparse.Namespace) -> int:
     if args.contact_sheet is not None:
         _check_distinct(args.contact_sheet, args.image, args.video, option="--contact-sheet")
         check_output(args.contact_sheet, 1 << 22, sheet=True)
+        args.outputs.hold(args.contact_sheet, "--contact-sheet")
     shape = request.frames, request.height, request.width
-    output = args.output or free_name(Path(OUTPUT))
+    output = args.output or args.outputs.default(Path(OUTPUT))
     task = _Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
     print_notes(request.notes())
     frames = task.run(lambda bar: task.load(work_of(request)).generate(request, bar).frames)
@@ -110,8 +116,9 @@ def long(args: argparse.Namespace) -> int:
     request = LongVideoRequest(
         request_of(args, prompts[0]), prompts, args.overlap, _schedule(args), args.hand_off
     ).filled(paths.defaults)
-    output = args.output or Path(LONG_OUTPUT)
-    folder = segment_folder(args.folder or output.with_name(f"{output.stem}-segments"))
+    # The same command again goes on, so the default name may be there already.
+    output = args.output or args.outputs.default(Path(LONG_OUTPUT), new=False)
+    folder = segment_folder(args.folder or name_with(output, "-segments", ""))
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     first = request.first
@@ -147,7 +154,7 @@ def refine(args: argparse.Namespace) -> int:
     assert video.fps is not None, "a file has a rate"
     request = replace(request, fps=video.fps)
     folder = None if args.folder is None else piece_folder(args.folder)
-    output = args.output or free_name(args.video.with_name(f"{args.video.stem}-refined.mp4"))
+    output = args.output or args.outputs.default(name_with(args.video, "-refined", ".mp4"))
     shape = request.factor * video.frames, *request.size(video, paths.defaults)
     # Copied if it can be; that it is left out or coded as AAC is said.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
@@ -200,23 +207,10 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
         return list(args.prompts)
     if args.prompts:
         raise LongCatError("prompts and --prompts-file exclude each other; give one of them")
-    try:
-        lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise LongCatError(f"{args.prompts_file} is not UTF-8 text; save it as UTF-8, one prompt a line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = read_lines(args.prompts_file)
     if not prompts:
         raise LongCatError(f"{args.prompts_file} holds no prompts; write one a line")
     return prompts
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or with a number if it exists: a default name must not overwrite a file that nobody named."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
-    return candidate
 
 
 def print_notes(sentences: Iterable[str]) -> None:
@@ -236,5 +230,5 @@ def _schedule(args: argparse.Namespace) -> str | None:
 
 
 def _check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:
-    if any(source is not None and output.resolve() == source.resolve() for source in sources):
+    if any(source is not None and resolved(output) == resolved(source) for source in sources):
         raise LongCatError(f"output {output} is the input itself; give another name to {option}")

@@ -18,6 +18,7 @@ from ..files.atomic import reason
 from ..generate.options import DTYPES
 from .console import Stream, number, size, standard_streams, whole, words
 from .options import Parser, add_options
+from .outputs import Outputs
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -95,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = joined(sys.argv[1:] if argv is None else argv)
     with standard_streams() as out:
         try:
-            with _ended_by_signals():
+            with _ended_by_signals(), Outputs() as outputs:
                 args = build_parser(argv).parse_args(argv)
+                args.outputs = outputs
                 for name in PROMPTS & vars(args).keys():
                     setattr(args, name, words(getattr(args, name)))
                 module, function = args.run.split(".")

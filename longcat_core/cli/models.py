@@ -41,10 +41,11 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def machine_of(args: argparse.Namespace, paths: ModelPaths) -> tuple[torch.device, OpenedModel]:
-    """The device and the opened model, once its files, its LoRAs, the attention and the memory limit are checked."""
+    """The device and the opened model, once its files, its LoRAs and what the machine has to offer are checked."""
     model = open_model(paths, args.lora, args.attention)
     device = device_of(args.device)
     check_memory(args, device)
+    compile_mode(args, device, paths)
     return device, model
 
 

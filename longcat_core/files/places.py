@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import LongCatError
-from .atomic import reason
+from .atomic import reason, resolved, temporary_path
 
 
 def check_suffix(path: Path, suffixes: Sequence[str], what: str = "output", why: str = "") -> None:
@@ -22,27 +23,46 @@ def check_suffix(path: Path, suffixes: Sequence[str], what: str = "output", why:
 
 def check_place(path: Path, estimated_bytes: int = 0) -> None:
     """Raise LongCatError unless a file of about `estimated_bytes` can be written to `path`."""
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise LongCatError(
-            f"{path} is a folder; give the name of a file in it, such as {path / ('name' + path.suffix)}"
-        )
-    if path.exists() and not path.is_file():
-        raise LongCatError(f"{path} is not a regular file; choose another name")
-    if not folder.is_dir():
-        raise LongCatError(f"{path}: the folder {folder} does not exist; create it or choose another place")
+    target = resolved(path)
+    folder = target.parent
     try:
-        # A trial, because permissions alone do not reveal a read-only file system.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise LongCatError(f"{path}: {folder} is not writable ({reason(error)}); choose another place") from error
-    free = shutil.disk_usage(folder).free
+        if path.is_dir():
+            raise LongCatError(
+                f"{path} is a folder; give the name of a file in it, such as {path / ('name' + path.suffix)}"
+            )
+        if path.exists() and not path.is_file():
+            raise LongCatError(f"{path} is not a regular file; choose another name")
+        if not folder.is_dir():
+            raise LongCatError(f"{path}: the folder {folder} does not exist; create it or choose another place")
+        free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:
+        raise LongCatError(f"{path} cannot be written ({reason(error)}); choose another name") from error
+    _try_names(path, target)
     if free < estimated_bytes:
         raise LongCatError(
             f"{path} may take {bytes_in_words(estimated_bytes)} but {folder} has {bytes_in_words(free)} free; "
             "make room or choose another place"
         )
+
+
+def _try_names(path: Path, target: Path) -> None:
+    """Create and remove an empty file under the temporary name, and one under a name like that of `target`.
+
+    Permissions alone do not reveal a read-only file system, nor which names it takes. The name itself is left alone,
+    because somebody may be waiting for it to appear.
+    """
+    like = target.with_name("~" * len(os.fsencode(target.name[:1])) + target.name[1:])
+    for trial in (temporary_path(target, path.suffix, secrets.token_hex(4)), like):
+        try:
+            os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            os.unlink(trial)
+        except FileExistsError:
+            # The file system takes such names.
+            continue
+        except OSError as error:
+            raise LongCatError(
+                f"{path}: {target.parent} takes no file of that name ({reason(error)}); choose another place or name"
+            ) from error
 
 
 def check_new_folder(folder: Path, name: str) -> None:

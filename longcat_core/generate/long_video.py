@@ -126,7 +126,7 @@ def spread_prompts(prompts: Sequence[str], segments: int | None) -> tuple[str, .
 def segment_folder(path: Any) -> SegmentFolder:
     """The folder of a long video. A new prompt regenerates segments; any other change needs another folder."""
     check_path("the folder of segments", path)
-    return SegmentFolder(path, changing=("prompt",))
+    return SegmentFolder(path, changing=("prompt",), notes=Notes)
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,13 @@ class Join:
     def step(self) -> float:
         """The largest of the three color changes."""
         return max(abs(change) for change in self.color)
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a segment's record says beside what decides it. join: with the previous segment."""
+
+    join: Join | None = None
 
 
 def measure_join(before: np.ndarray, after: np.ndarray, overlap: int) -> Join:

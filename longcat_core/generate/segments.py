@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -25,17 +28,22 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
-from ..files.atomic import atomic_folder, leftovers
+from ..files.atomic import atomic_folder, foreign, reason, recover, working_folders
 from ..files.differences import as_read, differences_in_words
 from ..files.locks import held
 from ..files.media import read_video, write_video
 from ..files.places import bytes_in_words
+from ..files.records import parse_record
+from ..files.regular import check_regular, read_bytes
 from ..files.safetensors_io import read_tensors, write_safetensors
 
 VERSION = 1
 LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.json", ".lock"
 # Files that file managers write into the folders they show.
 LEFT_BY_BROWSING = (".DS_Store", "Thumbs.db", "desktop.ini")
+OURS = (LATENTS, FRAMES, RECORD, *LEFT_BY_BROWSING)
+# What killed runs leave of a segment's folder.
+LEFT = re.compile(r"\.(segment-\d{3})\.(?:new|old)")
 # Free space that must remain on the disk beside a segment's own.
 SPARE_BYTES = 16 << 20
 
@@ -47,7 +55,7 @@ class Record:
     """The content of segment.json. Settings are JSON values, checksums SHA-256.
 
     content: checksum of latents and frames. before: that of the previous segment, "" for the first. files: checksums
-    by name. notes: measurements, for reports.
+    by name. notes: measurements, for reports, and the number of threads, on which the last bits depend on a CPU.
     """
 
     settings: Settings
@@ -56,6 +64,18 @@ class Record:
     count: int
     files: dict[str, str]
     notes: Settings
+
+
+@dataclass(frozen=True)
+class _Stored(Record):
+    """segment.json. checksum: of the rest."""
+
+    version: int
+    checksum: str
+
+    @property
+    def record(self) -> Record:
+        return Record(**{name: value for name, value in vars(self).items() if name not in ("version", "checksum")})
 
 
 @dataclass(frozen=True)
@@ -88,12 +108,14 @@ class SegmentFolder:
     """The segments of one video, numbered from 0.
 
     changing: settings that may differ between segments and between runs; if one does, the segment is regenerated. Any
-    other difference is an error, and nothing is touched. Reading needs no lock; `open` takes it for `save`.
+    other difference is an error, and nothing is touched. notes: the type of a record's notes; a record with others is
+    damaged. Reading needs no lock; `open` takes it for `save`.
     """
 
-    def __init__(self, path: str | Path, changing: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: str | Path, changing: tuple[str, ...] = (), notes: type = Settings) -> None:
         self.path = Path(path)
         self.changing = changing
+        self.notes = notes
 
     def check(self, settings: Mapping[int, Settings] | list[Settings]) -> None:
         """Raise LongCatError if the folder holds segments with other settings, or foreign files under their names.
@@ -132,8 +154,10 @@ class SegmentFolder:
             raise LongCatError(f"{self.path} cannot be written to ({error.strerror}); name another folder") from error
         try:
             with stack:
-                for leftover in leftovers(self.path, "segment-*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                for name in {match[1] for match in map(LEFT.fullmatch, os.listdir(self.path)) if match}:
+                    # What is not ours stays; if it is in the way, `check` has said so.
+                    with suppress(OSError):
+                        recover(self.path / name, OURS)
                 yield
         finally:
             with suppress(OSError):
@@ -149,23 +173,25 @@ class SegmentFolder:
         folder = self._folder(number)
         for name in (LATENTS, FRAMES):
             try:
+                check_regular(folder / name)
                 with open(folder / name, "rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError:
+            except (LongCatError, OSError):
                 return None
             if found != record.files.get(name):
                 return None
         return record
 
     def load(self, number: int) -> Segment:
-        """Read a segment that `find` returned."""
+        """Read a segment that `find` returned. Raises LongCatError if it does not hold what its record says."""
         folder = self._folder(number)
         frames, _ = read_video(folder / FRAMES)
-        # A copy: the file may be replaced while its tensors are in use.
-        latents = read_tensors(folder / LATENTS)["latents"].clone()
+        latents = read_tensors(folder / LATENTS).get("latents")
         record = self._record(number)
-        assert record is not None, "`find` reads the record first"
-        return Segment(frames, latents, record.content)
+        if record is None or latents is None or checksum(latents.float().numpy(), frames) != record.content:
+            raise LongCatError(f"{folder} is damaged; delete it and run the same command again")
+        # A copy: the file may be replaced while its tensors are in use.
+        return Segment(frames, latents.clone(), record.content)
 
     def frames(self, number: int, skip: int = 0) -> np.ndarray:
         """A segment's frames without the first `skip`: uint8 [F, H, W, 3]."""
@@ -188,7 +214,7 @@ class SegmentFolder:
         """
         latents = latents.detach().to("cpu", torch.float32).contiguous()
         try:
-            with atomic_folder(self._folder(number)) as new:
+            with atomic_folder(self._folder(number), OURS) as new:
                 write_safetensors(new / LATENTS, {"latents": latents})
                 write_video(new / FRAMES, frames, fps)
                 files = {}
@@ -196,13 +222,13 @@ class SegmentFolder:
                     with open(new / name, "rb") as file:
                         files[name] = hashlib.file_digest(file, "sha256").hexdigest()
                 content = checksum(latents.numpy(), frames)
+                notes = notes | {"threads": torch.get_num_threads()}
                 record = Record(settings, before, content, len(frames), files, notes)
                 (new / RECORD).write_text(_dumps(record), encoding="utf-8")
         except (LongCatError, OSError) as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            reason = cause.strerror if isinstance(cause, OSError) else str(cause)
             raise LongCatError(
-                f"segment {number + 1} could not be written to {self.path} ({reason}); the earlier segments are "
+                f"segment {number + 1} could not be written to {self.path} ({reason(cause)}); the earlier segments are "
                 "kept, so free some space and run the same command again to resume"
             ) from error
         return record
@@ -219,19 +245,20 @@ class SegmentFolder:
         self.check(list(settings))
         with self.open():
             before: Segment | None = None
-            content = ""
+            content, threads = "", None
             for number, wanted in enumerate(settings):
                 record = self.find(number, wanted, content)
                 reused = record is not None
                 if record is None:
                     self.check_room(number, room[number])
+                    self._note_threads(threads, wanted)
                     if number and before is None:
                         before = self.load(number - 1)
                     frames, latents, notes = make(number, before)
                     record = self.save(number, frames, latents, settings=wanted, before=content, fps=fps, notes=notes)
                     before = Segment(frames, latents, record.content)
                 else:
-                    before = None
+                    before, threads = None, record.notes.get("threads")
                 content = record.content
                 yield number, record, reused
 
@@ -245,29 +272,37 @@ class SegmentFolder:
                 "the earlier segments are kept, so free some space and run the same command again to resume"
             )
 
+    def _note_threads(self, threads: int | None, settings: Settings) -> None:
+        """Warn if the segment before was made with another number of threads."""
+        now = torch.get_num_threads()
+        if threads not in (None, now) and settings.get("device", "cpu") == "cpu":
+            warnings.warn(
+                f"{self.path} was begun with {threads} threads and goes on with {now}, so that the last bits of its "
+                f"numbers may differ; set OMP_NUM_THREADS={threads} to get the same ones",
+                stacklevel=3,
+            )
+
     def _folder(self, number: int) -> Path:
         return self.path / f"segment-{number + 1:03}"
 
     def _check_own(self, number: int) -> None:
-        """Raise LongCatError if the segment's folder holds files that this program did not write."""
+        """Raise LongCatError if the segment's folder, or one that saving it takes, holds what is not ours."""
         folder = self._folder(number)
-        if not folder.exists() and not folder.is_symlink():
-            return
-        foreign = [folder.name] if not folder.is_dir() or folder.is_symlink() else [
-            item.name for item in folder.iterdir() if item.name not in (LATENTS, FRAMES, RECORD, *LEFT_BY_BROWSING)
-        ]  # fmt: skip
-        if foreign:
-            raise LongCatError(f"{folder} is not a segment of a video ({foreign[0]} is in it); name another folder")
+        for place in (folder, *working_folders(folder)):
+            if name := foreign(place, OURS):
+                raise LongCatError(f"{place} is not a segment of a video ({name} is in it); name another folder")
 
     def _record(self, number: int) -> Record | None:
         """A segment's record; None if it is missing or damaged."""
+        path = self._folder(number) / RECORD
         try:
-            content = json.loads((self._folder(number) / RECORD).read_text(encoding="utf-8"))
-            if content.pop("version") != VERSION or content.pop("checksum") != checksum(_plain(content)):
-                return None
-            return Record(**content)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            stored = parse_record(read_bytes(path), _Stored, str(path), "a record")
+            record = stored.record
+            parse_record(json.dumps(record.notes), self.notes, str(path), "a record")
+        except (LongCatError, ValueError):
             return None
+        whole = stored.version == VERSION and stored.checksum == checksum(_plain(asdict(record)))
+        return record if whole else None
 
 
 def _plain(content: Settings) -> str:

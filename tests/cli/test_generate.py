@@ -249,8 +249,8 @@ def test_interrupt_while_sampling(folder: Path, capsys: pytest.CaptureFixture[st
     ("error", "said"),
     [
         (
-            LongCatError("the file a.safetensors is cut short;\n get it anew"),
-            "the file a.safetensors is cut short; get it",
+            LongCatError("the file a.safetensors is cut short;\n get it again"),
+            r"the file a.safetensors is cut short;\n get it again",
         ),
         (MemoryError(), "out of memory; give a smaller size"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; give a smaller size"),

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PROMPTS = ("a", "b", "c")
 KILLED = -9
-KINDS = ("step", "picture", "flush", "open", "finished", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
+KINDS = ("step", "picture", "flush", "open", "finished", "os.mkdir", "os.rename", "os.remove")
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,12 @@ def test_what_happens_in_a_run(tasks):
     assert {run.code for run in (long, changed, refined)} == {0}
     assert (long.begun, changed.begun, refined.begun) == (3, 2, 2)
     found = Counter(kinds(long.moments))
-    # A segment: its latents, its frames and itself are renamed; three files and two folders flushed; nine pictures.
-    assert found["os.rename"] == 9 and found["flush"] == 15 and found["picture"] == 27 and found["step"] == 6
+    # A segment: its latents, its frames and itself are renamed; three files and two folders flushed, two of the files
+    # before they are renamed too; nine pictures.
+    assert found["os.rename"] == 9 and found["flush"] == 21 and found["picture"] == 27 and found["step"] == 6
     assert set(found) == set(KINDS) and min(found.values()) >= 3
-    # What is there already is moved away first.
+    # What is there already is moved away first, and deleted file by file.
+    assert len(moments_of(tasks["changed"], "os.rmdir")) == 2
     assert len(moments_of(tasks["changed"], "os.rename")) == 2 * 4
     assert len(moments_of(tasks["refined"], "os.rename")) == 2 * 3
 
@@ -166,7 +168,7 @@ def test_killed_before_anything_that_happens(start, tasks, tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["changed", "refined"])
-@pytest.mark.parametrize("kind", ["os.rename", "shutil.rmtree"])
+@pytest.mark.parametrize("kind", ["os.rename", "os.remove", "os.rmdir"])
 def test_killed_while_segments_are_replaced_and_pieces_refined(start, tasks, tmp_path, name, kind):
     for moment in moments_of(tasks[name], kind):
         check_killed_and_resumed(start, tasks[name], tmp_path / str(moment), moment)
