@@ -1,23 +1,29 @@
 """LoRAs of LongCat-Video through ComfyUI's stock loaders, with a report of what did not match.
 
-Two of ComfyUI's functions are wrapped; the wrappers act on LongCat-Video only. Official LoRAs are read by the core. All
-others are ComfyUI's to read, under the module names of every checkpoint form.
+Three of ComfyUI's functions are wrapped; the wrappers act on LongCat-Video only, except that the one which reads files
+remembers those of LoRAs, whose alpha may be in the header or in PEFT's config beside it. Plain LoRAs are read by the
+core. All other kinds (LoKr, LoHa, DoRA, diffs) are ComfyUI's to read, under the module names of every checkpoint form.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
+import comfy.utils
 import torch
 from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import targets
 from ..longcat_core.checkpoints.lora import LoraStack, lora_of
-from ..longcat_core.checkpoints.lora_names import PREFIX, split_key
+from ..longcat_core.checkpoints.lora_names import PREFIX, flat, listed, other_kind_modules, split_key
 from ..longcat_core.errors import LongCatError
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
@@ -25,11 +31,10 @@ from .comfy_model import LongCatVideo
 NETWORK = "diffusion_model."
 # What other trainers write in front of a module's name.
 PREFIXES = (NETWORK, "transformer.", "base_model.model.")
-# FastVideo's names of a LoRA's parts, which end without `.weight`, and those that ComfyUI knows.
-BARE_PARTS = {".lora_A": ".lora_A.weight", ".lora_B": ".lora_B.weight", ".lora_alpha": ".alpha"}
 # Where the name of a part begins, in LoRAs of any kind.
 PARTS = (".lora_", ".alpha", ".diff", ".dora_scale", ".hada_", ".lokr_", ".reshape_weight", ".set_weight")
-_SHOWN = 3
+# Files of LoRAs by the id of their first tensor, while it lives.
+_FILES: dict[int, tuple[weakref.ref, Path]] = {}
 
 
 class KeyMap(dict):
@@ -57,31 +62,77 @@ def add_names(model: LongCatVideo, key_map: dict) -> KeyMap:
     return key_map
 
 
-def convert(lora: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """A LoRA under names that ComfyUI knows: the official layers of a weight as one plain LoRA, FastVideo's parts
-    renamed, anything else as it is.
+def remember(tensors: Any, path: Any) -> None:
+    """Keep in mind which file a LoRA's tensors were read from."""
+    if not isinstance(tensors, dict) or not isinstance(path, str | os.PathLike) or not _is_lora(tensors):
+        return
+    first = next(tensor for tensor in tensors.values() if isinstance(tensor, Tensor))
+    key = id(first)
+    _FILES[key] = weakref.ref(first, lambda gone: _FILES.pop(key, None)), Path(path)
 
-    shapes: of the network's weights. Raises LongCatError for an official LoRA that is broken or of another size.
+
+def _is_lora(tensors: Mapping[Any, Any]) -> bool:
+    keys = (key for key, tensor in tensors.items() if isinstance(key, str) and isinstance(tensor, Tensor))
+    return any(split_key(key) is not None for key in keys)
+
+
+def file_of(tensors: Iterable[Tensor]) -> Path | None:
+    """The file that these tensors were read from; None if they were made in another way."""
+    for tensor in tensors:
+        reference, path = _FILES.get(id(tensor), (None, None))
+        if reference is not None and reference() is tensor and path is not None and path.suffix == ".safetensors":
+            return path if path.is_file() else None
+    return None
+
+
+def convert(lora: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """A LoRA under names that ComfyUI knows: the plain layers with the scales that the core finds, those of official
+    files as one LoRA for each weight, and anything else as it is.
+
+    shapes: of the network's weights. Logs what the core warns of. Raises LongCatError for a LoRA that is broken or of
+    another size.
     """
-    official = {key: tensor for key, tensor in lora.items() if key.startswith(PREFIX)}
+    others = other_kind_modules(lora)
+    split = {key: parts for key in lora if (parts := split_key(key)) is not None and flat(parts[0]) not in others}
+    if not split:
+        return dict(lora)
+    official = any(key.startswith(PREFIX) for key in split)
+    file = file_of(lora.values())
+    opened = lora_of({key: lora[key] for key in split}, "the LoRA file" if file is None else file.name, file)
+    matched, _ = opened.match(shapes)
+    layers = {module: parts for module, parts in opened.layers.items() if module in matched}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stack = LoraStack([replace(opened, layers=layers, unknown=())] if layers else [], shapes)
+    for warning in said:
+        logging.warning("LongCat: %s", warning.message)
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    names = {target: NETWORK + name for name, target in targets(depth).items()}
     out: dict[str, Tensor] = {}
-    matched: set[str] = set()
-    if official:
-        opened = lora_of(official, "the LoRA file")
-        matched.update(opened.match(shapes)[0])
-        layers = {module: parts for module, parts in opened.layers.items() if module in matched}
-        stack = LoraStack([replace(opened, layers=layers, unknown=())], shapes)
-        for weight in stack.weights:
-            name, (up, down) = NETWORK + weight.removesuffix(".weight"), stack.joined(weight)
-            # ComfyUI divides alpha by the rank; the scale is in `up` already.
-            alpha = torch.tensor(float(len(down)))
-            out |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": alpha}
-    for key, tensor in lora.items():
-        split = split_key(key) if key in official else None
-        if split is None or split[0] not in matched:
-            ending = next((ending for ending in BARE_PARTS if key.endswith(ending)), "")
-            out[key.removesuffix(ending) + BARE_PARTS.get(ending, "")] = tensor
-    return out
+    for weight in stack.weights:
+        modules = [module for module, target in matched.items() if f"{target[0]}.weight" == weight]
+        if official or any(len(change.ups) > 1 for change in stack.changes(weight)):
+            # ComfyUI has no slices, and its bypass loader no parts of weights; the scale is in `up` already.
+            up, down = stack.joined(weight)
+            out |= _layer(NETWORK + weight.removesuffix(".weight"), up, down, 1.0)
+            continue
+        for module in modules:
+            parts = layers[module]
+            up = parts.get("lora_up.weight", parts.get("lora_up.blocks.0.weight"))
+            out |= _layer(names[matched[module]], up, parts["lora_down.weight"], float(parts["alpha_scale"]))
+    return out | {key: tensor for key, tensor in lora.items() if key not in split or split[key][0] not in matched}
+
+
+def _layer(name: str, up: Tensor, down: Tensor, scale: float) -> dict[str, Tensor]:
+    rank = len(down)
+    if not rank:
+        return {}
+    # ComfyUI divides alpha by the rank.
+    return {
+        f"{name}.lora_up.weight": up,
+        f"{name}.lora_down.weight": down,
+        f"{name}.alpha": torch.tensor(scale * rank, dtype=torch.float64),
+    }
 
 
 def check(lora: Mapping[str, Tensor], key_map: KeyMap, loaded: Mapping[Any, Any]) -> None:
@@ -90,7 +141,7 @@ def check(lora: Mapping[str, Tensor], key_map: KeyMap, loaded: Mapping[Any, Any]
     modules = dict.fromkeys(name[: min(found, default=len(name))] for name, found in starts)
     missed = [module for module in modules if module not in key_map]
     if missed:
-        examples = ", ".join(missed[:_SHOWN]) + (f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else "")
+        examples = listed(missed)
         matched = len(modules) - len(missed)
         if not matched:
             raise LongCatError(
@@ -115,9 +166,9 @@ def check(lora: Mapping[str, Tensor], key_map: KeyMap, loaded: Mapping[Any, Any]
 
 def register() -> None:
     """Wrap ComfyUI's LoRA functions; registering again, as a second copy of the pack does, replaces the wrappers."""
-    find_keys, load = (
+    find_keys, load, read = (
         getattr(function, "longcat_wraps", function)
-        for function in (comfy.lora.model_lora_keys_unet, comfy.lora.load_lora)
+        for function in (comfy.lora.model_lora_keys_unet, comfy.lora.load_lora, comfy.utils.load_torch_file)
     )
 
     def model_lora_keys_unet(model, key_map=None):
@@ -132,6 +183,15 @@ def register() -> None:
         check(lora, to_load, loaded)
         return loaded
 
-    for function, original in ((model_lora_keys_unet, find_keys), (load_lora, load)):
+    def load_torch_file(ckpt, *args, **kwargs):
+        found = read(ckpt, *args, **kwargs)
+        remember(found[0] if isinstance(found, tuple) else found, ckpt)
+        return found
+
+    for module, function, original in (
+        (comfy.lora, model_lora_keys_unet, find_keys),
+        (comfy.lora, load_lora, load),
+        (comfy.utils, load_torch_file, read),
+    ):
         function.longcat_wraps = original
-        setattr(comfy.lora, function.__name__, function)
+        setattr(module, function.__name__, function)

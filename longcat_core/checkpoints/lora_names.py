@@ -68,6 +68,16 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
     return next(((kind, key) for key in keys for kind, ending in _OTHER_KINDS if ending.search(key)), None)
 
 
+def other_kind_modules(keys: Iterable[str]) -> set[str]:
+    """`flat` names of the modules that another kind of adapter changes."""
+    found = set()
+    for key in keys:
+        match = next((match for _, ending in _OTHER_KINDS if (match := ending.search(key))), None)
+        if match is not None:
+            found.add(flat(plain(key)[: match.start() - len(key)]))
+    return found
+
+
 def check_kind(keys: Iterable[str], source: object) -> None:
     """Raise CheckpointError, naming the kind, unless `keys` are those of plain LoRAs."""
     if found := other_kind(keys):

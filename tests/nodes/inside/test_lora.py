@@ -88,7 +88,9 @@ def test_a_lora_that_was_trained_here(comfy, model, sample, empty, node):
         latents, context = (torch.randn(*shape, generator=generator) for shape in ((16, 2, 8, 12), (5, 128)))
         for number in range(6):
             trainer.step(number, {2: [comfy.core("training.clips").Sample(latents, context)]}, context[:1])
-        training.LoraFile(path, recipe, {"model": "nano"}).write(trainer.state(), 6)
+        adapters = {name: tuple(tensor.shape) for name, tensor in trainer.parameters.items()}
+        file = training.LoraFile(path, recipe.rank, recipe.scaling, {"model": "nano"}, adapters)
+        file.write(trainer.state(), 6)
         network = load.load_transformer(nano, lora=[(path, STRENGTH)])
     name = comfy.save("diffusion_models", "merged_trained.safetensors", load.official_state(network, formats.OFFICIAL))
     expected = sample(empty, comfy("LongCatModelLoader", model_name=name, weight_dtype="fp32"))
@@ -150,6 +152,80 @@ def test_plain_loras_under_official_names(comfy, model, sample, empty, style):
     assert error(sample(empty), sample(empty, patched)) > 1e-3
 
 
+def lora_like(comfy, name: str, metadata: dict | None = None, spelling=lambda name: name, **more) -> str:
+    """A LoRA of two layers of the first block, one a part of a stacked weight, always the same numbers."""
+    sizes, generator, tensors = shapes(comfy), torch.Generator().manual_seed(0), {}
+    for module, form in (("blocks.0.attn.proj", "blocks.0.self_attn.o"), ("blocks.0.ffn.w3", "blocks.0.ffn.w3")):
+        rows, columns = sizes[f"{module}.weight"]
+        tensors[spelling(f"{form}.lora_A.weight")] = torch.randn(RANK, columns, generator=generator) * 0.1
+        tensors[spelling(f"{form}.lora_B.weight")] = torch.randn(rows, RANK, generator=generator) * 0.1
+        tensors |= {spelling(f"{form}.{part}"): tensor.clone() for part, tensor in more.items()}
+    return comfy.save("loras", name, tensors, metadata)
+
+
+CONFIG = '{"transformer.r": 4, "transformer.lora_alpha": 16}'
+STATED = {
+    "diffusers": ({"lora_adapter_metadata": CONFIG}, "diffusion_model.", ""),
+    "finetrainers": ({"lora_config": '{"r": 4, "lora_alpha": 16}'}, "transformer.", ""),
+    "kohya, with dots": ({"ss_network_alpha": "16"}, "lora_unet_", ""),
+    "DiffSynth's names": ({"alpha": "16"}, "pipe.dit.", ""),
+    "PEFT": (None, "base_model.model.", '{"peft_type": "LORA", "r": 4, "lora_alpha": 16}'),
+}
+
+
+@pytest.mark.parametrize("writer", STATED)
+def test_alpha_outside_the_tensors_counts_as_in_the_core(comfy, model, sample, empty, writer, caplog):
+    metadata, prefix, config = STATED[writer]
+    folder = comfy.folder / "models" / "loras" / f"of_{len(writer)}"
+    folder.mkdir(exist_ok=True)
+    if config:
+        (folder / "adapter_config.json").write_text(config)
+    name = f"{folder.name}/adapter_model.safetensors"
+    lora_like(comfy, name, metadata, lambda key: prefix + key)
+    tensors = lora_like(
+        comfy, "with_alpha.safetensors", None, lambda key: f"diffusion_model.{key}", alpha=torch.tensor(16.0)
+    )
+    with caplog.at_level(logging.WARNING):
+        wanted, found = (
+            sample(empty, comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0))
+            for lora in (tensors, name)
+        )
+    assert error(sample(empty), wanted) > 1e-2 and error(wanted, found) < 1e-5
+    assert caplog.text.count("the LoRA counts 4 times, by alpha 16 at rank 4 of") == 1
+
+
+def test_a_lora_without_effect_and_a_broken_alpha_are_said(comfy, model, caplog):
+    lora = lora_like(comfy, "zero.safetensors", None, lambda key: f"diffusion_model.{key}", alpha=torch.tensor(0.0))
+    with caplog.at_level(logging.WARNING):
+        comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
+    assert "LongCat: zero.safetensors changes nothing: its alpha is 0" in caplog.text
+    for alpha in (torch.ones(2), torch.tensor(float("nan"))):
+        lora = lora_like(comfy, "bad.safetensors", None, lambda key: f"diffusion_model.{key}", alpha=alpha)
+        with pytest.raises(ValueError, match=r"bad.safetensors has .* blocks.0.* download it again"):
+            comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
+
+
+@pytest.mark.parametrize("kind", ["diff", "lokr", "dora"])
+def test_other_kinds_are_left_to_comfyui(comfy, model, sample, empty, kind):
+    rows, columns = shapes(comfy)["blocks.0.attn.proj.weight"]
+    name = "diffusion_model.blocks.0.self_attn.o"
+    tensors = {
+        "diff": {f"{name}.diff": torch.eye(rows, columns) * 0.3},
+        "lokr": {f"{name}.lokr_w1": torch.eye(2) * 0.3, f"{name}.lokr_w2": torch.eye(rows // 2, columns // 2)},
+        "dora": {
+            f"{name}.lora_down.weight": torch.eye(4, columns),
+            f"{name}.lora_up.weight": torch.eye(rows, 4) * 0.3,
+            f"{name}.dora_scale": torch.ones(rows, 1),
+        },
+    }[kind]
+    other = {"diffusion_model.blocks.1.self_attn.o.lora_A.weight": torch.ones(2, columns) * 0.02,
+             "diffusion_model.blocks.1.self_attn.o.lora_B.weight": torch.ones(rows, 2) * 0.02}  # fmt: skip
+    lora = comfy.save("loras", f"{kind}.safetensors", tensors | other)
+    patched = comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
+    assert set(patched.patches) == {f"diffusion_model.blocks.{i}.attn.proj.weight" for i in range(2)}
+    assert error(sample(empty), sample(empty, patched)) > 1e-3
+
+
 def test_a_lora_that_matches_nothing_is_refused(comfy, model):
     tensors = {f"transformer.single_blocks.{i}.linear1.lora_A.weight": torch.ones(2, 8) for i in range(5)}
     lora = comfy.save("loras", "foreign.safetensors", tensors)
@@ -185,7 +261,7 @@ def test_a_broken_lora_is_refused(comfy, model):
     tensors = official(comfy, {"blocks.0.attn.qkv": 3})
     del tensors[next(name for name in tensors if name.endswith("blocks.1.weight"))]
     lora = comfy.save("loras", "broken.safetensors", tensors)
-    with pytest.raises(ValueError, match=r"mismatched ranks for blocks.0.attn.qkv.*download"):
+    with pytest.raises(ValueError, match=r"broken LoRA for blocks.0.attn.qkv.*download"):
         comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
 
 
