@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files.weight_files import open_weights
 from .formats import Format
-from .quantized import MARKERS
+from .quantized import MARKERS, refuse_packed
 from .reader import Reader, Weight, require_finite
 from .stored import Stored, collect, match_parameters
 
@@ -30,6 +30,7 @@ def open_whole(path: Path, forms: Sequence[Format], remedy: str, beside: Collect
     names = [name for opened in files.values() for name in opened.header]
     found = list(_recognized(names, forms))
     if not found:
+        refuse_packed(names, str(path))
         sample = ", ".join(names[:3]) or "no tensors"
         raise CheckpointError(f"{path} is not a {forms[0].model} (it holds {sample}); {remedy}")
     form = found[0][0]

@@ -261,7 +261,7 @@ def _block(number: str) -> Callable[[State], State]:
         (_no_scale, "SelfAttention.q.*scale"),
         (_bare_int8, "SelfAttention.*scale"),
         (_with("scale_weight", torch.ones(7)), r"q.scale_weight has shape \[7\]"),
-        (_with("scale_weight", torch.ones(2, 128)), r"q.scale_weight has shape \[2, 128\]"),
+        (_with("scale_weight", torch.ones(2, 128)), "q.weight with a scale for each block"),
         (_with("scale_weight", torch.ones(0)), r"q.scale_weight has shape \[0\]"),
         (_with("scale_weight", torch.tensor(0.0)), "scale of 0 or less in .*q.scale_weight"),
         (_with("weight_scale", -torch.ones(128, 1), comfy_int8), "scale of 0 or less in .*q.weight_scale"),
@@ -289,6 +289,53 @@ def test_what_is_wrong_is_named(tmp_path, state, spoil, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_text_encoder(path)
     assert "te.safetensors" in str(caught.value) and len(str(caught.value)) < 600
+
+
+def _nf4(weight: Tensor) -> State:
+    packed = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+    state = {"weight.absmax": torch.ones(4), "weight.quant_state.bitsandbytes__nf4": packed[:9, 0]}
+    return {"weight": packed} | state
+
+
+def _gptq(weight: Tensor) -> State:
+    rows, columns = weight.shape
+    packed = torch.zeros(max(1, columns // 8), rows, dtype=torch.int32)
+    return {"qweight": packed, "qzeros": packed[:1], "scales": torch.ones(1, rows), "g_idx": packed[0]}
+
+
+def _nvfp4(weight: Tensor) -> State:
+    rows, columns = weight.shape
+    packed = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    return {
+        "weight": packed,
+        "weight_scale": fp8(torch.ones(rows, columns // 16), torch.ones(())),
+        "weight_scale_2": torch.ones(()),
+    }
+
+
+def _quanto(weight: Tensor) -> State:
+    return {"weight._data": weight.to(torch.int8), "weight._scale": torch.ones(len(weight), 1)}
+
+
+def _as_bytes(weight: Tensor) -> State:
+    found = comfy_fp8(weight)
+    return found | {"weight": found["weight"].view(torch.uint8)}
+
+
+@pytest.mark.parametrize("prefix", ["", "text_encoder."])
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize(("make", "name"), [(_nf4, "nf4"), (_gptq, "GPTQ"), (_nvfp4, "nvfp4"), (_quanto, "quanto")])
+def test_packed_weights_are_refused_by_their_name(tmp_path, state, make, name, every, prefix):
+    packed = stored_as(state, make, (lambda name: state[name].ndim == 2) if every else is_layer)
+    write_safetensors(tmp_path / "te.safetensors", {prefix + name: tensor for name, tensor in packed.items()})
+    with pytest.raises(CheckpointError, match=f"te.safetensors stores .* as .*{name}, which is not supported"):
+        load_text_encoder(tmp_path / "te.safetensors")
+
+
+def test_fp8_stored_as_bytes(tmp_path, state):
+    write_safetensors(tmp_path / "bytes.safetensors", stored_as(state, _as_bytes))
+    write_safetensors(tmp_path / "fp8.safetensors", stored_as(state, comfy_fp8))
+    assert torch.equal(encoded(tmp_path / "bytes.safetensors"), encoded(tmp_path / "fp8.safetensors"))
 
 
 def test_scales_multiply_rows():
