@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import LongCatError
-from ..files.safetensors_io import fingerprint
+from ..files.fingerprints import fingerprint
 from ..generate import inputs
 from ..generate.opened import OpenedModel, open_model
 from ..generate.options import LORA_MODES

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .fingerprints import as_then
+
 # Number of differences that a sentence names: between a long video and a refined one, nearly all settings differ.
 NAMED = 4
 # Characters of a value that a sentence shows.
@@ -18,8 +20,12 @@ def as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names whose values differ, or that only one side has, in the order of `there`, then of `now`."""
-    return [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    """Names whose values differ, or that only one side has, in the order of `there`, then of `now`.
+
+    there: as stored, perhaps by an earlier version, whose fingerprints were of another kind.
+    """
+    names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+    return [name for name in names if there.get(name) != as_then(now.get(name))]
 
 
 def differences_in_words(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

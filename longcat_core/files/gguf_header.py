@@ -27,8 +27,13 @@ def check_header(path: Path) -> None:
 
     Tensors must lie in the file, without overlaps; names, of tensors and of metadata, must not be there twice.
     """
+    tensor_places(path)
+
+
+def tensor_places(path: Path) -> list[tuple[str, int, int]]:
+    """Name, first byte and number of bytes of every tensor of a GGUF file. Raises ValueError as `check_header`."""
     with open(path, "rb") as file:
-        _Header(file).check()
+        return _Header(file).check()
 
 
 class _Header:
@@ -36,7 +41,7 @@ class _Header:
         self.file, self.size = file, os.fstat(file.fileno()).st_size
         self.elements = 0
 
-    def check(self) -> None:
+    def check(self) -> list[tuple[str, int, int]]:
         magic, version = self.take(4), self.number(4)
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"version {version} is not 2 or 3")
@@ -51,9 +56,9 @@ class _Header:
                 alignment = self.number(4)
             else:
                 self.skip(kind)
-        self.check_places([self.tensor() for _ in range(self.plausible(tensors, 24))], alignment)
+        return self.places([self.tensor() for _ in range(self.plausible(tensors, 24))], alignment)
 
-    def check_places(self, tensors: list[tuple[str, int, int]], alignment: int) -> None:
+    def places(self, tensors: list[tuple[str, int, int]], alignment: int) -> list[tuple[str, int, int]]:
         if len({name for name, _, _ in tensors}) < len(tensors):
             raise ValueError("a tensor is there twice")
         if alignment < 1 or alignment & (alignment - 1):
@@ -65,6 +70,7 @@ class _Header:
             end = data + start + length
             if end > self.size:
                 raise ValueError(f"{name} ends at byte {end:,} of {self.size:,}")
+        return [(name, data + start, length) for name, start, length in tensors]
 
     def tensor(self) -> tuple[str, int, int]:
         """Name, offset and bytes of a tensor."""

@@ -6,7 +6,6 @@ here first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -27,8 +26,6 @@ from .records import parse_record
 from .regular import check_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-# The parts of a file that a fingerprint reads.
-SAMPLE_HEAD, SAMPLES, SAMPLE_BYTES = 1 << 20, 64, 4096
 AGAIN = "download it again"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 DTYPES = {
@@ -143,6 +140,13 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path} cannot be read ({error}); download it again") from error
 
+    def places(self) -> list[tuple[str, int, int]]:
+        """Name, first byte and number of bytes of every tensor in the file."""
+        return [
+            (name, self._places[name], math.prod(shape) * dtype.itemsize)
+            for name, (dtype, shape) in self.header.items()
+        ]
+
     def _begin(self, opened: int, name: str) -> int:
         """The position of a tensor's first byte in the file with descriptor `opened`."""
         if stamp(os.fstat(opened)) != self._stamp:
@@ -206,24 +210,6 @@ def stream_safetensors(
         if waiting:
             raise ValueError(f"{sorted(waiting)[0]} was announced and did not come")
         check(temporary)
-
-
-def fingerprint(path: str | Path) -> str:
-    """Sixteen hexadecimal digits that differ between checkpoints: of a file, or of all weights in a folder.
-
-    They cover sizes, headers and samples throughout the weights, not every byte, so that 83 GB take less than a minute.
-    """
-    path = Path(path)
-    total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.gguf")]):
-        size = file.stat().st_size
-        total.update(f"{size}:".encode())
-        with open(file, "rb") as stream:
-            total.update(stream.read(SAMPLE_HEAD))
-            for part in range(SAMPLES):
-                stream.seek(size * part // SAMPLES)
-                total.update(stream.read(SAMPLE_BYTES))
-    return total.hexdigest()[:16]
 
 
 def _layout(path: Path) -> tuple[Header, dict[str, str], dict[str, int], Stamp]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, check_type
-from ..files.safetensors_io import fingerprint
+from ..files.fingerprints import fingerprint
 from .inputs import check_path
 from .request import NANO, RELEASED, Defaults
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..files.atomic import atomic_folder, foreign, reason, recover, working_folders
-from ..files.differences import as_read, differences_in_words
+from ..files.differences import as_read, differences, differences_in_words
 from ..files.locks import held
 from ..files.media import read_video, write_video
 from ..files.places import bytes_in_words
@@ -168,7 +168,7 @@ class SegmentFolder:
     def find(self, number: int, settings: Settings, before: str) -> Record | None:
         """The record of an intact segment with these settings, made from the content `before`; None without one."""
         record = self._record(number)
-        if record is None or record.settings != as_read(settings) or record.before != before:
+        if record is None or differences(record.settings, as_read(settings)) or record.before != before:
             return None
         folder = self._folder(number)
         for name in (LATENTS, FRAMES):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..files.fingerprints import PREFIX, as_then, fingerprint, remember
 from ..files.media import count_pictures, open_video, read_image, read_video, resize_and_crop
 from ..files.regular import read_text
-from ..files.safetensors_io import fingerprint
 from ..generate.options import FPS
 from ..generate.request import check_text
 from ..generate.segments import checksum
@@ -141,7 +141,11 @@ def _caption(path: Path) -> str:
 
 def clips_fingerprint(clips: Sequence[Clip]) -> str:
     """Tells these clips and captions from others, like `fingerprint` of a checkpoint."""
-    return checksum("\n".join(f"{c.path.name} {fingerprint(c.path)} {c.caption}" for c in clips))[:16]
+
+    def digest(kind: Callable[[str], object]) -> str:
+        return checksum("\n".join(f"{c.path.name} {kind(fingerprint(c.path))} {c.caption}" for c in clips))[:16]
+
+    return remember(PREFIX + digest(str), lambda: digest(as_then))
 
 
 def encode_clips(clips: Sequence[Clip], vae: VideoVAE, height: int, width: int, report: Report) -> list[Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
-from ..files.differences import as_read, differences_in_words
+from ..files.differences import as_read, differences, differences_in_words
 from ..files.locks import held
 from ..files.records import parse_record
 from ..files.safetensors_io import SafetensorsFile, read_tensors, write_safetensors
@@ -164,7 +164,7 @@ class LoraFile:
             found = file.tensors()
         except CheckpointError:
             return False
-        same = file.metadata == metadata and found.keys() == tensors.keys()
+        same = not differences(file.metadata, metadata) and found.keys() == tensors.keys()
         return same and all(_equal(found[name], tensor) for name, tensor in tensors.items())
 
 

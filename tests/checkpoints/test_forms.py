@@ -19,7 +19,8 @@ from longcat_core.checkpoints.formats import FORMATS, targets
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint, read_parameter
 from longcat_core.errors import CheckpointError
 from longcat_core.files import read_ahead, safetensors_io, tensor_files
-from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
+from longcat_core.files.fingerprints import fingerprint
+from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, Policy

@@ -18,7 +18,8 @@ from longcat_core.checkpoints.merged import MergedLoras
 from longcat_core.cli import main as cli
 from longcat_core.cli import models as commands
 from longcat_core.errors import CheckpointError, LongCatError
-from longcat_core.files.safetensors_io import fingerprint, read_tensors, write_safetensors
+from longcat_core.files.fingerprints import fingerprint
+from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.model.config import ModelConfig
