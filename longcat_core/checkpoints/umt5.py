@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.tensor_files import GgufFile
 from .formats import Format
 from .formats import times_scale as dequantise  # the name by which scripts import it
+from .gguf_vocabulary import spiece_of
 from .stored import Stored, stored_part
 from .whole import open_whole, read_whole
 
@@ -71,9 +73,10 @@ class Umt5(Stored):
     spiece: tuple[Path, str] | None
 
     def vocabulary(self) -> bytes | None:
-        """The SentencePiece model that the files carry. Raises CheckpointError for a tensor that is not bytes."""
+        """The SentencePiece model that the files carry, or None. Raises CheckpointError for one that is not bytes."""
         if self.spiece is None:
-            return None
+            found = (spiece_of(file) for file in self.files.values() if isinstance(file, GgufFile))
+            return next((vocabulary for vocabulary in found if vocabulary is not None), None)
         file, name = self.spiece
         stored = self.files[file].rows(name).flatten()
         # A cast of the whole file to 16 bits keeps bytes as they are.

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from .gguf_lists import LONG
+
 # Bytes of a value by its type; 8 is a string, 9 an array.
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
@@ -17,9 +19,8 @@ _ALIGNMENT = b"general.alignment"
 # GGUF's own limit is 65,535.
 _MAX_NAME = 65535
 _MAX_DIMENSIONS = 8
-# Elements of all arrays together. The package makes objects of each: a million took half a minute and 750 MB. A network
-# has a few numbers for some tensors; files with a vocabulary are language models.
-_MAX_ELEMENTS = 1 << 16
+# Of all lists together, numbers of long lists apart, which are read in one piece. A vocabulary has 300,000 tokens.
+_MAX_ELEMENTS = 1 << 20
 
 
 def check_header(path: Path) -> None:
@@ -89,7 +90,7 @@ class _Header:
             self.string(self.size)
         elif kind == _ARRAY and not depth:
             inner, count = self.number(4), self.number(8)
-            self.elements += count
+            self.elements += 0 if inner in _SCALARS and count > LONG else count
             if self.elements > _MAX_ELEMENTS:
                 raise ValueError(f"its metadata announces lists of {self.elements:,} values, as no network has")
             if inner in _SCALARS:

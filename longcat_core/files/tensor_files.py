@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .gguf_header import check_header
+from .gguf_lists import open_reader, values
 from .regular import check_regular
 from .safetensors_io import Header, SafetensorsFile, stamp
 
@@ -67,7 +68,7 @@ class GgufFile:
         try:
             self._stamp = stamp(path.stat())
             check_header(path)
-            self._reader = gguf.GGUFReader(path)
+            self._reader = open_reader(gguf, path)
             self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
             for kind in {tensor.tensor_type for tensor in self._tensors.values()}:
                 self._require(kind)
@@ -86,6 +87,22 @@ class GgufFile:
             raise CheckpointError(
                 f"{path} is a truncated or corrupt GGUF file ({reason}); download it again"
             ) from error
+
+    def values(self, name: str) -> list[Any]:
+        """A list of the file's metadata, [] if there is none. Raises CheckpointError for text that is not UTF-8."""
+        self._check_same()
+        field = self._reader.fields.get(name)
+        try:
+            return [] if field is None else values(field)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path} has a corrupt {name} ({error}); download it again") from error
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A truth value of the file's metadata, `default` if there is none."""
+        self._check_same()
+        field = self._reader.fields.get(name)
+        found = None if field is None else field.contents()
+        return found if isinstance(found, bool) else default
 
     def _entry(self, tensor: Any) -> tuple[torch.dtype, tuple[int, ...]]:
         # GGUF counts dimensions from the innermost.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
 from longcat_core.checkpoints.umt5 import dequantise, open_umt5
@@ -17,6 +20,7 @@ from longcat_core.errors import CheckpointError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.paths import NANO_TEXT_ENCODER
 from longcat_core.generate.text import load_text_encoder
+from longcat_core.nano.world import corpus
 
 State = dict[str, Tensor]
 PROMPTS = ["a red circle moves right on a blue background", ""]
@@ -191,14 +195,20 @@ def test_layers_described_in_the_metadata(tmp_path, state, wanted):
     assert 1e-4 < (got - wanted).norm() / wanted.norm() < 0.1
 
 
-def test_gguf(tmp_path, state, wanted):
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(str(tmp_path / "te.gguf"), "t5")
-    kind = gguf.GGMLQuantizationType.Q8_0
+def gguf_file(path: Path, state: State, vocabulary: dict[str, Any] | None = None) -> None:
+    """The encoder by llama.cpp's names, its matrices as Q8_0. vocabulary: lists of metadata."""
+    import gguf
+
+    writer, kind = gguf.GGUFWriter(str(path), "t5"), gguf.GGMLQuantizationType.Q8_0
+    if vocabulary is not None:
+        writer.add_tokenizer_model(vocabulary["model"])
+        writer.add_token_list(vocabulary["tokens"])
+        writer.add_token_scores(vocabulary["scores"])
+        writer.add_token_types(vocabulary["types"])
+        writer.add_precompiled_charsmap(vocabulary["charsmap"])
+        writer.add_remove_extra_whitespaces(True)
     for name, tensor in renamed(state, LLAMA_CPP).items():
-        if name == "spiece_model":
-            (tmp_path / "spiece.model").write_bytes(tensor.numpy().tobytes())
-        elif tensor.ndim == 2 and "rel_b" not in name:
+        if tensor.ndim == 2 and "rel_b" not in name:
             writer.add_tensor(name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, tensor.float().numpy())
@@ -206,8 +216,95 @@ def test_gguf(tmp_path, state, wanted):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_gguf_with_a_vocabulary_beside_it(tmp_path, state, wanted):
+    (tmp_path / "spiece.model").write_bytes(state["spiece_model"].numpy().tobytes())
+    gguf_file(tmp_path / "te.gguf", {name: tensor for name, tensor in state.items() if name != "spiece_model"})
     got = encoded(tmp_path / "te.gguf")
     assert 1e-4 < (got - wanted).norm() / wanted.norm() < 0.05
+
+
+def fields_of(message: bytes, number: int) -> Iterator[bytes]:
+    """The contents of a protobuf message's fields of one number."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            value |= (message[at] & 127) << shift
+            at, shift = at + 1, shift + 7
+            if message[at - 1] < 128:
+                return value, at
+
+    at = 0
+    while at < len(message):
+        key, at = varint(at)
+        length, at = varint(at) if key & 7 == 2 else (4 if key & 7 == 5 else 0, at)
+        if key & 7 == 0:
+            _, at = varint(at)
+        if key >> 3 == number:
+            yield message[at : at + length]
+        at += length
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory) -> bytes:
+    """A SentencePiece model of UMT5's kind: unigrams, NFKC, no begin of sentence."""
+    proto = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus(300, 0)), model_writer=proto, model_type="unigram", vocab_size=96, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, normalization_rule_name="nmt_nfkc", minloglevel=2,
+    )  # fmt: skip
+    return proto.getvalue()
+
+
+@pytest.fixture(scope="module")
+def vocabulary(unigram) -> dict[str, Any]:
+    """What llama.cpp writes of a SentencePiece model."""
+    spiece = SentencePieceProcessor(model_proto=unigram)
+    kinds = (("is_unknown", 2), ("is_control", 3), ("is_unused", 5), ("is_byte", 6))
+    ids = range(spiece.get_piece_size())
+    return {
+        "model": "t5",
+        "tokens": [spiece.id_to_piece(i) for i in ids],
+        "scores": [spiece.get_score(i) for i in ids],
+        "types": [next((kind for name, kind in kinds if getattr(spiece, name)(i)), 1) for i in ids],
+        "charsmap": next(fields_of(next(fields_of(unigram, 3)), 2)),
+    }
+
+
+def test_gguf_with_its_own_vocabulary(tmp_path, state, unigram, vocabulary):
+    # llama.cpp fills the vocabulary up to the embedding's rows.
+    rows = len(vocabulary["tokens"]) + 20
+    padded = {key: [*vocabulary[key], *fill] for key, fill in (
+        ("tokens", [f"[PAD{i}]" for i in range(20)]), ("scores", [-1000.0] * 20), ("types", [5] * 20)
+    )}  # fmt: skip
+    encoder = {name: tensor for name, tensor in state.items() if name != "spiece_model"}
+    encoder["shared.weight"] = encoder["shared.weight"][:rows]
+    gguf_file(tmp_path / "te.gguf", encoder, vocabulary | padded)
+    loaded = load_text_encoder(tmp_path / "te.gguf")
+    theirs = SentencePieceProcessor(model_proto=unigram)
+    for text in [*corpus(50, 1), "", "\u00e9t\u00e9  \uff21\u3000x", "caf\u0065\u0301 \U0001f600 [PAD3] <unk>"]:
+        assert loaded.tokenize(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "gpt2"}, "has a vocabulary of kind 'gpt2', not UMT5's"),
+        ({"scores": [0.5]}, "without a score and a type for each token"),
+        ({"types": [99] * 96}, "without a score and a type for each token"),
+        ({"types": [1] * 96}, "is corrupt"),
+        ({"tokens": ["a"] * 96}, "is corrupt"),
+        ({"charsmap": b"123"}, "is corrupt"),
+    ],
+)
+def test_a_broken_vocabulary_in_gguf(tmp_path, state, vocabulary, change, message):
+    given = {key: values if isinstance(values, str | bytes) else values[:96] for key, values in vocabulary.items()}
+    gguf_file(tmp_path / "te.gguf", {n: t for n, t in state.items() if n != "spiece_model"}, given | change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_text_encoder(tmp_path / "te.gguf")
+    assert "te.gguf" in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["spiece.model", "tokenizer/spiece.model", "google/umt5-xxl/spiece.model"])
