@@ -125,6 +125,15 @@ def test_begun_with_an_image_or_a_clip(comfy, vae, long, frames, count):
         long(f"begun/{count}", "a red circle moves right on a blue background", begin_with=1 - frames[:count])
 
 
+def test_a_clip_to_begin_with_is_taken_by_its_time(comfy, long, frames):
+    prompt = "a red circle moves right on a blue background"
+    one, _ = long("begun/30", prompt, begin_with=frames, begin_fps=30.0)
+    two, _ = long("begun/15", prompt, begin_with=frames[::2])
+    assert torch.equal(one, two)
+    with pytest.raises(comfy.core("errors").LongCatError, match=r"begin_with lasts 0\.20 s at 60 fps, and 5"):
+        long("begun/60", prompt, begin_with=frames[:12], begin_fps=60.0)
+
+
 def test_another_model_or_lora_wants_another_folder(comfy, model, long):
     long("models")
     patched = model.clone()
@@ -201,7 +210,7 @@ def test_what_is_kept_is_for_other_programs_too(comfy, long):
         ({"overlap": 9}, "9 frames that share 9 leave nothing new"),
         ({"overlap": 6}, "overlap: 6 frames are not of the form 4k"),
         ({"width": 100}, "width 100"),
-        ({"begin_with": torch.zeros(3, 64, 96, 3)}, "3 given frames are fewer than the 5"),
+        ({"begin_with": torch.zeros(3, 64, 96, 3)}, r"begin_with lasts 0\.20 s at 15 fps, and 5 frames"),
         ({"folder": "../elsewhere"}, "inside ComfyUI's output folder"),
         ({"folder": "/tmp/elsewhere/../.."}, "inside ComfyUI's output folder"),
         ({"folder": "/elsewhere"}, "inside ComfyUI's output folder"),

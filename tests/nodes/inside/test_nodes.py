@@ -380,6 +380,16 @@ def test_clip_latent_takes_the_last_frames(comfy, vae, frames, clip_latent):
     assert not torch.allclose(other["samples"], clip_latent["samples"])
 
 
+@pytest.mark.parametrize("fps", [15.0, 29.97, 30.0, 60.0])
+def test_a_clip_is_taken_by_its_time(comfy, vae, frames, fps):
+    """As a file of this rate: the last frame, and those before it at 15 per second."""
+    clip = torch.cat([frames, 1 - frames, frames])
+    by_time = comfy("LongCatVideoContinuation", vae=vae, video=clip, cond_frames=9, fps=fps, **SIZE)
+    same = clip[len(clip) - 1 - 8 * round(fps / 15) :: round(fps / 15)]
+    by_number = comfy("LongCatVideoContinuation", vae=vae, video=same, cond_frames=9, **SIZE)
+    assert torch.equal(by_time["samples"], by_number["samples"])
+
+
 @pytest.mark.parametrize("resolution, shape", [("480p", (12, 60, 104)), ("720p", (12, 88, 164))])
 def test_buckets(comfy, vae, monkeypatch, resolution, shape):
     """The nearest trained size, whatever width and height say. The encoder is left out: the size is the matter."""
@@ -396,7 +406,7 @@ def test_buckets(comfy, vae, monkeypatch, resolution, shape):
 
 
 def test_batch_of_conditioned_videos(comfy, vae, frames, sample):
-    out = comfy("LongCatImageToVideo", vae=vae, image=frames, **SIZE, batch_size=2)
+    out = comfy("LongCatImageToVideo", vae=vae, image=frames[:1], **SIZE, batch_size=2)
     videos = sample(out)
     assert videos.shape[0] == 2 and not torch.allclose(videos[0], videos[1], atol=0.1)
     assert (videos[:, :, :1] - out["samples"][:, :, :1]).abs().max() <= 1e-4
@@ -455,17 +465,20 @@ def test_text_of_another_encoder_is_refused(comfy, model, prompts, empty):
         ({"height": 0}, "height 0 is out of range"),
         ({"resolution": "1080p"}, "unknown resolution '1080p'"),
         ({"image": torch.rand(1, 4, 4, 1)}, r"image is \[1, 4, 4, 1\]; connect an IMAGE"),
+        ({"image": torch.rand(3, 4, 4, 3)}, r"image holds 3 images, but a video starts with one; take one out"),
     ],
 )
 def test_bad_conditioning_is_refused(comfy, vae, frames, inputs, words):
     with pytest.raises(ValueError, match=words):
-        comfy("LongCatImageToVideo", **{"vae": vae, "image": frames, **SIZE, **inputs})
+        comfy("LongCatImageToVideo", **{"vae": vae, "image": frames[:1], **SIZE, **inputs})
 
 
 @pytest.mark.parametrize(
     "inputs, words",
     [
-        ({"cond_frames": 21}, "the clip has 17 frames but 21 conditioning frames are asked for"),
+        ({"cond_frames": 21}, "video lasts 1.13 s at 15 fps, and 21 frames to continue from last 1.40 s at 15 fps"),
+        ({"fps": 30.0}, "video lasts 0.57 s at 30 fps, and 13 frames to continue from last 0.87 s at 15 fps"),
+        ({"fps": 0.0}, "fps 0.0 is out of range"),
         ({"cond_frames": 12}, "cond_frames: 12 frames are not of the form 4k"),
         ({"length": 13}, "length 13 leaves nothing to generate after 13 given frames; ask for at least 17"),
     ],
@@ -480,7 +493,7 @@ def test_a_vae_of_another_kind_is_refused(comfy, frames):
         first_stage_model = torch.nn.Linear(1, 1)
 
     with pytest.raises(ValueError, match=r"the VAE is of class Linear; connect the Wan 2.1 VAE"):
-        comfy("LongCatImageToVideo", vae=Vae(), image=frames, **SIZE)
+        comfy("LongCatImageToVideo", vae=Vae(), image=frames[:1], **SIZE)
 
 
 def test_steps_and_refine_without_a_video_are_refused(sample, empty, image_latent):
