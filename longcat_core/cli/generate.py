@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
 from ..generate.refine import RefineRequest, footage_of, piece_folder, refine_in_folder
 from ..generate.refine import refine as refined
-from ..generate.request import GenerateRequest, work_of
+from ..generate.request import GenerateRequest, require_filled, work_of
 from ..generate.segments import SegmentFolder
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
@@ -103,7 +104,7 @@ def generate(args: argparse.Namespace) -> int:
     output = args.output or args.outputs.default(Path(OUTPUT))
     task = _Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
     print_notes(request.notes())
-    frames = task.run(lambda bar: task.load(work_of(request)).generate(request, bar).frames)
+    frames = task.run(lambda bar: request.begun(task.load(work_of(request)).generate(request, bar).frames))
     if args.contact_sheet is not None:
         contact_sheet(args.contact_sheet, frames, request.prompt, fps=request.fps)
     return task.report()
@@ -133,7 +134,8 @@ def long(args: argparse.Namespace) -> int:
         for segment in long_video(lambda: task.load(work), request, folder, _labeled(bar, "segment")):
             finished.append(segment)
             bar.say(segment.summary(folder.path))
-        return new_frames(folder, finished)
+        whole = new_frames(folder, finished)
+        return chain([require_filled(first).begun(next(whole))], whole)
 
     task.run(segments)
     return task.report(f"{len(finished)} segments, ")

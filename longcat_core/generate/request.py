@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import LongCatError, check_path, check_type, is_number, is_whole, plain_fields
-from ..files.media import count_pictures, open_video, read_image, read_video
+from ..errors import LongCatError, check_type, is_number, is_whole, plain_fields
+from ..files.media import count_pictures, open_video, read_image, read_video, resize_and_crop
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
-from .inputs import check_whole
+from .inputs import check_path, check_whole
 from .options import (
     FPS,
     MAX_FPS,
@@ -215,6 +215,16 @@ class FilledRequest(GenerateRequest):
     steps: int
     guidance_scale: float
     schedule: str
+
+    def begun(self, frames: np.ndarray) -> np.ndarray:
+        """The video's frames, uint8 [F, H, W, 3], of which those of a clip are its own, fitted to the size.
+
+        The VAE, which reads four frames as one, may blur them or move what is fast in them.
+        """
+        if self.given is None or self.cond_frames < 2:
+            return frames
+        own = resize_and_crop(self.given[-self.cond_frames :], self.height, self.width)
+        return np.concatenate((own, frames[self.cond_frames :]))
 
     def _check(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):

@@ -79,7 +79,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "--image empty.png": ("empty.png is not a readable image", "PNG"),
     "--image truncated.jpg": ("truncated.jpg is not a readable image", "PNG"),
     "--video missing.mp4": ("missing.mp4 does not exist",),
-    "--video short.webp": ("short.webp has 5 frames", "13", "at most 5"),
+    "--video short.webp": ("short.webp lasts 0.33 s and has 5 frames", "13", "0.87 s", "at most 5"),
     # outputs
     "--output a.avi": ("'a.avi'", ".mp4, .mkv, .webp, .gif"),
     "--output missing/a.mp4": ("missing", "does not exist", "create it"),
@@ -202,18 +202,18 @@ def test_options_reach_the_pipeline(folder: Path, refused: Any, monkeypatch: pyt
 def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = stand_in(monkeypatch)
     clip = moving_clip(9)
-    media.write_video("clip.webp", clip, 15)
-    line = "--video clip.webp --cond-frames 5 --size 32x48 --frames 9 --steps 2 --guidance 3.5 --seed 4 --fps 12"
+    media.write_video("clip.webp", clip, 25)
+    line = "--video clip.webp --cond-frames 5 --size 32x48 --frames 9 --steps 2 --guidance 3.5 --seed 4 --fps 12.5"
     options = [*line.split(), "--kv-cache", "official", "--schedule", "enhance_hf", "--negative-prompt", "fog"]
     assert cli.main(["generate", PROMPT, "-o", "a.mp4", *options]) == 0
     wanted = FilledRequest(
         *(PROMPT, "fog", 32, 48, 9, 2, 3.5, 4, "enhance_hf", None, Path("clip.webp")),
         num_cond_frames=5,
         kv_cache="official",
-        fps=12,
+        fps=12.5,
     )
     assert model.request == wanted
-    np.testing.assert_array_equal(model.request.given, clip[-5:])
+    np.testing.assert_array_equal(model.request.given, clip[::2])
 
 
 def test_distilled_is_short_for_three_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

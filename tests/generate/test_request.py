@@ -81,6 +81,15 @@ def test_a_clip_that_is_too_short_is_measured_in_seconds(tmp_path: Path) -> None
         GenerateRequest("x", video=clip).filled(NANO)
 
 
+def test_the_video_begins_with_the_clip_itself() -> None:
+    clip, made = np.random.default_rng(0).integers(0, 256, (2, 9, 32, 48, 3), np.uint8)
+    for given, count in ((clip, 5), (clip[:1], 0), (None, 0)):
+        request = GenerateRequest("x", given=given, num_cond_frames=5, frames=9, height=32, width=48).filled(NANO)
+        found = request.begun(made)
+        assert np.array_equal(found[:count], clip[4:][:count]) and np.array_equal(found[count:], made[count:])
+    assert (made[4:] != clip[4:]).any(), "what is handed in stays"
+
+
 def test_what_is_not_used_of_a_file_is_said(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "a.mkv", numbered(20), sound="aac")
     notes = GenerateRequest("x", video=clip, num_cond_frames=5).filled(NANO).notes()
