@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -195,15 +197,57 @@ def test_transparency_is_over_black(tmp_path: Path) -> None:
     assert np.abs(media.read_image(tmp_path / "a.png").astype(int) - (100, 50, 25)).max() <= 1
 
 
-def test_exif_orientation(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (32, 16), (0, 0, 0))
-    picture.paste((255, 255, 255), (0, 0, 16, 16))
+@pytest.mark.parametrize(
+    ("orientation", "shown"),
+    [
+        (1, lambda f: f),
+        (2, lambda f: f[:, ::-1]),
+        (3, lambda f: f[::-1, ::-1]),
+        (4, lambda f: f[::-1]),
+        (5, lambda f: f.transpose(1, 0, 2)),
+        (6, lambda f: np.rot90(f, -1)),
+        (7, lambda f: np.rot90(f.transpose(1, 0, 2), 2)),
+        (8, np.rot90),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tiff"])
+def test_exif_orientation(
+    tmp_path: Path, name: str, orientation: int, shown: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned: to be shown rotated by 90 degrees clockwise
-    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    read = media.read_image(tmp_path / "a.jpg")
-    assert read.shape == (32, 16, 3)
-    assert read[:12].min() > 200 and read[20:].max() < 50
+    exif[0x0112] = orientation
+    Image.fromarray(picture).save(tmp_path / name, exif=exif, lossless=True)
+    np.testing.assert_array_equal(media.read_image(tmp_path / name), shown(picture))
+
+
+def rotated_primaries() -> bytes:
+    """An ICC profile of a display whose red, green and blue are the green, blue and red of sRGB."""
+    matrix = {b"gXYZ": (0.4360, 0.2225, 0.0139), b"rXYZ": (0.3851, 0.7169, 0.0971), b"bXYZ": (0.1431, 0.0606, 0.7141)}
+    matrix = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), (matrix[b"rXYZ"], matrix[b"bXYZ"], matrix[b"gXYZ"]), strict=True))
+    matrix[b"wtpt"] = (0.9642, 1.0, 0.8249)
+    tags = {
+        name: b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * value) for value in values))
+        for name, values in matrix.items()
+    }
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"curv" + struct.pack(">IIH", 0, 1, round(256 * 2.2)) + bytes(2))
+    text = b"other"
+    tags[b"desc"] = b"desc" + struct.pack(">II", 0, len(text) + 1) + text + bytes(1 + 11 + 67 + 2)
+    table, data, at = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", at + len(data), len(content))
+        data += content
+    head = struct.pack(">I4sI4s4s4s", at + len(data), b"lcms", 0x02100000, b"mntr", b"RGB ", b"XYZ ") + bytes(12)
+    head += b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    return head + table + data
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_color_profiles_are_applied(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (4, 2), (230, 40, 40)).save(tmp_path / "a.png", icc_profile=rotated_primaries())
+    assert np.abs(media.read_image(tmp_path / "a.png").astype(int) - (40, 230, 40)).max() <= 6
+    Image.new(mode, (4, 2), (230, 40, 40)).save(tmp_path / "b.png", icc_profile=b"no profile")
+    assert np.abs(media.read_image(tmp_path / "b.png").astype(int) - (230, 40, 40)).max() == 0
 
 
 @pytest.mark.parametrize(

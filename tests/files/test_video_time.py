@@ -106,6 +106,16 @@ def test_a_frame_of_hours_is_refused(tmp_path: Path, durations: list[int], fps: 
         read_video(tmp_path / "a.webp", fps=fps)
 
 
+def test_frames_that_all_are_held_for_minutes(tmp_path: Path) -> None:
+    """150 frames of four minutes are ten hours, half a million frames."""
+    times = [240_000 * i for i in range(150)]
+    path = write_clip(tmp_path / "a.mkv", counted(150, 16, 16), times=times, base=MS)
+    with pytest.raises(LongCatError, match=r"a\.mkv shows 150 frames for 3[\d,]+ s; cut it"):
+        open_video(path, 15)
+    with open_video(path) as video:
+        assert video.frames == 150
+
+
 def test_more_frames_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 

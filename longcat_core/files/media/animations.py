@@ -56,9 +56,10 @@ class Animation:
                     f"{path} shows one frame for {durations.max() / 1000:,.0f} s; cut it, or give its frames other "
                     "durations"
                 )
+            self.own_count = int(self._repeats.sum())
             times = np.cumsum(durations) - durations
             self.timeline = Timeline(times / 1000, durations.sum() / 1000, unit / 1000, durations[0] / 1000)
-            self.own_fps = float(1000 * self._repeats.sum() / durations.sum())
+            self.own_fps = float(1000 * self.own_count / durations.sum())
             self.done: list[str] = []
             self._stack = self._stack.pop_all()
 

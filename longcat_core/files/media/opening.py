@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -82,13 +81,11 @@ def opened(path: Path, what: str) -> Iterator[BinaryIO]:
 def opened_picture(path: Path, file: BinaryIO) -> Iterator[Any]:
     """A Pillow image of a format on the list, its pixels not decoded yet. Raises LongCatError for too many pixels."""
     image = package("PIL.Image")
-    with warnings.catch_warnings():
-        # Pillow warns of large pictures, for which there are limits here, and of odd metadata, which do not matter.
-        warnings.simplefilter("ignore")
-        try:
-            picture = image.open(file, formats=_known_formats(image))
-        except image.DecompressionBombError as error:
-            raise LongCatError(f"{path} has too many pixels; scale it down") from error
+    try:
+        picture = image.open(file, formats=_known_formats(image))
+    except image.DecompressionBombError as error:
+        # Pillow's own limit, which is a little above ours.
+        raise LongCatError(f"{path} has too many pixels; scale it down") from error
     with picture:
         check_pixels(path, *picture.size, MAX_PIXELS_BY_ROWS if picture.format in BY_ROWS else MAX_PIXELS)
         yield picture

@@ -16,8 +16,8 @@ from .opening import package
 from .streams import Stream
 from .timing import SAME_RATE, Grid
 
-# Seconds for which a clip may show one frame.
-MAX_STILL = 600
+# Seconds for which a clip may show one frame, and times that each frame may be repeated on average in a long clip.
+MAX_STILL, MAX_SHARE = 600, 200
 
 
 class VideoReader:
@@ -26,8 +26,8 @@ class VideoReader:
     path: any container or codec of the lists in `opening`. fps: frames per second to yield, by their time; None yields
     the stored frames as they are (a GIF or WebP at its own rate). from_end: lay the moments of the frames back from
     the last stored frame rather than forth from the first. partial: read a clip that is cut short as far as it goes,
-    and say so in `note`. Raises LongCatError for a file that cannot be read, is cut
-    short, or shows one frame for more than ten minutes.
+    and say so in `note`. Raises LongCatError for a file that cannot be read, is cut short, or shows one frame for more
+    than ten minutes.
 
     height, width: of a frame as it is shown, in pixels. fps: of the frames that are yielded. source_fps: of the stored
     ones, on average. even_fps: at which frames that are taken by their time show all of the stored ones. frames: how
@@ -50,11 +50,16 @@ class VideoReader:
                 # Its last frame may stand for several equal ones.
                 last += max(0, round((timeline.end - last) / timeline.step(fps)) - 1) * timeline.step(fps)
             self._grid = timeline.grid(fps, to_last=last if from_end else None)
+            fault = ""
             if timeline.longest > min(MAX_STILL, MAX_REPEATS * self._grid.step):
+                fault = f"shows one frame for {timeline.longest:,.0f} s"
+            elif self._grid.count > MAX_REPEATS + MAX_SHARE * len(timeline.times):
+                fault = f"shows {len(timeline.times):,} frames for {timeline.end:,.0f} s"
+            if fault:
                 self.close()
-                raise LongCatError(f"{path} shows one frame for {timeline.longest:,.0f} s; cut it")
+                raise LongCatError(f"{path} {fault}; cut it")
         self.fps = self._source.own_fps if fps is None else float(fps)
-        self.frames = len(timeline.times) if self._grid is None else self._grid.count
+        self.frames = self._source.own_count if self._grid is None else self._grid.count
         self.note = self._note()
 
     def __enter__(self) -> VideoReader:

@@ -49,6 +49,7 @@ class Stream:
             self._decoded = chain([first], self._decoded)
             self._origin = first[0]
             self.timeline = packets.timeline(self._origin)
+            self.own_count = len(self.timeline.times)
             self.own_fps = packets.declared_rate or self.timeline.rate
             with decoding(path, "video", REMEDY):
                 self._display = Display.of(path, first[1], self._stream.sample_aspect_ratio)
