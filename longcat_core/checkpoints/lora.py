@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
+from ..files.fingerprints import fingerprint
 from ..files.safetensors_io import SafetensorsFile, Stamp, stamp
+from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
 from .lora_alpha import Scales, Stated, file_of, stated_alphas
 from .lora_names import check_kind, flat, listed, short, split_key, targets_by_flat_name
@@ -33,6 +35,7 @@ Lora = tuple[str | Path, float]
 Target = tuple[str, int, int]
 # Far beyond useful values, and far below overflow.
 MAX_STRENGTH = 1000.0
+MAX_SCALE = 1e6
 
 
 def check_strength(path: str | Path, strength: float) -> None:
@@ -50,8 +53,8 @@ class OpenedLora:
 
     layers: the official parts of every target module, by its name in the file without prefixes: {"lora_down.weight":
     [n*r, in], "lora_up.weight" or "lora_up.blocks.i.weight": [out/n, r], "alpha_scale": []}. unknown: keys that are not
-    a LoRA's. notes: sentences about where its alpha was found. read: the stamp of the file before it was read, None if
-    it was missing.
+    a LoRA's. notes: sentences about where its alpha was found. stated: tells the scales that came from outside the
+    tensors from others, "" without any. read: the stamp of the file before it was read, None if it was missing.
     """
 
     path: Path
@@ -59,7 +62,13 @@ class OpenedLora:
     layers: dict[str, dict[str, Tensor]]
     unknown: tuple[str, ...]
     notes: tuple[str, ...]
+    stated: str
     read: Stamp | None
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this LoRA from others: `safetensors_io.fingerprint` of its file, and the alphas from elsewhere."""
+        return fingerprint(self.path) + (f"@{self.stated}" if self.stated else "")
 
     def match(self, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Target], list[str]]:
         """(module of the file -> what it changes of a network with parameters `shapes`, names that match nothing).
@@ -134,8 +143,8 @@ def _kohya_names(keys: Iterable[str]) -> bool:
 
 def _read_layers(
     tensors: Mapping[str, Tensor], source: str | Path, stated: Sequence[Stated], notes: Sequence[str]
-) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...], tuple[str, ...]]:
-    """`OpenedLora.layers`, `unknown` and `notes`. stated: where alpha may be, beside the tensors."""
+) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...], tuple[str, ...], str]:
+    """`OpenedLora.layers`, `unknown`, `notes` and `stated`. stated: where alpha may be, beside the tensors."""
     check_kind(tensors, source)
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
@@ -160,7 +169,7 @@ def _read_layers(
             rank = int(max((0, *_ups(parts)[0].shape[1:2])))
             own = None if alpha is None else _number(source, module, "alpha", alpha)
             parts["alpha_scale"] = torch.tensor(scales.of(module, rank, own))
-    return dict(found), tuple(unknown), (*(notes if scales.needed else ()), *scales.notes())
+    return dict(found), tuple(unknown), (*(notes if scales.needed else ()), *scales.notes()), scales.label()
 
 
 def _number(source: str | Path, module: str, name: str, tensor: Tensor) -> float:
@@ -221,8 +230,10 @@ class Change:
 class LoraStack:
     """LoRA files with strengths, ready to be added to the weights of one network."""
 
-    def __init__(self, loras: Iterable[Lora | OpenedLora], shapes: Mapping[str, Sequence[int]]) -> None:
-        """shapes: of the network's parameters by name.
+    def __init__(
+        self, loras: Iterable[Lora | OpenedLora], shapes: Mapping[str, Sequence[int]], quiet: bool = False
+    ) -> None:
+        """shapes: of the network's parameters by name. quiet: warn of nothing.
 
         Everything is checked here. Raises CheckpointError for a file that matches nothing, does not fit or is broken;
         warns (UserWarning) if only some of a file's modules match, if a file changes nothing, and of where an alpha was
@@ -241,11 +252,11 @@ class LoraStack:
                 if "" not in reasons:
                     reasons[change.without_effect()] += 1
             self.modules += matched
-            _report(lora.path, len(matched), missed)
-            for note in lora.notes:
-                warnings.warn(note, stacklevel=2)
+            notes = [*_report(lora.path, len(matched), missed), *lora.notes]
             if "" not in reasons:
-                warnings.warn(f"{lora.path} changes nothing: {reasons.most_common(1)[0][0]}", stacklevel=2)
+                notes.append(f"{lora.path} changes nothing: {reasons.most_common(1)[0][0]}")
+            for note in () if quiet else notes:
+                warnings.warn(note, stacklevel=2)
 
     def _add(
         self, weight: str, change: Change, module: str, path: str | Path, shapes: Mapping[str, Sequence[int]]
@@ -321,20 +332,29 @@ def _change(lora: OpenedLora, module: str, target: Target, file: int) -> Change:
         )
     if not all(torch.isfinite(tensor.float()).all() for tensor in parts.values()):
         raise CheckpointError(f"{path} has NaN or infinite values in {name}; download it again")
+    scale = float(parts["alpha_scale"])
+    if abs(scale) > MAX_SCALE:
+        raise CheckpointError(f"{path} has an alpha for {name} by which it counts {scale:g} times; download it again")
     _, index, count = target
-    return Change(file, index, count, downs, tuple(ups), float(parts["alpha_scale"]), lora.strength)
+    return Change(file, index, count, downs, tuple(ups), scale, lora.strength)
 
 
-def _report(path: str | Path, matched: int, missed: list[str]) -> None:
-    if not missed:
-        return
+def _report(path: str | Path, matched: int, missed: list[str]) -> list[str]:
     total = matched + len(missed)
     if not matched:
         raise CheckpointError(
             f"{path} matches nothing in LongCat-Video: 0 of its {total} modules; it has for instance {listed(missed)}; "
             "it belongs to another model"
         )
-    warnings.warn(f"{path} matches {matched} of its {total} modules; not matched: {listed(missed)}", stacklevel=3)
+    return [f"{path} matches {matched} of its {total} modules; not matched: {listed(missed)}"] if missed else []
+
+
+def check_loras(loras: Sequence[Lora | OpenedLora], config: ModelConfig) -> None:
+    """Raise CheckpointError, as `LoraStack` does, for LoRAs that do not fit a network of this config."""
+    if loras:
+        with torch.device("meta"):
+            parameters = LongCatTransformer(config).named_parameters()
+        LoraStack(loras, {name: parameter.shape for name, parameter in parameters}, quiet=True)
 
 
 @torch.no_grad()

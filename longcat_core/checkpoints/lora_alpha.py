@@ -13,6 +13,7 @@ layer is alpha / rank, or alpha / sqrt(rank) with `use_rslora`, and patterns giv
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -118,6 +119,11 @@ class Scales:
             if scales != "1":
                 notes.append(f"the LoRA counts {scales} times, by alpha {alphas} at rank {ranks} of {place}")
         return [*notes, self._contradiction] if self._contradiction else notes
+
+    def label(self) -> str:
+        """Eight digits that differ with the scales from outside the tensors; "" without any."""
+        used = [scale for numbers in self._used.values() for *_, scale in numbers]
+        return hashlib.sha256(repr(used).encode()).hexdigest()[:8] if any(scale != 1 for scale in used) else ""
 
 
 def _span(numbers: Sequence[float]) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.lora import open_loras
 from ..errors import LongCatError
-from ..files.fingerprints import fingerprint
 from ..generate import inputs
 from ..generate.opened import OpenedModel, open_model
 from ..generate.options import LORA_MODES
@@ -103,7 +103,8 @@ def model_settings(args: argparse.Namespace, paths: ModelPaths, device: torch.de
     """The model and those of its options that decide the result, as a folder of segments records them."""
     lora = None
     if args.lora is not None:
-        lora = "+".join(fingerprint(path) + ("" if weight == 1 else f":{weight:g}") for path, weight in args.lora)
+        opened = open_loras(args.lora)
+        lora = "+".join(one.fingerprint + ("" if one.strength == 1 else f":{one.strength:g}") for one in opened)
     found = paths.fingerprints() | {
         "lora": lora,
         "dtype": str(dtype_of(args.dtype, device)).removeprefix("torch."),

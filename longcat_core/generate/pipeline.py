@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer
-from ..checkpoints.lora import Lora
+from ..checkpoints.lora import Lora, check_loras
 from ..checkpoints.merged import MergedLoras
 from ..errors import CheckpointError, LongCatError, check_choice, check_type, is_whole
 from ..optimize.plan import Plan, Work, apply_plan, smaller
@@ -128,6 +128,7 @@ class Pipeline(Engine):
         config = checkpoint.config
         if least is not None and least.streamed > config.depth:
             raise LongCatError(f"{least.streamed} streamed blocks are more than the model's {config.depth}; give fewer")
+        check_loras(loras, config)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype)
         if text_encoder.channels != config.caption_channels:

@@ -16,7 +16,9 @@ from torch import Tensor
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.checkpoints.lora import LoraStack, merge_lora, open_loras
 from longcat_core.errors import CheckpointError
+from longcat_core.files.fingerprints import fingerprint
 from longcat_core.files.safetensors_io import write_safetensors
+from longcat_core.generate import pipeline
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 RANK = 4
@@ -239,3 +241,24 @@ def test_a_broken_place_is_one_sentence(tmp_path, fault):
     with pytest.raises(CheckpointError, match=message) as caught:
         open_loras([(tmp_path, 1.0)])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_alphas_from_elsewhere_are_part_of_a_loras_fingerprint(tmp_path):
+    """Or a folder of segments would go on with another strength after its config changed."""
+    found = []
+    for alpha in (4, 8, 16):
+        (path,) = folder_of(tmp_path, {"lora_alpha": alpha}, "adapter_model.safetensors")
+        found.append(open_loras([(tmp_path, 1.0)])[0].fingerprint)
+    assert len(set(found)) == 3 and found[0] == fingerprint(path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert open_loras([(path, 1.0)])[0].fingerprint == found[0]
+
+
+@pytest.mark.parametrize("mode", ["merged", "runtime"])
+def test_a_lora_of_another_model_is_found_before_anything_is_loaded(tmp_path, monkeypatch, mode):
+    """In runtime mode too, where LoRAs are applied last."""
+    monkeypatch.setattr(pipeline, "load_vae", lambda *_, **__: pytest.fail("the VAE was loaded"))
+    for name, state in (("size", tensors()), ("names", {"single.0.lora_A.weight": torch.ones(2, 2)})):
+        write_safetensors(tmp_path / f"{name}.safetensors", state)
+        with pytest.raises(CheckpointError, match=r"belongs to (a|another) model"):
+            pipeline.Pipeline.load(lora=tmp_path / f"{name}.safetensors", lora_mode=mode)

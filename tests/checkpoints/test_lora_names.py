@@ -123,6 +123,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "alpha is NaN": (lambda t: t | {f"{FIRST}.alpha": torch.tensor(torch.nan)}, r"NaN or infinite values in .*\(alpha"),
     "scale is two numbers": (lambda t: t | {f"{FIRST}.alpha_scale": torch.ones(2)}, "a broken alpha_scale for blocks"),
     "scale is infinite": (lambda t: t | {f"{FIRST}.alpha_scale": torch.tensor(torch.inf)}, "NaN or infinite values in"),
+    "alpha is enormous": (lambda t: t | {f"{FIRST}.alpha": torch.tensor(1e38)}, r"by which it counts 2.5e\+37 times"),
     "no up": (lambda t: {k: v for k, v in t.items() if "0.self_attn.o.lora_B" not in k}, "broken LoRA for blocks.0"),
     "no down": (lambda t: {k: v for k, v in t.items() if "0.self_attn.o.lora_A" not in k}, "broken LoRA for blocks.0"),
     "alpha alone": (lambda t: {f"{FIRST}.alpha": torch.ones(1)}, "broken LoRA for blocks.0"),
