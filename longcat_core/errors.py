@@ -5,6 +5,7 @@ What a script hands in is refused with such a sentence before anything is loaded
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
@@ -43,6 +44,11 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], remedy: 
     """Raise LongCatError unless `value` is of type `kind`; remedy: what to give instead."""
     if not isinstance(value, kind):
         raise LongCatError(f"{name} cannot be of type {type(value).__name__}; give {remedy}")
+
+
+def check_path(name: str, path: object) -> None:
+    """Raise LongCatError unless `path` is text or a path."""
+    check_type(name, path, (str, os.PathLike), "a path")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import longcat_core as longcat
 
 PROMPT = "a red circle moves right on a blue background"
+FRAMES = np.zeros((5, 16, 16, 3), np.uint8)
 SCHEDULE = longcat.make_schedule("base", 1)
 
 
@@ -114,6 +116,18 @@ WRONG = {
         lambda p: list(longcat.long_video(lambda: p, LONG, "s")),
         "the folder cannot be of type str; give what segment_folder returns",
     ),
+    "picture for its path": (lambda _: longcat.read_image(Image.new("RGB", (8, 8))), "the path of the image cannot be"),
+    "bytes for a path": (lambda _: longcat.read_video(b"a.mp4"), "the path of the video cannot be of type bytes"),
+    "last frames": (lambda _: longcat.read_video("a.mp4", last=-1), "last cannot be -1; give a number of frames"),
+    "rate to read": (lambda _: longcat.read_video("a.mp4", fps="15"), "'15' frames per second cannot be read"),
+    "swapped": (lambda _: longcat.write_video(FRAMES, "a.mp4", 15), "the path of the video cannot be of type ndarray"),
+    "no frames": (lambda _: longcat.write_video("a.mp4", None, 15), "frames cannot be of type NoneType"),
+    "pictures": (lambda _: longcat.write_video("a.mp4", [Image.new("RGB", (8, 8))], 15), r"give uint8 \[F, H, W, 3\]"),
+    "frames one by one": (lambda _: longcat.write_video("a.mp4", list(FRAMES), 15), r"give uint8 \[F, H, W, 3\], all"),
+    "frames of floats": (lambda _: longcat.write_video("a.mp4", FRAMES / 255, 15), "frames are float64"),
+    "no rate": (lambda _: longcat.write_video("a.mp4", FRAMES, None), "None frames per second; give a number above 0"),
+    "rate 0": (lambda _: longcat.write_video("a.gif", FRAMES, 0), "0 frames per second; give a number above 0"),
+    "rate NaN": (lambda _: longcat.write_video("a.mkv", FRAMES, float("nan")), "nan frames per second"),
     "piece": (lambda _: longcat.RefineRequest(piece=93.0).check(), r"piece cannot be 93\.0; give a whole number"),
 }
 

@@ -17,11 +17,6 @@ from ..errors import LongCatError, check_type, is_number, is_whole
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_path(name: str, path: object) -> None:
-    """Raise LongCatError unless `path` is text or a path."""
-    check_type(name, path, (str, os.PathLike), "a path")
-
-
 def check_whole(name: str, value: object) -> None:
     """Raise LongCatError unless `value` is an integer; True and False are not."""
     if not is_whole(value):

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from ..errors import LongCatError, check_choice, check_type, plain_fields
+from ..errors import LongCatError, check_choice, check_path, check_type, plain_fields
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames
 from ..sampling.sampler import Step
 from .engine import Engine
-from .inputs import check_callback, check_json, check_path, check_whole
+from .inputs import check_callback, check_json, check_whole
 from .options import HAND_OFFS, MAX_SEED, MAX_SEGMENTS
 from .request import Defaults, GenerateRequest, check_text, require_filled
 from .segments import Record, Segment, SegmentFolder, Settings, checksum

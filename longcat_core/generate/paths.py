@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, check_type
+from ..errors import CheckpointError, check_path, check_type
 from ..files.fingerprints import fingerprint
-from .inputs import check_path
 from .request import NANO, RELEASED, Defaults
 
 NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"

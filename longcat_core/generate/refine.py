@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import LongCatError, check_type, plain_fields
+from ..errors import LongCatError, check_path, check_type, plain_fields
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
@@ -30,7 +30,7 @@ from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .engine import Engine, check_finite
 from .footage import Footage
-from .inputs import check_callback, check_path, check_whole
+from .inputs import check_callback, check_whole
 from .options import FPS, MAX_FPS, MAX_SEED, MAX_SIDE, SIDE_MULTIPLE
 from .request import Defaults, check_number, check_seed, check_side, check_text
 from .segments import Segment, SegmentFolder, Settings, checksum

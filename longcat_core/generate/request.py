@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import LongCatError, check_type, is_number, is_whole, plain_fields
+from ..errors import LongCatError, check_path, check_type, is_number, is_whole, plain_fields
 from ..files.media import count_pictures, open_video, read_image, read_video, resize_and_crop
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
@@ -17,7 +17,7 @@ from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.schedules import DISTILLED_GRID
-from .inputs import check_path, check_whole
+from .inputs import check_whole
 from .options import (
     FPS,
     MAX_FPS,

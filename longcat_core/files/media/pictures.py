@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import check_path
 from .opening import decoding, opened, opened_picture, package
 
 # Larger pictures are reduced by a whole factor as they are read; no frame has nearly as many pixels.
@@ -21,6 +22,7 @@ def read_image(path: str | Path) -> np.ndarray:
     A picture of more than ENOUGH_PIXELS is reduced below. Raises LongCatError for a file that is not one of the
     PICTURE_FORMATS, is damaged, or has more than MAX_PIXELS.
     """
+    check_path("the path of the image", path)
     path = Path(path)
     operations = package("PIL.ImageOps")
     remedy = "a PNG, JPEG or WebP"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -10,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ...errors import LongCatError
+from ...errors import LongCatError, check_path, is_number, is_whole
 from .animations import MAX_REPEATS, Animation, is_animation
 from .opening import package
 from .streams import Stream
@@ -38,6 +39,9 @@ class VideoReader:
     def __init__(
         self, path: str | Path, fps: float | None = None, *, from_end: bool = False, partial: bool = False
     ) -> None:
+        check_path("the path of the video", path)
+        if fps is not None and not (is_number(fps) and 0 < fps < math.inf):
+            raise LongCatError(f"{fps!r} frames per second cannot be read from {path}; give a number above 0")
         self.path = Path(path)
         self._source = Animation(self.path) if is_animation(self.path) else Stream(self.path, partial)
         self.height, self.width, self.has_sound = self._source.height, self._source.width, self._source.has_sound
@@ -123,6 +127,9 @@ def read_video(
     stored frame, from which a continuation goes on. Raises LongCatError as VideoReader does, and for frames that do
     not fit into memory.
     """
+    for name, count in (("last", last), ("first", first)):
+        if count is not None and not (is_whole(count) and count > 0):
+            raise LongCatError(f"{name} cannot be {count!r}; give a number of frames, or None for all")
     with VideoReader(path, fps, from_end=last is not None) as video:
         count = min(count for count in (video.frames, last, first) if count is not None)
         _check_memory(video, count)

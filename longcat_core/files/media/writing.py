@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from fractions import Fraction
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import LongCatError
+from ...errors import LongCatError, check_path, check_type, is_number
 from ..atomic import atomic_path
 from ..places import check_place, check_suffix
 from .opening import package
@@ -26,6 +27,8 @@ X264_PARAMS = "mbtree=0"
 # BT.709, limited range: written into the stream, so that players do not guess by the size.
 _BT709, _LIMITED_RANGE = 1, 1
 
+WANTED = "uint8 [F, H, W, 3]"
+
 
 def write_video(
     path: str | Path, frames: Frames | Iterable[Frames], fps: float, sound: str | Path | None = None
@@ -38,12 +41,17 @@ def write_video(
     sound: a video whose sound an .mp4 or .mkv has too, from its first frame on; see `check_sound`. Raises LongCatError
     for an unknown suffix, frames of another shape or dtype, or odd sides in an .mp4.
     """
+    check_path("the path of the video", path)
+    check_type("frames", frames, (np.ndarray, Iterable), WANTED)
     path = Path(path)
     check_output_name(path)
+    if not is_number(fps) or not 0 < fps < math.inf:
+        raise LongCatError(f"{path.name} cannot have {fps!r} frames per second; give a number above 0")
     suffix = path.suffix.lower()
     clips = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = next(clips, np.empty((0, 0, 0, 3), np.uint8))
-    if not len(first):
+    check_type("a clip of the frames", first, np.ndarray, WANTED)
+    if not first.size:
         raise LongCatError(f"there are no frames to write to {path.name}")
     if suffix == ".mp4" and first.ndim == 4 and (first.shape[1] % 2 or first.shape[2] % 2):
         raise LongCatError(f"{path.name}: H.264 needs even sides, not {first.shape[1]}x{first.shape[2]}; use .webp")
@@ -57,8 +65,9 @@ def write_video(
 
 def _pictures(clips: Iterable[Frames], shape: tuple[int, ...]) -> Iterator[Frames]:
     for clip in clips:
+        check_type("a clip of the frames", clip, np.ndarray, WANTED)
         if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8 or clip.shape[1:] != shape:
-            raise LongCatError(f"frames are {clip.dtype} {list(clip.shape)}; give uint8 [F, H, W, 3], all of one size")
+            raise LongCatError(f"frames are {clip.dtype} {list(clip.shape)}; give {WANTED}, all of one size")
         yield from clip
 
 
