@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from longcat_core.errors import LongCatError
-from longcat_core.files.media import read_image, read_video, write_video
+from longcat_core.files.media import opening, read_image, read_video, streams, write_video
 from longcat_core.generate.media import read_video as read_to_look
 
 from .clips import counted, numbers, write_clip
@@ -189,3 +189,17 @@ def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> N
     (tmp_path / "a.png").write_bytes(head)
     with pytest.raises(LongCatError, match=r"a\.png has (too many|100000x100000) pixels; scale it"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(("codec", "pixels"), [("ffv1", "bgr0"), ("libx264", "yuv420p"), ("libvpx-vp9", "yuv420p")])
+def test_giant_frames_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, pixels: str
+) -> None:
+    path = write_clip(tmp_path / "a.mkv", counted(2), codec=codec, pixels=pixels)
+    assert len(read_video(path)[0]) == 2
+    for module in (opening, streams):
+        monkeypatch.setattr(module, "MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(
+        LongCatError, match=r"a\.mkv (has 48x32 pixels; scale|holds no video frames that can be decoded)"
+    ):
+        read_video(path)

@@ -96,3 +96,24 @@ def test_colors_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mkv", counted(1), codec="libx264", pixels="yuv420p", colorspace=14)
     with pytest.raises(LongCatError, match=r"a\.mkv has colors in ICtCp, .*; save it as SDR"):
         read_video(path)
+
+
+def test_transparency_is_over_black(tmp_path: Path) -> None:
+    import av
+
+    pixels = np.full((2, 32, 48, 4), (200, 100, 50, 128), np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=15)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgra"
+        for picture in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        container.mux(stream.encode())
+    assert np.abs(read_video(tmp_path / "a.mkv")[0].astype(int) - (100, 50, 25)).max() <= 1
+
+
+@pytest.mark.parametrize(("declared", "black", "white"), [(1, 0, 252), (2, 16, 232)])
+def test_the_declared_range_is_honored(tmp_path: Path, declared: int, black: int, white: int) -> None:
+    """The same bytes, of limited range, declared as limited and as full."""
+    ramp = np.broadcast_to(np.arange(0, 256, 4, dtype=np.uint8)[None, None, :, None], (1, 32, 64, 3))
+    read = read_video(write_clip(tmp_path / "a.mkv", ramp, pixels="yuv420p", color_range=declared))[0]
+    assert abs(int(read[0, 0, 0, 0]) - black) <= 3 and abs(int(read[0, 0, -1, 0]) - white) <= 3

@@ -95,13 +95,19 @@ class Display:
     def show(self, frame: Any) -> np.ndarray:
         """The frame as uint8 [H, W, 3], RGB."""
         converts = self.transfer in HDR or self.primaries in TO_BT709
-        options: dict[str, Any] = {"format": "rgb48le" if converts else "rgb24"}
+        # The fourth component of formats with more colors than a palette is how opaque a pixel is.
+        seen_through = not converts and len(frame.format.components) == 4
+        options: dict[str, Any] = {"format": "rgb48le" if converts else "rgba" if seen_through else "rgb24"}
         if (frame.width, frame.height) != (self.width, self.height):
             interpolation = package("av.video.reformatter").Interpolation.BICUBIC
             options |= {"width": self.width, "height": self.height, "interpolation": interpolation}
         if self.matrix is not None:
             options["src_colorspace"] = self.matrix
         picture: np.ndarray = frame.reformat(**options).to_ndarray()
+        if seen_through:
+            # Over black, as in pictures.
+            opaque = picture[..., 3:].astype(np.uint16)
+            picture = ((picture[..., :3] * opaque + 127) // 255).astype(np.uint8)
         if converts:
             picture = to_sdr(picture, self.transfer, self.primaries)
         if self.transposed:

@@ -6,7 +6,6 @@ file cannot lead to others either: playlists, PostScript and the like are on nei
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +36,10 @@ MAX_PIXELS, MAX_PIXELS_BY_ROWS = 80_000_000, 178_000_000
 BY_ROWS = ("PNG", "JPEG", "MPO", "BMP", "PPM", "TGA")
 
 
+# Why a file is not read whose format is not on the lists.
+UNKNOWN = "its format is unknown or not supported"
+
+
 def package(module: str) -> Any:
     """A package of the `headless` extra."""
     try:
@@ -59,9 +62,8 @@ def decoding(path: Path, what: str, remedy: str) -> Iterator[None]:
         raise LongCatError(f"{path} needs more memory than there is; make it smaller") from error
     except Exception as error:
         # Decoders of damaged files raise anything: IndexError, struct.error, KeyError, zlib.error.
-        # EINVAL is FFmpeg's word for a format that is not on the list.
-        unknown = type(error).__name__ == "UnidentifiedImageError" or getattr(error, "errno", None) == errno.EINVAL
-        why = "its format is unknown or not supported" if unknown else reason(error)
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        why = UNKNOWN if unknown else reason(error)
         raise LongCatError(f"{path} is not a readable {what} ({why}); give {remedy}") from error
 
 
@@ -87,7 +89,8 @@ def opened_picture(path: Path, file: BinaryIO) -> Iterator[Any]:
         # Pillow's own limit, which is a little above ours.
         raise LongCatError(f"{path} has too many pixels; scale it down") from error
     with picture:
-        check_pixels(path, *picture.size, MAX_PIXELS_BY_ROWS if picture.format in BY_ROWS else MAX_PIXELS)
+        limit = MAX_PIXELS_BY_ROWS if picture.format in BY_ROWS else MAX_PIXELS
+        check_pixels(path, picture.width, picture.height, limit)
         yield picture
 
 
@@ -103,8 +106,16 @@ def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS) -> It
         "format_whitelist": ",".join(DEMUXERS),
         "codec_whitelist": ",".join(decoders),
         "protocol_whitelist": "file",
+        # The first frames are decoded when a container is opened.
+        "max_pixels": str(MAX_PIXELS),
     }
-    with package("av").open(file, options=options, metadata_errors="replace") as container:
+    av = package("av")
+    try:
+        container = av.open(file, options=options, metadata_errors="replace")
+    except av.error.ArgumentError as error:
+        # FFmpeg's word for a format that is not on the list.
+        raise ValueError(UNKNOWN) from error
+    with container:
         yield container
 
 

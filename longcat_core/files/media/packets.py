@@ -91,7 +91,8 @@ class Packets:
 
     def timeline(self, origin: float) -> Timeline:
         """The times of the frames from `origin`, the time of the first one that decodes, on."""
-        interval, times = 1 / (self.declared_rate or DEFAULT_RATE), np.empty(0)
+        interval = 1 / (self.declared_rate or DEFAULT_RATE)
+        times: np.ndarray = np.empty(0)
         if self._untimed > sum(map(len, self._pieces)):
             times = np.arange(self._untimed + sum(map(len, self._pieces))) * interval
             return Timeline(times, float(times[-1]) + interval, self.unit, interval)

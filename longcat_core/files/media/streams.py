@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import LongCatError
 from .display import Display
-from .opening import DECODERS, check_pixels, decoding, opened, opened_container, package
+from .opening import DECODERS, MAX_PIXELS, check_pixels, decoding, opened, opened_container, package
 from .packets import DEFAULT_RATE, REMEDY, RESET, Packets
 from .wholeness import LAST_BYTES, is_cut_short
 
@@ -45,7 +45,8 @@ class Stream:
             self._decoded = self._decode()
             first = next(self._decoded, None)
             if first is None:
-                raise LongCatError(f"{path} holds no video frames; give {REMEDY}, .gif or .webp")
+                most = f"{MAX_PIXELS / 1e6:.0f} million pixels a frame"
+                raise LongCatError(f"{path} holds no video frames that can be decoded; give {REMEDY} of at most {most}")
             self._decoded = chain([first], self._decoded)
             self._origin = first[0]
             self.timeline = packets.timeline(self._origin)
@@ -89,16 +90,18 @@ class Stream:
 
     def _decoded_as_stored(self) -> Iterator[Any]:
         with decoding(self.path, "video", REMEDY):
-            stream, started = self._stream, False
+            stream, started, error = self._stream, False, package("av").error
             context = stream.codec_context
             if context.name not in DECODERS:
                 raise LongCatError(f"{self.path} is coded as {context.name}, which is not read; give H.264 video")
             check_pixels(self.path, context.width, context.height)
+            # A stream may grow on the way.
+            context.options = {"max_pixels": str(MAX_PIXELS)}
             stream.thread_type = "AUTO"
             for packet in self._container.demux(stream):
                 try:
                     frames = packet.decode()
-                except package("av").error.InvalidDataError:
+                except (error.InvalidDataError, error.ArgumentError):
                     # A recording may start between two key frames.
                     if started and not self._partial:
                         raise
