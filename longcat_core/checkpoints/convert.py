@@ -23,6 +23,8 @@ from .reader import Reader
 from .stored import Part, match_parameters
 
 INT8_MAX = 127
+# How the names of a model's files end that lie beside its weights.
+_BESIDE = ("config.json", ".index.json")
 
 # Tensors by the suffix of their name after the module's.
 Suffixed = dict[str, Tensor]
@@ -183,9 +185,36 @@ def _largest(tensor: Tensor) -> Tensor:
 def check_destination(destination: Path, checkpoint: Checkpoint, size: int) -> None:
     """Raise LongCatError unless `size` bytes can be written to `destination` without damage to the checkpoint."""
     check_suffix(destination, (".safetensors",))
+    check_apart(destination, Path(checkpoint.source))
     for file in checkpoint.files:
-        if destination.exists() and os.path.samefile(file, destination):
-            raise LongCatError(f"{destination} is the source itself; give another name")
         if Path(checkpoint.source).is_dir() and file.resolve().parent == destination.resolve().parent:
             raise LongCatError(f"{destination} would lie among the source's own files; choose another folder")
     check_place(destination, size)
+
+
+def check_report(report: Path, source: Path, destination: Path) -> None:
+    """Raise LongCatError unless a report can be written to `report` without damage to the source or the destination."""
+    check_suffix(report, (".json",), "report")
+    check_place(report)
+    check_apart(report, source)
+    # A link need not lead anywhere yet.
+    if report.resolve() == destination.resolve():
+        raise LongCatError(f"report {report} leads to {destination}, the output; give another name to --report")
+
+
+def check_apart(path: Path, source: Path) -> None:
+    """Raise LongCatError if `path` is a file of the checkpoint `source`, by any of its names, or a link to one.
+
+    A folder's are all files in it; a file's are also the configs beside it.
+    """
+    if not path.exists():
+        return
+    if source.is_dir():
+        files = [file for file in source.rglob("*") if file.is_file()]
+    else:
+        beside = source.parent.glob("*.json") if source.parent.is_dir() else ()
+        files = [source, *(file for file in beside if file.name.endswith(_BESIDE))]
+    for file in files:
+        if file.exists() and os.path.samefile(file, path):
+            which = "the source itself" if file == source else f"{file.name} in the source's folder"
+            raise LongCatError(f"{path} is {which}; give another name")

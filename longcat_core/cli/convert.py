@@ -9,16 +9,14 @@ from pathlib import Path
 
 from ..checkpoints import convert as conversion
 from ..checkpoints.convert import LayerError
-from ..errors import LongCatError
 from ..files.atomic import atomic_path
-from ..files.places import check_place, check_suffix
 from .console import progress
 
 
 def convert(args: argparse.Namespace) -> int:
     """Write a checkpoint in another form. The file is read back and measured before it gets its name."""
     if args.report is not None:
-        _check_report(args.report, args.source)
+        conversion.check_report(args.report, args.source, args.destination)
     # A small model is done before anyone could read a bar.
     with progress(unit="tensor", delay=1, leave=False) as bar:
 
@@ -50,14 +48,6 @@ def print_errors(errors: list[LayerError]) -> None:
         mean = sum(row.relative for row in rows) / len(rows)
         largest = max(row.largest for row in rows)
         print(f"{kind:<{width}}  {mean:>14.2e}  {largest:.1e}  {worst.relative:.2e} {worst.name}")
-
-
-def _check_report(path: Path, source: Path) -> None:
-    """Raise LongCatError unless a report can be written to `path` without damage to the source."""
-    check_suffix(path, (".json",), "report")
-    check_place(path)
-    if path.exists() and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
-        raise LongCatError(f"report {path} would replace a file in the source's folder; give another name to --report")
 
 
 def _write_report(path: Path, errors: list[LayerError]) -> None:

@@ -171,6 +171,11 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, golden, caps
     write_safetensors(folder / "shard.safetensors", golden)
     notes = folder / "notes.json"
     notes.write_text("{}", encoding="utf-8")
+    (tmp_path / "link.json").symlink_to(notes)
+    os.link(notes, tmp_path / "hard.json")
+    (tmp_path / "to-notes.safetensors").symlink_to(notes)
+    (tmp_path / "to-new.json").symlink_to("new.safetensors")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "taken.safetensors").mkdir()
     (tmp_path / "folder.json").mkdir()
     os.link(source, tmp_path / "link.safetensors")
@@ -192,9 +197,14 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, golden, caps
         ("holds LoRA, not", GOLDEN / "lora.safetensors", new, "--to", "bf16"),
         ("report.txt' must end in .json", source, new, "--to", "bf16", "--report", tmp_path / "report.txt"),
         ("folder.json is a folder", source, new, "--to", "bf16", "--report", tmp_path / "folder.json"),
-        ("/proc is not writable", source, new, "--to", "bf16", "--report", "/proc/r.json"),
+        ("/proc/r.json: /proc takes no file of that name", source, new, "--to", "bf16", "--report", "/proc/r.json"),
         ("in the source's folder", folder, new, "--to", "bf16", "--report", notes),
         ("does not exist; create it", source, new, "--to", "bf16", "--report", tmp_path / "no" / "r.json"),
+        ("is notes.json in the source's folder", folder, new, "--to", "bf16", "--report", tmp_path / "link.json"),
+        ("is notes.json in the source's folder", folder, new, "--to", "bf16", "--report", tmp_path / "hard.json"),
+        ("is notes.json in the source's folder", folder, tmp_path / "to-notes.safetensors", "--to", "bf16"),
+        ("is config.json in the source's folder", source, new, "--to", "bf16", "--report", tmp_path / "config.json"),
+        ("leads to", source, new, "--to", "bf16", "--report", tmp_path / "to-new.json"),
     ):
         files = sorted(tmp_path.rglob("*"))
         refused(said, *arguments, capsys=capsys)
