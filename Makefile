@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMFYUI_STAMP := $(VENV)/.installed-comfyui-test
 
-.PHONY: demo test test-comfyui lint clean
+.PHONY: demo test test-comfyui fuzz lint clean
 
 demo: $(STAMP)
 	$(BIN)/longcat generate "a red circle moves right on a blue background" \
@@ -21,6 +21,11 @@ test: $(STAMP)
 # page share no server, so each file has a worker and a server of its own.
 test-comfyui: $(COMFYUI_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 2 --dist loadfile --durations=8 tests/comfyui
+
+# Mutated files of every kind for SECONDS; what is found is kept in fuzz-findings/.
+SECONDS := 3600
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.fuzz --seconds $(SECONDS) --keep fuzz-findings 2>fuzz.log
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,5 +43,5 @@ $(COMFYUI_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache demo.mp4 demo.png
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache demo.mp4 demo.png fuzz-findings fuzz.log
 	find longcat_core nodes tests -name __pycache__ -type d -prune -exec rm -rf {} +
