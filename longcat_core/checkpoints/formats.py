@@ -44,6 +44,10 @@ _BLOCK = {
 }
 
 
+# More blocks than any model has. A file may name a block in a few bytes.
+MAX_BLOCKS = 1000
+
+
 @dataclass(frozen=True)
 class Format:
     """One form of checkpoint.

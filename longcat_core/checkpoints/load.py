@@ -18,7 +18,7 @@ from ..optimize.attention import import_ahead
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from ..optimize.switches import Optimizations
-from .formats import Format, detect
+from .formats import MAX_BLOCKS, Format, detect
 from .lora import Lora, LoraStack, OpenedLora
 from .reader import Reader, require_finite
 from .stored import Stored, collect, json_metadata, match_parameters, stored_part
@@ -59,7 +59,7 @@ def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) 
             raise CheckpointError(f"{source} lacks tensor {table[module][0]}.weight; download it again")
         if len(shapes[part.name]) != sides:
             raise CheckpointError(
-                f"{source} has {part.name} of shape {list(shapes[part.name])}, the network wants {sides} sides; "
+                f"{source} has {part.name} of shape {list(shapes[part.name])}, which should be {sides}-dimensional; "
                 "download it again"
             )
         return shapes[part.name]
@@ -122,10 +122,12 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None, left: C
     if config is None:
         config = infer_config(form, stored.shapes, str(path))
         config = with_zero_pad(config, metadata, path)
-    if config.depth > 2 * count_blocks(form, stored.where):
+    blocks = count_blocks(form, stored.where)
+    if blocks > MAX_BLOCKS:
+        raise CheckpointError(f"{path} has {blocks} blocks, more than any {form.model}; give another file")
+    if config.depth > 2 * blocks:
         raise CheckpointError(
-            f"{path} has {count_blocks(form, stored.where)} blocks and a config of {config.depth}; check that its "
-            "config.json belongs to it"
+            f"{path} has {blocks} blocks, its config {config.depth}; check that its config.json belongs to it"
         )
     return Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
 

@@ -11,13 +11,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.weight_files import open_weights
-from .formats import Format
+from .formats import MAX_BLOCKS, Format
 from .quantized import MARKERS, refuse_packed
 from .reader import Reader, Weight, require_finite
 from .stored import Stored, collect, match_parameters
-
-# More blocks than any such model has. A file may name a block of any number in a few bytes.
-MAX_BLOCKS = 1000
 
 
 def open_whole(path: Path, forms: Sequence[Format], remedy: str, beside: Collection[str] = ()) -> Stored:

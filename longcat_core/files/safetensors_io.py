@@ -304,6 +304,10 @@ def _check_with_package(path: Path, found: Stamp) -> None:
         with safe_open(path, framework="np"):
             changed = stamp(path.stat()) != found
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} has a corrupt safetensors header ({error}); {AGAIN}") from error
+        raise CheckpointError(f"{path} has a corrupt safetensors header ({_why(error)}); {AGAIN}") from error
     if changed:
         raise CheckpointError(f"{path} was written while it was read; load it again")
+
+
+def _why(error: Exception) -> str:
+    return str(error).removeprefix("Error while deserializing header: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_metadata_adds_what_shapes_do_not_show(tmp_path, state, flag):
     assert open_checkpoint(file).config.text_tokens_zero_pad is flag
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 9000, '{"text_tokens_zero_pad": "false"}'])
 def test_unreadable_metadata_is_named(tmp_path, state, text):
     file = tmp_path / "one.safetensors"
     write_safetensors(file, state, {"config": text})
@@ -349,3 +350,95 @@ def test_a_form_is_known_with_one_mark_missing(state):
     assert detect(state, "x") == (OFFICIAL, "")
     damaged = [name for name in state if not name.startswith("t_embedder.")]
     assert detect(damaged, "x") == (OFFICIAL, "")
+
+
+# Names and configs that stand for more than there is
+
+
+def beside(name: str) -> Callable[[State], State]:
+    return lambda state: state | {name: torch.zeros(0)}
+
+
+@pytest.mark.parametrize("number", ["99999999", "9" * 5000, "x", "-1", "00", "٣"])
+def test_a_block_of_any_number_is_an_unknown_tensor(tmp_path, state, number):
+    file = tmp_path / "bad.safetensors"
+    write_safetensors(file, beside(f"blocks.{number}.z")(state))
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors holds unknown tensors: blocks"):
+        load_transformer(file)
+
+
+def test_more_blocks_than_any_model_has(tmp_path, state):
+    file = tmp_path / "bad.safetensors"
+    write_safetensors(file, state | {f"blocks.{i}.z": torch.zeros(0) for i in range(2000)})
+    with pytest.raises(CheckpointError, match="has 2000 blocks, more than any LongCat-Video transformer"):
+        load_transformer(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_shape("x_embedder.proj.weight", 2048), r"x_embedder\.proj\.weight of shape \[2048\].* 5-dimensional"),
+        (with_shape("x_embedder.proj.weight", 64, 16, 1, 2, 0), "shapes that no network has"),
+        (with_shape("blocks.0.attn.q_norm.weight", 4, 8), r"q_norm\.weight of shape .* 1-dimensional"),
+        (with_shape("blocks.0.attn.q_norm.weight", 0), "shapes that no network has"),
+        (with_shape("t_embedder.mlp.0.weight"), r"t_embedder\.mlp\.0\.weight of shape \[\].* 2-dimensional"),
+    ],
+)
+def test_shapes_from_which_no_network_follows(tmp_path, state, change, said):
+    file = tmp_path / "bad.safetensors"
+    write_safetensors(file, change(state))
+    with pytest.raises(CheckpointError, match=said):
+        load_transformer(file)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"depth": 10**9}, "depth is 1000000000; it must be a whole number from 1 to"),
+        ({"depth": 200_000}, "has 2 blocks, its config 200000"),
+        ({"hidden_size": 1 << 40}, "hidden_size"),
+        ({"num_heads": True}, "num_heads is True"),
+        ({"patch_size": [[1], 2, 2]}, "patch_size"),
+        ({"patch_size": [1, 10**6, 10**6]}, "patch_size"),
+        ({"text_tokens_zero_pad": "false"}, "text_tokens_zero_pad is 'false'"),
+    ],
+)
+def test_config_values_of_any_kind(folder, values, said):
+    given = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(given | values))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        load_transformer(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"depth":' + b"9" * 5000 + b"}", b"\xff\xfe{}", b'{"mlp_ratio": NaN}']
+)
+def test_configs_that_are_not_json_objects(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_transformer(folder)
+
+
+def test_what_is_not_a_regular_file(folder, tmp_path):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path in (folder, tmp_path / "pipe.safetensors", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="is a pipe or a device; give a regular file"):
+            load_transformer(path)
+
+
+def test_two_transformers_in_a_folder(folder):
+    shutil.copytree(folder, folder.with_name("transformer"))
+    with pytest.raises(CheckpointError, match="holds dit and transformer; give one of the two folders"):
+        load_transformer(folder.parent)
+
+
+def test_a_file_of_another_model_beside_prefixed_shards(tmp_path, state):
+    write_safetensors(tmp_path / "a.safetensors", {f"model.diffusion_model.{name}": t for name, t in state.items()})
+    write_safetensors(
+        tmp_path / "lora.safetensors", {"diffusion_model.blocks.0.ffn.w1.lora_A.weight": torch.ones(2, 2)}
+    )
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors holds nothing of"):
+        load_transformer(tmp_path)
