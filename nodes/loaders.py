@@ -22,6 +22,7 @@ from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint
 from ..longcat_core.checkpoints.quantized import QUANT_METADATA
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.tensor_files import is_gguf, open_file
+from ..longcat_core.generate.text import tokenizer_of
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
@@ -160,6 +161,8 @@ class TextEncoderLoader(LongCatNode):
                 f"{text_encoder_name} carries no SentencePiece model (tensor '{umt5.SPIECE}'); "
                 "use the umt5_xxl file made for ComfyUI"
             )
+        # Raises an error for a vocabulary of another model.
+        tokenizer_of(opened)
         options = {}
         if device == "cpu":
             cpu = torch.device("cpu")

@@ -150,17 +150,7 @@ def load_text_encoder(
     folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
     opened = open_umt5(folder)
     settings = _read_config(folder / "config.json", opened) if (folder / "config.json").exists() else FIXED_CONFIG
-    vocabulary = opened.vocabulary()
-    if vocabulary is not None:
-        tokenizer = _sentencepiece(vocabulary, path)
-    else:
-        tokenizer = _tokenizer_beside(folder)
-    rows = opened.sizes["vocab_size"]
-    if not tokenizer.pieces <= rows <= tokenizer.pieces + SPARE_ROWS:
-        raise CheckpointError(
-            f"the tokenizer in {tokenizer.source} has {tokenizer.pieces} pieces, the embedding of {path} has {rows} "
-            "rows; give the tokenizer that belongs to the text encoder"
-        )
+    tokenizer = tokenizer_of(opened)
     model = _meta_model(opened.sizes | settings)
     state = opened.state(dtype, device)
     model.load_state_dict(state | {TIED_EMBEDDING: state[EMBEDDING]}, assign=True)
@@ -230,6 +220,18 @@ class Tokenizer:
     encode: Tokenize
     pieces: int
     source: Path
+
+
+def tokenizer_of(opened: Umt5) -> Tokenizer:
+    """The tokenizer in a text encoder's files, else beside them. Raises CheckpointError for one of another model."""
+    vocabulary, path, rows = opened.vocabulary(), Path(opened.source), opened.sizes["vocab_size"]
+    tokenizer = _tokenizer_beside(path) if vocabulary is None else _sentencepiece(vocabulary, path)
+    if not tokenizer.pieces <= rows <= tokenizer.pieces + SPARE_ROWS:
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer.source} has {tokenizer.pieces} pieces, the embedding of {path} has {rows} "
+            "rows; give the tokenizer that belongs to the text encoder"
+        )
+    return tokenizer
 
 
 def _sentencepiece(proto: bytes, source: Path) -> Tokenizer:

@@ -250,21 +250,65 @@ def test_text_encoder_equals_the_headless_one(prompts, headless):
     assert (ours - theirs).abs().max() <= 1e-4
 
 
+def vocabulary_of(comfy) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(comfy.core("generate.paths").NANO_TEXT_ENCODER)["spiece_model"]
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_named(comfy):
+    from safetensors.torch import load_file
+
+    state = load_file(comfy.core("generate.paths").NANO_TEXT_ENCODER)
+    state["shared.weight"] = state["shared.weight"][:64].clone()
+    name = comfy.save("text_encoders", "few.safetensors", state)
+    with pytest.raises(ValueError, match=r"384 pieces, the embedding of .*few.safetensors has 64 rows"):
+        comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="default")
+
+
+BLOCK = "encoder.block.0.layer"
+XXL = {
+    "shared": (384, 4096),
+    "encoder.final_layer_norm": (4096,),
+    f"{BLOCK}.0.layer_norm": (4096,),
+    f"{BLOCK}.0.SelfAttention.relative_attention_bias": (32, 2),
+    **{f"{BLOCK}.0.SelfAttention.{name}": (4, 4096) for name in "qkv"},
+    f"{BLOCK}.0.SelfAttention.o": (4096, 4),
+    f"{BLOCK}.1.layer_norm": (4096,),
+    f"{BLOCK}.1.DenseReluDense.wi_0": (2, 4096),
+    f"{BLOCK}.1.DenseReluDense.wi_1": (2, 4096),
+    f"{BLOCK}.1.DenseReluDense.wo": (4096, 2),
+}
+
+
+def save_xxl(comfy, prefix: str) -> str:
+    tensors = {f"{prefix}{name}.weight": torch.ones(shape) for name, shape in XXL.items()}
+    return comfy.save("text_encoders", f"{prefix}xxl.safetensors", tensors | {"spiece_model": vocabulary_of(comfy)})
+
+
 def test_xxl_goes_to_comfyuis_own_loader(comfy, monkeypatch):
     from comfy import sd
 
-    block = "encoder.block.0.layer"
-    shapes = {
-        "shared.weight": (2, 4096),
-        f"{block}.0.SelfAttention.relative_attention_bias.weight": (32, 2),
-        f"{block}.0.SelfAttention.q.weight": (4, 4096),
-        f"{block}.1.DenseReluDense.wi_0.weight": (2, 4096),
-        "spiece_model": (3,),
-    }
-    name = comfy.save("text_encoders", "umt5_xxl.safetensors", {k: torch.zeros(v) for k, v in shapes.items()})
+    name = save_xxl(comfy, "")
     monkeypatch.setattr(sd, "load_clip", lambda paths, folders, kind, options: (paths, kind, options))
     paths, kind, options = comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="cpu")
     assert paths[0].endswith(name) and kind == sd.CLIPType.WAN and options["load_device"].type == "cpu"
+
+
+def test_xxl_under_a_prefix_goes_there_by_the_names_that_comfyui_knows(comfy, clip, monkeypatch):
+    from comfy import sd
+
+    given = []
+    monkeypatch.setattr(sd, "load_text_encoder_state_dicts", lambda states, *rest: given.extend((states, rest)) or clip)
+    monkeypatch.setattr(clip.patcher, "cached_patcher_init", None)
+    name = save_xxl(comfy, "text_encoder.")
+    assert comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="default") is clip
+    (state,), (_, kind, _) = given
+    assert kind == sd.CLIPType.WAN
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        **{f"{name}.weight": shape for name, shape in XXL.items()},
+        "spiece_model": tuple(vocabulary_of(comfy).shape),
+    }
 
 
 WAN = (
