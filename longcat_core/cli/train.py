@@ -10,7 +10,7 @@ from ..generate.opened import open_model
 from ..optimize.compilation import why_not
 from ..optimize.switches import Optimizations
 from ..training import lora as training
-from ..training.clips import find_clips, left_out
+from ..training.clips import find_clips, notes
 from .console import note, notes_from_warnings, progress
 from .models import device_of, dtype_of, paths_of
 
@@ -41,9 +41,8 @@ def train_lora(args: argparse.Namespace) -> int:
         attention=args.attention, compile=args.compile, gradient_checkpointing=recipe.gradient_checkpointing
     )
     clips = find_clips(args.folder, recipe.frames)
-    for sentence in (left_out(args.folder, clips), *(clip.note for clip in clips)):
-        if sentence:
-            note(sentence)
+    for sentence in notes(args.folder, clips):
+        note(sentence)
 
     started, smooth = time.monotonic(), None
     with notes_from_warnings(), progress() as bar:

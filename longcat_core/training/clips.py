@@ -101,10 +101,17 @@ def _checked(path: Path, caption: str, frames: int, short: list[str]) -> Clip:
         if reader.frames == 1:
             return Clip(path, caption, len(list(reader)))
     with open_video(path, FPS) as reader:
-        found = len(list(islice(reader.shown(), frames)))
+        found = sum(1 for _ in islice(reader.shown(), frames))
         if found < frames:
             short.append(f"{path.name} has {found}")
         return Clip(path, caption, found, reader.note)
+
+
+def notes(folder: Path, clips: Sequence[Clip]) -> list[str]:
+    """Sentences on what was done to the clips of a folder, and on what was not used."""
+    said = [clip.note for clip in clips if clip.note]
+    more = [f"{len(said) - _SHOWN} more clips are taken by their time"] if len(said) > _SHOWN else []
+    return [sentence for sentence in (left_out(folder, clips), *said[:_SHOWN], *more) if sentence]
 
 
 def left_out(folder: Path, clips: Sequence[Clip]) -> str:
@@ -143,7 +150,10 @@ def clips_fingerprint(clips: Sequence[Clip]) -> str:
     """Tells these clips and captions from others, like `fingerprint` of a checkpoint."""
 
     def digest(kind: Callable[[str], object]) -> str:
-        return checksum("\n".join(f"{c.path.name} {kind(fingerprint(c.path))} {c.caption}" for c in clips))[:16]
+        # Earlier versions took frames of any rate and color as they are stored.
+        shown = [" as shown" * bool(clip.note) for clip in clips]
+        words = [f"{c.path.name} {kind(fingerprint(c.path))} {c.caption}" for c in clips]
+        return checksum("\n".join(map("".join, zip(words, shown, strict=True))))[:16]
 
     return remember(PREFIX + digest(str), lambda: digest(as_then))
 

@@ -25,7 +25,7 @@ from longcat_core.files import media
 from longcat_core.files.safetensors_io import read_header, read_metadata, read_tensors, write_safetensors
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.training import lora as train_lora
-from longcat_core.training.clips import find_clips, left_out
+from longcat_core.training.clips import find_clips, left_out, notes
 from longcat_core.training.lora import LAYERS, LoraTrainer, Recipe
 
 from ..support.clips import numbered, numbers, write_clip
@@ -411,6 +411,11 @@ def test_what_is_left_out_is_named(folder):
         (folder / name).write_text("x")
     (folder / "h").mkdir()
     said = left_out(folder, clips)
+    assert notes(folder, clips) == [said]
+    fast = [replace(clips[0], note=f"{number}") for number in range(12)]
+    assert notes(folder, fast)[1:] == [*(str(number) for number in range(10)), "2 more clips are taken by their time"]
+    by_time = [replace(clips[0], note="x"), *clips[1:]]
+    assert train_lora.clips_fingerprint(clips) != train_lora.clips_fingerprint(by_time)
     assert said.startswith(f"not used from {folder}: d.heic, e.txt, f.txt, f.xyz, g.mp3, h/; clips are .mp4 ")
 
 
