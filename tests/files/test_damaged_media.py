@@ -61,6 +61,28 @@ def test_an_animation_that_is_cut_short(tmp_path: Path, suffix: str) -> None:
             read_video(path)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".flv", ".ts", ".gif", ".webp"])
+def test_a_clip_that_is_damaged(tmp_path: Path, capfd: pytest.CaptureFixture[str], suffix: str) -> None:
+    """A sentence or a clip, and no words of a decoder on the terminal."""
+    path = tmp_path / f"a{suffix}"
+    if suffix in FORMS:
+        write_clip(path, NOISE[:4], codec=FORMS[suffix][0], pixels=FORMS[suffix][1])
+    else:
+        write_video(path, NOISE[:4], 15)
+    content, damage = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(content)
+        for _ in range(3):
+            at = damage.integers(min(600, len(broken) - 4))
+            broken[at : at + 4] = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff")[damage.integers(3)]
+        path.write_bytes(broken)
+        try:
+            assert read_video(path, fps=15, last=2)[0].ndim == 4
+        except LongCatError:
+            continue
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA", "DDS"])
 def test_a_picture_that_is_damaged(tmp_path: Path, form: str) -> None:
     """Decoders of damaged files raise anything; here it is a sentence, or the picture if nothing is missing."""

@@ -99,6 +99,19 @@ def _known_formats(image: Any) -> list[str]:
     return [form for form in PICTURE_FORMATS if form in image.OPEN]
 
 
+class _Handle:
+    """A file for PyAV, which prints a traceback if a damaged header makes it seek to where nothing can be."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.tell, self._file = file.read, file.tell, file
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):
+            return -1
+
+
 @contextmanager
 def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS) -> Iterator[Any]:
     """A PyAV container that reads from `file` alone, with these decoders."""
@@ -111,7 +124,7 @@ def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS) -> It
     }
     av = package("av")
     try:
-        container = av.open(file, options=options, metadata_errors="replace")
+        container = av.open(_Handle(file), options=options, metadata_errors="replace")
     except av.error.ArgumentError as error:
         # FFmpeg's word for a format that is not on the list.
         raise ValueError(UNKNOWN) from error
