@@ -42,6 +42,14 @@ def test_a_clip_that_is_cut_short(tmp_path: Path, suffix: str, sound: bool) -> N
             read_video(path)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi"])
+@pytest.mark.parametrize("end", [bytes(40), b"\0\0\xff\xffSEFT" + bytes(30), b"\xff" * 40])
+def test_what_follows_a_whole_clip_does_not_matter(tmp_path: Path, suffix: str, end: bytes) -> None:
+    path = write_clip(tmp_path / f"a{suffix}", NOISE, codec=FORMS[suffix][0], pixels=FORMS[suffix][1])
+    path.write_bytes(path.read_bytes() + end)
+    assert len(read_video(path)[0]) == 20
+
+
 def test_a_cut_clip_can_be_looked_at(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mkv", NOISE)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

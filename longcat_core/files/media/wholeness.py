@@ -12,6 +12,8 @@ from typing import BinaryIO
 LAST_BYTES = "its last bytes are missing"
 
 _NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
+# Boxes at the top of an MP4 file. What follows them at the end may be anything, such as notes of a phone.
+_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"wide", b"free", b"skip", b"styp", b"sidx", b"uuid", b"meta")
 _TS_PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a packet: where its sync byte is
 
 
@@ -27,8 +29,9 @@ def is_cut_short(file: BinaryIO) -> bool:
         return _matroska_end(head) > size
     if head.startswith((b"RIFF", b"RIFX")) and len(head) >= 8:
         length = struct.unpack("<I", head[4:8])[0]
-        # Writers that could not go back leave no length.
-        return length not in (0, 0xFFFFFFFF) and length + 8 > size
+        # Writers that could not go back leave no length, and some count the first eight bytes of an AVI too.
+        counted = length + (8 if head[8:12] == b"WEBP" else 0)
+        return length not in (0, 0xFFFFFFFF) and counted > size
     if head.startswith(b"GIF8"):
         return tail.rstrip(b"\0\r\n ")[-1:] != b";"
     if head.startswith(b"\x89PNG"):
@@ -41,7 +44,7 @@ def is_cut_short(file: BinaryIO) -> bool:
         places = range(sync, min(len(head), 5 * length), length)
         if len(places) == 5 and all(head[place] == 0x47 for place in places):
             return size % length != 0
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
+    if head[4:8] in _BOXES:
         return _boxes_end(file, size) > size
     return False
 
@@ -75,8 +78,8 @@ def _boxes_end(file: BinaryIO, size: int) -> int:
         length = int.from_bytes(head[:4], "big")
         if length == 1:
             length = int.from_bytes(head[8:16], "big")
-        if length < 8 or not head[4:8].strip(b"\0"):
-            # The last box may reach to the end, or zeros follow it.
+        if length < 8 or head[4:8] not in _BOXES:
+            # A length of zero means up to the end.
             break
         at += length
     file.seek(0)
