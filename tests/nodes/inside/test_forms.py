@@ -103,6 +103,10 @@ def int8_tensorwise(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 OTHERS = {
     "described": lambda state: described(fp8_scaled(state, scale="weight_scale", marker=False), "float8_e4m3fn"),
     "scales by rows": lambda state: fp8_scaled(state, rows=True),
+    "scaled e5m2": lambda state: {
+        name: tensor.to(torch.float8_e5m2) if tensor.dtype == E4M3 else tensor
+        for name, tensor in fp8_scaled(state).items()
+    },
     "plain e5m2": lambda state: {n: t.to(torch.float8_e5m2) if is_matrix(n, t) else t for n, t in state.items()},
     "int8_tensorwise": int8_tensorwise,
 }
@@ -118,6 +122,25 @@ def test_other_ways_to_store_8_bits(comfy, nano, sample, empty, kind, dtype):
     loaded = comfy("LongCatModelLoader", model_name=file, weight_dtype=dtype)
     assert error(sample(empty, wide, steps=1), sample(empty, loaded, steps=1)) < 0.3
     assert error(sample(empty, steps=1), sample(empty, wide, steps=1)) > 1e-3
+
+
+@pytest.mark.parametrize("loader, widget", [("LongCatModelLoader", "model_name"), ("UNETLoader", "unet_name")])
+def test_fp8_that_is_stored_as_bytes(comfy, nano, sample, empty, loader, widget):
+    state = whole(OTHERS["described"](comfyui(nano)))
+    raw = {name: tensor.view(torch.uint8) if tensor.dtype == E4M3 else tensor for name, tensor in state.items()}
+    videos = []
+    for name, tensors in (("fp8.safetensors", state), ("fp8_as_bytes.safetensors", raw)):
+        file = comfy.save("diffusion_models", name, tensors)
+        videos.append(sample(empty, comfy(loader, **{widget: file}, weight_dtype="default"), steps=1))
+    assert torch.equal(*videos)
+
+
+def test_formats_that_cannot_be_read(comfy, nano):
+    scaled = fp8_scaled(comfyui(nano), scale="weight_scale", marker=False)
+    for kind, said in (("int3", "as int3, which is not supported"), ("int8_tensorwise", "but stores float8_e4m3fn")):
+        file = comfy.save("diffusion_models", f"{kind}.safetensors", whole(described(scaled, kind)))
+        with pytest.raises(ValueError, match=said):
+            comfy("LongCatModelLoader", model_name=file, weight_dtype="default")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp8 rowwise"])
