@@ -15,6 +15,7 @@ from longcat_core.cli import models as commands
 from longcat_core.files.media import read_video, write_video
 from longcat_core.generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE
 
+from ..support.clips import beeps, write_clip
 from ..support.tiny import moving_clip, tiny_pipeline
 
 ONE, TWO = "a red circle moves right on a blue background", "a red circle moves up on a blue background"
@@ -180,6 +181,21 @@ def test_refining_doubles_the_rate(source: None, loads: list, capsys: Any) -> No
     frames, fps = read_video("clip-refined.mp4")
     assert frames.shape == (26, 32, 64, 3) and fps == 30
     assert "26 frames of 32x64 at 30 fps, seed 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp"])
+def test_refining_keeps_time_and_sound_at_any_size(inputs: None, loads: list, capsys: Any, suffix: str) -> None:
+    times = [0.0, 0.1, 0.2, 0.5, 0.6]
+    write_clip(Path("odd.mkv"), moving_clip(5, 17, 31), times=times, sound="flac")
+    options = ["--steps", "12", "--spatial-only", "--device", "cpu", "-o", f"out{suffix}"]
+    assert cli.main(["refine", "odd.mkv", *options]) == 0 and len(loads) == 1
+    out, err = capsys.readouterr()
+    assert f"out{suffix}: 7 frames of 32x64 at 10 fps" in out
+    assert "odd.mkv: its frames have different durations; they are taken by their time, at 10 per second" in err
+    assert "the video of 17x31 is scaled to 32x64, because the model takes multiples of 16" in err
+    assert ("the sound of odd.mkv is left out, because .webp holds none" in err) == (suffix == ".webp")
+    if suffix == ".mp4":
+        assert [codec for codec, _ in beeps(Path("out.mp4"))] == ["flac"]
 
 
 @pytest.mark.parametrize("sparsity", ["0", "0.5"])

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from longcat_core.errors import LongCatError
+from longcat_core.files.media import write_video
 from longcat_core.generate.engine import Engine
+from longcat_core.generate.footage import Footage
 from longcat_core.generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
 from longcat_core.generate.request import NANO
 from longcat_core.generate.segments import FRAMES, SegmentFolder
@@ -23,7 +25,9 @@ from ..support.tiny import SEED, moving_clip, unwanted
 REFINE = RefineRequest("a", seed=SEED, height=16, width=32, steps=12, piece=9, overlap=5, doubled=False)
 
 
-def refined(engine: Engine, path: Path, video: np.ndarray, model: dict | None = None, **changes: Any) -> list[tuple]:
+def refined(
+    engine: Engine, path: Path, video: np.ndarray | Footage, model: dict | None = None, **changes: Any
+) -> list[tuple]:
     asked = replace(REFINE, **changes)
     return list(refine_in_folder(lambda: engine, NANO, video, asked, piece_folder(path), model or {}))
 
@@ -50,6 +54,16 @@ def test_pieces_in_a_folder_are_the_video_that_refining_gives(tiny, video, tmp_p
     kept = np.concatenate([folder.frames(number, skip) for number, skip, _ in done])
     assert np.array_equal(kept, np.concatenate(list(refine(tiny, video, replace(REFINE, doubled=doubled)))))
     assert kept.shape == (17 * factor, 16, 32, 3)
+
+
+def test_a_file_is_refined_as_its_frames_are(tiny, video, pieces, tmp_path, made):
+    write_video(tmp_path / "a.mkv", video, 15)
+    from_file = np.concatenate(list(refine(tiny, tmp_path / "a.mkv", REFINE)))
+    assert np.array_equal(from_file, np.concatenate(list(refine(tiny, video, REFINE))))
+    made.clear()
+    path = copied(pieces, tmp_path / "v")
+    refined(tiny, path, Footage.of_file(tmp_path / "a.mkv"))
+    assert made == [] and contents(path) == contents(pieces)
 
 
 @pytest.mark.parametrize("number", range(3))
