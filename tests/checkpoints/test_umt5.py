@@ -325,6 +325,11 @@ def test_a_vocabulary_that_was_cast(tmp_path, state, wanted, dtype):
 Q = "encoder.block.1.layer.0.SelfAttention.q."
 
 
+def _too_few_scales(state: State) -> State:
+    found = stored_as(state, scaled)
+    return found | {name: tensor.expand(7) for name, tensor in found.items() if name.endswith("scale_weight")}
+
+
 def _no_scale(state: State) -> State:
     found = stored_as(state, scaled)
     del found[Q + "scale_weight"]
@@ -357,6 +362,7 @@ def _block(number: str) -> Callable[[State], State]:
     [
         (_no_scale, "SelfAttention.q.*scale"),
         (_bare_int8, "SelfAttention.*scale"),
+        (_too_few_scales, r"scale_weight has shape \[7\].* and 11 more; "),
         (_with("scale_weight", torch.ones(7)), r"q.scale_weight has shape \[7\]"),
         (_with("scale_weight", torch.ones(2, 128)), "q.weight with a scale for each block"),
         (_with("scale_weight", torch.ones(0)), r"q.scale_weight has shape \[0\]"),
