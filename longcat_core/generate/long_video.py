@@ -23,7 +23,7 @@ from .engine import Engine
 from .inputs import check_callback, check_json, check_whole
 from .options import HAND_OFFS, MAX_SEED, MAX_SEGMENTS
 from .request import Defaults, GenerateRequest, check_text, require_filled
-from .segments import Record, Segment, SegmentFolder, Settings, checksum
+from .segments import Record, Segment, SegmentFolder, Settings, checksum, seed_settings
 
 HandOff = Literal["frames", "latents"]
 # BT.709 luma of R, G and B.
@@ -97,7 +97,7 @@ class LongVideoRequest:
         names = ("prompt", "negative_prompt", "height", "width", "frames", "steps", "guidance_scale", "seed",
                  "schedule", "kv_cache", "step_cache")  # fmt: skip
         settings = {name: getattr(request, name) for name in names}
-        settings |= {"overlap": self.overlap, "hand_off": self.hand_off}
+        settings |= seed_settings(request.seed) | {"overlap": self.overlap, "hand_off": self.hand_off}
         if number == 0 and request.given is not None:
             settings["given frames"] = checksum(request.given[-request.cond_frames :])
         return settings | self.model
@@ -201,7 +201,8 @@ def long_video(
 
     load: called before the first missing segment; if none is missing, no model is loaded. callback: called after each
     step with the segment's number, the number of segments, and the step; what it raises ends the run, and finished
-    segments stay. On one machine the same request gives the same frames bit for bit, however often it was interrupted.
+    segments stay. On one machine with one number of threads the same request gives the same frames bit for bit, however
+    often it was interrupted.
     Raises LongCatError for a folder with other settings or in use, and for a full disk.
     """
     check_type("the request", request, LongVideoRequest, "a LongVideoRequest")

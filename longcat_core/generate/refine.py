@@ -33,7 +33,7 @@ from .footage import Footage
 from .inputs import check_callback, check_whole
 from .options import FPS, MAX_FPS, MAX_SEED, MAX_SIDE, SIDE_MULTIPLE
 from .request import Defaults, check_number, check_seed, check_side, check_text
-from .segments import Segment, SegmentFolder, Settings, checksum
+from .segments import Segment, SegmentFolder, Settings, checksum, seed_settings
 
 # Latent frames are padded to a multiple of this.
 GROUP = 4
@@ -114,7 +114,7 @@ class RefineRequest:
                 "height": height,
                 "width": width,
                 "doubled": self.doubled,
-                "seed": self.seed_of(number),
+                **seed_settings(self.seed_of(number)),
                 "steps": self.steps,
                 "piece": self.piece,
                 "overlap": self.overlap,
@@ -278,8 +278,8 @@ def refine(
     """Yield the refined frames of `video` piece by piece: uint8 [f, height, width, 3].
 
     video: uint8 [F, H, W, 3], or a file, of which one piece is held at a time. callback: called after each step with
-    the piece's number, the number of pieces, and the step. On one machine the same request gives the same frames bit
-    for bit. Raises LongCatError for input that does not fit.
+    the piece's number, the number of pieces, and the step. On one machine with one number of threads
+    the same request gives the same frames bit for bit. Raises LongCatError for input that does not fit.
     """
     check_type("the engine", engine, Engine, "a Pipeline")
     check_type("the request", request, RefineRequest, "a RefineRequest")

@@ -36,6 +36,7 @@ from ..files.places import bytes_in_words
 from ..files.records import parse_record
 from ..files.regular import check_regular, read_bytes
 from ..files.safetensors_io import read_tensors, write_safetensors
+from ..sampling.conditioning import LARGE_SEED
 
 VERSION = 1
 LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.json", ".lock"
@@ -98,6 +99,11 @@ def checksum(*parts: bytes | np.ndarray | str) -> str:
             data = part.encode() if isinstance(part, str) else part
             total.update(f"{len(data)}:".encode() + data)
     return total.hexdigest()
+
+
+def seed_settings(seed: int) -> Settings:
+    """The seed, and a mark for seeds of which earlier code read only 32 bits: their folders are refused by name."""
+    return {"seed": seed, "seed_bits": 64} if seed >= LARGE_SEED else {"seed": seed}
 
 
 # Makes a segment from its number and the previous segment: frames, latents, notes.

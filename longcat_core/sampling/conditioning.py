@@ -14,6 +14,8 @@ Clip = TypeVar("Clip", Tensor, np.ndarray)
 
 TEMPORAL_FACTOR = 4
 SPATIAL_FACTOR = 8
+# The first seed that needs more than 32 bits.
+LARGE_SEED = 1 << 32
 
 
 def latent_frames(frames: int, name: str = "", noun: str = "frames") -> int:
@@ -57,5 +59,14 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal noise fp32, drawn on the CPU so that a seed gives the same noise on every device."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    """Standard normal noise fp32, drawn on the CPU so that a seed gives the same noise on every device.
+
+    PyTorch's generator reads 32 bits of a seed. Larger ones, up to 2^64, seed NumPy's with all of their bits; NumPy
+    guarantees that the numbers of its `RandomState` never change. Raises LongCatError for other seeds.
+    """
+    if not 0 <= seed < 1 << 64:
+        raise LongCatError(f"seed {seed} is out of range; give a whole number from 0 to 2^63 - 1")
+    if seed < LARGE_SEED:
+        return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    words = np.array([seed % LARGE_SEED, seed // LARGE_SEED], np.uint32)
+    return torch.from_numpy(np.random.RandomState(words).standard_normal(shape)).float()

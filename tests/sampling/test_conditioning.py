@@ -60,3 +60,27 @@ def test_noise_follows_its_seed_and_leaves_the_global_one_alone():
     assert not torch.equal(noise, seeded_noise((2, 16, 3, 8, 12), 8))
     assert noise.dtype == torch.float32 and noise.device.type == "cpu"
     assert abs(noise.mean().item()) < 0.03 and abs(noise.std().item() - 1) < 0.03
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**32 + 7, 7 * 2**32, 2**63 - 1, 2**64 - 1])
+def test_all_bits_of_a_seed_count(seed: int):
+    shape = (2, 16, 3, 8, 12)
+    noise = seeded_noise(shape, seed)
+    assert noise.shape == shape and noise.dtype == torch.float32
+    assert torch.equal(noise, seeded_noise(shape, seed))
+    others = {seed % 2**32, seed // 2**32, seed ^ 1, seed ^ 2**40, (seed % 2**32) * 2**32 + seed // 2**32} - {seed}
+    assert not any(torch.equal(noise, seeded_noise(shape, other)) for other in others)
+    assert abs(noise.mean().item()) < 0.03 and abs(noise.std().item() - 1) < 0.03
+
+
+def test_seeds_keep_their_noise():
+    """Below 2^32 that of PyTorch's generator, as ever."""
+    assert seeded_noise((3,), 7).tolist() == pytest.approx([-0.1468, 0.78614, 0.94682], abs=1e-5)
+    assert seeded_noise((3,), 2**32 - 1).tolist() == pytest.approx([1.21976, -0.39298, 1.02308], abs=1e-5)
+    assert seeded_noise((3,), 2**32 + 7).tolist() == pytest.approx([-0.63587, -1.23439, 1.77952], abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, -(2**70)])
+def test_other_seeds_are_refused(seed: int):
+    with pytest.raises(LongCatError, match=f"seed {seed} is out of range"):
+        seeded_noise((1,), seed)
