@@ -15,7 +15,7 @@ import pytest
 
 from longcat_core.checkpoints.convert import TARGETS
 from longcat_core.cli.main import build_parser
-from longcat_core.cli.options import help_of
+from longcat_core.cli.options import help_of, without_effect
 from longcat_core.generate import options
 from longcat_core.generate.long_video import HandOff, LongVideoRequest
 from longcat_core.generate.options import OPTIONS, Option, of_command, option
@@ -58,6 +58,43 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [row for row in OPTIONS if row.needs], ids=lambda row: row.name)
+def test_what_an_option_works_on_is_an_option_or_something_that_a_run_has(row: Option) -> None:
+    names = [name for need in row.needs for name in need.split(" or ")]
+    known = {options.A_GPU, options.GUIDANCE, options.MORE}
+    for command in row.commands:
+        assert set(names) <= known | {other.name for other in of_command(command)} or command == "refine"
+
+
+GIVEN = {"lora": None, "video": None, "image": None, "command": "generate"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "values", "there", "notes"),
+    [
+        ("--cond-frames 13", {}, (), ["--cond-frames has no effect without --video"]),
+        ("--cond-frames=5", {"image": "a.png"}, (), ["--cond-frames has no effect without --video"]),
+        ("--cond-frames 5", {"video": "a.mp4"}, (), []),
+        ("--lora-mode merged", {}, (), ["--lora-mode has no effect without --lora"]),
+        ("--lora-mode runtime", {"lora": [("a", 1.0)]}, (), []),
+        ("--kv-cache off", {}, (), ["--kv-cache has no effect without --image or --video or a second segment"]),
+        ("--kv-cache off", {"image": "a.png"}, (), []),
+        ("--kv-cache off --hand-off latents", {"command": "long"}, (options.MORE,), []),
+        ("--overlap 5", {"command": "long"}, (), ["--overlap has no effect without a second segment"]),
+        ("--stream-blocks 2 --stream-text-encoder", {}, (options.A_GPU,), []),
+        ("--stream-blocks 2", {}, (), ["--stream-blocks has no effect without a GPU"]),
+        ("--split-guidance", {}, (), ["--split-guidance has no effect without guidance"]),
+        ("--split-guidance", {}, (options.GUIDANCE,), []),
+        ("", {}, (), []),
+    ],
+)
+def test_options_without_effect_are_noted(
+    argv: str, values: dict[str, Any], there: tuple[str, ...], notes: list
+) -> None:
+    args = argparse.Namespace(**GIVEN | values, argv=argv.split())
+    assert list(without_effect(args, there)) == notes
 
 
 @pytest.mark.parametrize("command", sorted(commands().keys() - set(OWN)))

@@ -20,7 +20,7 @@ from ..files.atomic import atomic_path
 from ..files.media import estimate_bytes, write_video
 from ..files.places import check_place, check_suffix
 from ..generate.opened import OpenedModel
-from ..generate.options import MEMORY, MODEL, SAMPLING, WHAT, of_command
+from ..generate.options import A_GPU, MEMORY, MODEL, SAMPLING, WHAT, of_command
 from ..generate.paths import ModelPaths
 from ..generate.request import FilledRequest, check_seed, work_of
 from ..measure.charts import fidelity_plot, side_by_side
@@ -31,9 +31,9 @@ from ..measure.results import ResultsFile
 from ..optimize import attention as backends
 from ..sampling.sampler import Interrupted, Step
 from .console import Progress, notes_from_warnings, progress
-from .generate import print_notes, prompts_of, request_of
+from .generate import guidance_of, print_notes, prompts_of, request_of
 from .models import compile_mode, dtype_of, load_models, machine_of, paths_of
-from .options import Parser, add_options
+from .options import Parser, add_options, without_effect
 
 OUTPUT = "longcat-compare"
 REPORT, PLOT, SIDE_BY_SIDE = "report.md", "plot.png", "side-by-side.png"
@@ -119,6 +119,19 @@ def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
     return sides
 
 
+def _without_effect(sides: Sequence[_Side]) -> Iterator[str]:
+    """Notes about options of one setting, and about options for all that no setting makes use of."""
+
+    def notes(side: _Side, argv: Sequence[str]) -> list[str]:
+        gpu = (A_GPU,) if side.device.type == "cuda" else ()
+        return list(without_effect(side.args, (*gpu, *guidance_of(side.request)), argv))
+
+    for_all = [notes(side, side.args.argv) for side in sides]
+    yield from (sentence for sentence in for_all[0] if all(sentence in others for others in for_all))
+    for side in sides:
+        yield from notes(side, shlex.split(side.options))
+
+
 def compare(args: argparse.Namespace) -> int:
     """`longcat compare`: everything is checked before a model is loaded, and files appear whole or not at all."""
     prompts = prompts_of(args)
@@ -135,8 +148,8 @@ def compare(args: argparse.Namespace) -> int:
         video.filled(first.paths.defaults)
     _check_floor(args)
     folder = _check_output(args, first.request, len(videos) * (len(sides) + 1))
-    print_notes(dict.fromkeys(sentence for side in sides for sentence in side.request.notes()))
-    print_notes(args.outputs.notes)
+    notes = [*args.outputs.notes, *_without_effect(sides)]
+    print_notes(dict.fromkeys([*notes, *(sentence for side in sides for sentence in side.request.notes())]))
 
     with notes_from_warnings(), progress() as bar:
         fidelity = _Run(sides, [(video.prompt, video.seed) for video in videos], folder, bar).compare()

@@ -21,6 +21,7 @@ from ..files.media import check_output, check_sound, estimate_bytes, write_video
 from ..files.regular import read_lines
 from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
 from ..generate.media import contact_sheet
+from ..generate.options import A_GPU, GUIDANCE, MORE
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
 from ..generate.refine import RefineRequest, footage_of, piece_folder, refine_in_folder
@@ -31,6 +32,7 @@ from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from .console import Progress, note, notes_from_warnings, progress
 from .models import load_models, machine_of, model_settings, paths_of
+from .options import without_effect
 
 OUTPUT = "longcat.mp4"
 LONG_OUTPUT = "longcat-long.mp4"
@@ -70,12 +72,16 @@ class _Task:
     def settings(self) -> dict[str, Any]:
         return model_settings(self.args, self.model.paths, self.device)
 
+    def note(self, sentences: Iterable[str], *there: str) -> None:
+        """Print notes about the request and about options without effect. there: what it has; see `Option.needs`."""
+        there = (*there, A_GPU) if self.device.type == "cuda" else there
+        print_notes([*self.args.outputs.notes, *without_effect(self.args, there), *sentences])
+
     def load(self, work: Work) -> Pipeline:
         return load_models(self.args, self.model, self.device, work)
 
     def run(self, make: Callable[[Progress], Frames]) -> Frames:
         """Write the frames that `make` returns, and return them."""
-        print_notes(self.args.outputs.notes)
         with notes_from_warnings(), progress() as bar:
             frames = make(bar)
             self.output = self.args.outputs.settled(self.output)
@@ -103,7 +109,7 @@ def generate(args: argparse.Namespace) -> int:
     shape = request.frames, request.height, request.width
     output = args.output or args.outputs.default(Path(OUTPUT))
     task = _Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
-    print_notes(request.notes())
+    task.note(request.notes(), *guidance_of(request))
     frames = task.run(lambda bar: request.begun(task.load(work_of(request)).generate(request, bar).frames))
     if args.contact_sheet is not None:
         contact_sheet(args.contact_sheet, frames, request.prompt, fps=request.fps)
@@ -127,7 +133,7 @@ def long(args: argparse.Namespace) -> int:
     shape = request.total_frames, first.height, first.width
     task = _Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
     request = replace(request, model=task.settings())
-    print_notes(first.notes())
+    task.note(first.notes(), *guidance_of(first), *(MORE for _ in prompts[1:]))
     work, finished = work_of(first, request.overlap), []
 
     def segments(bar: Progress) -> Iterator[np.ndarray]:
@@ -161,7 +167,7 @@ def refine(args: argparse.Namespace) -> int:
     # Copied if it can be; that it is left out or coded as AAC is said.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
     task = _Task(args, paths, output, (args.video,), shape, request.factor * request.fps, request.seed, sound)
-    print_notes([*request.notes(video, paths.defaults), *filter(None, [said])])
+    task.note([*request.notes(video, paths.defaults), *filter(None, [said])], MORE)
     video.check()
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
@@ -213,6 +219,11 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     if not prompts:
         raise LongCatError(f"{args.prompts_file} holds no prompts; write one a line")
     return prompts
+
+
+def guidance_of(request: GenerateRequest) -> tuple[str, ...]:
+    """What a filled request has that options work on."""
+    return () if request.guidance_scale == 1 else (GUIDANCE,)
 
 
 def print_notes(sentences: Iterable[str]) -> None:

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with _ended_by_signals(), Outputs() as outputs:
                 args = build_parser(argv).parse_args(argv)
-                args.outputs = outputs
+                args.outputs, args.argv = outputs, argv
                 for name in PROMPTS & vars(args).keys():
                     setattr(args, name, words(getattr(args, name)))
                 module, function = args.run.split(".")

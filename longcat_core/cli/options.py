@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,21 @@ def add_options(parser: argparse.ArgumentParser, command: str, *headings: str) -
             groups[row.heading] = parser.add_argument_group(HEADINGS.get(row.heading, row.heading))
         flags = [row.short, row.flag] if row.short else [row.flag]
         groups[row.heading].add_argument(*flags, help=help_of(row), **_settings(row))
+
+
+def without_effect(
+    args: argparse.Namespace, there: Collection[str], argv: Sequence[str] | None = None
+) -> Iterator[str]:
+    """A note for each option that was given although what it works on is missing.
+
+    there: what the run has that is not an option; see `Option.needs`. argv: what was given, if not `args.argv`.
+    """
+    given = {word.partition("=")[0] for word in (args.argv if argv is None else argv)}
+    for row in of_command(args.command):
+        for need in row.needs if row.flag in given else ():
+            names = [(name, f"--{name}" if hasattr(args, name) else name) for name in need.split(" or ")]
+            if not any(name in there or getattr(args, name, None) for name, _ in names):
+                yield f"{row.flag} has no effect without {' or '.join(shown for _, shown in names)}"
 
 
 def help_of(row: Option) -> str:

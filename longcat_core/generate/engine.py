@@ -60,8 +60,8 @@ class Engine(ABC):
     """Everything that tasks ask of a model. `Pipeline` loads its own models; in ComfyUI an engine uses ComfyUI's.
 
     Latents belong to the engine: they come from its VAE, in its scale, and nothing else interprets their values.
-    Noise is drawn on the CPU in fp32, so a seed gives the same noise on every device; on one machine it gives the same
-    video bit for bit.
+    Noise is drawn on the CPU in fp32, so a seed gives the same noise on every device; on one machine with one number
+    of threads it gives the same video bit for bit.
     """
 
     defaults: Defaults

@@ -19,6 +19,7 @@ MAX_FRAMES = 2001
 MAX_STEPS = 1000
 MAX_GUIDANCE = 30.0
 MAX_STEP_CACHE = 1.0
+USEFUL_STEP_CACHE = 0.12
 MAX_FPS = 120.0
 # Frames per second of the videos that the models were trained on.
 FPS = 15.0
@@ -34,6 +35,9 @@ CHECKPOINT_FORMS = ("bf16", "comfyui-fp8", "int8")
 
 WHAT, SAMPLING, MODEL, MEMORY, OUTPUT = "what is generated", "sampling", "model", "memory", "output"
 COMPARED, REFINED, LEARNED, TRAINING = "what is compared", "what is refined", "what is learned", "training"
+# What options work on that is not an option.
+A_GPU, GUIDANCE, MORE = "a GPU", "guidance", "a second segment"
+_GIVEN = f"image or video or {MORE}"
 # What a heading of --help adds to its name.
 HEADINGS = {
     MODEL: "model (default: the bundled LongCat-nano)",
@@ -49,7 +53,8 @@ class Option:
     differs. filled: the command passes None and the request fills in the default, because it depends on the model or
     on other options. shown: words for the default where its value does not say enough. least, most, step: the range of
     a number. digits: decimals that a node rounds to. commands, heading: which commands list it, under which heading.
-    common: it is in the README's table.
+    common: it is in the README's table. needs: what it works on, all of which a run must have: options by their names,
+    joined by "or" where one is enough, or A_GPU, GUIDANCE, MORE.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Option:
     repeated: bool = False
     required: bool = False
     common: bool = False
+    needs: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     heading: str = ""
 
@@ -138,8 +144,8 @@ _steps: _Columns = {"default": 50, "least": 1, "most": MAX_STEPS, "metavar": "N"
 _guidance: _Columns = {"default": 4.0, "least": 0.0, "most": MAX_GUIDANCE, "step": 0.1, "digits": 2, "metavar": "X"}
 _share: _Columns = {"least": 0.0, "most": 1.0, "metavar": "X"}
 _suffixes = ".mp4, .mkv (lossless FFV1), .webp (lossless) or .gif"
-_seed = Option("seed", "whole", "seed of the noise; the same seed gives the same video on the same machine", 0, least=0,
-               most=MAX_SEED, metavar="N", common=True)  # fmt: skip
+_seed = Option("seed", "whole", "seed of the noise; the same seed gives the same video on the same machine with the "
+               "same number of threads", 0, least=0, most=MAX_SEED, metavar="N", common=True)  # fmt: skip
 _prompts_file = Option("prompts_file", "path", "text file with one prompt a line", metavar="FILE")
 
 _VIDEOS = ("generate", "long", "compare")
@@ -175,15 +181,15 @@ OPTIONS: tuple[Option, ...] = (
                commands=("generate", "compare"), common=True, **_frames),
         Option("frames", "whole", "number of frames in a segment, 4k+1", commands=_LONG, **_frames),
         Option("overlap", "whole", "number of frames, 4k+1, that a segment shares with the previous one; the real "
-               "model was trained with 13", commands=_LONG, **_given),
+               "model was trained with 13", commands=_LONG, needs=(MORE,), **_given),
         Option("hand_off", "choice", "what the next segment starts from: frames, decoded and encoded again as in the "
                "public code, or the latents themselves, which saves the loss at each join", HAND_OFFS[0],
-               choices=HAND_OFFS, commands=_LONG),
+               choices=HAND_OFFS, commands=_LONG, needs=(MORE,)),
         _seed,
         Option("image", "path", "image that the video starts from", metavar="FILE"),
         Option("video", "path", "clip to continue", metavar="FILE"),
         Option("cond_frames", "whole", "number of frames at the clip's end to continue from, 4k+1; the real model was "
-               "trained with 13", common=True, **_given),
+               "trained with 13", common=True, needs=("video",), **_given),
     ),
     *_group(
         REFINED,
@@ -243,7 +249,7 @@ OPTIONS: tuple[Option, ...] = (
                common=True),
         Option("kv_cache", "choice", "how to compute the frames of an image or a clip: once, with the same result "
                "(exact); once, but left out of guidance's sums, as in the public code (official); or at every step "
-               "(off)", KV_CACHE[0], choices=KV_CACHE, common=True),
+               "(off)", KV_CACHE[0], choices=KV_CACHE, common=True, needs=(_GIVEN,)),
         Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
                "conservative, 0.05 skips about half, 0.12 is aggressive, 0 skips none", 0.0, least=0.0,
                most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True),
@@ -261,7 +267,7 @@ OPTIONS: tuple[Option, ...] = (
                metavar="FILE[:STRENGTH]", common=True),
         Option("lora_mode", "choice", "merge LoRAs into the weights, or keep them beside the weights at run time, "
                "which is slower and leaves the base's --fp8 weights as they are", LORA_MODES[0], choices=LORA_MODES,
-               common=True),
+               common=True, needs=("lora",)),
         Option("dtype", "choice", "precision of the computation; auto is bfloat16 on a GPU and float32 on a CPU",
                "auto", choices=DTYPES, common=True),
         Option("dtype", "choice", "precision of the base model; auto is bfloat16 on a GPU and float32 on a CPU",
@@ -282,11 +288,13 @@ OPTIONS: tuple[Option, ...] = (
         _MODELS,
         Option("memory", "number", "limit on the GPU memory to use, in GiB", metavar="GIB", shown="all that is free"),
         Option("stream_blocks", "whole", "number of blocks whose weights stay in CPU memory and are prefetched", 0,
-               least=0, metavar="N"),
-        Option("stream_text_encoder", "switch", "keep the text encoder's weights in CPU memory and prefetch them"),
+               least=0, metavar="N", needs=(A_GPU,)),
+        Option("stream_text_encoder", "switch", "keep the text encoder's weights in CPU memory and prefetch them",
+               needs=(A_GPU,)),
         Option("split_guidance", "switch", "run the two halves of guidance one after the other, with half the memory "
-               "for activations"),
-        Option("offload_kv_cache", "switch", "keep the KV cache of the conditioning frames in CPU memory"),
+               "for activations", needs=(GUIDANCE,)),
+        Option("offload_kv_cache", "switch", "keep the KV cache of the conditioning frames in CPU memory",
+               needs=(A_GPU, _GIVEN)),
         Option("tiled_vae", "switch", "run the VAE on tiles; seams may be visible"),
     ),
     *_group(

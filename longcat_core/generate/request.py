@@ -29,6 +29,7 @@ from .options import (
     MAX_STEPS,
     SCHEDULES,
     SIDE_MULTIPLE,
+    USEFUL_STEP_CACHE,
 )
 
 
@@ -152,6 +153,11 @@ class GenerateRequest:
             notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
         if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):
             notes.append("the negative prompt has no effect at guidance 1")
+        if self.step_cache > USEFUL_STEP_CACHE:
+            notes.append(
+                f"a step cache of {self.step_cache:g} skips nearly every step; thresholds from 0.03 to "
+                f"{USEFUL_STEP_CACHE:g} are useful"
+            )
         return notes
 
     @property
