@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
+from ..longcat_core.files.regular import lines_of
 from ..longcat_core.generate import long_video, refine
 from ..longcat_core.generate.footage import Footage
 from ..longcat_core.generate.options import FPS
@@ -68,8 +69,7 @@ class LongVideo(LongCatNode):
         begin_fps=FPS,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, LONG)
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        spread = long_video.spread_prompts(lines, segments or None)
+        spread = long_video.spread_prompts(lines_of(prompts), segments or None)
         given = None
         if begin_with is not None:
             check_images("begin_with", begin_with)

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import LongCatError
 from ..files.atomic import atomic_path
+from ..files.claims import claimed
 from ..files.places import check_new_folder
 from ..measure.charts import require_pillow
 from ..measure.clock import Budget, clean_up
@@ -66,10 +67,12 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> i
     if not args.no_plots:
         require_pillow(", or give --no-plots and draw them elsewhere with longcat bench report")
     job = Job(args, device, dtype, Budget(args.budget))
-    if args.part == "all":
-        _everything(job, size)
-    else:
-        job.measure(args.part, job.bench(size, args.blocks), args.variant)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with claimed(args.output / "results.json", f"another run is writing to {args.output}; give another --output"):
+        if args.part == "all":
+            _everything(job, size)
+        else:
+            job.measure(args.part, job.bench(size, args.blocks), args.variant)
     return 0
 
 

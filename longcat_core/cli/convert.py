@@ -10,6 +10,7 @@ from pathlib import Path
 from ..checkpoints import convert as conversion
 from ..checkpoints.convert import LayerError
 from ..files.atomic import atomic_path
+from ..files.places import check_place
 from .console import progress
 
 
@@ -17,6 +18,9 @@ def convert(args: argparse.Namespace) -> int:
     """Write a checkpoint in another form. The file is read back and measured before it gets its name."""
     if args.report is not None:
         conversion.check_report(args.report, args.source, args.destination)
+        args.outputs.hold(args.report, "--report")
+    check_place(args.destination)
+    args.outputs.hold(args.destination, "DST")
     # A small model is done before anyone could read a bar.
     with progress(unit="tensor", delay=1, leave=False) as bar:
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import LongCatError
 from ..files.atomic import atomic_path
+from ..files.claims import claimed
 from ..files.media import write_video
 from .scorer import Observation
 from .world import BASE_FPS, COLORS, MOTIONS, SHAPES, Actor, Scene, caption, render_clip, sample_scene
@@ -53,6 +54,11 @@ def write_lesson(folder: Path, count: int = 96, frames: int = 17) -> None:
     if count < 2:
         raise LongCatError(f"{count} clips teach nothing; ask for at least 2")
     folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder / "000.mkv", f"another run is writing to {folder}; choose another"):
+        _write(folder, count, frames)
+
+
+def _write(folder: Path, count: int, frames: int) -> None:
     rng = random.Random("lesson 0")
     written: list[Path] = []
     try:

@@ -1,7 +1,8 @@
 """Training a LoRA: adapters on a frozen network, by flow matching, on clips that were encoded once.
 
-The randomness of a step follows from the seed and the step's number alone, so a resumed run equals, on one machine, a
-run that was never stopped. The LoRA is saved every `save_every` steps, with a state beside it to resume from.
+The randomness of a step follows from the seed and the step's number alone, so a resumed run equals, on one machine with
+one number of threads, a run that was never stopped. The LoRA is saved every `save_every` steps, with a state beside it
+to resume from.
 """
 
 from __future__ import annotations
@@ -244,6 +245,7 @@ def train_lora(
     settings = recipe.decides() | paths.fingerprints() | {"clips": clips_fingerprint(clips)}
     settings |= {"dtype": str(dtype).removeprefix("torch.")}
     file = LoraFile(output, recipe.rank, recipe.scaling, settings, adapters)
+    check_place(file.state)
     with file.held():
         file.open()
         if file.done >= recipe.steps:

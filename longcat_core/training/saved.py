@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LongCatError
+from ..files.claims import claimed
 from ..files.differences import as_read, differences, differences_in_words
-from ..files.locks import held
 from ..files.records import parse_record
 from ..files.safetensors_io import SafetensorsFile, read_tensors, write_safetensors
 from ..generate.segments import checksum
@@ -76,11 +76,8 @@ class LoraFile:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other runs from training the same file. Raises LongCatError if one does."""
-        with held(
-            self.path.with_name(f".{self.path.name}.lock"),
-            f"another run is training {self.path}; wait for its end or name another file with --output",
-            remove=True,
-        ):
+        refusal = f"another run is training {self.path}; wait for its end or name another file with --output"
+        with claimed(self.path, refusal), claimed(self.state, refusal):
             yield
 
     def open(self) -> None:
