@@ -110,7 +110,8 @@ class TextEncoder:
     def encode(self, prompts: list[str], max_length: int = MAX_LENGTH) -> tuple[Tensor, Tensor]:
         """Embeddings [B, max_length, D] fp32, zero where padded, and mask [B, max_length] int64 (1: token or EOS).
 
-        Computed in the encoder's dtype. An empty prompt becomes EOS alone. Raises LongCatError for an empty list.
+        Computed in the encoder's dtype. An empty prompt becomes EOS alone. Raises LongCatError for an empty list, and
+        for embeddings that are not finite.
         """
         ids, mask = self.tokens(prompts, max_length)
         # Padding is masked out of attention, so columns that are padding in every row need not be computed.
@@ -120,6 +121,8 @@ class TextEncoder:
         hidden = self.model(inputs_embeds=looked_up, attention_mask=mask[:, :used]).last_hidden_state.float()
         if self._stream is not None:
             self._stream.rest()
+        if not hidden[mask[:, :used].bool()].isfinite().all():
+            raise LongCatError(f"the text encoder overflows in {self.dtype}; load it as bfloat16 or float32")
         embeds = hidden.new_zeros(*ids.shape, hidden.shape[-1])
         embeds[:, :used] = hidden * mask[:, :used, None]
         return embeds, mask

@@ -66,7 +66,8 @@ class VideoVAE:
     def encode(self, video: Tensor) -> Tensor:
         """Video [B,3,F,H,W], float in -1..1, to normalized latents [B,16,1+(F-1)/4,H/8,W/8] fp32 on the VAE's device.
 
-        The mode of the posterior, not a sample. Raises LongCatError unless F is 4k+1 and H and W divide by 8.
+        The mode of the posterior, not a sample. Raises LongCatError unless F is 4k+1 and H and W divide by 8, and for
+        latents that are not finite.
         """
         if video.ndim != 5 or video.shape[1] != 3:
             raise LongCatError(f"the VAE encodes videos [B,3,F,H,W], got shape {list(video.shape)}")
@@ -83,6 +84,8 @@ class VideoVAE:
                 f"got {frames} frames of {height}x{width} (height x width)"
             )
         mode = self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
+        if not mode.isfinite().all():
+            raise LongCatError(f"the VAE overflows in {self.dtype}; load it as bfloat16 or float32")
         return (mode - self.mean.to(mode.device)) / self.std.to(mode.device)
 
     @torch.no_grad()

@@ -189,6 +189,14 @@ def test_encode_refuses(encoder):
         encoder.encode(["a"], max_length=0)
 
 
+def test_embeddings_that_are_not_finite_are_refused(tmp_path, file):
+    state = read_tensors(file)
+    state["encoder.final_layer_norm.weight"] = torch.full((32,), 3e38)
+    write_safetensors(tmp_path / "te.safetensors", state)
+    with pytest.raises(LongCatError, match=r"the text encoder overflows in torch.float32"):
+        load_text_encoder(tmp_path / "te.safetensors").encode(PROMPTS)
+
+
 def _missing(state):
     del state["encoder.final_layer_norm.weight"]
 

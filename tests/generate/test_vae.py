@@ -145,6 +145,11 @@ def test_encode_refuses(vae, shape, message):
         vae.encode(torch.zeros(shape))
 
 
+def test_latents_that_are_not_finite_are_refused(vae):
+    with pytest.raises(LongCatError, match=r"the VAE overflows in torch.float32; load it as bfloat16 or float32"):
+        vae.encode(torch.full((1, 3, 1, 16, 16), torch.inf))
+
+
 def test_decode_refuses_other_channels(vae):
     with pytest.raises(LongCatError, match="B,16,T,h,w"):
         vae.decode(torch.zeros(1, 48, 1, 2, 2))
