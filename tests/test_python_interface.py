@@ -65,6 +65,8 @@ WRONG = {
     "schedule": (lambda p: p.generate(request(schedule=3)), "the schedule cannot be of type int"),
     "callback": (lambda p: p.generate(request(), 3), "the callback cannot be of type int"),
     "noise": (lambda p: p.denoise(torch.zeros(1, 3, 2, 8, 12), SCHEDULE, PROMPT), r"the noise cannot be .* \[1, 3"),
+    "noise of NaN": (lambda p: p.denoise(torch.full((1, 16, 1, 2, 2), torch.nan), SCHEDULE, PROMPT), "NaN or infinite"),
+    "infinite latents": (lambda p: p.decode(torch.full((1, 16, 1, 2, 2), torch.inf)), "NaN or infinite values"),
     "latents of integers": (lambda p: p.decode(torch.zeros(1, 16, 2, 8, 12, dtype=torch.int64)), "torch.int64"),
     "no latents": (lambda p: p.decode(np.zeros(3)), "the latents cannot be of type ndarray"),
     "handed": (

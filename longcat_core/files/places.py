@@ -35,6 +35,8 @@ def check_place(path: Path, estimated_bytes: int = 0) -> None:
         if not folder.is_dir():
             raise LongCatError(f"{path}: the folder {folder} does not exist; create it or choose another place")
         free = shutil.disk_usage(folder).free
+    except LongCatError:
+        raise
     except (OSError, ValueError) as error:
         raise LongCatError(f"{path} cannot be written ({reason(error)}); choose another name") from error
     _try_names(path, target)

@@ -175,9 +175,10 @@ class Engine(ABC):
         return latents if handed is None else torch.cat((latents, handed.to(latents)), dim=2)
 
 
-def check_finite(latents: Tensor) -> None:
-    """Raise LongCatError for latents that contain NaN or infinity."""
-    if not latents.isfinite().all():
+def check_finite(tensor: Tensor, what: str = "the transformer") -> None:
+    """Raise LongCatError for a result of `what` that contains NaN or infinity."""
+    if not tensor.isfinite().all():
         raise LongCatError(
-            "the result is not finite: the checkpoint overflows in this precision; load it as bf16 or fp32 (--dtype)"
+            f"the result of {what} is not finite: it overflows in this precision, or its weights are damaged; load "
+            "it as bf16 or fp32 (--dtype), or get its files again"
         )

@@ -39,7 +39,7 @@ def check_json(name: str, value: object) -> None:
 
 
 def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...]) -> None:
-    """Raise LongCatError unless `tensor` is a floating-point tensor of this shape; None: any size."""
+    """Raise LongCatError unless `tensor` is a finite floating-point tensor of this shape; None: any size."""
     wanted = f"a floating-point tensor [{', '.join('any' if size is None else str(size) for size in shape)}]"
     check_type(name, tensor, Tensor, wanted)
     assert isinstance(tensor, Tensor)
@@ -48,6 +48,8 @@ def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...]) -> No
     )
     if not fits or not tensor.is_floating_point():
         raise LongCatError(f"{name} cannot be {tensor.dtype} {list(tensor.shape)}; give {wanted}")
+    if not tensor.isfinite().all():
+        raise LongCatError(f"{name} cannot have NaN or infinite values; give finite ones")
 
 
 def dtype_of(dtype: object) -> torch.dtype:

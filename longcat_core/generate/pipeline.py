@@ -25,7 +25,7 @@ from ..optimize.streaming import spread
 from ..optimize.switches import Optimizations
 from ..sampling.sampler import sample
 from ..sampling.schedules import Schedule
-from .engine import Denoising, Engine
+from .engine import Denoising, Engine, check_finite
 from .inputs import check_tensor, device_of, dtype_of, loras_of
 from .opened import OpenedModel, open_model
 from .paths import ModelPaths
@@ -188,12 +188,15 @@ class Pipeline(Engine):
     def encode(self, pixels: Tensor) -> Tensor:
         check_tensor("the video", pixels, (None, 3, None, None, None))
         with self.turn():
-            return self._tiled_if_needed(self.vae.encode, pixels)
+            latents = self._tiled_if_needed(self.vae.encode, pixels)
+        check_finite(latents, "the VAE")
+        return latents
 
     def decode(self, latents: Tensor) -> np.ndarray:
         check_tensor("the latents", latents, (1, self.channels, None, None, None))
         with self.turn():
             frames = self._tiled_if_needed(self.vae.decode, latents)
+        check_finite(frames, "the VAE")
         return frames[0].mul(255).round().to("cpu", torch.uint8).numpy()
 
     def _tiled_if_needed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -255,6 +258,8 @@ class Pipeline(Engine):
 
     def _text(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
         context, mask = self.text_encoder.encode([prompt])
+        # Before the steps, which would all be lost.
+        check_finite(context, "the text encoder")
         if bool(mask.all()):
             warnings.warn(f"the {name} is longer than {mask.shape[1]} tokens; the rest is ignored", stacklevel=5)
         return context, mask

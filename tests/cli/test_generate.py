@@ -85,7 +85,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "--output missing/a.mp4": ("missing", "does not exist", "create it"),
     "--output good.png/a.mp4": ("good.png", "does not exist"),
     "--output folder.mp4": ("folder.mp4 is a folder",),
-    "--output pipe.mp4": ("pipe.mp4 is not a regular file",),
+    "--output pipe.mp4": ("error: pipe.mp4 is not a regular file; choose another name",),
     "--output /proc/a.mp4": ("/proc", "choose another place"),
     "--output " + "a" * 300 + ".mp4": ("aaa", "File name too long"),
     "--contact-sheet a.jpg": ("'a.jpg'", ".png"),

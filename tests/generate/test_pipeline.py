@@ -20,7 +20,7 @@ from longcat_core.generate.pipeline import ModelPaths, Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.model.kv_cache import KV_MODES, KVMode
 
-from ..support.tiny import GOLDEN, golden_pipeline
+from ..support.tiny import GOLDEN, PromptText, golden_pipeline
 
 SIZE = {"height": 64, "width": 96, "frames": 17}
 
@@ -143,8 +143,20 @@ def test_a_prompt_that_is_cut_gives_a_warning(tiny: Pipeline, golden: dict[str, 
 def test_overflow_is_an_error_not_a_black_video(tiny: Pipeline, golden: dict[str, Tensor]) -> None:
     broken = {**golden, "pos.embeds": torch.full_like(golden["pos.embeds"], float("nan"))}
     tiny.text_encoder = GoldenText(broken)
-    with pytest.raises(LongCatError, match=r"not finite.*--dtype"):
-        tiny.generate(request(frames=5))
+    steps: list[int] = []
+    with pytest.raises(LongCatError, match=r"the text encoder is not finite.*--dtype"):
+        tiny.generate(request(frames=5), lambda step: steps.append(step.index))
+    assert not steps
+
+
+@pytest.mark.parametrize("part", ["the transformer", "the VAE"])
+def test_an_overflow_in_the_network_or_the_vae_is_an_error(part: str) -> None:
+    engine = golden_pipeline(PromptText())
+    network = engine.model.network if part == "the transformer" else engine.vae.model.decoder
+    with torch.no_grad():
+        list(network.parameters())[-1].fill_(torch.nan)
+    with pytest.raises(LongCatError, match=f"the result of {part} is not finite"):
+        engine.generate(request(frames=5))
 
 
 # --- checkpoints that do not fit, from the command line --------------------------------------------------------------
