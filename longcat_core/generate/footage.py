@@ -75,8 +75,8 @@ class Footage:
         """The frames of each part; `bounds` has its first frame and its end (exclusive).
 
         Each part starts after the start of the one before, and at its end at the latest.
-
-        Holds the frames of one part at a time. Raises LongCatError for a file that has become shorter.
+        Holds the frames of one part at a time: its list is emptied when the next one is asked for. Raises LongCatError
+        for a file that has become shorter.
         """
         held: deque[np.ndarray] = deque()
         coming, first = iter(self.read()), 0
@@ -87,4 +87,6 @@ class Footage:
             held.extend(islice(coming, stop - start - len(held)))
             if len(held) < stop - start:
                 raise LongCatError(f"{self.source} became shorter while it was read; run the command again")
-            yield list(held)
+            part = list(held)
+            yield part
+            part.clear()
