@@ -30,12 +30,14 @@ def write_clip(
     base: Fraction | None = None,
     form: str | None = None,
     sound: bool = False,
+    options: dict[str, str] | None = None,
     **colors: Any,
 ) -> Path:
-    """times: of each frame, in units of `base` seconds. colors: attributes of the codec context."""
+    """times: of each frame, in units of `base` seconds. options: of the container. colors: attributes of the codec
+    context."""
     import av
 
-    with av.open(str(path.absolute()), "w", format=form) as container:
+    with av.open(str(path.absolute()), "w", format=form, options=options or {}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(100000))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for name, value in colors.items():

@@ -42,6 +42,25 @@ def test_a_clip_that_is_cut_short(tmp_path: Path, suffix: str, sound: bool) -> N
             read_video(path)
 
 
+@pytest.mark.parametrize("clusters", ["with", "without"])
+@pytest.mark.parametrize("suffix", [".mkv", ".webm"])
+def test_a_recording_without_lengths_that_is_cut_short(tmp_path: Path, suffix: str, clusters: str) -> None:
+    """Recorders of streams write no length of the segment, and some none of the clusters."""
+    codec, pixels = FORMS[suffix]
+    path = write_clip(tmp_path / f"a{suffix}", NOISE, codec=codec, pixels=pixels, options={"live": "1"})
+    content, cluster = path.read_bytes(), b"\x1f\x43\xb6\x75"
+    if clusters == "without":
+        head, *rest = content.split(cluster)
+        content = head + b"".join(cluster + b"\x01" + b"\xff" * 7 + body[9 - body[0].bit_length() :] for body in rest)
+    for end in (b"", bytes(40), b"\xff" * 40):
+        path.write_bytes(content + end)
+        assert len(read_video(path)[0]) == 20
+    for length in (*range(1, len(content), len(content) // 40), len(content) - 5, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(LongCatError, match=r"is cut short|is not a readable|holds no video"):
+            read_video(path)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi"])
 @pytest.mark.parametrize("end", [bytes(40), b"\0\0\xff\xffSEFT" + bytes(30), b"\xff" * 40])
 def test_what_follows_a_whole_clip_does_not_matter(tmp_path: Path, suffix: str, end: bytes) -> None:

@@ -9,6 +9,8 @@ import os
 import struct
 from typing import BinaryIO
 
+from . import matroska
+
 LAST_BYTES = "its last bytes are missing"
 
 _NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
@@ -25,8 +27,10 @@ def is_cut_short(file: BinaryIO) -> bool:
     file.seek(max(0, size - 4096))
     tail = file.read()
     file.seek(0)
-    if head.startswith(b"\x1a\x45\xdf\xa3"):
-        return _matroska_end(head) > size
+    if head.startswith(matroska.HEADER):
+        cut = matroska.is_cut_short(file, size)
+        file.seek(0)
+        return cut
     if head.startswith((b"RIFF", b"RIFX")) and len(head) >= 8:
         length = struct.unpack("<I", head[4:8])[0]
         # Writers that could not go back leave no length, and some count the first eight bytes of an AVI too.
@@ -47,26 +51,6 @@ def is_cut_short(file: BinaryIO) -> bool:
     if head[4:8] in _BOXES:
         return _boxes_end(file, size) > size
     return False
-
-
-def _matroska_end(head: bytes) -> int:
-    """Where the segment of a Matroska file ends (RFC 9559), 0 if it does not say."""
-    header, at = _variable_number(head, 4)
-    at += header
-    if head[at : at + 4] != b"\x18\x53\x80\x67":
-        return 0
-    length, start = _variable_number(head, at + 4)
-    # A length of ones alone means that it was not known.
-    unknown = length == (1 << 7 * (start - at - 4)) - 1
-    return 0 if unknown else start + length
-
-
-def _variable_number(data: bytes, at: int) -> tuple[int, int]:
-    """An EBML number (RFC 8794, section 4) and where it ends."""
-    first = data[at] if at < len(data) else 0
-    length = 9 - first.bit_length() if first else 1
-    number = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
-    return number, at + length
 
 
 def _boxes_end(file: BinaryIO, size: int) -> int:
