@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_mp4_round_trip_keeps_size_count_rate_and_colors(tmp_path: Path) -> None
     assert np.abs(read[0, 8:24, 16:40].astype(int) - (0, 0, 200)).max() <= 4
     error = np.abs(read.astype(int) - video)
     assert error.mean() < 6
+
+
+@pytest.mark.parametrize("fps", [np.float32(29.97), np.float64(29.97), np.int64(30), Fraction(30000, 1001)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webp", ".gif"])
+def test_any_real_number_is_a_rate(tmp_path: Path, suffix: str, fps: float) -> None:
+    media.write_video(tmp_path / f"a{suffix}", moving_bar(3), fps)
+    assert len(media.read_video(tmp_path / f"a{suffix}", fps=fps)[0]) == 3
 
 
 def test_mp4_says_its_color_matrix(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def write_video(
     check_output_name(path)
     if not is_number(fps) or not 0 < fps < math.inf:
         raise LongCatError(f"{path.name} cannot have {fps!r} frames per second; give a number above 0")
+    # Numbers of NumPy make no fraction.
+    fps = float(fps)
     suffix = path.suffix.lower()
     clips = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = next(clips, np.empty((0, 0, 0, 3), np.uint8))
