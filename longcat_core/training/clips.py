@@ -137,7 +137,7 @@ def _some(names: list[str]) -> str:
 
 def _caption(path: Path) -> str:
     file = path.with_suffix(".txt")
-    if not file.is_file():
+    if not (file.exists() or file.is_symlink()):
         raise LongCatError(f"{path} has no caption; write what it shows into {file.name} beside it")
     caption = " ".join(read_text(file, "caption").split())
     check_text(f"caption {file}", caption)

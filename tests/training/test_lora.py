@@ -423,8 +423,14 @@ def _written(name: str, text: str | bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
+def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: ((folder / name).unlink(), make(folder / name))
+
+
 BAD: list[tuple[list[str], Callable[[Path], object] | None, str]] = [
     ([], lambda folder: (folder / "b.txt").unlink(), "b.webp has no caption; write what it shows into b.txt"),
+    ([], _replaced("b.txt", os.mkfifo), "b.txt is a pipe or a device; give a regular file"),
+    ([], _replaced("b.txt", os.mkdir), "b.txt is a folder; give a file"),
     ([], _written("c.txt", " \n"), "c.txt is empty; write what c.png shows"),
     ([], _written("c.txt", b"\xff\xfe\x00"), "c.txt is not UTF-8 text"),
     ([], _written("a.mkv", "no video" * 99), "a.mkv is not a readable video"),
