@@ -143,10 +143,8 @@ def test_a_prompt_that_is_cut_gives_a_warning(tiny: Pipeline, golden: dict[str, 
 def test_overflow_is_an_error_not_a_black_video(tiny: Pipeline, golden: dict[str, Tensor]) -> None:
     broken = {**golden, "pos.embeds": torch.full_like(golden["pos.embeds"], float("nan"))}
     tiny.text_encoder = GoldenText(broken)
-    steps: list[int] = []
-    with pytest.raises(LongCatError, match=r"the text encoder is not finite.*--dtype"):
-        tiny.generate(request(frames=5), lambda step: steps.append(step.index))
-    assert not steps
+    with pytest.raises(LongCatError, match=r"not finite.*--dtype"):
+        tiny.generate(request(frames=5))
 
 
 @pytest.mark.parametrize("part", ["the transformer", "the VAE"])
