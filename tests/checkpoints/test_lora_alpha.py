@@ -94,9 +94,30 @@ PLACES: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str], list[float]]] =
     "a plain number": (tensors(), {"rank": "4", "alpha": "16"}, [4, 4, 4]),
     "another plain number": (tensors(), {"networkAlpha": "2"}, [0.5, 0.5, 0.5]),
     "PEFT's name": (tensors(), {"lora_alpha": "16"}, [4, 4, 4]),
+    **{f"PEFT's config under {key}": (tensors(), {key: json.dumps({"r": 4, "lora_alpha": 16})}, [4, 4, 4]) for key in (
+        "adapter_config.json", "adapter_config", "peft_config", "config", "LoraConfig", "network", "a.b:c/d",
+    )},
+    "PEFT's config of text": (tensors(), {"config": '{"r": "4", "lora_alpha": " 16 ", "rank_pattern": null}'}, [4] * 3),
+    "PEFT's config of fractions": (tensors(), {"config": '{"r": 4.0, "lora_alpha": 1.6e1}'}, [4, 4, 4]),
+    "other words": (tensors(), {"lora": '{"rank": 4, "alpha": 16}'}, [4, 4, 4]),
+    "alphas of modules": (
+        tensors(),
+        {"network_alphas": json.dumps({f"transformer.{module}.alpha": 8 + 4 * i for i, module in enumerate(MODULES)})},
+        [2, 3, 4],
+    ),
+    "alphas of modules in another key": (tensors(), {"a": json.dumps({f"{MODULES[1]}.alpha": 8.0})}, [1, 2, 1]),
+    "alphas of flat names": (tensors(), {"alphas": '{"lora_unet_blocks_1_self_attn_o": "8"}'}, [1, 2, 1]),
+    "a key for each module": (tensors(), {f"{module}.alpha": "8" for module in MODULES}, [2, 2, 2]),
+    "a list of one number": (tensors(), {"lora_alpha": "[ 16 ]"}, [4, 4, 4]),
+    "a number as JSON text": (tensors(), {"lora_alpha": '"16"'}, [4, 4, 4]),
+    "modelspec": (tensors(), {"modelspec.alpha": "16.0", "modelspec.title": "a"}, [4, 4, 4]),
+    "kohya's arguments": (kohya(), {"ss_network_args": '{"network_alpha": "16", "conv_alpha": "1"}'}, [4, 4, 4]),
+    "kohya's arguments, short": (kohya(), {"ss_network_args": '{"alpha": 16}', "ss_network_alpha": "None"}, [4, 4, 4]),
+    "tags": (tensors(), {"ss_tag_frequency": '{"a": {"alpha": 8, "rank": 4}}', "modelspec.alpha": "None"}, [1, 1, 1]),
+    "another release": (tensors(), {"version": "alpha", "rank": "64", "workflow": '{"1": {"inputs": {}}}'}, [1, 1, 1]),
     "nowhere": (tensors(), {"format": "pt"}, [1, 1, 1]),
     "kohya's word for several": (kohya(), {"ss_network_alpha": "Dynamic"}, [1, 1, 1]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -125,6 +146,55 @@ def test_kohya_files_that_a_converter_renamed_have_it_in_their_matrices(tmp_path
     write_safetensors(tmp_path / "lora.safetensors", tensors(), metadata)
     found, said = scales(tmp_path / "lora.safetensors")
     assert found == [1, 1, 1] and len(said) == 1 and "was converted from kohya's names; it counts at scale 1" in said[0]
+
+
+UNREAD = {
+    "lora_alpha": "[4, 8]",
+    "modelspec.alpha": "four",
+    "network_alphas": "{",
+    "config": "{'lora_alpha': 16}",
+    "lora.json": '{"lora_alpha": 16',
+    "training": '{"process": [{"network": {"lora_alpha": 16}}]}',
+    "ss_network_args": "network_alpha=16",
+    "alpha": "4/4",
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_an_alpha_that_cannot_be_read_is_named(tmp_path, key):
+    for state, times in ((tensors(), 1), (tensors(alpha=torch.tensor(8.0)), 2)):
+        write_safetensors(tmp_path / "lora.safetensors", state, {key: UNREAD[key]})
+        found, said = scales(tmp_path / "lora.safetensors")
+        assert found == [times] * 3 and len(said) == (times == 1)
+        assert all(
+            f"{key} in the header of" in note and "cannot be read; the LoRA counts without" in note for note in said
+        )
+
+
+def test_alphas_of_another_files_modules_are_said(tmp_path):
+    write_safetensors(tmp_path / "lora.safetensors", tensors(), {"network_alphas": '{"blocks.7.self_attn.o.alpha": 8}'})
+    found, said = scales(tmp_path / "lora.safetensors")
+    assert (
+        found == [1, 1, 1] and "network_alphas in the header of" in said[0] and "alphas of modules that are" in said[0]
+    )
+
+
+RANKS = ({"ss_network_dim": "8"}, {"rank": "8"}, {"lora_rank": "8.0"}, {"network_dim": "8"}, {"config": '{"r": 8}'})
+
+
+@pytest.mark.parametrize("ranks", [*RANKS, {"config": '{"lora_alpha": 16, "r": "8"}'}])
+def test_a_declared_rank_is_held_against_the_matrices(tmp_path, ranks):
+    alpha = {} if "lora_alpha" in str(ranks) else {"lora_alpha": "8"}
+    write_safetensors(tmp_path / "lora.safetensors", kohya(), alpha | ranks)
+    if "config" in ranks and alpha:
+        # PEFT's own alpha is unknown then, and the number counts.
+        assert scales(tmp_path / "lora.safetensors")[0] == [2, 2, 2]
+        return
+    with pytest.raises(CheckpointError, match=r"says rank 8 for .*blocks.0.self_attn.o, whose matrices have rank 4"):
+        scales(tmp_path / "lora.safetensors")
+    # An alpha that is a tensor belongs to the rank of its matrices, as after a resize.
+    write_safetensors(tmp_path / "lora.safetensors", kohya(alpha=torch.tensor(8.0)), ranks)
+    assert scales(tmp_path / "lora.safetensors")[0] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +245,10 @@ def test_a_renamed_file_alone_beside_its_config_takes_it(tmp_path):
     assert scales(path)[0] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("names", [("adapter_model.safetensors", "b.safetensors"), ("a.safetensors", "b.safetensors")])
+@pytest.mark.parametrize("names", [
+    ("adapter_model.safetensors", "b.safetensors"), ("a.safetensors", "b.safetensors"), ("a.sft", "b.safetensors"),
+    ("a.SafeTensors", "b.safetensors"),
+])  # fmt: skip
 def test_another_files_config_is_left_alone(tmp_path, names):
     *_, path = folder_of(tmp_path, {"lora_alpha": 16}, *names)
     found, said = scales(path)
@@ -191,9 +264,21 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: folder_of(folder, {"lora_alpha": 4, "use_rslora": "false"}, "adapter_model.safetensors"),
         r"adapter_config.json is not a PEFT config \(use_rslora: .*valid boolean",
     ),
-    "alpha as text": (
-        lambda folder: folder_of(folder, {"lora_alpha": "4"}, "adapter_model.safetensors"),
-        r"not a PEFT config \(lora_alpha",
+    "alpha as words": (
+        lambda folder: folder_of(folder, {"lora_alpha": "four"}, "adapter_model.safetensors"),
+        r"not a PEFT config \(lora_alpha: 'four' is not a finite number",
+    ),
+    "half a rank": (
+        lambda folder: folder_of(folder, {"lora_alpha": 4, "r": 8.5}, "adapter_model.safetensors"),
+        r"not a PEFT config \(r: 8.5 is not a whole number",
+    ),
+    "a pattern of words": (
+        lambda folder: folder_of(folder, {"alpha_pattern": {"o": []}}, "adapter_model.safetensors"),
+        r"not a PEFT config \(alpha_pattern.o: \[\] is not a finite number",
+    ),
+    "a broken alpha of a module": (
+        lambda folder: write_safetensors(folder / "a.safetensors", tensors(), {"network_alphas": '{"a.alpha": [1]}'}),
+        "network_alphas in the header of .* has a broken alpha for a.alpha",
     ),
     "alpha is infinite": (
         lambda folder: folder_of(folder, '{"lora_alpha": 1e999}', "adapter_model.safetensors"),
