@@ -126,6 +126,7 @@ def long(args: argparse.Namespace) -> int:
     # The same command again goes on, so the default name may be there already.
     output = args.output or args.outputs.default(Path(LONG_OUTPUT), new=False)
     folder = segment_folder(args.folder or name_with(output, "-segments", ""))
+    _check_folder(output, folder.path)
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     first = request.first
@@ -163,6 +164,8 @@ def refine(args: argparse.Namespace) -> int:
     request = replace(request, fps=video.fps)
     folder = None if args.folder is None else piece_folder(args.folder)
     output = args.output or args.outputs.default(name_with(args.video, "-refined", ".mp4"))
+    if folder is not None:
+        _check_folder(output, folder.path)
     shape = request.factor * video.frames, *request.size(video, paths.defaults)
     # Copied if it can be; that it is left out or coded as AAC is said.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
@@ -240,6 +243,11 @@ def _schedule(args: argparse.Namespace) -> str | None:
     if args.distilled and args.schedule not in (None, "distilled"):
         raise LongCatError(f"--distilled and --schedule {args.schedule} exclude each other; give one of them")
     return "distilled" if args.distilled else args.schedule
+
+
+def _check_folder(output: Path, folder: Path) -> None:
+    if resolved(output) == resolved(folder):
+        raise LongCatError(f"output {output} and --folder {folder} are the same; give another name to one")
 
 
 def _check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:

@@ -87,4 +87,9 @@ def lines_of(text: str) -> list[str]:
     """
     # A file that others were joined into has byte order marks at the starts of later lines too.
     lines = (line.strip().removeprefix("\ufeff").strip() for line in re.split(r"\r\n|\n|\r", text))
-    return [line for line in lines if line]
+    return [line for line in lines if says_something(line)]
+
+
+def says_something(text: str) -> bool:
+    """Whether a text has a sign that shows: not blanks, the end-of-file sign of DOS or spaces without width alone."""
+    return any(sign.isprintable() and not sign.isspace() for sign in text)

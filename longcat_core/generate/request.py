@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import LongCatError, check_path, check_type, is_number, is_whole, plain_fields
 from ..files.media import count_pictures, open_video, read_image, read_video, resize_and_crop
+from ..files.regular import says_something
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
@@ -103,7 +104,7 @@ class GenerateRequest:
         check_text("prompt", self.prompt)
         if self.negative_prompt is not None:
             check_text("negative prompt", self.negative_prompt)
-        if not html.unescape(html.unescape(self.prompt)).strip():
+        if not says_something(html.unescape(html.unescape(self.prompt))):
             raise LongCatError('the prompt is empty; say what the video shows, such as "a red circle moves right"')
         if self.image is not None and self.video is not None:
             raise LongCatError("an image and a video are both given; give only one of them")

@@ -56,6 +56,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "hand-off": ([ONE, "--hand-off", "mail"], ("--hand-off", "frames", "latents")),
     "frames": ([ONE, "--frames", "32"], ("32 frames are not of the form 4k+1", "29 and 33")),
     "output is the image": ([ONE, "--image", "good.png", "-o", "good.png"], ("good.png", "--output")),
+    "folder is the output": ([ONE, "--folder", "o.mp4", "-o", "./o.mp4"], ("are the same; give another name to one",)),
     "folder is a file": ([ONE, "--folder", "file"], ("file is not a folder", "name a folder")),
     "folder of somebody": ([ONE, "--folder", "theirs"], ("theirs/segment-001 is not a segment", "holiday.jpg")),
 }
@@ -160,6 +161,7 @@ def source(inputs: None) -> None:
     ("options", "said"),
     [
         (["--folder", "file"], ("file is not a folder", "name a folder")),
+        (["--folder", "refined.mp4", "-o", "./refined.mp4"], ("are the same; give another name to one",)),
         (["--folder", "theirs"], ("theirs/segment-001 is not a segment", "holiday.jpg")),
         (["--overlap", "0"], ("leave nothing new", "at least 1")),
         (["--prompt", "a \udc80"], ("prompt is not valid UTF-8",)),

@@ -56,6 +56,8 @@ def test_other_bytes_are_not_text(tmp_path: Path, content: bytes) -> None:
         ("\r\n  a\t\n\n \n", ["a"]),
         *((f"a{sign}b\nc", [f"a{sign}b", "c"]) for sign in "\u2028\u2029\x85\v\f\x1c\x1d\x1e"),
         ("a\n\ufeffb\n\ufeff", ["a", "b"]),
+        ("a\n\x1a", ["a"]),
+        ("a\n\u200b\n\u00a0\nb", ["a", "b"]),
         ("", []),
     ],
 )

@@ -202,6 +202,7 @@ def test_sides(side: int, nearest: int) -> None:
     [
         ({"prompt": None}, "prompt is a NoneType"),
         ({"prompt": " &nbsp;&amp;nbsp; \n"}, "prompt is empty"),
+        ({"prompt": "\u200b\x1a"}, "prompt is empty"),
         ({"prompt": "a \udcff"}, "prompt is not valid UTF-8 at character 2"),
         ({"negative_prompt": 3}, "negative prompt is a int"),
         ({"height": 64.0}, "height 64.0 must be a whole number"),
