@@ -75,18 +75,15 @@ class Footage:
         """The frames of each part; `bounds` has its first frame and its end (exclusive).
 
         Each part starts after the start of the one before, and at its end at the latest.
-        Holds the frames of one part at a time: its list is emptied when the next one is asked for. Raises LongCatError
-        for a file that has become shorter.
+        Holds the frames of one part at a time: its list may be emptied, and is when the next is asked for. Raises
+        LongCatError for a file that has become shorter.
         """
-        held: deque[np.ndarray] = deque()
-        coming, first = iter(self.read()), 0
-        for start, stop in bounds:
-            for _ in range(start - first):
-                held.popleft()
-            first = start
-            held.extend(islice(coming, stop - start - len(held)))
-            if len(held) < stop - start:
+        shared: list[np.ndarray] = []
+        coming = iter(self.read())
+        for (start, stop), (later, _) in zip(bounds, [*bounds[1:], (bounds[-1][1], 0)], strict=True):
+            part = [*shared, *islice(coming, stop - start - len(shared))]
+            if len(part) < stop - start:
                 raise LongCatError(f"{self.source} became shorter while it was read; run the command again")
-            part = list(held)
+            shared = part[later - start :]
             yield part
             part.clear()

@@ -296,7 +296,7 @@ def refine(
 
 def refine_piece(
     engine: Engine,
-    frames: Sequence[np.ndarray],
+    frames: list[np.ndarray],
     request: RefineRequest,
     size: tuple[int, int],
     number: int,
@@ -306,12 +306,15 @@ def refine_piece(
 ) -> Piece:
     """Refine one piece of a checked request to `size`, height and width.
 
-    frames: the piece's own, each uint8 [H, W, 3]. before: the previous piece's refined frames, None for the first.
+    frames: the piece's own, each uint8 [H, W, 3]; emptied. before: the previous piece's refined frames, None for the
+    first.
     """
     count = request.factor * len(frames)
     given = request.factor * request.overlap if number else 0
     padding = Padding.of(count, given)
     pixels = padding.pad(enlarge(frames, *size, count))
+    # Not needed while the network runs.
+    frames.clear()
     clean = engine.encode(pixels)
     del pixels
     noise = seeded_noise(tuple(clean.shape), request.seed_of(number))
