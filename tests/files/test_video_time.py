@@ -88,6 +88,23 @@ def test_time_counts_from_the_first_frame(tmp_path: Path, start: int) -> None:
     assert numbers(read_video(path, fps=15)[0]) == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("duration", [33, 67, [30, 60] * 5])
+@pytest.mark.parametrize("opacity", [255, 128])
+def test_the_sequence_of_an_avif_is_read(tmp_path: Path, opacity: int, duration: int | list[int]) -> None:
+    """Such a file begins with a still picture, and has transparency in streams of its own."""
+    if "AVIF" not in Image.SAVE_ALL:
+        pytest.skip("this Pillow writes no AVIF")
+    pictures = [Image.fromarray(np.full((64, 64, 4), (20 * i, 20 * i, 20 * i, opacity), np.uint8)) for i in range(10)]
+    pictures = [picture.convert("RGB") for picture in pictures] if opacity == 255 else pictures
+    pictures[0].save(tmp_path / "a.avif", save_all=True, append_images=pictures[1:], duration=duration)
+    read, fps = read_video(tmp_path / "a.avif")
+    shown = np.array(numbers(read)) * 255 / opacity
+    assert np.abs(shown - 20 * np.arange(10)).max() < 4 and fps == pytest.approx(1000 / np.mean(duration))
+    with open_video(tmp_path / "a.avif", 30) as video:
+        # A frame lasts one interval, two, or one and two in turns.
+        assert len(list(video)) == {33: 10, 67: 20}.get(duration if isinstance(duration, int) else 0, 14)
+
+
 def test_frames_out_of_order(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", 8 * counted(30), 30, "libx264", "yuv420p")
     read = np.array(numbers(read_video(path, fps=15)[0]))

@@ -1,4 +1,4 @@
-"""Animations that Pillow reads: GIF and WebP."""
+"""Animations that Pillow reads: GIF, WebP, and AVIF that is transparent, which FFmpeg reads as two streams."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,16 +24,28 @@ MAX_REPEATS = 9000
 
 
 def is_animation(path: Path) -> bool:
-    """Whether a file begins like a GIF or WebP."""
+    """Whether a file is a GIF, a WebP or an AVIF sequence that is transparent."""
     with opened(path, "video") as file:
         head = file.read(12)
+        if head[4:] == b"ftypavis":
+            file.seek(0)
+            return _is_transparent(path, file)
     return head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-class Animation:
-    """A GIF or WebP; see `streams.Stream`, whose attributes it has too."""
+def _is_transparent(path: Path, file: BinaryIO) -> bool:
+    try:
+        with opened_picture(path, file) as picture:
+            return bool(picture.mode == "RGBA")
+    except (OSError, ValueError, SyntaxError):
+        # FFmpeg says what is wrong with it, or reads it where Pillow was built without AVIF.
+        return False
 
-    has_sound = False
+
+class Animation:
+    """An animation of which `is_animation` is true; see `streams.Stream`, whose attributes it has too."""
+
+    has_sound, assumed = False, ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,11 +58,13 @@ class Animation:
                 self._picture = self._stack.enter_context(opened_picture(path, file))
                 unit = 10 if self._picture.format == "GIF" else 1
                 self.width, self.height = self._picture.size
-            durations = np.array([duration for duration, _ in self._stored()], dtype=np.float64)
+            durations = self._durations()
             if not len(durations):
                 raise LongCatError(f"{path} holds no video frames; give {REMEDY}, .gif or .webp")
-            # Writers merge equal frames into one that lasts longer, so the shortest duration is that of one frame.
-            self._repeats = np.maximum(1, np.round(durations / durations.min())).astype(int)
+            # Writers of GIF and WebP merge equal frames into one that lasts longer, so the shortest duration is that of
+            # one frame.
+            one = durations if self._picture.format == "AVIF" else durations.min()
+            self._repeats = np.maximum(1, np.round(durations / one)).astype(int)
             if self._repeats.max() > MAX_REPEATS:
                 raise LongCatError(
                     f"{path} shows one frame for {durations.max() / 1000:,.0f} s; cut it, or give its frames other "
@@ -62,6 +76,15 @@ class Animation:
             self.own_fps = float(1000 * self.own_count / durations.sum())
             self.done: list[str] = []
             self._stack = self._stack.pop_all()
+
+    def _durations(self) -> np.ndarray:
+        """Milliseconds of each stored frame, float64."""
+        stored = [(duration, frame.info.get("timestamp")) for duration, frame in self._stored()]
+        durations = np.array([duration for duration, _ in stored], dtype=np.float64)
+        if self._picture.format == "AVIF" and len(stored) > 1:
+            # Its durations are rounded one by one, so that their sum drifts.
+            durations[:-1] = np.diff([float(start) for _, start in stored])
+        return durations
 
     def close(self) -> None:
         self._stack.close()

@@ -25,7 +25,7 @@ _DECLARES_WHOLE = ("matroska", "flv")
 
 
 class Packets:
-    """All packets of the first video stream of `file`.
+    """All packets of the first video stream of `file` that is not a still picture.
 
     index: of that stream. has_sound: whether there is another one, of sound. declared_rate: frames per second, or None.
     damaged: packets that the demuxer marks as such. Raises LongCatError for a file without a video stream.
@@ -43,7 +43,9 @@ class Packets:
             streams = [stream for stream in container.streams.video if not is_cover(stream)]
             if not streams:
                 raise LongCatError(f"{path} holds no video frames; give {REMEDY}, .gif or .webp")
-            stream, form = streams[0], container.format.name
+            # A file of an image sequence begins with a still picture of it.
+            stream = next((stream for stream in streams if stream.frames > 1), streams[0])
+            form = container.format.name
             self.index, self.unit = stream.index, float(stream.time_base)
             self.has_sound = bool(container.streams.audio)
             rate = stream.average_rate or stream.guessed_rate
