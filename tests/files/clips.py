@@ -31,15 +31,17 @@ def write_clip(
     form: str | None = None,
     sound: bool = False,
     options: dict[str, str] | None = None,
+    coded: dict[str, str] | None = None,
     **colors: Any,
 ) -> Path:
-    """times: of each frame, in units of `base` seconds. options: of the container. colors: attributes of the codec
-    context."""
+    """times: of each frame, in units of `base` seconds. options: of the container. coded: those of the codec. colors:
+    attributes of the codec context."""
     import av
 
     with av.open(str(path.absolute()), "w", format=form, options=options or {}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(100000))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        stream.options = coded or {}
         for name, value in colors.items():
             setattr(stream.codec_context, name, value)
         if base:

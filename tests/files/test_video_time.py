@@ -88,6 +88,31 @@ def test_time_counts_from_the_first_frame(tmp_path: Path, start: int) -> None:
     assert numbers(read_video(path, fps=15)[0]) == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("fps", [24, 60])
+@pytest.mark.parametrize(
+    ("form", "codec", "options"),
+    [("h264", "libx264", {}), ("hevc", "libx265", {"x265-params": "log-level=none"}), ("m4v", "mpeg4", {}),
+     ("mpeg2video", "mpeg2video", {})],
+)  # fmt: skip
+def test_streams_without_a_container_have_the_rate_that_they_say(
+    tmp_path: Path, form: str, codec: str, options: dict[str, str], fps: int
+) -> None:
+    path = write_clip(tmp_path / "a.raw", counted(30, 64, 64), fps, codec, "yuv420p", form=form, coded=options)
+    with open_video(path, 15) as video:
+        assert video.source_fps == fps and video.frames == len(list(video)) == round(30 / fps * 15)
+        assert video.note.startswith(f"a.raw: it has {fps} frames per second; ")
+    assert read_video(path)[1] == fps
+
+
+def test_streams_without_a_rate_say_what_is_assumed(tmp_path: Path) -> None:
+    options = {"x265-params": "log-level=none:vui-timing-info=0"}
+    path = write_clip(tmp_path / "a.hevc", counted(30, 64, 64), 60, "libx265", "yuv420p", form="hevc", coded=options)
+    for fps in (None, 15, 25):
+        with open_video(path, fps) as video:
+            assert video.note.startswith("a.hevc: it says no rate, and 25 frames per second are assumed; put it into ")
+            assert "it has" not in video.note
+
+
 @pytest.mark.parametrize("duration", [33, 67, [30, 60] * 5])
 @pytest.mark.parametrize("opacity", [255, 128])
 def test_the_sequence_of_an_avif_is_read(tmp_path: Path, opacity: int, duration: int | list[int]) -> None:

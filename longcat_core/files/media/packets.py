@@ -20,6 +20,10 @@ DEFAULT_RATE = 15.0
 RESET = 1.0
 # Frames that may be missing at the end of what a container declares, because writers round.
 ROUNDED = 2
+# Streams without a container. They have no times, and demuxers invent some of 25 frames per second. Many say their
+# rate, but MPEG-4 of a variable one says the unit of its times instead.
+BARE_RATE, MOST_RATE = 25.0, 480
+_BARE = ("h264", "hevc", "m4v", "obu", "mpegvideo")
 # Containers that declare their duration for the whole file, not for each stream.
 _DECLARES_WHOLE = ("matroska", "flv")
 
@@ -28,7 +32,9 @@ class Packets:
     """All packets of the first video stream of `file` that is not a still picture.
 
     index: of that stream. has_sound: whether there is another one, of sound. declared_rate: frames per second, or None.
-    damaged: packets that the demuxer marks as such. Raises LongCatError for a file without a video stream.
+    bare: whether it is a stream without a container, which has no times. assumes_rate: whether it says no rate either,
+    and declared_rate is BARE_RATE. damaged: packets that the demuxer marks as such. Raises LongCatError for a file
+    without a video stream.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -48,9 +54,13 @@ class Packets:
             form = container.format.name
             self.index, self.unit = stream.index, float(stream.time_base)
             self.has_sound = bool(container.streams.audio)
-            rate = stream.average_rate or stream.guessed_rate
+            self.bare = form in _BARE
+            rate = stream.codec_context.framerate if self.bare else stream.average_rate or stream.guessed_rate
             self.declared_rate = float(rate) if rate else None
-            self._declared_end = _declared_end(container, stream)
+            self.assumes_rate = self.bare and not (rate and rate <= MOST_RATE)
+            if self.assumes_rate:
+                self.declared_rate = BARE_RATE
+            self._declared_end = None if self.bare else _declared_end(container, stream)
             latest: deque[Any] = deque(maxlen=4)
             for packet in container.demux():
                 if packet.size:
@@ -66,7 +76,7 @@ class Packets:
     def _note(self, packet: Any) -> None:
         index, base = packet.stream.index, packet.time_base
         self.damaged += packet.is_corrupt
-        if packet.pts is None:
+        if packet.pts is None or self.bare:
             self._untimed += index == self.index
             return
         start, duration = float(packet.pts * base), float((packet.duration or 0) * base)

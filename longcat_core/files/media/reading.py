@@ -93,6 +93,8 @@ class VideoReader:
         done = list(self._source.done)
         if self._grid is not None:
             done = [*self._rate_note(), *done]
+        if self._source.assumed:
+            done = [self._source.assumed, *done]
         return f"{self.path.name}: {'; '.join(done)}" if done else ""
 
     def _rate_note(self) -> list[str]:
@@ -105,12 +107,12 @@ class VideoReader:
             return [f"its frames have different durations; they are taken by their time, at {said} per second"]
         if abs(own - step) <= SAME_RATE * step:
             return []
-        has = f"it has {self.source_fps:.5g} frames per second"
+        has = "" if self._source.assumed else f"it has {self.source_fps:.5g} frames per second; "
         whole = round(step / own)
         if whole > 1 and abs(whole * own - step) <= SAME_RATE * step:
             which = "every second one" if whole == 2 else f"one of {whole}"
-            return [f"{has}; {which} is used, at {said}"]
-        return [f"{has}; they are taken by their time, at {said}"]
+            return [f"{has}{which} is used, at {said}"]
+        return [f"{has}they are taken by their time, at {said}"]
 
 
 def open_video(path: str | Path, fps: float | None = None) -> VideoReader:

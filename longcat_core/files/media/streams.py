@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import LongCatError
 from .display import Display
 from .opening import DECODERS, MAX_PIXELS, check_pixels, decoding, opened, opened_container, package
-from .packets import DEFAULT_RATE, REMEDY, RESET, Packets
+from .packets import BARE_RATE, DEFAULT_RATE, REMEDY, RESET, Packets
 from .wholeness import LAST_BYTES, is_cut_short
 
 Shown = Callable[[], np.ndarray]
@@ -56,7 +56,11 @@ class Stream:
                 self._display = Display.of(path, first[1], self._stream.sample_aspect_ratio)
             self._stack = self._stack.pop_all()
         self.height, self.width = self._display.size
-        self.done = self._display.done
+        self.done, self.assumed = self._display.done, ""
+        if packets.assumes_rate:
+            self.assumed = (
+                f"it says no rate, and {BARE_RATE:g} frames per second are assumed; put it into an .mp4 of its own"
+            )
         if self.missing:
             self.done.append(f"it is cut short, {self.missing}")
         if packets.damaged:
@@ -73,7 +77,7 @@ class Stream:
         """Times in seconds, increasing, and PyAV frames."""
         last, shift, interval = None, 0.0, 1 / (self._packets.declared_rate or DEFAULT_RATE)
         for frame in self._decoded_as_stored():
-            if frame.pts is None:
+            if frame.pts is None or self._packets.bare:
                 time = 0.0 if last is None else last + interval
             else:
                 time = float(frame.pts * frame.time_base) + shift
@@ -97,7 +101,8 @@ class Stream:
             check_pixels(self.path, context.width, context.height)
             # A stream may grow on the way.
             context.options = {"max_pixels": str(MAX_PIXELS)}
-            stream.thread_type = "AUTO"
+            # The end of a bare stream is checked by what decodes; decoders of several frames at once miss damage there.
+            stream.thread_type = "SLICE" if self._packets.bare else "AUTO"
             for packet in self._container.demux(stream):
                 try:
                     frames = packet.decode()
