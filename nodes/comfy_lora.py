@@ -25,6 +25,7 @@ from ..longcat_core.checkpoints.formats import targets
 from ..longcat_core.checkpoints.lora import LoraStack, lora_of
 from ..longcat_core.checkpoints.lora_names import PREFIX, flat, listed, other_kind_modules, split_key
 from ..longcat_core.errors import LongCatError
+from ..longcat_core.files.weight_files import SUFFIXES
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
 
@@ -80,7 +81,7 @@ def file_of(tensors: Iterable[Tensor]) -> Path | None:
     """The file that these tensors were read from; None if they were made in another way."""
     for tensor in tensors:
         reference, path = _FILES.get(id(tensor), (None, None))
-        if reference is not None and reference() is tensor and path is not None and path.suffix == ".safetensors":
+        if reference is not None and reference() is tensor and path is not None and path.suffix.lower() in SUFFIXES:
             return path if path.is_file() else None
     return None
 

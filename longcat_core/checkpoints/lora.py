@@ -27,7 +27,7 @@ from ..files.safetensors_io import SafetensorsFile, Stamp, stamp
 from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
 from .lora_alpha import Scales, Stated, file_of, stated_alphas
-from .lora_names import check_kind, flat, listed, short, split_key, targets_by_flat_name
+from .lora_names import check_kind, flat, listed, prefix_of, short, split_key, targets_by_flat_name
 
 # A file and its strength; 1 is the file's own.
 Lora = tuple[str | Path, float]
@@ -73,14 +73,17 @@ class OpenedLora:
     def match(self, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Target], list[str]]:
         """(module of the file -> what it changes of a network with parameters `shapes`, names that match nothing).
 
-        Raises CheckpointError for two modules that change the same rows.
+        Raises CheckpointError for two modules that change the same rows, and for networks under several prefixes.
         """
         by_name = targets_by_flat_name(len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}))
         matched: dict[str, Target] = {}
         by_target: dict[Target, str] = {}
         missed = list(self.unknown)
+        # Any prefix serves a file without a name that is known, unless there are several.
+        known = any(flat(module) in by_name for module in self.layers)
+        prefix = "" if known else prefix_of(self.layers, by_name, self.path)
         for module in self.layers:
-            target = by_name.get(flat(module))
+            target = by_name.get(flat(module.removeprefix(prefix)))
             if target is None or f"{target[0]}.weight" not in shapes:
                 missed.append(module)
             elif target in by_target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from ..errors import CheckpointError, printable
 from .formats import targets
@@ -13,16 +13,22 @@ SEPARATOR = "___lorahyphen___"
 # What trainers put before a module's name, possibly several, with dots or with "_" instead.
 PREFIXES = (
     "base_model.model.", "model.", "diffusion_model.", "transformer.", "unet.", "dit.", "pipe.", "module.",
-    "_orig_mod.", "lora_unet_", "lora_transformer_", "lora_dit_", "lora_", "lycoris_", "_",
+    "net.", "pipeline.", "denoiser.", "generator.", "student.", "model_ema.", "ema.",
+    "lora_unet_", "lora_transformer_", "lora_dit_", "lora_", "lycoris_", "_",
 )  # fmt: skip
 _DOTTED = tuple(prefix for prefix in PREFIXES if prefix.endswith("."))
 _FLAT = tuple(prefix.replace(".", "_") for prefix in PREFIXES)
+# What PyTorch's wrappers put before, or inside, a module's name.
+_WRAPPERS = re.compile(r"(?:^|[._])_(?:orig_mod|(?:fsdp|checkpoint)_wrapped_module)(?=[._]|$)|\.module(?=\.|$)")
+# More parts of a name than any network has.
+_DEEPEST = 8
 
-# The suffix after a module's name. PEFT may put an adapter's name before `.weight`.
+# The suffix after a module's name. PEFT may put an adapter's name before `.weight`, which may have dots.
+_ADAPTER = r"(?:\.(?!blocks\.)[^.]+(?:\.[^.]+){0,4})?"
 _PART = re.compile(
     r"\.(?:lora_up\.blocks\.(?P<slice>[0-9]{1,3})\.weight"
-    r"|(?P<down>lora_(?:down|A)(?:\.[^.]+)?\.weight|lora(?:_linear_layer)?\.down\.weight|lora_(?:down|A))"
-    r"|(?P<up>lora_(?:up|B)(?:\.[^.]+)?\.weight|lora(?:_linear_layer)?\.up\.weight|lora_(?:up|B))"
+    rf"|(?P<down>lora_(?:down|[Aa]){_ADAPTER}\.weight|lora(?:_linear_layer)?\.(?:down|[Aa])\.weight|lora_(?:down|[Aa]))"
+    rf"|(?P<up>lora_(?:up|[Bb]){_ADAPTER}\.weight|lora(?:_linear_layer)?\.(?:up|[Bb])\.weight|lora_(?:up|[Bb]))"
     r"|(?P<scale>alpha_scale)|(?P<alpha>(?:lora_|network_)?alpha))$"
 )
 # Kinds that change a weight by something else than a product of two matrices, by how their tensors' names end.
@@ -37,7 +43,7 @@ _OTHER_KINDS = tuple(
         ("(IA)^3", r"ia3_\w+(?:\.\w+)?|on_input"),
         ("VeRA", r"vera_lambda_\w+"),
         ("a LoRA with a Tucker core", r"lora_mid(?:\.\w+)?"),
-        ("a LoRA with biases", r"lora_(?:A|B|down|up)(?:\.[^.]+)?\.bias"),
+        ("a LoRA with biases", rf"lora_(?:[AaBb]|down|up){_ADAPTER}\.bias"),
         ("a LoRA of embeddings", r"lora_embedding_[AB].*"),
         ("differences of whole weights", r"diff|diff_[bm]|set_weight|reshape_weight|[wb]_norm"),
         ("a quantized LoRA", r"scale_weight|weight_scale|scaled_fp8|comfy_quant|absmax|quant_state\W.*"),
@@ -101,19 +107,38 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def bare(module: str) -> str:
-    """A module's name without the prefixes that end in a dot."""
-    return _without(module, _DOTTED)
+    """A module's name without wrappers, and without the prefixes that end in a dot."""
+    return _without(_WRAPPERS.sub("", module).lstrip("."), _DOTTED)
 
 
 def flat(module: str) -> str:
     """A module's name without any prefix, with "_" for every dot: what all spellings of it have in common."""
-    return _without(module.replace(".", "_"), _FLAT).removesuffix("_0" if module.endswith("to_out.0") else "")
+    return _without(_WRAPPERS.sub("", module).replace(".", "_"), _FLAT).removesuffix(
+        "_0" if module.endswith("to_out.0") else ""
+    )
 
 
 def _without(name: str, prefixes: tuple[str, ...]) -> str:
     while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
     return name
+
+
+def prefix_of(modules: Iterable[str], known: Container[str], source: object) -> str:
+    """The prefix in dots under which `modules` have `flat` names that are known; "" for none.
+
+    Raises CheckpointError for several, because any of these may be meant.
+    """
+    found: dict[str, None] = {}
+    for module in modules:
+        pieces = module.rsplit(".", _DEEPEST)
+        for i in range(1, len(pieces)):
+            if flat(".".join(pieces[i:])) in known:
+                found[".".join(pieces[:i]) + "."] = None
+                break
+    if len(found) > 1:
+        raise CheckpointError(f"{source} holds LoRAs under {listed(list(found))}; give a file with one LoRA")
+    return next(iter(found), "")
 
 
 def targets_by_flat_name(depth: int) -> dict[str, tuple[str, int, int]]:

@@ -48,7 +48,21 @@ SPELLINGS: dict[str, dict[str, Tensor]] = {
     **{prefix: tensors(prefix) for prefix in (
         "", "diffusion_model.", "transformer.", "base_model.model.", "model.diffusion_model.", "pipe.dit.", "dit.",
         "base_model.model.diffusion_model.", "module.", "pipe.", "lora_unet_", "lora_transformer_", "unet.",
+        "net.", "pipeline.dit.", "denoiser.", "generator.", "student.", "model_ema.", "_fsdp_wrapped_module.",
+        "_orig_mod.", "module._orig_mod.", "_checkpoint_wrapped_module.", "generator_ema.", "my.own.network_v2.",
+        "lora_net_", "base_model.model.net._fsdp_wrapped_module.", "model.a-b.1.",
     )},
+    "wrapped blocks": renamed(lambda name: re.sub(r"(blocks\.\d\.)", r"\1_checkpoint_wrapped_module.", name)),
+    "wrapped twice": renamed(lambda name: re.sub(r"(blocks\.\d\.)", r"\1_fsdp_wrapped_module._orig_mod.", name)),
+    "wrapped layers": renamed(lambda name: name.replace("self_attn.o", "self_attn.module.o.module")),
+    "wrapped and flat": renamed(
+        lambda name: "lora_unet_"
+        + re.sub(r"\.(?!lora|weight)", "_", re.sub(r"(blocks\.\d\.)", r"\1_checkpoint_wrapped_module.", name)),
+        kohya(),
+    ),
+    "an adapter's name with a dot": renamed(parts("lora_A.v1.0.weight", "lora_B.v1.0.weight")),
+    "parts of an object": renamed(parts("lora.A.weight", "lora.B.weight")),
+    "small letters": renamed(parts("lora_a.weight", "lora_b.weight")),
     "kohya, flat": renamed(lambda name: "lora_unet_" + re.sub(r"\.(?!lora|weight)", "_", name), kohya()),
     "kohya, flat to the block": renamed(lambda name: name.replace("blocks.", "lora_unet_blocks_"), tensors("")),
     "kohya, flat to the layer": renamed(lambda name: re.sub(r"blocks\.(\d)\.", r"lora_unet_blocks_\1_", name)),
@@ -90,6 +104,7 @@ KINDS = {
     "diff_b": "differences of whole weights",
     "lora_mid.weight": "a LoRA with a Tucker core",
     "lora_B.bias": "a LoRA with biases",
+    "lora_b.v1.0.bias": "a LoRA with biases",
     "lora_up.scale_weight": "a quantized LoRA",
     "lora_A.comfy_quant": "a quantized LoRA",
 }
@@ -106,6 +121,16 @@ def test_other_kinds_are_refused_by_name(part):
 def test_one_layer_under_two_names_is_not_added_twice():
     with pytest.raises(CheckpointError, match=r"changes blocks.0.self_attn.o twice, also as lora_unet_blocks"):
         LoraStack([lora_of(tensors() | kohya(), "a LoRA")], SHAPES)
+
+
+def test_networks_under_several_prefixes_are_not_guessed():
+    with pytest.raises(CheckpointError, match=r"holds LoRAs under one\., two\.; give a file with one LoRA"):
+        LoraStack([lora_of(tensors("one.") | tensors("two."), "a LoRA")], SHAPES)
+    for prefix in ("single_", "double_"):
+        with pytest.raises(CheckpointError, match="matches nothing"):
+            LoraStack([lora_of(tensors(prefix), "a LoRA")], SHAPES)
+    with pytest.warns(UserWarning, match="3 of its 6 modules; not matched: critic.blocks"):
+        LoraStack([lora_of(tensors("generator.") | tensors("critic."), "a LoRA")], SHAPES)
 
 
 def test_half_of_the_modules_matching_nothing_is_said():
