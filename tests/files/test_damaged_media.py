@@ -240,6 +240,41 @@ def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> N
         read_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize(("width", "height"), [(1, 177_000_000), (13_000, 13_000), (177_000_000, 1)])
+@pytest.mark.parametrize("kind", ["png", "ppm", "bmp", "tga", "jpg"])
+def test_pixels_that_the_file_cannot_hold_take_no_memory(tmp_path: Path, kind: str, width: int, height: int) -> None:
+    if max(width, height) > 65_000 and kind in ("tga", "jpg"):
+        pytest.skip("its header has 16 bits for a side")
+    path = tmp_path / f"a.{kind}"
+    Image.new("L", (8, 8)).save(path)
+    data = bytearray(path.read_bytes())
+    if kind == "png":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "ppm":
+        data[:] = b"P5 %d %d 255\n" % (width, height) + bytes(64)
+    elif kind == "bmp":
+        data[18:26] = struct.pack("<ii", width, height)
+    elif kind == "tga":
+        data[12:16] = struct.pack("<HH", width, height)
+    else:
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", height, width)
+    path.write_bytes(data)
+    with pytest.raises(LongCatError, match=f"declares {width}x{height} pixels, more than a file of its size can hold"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(2000, 2000), (1, 60_000), (60_000, 1)])
+def test_flat_pictures_of_few_bytes_are_read(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    kinds = {"png": {"optimize": True}, "jpg": {"progressive": True, "optimize": True}, "tga": {"rle": True}, "bmp": {}}
+    for kind, options in kinds.items():
+        wanted = {"jpg": "L" if mode == "1" else "RGB", "tga": "RGB", "bmp": "RGB"}.get(kind, mode)
+        Image.new(mode, size).convert(wanted).save(tmp_path / f"a.{kind}", **options)
+        assert read_image(tmp_path / f"a.{kind}").shape == (size[1], size[0], 3)
+
+
 @pytest.mark.parametrize(("codec", "pixels"), [("ffv1", "bgr0"), ("libx264", "yuv420p"), ("libvpx-vp9", "yuv420p")])
 def test_giant_frames_are_refused_before_they_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, pixels: str

@@ -34,7 +34,11 @@ DECODERS = (
 # BY_ROWS do not.
 MAX_PIXELS, MAX_PIXELS_BY_ROWS = 80_000_000, 178_000_000
 BY_ROWS = ("PNG", "JPEG", "MPO", "BMP", "PPM", "TGA")
-
+# Pixels that one byte of a file can stand for, by the name of the decoder of such a format: pixels of a bit, of 8 bits
+# or plain text, runs of 128, and blocks of 8x8 of which, by pairs, one has a bit. Deflated rows count in bytes.
+_MOST_PIXELS = {"raw": 8, "ppm": 1, "ppm_plain": 1, "tga_rle": 128, "jpeg": 1024}
+_DEFLATED = 1032  # bytes to one, at most
+_PNG_BITS = {"RGB": 24, "RGBA": 32, "LA": 16, "I;16": 16}  # of a pixel, by mode; at least 1 of the others
 
 # Why a file is not read whose format is not on the lists.
 UNKNOWN = "its format is unknown or not supported"
@@ -89,9 +93,25 @@ def opened_picture(path: Path, file: BinaryIO) -> Iterator[Any]:
         # Pillow's own limit, which is a little above ours.
         raise LongCatError(f"{path} has too many pixels; scale it down") from error
     with picture:
-        limit = MAX_PIXELS_BY_ROWS if picture.format in BY_ROWS else MAX_PIXELS
-        check_pixels(path, picture.width, picture.height, limit)
+        most = _most_pixels(picture, os.fstat(file.fileno()).st_size) if picture.format in BY_ROWS else None
+        check_pixels(path, picture.width, picture.height, MAX_PIXELS if most is None else MAX_PIXELS_BY_ROWS)
+        if most is not None and picture.width * picture.height > most:
+            # Decoders take the memory for all pixels before they find out.
+            raise LongCatError(
+                f"{path} declares {picture.width}x{picture.height} pixels, more than a file of its size can hold; get "
+                "the whole file"
+            )
         yield picture
+
+
+def _most_pixels(picture: Any, size: int) -> int | None:
+    """How many pixels a picture in a file of `size` bytes may have; None: as many as its size may be."""
+    decoders = {tile[0] for tile in picture.tile}
+    if decoders == {"zip"}:
+        # Each row has one byte more.
+        row = 1 + picture.width * _PNG_BITS.get(picture.mode, 1) / 8
+        return int(size * _DEFLATED / row * picture.width)
+    return max(_MOST_PIXELS[name] for name in decoders) * size if decoders and decoders <= _MOST_PIXELS.keys() else None
 
 
 def _known_formats(image: Any) -> list[str]:
