@@ -61,6 +61,18 @@ def test_a_recording_without_lengths_that_is_cut_short(tmp_path: Path, suffix: s
             read_video(path)
 
 
+@pytest.mark.parametrize("codec", ["ffv1", "libx264"])
+def test_a_nut_without_an_index(tmp_path: Path, codec: str) -> None:
+    pixels = "bgr0" if codec == "ffv1" else "yuv420p"
+    path = write_clip(tmp_path / "a.nut", NOISE, codec=codec, pixels=pixels, sound=True, options={"write_index": "0"})
+    content = path.read_bytes()
+    assert len(read_video(path)[0]) == 20
+    for length in (*range(1, len(content), len(content) // 40), len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(LongCatError, match=r"is cut short|is not a readable|holds no video"):
+            read_video(path)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi"])
 @pytest.mark.parametrize("end", [bytes(40), b"\0\0\xff\xffSEFT" + bytes(30), b"\xff" * 40])
 def test_what_follows_a_whole_clip_does_not_matter(tmp_path: Path, suffix: str, end: bytes) -> None:

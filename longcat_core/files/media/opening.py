@@ -120,10 +120,25 @@ def _known_formats(image: Any) -> list[str]:
 
 
 class _Handle:
-    """A file for PyAV, which prints a traceback if a damaged header makes it seek to where nothing can be."""
+    """A file for PyAV, which prints a traceback if a damaged header makes it seek to where nothing can be.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.tell, self._file = file.read, file.tell, file
+    after: bytes that seem to follow the last one of the file.
+    """
+
+    def __init__(self, file: BinaryIO, after: bytes) -> None:
+        self._file, self._after = file, after
+        self._size = os.fstat(file.fileno()).st_size
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, count: int) -> bytes:
+        passed = self._file.tell() - self._size
+        data = self._file.read(count)
+        if self._after and passed + count > 0:
+            data += self._after[max(0, passed) : passed + count]
+            self._file.seek(self._size + min(passed + count, len(self._after)))
+        return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
@@ -133,8 +148,8 @@ class _Handle:
 
 
 @contextmanager
-def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS) -> Iterator[Any]:
-    """A PyAV container that reads from `file` alone, with these decoders."""
+def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS, after: bytes = b"") -> Iterator[Any]:
+    """A PyAV container that reads from `file` alone, with these decoders. after: bytes that seem to follow its end."""
     options = {
         "format_whitelist": ",".join(DEMUXERS),
         "codec_whitelist": ",".join(decoders),
@@ -144,7 +159,7 @@ def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS) -> It
     }
     av = package("av")
     try:
-        container = av.open(_Handle(file), options=options, metadata_errors="replace")
+        container = av.open(_Handle(file, after), options=options, metadata_errors="replace")
     except av.error.ArgumentError as error:
         # FFmpeg's word for a format that is not on the list.
         raise ValueError(UNKNOWN) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,7 +12,7 @@ import numpy as np
 from ...errors import LongCatError
 from .opening import opened_container
 from .timing import Timeline
-from .wholeness import LAST_BYTES
+from .wholeness import LAST_BYTES, has_nut_index
 
 REMEDY = "an .mp4 or .webm"
 # Of a stream that declares no rate.
@@ -64,12 +65,14 @@ class Packets:
             latest: deque[Any] = deque(maxlen=4)
             for packet in container.demux():
                 if packet.size:
-                    latest.append((packet.is_corrupt, (packet.pos or 0) + packet.size))
+                    latest.append(_kept(packet))
                     self._note(packet)
             self.damaged -= sum(corrupt for corrupt, _ in latest)
             self._cut |= any(corrupt for corrupt, _ in latest)
             # This container has no mark of its end, and its demuxer drops half a frame.
             self._cut |= form == "yuv4mpegpipe" and bool(latest) and latest[-1][1] != file.seek(0, 2)
+            if form == "nut" and not has_nut_index(file):
+                self._cut |= _runs_on(file, latest)
             # The demuxer believes no duration if the size of the file is another than the header says.
             self._cut |= form == "asf" and stream.duration is None
 
@@ -117,6 +120,23 @@ class Packets:
             times = np.zeros(1)
         last = self._last_duration or Timeline(times, 0.0, self.unit, interval).interval
         return Timeline(times, float(times[-1]) + last, self.unit, interval)
+
+
+def _runs_on(file: BinaryIO, latest: Sequence[Any]) -> bool:
+    """Whether a NUT file ends in a packet: whether its `latest` packets are others if more bytes follow.
+
+    No packet begins with N, by the specification of NUT.
+    """
+    file.seek(0)
+    again: deque[Any] = deque(maxlen=4)
+    with opened_container(file, after=b"N" * 64) as container:
+        again.extend(_kept(packet) for packet in container.demux() if packet.size)
+    return again != latest
+
+
+def _kept(packet: Any) -> tuple[bool, int]:
+    """Whether it is damaged, and where it ends."""
+    return packet.is_corrupt, (packet.pos or 0) + packet.size
 
 
 def _declared_end(container: Any, stream: Any) -> tuple[float, bool] | None:

@@ -20,7 +20,7 @@ _TS_PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a packet: where its sync byte
 
 
 def is_cut_short(file: BinaryIO) -> bool:
-    """Whether the end is missing of a Matroska, MP4, AVI, WebP, GIF, PNG, NUT or MPEG-TS file; others seem whole."""
+    """Whether the end is missing of a Matroska, MP4, AVI, WebP, GIF, PNG or MPEG-TS file; others seem whole."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     head = file.read(4096)
@@ -40,10 +40,6 @@ def is_cut_short(file: BinaryIO) -> bool:
         return tail.rstrip(b"\0\r\n ")[-1:] != b";"
     if head.startswith(b"\x89PNG"):
         return b"IEND" not in tail
-    if head.startswith(b"nut/multimedia container"):
-        # The index is the last packet; its last bytes are its length and a checksum.
-        length = int.from_bytes(tail[-12:-4], "big")
-        return not (0 < length <= len(tail) and tail[-length:].startswith(_NUT_INDEX)) and _NUT_INDEX not in tail
     for length, sync in _TS_PACKETS.items():
         places = range(sync, min(len(head), 5 * length), length)
         if len(places) == 5 and all(head[place] == 0x47 for place in places):
@@ -51,6 +47,16 @@ def is_cut_short(file: BinaryIO) -> bool:
     if head[4:8] in _BOXES:
         return _boxes_end(file, size) > size
     return False
+
+
+def has_nut_index(file: BinaryIO) -> bool:
+    """Whether a NUT file ends with its index, which writers may leave out."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(0, size - 4096))
+    tail = file.read()
+    # Its last bytes are its length and a checksum.
+    length = int.from_bytes(tail[-12:-4], "big")
+    return (0 < length <= len(tail) and tail[-length:].startswith(_NUT_INDEX)) or _NUT_INDEX in tail
 
 
 def _boxes_end(file: BinaryIO, size: int) -> int:
