@@ -11,6 +11,7 @@ import pytest
 from longcat_core.errors import LongCatError
 from longcat_core.files.media import open_video, read_video
 from longcat_core.files.media.colors import BT2020, HLG, PQ, to_sdr
+from longcat_core.files.media.display import Display
 
 from .clips import counted, set_matrix, write_clip
 
@@ -83,13 +84,41 @@ def test_an_hdr_clip_says_so(tmp_path: Path, transfer: int) -> None:
         assert "HDR colors" in video.note and next(iter(video)).mean() > 150
 
 
-@pytest.mark.parametrize("primaries", [9, 12])
+@pytest.mark.parametrize(
+    ("transfer", "half", "white"),
+    [(8, 186, 255), (9, 90, 255), (10, 69, 255), (17, 117, 255), (13, 128, 255), (6, 128, 255), (4, 128, 255)],
+)
+def test_other_transfer_functions(tmp_path: Path, transfer: int, half: int, white: int) -> None:
+    """Linear light, logarithms and the cinema; sRGB, BT.601 and gamma 2.2 are shown as they are."""
+    gray = np.full((1, 32, 48, 3), 128, np.uint8)
+    gray[:, :, 24:] = 255
+    path = write_clip(tmp_path / "a.mkv", gray, pixels="yuv444p", color_trc=transfer)
+    with open_video(path) as video:
+        frame = next(iter(video))
+        assert ("are converted to BT.709" in video.note) == (transfer in (8, 9, 10, 17))
+    assert np.abs(frame[0, 4].astype(int) - half).max() <= 3 and np.abs(frame[0, -4].astype(int) - white).max() <= 3
+
+
+def test_colors_of_a_camera_are_refused(tmp_path: Path) -> None:
+    class Frame:
+        width, height, colorspace, color_trc, color_primaries = 48, 32, 1, 256, 1
+
+    with pytest.raises(LongCatError, match=r"a\.mkv has the logarithmic colors of a camera, .*; save it as SDR"):
+        Display.of(tmp_path / "a.mkv", Frame(), None)
+
+
+@pytest.mark.parametrize("primaries", [8, 9, 11, 12])
 def test_wide_gamuts(primaries: int) -> None:
     """Red of BT.709 is less than the red of a wider gamut, and white is white everywhere."""
     red, white = to_sdr(np.array([[(65535, 0, 0), (65535, 65535, 65535)]], np.uint16), 1, primaries)[0].tolist()
     assert red == [255, 0, 0] and white == [255, 255, 255]
     muted = to_sdr(np.array([[(40000, 20000, 20000)]], np.uint16), 1, primaries)[0, 0]
     assert muted[0] > 40000 >> 8 and muted[1] < 20000 >> 8
+
+
+def test_the_white_of_xyz_is_white() -> None:
+    white, red = to_sdr(np.array([[(65535,) * 3, (65535, 0, 0)]], np.uint16), 1, 10)[0].tolist()
+    assert white == [255, 255, 255] and red[0] == 255 and red[1] == 0
 
 
 def test_colors_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:

@@ -14,10 +14,20 @@ import numpy as np
 
 # FFmpeg's numbers (libavutil/pixfmt.h), as a stream declares them.
 PQ, HLG = 16, 18
-BT2020, DISPLAY_P3 = 9, 12
+LINEAR, LOG_100, LOG_316, CINEMA = 8, 9, 10, 17
+FILM, BT2020, XYZ, DCI_P3, DISPLAY_P3 = 8, 9, 10, 11, 12
 HDR = {PQ: "PQ", HLG: "HLG"}
-# Linear RGB to linear BT.709: BT.2087, and Display P3 by the chromaticities of SMPTE EG 432-1.
+# Other transfer functions that are converted. Those of SDR television, sRGB and gamma 2.2 and 2.8 (4 to 7 and 11 to 15)
+# are taken for BT.709, as players do.
+CURVES = {LINEAR: "linear light", LOG_100: "logarithmic", LOG_316: "logarithmic", CINEMA: "SMPTE ST 428"}
+# Transfer functions that cameras write into a clip to be graded, by FFmpeg's numbers.
+CAMERA_LOGS = 256
+# Linear RGB to linear BT.709: BT.2087, Display P3 by the chromaticities of SMPTE EG 432-1, the others by those of ITU-T
+# H.273, table 2, with their white brought to D65 by Bradford's matrix. Primaries of BT.601 are close to BT.709.
 TO_BT709 = {
+    FILM: ((1.3462, -0.3392, -0.0070), (-0.0474, 1.0661, -0.0187), (-0.0217, -0.0613, 1.0830)),
+    XYZ: ((3.1467, -1.6665, -0.4802), (-0.9955, 1.9558, 0.0397), (0.0636, -0.2146, 1.1510)),
+    DCI_P3: ((1.1575, -0.1549, -0.0026), (-0.0415, 1.0456, -0.0041), (-0.0181, -0.0785, 1.0966)),
     BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
     DISPLAY_P3: ((1.2249, -0.2249, 0.0), (-0.0420, 1.0420, 0.0), (-0.0196, -0.0786, 1.0983)),
 }
@@ -71,8 +81,13 @@ def _light(transfer: int) -> np.ndarray:
         a = 0.17883277
         b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
         light = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+    elif transfer == CINEMA:
+        light = 52.37 / 48 * signal**2.6
+    elif transfer in (LOG_100, LOG_316):
+        # H.273, table 3.
+        light = np.where(signal > 0, 10 ** ((signal - 1) * (2 if transfer == LOG_100 else 2.5)), 0.0)
     else:
-        light = signal**GAMMA
+        light = signal if transfer == LINEAR else signal**GAMMA
     return light.astype(np.float32)
 
 

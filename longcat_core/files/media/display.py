@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import LongCatError
-from .colors import HDR, TO_BT709, to_sdr
+from .colors import CAMERA_LOGS, CURVES, HDR, TO_BT709, to_sdr
 from .opening import check_pixels, package
 
 # FFmpeg's numbers (libavutil/pixfmt.h) of what a stream declares about its colors.
@@ -59,6 +59,8 @@ class Display:
             raise LongCatError(
                 f"{path} has colors in {UNKNOWN_MATRICES[matrix]}, which cannot be converted; save it as SDR"
             )
+        if transfer >= CAMERA_LOGS:
+            raise LongCatError(f"{path} has the logarithmic colors of a camera, to be graded first; save it as SDR")
         if transfer == UNSPECIFIED and _has(frame, "DOVI_METADATA"):
             raise LongCatError(f"{path} has colors of Dolby Vision alone, which cannot be converted; save it as SDR")
         guessed = None
@@ -82,6 +84,8 @@ class Display:
         words = []
         if self.transfer in HDR:
             words.append(f"its HDR colors ({HDR[self.transfer]}) are converted to SDR")
+        elif self.transfer in CURVES:
+            words.append(f"its colors ({CURVES[self.transfer]}) are converted to BT.709")
         elif self.primaries in TO_BT709:
             words.append("its wide-gamut colors are converted to BT.709")
         if self.aspect != 1:
@@ -94,7 +98,7 @@ class Display:
 
     def show(self, frame: Any) -> np.ndarray:
         """The frame as uint8 [H, W, 3], RGB."""
-        converts = self.transfer in HDR or self.primaries in TO_BT709
+        converts = self.transfer in HDR or self.transfer in CURVES or self.primaries in TO_BT709
         # The fourth component of formats with more colors than a palette is how opaque a pixel is.
         seen_through = not converts and len(frame.format.components) == 4
         options: dict[str, Any] = {"format": "rgb48le" if converts else "rgba" if seen_through else "rgb24"}
