@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ PACKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("AQLM", ("codebooks",)),
     ("MLX", ("weight", "scales", "biases")),
     ("EETQ", ("weight", "weight_scales")),
-    ("SDNQ", ("weight", "scale")),
+    ("numbers with a separate `scale`, as SDNQ's or fp8 of an unknown writer", ("weight", "scale")),
 )
 
 
@@ -156,6 +156,14 @@ def dtypes_meant(dtypes: Mapping[str, torch.dtype], formats: Mapping[str, str], 
         elif have != want:
             raise CheckpointError(f"{source} describes {name} as {word} but stores {in_words(have)}; download it again")
     return meant
+
+
+def check_marker(headers: Iterable[Header], source: str) -> None:
+    """Raise CheckpointError for a marker of fp8 in files without a matrix of 8 bits, whoever's model it is."""
+    entries = [(name, entry) for header in headers for name, entry in header.items()]
+    marker = next((name for name, _ in entries if name.rpartition(".")[2] in MARKERS), None)
+    if marker is not None and not any(dtype in (*FP8, torch.uint8) and len(shape) > 1 for _, (dtype, shape) in entries):
+        raise CheckpointError(f"{source} has the marker '{marker}' but stores no matrix in fp8; download it again")
 
 
 def in_words(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from ..files.read_ahead import ReadAhead
 from ..optimize.kernels.elementwise import quantize_rows
 from .formats import times_scale
 from .lora import LoraStack
+from .quantized import WIDE, in_words
 from .stored import Part, Stored
 
 # Numbers that are converted at a time, which a loader holds besides the network and one stored tensor.
@@ -93,7 +94,8 @@ class Reader:
     def scale(self, part: Part) -> Tensor | None:
         """The scale of a part, fp32, one number or [rows]; None for plain numbers.
 
-        Raises CheckpointError for a scale of 0 or less; `require_finite` finds the others that are wrong.
+        Raises CheckpointError for a scale of 0 or less, and for one that multiplies numbers that were not quantized;
+        `require_finite` finds the others that are wrong.
         """
         if part.scale is None:
             return None
@@ -101,6 +103,12 @@ class Reader:
         if (scale.isfinite() & (scale <= 0)).any():
             raise CheckpointError(
                 f"{self.checkpoint.source} has a scale of 0 or less in {part.scale}; download it again"
+            )
+        # ComfyUI saves a scale of 1 for every layer, the 16-bit ones too.
+        if (dtype := self.checkpoint.dtypes[part.name]) in WIDE and (scale.isfinite() & (scale != 1)).any():
+            raise CheckpointError(
+                f"{self.checkpoint.source} has a scale in {part.scale} but stores {part.name} as {in_words(dtype)}; "
+                "download it again"
             )
         return scale
 

@@ -20,6 +20,7 @@ from .quantized import (
     MARKERS,
     READABLE,
     WIDE,
+    check_marker,
     described_beside,
     described_in,
     dtypes_meant,
@@ -110,6 +111,7 @@ def collect(
         ours = {name: entry for name, entry in opened.header.items() if name.startswith(prefix)}
         tensors = described_beside(ours, opened.rows, str(file))
         described += [*layers.items(), *((layer.removeprefix(prefix), conf) for layer, conf in tensors)]
+    check_marker((opened.header for opened in files.values()), str(path))
     # Metadata may describe the layers of other models in the file too.
     modules = {name.rpartition(".")[0] for name in where}
     described = [(layer, conf) for layer, conf in described if layer in modules]
@@ -129,7 +131,7 @@ def match_parameters(
     table = dict(checkpoint.form.modules(checkpoint.depth))
     stored, used = checkpoint.where, set()
     unreadable: list[str] = []
-    # In a file with scales, an 8-bit weight without one is incomplete.
+    # In a file with scales, an 8-bit weight without one is incomplete, of a convolution too.
     scaled = any(name in MARKERS or name.endswith((".scale_weight", ".weight_scale")) for name in stored)
     found: dict[str, list[Part]] = {}
     missing, wrong = [], []
@@ -163,7 +165,9 @@ def match_parameters(
                     wrong.append(
                         f"{part.scale} has shape {list(scales)}, the network wants one number, or one for each row"
                     )
-            elif not dtype.is_floating_point or (scaled and dtype.itemsize == 1 and len(shape) == 2):
+            elif not dtype.is_floating_point or (
+                scaled and dtype.itemsize == 1 and len(shape) > 1 and kind == "weight"
+            ):
                 missing.append(f"{source}.{'scale_weight' if dtype.is_floating_point else 'weight_scale'}")
     extra = [] if allow_unknown else sorted(set(stored) - used - set(MARKERS))
     for problem, names, remedy in (

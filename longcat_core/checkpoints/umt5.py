@@ -78,7 +78,12 @@ class Umt5(Stored):
             found = (spiece_of(file) for file in self.files.values() if isinstance(file, GgufFile))
             return next((vocabulary for vocabulary in found if vocabulary is not None), None)
         file, name = self.spiece
-        stored = self.files[file].rows(name).flatten()
+        stored = self.files[file].rows(name)
+        if stored.ndim != 1:
+            raise CheckpointError(
+                f"{file} has a SentencePiece model ('{name}') of shape {list(stored.shape)}, not one row of bytes; "
+                "download it again"
+            )
         # A cast of the whole file to 16 bits keeps bytes as they are.
         values = stored.to(torch.uint8)
         if not torch.equal(values.double(), stored.double()):

@@ -133,6 +133,27 @@ def test_a_marker_names_the_fp8_of_the_file(tmp_path, golden, change, said):
         load_transformer(saved(tmp_path, state | change(state)))
 
 
+def test_a_marker_without_fp8(tmp_path, golden):
+    for marker in (torch.empty(0, dtype=E4M3), torch.zeros(2)):
+        path = saved(tmp_path, comfyui(golden) | {"scaled_fp8": marker})
+        with pytest.raises(CheckpointError, match="has the marker 'scaled_fp8' but stores no matrix in fp8"):
+            load_transformer(path)
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_scale_beside_numbers_that_were_not_quantized(tmp_path, golden, scale, marked):
+    state = fp8_scaled(comfyui(golden), scale=scale, marker=marked)
+    wide = {f"{LAYER}.weight": comfyui(golden)[f"{LAYER}.weight"].bfloat16()}
+    for value in (torch.tensor(2.0), torch.full((64,), 0.5)):
+        path = saved(tmp_path, state | wide | {f"{LAYER}.{scale}": value})
+        with pytest.raises(CheckpointError, match=f"a scale in {LAYER}.{scale} but stores {LAYER}.weight as bfloat16"):
+            load_transformer(path)
+    # As ComfyUI saves a model.
+    model = load_transformer(saved(tmp_path, state | wide | {f"{LAYER}.{scale}": torch.tensor(1.0)}))
+    assert torch.equal(model.get_parameter(f"{LAYER.replace('w2', 'down')}.weight"), wide[f"{LAYER}.weight"].float())
+
+
 def test_an_int8_weight_is_int8(tmp_path):
     state = read_tensors(GOLDEN / "dit_int8.safetensors")
     name = f"{LAYER}.weight_int8"
@@ -230,6 +251,10 @@ FORMATS = {
     ),
     "HQQ": packed(W_q=torch.zeros(64, 128, dtype=U8)),
     "MLX": packed(weight=torch.zeros(64, 32, dtype=torch.uint32), scales=torch.ones(64, 4), biases=torch.ones(64, 4)),
+    "numbers with a separate `scale`, as SDNQ's or fp8": packed(
+        weight=torch.zeros(64, 256).to(E4M3), scale=torch.ones(())
+    ),
+    "numbers with a separate `scale`": packed(weight=torch.zeros(64, 256, dtype=torch.int8), scale=torch.ones(64, 1)),
     "fp8 with scales of blocks": packed(weight=torch.zeros(64, 256).to(E4M3), weight_scale_inv=torch.ones(1, 2)),
 }
 

@@ -383,6 +383,9 @@ def _block(number: str) -> Callable[[State], State]:
         (lambda state: state | {"shared.weight": torch.zeros(384, 0)}, "no matrix 'shared.weight'"),
         (lambda state: state | {"spiece_model": torch.full((9,), 0.5)}, "is not bytes"),
         (lambda state: state | {"spiece_model": state["spiece_model"][:0]}, "is corrupt"),
+        (lambda state: state | {"spiece_model": state["spiece_model"][None]}, r"of shape \[1, .*not one row of bytes"),
+        (lambda state: state | {"scaled_fp8": torch.zeros(2)}, "marker 'scaled_fp8' but stores no matrix in fp8"),
+        (lambda state: state | {Q + "scale_weight": torch.tensor(2.0)}, "a scale in .*q.scale_weight but stores"),
         (lambda state: state | {f"x.{name}": tensor for name, tensor in state.items()}, "more than one UMT5 encoder"),
     ],
 )

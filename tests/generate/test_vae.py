@@ -264,6 +264,11 @@ def test_a_scaled_weight(tmp_path, state, vae, golden):
         (lambda state: state | {"quant_conv.bias": state["quant_conv.bias"].to(torch.uint8)}, "quant_conv"),
         (lambda state: state | {"quant_conv.weight": state["quant_conv.weight"].to(torch.int8)}, "quant_conv.*scale"),
         (lambda state: _scaled(state) | {"decoder.mid_block.attentions.0.proj.scale_weight": torch.ones(5)}, "shape"),
+        (
+            lambda state: _scaled(state) | {"quant_conv.weight": state["quant_conv.weight"].to(torch.float8_e4m3fn)},
+            "lacks: quant_conv.scale_weight",
+        ),
+        (lambda state: state | {"vae.scaled_fp8": torch.zeros(2)}, "marker 'vae.scaled_fp8' but stores no matrix"),
         (lambda state: {f"{p}{n}": t for p in ("vae.", "ema.") for n, t in state.items()}, "more than one Wan 2.1 VAE"),
     ],
 )
