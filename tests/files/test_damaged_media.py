@@ -24,6 +24,7 @@ FORMS = {
     ".nut": ("ffv1", "bgr0"), ".avi": ("mpeg4", "yuv420p"), ".ts": ("libx264", "yuv420p"),
     ".mp4": ("libx264", "yuv420p"), ".mov": ("libx264", "yuv420p"), ".wmv": ("wmv2", "yuv420p"),
     ".ivf": ("libvpx", "yuv420p"), ".y4m": ("rawvideo", "yuv420p"), ".h264": ("libx264", "yuv420p"),
+    ".mxf": ("mpeg2video", "yuv420p"),
 }  # fmt: skip
 
 
@@ -33,7 +34,9 @@ def test_a_clip_that_is_cut_short(tmp_path: Path, suffix: str, sound: bool) -> N
     if sound and suffix not in (".mkv", ".avi"):
         pytest.skip("no sound of PCM in this container")
     codec, pixels = FORMS[suffix]
-    path = write_clip(tmp_path / f"a{suffix}", NOISE, codec=codec, pixels=pixels, sound=sound)
+    # MPEG-2 has no 15 frames per second.
+    fps = 25 if suffix == ".mxf" else 15
+    path = write_clip(tmp_path / f"a{suffix}", NOISE, fps, codec=codec, pixels=pixels, sound=sound)
     assert len(read_video(path)[0]) == 20
     content = path.read_bytes()
     for share in (0.11, 0.42, 0.63, 0.9):

@@ -16,11 +16,12 @@ LAST_BYTES = "its last bytes are missing"
 _NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
 # Boxes at the top of an MP4 file. What follows them at the end may be anything, such as notes of a phone.
 _BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"wide", b"free", b"skip", b"styp", b"sidx", b"uuid", b"meta")
+_MXF_PARTITION = b"\x06\x0e\x2b\x34\x02\x05\x01\x01\x0d\x01\x02\x01\x01"
 _TS_PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a packet: where its sync byte is
 
 
 def is_cut_short(file: BinaryIO) -> bool:
-    """Whether the end is missing of a Matroska, MP4, AVI, WebP, GIF, PNG or MPEG-TS file; others seem whole."""
+    """Whether the end is missing of a Matroska, MP4, AVI, WebP, GIF, PNG, MXF or MPEG-TS file; others seem whole."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     head = file.read(4096)
@@ -40,6 +41,11 @@ def is_cut_short(file: BinaryIO) -> bool:
         return tail.rstrip(b"\0\r\n ")[-1:] != b";"
     if head.startswith(b"\x89PNG"):
         return b"IEND" not in tail
+    if head.startswith(_MXF_PARTITION):
+        # A footer ends the file (SMPTE ST 377-1, 7); its place is 0 if the writer could not go back.
+        _, value = _mxf_length(head)
+        footer = int.from_bytes(head[value + 24 : value + 32], "big")
+        return footer > 0 and not _is_mxf_footer(file, footer, size)
     for length, sync in _TS_PACKETS.items():
         places = range(sync, min(len(head), 5 * length), length)
         if len(places) == 5 and all(head[place] == 0x47 for place in places):
@@ -47,6 +53,22 @@ def is_cut_short(file: BinaryIO) -> bool:
     if head[4:8] in _BOXES:
         return _boxes_end(file, size) > size
     return False
+
+
+def _mxf_length(pack: bytes) -> tuple[int, int]:
+    """The length of the value of an MXF key, and where it begins."""
+    more = pack[16] & 0x7F if len(pack) > 16 and pack[16] & 0x80 else 0
+    return int.from_bytes(pack[17 : 17 + more] if more else pack[16:17], "big"), 17 + more
+
+
+def _is_mxf_footer(file: BinaryIO, at: int, size: int) -> bool:
+    """Whether an MXF partition at `at` and what it counts as its header and index are in a file of `size` bytes."""
+    file.seek(min(at, size))
+    pack = file.read(128)
+    file.seek(0)
+    length, value = _mxf_length(pack)
+    header, index = (int.from_bytes(pack[value + place : value + place + 8], "big") for place in (32, 40))
+    return pack.startswith(_MXF_PARTITION) and at + value + length + header + index <= size
 
 
 def has_nut_index(file: BinaryIO) -> bool:
