@@ -26,6 +26,8 @@ from .records import parse_record
 from .regular import check_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+# Tensors, and entries of metadata: a large model has a few thousand tensors.
+MAX_ENTRIES = 100_000
 AGAIN = "download it again"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 DTYPES = {
@@ -276,19 +278,37 @@ class _RawHeader(BaseModel):
 
 
 def _entries(path: Path, text: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """The entry of every tensor, and the metadata. Raises CheckpointError, also for a name that is there twice."""
-    raw = parse_record(
-        text, _RawHeader, f"{path}", "readable and has a corrupt safetensors header", AGAIN, CheckpointError
-    )
+    """The entry of every tensor, and the metadata.
+
+    Raises CheckpointError, also for a name that is there twice, and for more than `MAX_ENTRIES`.
+    """
 
     def unique(pairs: list[tuple[str, object]]) -> None:
+        check_count(len(pairs))
         names = Counter(name for name, _ in pairs)
         for name, count in names.items():
             if count > 1:
                 raise CheckpointError(f"{path} has a corrupt safetensors header ('{name}' is there twice); {AGAIN}")
 
-    # For parsers the last one wins, without a word.
-    json.loads(text, object_pairs_hook=unique)
+    def check_count(count: int) -> None:
+        if count > MAX_ENTRIES:
+            raise CheckpointError(
+                f"{path} has more than {MAX_ENTRIES:,} tensors or entries of metadata, which no model has; "
+                "give another file"
+            )
+
+    # Counted first, because a parser takes seconds for what is refused here.
+    check_count(text.count(b'"data_offsets"'))
+    # For parsers the last one wins, without a word. What is not JSON gets its sentence below.
+    try:
+        json.loads(text, object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError):
+        pass
+    raw = parse_record(
+        text, _RawHeader, f"{path}", "readable and has a corrupt safetensors header", AGAIN, CheckpointError
+    )
     return raw.__pydantic_extra__, raw.metadata or {}
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from longcat_core.errors import CheckpointError, LongCatError
+from longcat_core.files import safetensors_io
 from longcat_core.files.safetensors_io import (
     read_header,
     read_metadata,
@@ -147,6 +148,23 @@ def test_bad_files(tmp_path, content, message):
             read(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{%s}" % b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_001)),
+        b"{%s}" % b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_\\u006fffsets":[0,0]}' % i for i in range(100_001)),
+        b'{"__metadata__":{%s}}' % b",".join(b'"%d":""' % i for i in range(100_001)),
+        b"{%s}" % b",".join(b'"%d":1' % i for i in range(100_001)),
+    ],
+    ids=["tensors", "escaped", "metadata", "numbers"],
+)
+def test_more_entries_than_any_model_has(tmp_path, monkeypatch, header):
+    monkeypatch.setattr(safetensors_io, "parse_record", lambda *_: pytest.fail("the header was parsed"))
+    (tmp_path / "x.safetensors").write_bytes(raw(header))
+    with pytest.raises(CheckpointError, match=r"x.safetensors has more than 100,000 tensors or entries of metadata"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_a_header_as_long_as_a_magic_number_is_not_a_web_page(tmp_path):
