@@ -142,6 +142,8 @@ def in_header(
     dropped = False
     for key in sorted(metadata, key=_order):
         place, text = f"{short(key)} in the header of {path}", metadata[key]
+        if key in ("use_rslora", "alpha_pattern") and text.strip().lower() not in ("false", "{}", *_NOTHING):
+            notes.append(f"{place} changes the scale and is read in a PEFT config only; give another strength")
         stated = _stated(key, text, place)
         if stated is None:
             named = _name(key) in (*_ALPHAS, *_OF_MODULES) or _MENTION.search(key) or _MENTION.search(text)

@@ -171,6 +171,15 @@ def test_an_alpha_that_cannot_be_read_is_named(tmp_path, key):
         )
 
 
+@pytest.mark.parametrize(("key", "text"), [("use_rslora", "true"), ("alpha_pattern", '{"o": 8}')])
+def test_a_field_outside_its_config_is_named(tmp_path, key, text):
+    write_safetensors(tmp_path / "lora.safetensors", tensors(), {"lora_alpha": "4", "r": "4", key: text})
+    found, said = scales(tmp_path / "lora.safetensors")
+    assert found == [1, 1, 1] and len(said) == 1 and said[0].startswith(f"{key} in the header of")
+    write_safetensors(tmp_path / "lora.safetensors", tensors(), {"lora_alpha": "4", "use_rslora": "False"})
+    assert scales(tmp_path / "lora.safetensors") == ([1, 1, 1], [])
+
+
 def test_alphas_of_another_files_modules_are_said(tmp_path):
     write_safetensors(tmp_path / "lora.safetensors", tensors(), {"network_alphas": '{"blocks.7.self_attn.o.alpha": 8}'})
     found, said = scales(tmp_path / "lora.safetensors")
