@@ -183,7 +183,7 @@ def test_refining_equals_piece_by_piece(comfy, vae, frames, sample, refine, prom
 def test_refining_goes_on(comfy, frames, refine, monkeypatch):
     module = comfy.core("generate.refine")
     made, piece = [], module.refine_piece
-    monkeypatch.setattr(module, "refine_piece", lambda *args: made.append(args[3]) or piece(*args))
+    monkeypatch.setattr(module, "refine_piece", lambda *args: made.append(args[4]) or piece(*args))
     video = frames[:9].clone()
     whole, _ = refine("refined-again", video)
     assert made == [0, 1]
