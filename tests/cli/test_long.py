@@ -133,7 +133,7 @@ def test_other_settings_are_refused(loads: list, refused: Any, options: list[str
 
 def test_another_model_is_refused(loads: list, refused: Any) -> None:
     """By what is in its files, not by their names."""
-    arguments = ["long", ONE, *SMALL, "-o", "a.webp", "--guidance", "3"]
+    arguments = ["long", ONE, TWO, *SMALL, "-o", "a.webp", "--guidance", "3"]
     assert cli.main(arguments) == 0
     shutil.copy(NANO_MODEL, "same.safetensors")
     # The least bit of every second weight, as of a model that was trained on a little.
