@@ -55,14 +55,14 @@ class Footage:
     def of_file(cls, path: str | os.PathLike[str]) -> Footage:
         """The frames of a file by their time, at its own rate, which is made even, and 1 to MAX_FPS per second."""
         path = Path(path)
-        with open_video(path) as reader:
-            fps = min(max(reader.even_fps, 1.0), MAX_FPS)
 
         def read() -> Iterator[np.ndarray]:
             with open_video(path, fps) as reader:
                 yield from reader
 
-        with open_video(path, fps) as reader:
+        with open_video(path) as reader:
+            fps = min(max(reader.even_fps, 1.0), MAX_FPS)
+            reader.take_at(fps)
             return cls(reader.frames, reader.height, reader.width, read, fps, path, reader.note, reader.has_sound)
 
     def check(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LongCatError, check_path, check_type, is_number, is_whole, plain_fields
-from ..files.media import count_pictures, open_video, read_image, read_video, resize_and_crop
+from ..files.media import count_pictures, open_video, read_image, resize_and_crop
 from ..files.regular import says_something
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
@@ -193,7 +193,8 @@ class GenerateRequest:
         with open_video(self.video, self.fps) as reader:
             sound = f"the sound of {self.video} is left out" if reader.has_sound else ""
             notes, frames = tuple(filter(None, (reader.note, sound))), reader.frames
-        clip, _ = read_video(self.video, last=self.num_cond_frames, fps=self.fps)
+            reader.take_at(self.fps, from_end=True)
+            clip = reader.last(self.num_cond_frames)
         if len(clip) < self.num_cond_frames:
             most = nearest_frame_counts(len(clip))[0]
             raise LongCatError(

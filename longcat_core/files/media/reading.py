@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -40,30 +40,36 @@ class VideoReader:
         self, path: str | Path, fps: float | None = None, *, from_end: bool = False, partial: bool = False
     ) -> None:
         check_path("the path of the video", path)
-        if fps is not None and not (is_number(fps) and 0 < fps < math.inf):
-            raise LongCatError(f"{fps!r} frames per second cannot be read from {path}; give a number above 0")
+        _check_rate(path, fps)
         self.path = Path(path)
         self._source = Animation(self.path) if is_animation(self.path) else Stream(self.path, partial)
         self.height, self.width, self.has_sound = self._source.height, self._source.width, self._source.has_sound
         timeline = self._source.timeline
         self.source_fps, self.even_fps = timeline.rate, timeline.even_rate
         self._grid: Grid | None = None
+        self.fps, self.frames = self._source.own_fps, self._source.own_count
+        self.note = self._note()
         if fps is not None:
-            last = float(timeline.times[-1])
-            if isinstance(self._source, Animation):
-                # Its last frame may stand for several equal ones.
-                last += max(0, round((timeline.end - last) / timeline.step(fps)) - 1) * timeline.step(fps)
-            self._grid = timeline.grid(fps, to_last=last if from_end else None)
-            fault = ""
-            if timeline.longest > min(MAX_STILL, MAX_REPEATS * self._grid.step):
-                fault = f"shows one frame for {timeline.longest:,.0f} s"
-            elif self._grid.count > MAX_REPEATS + MAX_SHARE * len(timeline.times):
-                fault = f"shows {len(timeline.times):,} frames for {timeline.end:,.0f} s"
-            if fault:
+            try:
+                self.take_at(fps, from_end=from_end)
+            except LongCatError:
                 self.close()
-                raise LongCatError(f"{path} {fault}; cut it")
-        self.fps = self._source.own_fps if fps is None else float(fps)
-        self.frames = self._source.own_count if self._grid is None else self._grid.count
+                raise
+
+    def take_at(self, fps: float, *, from_end: bool = False) -> None:
+        """Yield frames at this rate from now on, as if it had been given at first; only before any was read."""
+        _check_rate(self.path, fps)
+        timeline = self._source.timeline
+        last = float(timeline.times[-1])
+        if isinstance(self._source, Animation):
+            # Its last frame may stand for several equal ones.
+            last += max(0, round((timeline.end - last) / timeline.step(fps)) - 1) * timeline.step(fps)
+        grid = timeline.grid(fps, to_last=last if from_end else None)
+        if timeline.longest > min(MAX_STILL, MAX_REPEATS * grid.step):
+            raise LongCatError(f"{self.path} shows one frame for {timeline.longest:,.0f} s; cut it")
+        if grid.count > MAX_REPEATS + MAX_SHARE * len(timeline.times):
+            raise LongCatError(f"{self.path} shows {len(timeline.times):,} frames for {timeline.end:,.0f} s; cut it")
+        self._grid, self.fps, self.frames = grid, float(fps), grid.count
         self.note = self._note()
 
     def __enter__(self) -> VideoReader:
@@ -88,6 +94,11 @@ class VideoReader:
         if self._grid is None:
             return self._source.own_frames()
         return self._grid.pick(self._source.frames())
+
+    def last(self, count: int) -> np.ndarray:
+        """The last `count` frames, or all if they are fewer. Raises LongCatError if they do not fit into memory."""
+        _check_memory(self, min(self.frames, count))
+        return _converted(deque(self.shown(), maxlen=count))
 
     def _note(self) -> str:
         done = list(self._source.done)
@@ -137,9 +148,19 @@ def read_video(
         _check_memory(video, count)
         if last is None:
             return np.stack(list(islice(video, first))), video.fps
-        kept = deque(islice(video.shown(), first), maxlen=last)
-        pictures = {shown: shown() for shown in dict.fromkeys(kept)}
-        return np.stack([pictures[shown] for shown in kept]), video.fps
+        return _converted(deque(islice(video.shown(), first), maxlen=last)), video.fps
+
+
+def _converted(kept: Iterable[Callable[[], np.ndarray]]) -> np.ndarray:
+    """The frames of what `VideoReader.shown` yielded, each converted once: uint8 [F, H, W, 3]."""
+    kept = list(kept)
+    pictures = {shown: shown() for shown in dict.fromkeys(kept)}
+    return np.stack([pictures[shown] for shown in kept])
+
+
+def _check_rate(path: str | Path, fps: float | None) -> None:
+    if fps is not None and not (is_number(fps) and 0 < fps < math.inf):
+        raise LongCatError(f"{fps!r} frames per second cannot be read from {path}; give a number above 0")
 
 
 def _check_memory(video: VideoReader, frames: int) -> None:
