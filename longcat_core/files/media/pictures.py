@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,8 @@ def read_image(path: str | Path) -> np.ndarray:
     A picture of more than ENOUGH_PIXELS is reduced below. Raises LongCatError for a file that is not one of the
     PICTURE_FORMATS, is damaged, or has more than MAX_PIXELS.
     """
-    check_path("the path of the image", path)
-    path = Path(path)
     operations = package("PIL.ImageOps")
-    remedy = "a PNG, JPEG or WebP"
-    with opened(path, "image") as file, decoding(path, "image", remedy), opened_picture(path, file) as picture:
+    with _picture(path) as picture:
         _check_depth(picture)
         factor = math.ceil(math.sqrt(picture.width * picture.height / ENOUGH_PIXELS))
         return to_rgb(operations.exif_transpose(_reduced(picture, factor) if factor > 1 else picture))
@@ -34,11 +33,18 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def count_pictures(path: str | Path) -> int:
     """How many pictures a file holds: the frames of an animation, the pages of a TIFF. Raises as `read_image` does."""
-    path = Path(path)
-    remedy = "a PNG, JPEG or WebP"
-    with opened(path, "image") as file, decoding(path, "image", remedy), opened_picture(path, file) as picture:
+    with _picture(path) as picture:
         # The second picture of an MPO is the first one again, small or for the other eye.
         return 1 if picture.format in ("MPO", "ICO") else int(getattr(picture, "n_frames", 1))
+
+
+@contextmanager
+def _picture(path: str | Path) -> Iterator[Any]:
+    """A Pillow image, its pixels not decoded yet; what fails while it is used is a LongCatError too."""
+    check_path("the path of the image", path)
+    path, remedy = Path(path), "a PNG, JPEG or WebP"
+    with opened(path, "image") as file, decoding(path, "image", remedy), opened_picture(path, file) as picture:
+        yield picture
 
 
 def _reduced(picture: Any, factor: int) -> Any:
