@@ -97,9 +97,10 @@ def collect(
     quantized: dict[str, dict[str, Any]] = {}
     described: list[tuple[str, dict[str, Any]]] = []
     for file, opened in files.items():
-        found = {name.removeprefix(prefix): entry for name, entry in opened.header.items() if name.startswith(prefix)}
-        if not found:
+        ours = {name: entry for name, entry in opened.header.items() if name.startswith(prefix)}
+        if not ours:
             raise CheckpointError(f"{file} holds nothing of {path}'s model; keep one model in each folder")
+        found = {name.removeprefix(prefix): entry for name, entry in ours.items()}
         # A marker may lack the prefix.
         found |= {name: opened.header[name] for name in MARKERS if name in opened.header}
         where |= dict.fromkeys(found, file)
@@ -108,7 +109,6 @@ def collect(
         metadata |= opened.metadata
         layers = {layer.removeprefix(prefix): conf for layer, conf in described_in(opened.metadata, file).items()}
         quantized |= layers
-        ours = {name: entry for name, entry in opened.header.items() if name.startswith(prefix)}
         tensors = described_beside(ours, opened.rows, str(file))
         described += [*layers.items(), *((layer.removeprefix(prefix), conf) for layer, conf in tensors)]
     check_marker((opened.header for opened in files.values()), str(path))
