@@ -16,6 +16,7 @@ from .atomic import reason
 from .gguf_header import tensor_places
 from .safetensors_io import SafetensorsFile
 from .tensor_files import is_gguf
+from .weight_files import SUFFIXES
 
 PREFIX = "2-"
 # Files and tensors up to these sizes are read whole; of larger ones, samples.
@@ -71,7 +72,7 @@ def _files(path: Path) -> Sequence[Path]:
     if not path.is_dir():
         return [path]
     inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    weights = [file for file in inside if file.suffix in (".safetensors", ".sft", ".gguf")]
+    weights = [file for file in inside if file.suffix in (*SUFFIXES, ".gguf")]
     return [*weights, *(file for file in inside if file.name == "config.json")] if weights else inside
 
 

@@ -10,11 +10,13 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from .gguf_lists import LONG
+import numpy as np
 
-# Bytes of a value by its type; 8 is a string, 9 an array.
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+from .gguf_lists import DTYPES, LIST, LONG, STRING
+
+# Bytes of a value by its type.
+_SCALARS = {kind: np.dtype(name).itemsize for kind, name in DTYPES.items()}
+_UINT32 = 4
 _ALIGNMENT = b"general.alignment"
 # GGUF's own limit is 65,535.
 _MAX_NAME = 65535
@@ -86,9 +88,9 @@ class _Header:
 
     def skip(self, kind: int, depth: int = 0) -> None:
         """Pass over a value of a type."""
-        if kind == _STRING:
+        if kind == STRING:
             self.string(self.size)
-        elif kind == _ARRAY and not depth:
+        elif kind == LIST and not depth:
             inner, count = self.number(4), self.number(8)
             self.elements += 0 if inner in _SCALARS and count > LONG else count
             if self.elements > _MAX_ELEMENTS:
