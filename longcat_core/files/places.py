@@ -26,19 +26,18 @@ def check_place(path: Path, estimated_bytes: int = 0) -> None:
     target = resolved(path)
     folder = target.parent
     try:
-        if path.is_dir():
-            raise LongCatError(
-                f"{path} is a folder; give the name of a file in it, such as {path / ('name' + path.suffix)}"
-            )
-        if path.exists() and not path.is_file():
-            raise LongCatError(f"{path} is not a regular file; choose another name")
-        if not folder.is_dir():
-            raise LongCatError(f"{path}: the folder {folder} does not exist; create it or choose another place")
-        free = shutil.disk_usage(folder).free
-    except LongCatError:
-        raise
+        is_folder, is_other = path.is_dir(), path.exists() and not path.is_file()
+        free = shutil.disk_usage(folder).free if folder.is_dir() else None
     except (OSError, ValueError) as error:
         raise LongCatError(f"{path} cannot be written ({reason(error)}); choose another name") from error
+    if is_folder:
+        raise LongCatError(
+            f"{path} is a folder; give the name of a file in it, such as {path / ('name' + path.suffix)}"
+        )
+    if is_other:
+        raise LongCatError(f"{path} is not a regular file; choose another name")
+    if free is None:
+        raise LongCatError(f"{path}: the folder {folder} does not exist; create it or choose another place")
     _try_names(path, target)
     if free < estimated_bytes:
         raise LongCatError(
