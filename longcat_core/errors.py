@@ -6,6 +6,7 @@ What a script hands in is refused with such a sentence before anything is loaded
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
@@ -76,6 +77,12 @@ def plain_fields(record: Any) -> None:
         value = getattr(record, field.name)
         if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
             object.__setattr__(record, field.name, value.item())
+
+
+def listed(names: Sequence[str], most: int = 3, characters: int = MAX_CHARACTERS, separator: str = ", ") -> str:
+    """The first `most` names, each `printable` with at most `characters`, and how many more there are."""
+    shown = separator.join(printable(name, characters) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def printable(text: str, limit: int = MAX_CHARACTERS) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import targets
 from ..longcat_core.checkpoints.lora import LoraStack, lora_of
-from ..longcat_core.checkpoints.lora_names import PREFIX, flat, listed, other_kind_modules, split_key
+from ..longcat_core.checkpoints.lora_names import PREFIX, first_names, flat, other_kind_modules, split_key
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.weight_files import SUFFIXES
 from . import comfy_fp8
@@ -142,7 +142,7 @@ def check(lora: Mapping[str, Tensor], key_map: KeyMap, loaded: Mapping[Any, Any]
     modules = dict.fromkeys(name[: min(found, default=len(name))] for name, found in starts)
     missed = [module for module in modules if module not in key_map]
     if missed:
-        examples = listed(missed)
+        examples = first_names(missed)
         matched = len(modules) - len(missed)
         if not matched:
             raise LongCatError(

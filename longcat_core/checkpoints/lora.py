@@ -27,7 +27,7 @@ from ..files.safetensors_io import SafetensorsFile, Stamp, stamp
 from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
 from .lora_alpha import Scales, Stated, file_of, stated_alphas
-from .lora_names import check_kind, flat, listed, prefix_of, short, split_key, targets_by_flat_name
+from .lora_names import check_kind, first_names, flat, prefix_of, short, split_key, targets_by_flat_name
 
 # A file and its strength; 1 is the file's own.
 Lora = tuple[str | Path, float]
@@ -161,7 +161,8 @@ def _read_layers(
             raise CheckpointError(f"{source} changes {short(module)} twice; give a file with one LoRA")
         found[module][part] = tensor
     if not found:
-        raise CheckpointError(f"{source} is not a LoRA (it holds {listed(unknown) or 'nothing'}); give a LoRA file")
+        held = first_names(unknown) or "nothing"
+        raise CheckpointError(f"{source} is not a LoRA (it holds {held}); give a LoRA file")
     scales = Scales(source, stated)
     for module, parts in found.items():
         alpha = parts.pop("alpha", None)
@@ -320,7 +321,7 @@ def _change(lora: OpenedLora, module: str, target: Target, file: int) -> Change:
     whole = (len(ups) == 1 and "lora_up.weight" in parts) or all(part in parts for part in sliced)
     if not ups or not whole or down is None or "alpha_scale" not in parts or any(t.ndim < 2 for t in (down, *ups)):
         raise CheckpointError(
-            f"{path} has a broken LoRA for {name} (it holds {listed(sorted(parts))}); download it again"
+            f"{path} has a broken LoRA for {name} (it holds {first_names(sorted(parts))}); download it again"
         )
     if not all(tensor.is_floating_point() for tensor in (down, *ups)):
         kinds = ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in (down, *ups)))
@@ -346,10 +347,10 @@ def _report(path: str | Path, matched: int, missed: list[str]) -> list[str]:
     total = matched + len(missed)
     if not matched:
         raise CheckpointError(
-            f"{path} matches nothing in LongCat-Video: 0 of its {total} modules; it has for instance {listed(missed)}; "
-            "it belongs to another model"
+            f"{path} matches nothing in LongCat-Video: 0 of its {total} modules; it has for instance "
+            f"{first_names(missed)}; it belongs to another model"
         )
-    return [f"{path} matches {matched} of its {total} modules; not matched: {listed(missed)}"] if missed else []
+    return [f"{path} matches {matched} of its {total} modules; not matched: {first_names(missed)}"] if missed else []
 
 
 def check_loras(loras: Sequence[Lora | OpenedLora], config: ModelConfig) -> None:

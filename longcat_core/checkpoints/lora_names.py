@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable
 
-from ..errors import CheckpointError, printable
+from ..errors import CheckpointError, listed, printable
 from .formats import targets
 
 PREFIX = "lora___lorahyphen___"
@@ -49,7 +49,6 @@ _OTHER_KINDS = tuple(
         ("a quantized LoRA", r"scale_weight|weight_scale|scaled_fp8|comfy_quant|absmax|quant_state\W.*"),
     )
 )
-_SHOWN = 3
 # Characters of a name that a sentence shows.
 _SHOWN_CHARACTERS = 100
 
@@ -59,9 +58,9 @@ def short(name: object) -> str:
     return printable(str(name), _SHOWN_CHARACTERS)
 
 
-def listed(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     """The first few names, and how many more there are."""
-    return ", ".join(map(short, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return listed(names, characters=_SHOWN_CHARACTERS)
 
 
 def plain(key: str) -> str:
@@ -137,7 +136,7 @@ def prefix_of(modules: Iterable[str], known: Container[str], source: object) -> 
                 found[".".join(pieces[:i]) + "."] = None
                 break
     if len(found) > 1:
-        raise CheckpointError(f"{source} holds LoRAs under {listed(list(found))}; give a file with one LoRA")
+        raise CheckpointError(f"{source} holds LoRAs under {first_names(list(found))}; give a file with one LoRA")
     return next(iter(found), "")
 
 

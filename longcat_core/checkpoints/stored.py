@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, printable
+from ..errors import CheckpointError, listed
 from ..files.records import parse_record
 from ..files.tensor_files import TensorFile
 from .formats import BESIDE, STORED_WEIGHTS, Format
@@ -29,8 +29,8 @@ from .quantized import (
     refuse_packed,
 )
 
-# Faults that a sentence shows, and characters of each, which has a name from the file.
-_SHOWN, _CHARACTERS = 3, 150
+# Of each fault that a sentence shows, which has a name from the file.
+_CHARACTERS = 150
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,8 @@ def match_parameters(
         ("holds unknown tensors", extra, f"check that it is a {checkpoint.form.model}"),
     ):
         if names:
-            shown = [printable(name, _CHARACTERS) for name in names[:_SHOWN]]
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            raise CheckpointError(f"{checkpoint.source} {problem}: {'; '.join(shown)}{more}; {remedy}")
+            shown = listed(names, characters=_CHARACTERS, separator="; ")
+            raise CheckpointError(f"{checkpoint.source} {problem}: {shown}; {remedy}")
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from .records import read_record
 from .tensor_files import TensorFile, is_gguf, open_file
 
@@ -91,8 +91,7 @@ def _indexed(index: Path, weight_map: dict[str, str], beside: Iterable[Path]) ->
         if shard not in there:
             raise CheckpointError(f"{index.name} names {shard}, which is missing in {folder}; download it again")
     if strangers := [file.name for file in beside if file.name not in shards]:
-        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        warnings.warn(f"{index} does not name {strangers[0]}{more}, which is left alone", stacklevel=3)
+        warnings.warn(f"{index} does not name {listed(strangers, 1)}, which is left alone", stacklevel=3)
     return [folder / shard for shard in shards]
 
 

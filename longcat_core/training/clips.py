@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LongCatError
+from ..errors import LongCatError, listed
 from ..files.fingerprints import PREFIX, as_then, fingerprint, remember
 from ..files.media import count_pictures, open_video, read_image, read_video, resize_and_crop
 from ..files.regular import read_text
@@ -85,7 +85,7 @@ def find_clips(folder: Path, frames: int) -> list[Clip]:
     if short:
         raise LongCatError(
             f"clips in {folder} are shorter than --frames {frames}, {frames / FPS:.2f} s at {FPS:g} fps "
-            f"({_some(short)}); give fewer frames or take them out"
+            f"({listed(short, _SHOWN)}); give fewer frames or take them out"
         )
     return clips
 
@@ -127,12 +127,7 @@ def left_out(folder: Path, clips: Sequence[Clip]) -> str:
         return path.is_dir() or path.stem in captions or media
 
     names = [path.name + "/" * path.is_dir() for path in others if matters(path)]
-    return f"not used from {folder}: {_some(names)}; clips are {' '.join(CLIPS + PICTURES)}" if names else ""
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return f"not used from {folder}: {listed(names, _SHOWN)}; clips are {' '.join(CLIPS + PICTURES)}" if names else ""
 
 
 def _caption(path: Path) -> str:
