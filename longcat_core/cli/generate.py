@@ -167,7 +167,7 @@ def refine(args: argparse.Namespace) -> int:
     if folder is not None:
         _check_folder(output, folder.path)
     shape = request.factor * video.frames, *request.size(video, paths.defaults)
-    # Copied if it can be; that it is left out or coded as AAC is said.
+    # Copied if possible; otherwise a note says that it is left out or coded as AAC.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
     task = _Task(args, paths, output, (args.video,), shape, request.factor * request.fps, request.seed, sound)
     task.note([*request.notes(video, paths.defaults), *filter(None, [said])], MORE)

@@ -29,7 +29,7 @@ def atomic_path(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
     given = Path(path)
     # Resolved, so that the place that was checked is the place that is written to.
     path = resolved(given)
-    # A killed run leaves its file. The next one that holds the name finds it; who does not hold it, draws another.
+    # A killed run leaves its file. The next run that holds the name finds it; a run that does not draws its own.
     # Not the number of the process: in a container it is the same in every run.
     unique = digest(path.name) if path in CLAIMED else secrets.token_hex(4)
     temporary = temporary_path(path, given.suffix if suffix is None else suffix, unique)

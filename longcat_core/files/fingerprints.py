@@ -1,7 +1,7 @@
 """Fingerprints: what tells checkpoints, LoRAs and clips from others, without reading 83 GB.
 
 Version 2 looks at every tensor. Folders and training states made before it hold fingerprints of the first kind, 16
-digits without a prefix; `as_then` computes those, so that such work is gone on with.
+digits without a prefix; `as_then` computes those, so that such work can be resumed.
 """
 
 from __future__ import annotations

@@ -280,7 +280,7 @@ class _RawHeader(BaseModel):
 def _entries(path: Path, text: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
     """The entry of every tensor, and the metadata.
 
-    Raises CheckpointError, also for a name that is there twice, and for more than `MAX_ENTRIES`.
+    Raises CheckpointError, also for a name that occurs twice, and for more than `MAX_ENTRIES`.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> None:

@@ -89,7 +89,7 @@ class GgufFile:
             ) from error
 
     def values(self, name: str) -> list[Any]:
-        """A list of the file's metadata, [] if there is none. Raises CheckpointError for text that is not UTF-8."""
+        """A list in the file's metadata, [] without it. Raises CheckpointError for text that is not UTF-8."""
         self._check_same()
         field = self._reader.fields.get(name)
         try:
@@ -98,7 +98,7 @@ class GgufFile:
             raise CheckpointError(f"{self.path} has a corrupt {name} ({error}); download it again") from error
 
     def flag(self, name: str, default: bool) -> bool:
-        """A truth value of the file's metadata, `default` if there is none."""
+        """A truth value in the file's metadata, `default` without it."""
         self._check_same()
         field = self._reader.fields.get(name)
         found = None if field is None else field.contents()

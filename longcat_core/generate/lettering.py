@@ -74,7 +74,7 @@ class Lettering:
             yield pairs[0][0], "".join(sign for _, sign in pairs)
 
     def _font(self, sign: str) -> Any:
-        """The font for a character, None if there is none."""
+        """The font for a character, None if no font has it."""
         if sign not in self._known:
             found = next((font for font in self._fonts if _has(font, sign)), None)
             while found is None and (path := next(self._more, None)):

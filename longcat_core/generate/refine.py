@@ -38,7 +38,7 @@ from .segments import Segment, SegmentFolder, Settings, checksum, seed_settings
 # Latent frames are padded to a multiple of this.
 GROUP = 4
 DIVISOR = 64
-# A change of shape from here on is said.
+# Changes of shape from this factor on are mentioned in a note.
 VISIBLE = 1.1
 
 # Frames, uint8 [F, H, W, 3], or the path of a file, or the footage that was made of either.

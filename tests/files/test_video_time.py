@@ -52,7 +52,7 @@ def test_rounded_durations_of_animations(tmp_path: Path, suffix: str, duration: 
     path = tmp_path / f"a{suffix}"
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, lossless=True)
     read = [number // 40 for number in numbers(read_video(path, fps=15)[0])]
-    # WebP has milliseconds, so 70 ms are no rounding there: the last frame is shown long enough for two.
+    # WebP has milliseconds, so 70 ms is exact there: the last frame is shown long enough for two.
     assert read == [0, 1, 2, 3, 4, 5] + [5] * (suffix == ".webp" and duration == 70)
 
 
