@@ -139,7 +139,7 @@ def check_latents(latents: Tensor | None, config: ModelConfig) -> None:
     if latents.ndim != 5 or latents.shape[1] != config.in_channels:
         raise LongCatError(
             f"the latent is {list(latents.shape)} but LongCat-Video takes video latents [B, {config.in_channels}, T, "
-            "H/8, W/8] of the Wan 2.1 VAE; use EmptyHunyuanLatentVideo or a LongCat conditioning node"
+            "H/8, W/8] of the Wan 2.1 VAE; use Empty LongCat Latent or a LongCat conditioning node"
         )
     if latents.shape[3] % rows or latents.shape[4] % columns:
         height, width = 8 * latents.shape[3], 8 * latents.shape[4]

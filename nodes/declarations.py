@@ -52,16 +52,18 @@ _guidance = shared(
     help="CFG-zero scale: 4, or 1 for distilled and refine; 1 turns guidance off and takes half the time",
     shown="",
 )
-_kv_cache = shared("kv_cache", optional=True)
+_kv_cache = shared("kv_cache", optional=True, advanced=True)
 _width, _height = shared("width"), shared("height")
 _length = shared("frames", name="length", least=1 + FRAME_MULTIPLE)
+_batch_size = own("batch_size", "whole", "number of videos generated together, each from its own noise", 1, least=1,
+                  most=64, optional=True, advanced=True)  # fmt: skip
 _double_rate = own("double_rate", "switch", "double the frame rate as well; off: enlarge the picture only", True)
 
 
 def _sizes(choices: tuple[str, ...], help: str, width: Widget, height: Widget) -> tuple[Widget, ...]:
     """resolution, width and height; the first choice is the default, and `custom` is added."""
-    sides = (replace(side, row=replace(side.row, help=f"{side.row.help}; only for resolution custom"))
-             for side in (width, height))  # fmt: skip
+    sides = (replace(side, row=replace(side.row, help=f"{side.row.help}; only for resolution custom"),
+                     only_for=("resolution", CUSTOM)) for side in (width, height))  # fmt: skip
     help = f"{help}. custom: width and height below"
     return own("resolution", "choice", help, choices[0], choices=(*choices, CUSTOM)), *sides
 
@@ -69,15 +71,13 @@ def _sizes(choices: tuple[str, ...], help: str, width: Widget, height: Widget) -
 _given_sizes = (
     *_sizes(
         tuple(BUCKETS),
-        "480p or 720p: the trained size that is closest in aspect ratio; what does not fit is cropped "
-        "evenly",
+        "480p or 720p: the trained size that is closest in aspect ratio; what does not fit is cropped evenly",
         _width,
         _height,
     ),
     _length,
-    own("batch_size", "whole", "number of videos generated together, each from its own noise", 1, least=1, most=64,
-         optional=True),
-)  # fmt: skip
+    _batch_size,
+)
 _refined_sizes = _sizes(
     ("720p", TWICE),
     "720p: the 720p size that is closest in aspect ratio. twice the size: for LongCat-nano",
@@ -132,6 +132,8 @@ _OPTIMIZATIONS = {
     "fused_text": "run attention to the text in our Triton kernel, on CUDA and in 16 bits, unless the prompt is very "
     "long; the same mathematics with different rounding",
 }
+# What people choose by themselves; the other switches are on wherever they help.
+_CHOSEN = ("attention", "compile", "fp8", "fused_kernels", "split_guidance")
 # Added after workflows with this node had been saved without them.
 _ADDED = ("reuse_text", "reuse_modulation", "fused_step", "fp8", "fused_kernels", "split_guidance", "fused_text")
 
@@ -141,7 +143,7 @@ def _switches() -> tuple[Widget, ...]:
     kinds = get_type_hints(Optimizations)
     return tuple(
         own(field.name, "switch" if kinds[field.name] is bool else "choice", _OPTIMIZATIONS[field.name], field.default,
-             choices=get_args(kinds[field.name]), optional=field.name in _ADDED)
+             choices=get_args(kinds[field.name]), optional=field.name in _ADDED, advanced=field.name not in _CHOSEN)
         for field in fields(Optimizations)
     )  # fmt: skip
 
@@ -190,7 +192,7 @@ NODES: dict[str, Node] = {
             _model,
             _positive,
             _negative,
-            Socket("latent_image", "Latent", "EmptyHunyuanLatentVideo for text to video, LongCat Image to Video or "
+            Socket("latent_image", "Latent", "Empty LongCat Latent for text to video, LongCat Image to Video or "
                    "LongCat Video Continuation; for mode refine the latent of a video"),
             _seed,
             _steps,
@@ -216,6 +218,13 @@ NODES: dict[str, Node] = {
         "CFGZeroStar node computes something else; do not use it on the same model.",
         (_model, _positive, _negative, _guidance, _kv_cache),
         (Socket("", "Guider", "for SamplerCustomAdvanced"),),
+    ),
+    "LongCatEmptyLatent": Node(
+        "Empty LongCat Latent",
+        "Sets the size and the length of a video from text, for LongCat Sampler and for stock samplers. The stock "
+        "Empty HunyuanVideo 1.0 Latent makes the same latent.",
+        (_width, _height, shared("frames", name="length"), _batch_size),
+        (Socket("", "Latent", "empty, for latent_image of LongCat Sampler"),),
     ),
     "LongCatImageToVideo": Node(
         "LongCat Image to Video",
@@ -252,7 +261,7 @@ NODES: dict[str, Node] = {
             Socket("refined_before", "Image", "for a long video in pieces: the refined frames of the previous piece, "
                    "whose last ones replace the first ones of this piece", optional=True),
             shared("overlap", "refine", help="with refined_before: number of this piece's first frames that the "
-                "previous piece also has", most=92, optional=True),
+                "previous piece also has", most=92, optional=True, advanced=True),
         ),
         (
             Socket("", "Latent", "for LongCat Sampler in mode refine, at guidance 1"),
@@ -284,13 +293,13 @@ NODES: dict[str, Node] = {
             _guidance,
             own("mode", "choice", "schedule of the first segment and of the others. distilled: 16 steps, guidance 1, "
                  "with the cfg_step LoRA. base: for LongCat-nano", CONTINUATION, choices=tuple(LONG_MODES)),
-            shared("hand_off", "long"),
+            shared("hand_off", "long", advanced=True),
             _folder("longcat/long-video"),
             _kv_cache,
             Socket("begin_with", "Image", "a single image becomes the first frame; a clip is continued from its last "
                    "overlap frames. Both are scaled and cropped to width and height", optional=True),
             shared("fps", help="frame rate of the files in the folder, and at which the frames of a clip in begin_with "
-                   "are taken", optional=True),
+                   "are taken", optional=True, advanced=True),
             _clip_rate("begin_fps", "begin_with", "as many per second as fps says"),
         ),
         (
@@ -314,8 +323,8 @@ NODES: dict[str, Node] = {
             shared("steps", "refine"),
             _double_rate,
             *_refined_sizes,
-            shared("piece", "refine"),
-            shared("overlap", "refine"),
+            shared("piece", "refine", advanced=True),
+            shared("overlap", "refine", advanced=True),
             _folder("longcat/refined"),
             shared("fps", help="frame rate of the input video; only the output fps depends on it", optional=True),
         ),
@@ -332,9 +341,9 @@ NODES: dict[str, Node] = {
             replace(_model, help="LongCat-Video, for refining with the refinement LoRA"),
             shared("sparsity", "refine", nano=None),
             own("cdf_threshold", "number", "above 0: keep blocks until they hold this share of the attention, if that "
-                 "is more than sparsity keeps", 0.0, least=0.0, most=1.0, step=0.05, digits=3),
+                 "is more than sparsity keeps", 0.0, least=0.0, most=1.0, step=0.05, digits=3, advanced=True),
             own("chunk", "choice", "size of a block in tokens: frames, rows, columns; LongCat-Video uses 4x4x4",
-                 "4x4x4", choices=tuple(CHUNKS)),
+                 "4x4x4", choices=tuple(CHUNKS), advanced=True),
         ),
         (Socket("", "Model", "for LongCat Sampler in mode refine and for stock samplers"),),
     ),
@@ -355,7 +364,7 @@ NODES: dict[str, Node] = {
         "plots the times.",
         (
             replace(_model, help="A: LongCat-Video, with or without LongCat Optimizations"),
-            Socket("latent_image", "Latent", "sets the size of the video, for instance EmptyHunyuanLatentVideo; "
+            Socket("latent_image", "Latent", "sets the size of the video, for instance Empty LongCat Latent; "
                    "conditioning frames from a LongCat node are kept"),
             shared("steps", default=3, most=20, shown="", help="number of timed steps for each setting, after a first "
                 "step that also compiles; the median counts"),

@@ -16,6 +16,7 @@ FAMILIES = (
     "loaders",
     "optimizations",
     "sampling",
+    "empty_latent",
     "conditioning",
     "refine",
     "long_video",

@@ -33,12 +33,15 @@ class Socket:
 @dataclass(frozen=True)
 class Widget:
     """An input that is set on the node. new_seed: whether ComfyUI draws another value after each run; None if it is
-    not a seed."""
+    not a seed. advanced: few people need it, so the page folds it away. only_for: the input and the choice with which
+    it is used at all."""
 
     row: Option
     optional: bool = False
     multiline: bool = False
     new_seed: bool | None = None
+    advanced: bool = False
+    only_for: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -72,14 +75,18 @@ class Node:
     shows: bool = False
 
 
-def shared(name: str, command: str = "generate", /, *, optional: bool = False, **changes: Any) -> Widget:
+def shared(
+    name: str, command: str = "generate", /, *, optional: bool = False, advanced: bool = False, **changes: Any
+) -> Widget:
     """The option `name` of a command as a node's input, with `changes` to its row, such as another name."""
-    return Widget(replace(option(name, command), **changes), optional)
+    return Widget(replace(option(name, command), **changes), optional, advanced=advanced)
 
 
-def own(name: str, kind: Any, help: str, default: Any = None, *, optional: bool = False, **more: Any) -> Widget:
+def own(
+    name: str, kind: Any, help: str, default: Any = None, *, optional: bool = False, advanced: bool = False, **more: Any
+) -> Widget:
     """An input of the node's own, which is not an option of any command."""
-    return Widget(Option(name, kind, help, default, **more), optional)
+    return Widget(Option(name, kind, help, default, **more), optional, advanced=advanced)
 
 
 def long_text(widget: Widget) -> Widget:

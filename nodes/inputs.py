@@ -1,17 +1,22 @@
-"""Declarations of nodes as ComfyUI's schemas."""
+"""Declarations of nodes as ComfyUI's schemas.
+
+Arguments that this ComfyUI does not know are left out. What web/js/longcat.js reads travels under PAGE in an input.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
-from .declarations import NODES
-from .fields import Socket, Widget
+from .declarations import LONG_MODES, NODES
+from .fields import Node, Socket, Widget
+from .finding import PLACES
 
-CATEGORY = "LongCat"
 KINDS = {"whole": io.Int, "number": io.Float, "switch": io.Boolean, "text": io.String, "choice": io.Combo}
+PAGE = "longcat"
 
 
 class LongCatNode(io.ComfyNode):
@@ -31,13 +36,19 @@ class LongCatNode(io.ComfyNode):
 
 def schema(node_id: str, choices: dict[str, Sequence[str]]) -> io.Schema:
     """The schema of a declared node; `choices` replaces those of the inputs that it names."""
-    node = NODES[node_id]
+    node, place = NODES[node_id], PLACES[node_id]
+    # ComfyUI 0.8 does not know them.
+    finding = {"search_aliases": list(place.aliases), "essentials_category": place.essentials}
+    known = inspect.signature(io.Schema).parameters
     return io.Schema(
+        **{name: value for name, value in finding.items() if name in known},
         node_id=node_id,
         display_name=node.name,
-        category=CATEGORY,
+        category=place.category,
         description=node.description,
-        inputs=[_socket(field) if isinstance(field, Socket) else _widget(field, choices) for field in node.inputs],
+        inputs=[
+            _socket(field) if isinstance(field, Socket) else _widget(node, field, choices) for field in node.inputs
+        ],
         outputs=[
             getattr(io, output.kind).Output(display_name=output.name or None, tooltip=output.tooltip or None)
             for output in node.outputs
@@ -50,7 +61,7 @@ def _socket(field: Socket) -> io.Input:
     return getattr(io, field.kind).Input(field.name, optional=field.optional, tooltip=field.tooltip)
 
 
-def _widget(field: Widget, choices: dict[str, Sequence[str]]) -> io.Input:
+def _widget(node: Node, field: Widget, choices: dict[str, Sequence[str]]) -> io.Input:
     row = field.row
     settings: dict[str, Any] = {"default": row.default, "optional": field.optional, "tooltip": field.tooltip}
     if row.kind == "choice":
@@ -63,4 +74,24 @@ def _widget(field: Widget, choices: dict[str, Sequence[str]]) -> io.Input:
         settings["round"] = 10**-row.digits
     if field.new_seed is not None:
         settings["control_after_generate"] = field.new_seed
+    # An argument only since ComfyUI 0.33, but pages of 0.8 know it too.
+    extra: dict[str, Any] = {"advanced": True} if field.advanced else {}
+    if field.only_for:
+        extra[PAGE] = {"only_for": dict([field.only_for])}
+    if sets := row.kind == "choice" and mode_defaults(node, field):
+        extra[PAGE] = {"sets": sets}
+    settings["extra_dict"] = extra or None
     return KINDS[row.kind].Input(row.name, **{name: value for name, value in settings.items() if value is not None})
+
+
+def mode_defaults(node: Node, field: Widget) -> dict[str, dict[str, dict[str, float]]]:
+    """For an input that chooses a schedule: choice -> another input -> its default then, and the most that fits."""
+    if field.name != "mode":
+        return {}
+    rows = [other.row for other in node.inputs if isinstance(other, Widget) and other.row.schedules]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for choice in field.row.choices:
+        schedule = LONG_MODES.get(choice, (choice,))[0]
+        values = {row.name: row.schedules.get(schedule, (row.default, row.most)) for row in rows}
+        found[choice] = {name: {"default": default, "most": most} for name, (default, most) in values.items()}
+    return found

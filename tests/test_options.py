@@ -25,7 +25,7 @@ from longcat_core.model.kv_cache import KV_MODES
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.switches import CompileMode, Optimizations
 from longcat_core.sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from longcat_core.sampling.schedules import MODES
+from longcat_core.sampling.schedules import DISTILLED_GRID, MODES
 from longcat_core.training.lora import Recipe
 
 from .public_face import DATA, ROOT
@@ -161,6 +161,13 @@ def test_defaults_of_models_are_those_of_requests():
     filled = GenerateRequest("a").filled(RELEASED)
     assert (option("steps").default, option("guidance").default) == (filled.steps, filled.guidance_scale)
     assert option("schedule").default == filled.schedule
+
+
+def test_defaults_of_schedules_are_those_of_requests():
+    distilled = GenerateRequest("a", schedule="distilled").filled(RELEASED)
+    steps, guidance = (option(name).schedules["distilled"] for name in ("steps", "guidance"))
+    assert (steps[0], guidance[0]) == (distilled.steps, distilled.guidance_scale)
+    assert steps[1] == DISTILLED_GRID
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ Imports nothing heavy, so that `longcat --help` answers at once. `cli/options.py
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["whole", "number", "switch", "text", "choice", "size", "path", "lora"]
@@ -52,7 +52,8 @@ class Option:
     help: one sentence, without its final period. default: of the released model. nano: of the bundled model where that
     differs. filled: the command passes None and the request fills in the default, because it depends on the model or
     on other options. shown: words for the default where its value does not say enough. least, most, step: the range of
-    a number. digits: decimals that a node rounds to. commands, heading: which commands list it, under which heading.
+    a number. digits: decimals that a node rounds to. schedules: default and largest value that fits of the schedules
+    where these differ. commands, heading: which commands list it, under which heading.
     common: it is in the README's table. needs: what it works on, all of which a run must have: options by their names,
     joined by "or" where one is enough, or A_GPU, GUIDANCE, MORE.
     """
@@ -68,6 +69,7 @@ class Option:
     most: float | None = None
     step: float | None = None
     digits: int | None = None
+    schedules: dict[str, tuple[float, float]] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     short: str = ""
@@ -240,9 +242,10 @@ OPTIONS: tuple[Option, ...] = (
         SAMPLING,
         _VIDEOS,
         Option("steps", "whole", "number of denoising steps", filled=True, shown="50; distilled 16", common=True,
-               **_steps),
+               schedules={"distilled": (16, 50)}, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off and takes half the time", filled=True,
-               shown="4; distilled 1", common=True, **_guidance),
+               shown="4; distilled 1", common=True, schedules=dict.fromkeys(("distilled", "refine"), (1.0, 1.0)),
+               **_guidance),
         Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
                filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True),
         Option("distilled", "switch", "the distilled schedule with 16 steps and guidance 1; it needs the step LoRA",
