@@ -49,9 +49,7 @@ def pages() -> dict[Path, str]:
 def outdated() -> dict[Path, str]:
     """The pages whose file differs, and their text as it should be."""
     return {
-        path: text
-        for path, text in pages().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
+        path: text for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text
     }
 
 
@@ -100,16 +98,18 @@ def _full_line(row: Any) -> tuple[str, ...]:
 
 
 def _node_page(node: Any) -> str:
-    inputs = _table(
-        ("input", "default", "meaning"),
-        ((f"`{field.name}`", field.default_words or _optional(field), field.sentence) for field in node.inputs),
-    )
+    # ComfyUI's panel shows two columns; a third one lies beyond its edge.
+    inputs = _table(("input", "meaning"), ((f"`{field.name}`", _meaning(field)) for field in node.inputs))
     outputs = "".join(f"- {_output(output)}\n" for output in node.outputs)
     return f"# {node.name}\n\n{node.description}\n\n{inputs}\n**Outputs**\n\n{outputs}"
 
 
-def _optional(field: Any) -> str:
-    return "not connected" if field.optional else ""
+def _meaning(field: Any) -> str:
+    """The sentence of an input, and its default."""
+    default = field.default_words
+    if not default:
+        return f"{field.sentence} Optional." if field.optional else field.sentence
+    return f"{field.sentence} **Default:** {default}."
 
 
 def _output(output: Any) -> str:

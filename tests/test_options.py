@@ -248,6 +248,17 @@ def test_a_missing_row_is_found(monkeypatch):
     assert {path.name for path in PAGES.outdated()} == {"README.md", "options.md"}
 
 
+def test_a_help_page_has_the_meaning_in_its_second_and_last_column():
+    """ComfyUI's panel is so narrow that a third column lies beyond its edge."""
+    for node_id, node in DECLARED.items():
+        page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+        rows = [line.strip("| ").split(" | ") for line in page.split("**Outputs**")[0].splitlines() if line[:1] == "|"]
+        assert rows[0] == ["input", "meaning"] and {len(row) for row in rows} == {2}
+        for field, (name, meaning) in zip(node.inputs, rows[2:], strict=True):
+            assert name == f"`{field.name}`" and meaning.startswith(field.sentence)
+            assert field.default_words in meaning
+
+
 def test_notes_of_a_help_page_are_kept(monkeypatch, tmp_path):
     folder = tmp_path / "web" / "docs"
     folder.mkdir(parents=True)
