@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..errors import LongCatError
 from ..model.block import Block
@@ -51,7 +51,7 @@ def _split(layer: nn.Linear, parts: int = 1) -> list[nn.Linear]:
 
 def _fp32_autocast(x: Tensor) -> AbstractContextManager:
     # Only CUDA has an autocast to fp32.
-    return torch.autocast("cuda", dtype=torch.float32) if x.device.type == "cuda" else nullcontext()
+    return autocast("cuda", dtype=torch.float32) if x.device.type == "cuda" else nullcontext()
 
 
 def _autocast_linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..errors import LongCatError
 from ..generate.vae import load_vae, save_vae
@@ -165,7 +165,7 @@ def _training_step(
     """
     cuda = video.device.type == "cuda"
     mean, std = statistics
-    with torch.autocast(video.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
+    with autocast(video.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
         latents = (encode_whole(vae, video).float() - mean) / std
         amount = LATENT_NOISE * torch.rand(len(video), 1, 1, 1, 1, device=video.device)
         noisy = latents + amount * torch.randn_like(latents)

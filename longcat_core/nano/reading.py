@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Linear
 
 from .world import BACKGROUNDS, COLORS, MAX_ACTORS, MOTIONS, SHAPES, Scene, actor_spans, caption, sample_scene
 
@@ -81,7 +82,7 @@ def train_text_encoder(
     )
     wanted = [answers(processor, text, scene, tokens) for text, scene in zip(texts, scenes, strict=True)]
     right = torch.tensor(wanted, device=device)
-    heads = nn.Linear(encoder.config.d_model, sum(map(len, QUESTIONS.values())), device=device)
+    heads = Linear(encoder.config.d_model, sum(map(len, QUESTIONS.values())), device=device)
     sizes = [len(choices) for choices in QUESTIONS.values()]
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
@@ -96,7 +97,7 @@ def train_text_encoder(
         loss = sum(losses[1:], losses[0])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step >= steps - 50:

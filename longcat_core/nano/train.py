@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 
 from ..checkpoints.formats import OFFICIAL
 from ..checkpoints.load import official_state
@@ -133,7 +133,7 @@ def encode_clips(vae: Any, bucket: Bucket, encoder: TextEncoder, seed: int, devi
     for start in range(0, bucket.clips, chunk):
         rows = slice(start, start + chunk)
         video = render(placements[rows].to(device), bucket.frames, bucket.height, bucket.width, fps=bucket.fps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mu = encode_whole(vae.model, video * 2 - 1).float()
         latents.append(((mu - mean) / std).to(torch.bfloat16))
     text = _embed(encoder, [caption(s, rng if k else None) for s in scenes for k in range(PARAPHRASES)])
@@ -191,7 +191,7 @@ class Trainer:
     def _step(self, lesson: Lesson, latents: Tensor, sigmas: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         # Without the weight cache, which a captured graph would read stale.
         cuda = self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
+        with autocast(self.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
             text = fold_padding(context, mask != 0, self.model.embed_tokens, TEXT_LENGTH).expand(len(latents))
             loss = flow_matching_loss(self.model, latents, sigmas, text, num_cond_latents=lesson.cond)
         loss.backward()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..model.config import ModelConfig
 from ..model.layers import LayerNorm, RMSNorm, gated, modulate
@@ -46,7 +46,7 @@ class OpSwitches(NamedTuple):
 def sliceable(layer: nn.Module, x: Tensor) -> bool:
     """Whether a slice of the layer's weight may multiply x by itself.
 
-    Layers other than a plain nn.Linear (streamed, quantized or patched by their owner) must run whole.
+    Layers of another class than `nn.Linear`, streamed, quantized or patched by their owner, must run whole.
     """
     return type(layer) is nn.Linear
 
@@ -92,7 +92,7 @@ class TorchOps(PlainOps):
     def fp32_region(self, device: torch.device) -> AbstractContextManager:
         # Autocast to fp32 exists on CUDA only; elsewhere both settings of the switch use explicit casts.
         explicit = self.switches.explicit_fp32 or device.type != "cuda"
-        return nullcontext() if explicit else torch.autocast("cuda", dtype=torch.float32)
+        return nullcontext() if explicit else autocast("cuda", dtype=torch.float32)
 
     def linear(self, layer: nn.Module, x: Activations) -> Tensor:
         wide = not self.switches.fp8 and getattr(layer, "eight_bit", False)
