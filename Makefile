@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMFYUI_STAMP := $(VENV)/.installed-comfyui-test
+REGISTRY_STAMP := .venv-registry/.installed
 
-.PHONY: demo test test-comfyui fuzz lint clean
+.PHONY: demo test test-comfyui test-registry fuzz lint clean
 
 demo: $(STAMP)
 	$(BIN)/longcat generate "a red circle moves right on a blue background" \
@@ -21,6 +22,11 @@ test: $(STAMP)
 # page share no server, so each file has a worker and a server of its own.
 test-comfyui: $(COMFYUI_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 2 --dist loadfile --durations=8 tests/comfyui
+
+# The package and what the registry reads of it, with the registry's own tools. They have an environment of their own,
+# because their dependencies differ from ours.
+test-registry: $(STAMP) $(REGISTRY_STAMP)
+	$(BIN)/python -m pytest -q -rs tests/registry
 
 # Mutated files of every kind for SECONDS; what is found is kept in fuzz-findings/.
 SECONDS := 3600
@@ -42,6 +48,11 @@ $(COMFYUI_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[comfyui-test]' -c constraints.txt
 	touch $@
 
+$(REGISTRY_STAMP): tests/registry/tools.txt
+	$(PYTHON) -m venv .venv-registry
+	.venv-registry/bin/python -m pip install --quiet --disable-pip-version-check -r tests/registry/tools.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache demo.mp4 demo.png fuzz-findings fuzz.log
+	rm -rf $(VENV) .venv-registry build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache demo.mp4 demo.png fuzz-findings fuzz.log
 	find longcat_core nodes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,26 @@
-"""`python -m longcat_core`: the same as the command `longcat`."""
+"""The command `longcat`, also as `python -m longcat_core`."""
 
 from __future__ import annotations
 
 import sys
 
-from .cli.main import main
 
-sys.exit(main())
+def run() -> int:
+    """Run the command with the program's arguments; the exit code."""
+    # Inside ComfyUI the pack must not install anything, so an installation without extras has no packages.
+    try:
+        from .cli.main import main
+
+        return main()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("longcat_core"):
+            raise
+        print(
+            f"longcat: error: the command needs the package {error.name}; run: pip install 'longcat-video[headless]'",
+            file=sys.stderr,
+        )
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())

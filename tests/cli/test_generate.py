@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -307,6 +308,16 @@ def test_module_and_help_without_heavy_imports() -> None:
     assert result.returncode == 0 and "--negative-prompt" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "argparse" in imported and not imported & {"torch", "numpy", "av", "diffusers", "transformers", "tqdm"}
+
+
+def test_missing_packages_are_a_sentence() -> None:
+    """-S leaves the installed packages out, as an installation without extras has them."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); import longcat_core.__main__ as m; "
+    result = _run("-S", "-c", f"{code}sys.exit(m.run())", "generate", PROMPT)
+    assert result.returncode == 2 and re.fullmatch(
+        r"longcat: error: the command needs the package \w+; run: pip install 'longcat-video\[headless\]'\n",
+        result.stderr,
+    )
 
 
 def test_error_of_the_real_process() -> None:
