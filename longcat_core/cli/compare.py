@@ -22,6 +22,7 @@ from ..files.places import check_place, check_suffix
 from ..generate.opened import OpenedModel
 from ..generate.options import A_GPU, MEMORY, MODEL, SAMPLING, WHAT, of_command
 from ..generate.paths import ModelPaths
+from ..generate.progress import LOADING, sampled
 from ..generate.request import FilledRequest, check_seed, work_of
 from ..measure.charts import fidelity_plot, side_by_side
 from ..measure.clock import clean_up, is_out_of_memory, synchronize
@@ -225,14 +226,15 @@ class _Run:
 
     def compare(self) -> Fidelity:
         first = self.sides[0]
-        waiting = list(self.sides)
-        while waiting:
-            model = waiting[0].model
-            group = [side for side in waiting if side.model == model]
-            waiting = [side for side in waiting if side.model != model]
+        groups: list[list[_Side]] = []
+        for side in self.sides:
+            group = next((group for group in groups if group[0].model == side.model), None)
+            groups.append([side]) if group is None else group.append(side)
+        for group in groups:
             self._load(group)
             if first in group:
                 group[1:1] = self._floor(first)
+                self._plan(groups)
             self._run(group)
         self.pipeline = None
         reference, *others = (self.settings[side.name] for side in self.sides)
@@ -241,6 +243,11 @@ class _Run:
         what = described(len(self.videos), size, request.steps, request.guidance_scale, first.device, dtype)
         return Fidelity(reference, others, self.settings.get(FLOOR), self.no_floor, what, self.picks)
 
+    def _plan(self, groups: Sequence[Sequence[_Side]]) -> None:
+        """One bar for all videos of all settings, in the order in which they are made."""
+        sides = [side for group in groups for _ in self.videos for side in group]
+        self.bar.plan([sampled(side.request.schedule, side.request.steps, side.name) for side in sides], what="video")
+
     def _load(self, group: Sequence[_Side]) -> None:
         side = group[0]
         if self.pipeline is not None:
@@ -248,7 +255,9 @@ class _Run:
             self.pipeline = None
             clean_up(side.device)
         work = max((work_of(other.request) for other in group), key=lambda work: (work.guided, work.cond_latents))
+        self.bar.task.phase(LOADING)
         self.pipeline = load_models(side.args, side.opened, side.device, work)
+        self.pipeline.on_phase = lambda name: self.bar.task.phase(name)
 
     def _floor(self, side: _Side) -> list[_Side]:
         """A with another exact kernel, or nothing if this machine has none; `no_floor` then has the reason."""
@@ -283,6 +292,7 @@ class _Run:
                     if side.name != FLOOR or not is_out_of_memory(error):
                         raise
                     group.remove(side)
+                    self.bar.task.drop(FLOOR)
                     del self.settings[FLOOR]
                     self.no_floor = f"the other exact kernel, {side.args.attention}, ran out of memory"
 
@@ -299,7 +309,7 @@ class _Run:
 
     def _video(self, side: _Side, i: int) -> None:
         setting = self.settings[side.name]
-        clock = _Clock(self.bar, side.device, f"{side.name}, video {i + 1}/{len(self.videos)}")
+        clock = _Clock(self.bar, side.device)
         frames = self._sample(side, i, clock)
         if side.name != FLOOR:
             setting.seconds.append(clock.seconds)
@@ -313,6 +323,7 @@ class _Run:
             setting.distances.append(distance(frames, self.frames[i], self.given))
         self.folder.mkdir(exist_ok=True)
         write_video(self.folder / f"{side.name.replace(' ', '-')}-{i + 1}.mkv", frames, side.args.fps)
+        self.bar.task.finish()
 
     def _first_step(self, side: _Side) -> float:
         """Seconds until one step is done, so that compiling and choosing kernels does not count in the samplings."""
@@ -331,8 +342,8 @@ class _Clock:
     """Callback of one sampling. seconds: up to its last step, with the prompt's encoding; computed: steps that were not
     skipped."""
 
-    def __init__(self, bar: Progress, device: torch.device, label: str) -> None:
-        self.bar, self.device, self.label = bar, device, label
+    def __init__(self, bar: Progress, device: torch.device) -> None:
+        self.bar, self.device = bar, device
         self.started, self.seconds, self.computed, self.steps = time.perf_counter(), 0.0, 0, 0
 
     def __call__(self, step: Step) -> None:
@@ -341,7 +352,7 @@ class _Clock:
         if step.index == step.total - 1:
             synchronize(self.device)
             self.seconds = time.perf_counter() - self.started
-        self.bar(step, self.label)
+        self.bar(step)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

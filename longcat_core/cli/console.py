@@ -8,11 +8,12 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import LongCatError, printable
+from ..generate import progress as core
 
 if TYPE_CHECKING:
     from ..sampling.sampler import Step
@@ -124,33 +125,54 @@ def standard_streams() -> Iterator[Stream]:
 
 
 class Progress:
-    """A bar on stderr that counts the steps of each sampling in turn; `say` prints sentences above it, on stdout."""
+    """A bar on stderr for a whole task, with the words of `generate.progress`; `say` prints sentences above it, on
+    stdout."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
         self.bar: Any = None
+        self.task = core.Progress(show=self._show)
 
-    def __call__(self, step: Step, label: str = "sampling") -> None:
-        if self.bar is None:
-            self.bar = self.make()
-        if step.index == 0:
-            self.bar.set_description(printable(label), refresh=False)
-            self.bar.reset(total=step.total)
-        self.bar.update()
+    def plan(self, parts: Sequence[core.Part], **options: Any) -> core.Progress:
+        """Begin a task of these parts; options: those of `generate.progress.Progress`."""
+        self.task = core.Progress(parts, self._show, **options)
+        return self.task
 
-    def count(self, done: int, of: int, label: str) -> None:
+    def __call__(self, step: Step) -> None:
+        """The callback of a sampling run."""
+        self.task.step(step.index + 1, step.total)
+
+    def count(self, done: int, of: int, label: str, unit: str = "step") -> None:
         """Show `done` of `of` pieces of work; the first call may find some already done."""
-        if self.bar is None:
-            self.bar = self.make()
-        if self.bar.total != of or done <= self.bar.n:
-            if self.bar.total is not None:
-                self.bar.reset()
-            self.bar.total, self.bar.initial = of, done - 1
-        self.bar.set_description(printable(label), refresh=False)
-        self.bar.update(done - self.bar.n)
+        if (self.task.total, self.task.unit) != (of, unit) or done <= self.task.done:
+            self.plan([core.Part(of)], unit=unit, closing=False)
+        self.task.label = label
+        self.task.step(done)
 
     def say(self, sentence: str) -> None:
         print(sentence, flush=True) if self.bar is None else self.bar.write(printable(sentence))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the bar with what the task took, or with where `error` ended it."""
+        if self.bar is None:
+            return
+        if self.task.parts:
+            how = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+            self.bar.set_description_str(
+                printable(self.task.summary() if error is None else self.task.stopped(how)), refresh=False
+            )
+        self.bar.close()
+
+    def _show(self, task: core.Progress) -> None:
+        if self.bar is None:
+            self.bar = self.make()
+        if self.bar.total != task.total or task.done < self.bar.n:
+            self.bar.reset(total=max(1, task.total))
+        self.bar.set_description_str(printable(task.words), refresh=False)
+        if task.done > self.bar.n:
+            self.bar.update(task.done - self.bar.n)
+        else:
+            self.bar.refresh()
 
 
 @contextlib.contextmanager
@@ -161,12 +183,14 @@ def progress(**options: Any) -> Iterator[Progress]:
     except ImportError as error:
         raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
 
-    bar = Progress(lambda: tqdm(**{"unit": "step", "dynamic_ncols": True} | options))
+    shown = {"bar_format": "{percentage:3.0f}% |{bar:20}| {desc}", "dynamic_ncols": True, "miniters": 1}
+    bar = Progress(lambda: tqdm(**shown | options))
     try:
         yield bar
-    finally:
-        if bar.bar is not None:
-            bar.bar.close()
+    except BaseException as error:
+        bar.close(error)
+        raise
+    bar.close()
 
 
 @contextlib.contextmanager

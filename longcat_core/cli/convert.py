@@ -22,10 +22,10 @@ def convert(args: argparse.Namespace) -> int:
     check_place(args.destination)
     args.outputs.hold(args.destination, "DST")
     # A small model is done before anyone could read a bar.
-    with progress(unit="tensor", delay=1, leave=False) as bar:
+    with progress(delay=1, leave=False) as bar:
 
         def report(done: int, of: int) -> None:
-            bar.count(done, of, "writing" if done <= of // 2 else "checking")
+            bar.count(done, of, "writing" if done <= of // 2 else "checking", "tensor")
 
         errors = conversion.convert(args.source, args.destination, args.to, report)
     if args.report is not None:

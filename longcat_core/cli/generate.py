@@ -24,6 +24,7 @@ from ..generate.media import contact_sheet
 from ..generate.options import A_GPU, GUIDANCE, MORE
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
+from ..generate.progress import LOADING, SAVING, sampled, segments_of
 from ..generate.refine import RefineRequest, footage_of, piece_folder, refine_in_folder
 from ..generate.refine import refine as refined
 from ..generate.request import GenerateRequest, require_filled, work_of
@@ -77,8 +78,11 @@ class _Task:
         there = (*there, A_GPU) if self.device.type == "cuda" else there
         print_notes([*self.args.outputs.notes, *without_effect(self.args, there), *sentences])
 
-    def load(self, work: Work) -> Pipeline:
-        return load_models(self.args, self.model, self.device, work)
+    def load(self, work: Work, bar: Progress) -> Pipeline:
+        bar.task.phase(LOADING)
+        pipeline = load_models(self.args, self.model, self.device, work)
+        pipeline.on_phase = lambda name: bar.task.phase(name)
+        return pipeline
 
     def run(self, make: Callable[[Progress], Frames]) -> Frames:
         """Write the frames that `make` returns, and return them."""
@@ -110,7 +114,15 @@ def generate(args: argparse.Namespace) -> int:
     output = args.output or args.outputs.default(Path(OUTPUT))
     task = _Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
     task.note(request.notes(), *guidance_of(request))
-    frames = task.run(lambda bar: request.begun(task.load(work_of(request)).generate(request, bar).frames))
+
+    def make(bar: Progress) -> np.ndarray:
+        bar.plan([sampled(request.schedule, request.steps)])
+        made = task.load(work_of(request), bar).generate(request, bar).frames
+        bar.task.finish()
+        bar.task.phase(SAVING)
+        return request.begun(made)
+
+    frames = task.run(make)
     if args.contact_sheet is not None:
         contact_sheet(args.contact_sheet, frames, request.prompt, fps=request.fps)
     return task.report()
@@ -138,9 +150,12 @@ def long(args: argparse.Namespace) -> int:
     work, finished = work_of(first, request.overlap), []
 
     def segments(bar: Progress) -> Iterator[np.ndarray]:
-        for segment in long_video(lambda: task.load(work), request, folder, _labeled(bar, "segment")):
+        bar.plan(segments_of(request), what="segment")
+        for segment in long_video(lambda: task.load(work, bar), request, folder, _steps(bar)):
             finished.append(segment)
+            bar.task.finish(reused=segment.reused)
             bar.say(segment.summary(folder.path))
+        bar.task.phase(SAVING)
         whole = new_frames(folder, finished)
         return chain([require_filled(first).begun(next(whole))], whole)
 
@@ -175,24 +190,33 @@ def refine(args: argparse.Namespace) -> int:
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 
-    def load() -> Pipeline:
-        return task.load(request.work(video, paths.defaults))
+    def load(bar: Progress) -> Pipeline:
+        return task.load(request.work(video, paths.defaults), bar)
+
+    def planned(bar: Progress) -> Callable[[int, int, Any], None]:
+        bar.plan([sampled("refine", request.steps)] * len(request.pieces(video)), what="piece")
+        return _steps(bar)
 
     def kept(folder: SegmentFolder, bar: Progress) -> Iterator[np.ndarray]:
         # All pieces first: one that fails must not leave an encoder waiting.
         done = []
-        callback = _labeled(bar, "piece")
-        pieces = refine_in_folder(load, paths.defaults, video, request, folder, task.settings(), callback)
+        callback = planned(bar)
+        pieces = refine_in_folder(lambda: load(bar), paths.defaults, video, request, folder, task.settings(), callback)
         for number, skip, reused in pieces:
             done.append((number, skip))
+            bar.task.finish(reused=reused)
             bar.say(f"piece {number + 1}: {'already in' if reused else 'finished and saved in'} {folder.path}")
+        bar.task.phase(SAVING)
         for number, skip in done:
             yield folder.frames(number, skip)
 
-    if folder is None:
-        task.run(lambda bar: refined(load(), video, request, _labeled(bar, "piece")))
-    else:
-        task.run(lambda bar: kept(folder, bar))
+    def written(bar: Progress) -> Iterator[np.ndarray]:
+        callback = planned(bar)
+        for frames in refined(load(bar), video, request, callback):
+            bar.task.finish()
+            yield frames
+
+    task.run(written if folder is None else lambda bar: kept(folder, bar))
     return task.report()
 
 
@@ -234,9 +258,9 @@ def print_notes(sentences: Iterable[str]) -> None:
         note(sentence)
 
 
-def _labeled(bar: Progress, what: str) -> Callable[[int, int, Any], None]:
-    """A callback of a task in parts that shows `segment 2/5` on the bar."""
-    return lambda number, total, step: bar(step, f"{what} {number + 1}/{total}")
+def _steps(bar: Progress) -> Callable[[int, int, Any], None]:
+    """A callback of a task in parts."""
+    return lambda number, total, step: bar(step)
 
 
 def _schedule(args: argparse.Namespace) -> str | None:

@@ -51,7 +51,8 @@ def train_lora(args: argparse.Namespace) -> int:
             nonlocal smooth
             if loss is not None:
                 smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-            bar.count(done, of, what if loss is None else f"{what}, loss {smooth:.4f}")
+            label = what if loss is None else f"{what}, loss {smooth:.4f}"
+            bar.count(done, of, label, "clip" if loss is None else "step")
 
         file = training.train_lora(
             *(model, clips, recipe, args.output),

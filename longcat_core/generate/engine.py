@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -65,6 +66,13 @@ class Engine(ABC):
     """
 
     defaults: Defaults
+    # Called with what begins, in words of `progress`: ENCODING, DECODING, COMPILING, or "" for the steps.
+    on_phase: Callable[[str], None] | None = None
+
+    def begins(self, phase: str) -> None:
+        """Tell `on_phase`, if anybody listens."""
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
     @property
     def channels(self) -> int:

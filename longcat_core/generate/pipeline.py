@@ -19,6 +19,7 @@ from ..checkpoints.load import load_transformer
 from ..checkpoints.lora import Lora, check_loras
 from ..checkpoints.merged import MergedLoras
 from ..errors import CheckpointError, LongCatError, check_choice, check_type, is_whole
+from ..optimize.compilation import compiles
 from ..optimize.plan import Plan, Work, apply_plan, smaller
 from ..optimize.quantization import Policy
 from ..optimize.streaming import spread
@@ -30,6 +31,7 @@ from .inputs import check_tensor, device_of, dtype_of, loras_of
 from .opened import OpenedModel, open_model
 from .paths import ModelPaths
 from .placement import Placement
+from .progress import COMPILING, DECODING, ENCODING
 from .request import RELEASED, Defaults
 from .text import TextEncoder, load_text_encoder
 from .turns import Turns
@@ -188,11 +190,13 @@ class Pipeline(Engine):
     def encode(self, pixels: Tensor) -> Tensor:
         check_tensor("the video", pixels, (None, 3, None, None, None))
         with self.turn():
+            self.begins(ENCODING)
             return self._tiled_if_needed(self.vae.encode, pixels)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         check_tensor("the latents", latents, (1, self.channels, None, None, None))
         with self.turn():
+            self.begins(DECODING)
             frames = self._tiled_if_needed(self.vae.decode, latents)
         check_finite(frames, "the VAE")
         return frames[0].mul(255).round().to("cpu", torch.uint8).numpy()
@@ -228,9 +232,13 @@ class Pipeline(Engine):
             share = schedule.timesteps[0] / 1000
             start = (1 - share) * options.clean + share * noise.to(options.clean)
         guided = options.guidance_scale != 1
+        self.begins(ENCODING)
         context, mask = self._text("prompt", prompt)
         negative = self._text("negative prompt", options.negative_prompt) if guided else (None, None)
         before, self.model.block_sparse = self.model.block_sparse, options.block_sparse
+        announce = self.model.announce
+        self.model.announce = lambda sentence: self._announced(sentence, announce)
+        self.begins("")
         try:
             return sample(
                 self.model,
@@ -249,10 +257,15 @@ class Pipeline(Engine):
                 callback=self._turns.guard(options.callback),
             )
         finally:
-            self.model.block_sparse = before
+            self.model.block_sparse, self.model.announce = before, announce
             if self.model.stream is not None:
                 # The VAE is next and needs the memory.
                 self.model.stream.rest()
+
+    def _announced(self, sentence: str, announce: Callable[[str], None]) -> None:
+        if compiles(sentence):
+            self.begins(COMPILING)
+        announce(sentence)
 
     def _text(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
         context, mask = self.text_encoder.encode([prompt])

@@ -22,6 +22,11 @@ NOTICE = "compiling {}; this takes about a minute the first time"
 GRAPHS = 64
 
 
+def compiles(sentence: str) -> bool:
+    """Whether an announced sentence says that a call is about to compile."""
+    return sentence.startswith(NOTICE.partition(" ")[0])
+
+
 def why_not(device: torch.device) -> str:
     """Why torch.compile cannot work for tensors on `device`, or ""."""
     if device.type == "cuda":
