@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import comfy.ldm.wan.vae
 import comfy.model_management
 import comfy.sd
@@ -14,13 +12,14 @@ from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.media import resize_and_crop
-from ..longcat_core.files.media.timing import even_picks
 from ..longcat_core.generate.options import FPS
-from ..longcat_core.generate.request import check_frames, check_number, check_side
+from ..longcat_core.generate.request import check_frames, check_side
 from ..longcat_core.sampling.buckets import nearest_bucket
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from .declarations import CUSTOM
+from .images import check_images, to_bytes, to_image
 from .inputs import LongCatNode
+from .video import end_of_clip
 
 
 def require_wan_vae(vae: comfy.sd.VAE) -> None:
@@ -30,16 +29,6 @@ def require_wan_vae(vae: comfy.sd.VAE) -> None:
             f"the VAE is of class {type(vae.first_stage_model).__name__}; connect the Wan 2.1 VAE (Load VAE: "
             "wan_2.1_vae, or longcat_nano_vae for LongCat-nano)"
         )
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """IMAGE [F, H, W, C] in 0..1 -> uint8 [F, H, W, 3]."""
-    return images[..., :3].mul(255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
-
-
-def to_image(frames: np.ndarray) -> Tensor:
-    """uint8 [F, H, W, 3] -> IMAGE [F, H, W, 3], fp32 in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).float() / 255
 
 
 def put_clean(samples: Tensor, clean: Tensor) -> Tensor:
@@ -55,9 +44,9 @@ def put_clean(samples: Tensor, clean: Tensor) -> Tensor:
 
 
 def conditioned_latent(
-    vae: comfy.sd.VAE, frames: Tensor, resolution: str, width: int, height: int, length: int, batch_size: int
+    vae: comfy.sd.VAE, frames: np.ndarray, resolution: str, width: int, height: int, length: int, batch_size: int
 ) -> dict[str, Tensor]:
-    """An empty video latent that begins with frames [F, H, W, 3] in 0..1, which its noise_mask keeps.
+    """An empty video latent that begins with uint8 frames [F, H, W, 3], which its noise_mask keeps.
 
     Raises LongCatError for a length or a size that is out of range.
     """
@@ -72,33 +61,10 @@ def conditioned_latent(
         height, width = nearest_bucket(*frames.shape[1:3], resolution)
     check_side("width", width)
     check_side("height", height)
-    clean = vae.encode(to_image(resize_and_crop(to_bytes(frames), height, width)))
+    clean = vae.encode(to_image(resize_and_crop(frames, height, width)))
     shape = latent_shape(length, height, width)
     samples = torch.zeros((batch_size, *shape), device=comfy.model_management.intermediate_device())
     return {"samples": samples, "noise_mask": put_clean(samples, clean)}
-
-
-def check_images(name: str, images: Tensor) -> None:
-    """Raise LongCatError unless `images` is an IMAGE [F, H, W, C] with frames and at least three channels."""
-    if images.ndim != 4 or images.shape[-1] < 3 or not len(images):
-        raise LongCatError(f"{name} is {list(images.shape)}; connect an IMAGE with three channels [frames, H, W, 3]")
-
-
-def end_of_clip(name: str, clip: Tensor, fps: float, rate: float, count: int) -> Tensor:
-    """The last `count` frames of a clip [F, H, W, C] of `fps` frames per second, taken by their time at `rate`.
-
-    Raises LongCatError for a clip that is too short.
-    """
-    check_number("fps", fps, 0.1, 1000.0)
-    taken = even_picks(len(clip), fps, rate)
-    if len(taken) < count:
-        raise LongCatError(
-            f"{name} lasts {len(clip) / fps:.2f} s at {fps:g} fps, and {count} frames to continue from last "
-            f"{count / rate:.2f} s at {rate:g} fps; connect a longer clip, correct its fps or continue fewer frames"
-        )
-    if fps != rate:
-        logging.info("LongCat: %s has %g frames per second; they are taken by their time, at %g", name, fps, rate)
-    return clip[taken[-count:]]
 
 
 class ImageToVideo(LongCatNode):
@@ -112,7 +78,7 @@ class ImageToVideo(LongCatNode):
                 f"image holds {len(image)} images, but a video starts with one; take one out of the batch "
                 "(ImageFromBatch), or connect the frames of a clip to LongCat Video Continuation"
             )
-        return io.NodeOutput(conditioned_latent(vae, image, resolution, width, height, length, batch_size))
+        return io.NodeOutput(conditioned_latent(vae, to_bytes(image), resolution, width, height, length, batch_size))
 
 
 class VideoContinuation(LongCatNode):
@@ -122,7 +88,6 @@ class VideoContinuation(LongCatNode):
     def execute(
         cls, vae, video, cond_frames, resolution, width, height, length, batch_size=1, fps=FPS
     ) -> io.NodeOutput:
-        check_images("video", video)
         latent_frames(cond_frames, "cond_frames")
         frames = end_of_clip("video", video, fps, FPS, cond_frames)
         return io.NodeOutput(conditioned_latent(vae, frames, resolution, width, height, length, batch_size))

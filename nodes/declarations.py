@@ -96,14 +96,24 @@ def _clip_rate(name: str, clip: str, taken: str) -> Widget:
         optional=True,
         least=0.1,
         most=1000.0,
-        help=f"frame rate of {clip}, for instance the fps of Get Video Components; its frames are taken by their time, "
-        f"{taken}",
+        help=f"frame rate of {clip} if it is frames, for instance the fps of Get Video Components; they are taken by "
+        f"their time, {taken}",
     )
+
+
+# What the long nodes do when only a lossy setting differs from that of a take.
+NEW_TAKE, GO_ON = "new take", "go on"
+_lossy_change = own(
+    "lossy_change", "choice", "if only a lossy setting has changed, such as a step cache or 8-bit attention: begin a "
+    "new take, or go on in the one that is there", NEW_TAKE, choices=(NEW_TAKE, GO_ON), optional=True, advanced=True,
+)  # fmt: skip
 
 
 def _folder(default: str) -> Widget:
     return own("folder", "text", "folder inside ComfyUI's output folder that keeps every finished piece; queue the "
-                "same workflow again to resume, even after a crash", default)  # fmt: skip
+                "same workflow again to resume, even after a crash. Other settings begin another take in it. "
+                "%date:yyyy-MM-dd% and %Node.widget% may be in it, as in Save Video's filename_prefix; with a time in "
+                "it, no run resumes", default)  # fmt: skip
 
 
 _OPTIMIZATIONS = {
@@ -239,8 +249,8 @@ NODES: dict[str, Node] = {
         "and for stock samplers.",
         (
             _vae,
-            Socket("video", "Image", "frames of the clip to continue, for instance from Get Video Components; an image "
-                   "batch does not say its frame rate, so set or connect fps"),
+            Socket("video", "Image,Video", "the clip to continue: a video, or frames, which do not say their frame "
+                   "rate, so set or connect fps"),
             shared("cond_frames"),
             *_given_sizes,
             _clip_rate("fps", "video", "15 per second, LongCat-Video's rate"),
@@ -280,7 +290,7 @@ NODES: dict[str, Node] = {
             _clip,
             _vae,
             long_text(own("prompts", "text", "one prompt per line, one line per segment; further segments use the last "
-                       "line. If you change a line, its segment and all later ones are regenerated", "")),
+                       "line. If you change a line, its segment and all later ones are made beside the old ones", "")),
             long_text(shared("negative_prompt", default=DEFAULT_NEGATIVE_PROMPT)),
             shared("segments", "long", help="number of segments; 0: one for each prompt. The first segment of 93 "
                 "frames lasts 6.2 s, and each further one adds 5.3 s", default=3, shown="", least=0),
@@ -296,15 +306,19 @@ NODES: dict[str, Node] = {
             shared("hand_off", "long", advanced=True),
             _folder("longcat/long-video"),
             _kv_cache,
-            Socket("begin_with", "Image", "a single image becomes the first frame; a clip is continued from its last "
-                   "overlap frames. Both are scaled and cropped to width and height", optional=True),
+            Socket("begin_with", "Image,Video", "a single image becomes the first frame; a clip is continued from its "
+                   "last overlap frames. Both are scaled and cropped to width and height", optional=True),
             shared("fps", help="frame rate of the files in the folder, and at which the frames of a clip in begin_with "
                    "are taken", optional=True, advanced=True),
             _clip_rate("begin_fps", "begin_with", "as many per second as fps says"),
+            _lossy_change,
         ),
         (
-            Socket("images", "Image", "all frames; frames that two segments share appear once"),
+            Socket("images", "Image", "all frames; frames that two segments share appear once. Built only if "
+                   "connected: a long video may not fit into memory"),
             Socket("report", "String", "the segments, and how the color changes at the joins"),
+            Socket("video", "Video", "the same frames for Save Video, read from the folder one by one, so that a video "
+                   "of any length needs little memory"),
         ),
     ),
     "LongCatRefineLongVideo": Node(
@@ -316,7 +330,8 @@ NODES: dict[str, Node] = {
                     "Attention"),
             _clip,
             _vae,
-            Socket("video", "Image", "all frames, for instance from LongCat Long Video"),
+            Socket("video", "Image,Video", "a video or all of its frames, for instance video of LongCat Long Video, "
+                   "which is read piece by piece"),
             long_text(shared("prompt", "refine", help="prompt of the input video, or empty, which is how LongCat-Video "
                       "refines long videos", shown="")),
             _first_seed,
@@ -326,11 +341,15 @@ NODES: dict[str, Node] = {
             shared("piece", "refine", advanced=True),
             shared("overlap", "refine", advanced=True),
             _folder("longcat/refined"),
-            shared("fps", help="frame rate of the input video; only the output fps depends on it", optional=True),
+            shared("fps", help="frame rate of the input frames, on which only the output fps depends; a video has its "
+                   "own", optional=True),
+            _lossy_change,
         ),
         (
-            Socket("images", "Image", "all refined frames"),
+            Socket("images", "Image", "all refined frames. Built only if connected: a long video may not fit into "
+                   "memory"),
             Socket("fps", "Float", "frame rate of the refined video"),
+            Socket("video", "Video", "the refined video for Save Video, read from the folder frame by frame"),
         ),
     ),
     "LongCatBlockSparseAttention": Node(

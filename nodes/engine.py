@@ -22,7 +22,8 @@ from ..longcat_core.generate.request import RELEASED, Defaults
 from ..longcat_core.sampling.sampler import Step
 from ..longcat_core.sampling.schedules import Schedule
 from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
-from .conditioning import put_clean, require_wan_vae, to_bytes
+from .conditioning import put_clean, require_wan_vae
+from .images import to_bytes
 from .models import compute_dtype, options_of, wrappers_of
 from .sampling import make_guider, preview_callback
 from .step_cache import THRESHOLD_KEY

@@ -10,7 +10,8 @@ from ..longcat_core.generate.options import Option, option, words
 
 @dataclass(frozen=True)
 class Socket:
-    """An input or output that is connected. kind: its class in comfy_api's `io`. help: without its final period."""
+    """An input or output that is connected. kind: its class in comfy_api's `io`, several separated by commas where an
+    input takes one of them. help: without its final period."""
 
     name: str
     kind: str

@@ -23,10 +23,14 @@ class LongCatNode(io.ComfyNode):
     """A node that `declarations` declares under ID."""
 
     ID: str
+    # What it asks of the prompt that it runs in.
+    HIDDEN: tuple[io.Hidden, ...] = ()
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(cls.ID, cls.choices())
+        found = schema(cls.ID, cls.choices())
+        found.hidden = list(cls.HIDDEN)
+        return found
 
     @classmethod
     def choices(cls) -> dict[str, Sequence[str]]:
@@ -58,7 +62,11 @@ def schema(node_id: str, choices: dict[str, Sequence[str]]) -> io.Schema:
 
 
 def _socket(field: Socket) -> io.Input:
-    return getattr(io, field.kind).Input(field.name, optional=field.optional, tooltip=field.tooltip)
+    kinds = [getattr(io, kind) for kind in field.kind.split(",")]
+    settings = {"optional": field.optional, "tooltip": field.tooltip}
+    if len(kinds) > 1:
+        return io.MultiType.Input(field.name, kinds, **settings)
+    return kinds[0].Input(field.name, **settings)
 
 
 def _widget(node: Node, field: Widget, choices: dict[str, Sequence[str]]) -> io.Input:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import comfy.utils
 import numpy as np
-import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
@@ -13,13 +12,17 @@ from ..longcat_core.generate import long_video, refine
 from ..longcat_core.generate.footage import Footage
 from ..longcat_core.generate.options import FPS
 from ..longcat_core.generate.request import RELEASED, GenerateRequest
-from .conditioning import check_images, end_of_clip, to_bytes, to_image
-from .declarations import LONG_MODES
+from ..longcat_core.generate.segments import SegmentFolder
+from .declarations import LONG_MODES, NEW_TAKE
 from .engine import ComfyEngine, output_folder
+from .images import to_image
 from .inputs import LongCatNode
 from .models import require_longcat
 from .refine import refined_size
+from .video import Reel, ReelImages, ReelVideo, check_fits, end_of_clip, footage_of
 
+# What a node knows of the prompt that it runs in.
+RUNNING = (io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo)
 LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
 # Frames side by side in a segment's strip, the strip's width in pixels, and the number of strips shown at once.
 STRIP, STRIP_WIDTH, STRIPS = 5, 1280, 8
@@ -34,18 +37,16 @@ def make_strip(frames: np.ndarray) -> Image.Image:
 
 
 class Gathered:
-    """Collects the frames of all segments as an IMAGE, and shows strips of the finished segments meanwhile."""
+    """Collects where the frames of the segments lie, and shows strips of the finished ones meanwhile."""
 
-    def __init__(self, segments: int, frames: int, height: int, width: int) -> None:
+    def __init__(self, segments: int) -> None:
         self.bar = comfy.utils.ProgressBar(segments)
-        self.images = torch.empty((frames, height, width, 3))
-        self.count = 0
+        self.parts: list[Footage] = []
         self.strips: list[Image.Image] = []
 
-    def add(self, number: int, frames: np.ndarray) -> None:
-        """Append the new frames of segment `number`, uint8 [F, H, W, 3]."""
-        self.images[self.count : self.count + len(frames)] = to_image(frames)
-        self.count += len(frames)
+    def add(self, number: int, part: Footage, frames: np.ndarray) -> None:
+        """Append segment `number`: its new frames on the disk, and the same as uint8 [F, H, W, 3]."""
+        self.parts.append(part)
         self.strips = [*self.strips[1 - STRIPS :], make_strip(frames)]
         self.bar.update_absolute(number + 1, preview=("JPEG", self.picture(), None))
 
@@ -53,29 +54,36 @@ class Gathered:
         """The strips of the last segments, one below the other."""
         return Image.fromarray(np.concatenate([np.asarray(strip) for strip in self.strips]))
 
-    def output(self, node: type, value: str | float) -> io.NodeOutput:
-        """All frames and `value`, with the strips shown on the node."""
+    def output(self, node: type, value: str | float, fps: float) -> io.NodeOutput:
+        """All frames as IMAGE, `value`, and the frames as VIDEO, with the strips shown on the node."""
         preview = ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
-        return io.NodeOutput(self.images, value, ui=preview)
+        reel = Reel(self.parts)
+        return io.NodeOutput(ReelImages(reel), value, ReelVideo(reel, fps), ui=preview)
+
+
+def _part(kept: SegmentFolder, number: int, skip: int, frames: np.ndarray) -> Footage:
+    return Footage(len(frames), *frames.shape[1:3], lambda: kept.frames(number, skip))
 
 
 class LongVideo(LongCatNode):
     ID = "LongCatLongVideo"
+    HIDDEN = RUNNING
 
     @classmethod
     def execute(
         cls, model, clip, vae, prompts, negative_prompt, segments, width, height, length, overlap, seed, steps,
         guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=FPS,
-        begin_fps=FPS,
+        begin_fps=FPS, lossy_change=NEW_TAKE,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, LONG)
         spread = long_video.spread_prompts(lines_of(prompts), segments or None)
         given = None
         if begin_with is not None:
-            check_images("begin_with", begin_with)
-            if len(begin_with) > 1:
-                begin_with = end_of_clip("begin_with", begin_with, begin_fps, fps, overlap)
-            given = to_bytes(begin_with)
+            begun = footage_of("begin_with", begin_with)
+            if begun.frames == 1:
+                given = np.stack([*begun.read()])
+            else:
+                given = end_of_clip("begin_with", begin_with, begin_fps, fps, overlap)
         schedule, later_schedule = LONG_MODES[mode]
         first = GenerateRequest(
             spread[0], negative_prompt=negative_prompt, height=height, width=width, frames=length, steps=steps,
@@ -85,36 +93,40 @@ class LongVideo(LongCatNode):
         engine = ComfyEngine(LONG, model, clip, vae, [*spread, negative_prompt])
         request = long_video.LongVideoRequest(first, spread, overlap, later_schedule, hand_off, engine.settings())
         request = request.filled(RELEASED)
+        check_fits(cls.hidden, 0, request.total_frames, height, width)
         kept = long_video.segment_folder(output_folder(folder))
-        gathered, report = Gathered(len(spread), request.total_frames, height, width), []
+        gathered, report = Gathered(len(spread)), []
         for segment in long_video.long_video(lambda: engine, request, kept):
             report.append(segment.summary(folder))
-            gathered.add(segment.number, kept.frames(segment.number, segment.skip))
-        return gathered.output(cls, "\n".join(report))
+            frames = kept.frames(segment.number, segment.skip)
+            gathered.add(segment.number, _part(kept, segment.number, segment.skip, frames), frames)
+        return gathered.output(cls, "\n".join(report), fps)
 
 
 class RefineLongVideo(LongCatNode):
     ID = "LongCatRefineLongVideo"
+    HIDDEN = RUNNING
 
     @classmethod
     def execute(
         cls, model, clip, vae, video, prompt, seed, steps, double_rate, resolution, width, height, piece, overlap,
-        folder, fps=FPS,
+        folder, fps=FPS, lossy_change=NEW_TAKE,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, REFINE_LONG)
-        check_images("video", video)
-        height, width = refined_size(video, resolution, width, height)
+        given = footage_of("video", video)
+        fps = given.fps or fps
+        height, width = refined_size((given.height, given.width), resolution, width, height)
         request = refine.RefineRequest(prompt, seed, double_rate, height, width, steps, piece, overlap, fps)
         request.check()
         engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
         kept = refine.piece_folder(output_folder(folder))
-        # Converted piece by piece: a second copy of a long video may not fit into memory.
-        frames = Footage(len(video), *video.shape[1:3], lambda: (to_bytes(frame[None])[0] for frame in video))
         settings, factor = engine.settings(), request.factor
-        gathered = Gathered(len(request.pieces(frames)), factor * len(video), height, width)
-        for number, skip, _ in refine.refine_in_folder(lambda: engine, RELEASED, frames, request, kept, settings):
-            gathered.add(number, kept.frames(number, skip))
-        return gathered.output(cls, factor * fps)
+        check_fits(cls.hidden, 0, factor * given.frames, height, width)
+        gathered = Gathered(len(request.pieces(given)))
+        for number, skip, _ in refine.refine_in_folder(lambda: engine, RELEASED, given, request, kept, settings):
+            frames = kept.frames(number, skip)
+            gathered.add(number, _part(kept, number, skip, frames), frames)
+        return gathered.output(cls, factor * fps, factor * fps)
 
 
 NODES = [LongVideo, RefineLongVideo]

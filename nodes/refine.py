@@ -6,20 +6,22 @@ import logging
 
 import comfy.model_management
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.refine import Padding, enlarge, size_note, target_size
 from ..longcat_core.generate.request import check_side
-from .conditioning import check_images, put_clean, require_wan_vae, to_bytes
+from .conditioning import put_clean, require_wan_vae
 from .declarations import CUSTOM, TWICE
 from .engine import encode_video
+from .images import check_images, to_bytes
 from .inputs import LongCatNode
 
 
-def refined_size(video: Tensor, resolution: str, width: int, height: int) -> tuple[int, int]:
-    """(height, width) in pixels that `video`, an IMAGE, is refined to. Raises LongCatError for sides out of range."""
-    given = tuple(video.shape[1:3])
+def refined_size(given: tuple[int, int], resolution: str, width: int, height: int) -> tuple[int, int]:
+    """(height, width) in pixels that a video of `given` (height, width) is refined to.
+
+    Raises LongCatError for sides out of range.
+    """
     if resolution != CUSTOM:
         height, width = target_size(*given, resolution == "720p")
     check_side("width", width)
@@ -38,7 +40,7 @@ class Refine(LongCatNode):
     ) -> io.NodeOutput:
         require_wan_vae(vae)
         check_images("video", video)
-        height, width = refined_size(video, resolution, width, height)
+        height, width = refined_size(tuple(video.shape[1:3]), resolution, width, height)
         factor = 2 if double_rate else 1
         count, known = factor * len(video), 0
         if refined_before is not None:

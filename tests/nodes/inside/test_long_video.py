@@ -22,7 +22,9 @@ def long(comfy, model, clip, vae):
 
     def run(folder: str, prompts: str = PROMPTS, **changes):
         inputs = {"model": model, "clip": clip, "vae": vae, "segments": 0, "folder": folder, **SIZE, **SAMPLING}
-        return comfy("LongCatLongVideo", prompts=prompts, **inputs | changes)
+        images, report, _ = comfy("LongCatLongVideo", prompts=prompts, **inputs | changes)
+        # Read at once: tests change the files that the frames lie in.
+        return images.clone(), report
 
     return run
 
@@ -32,7 +34,8 @@ def refine(comfy, model, clip, vae):
     def run(folder: str, video: torch.Tensor, **changes):
         inputs = {"model": model, "clip": clip, "vae": vae, "folder": folder, "resolution": "custom"}
         inputs |= {"width": cases.WIDTH, "height": cases.HEIGHT, "steps": 12, "piece": 5, "overlap": 1, "seed": 4}
-        return comfy("LongCatRefineLongVideo", video=video, **inputs | changes)
+        images, fps, _ = comfy("LongCatRefineLongVideo", video=video, **inputs | changes)
+        return images.clone(), fps
 
     return run
 
