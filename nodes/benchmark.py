@@ -1,4 +1,4 @@
-"""LongCat Benchmark: times two settings of the model on the user's own machine, in ComfyUI's own sampling."""
+"""LongCat Benchmark: times two settings of the model in turns, on the user's own machine, in ComfyUI's sampling."""
 
 from __future__ import annotations
 
@@ -49,33 +49,68 @@ class Benchmark(LongCatNode):
     @classmethod
     def execute(cls, model, latent_image, steps, guidance, model_b=None, positive=None, negative=None) -> io.NodeOutput:
         require_comparable(model, model_b or model, NODE)
-        sides, estimates = [], []
-        for name, each in (("A", model), ("B", model_b or without_optimizations(model))):
-            negative_tokens, positive_tokens = TEXT_TOKENS
-            texts = positive or random_text(each, positive_tokens), negative or random_text(each, negative_tokens)
-            side, estimate = time_steps(name, each, *texts, latent_image, steps, guidance)
-            sides.append(side)
-            estimates.append(estimate.float().cpu())
+        runs = [
+            _Side(name, each, positive, negative) for name, each in
+            (("A", model), ("B", model_b or without_optimizations(model)))
+        ]  # fmt: skip
+        order = speed.turns(steps, switch_cheaply(*(run.model for run in runs)))
+        bar = comfy.utils.ProgressBar(sum(1 + timed for _, timed in order))
+        for side, timed in order:
+            runs[side].take_turn(latent_image, timed, guidance, bar)
+        sides = [run.timed() for run in runs]
         heading = _heading(model.load_device, latent_image["samples"].shape, guidance)
-        closing = _closing(*estimates, b_is_plain=model_b is None)
+        closing = _closing(*(run.estimates for run in runs), b_is_plain=model_b is None)
         image = to_image(np.array(speed.draw(sides, heading, closing))[None])
         return io.NodeOutput(image, speed.text(sides, heading, closing), ui=ui.PreviewImage(image, cls=cls))
 
 
-def time_steps(
-    name: str, model: ModelPatcher, positive: list, negative: list, latent_image: dict, steps: int, guidance: float
-) -> tuple[TimedSetting, Tensor]:
-    """Times the first 1 + `steps` steps of a sampling run; also returns the last estimate of the clean latents."""
-    device, timer, bar = model.load_device, StepTimer(model.load_device), comfy.utils.ProgressBar(1 + steps)
-    sample_latent(
-        NODE, model, positive, negative, latent_image, SEED, SCHEDULE_STEPS, guidance, "base", timer=timer,
-        callback=lambda step, x0, x, total: bar.update_absolute(step + 1, total), first_steps=1 + steps,
-    )  # fmt: skip
-    peak, switches = peak_gib(device), switches_of(model)
-    kernel = attention_by_comfyui(switches, options_of(model))
-    kernel = kernel or kernel_name(execution_of(model).choose_kernels(device).attend)
-    first, *later = timer.seconds
-    return TimedSetting(name, switches, kernel, first, [1000 * seconds for seconds in later], peak), timer.x0
+def switch_cheaply(a: ModelPatcher, b: ModelPatcher) -> bool:
+    """Whether ComfyUI moves and patches no weights when it goes from one MODEL to the other: they are one model with
+    other options, or two models in the memory of a CPU."""
+    if a.is_clone(b):
+        return a.patches_uuid == b.patches_uuid
+    return a.load_device.type == b.load_device.type == "cpu"
+
+
+class _Side:
+    """One MODEL, its prompts, and what its turns have shown so far.
+
+    estimates: of the clean latents after each step, which are the same in every turn.
+    """
+
+    def __init__(self, name: str, model: ModelPatcher, positive: list | None, negative: list | None) -> None:
+        negative_tokens, positive_tokens = TEXT_TOKENS
+        self.name, self.model = name, model
+        self.texts = positive or random_text(model, positive_tokens), negative or random_text(model, negative_tokens)
+        self.first_s: float | None = None
+        self.times_ms: list[float] = []
+        self.peak: float | None = None
+        self.estimates: dict[int, Tensor] = {}
+
+    def take_turn(self, latent_image: dict, steps: int, guidance: float, bar: comfy.utils.ProgressBar) -> None:
+        """Time the first 1 + `steps` steps of a sampling run. The first one counts only in the first turn of all,
+        as the time with compilation: it also embeds the text and brings weights back that another model displaced."""
+        timer = StepTimer(self.model.load_device)
+
+        def keep(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            self.estimates.setdefault(step, x0.float().cpu())
+            bar.update(1)
+
+        sample_latent(
+            NODE, self.model, *self.texts, latent_image, SEED, SCHEDULE_STEPS, guidance, "base", timer=timer,
+            callback=keep, first_steps=1 + steps,
+        )  # fmt: skip
+        first, *later = timer.seconds
+        self.first_s = first if self.first_s is None else self.first_s
+        self.times_ms += [1000 * seconds for seconds in later]
+        peak = peak_gib(self.model.load_device)
+        self.peak = peak if self.peak is None or peak is None else max(self.peak, peak)
+
+    def timed(self) -> TimedSetting:
+        switches = switches_of(self.model)
+        kernel = attention_by_comfyui(switches, options_of(self.model))
+        kernel = kernel or kernel_name(execution_of(self.model).choose_kernels(self.model.load_device).attend)
+        return TimedSetting(self.name, switches, kernel, self.first_s or 0.0, self.times_ms, self.peak)
 
 
 def _heading(device: torch.device, shape: torch.Size, guidance: float) -> str:
@@ -85,11 +120,13 @@ def _heading(device: torch.device, shape: torch.Size, guidance: float) -> str:
     return f"{here.get('gpu') or here['cpu']}, PyTorch {here['torch']}; {size}, {guided}; {date.today()}"
 
 
-def _closing(a: Tensor, b: Tensor, b_is_plain: bool) -> str:
-    error = relative_error(a, b)
+def _closing(a: dict[int, Tensor], b: dict[int, Tensor], b_is_plain: bool) -> str:
+    last = max(a.keys() & b.keys())
+    error = relative_error(a[last], b[last])
     sentence = "A and B give the same numbers."
     if error:
-        sentence = f"After these steps A and B differ by {shown(100 * error)} % (PSNR {shown(tensor_psnr(a, b))} dB)."
+        psnr = shown(tensor_psnr(a[last], b[last]))
+        sentence = f"After {last + 1} steps A and B differ by {shown(100 * error)} % (PSNR {psnr} dB)."
     return f"{sentence} B is A with every optimization off." if b_is_plain else sentence
 
 

@@ -368,25 +368,28 @@ NODES: dict[str, Node] = {
     ),
     "LongCatStepCache": Node(
         "LongCat Step Cache",
-        "Skips steps whose output can be predicted from the last two. About twice as fast; the video changes slightly.",
+        "Skips steps whose output can be predicted from the last two. At 0.05 about twice as fast. Most videos change "
+        "slightly, a few visibly: of 12 videos of LongCat-nano the one in the middle had a PSNR of 43 dB against all "
+        "steps, the farthest 21 dB.",
         (
             _model,
             shared("step_cache", name="threshold", default=0.05, help="how much the output may change in total, "
-                "relative to itself, before a step is computed again: 0.03 is conservative, 0.12 is aggressive, 0 "
+                "relative to itself, before a step is computed again: 0.03 is conservative (12 nano videos: median "
+                "47 dB, farthest 21 dB), 0.05 is the middle (43 and 21 dB), 0.12 is aggressive (33 and 23 dB), 0 "
                 "computes every step"),
         ),
         (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
     ),
     "LongCatBenchmark": Node(
         "LongCat Benchmark",
-        "Times a few denoising steps of LongCat-Video with two settings on this machine, one after the other, and "
-        "plots the times.",
+        "Times a few denoising steps of LongCat-Video with two settings on this machine, in turns, plots the times "
+        "with their range, and says whether the settings can be distinguished.",
         (
             replace(_model, help="A: LongCat-Video, with or without LongCat Optimizations"),
             Socket("latent_image", "Latent", "sets the size of the video, for instance Empty LongCat Latent; "
                    "conditioning frames from a LongCat node are kept"),
-            shared("steps", default=3, most=20, shown="", help="number of timed steps for each setting, after a first "
-                "step that also compiles; the median counts"),
+            shared("steps", default=3, most=20, shown="", help="number of timed steps for each setting, with one more "
+                "step before each turn; the median counts, and fewer than 3 allow no verdict"),
             _guidance,
             Socket("model_b", "Model", "B: the same model with other LongCat Optimizations, another dtype or other "
                    "patches. Not connected: A with every optimization off", optional=True),
@@ -396,7 +399,7 @@ NODES: dict[str, Node] = {
         ),
         (
             Socket("plot", "Image", ""),
-            Socket("report", "String", "the figures, and the switches in which A and B differ"),
+            Socket("report", "String", "the figures with their range, and the switches in which A and B differ"),
         ),
         shows=True,
     ),

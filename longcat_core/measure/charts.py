@@ -74,12 +74,14 @@ def _sheet(title: str, above: Sequence[str], height: int) -> tuple[Image.Image, 
 
 
 class Bar(NamedTuple):
-    """A bar without a label belongs to the bar above it. shown: the value as text, written at its end."""
+    """A bar without a label belongs to the bar above it. shown: the value as text, written at its end. marks: single
+    measurements, whose range is drawn on the bar."""
 
     label: str
     value: float
     color: Color
     shown: str
+    marks: Sequence[float] = ()
 
 
 class Bars(NamedTuple):
@@ -113,7 +115,7 @@ def bar_chart(
     for group in groups:
         pen.text((MARGIN, y), group.heading, fill=INK, font=_font(18))
         y += 26
-        values = [0.0, *(bar.value for bar in group.bars)]
+        values = [0.0, *(value for bar in group.bars for value in (bar.value, *bar.marks))]
         scale = room / ((max(values) - min(values)) or 1)
         zero = left - scale * min(values)
         for bar in group.bars:
@@ -121,7 +123,11 @@ def bar_chart(
             end = zero + scale * bar.value
             pen.text((left - 12, y + thick / 2), cut(bar.label, font, left - MARGIN - 12), INK, font, anchor="rm")
             pen.rectangle((min(zero, end), y, max(zero, end, zero + 1), y + thick), fill=bar.color)
-            pen.text((max(zero, end) + 10, y + thick / 2), bar.shown, INK, font, anchor="lm")
+            places = [zero + scale * mark for mark in sorted(bar.marks)]
+            pen.line([(place, y + thick / 2) for place in places], INK, width=2)
+            for place in places:
+                pen.line([(place, y + thick / 4), (place, y + 3 * thick / 4)], INK, width=2)
+            pen.text((max(zero, end, *places) + 10, y + thick / 2), bar.shown, INK, font, anchor="lm")
             y += thick + 4
         y += 12
     for words in below:

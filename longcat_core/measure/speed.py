@@ -1,7 +1,9 @@
-"""Two settings of one network, timed: what was measured of each, as text and as a chart."""
+"""Two settings of one network, timed in turns: what was measured of each, as text and as a chart."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +14,7 @@ import torch
 from ..optimize.attention import BACKENDS
 from ..optimize.switches import Optimizations
 from .charts import COLORS, Bar, Bars, bar_chart
+from .ratio import FEWEST, ratio_of
 from .results import markdown, shown
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 SEED = 0
 # Tokens of an unconditional and a conditional prompt: the default negative prompt's, and a sentence or two.
 TEXT_TOKENS = (126, 77)
+RULE = (
+    "A and B took turns. The range of their ratio holds the true value in 9 of 10 measurements; if it holds 1, A and B "
+    "are not distinguishable."
+)
 # Every switch with its optimization off.
 PLAIN = {
     "fused_qkv": False,
@@ -49,8 +56,9 @@ def kernel_name(attend: Any) -> str:
 
 @dataclass
 class TimedSetting:
-    """Measurements of one setting. first_s: seconds of the first step, compilation included; times_ms: milliseconds
-    of each later step; peak_gib: their peak memory, weights included, or None where the device does not report it."""
+    """Measurements of one setting. first_s: seconds of the first step of all, compilation included; times_ms:
+    milliseconds of each timed step; peak_gib: peak memory, weights included, or None if the device does not report it.
+    """
 
     name: str
     optimizations: Optimizations
@@ -62,6 +70,18 @@ class TimedSetting:
     @property
     def ms(self) -> float:
         return statistics.median(self.times_ms)
+
+
+def turns(steps: int, often: bool) -> list[tuple[int, int]]:
+    """Side (0 or 1) and number of timed steps of each turn, so that a drift of the machine's clocks hits both sides.
+
+    often: A B B A A B ..., for sides that share their weights; else A, all of B, A, because each turn may load weights.
+    """
+    if often:
+        order = [(place + 1) // 2 % 2 for place in range(2 * steps)]
+    else:
+        order = [0] * math.ceil(steps / 2) + [1] * steps + [0] * (steps // 2)
+    return [(side, len(list(group))) for side, group in itertools.groupby(order)]
 
 
 # Name, unit, value.
@@ -83,13 +103,19 @@ def _on_off(value: Any) -> str:
 
 
 def verdict(sides: Sequence[TimedSetting]) -> str:
-    """One sentence: which side is faster, and by how much."""
+    """One sentence: which side is faster, by how much and with what range, if that can be said."""
     one, other = sides
-    ratio = other.ms / one.ms
-    if abs(ratio - 1) < 0.01:
-        return f"{one.name} and {other.name} take the same time."
-    fast, slow = (one, other) if ratio > 1 else (other, one)
-    return f"{fast.name} is {max(ratio, 1 / ratio):.2f} times as fast as {slow.name}."
+    ratio = ratio_of(one.times_ms, other.times_ms)
+    if not ratio.enough:
+        return f"{one.name} and {other.name} are not distinguishable by fewer than {FEWEST} steps of each."
+    if not ratio.distinguishable:
+        span = f"{ratio.least:.2f} to {ratio.most:.2f}"
+        return f"{one.name} and {other.name} are not distinguishable: {other.name} takes {span} times as long."
+    fast, slow = (one, other) if ratio.middle > 1 else (other, one)
+    ratio = ratio_of(fast.times_ms, slow.times_ms)
+    # As many digits as it takes to show that the range lies above 1.
+    middle, least, most = (f"{value:.{2 if ratio.least >= 1.01 else 4}f}" for value in ratio[:3])
+    return f"{fast.name} is {middle} times as fast as {slow.name} ({least} to {most})."
 
 
 def _figures(sides: Sequence[TimedSetting]) -> Iterator[tuple[str, str, list[float | None]]]:
@@ -102,23 +128,28 @@ def _figures(sides: Sequence[TimedSetting]) -> Iterator[tuple[str, str, list[flo
 
 def text(sides: Sequence[TimedSetting], heading: str, closing: str) -> str:
     """The report: heading, verdict, a table of figures and differing switches, every timed step, closing."""
-    rows = [(f"{name} ({unit})", *values) for name, unit, values in _figures(sides)]
+    rows: list[tuple[Any, ...]] = [(f"{name} ({unit})", *values) for name, unit, values in _figures(sides)]
+    rows.insert(1, ("least to most (ms)", *(_range(side) for side in sides)))
     rows.append(("attention", *(side.attention for side in sides)))
     rows += [(name, *map(_on_off, values)) for name, values in differences(sides).items() if name != "attention"]
     table = markdown(("", *(side.name for side in sides)), rows)
-    spread = [f"{side.name}: {', '.join(shown(ms) for ms in side.times_ms)} ms" for side in sides]
-    return "\n\n".join((heading, verdict(sides), table, "Every timed step: " + "; ".join(spread) + ".", closing))
+    spread = "; ".join(f"{side.name}: {', '.join(shown(ms) for ms in side.times_ms)} ms" for side in sides)
+    return "\n\n".join((heading, verdict(sides), table, f"Every timed step: {spread}. {RULE}", closing))
+
+
+def _range(side: TimedSetting) -> str:
+    return f"{shown(min(side.times_ms))} to {shown(max(side.times_ms))}"
 
 
 def draw(sides: Sequence[TimedSetting], heading: str, closing: str) -> Image.Image:
-    """A bar for each side and figure; RGB."""
-    groups = [
-        Bars(name, [
-            Bar(side.name, value or 0.0, color, f"{shown(value or 0.0)} {unit}")
-            for side, value, color in zip(sides, values, COLORS, strict=False)
-        ])
-        for name, unit, values in _figures(sides)
-    ]  # fmt: skip
+    """A bar for each side and figure, on that of a step the range of the timed steps and a mark for each; RGB."""
+    groups = []
+    for name, unit, values in _figures(sides):
+        bars = []
+        for side, value, color in zip(sides, values, COLORS, strict=False):
+            span, marks = (f" ({_range(side)})", side.times_ms) if name == FIGURES[0][0] else ("", ())
+            bars.append(Bar(side.name, value or 0.0, color, f"{shown(value or 0.0)} {unit}{span}", marks))
+        groups.append(Bars(name, bars))
     switches = [
         f"{name}: " + ", ".join(f"{side.name} {_on_off(value)}" for side, value in zip(sides, values, strict=True))
         for name, values in differences(sides).items()

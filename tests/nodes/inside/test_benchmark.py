@@ -28,11 +28,15 @@ def test_a_against_everything_off(comfy, model, prompts, small):
     key = comfy.node("comfy_network").OPTIMIZATIONS_KEY
     ran = [options.get(key) for options in seen]
     config = comfy.core("optimize.switches")
-    assert len(ran) == 6 and ran[:3] == [None] * 3 and len(set(ran[3:])) == 1
-    assert ran[3] == config.Optimizations(
-        **comfy.core("measure.speed").plain(torch.device("cpu"), torch.float32), fp8=False
+    off = config.Optimizations(**comfy.core("measure.speed").plain(torch.device("cpu"), torch.float32), fp8=False)
+    # A, B, B, A: each turn has a step of its own before the timed ones.
+    assert ran == [None] * 2 + [off] * 3 + [None] * 2
+    assert "| a step (ms) |" in report and "| least to most (ms) |" in report
+    assert (
+        "not distinguishable by fewer than 3 steps" in report
+        and "| fused_qkv | on | off |" in report
+        and "96x64, 9 frames" in report
     )
-    assert "| a step (ms) |" in report and "| fused_qkv | on | off |" in report and "96x64, 9 frames" in report
     assert "B is A with every optimization off" in report and "peak memory" not in report, "no peak on a CPU"
 
 
@@ -43,6 +47,26 @@ def test_two_models_of_other_switches_and_random_text(comfy, model, small):
     assert "everything" not in report and "fused_qkv" not in report
     same = comfy("LongCatBenchmark", model=model, model_b=model, latent_image=small, steps=1, guidance=1.0)[1]
     assert "A and B give the same numbers" in same and plot.shape[1] > 300
+
+
+def test_turns_follow_what_switching_costs(comfy, model, one_block, empty):
+    """Options share weights; a LoRA on one of two clones, or another model on a GPU, makes ComfyUI move weights."""
+    cheaply = comfy.node("benchmark").switch_cheaply
+    other, _ = comfy("LongCatOptimizations", model=model, text_mode="packed")
+    assert cheaply(model, other) and cheaply(model, one_block), "two models in the memory of a CPU"
+    patched = model.clone()
+    patched.add_patches({"diffusion_model.blocks.0.attn.proj.weight": (torch.zeros(1, 1),)})
+    assert not cheaply(model, patched)
+    on_gpu = one_block.clone()
+    on_gpu.load_device = torch.device("cuda")
+    assert not cheaply(model, on_gpu)
+
+
+def test_an_estimate_is_compared_with_that_of_the_same_step(comfy, model, small):
+    """Turns of A and B differ in length; equal settings must give equal numbers all the same."""
+    for steps in (2, 3):
+        _, report = comfy("LongCatBenchmark", model=model, model_b=model, latent_image=small, steps=steps, guidance=1.0)
+        assert "A and B give the same numbers" in report
 
 
 def test_given_frames_are_kept(comfy, model, image_latent):
