@@ -254,7 +254,8 @@ OPTIONS: tuple[Option, ...] = (
                "(exact); once, but left out of guidance's sums, as in the public code (official); or at every step "
                "(off)", KV_CACHE[0], choices=KV_CACHE, common=True, needs=(_GIVEN,)),
         Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
-               "conservative, 0.05 skips about half, 0.12 is aggressive, 0 skips none", 0.0, least=0.0,
+               "conservative, 0.05 skips about half (PSNR of 12 nano videos: median 43 dB, farthest 21 dB), 0.12 "
+               "is aggressive, 0 skips none", 0.0, least=0.0,
                most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True),
     ),
     *_group(
