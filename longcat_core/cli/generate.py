@@ -28,7 +28,7 @@ from ..generate.progress import LOADING, SAVING, sampled, segments_of
 from ..generate.refine import RefineRequest, footage_of, piece_folder, refine_in_folder
 from ..generate.refine import refine as refined
 from ..generate.request import GenerateRequest, require_filled, work_of
-from ..generate.segments import SegmentFolder
+from ..generate.segment_folder import SegmentFolder
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from .console import Progress, note, notes_from_warnings, progress
@@ -70,7 +70,7 @@ class _Task:
         self.device, self.model = machine_of(args, paths)
         self.started = time.monotonic()
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> tuple[dict[str, Any], dict[str, str]]:
         return model_settings(self.args, self.model.paths, self.device)
 
     def note(self, sentences: Iterable[str], *there: str) -> None:
@@ -137,15 +137,16 @@ def long(args: argparse.Namespace) -> int:
     ).filled(paths.defaults)
     # The same command again goes on, so the default name may be there already.
     output = args.output or args.outputs.default(Path(LONG_OUTPUT), new=False)
-    folder = segment_folder(args.folder or name_with(output, "-segments", ""))
-    _check_folder(output, folder.path)
+    folder = segment_folder(args.folder or name_with(output, "-segments", ""), args.lossy_change, note)
+    _check_folder(output, folder)
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     first = request.first
     assert first.height is not None and first.width is not None, "filled in"
     shape = request.total_frames, first.height, first.width
     task = _Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
-    request = replace(request, model=task.settings())
+    model, lossy = task.settings()
+    request = replace(request, model=model, lossy=lossy)
     task.note(first.notes(), *guidance_of(first), *(MORE for _ in prompts[1:]))
     work, finished = work_of(first, request.overlap), []
 
@@ -177,10 +178,10 @@ def refine(args: argparse.Namespace) -> int:
     video = footage_of(args.video)
     assert video.fps is not None, "a file has a rate"
     request = replace(request, fps=video.fps)
-    folder = None if args.folder is None else piece_folder(args.folder)
+    folder = None if args.folder is None else piece_folder(args.folder, args.lossy_change, note)
     output = args.output or args.outputs.default(name_with(args.video, "-refined", ".mp4"))
     if folder is not None:
-        _check_folder(output, folder.path)
+        _check_folder(output, folder)
     shape = request.factor * video.frames, *request.size(video, paths.defaults)
     # Copied if possible; otherwise a note says that it is left out or coded as AAC.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
@@ -200,12 +201,12 @@ def refine(args: argparse.Namespace) -> int:
     def kept(folder: SegmentFolder, bar: Progress) -> Iterator[np.ndarray]:
         # All pieces first: one that fails must not leave an encoder waiting.
         done = []
-        callback = planned(bar)
-        pieces = refine_in_folder(lambda: load(bar), paths.defaults, video, request, folder, task.settings(), callback)
+        callback, (model, lossy) = planned(bar), task.settings()
+        pieces = refine_in_folder(lambda: load(bar), paths.defaults, video, request, folder, model, callback, lossy)
         for number, skip, reused in pieces:
             done.append((number, skip))
             bar.task.finish(reused=reused)
-            bar.say(f"piece {number + 1}: {'already in' if reused else 'finished and saved in'} {folder.path}")
+            bar.say(f"piece {number + 1}: {'already in' if reused else 'finished and saved in'} {folder.where(number)}")
         bar.task.phase(SAVING)
         for number, skip in done:
             yield folder.frames(number, skip)
@@ -269,9 +270,10 @@ def _schedule(args: argparse.Namespace) -> str | None:
     return "distilled" if args.distilled else args.schedule
 
 
-def _check_folder(output: Path, folder: Path) -> None:
-    if resolved(output) == resolved(folder):
-        raise LongCatError(f"output {output} and --folder {folder} are the same; give another name to one")
+def _check_folder(output: Path, folder: SegmentFolder) -> None:
+    if resolved(output) == resolved(folder.path):
+        raise LongCatError(f"output {output} and --folder {folder.path} are the same; give another name to one")
+    folder.check_place()
 
 
 def _check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:

@@ -14,6 +14,7 @@ from ..generate.opened import OpenedModel, open_model
 from ..generate.options import LORA_MODES
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
+from ..generate.takes import LORA_MODE, lossy_settings
 from ..optimize import compilation
 from ..optimize.kernels import elementwise
 from ..optimize.plan import GIB, Plan, Work, limit_memory
@@ -99,19 +100,19 @@ def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.devi
 load_pipeline = Pipeline.load
 
 
-def model_settings(args: argparse.Namespace, paths: ModelPaths, device: torch.device) -> dict[str, Any]:
-    """The model and those of its options that decide the result, as a folder of segments records them."""
+def model_settings(
+    args: argparse.Namespace, paths: ModelPaths, device: torch.device
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The model, as a folder of segments records it, and the lossy options that it runs with, in words."""
     lora = None
     if args.lora is not None:
         opened = open_loras(args.lora)
         lora = "+".join(one.fingerprint + ("" if one.strength == 1 else f":{one.strength:g}") for one in opened)
-    found = paths.fingerprints() | {
-        "lora": lora,
-        "dtype": str(dtype_of(args.dtype, device)).removeprefix("torch."),
-        "fp8": args.fp8,
-        "attention": args.attention,
-        "compile": compile_mode(args, device, paths),
-        "device": device.type,
-    }
-    # Folders made before --lora-mode existed do not have this key.
-    return found if lora is None or args.lora_mode == LORA_MODES[0] else found | {"lora_mode": args.lora_mode}
+    lossy = lossy_settings(
+        precision=str(dtype_of(args.dtype, device)).removeprefix("torch."),
+        switches=Optimizations(attention=args.attention),
+        eight_bit=args.fp8,
+    )
+    if lora is not None and args.lora_mode != LORA_MODES[0]:
+        lossy[LORA_MODE] = args.lora_mode
+    return paths.fingerprints() | {"lora": lora, "device": device.type}, lossy

@@ -97,7 +97,7 @@ def working_folders(path: Path) -> tuple[Path, Path]:
 def recover(path: Path, ours: Collection[str]) -> None:
     """Undo what a killed `atomic_folder` left: an old folder that lost its place gets it back. Raises OSError."""
     new, old = working_folders(path)
-    if old.is_dir() and not os.path.lexists(path):
+    if old.is_dir() and not os.path.lexists(path) and not foreign(old, ours):
         os.rename(old, path)
     for folder in (new, old):
         remove_own(folder, ours)

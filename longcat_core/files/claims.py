@@ -22,7 +22,7 @@ def claimed(path: Path, refusal: str) -> Iterator[None]:
     path = resolved(path)
     with ExitStack() as stack:
         try:
-            stack.enter_context(held(path.with_name(f".longcat-{digest(path.name)}.lock"), refusal, remove=True))
+            stack.enter_context(held(path.with_name(f".longcat-{digest(path.name)}.lock"), refusal))
             _remove_leftovers(path)
         except OSError as error:
             raise LongCatError(f"{path} cannot be written ({reason(error)}); choose another place") from error

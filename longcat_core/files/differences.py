@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from .fingerprints import as_then
 NAMED = 4
 # Characters of a value that a sentence shows.
 _SHOWN = 60
+# Fingerprints and checksums, of which a sentence says only that there is another one.
+_DIGITS = re.compile(r"(?:2-)?[0-9a-f]{16}|[0-9a-f]{64}")
 
 
 def as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,14 +28,20 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     there: as stored, perhaps by an earlier version, whose fingerprints were of another kind.
     """
     names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
-    return [name for name in names if there.get(name) != as_then(now.get(name))]
+    return [name for name in names if there.get(name) != as_then(now.get(name), there.get(name))]
 
 
 def differences_in_words(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first few differences with both values, and how many more there are; "" without any."""
     names = differences(there, now)
-    words = [f"{name} {_both(there.get(name), now.get(name))}" for name in names[:NAMED]]
+    words = [_in_words(name, there.get(name), now.get(name)) for name in names[:NAMED]]
     return "; ".join([*words, f"{len(names) - NAMED} more"] if len(names) > NAMED else words)
+
+
+def _in_words(name: str, there: Any, now: Any) -> str:
+    if all(isinstance(value, str) and _DIGITS.fullmatch(value) for value in (there, now)):
+        return f"another {name}"
+    return f"{name} {_both(there, now)}"
 
 
 def _both(there: Any, now: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -56,13 +57,17 @@ def fingerprint(path: str | Path) -> str:
 
 def remember(found: str, earlier: Callable[[], str]) -> str:
     """`found`, for which `as_then` can compute what earlier versions had stored."""
-    _EARLIER[found] = earlier
+    # Computed once, for folders with many records.
+    _EARLIER[found] = cache(earlier)
     return found
 
 
-def as_then(value: object) -> object:
-    """A setting as earlier versions would have stored it: its fingerprints, if it has any, of the first kind."""
-    if not isinstance(value, str):
+def as_then(value: object, there: object = None) -> object:
+    """A setting as earlier versions would have stored it: its fingerprints, if it has any, of the first kind.
+
+    there: what is stored; if that has a fingerprint of the second kind, nothing is computed.
+    """
+    if not isinstance(value, str) or (isinstance(there, str) and _DIGITS.search(there)):
         return value
     return _DIGITS.sub(lambda match: _EARLIER[match[0]]() if match[0] in _EARLIER else match[0], value)
 

@@ -16,15 +16,15 @@ class Busy(LongCatError):
 
 
 @contextmanager
-def held(lock: Path, refusal: str, *, remove: bool = False) -> Iterator[None]:
-    """Hold the lock file `lock` while the block runs. remove: delete the file afterwards.
+def held(lock: Path, refusal: str, *, wait: float = 0) -> Iterator[None]:
+    """Hold the lock file `lock` while the block runs; it is deleted afterwards. wait: seconds to wait for another.
 
     Raises Busy with the sentence `refusal` if another process holds it, OSError if it cannot be created.
     """
-    file = FileLock(lock, timeout=0)
+    file = FileLock(lock, timeout=wait)
     try:
         file.acquire()
-        while remove and not lock.exists():
+        while not lock.exists():
             # Its holder deleted the file after this process had opened it.
             file.release()
             file.acquire()
@@ -33,8 +33,7 @@ def held(lock: Path, refusal: str, *, remove: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if remove:
-            # Windows does not delete an open file; one that stays does no harm.
-            with suppress(OSError):
-                lock.unlink()
+        # Windows does not delete an open file; it does so when the file is released.
+        with suppress(OSError):
+            lock.unlink()
         file.release()

@@ -17,13 +17,16 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import LongCatError, check_choice, check_path, check_type, plain_fields
+from ..files.media import read_video
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames
 from ..sampling.sampler import Step
 from .engine import Engine
 from .inputs import check_callback, check_json, check_whole
-from .options import HAND_OFFS, MAX_SEED, MAX_SEGMENTS
+from .options import HAND_OFFS, LOSSY_CHANGES, MAX_SEED, MAX_SEGMENTS
 from .request import Defaults, GenerateRequest, check_text, require_filled
-from .segments import Record, Segment, SegmentFolder, Settings, checksum, seed_settings
+from .segment_folder import SegmentFolder, in_words
+from .segments import FRAMES, Record, Segment, check_there, checksum, seed_settings
+from .takes import LOSSY, Settings, lossy_settings
 
 HandOff = Literal["frames", "latents"]
 # BT.709 luma of R, G and B.
@@ -39,7 +42,8 @@ class LongVideoRequest:
     of the segments after the first; None: the model's schedule for clips, or distilled if the first segment is.
     hand_off: what the next segment starts from. `frames` decodes the last frames and encodes them again, as the public
     pipeline does; `latents` passes the latents on, except the first, which must stand for a single frame.
-    model: JSON values about the model and how it runs that decide the result too.
+    model: JSON values about the model that decide the result too. lossy: settings of how it runs that change the result
+    a little, by their names, in words; nothing that is exact.
     """
 
     first: GenerateRequest
@@ -48,6 +52,7 @@ class LongVideoRequest:
     schedule: str | None = None
     hand_off: HandOff = "frames"
     model: Settings = field(default_factory=dict)
+    lossy: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -61,6 +66,7 @@ class LongVideoRequest:
             raise LongCatError(f"{len(self.prompts)} segments are out of range; ask for 1 to {MAX_SEGMENTS}")
         check_choice("the hand-off", self.hand_off, HAND_OFFS)
         check_json("the description of the model", self.model)
+        check_json("the lossy settings", self.lossy)
         for number, prompt in enumerate(self.prompts, 1):
             check_text(f"prompt of segment {number}", prompt)
         latent_frames(self.overlap, "overlap")
@@ -94,13 +100,15 @@ class LongVideoRequest:
     def settings(self, number: int) -> Settings:
         """Everything that decides a segment's frames, except the previous segment."""
         request = self.segment(number)
-        names = ("prompt", "negative_prompt", "height", "width", "frames", "steps", "guidance_scale", "seed",
-                 "schedule", "kv_cache", "step_cache")  # fmt: skip
+        names = ("prompt", "negative_prompt", "height", "width", "frames", "steps", "guidance_scale", "schedule")
         settings = {name: getattr(request, name) for name in names}
+        if request.kv_cache == "official":
+            settings["kv_cache"] = request.kv_cache
         settings |= seed_settings(request.seed) | {"overlap": self.overlap, "hand_off": self.hand_off}
         if number == 0 and request.given is not None:
             settings["given frames"] = checksum(request.given[-request.cond_frames :])
-        return settings | self.model
+        lossy = lossy_settings(step_cache=request.step_cache) | self.lossy
+        return settings | self.model | ({LOSSY: lossy} if lossy else {})
 
     @property
     def total_frames(self) -> int:
@@ -123,10 +131,12 @@ def spread_prompts(prompts: Sequence[str], segments: int | None) -> tuple[str, .
     return tuple(prompts) + (prompts[-1],) * (count - len(prompts))
 
 
-def segment_folder(path: Any) -> SegmentFolder:
-    """The folder of a long video. A new prompt regenerates segments; any other change needs another folder."""
+def segment_folder(
+    path: Any, lossy_change: str = LOSSY_CHANGES[0], say: Callable[[str], None] | None = None
+) -> SegmentFolder:
+    """The folder of long videos. Other settings of the first segment begin a new take in it; see `SegmentFolder`."""
     check_path("the folder of segments", path)
-    return SegmentFolder(path, changing=("prompt",), notes=Notes)
+    return SegmentFolder(path, Notes, lossy_change, say)
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,7 @@ class Finished:
     """A finished segment.
 
     number: from 0. skip: leading frames that the previous segment has too. reused: it was in the folder already.
-    join: with the previous segment, None for the first.
+    join: with the previous segment, None for the first. place: where it lies in the folder.
     """
 
     number: int
@@ -178,10 +188,12 @@ class Finished:
     skip: int
     reused: bool
     join: Join | None
+    place: str
 
     def summary(self, folder: str | Path) -> str:
         """A sentence about the segment. folder: as the user named it."""
-        state = f"already in {folder}" if self.reused else f"finished and saved in {folder}"
+        place = in_words(folder, self.place, self.number)
+        state = f"already in {place}" if self.reused else f"finished and saved in {place}"
         sentence = f"segment {self.number + 1} of {self.of}: {state}"
         if self.join is None:
             return sentence
@@ -203,7 +215,7 @@ def long_video(
     step with the segment's number, the number of segments, and the step; what it raises ends the run, and finished
     segments stay. On one machine with one number of threads the same request gives the same frames bit for bit, however
     often it was interrupted.
-    Raises LongCatError for a folder with other settings or in use, and for a full disk.
+    Raises LongCatError for a take in use, and for a full disk.
     """
     check_type("the request", request, LongVideoRequest, "a LongVideoRequest")
     check_type("the folder", folder, SegmentFolder, "what segment_folder returns")
@@ -214,11 +226,14 @@ def long_video(
 
     def make(number: int, before: Segment | None) -> tuple[np.ndarray, Tensor, Settings]:
         given = None if before is None else before.frames[-request.overlap :]
-        result = engine().generate(
-            request.segment(number, given),
-            None if callback is None else lambda step: callback(number, count, step),
-            _handed(request, before),
-        )
+
+        def after(step: Step) -> None:
+            # What cannot be kept is not computed to its end.
+            folder.take.check_there()
+            if callback is not None:
+                callback(number, count, step)
+
+        result = engine().generate(request.segment(number, given), after, _handed(request, before))
         if before is None:
             return result.frames, result.latents, {}
         join = measure_join(before.frames, result.frames, request.overlap)
@@ -230,7 +245,8 @@ def long_video(
     for number, record, reused in folder.fill(settings, make, fps=first.fps, room=room):
         join = record.notes.get("join")
         join = None if join is None else Join(tuple(join["color"]), join["brightness"], join["usual"])
-        yield Finished(number, count, record, request.overlap if number else 0, reused, join)
+        skip = request.overlap if number else 0
+        yield Finished(number, count, record, skip, reused, join, folder.place(number))
 
 
 def _handed(request: LongVideoRequest, before: Segment | None) -> Tensor | None:
@@ -245,4 +261,6 @@ def new_frames(folder: SegmentFolder, finished: Sequence[Finished]) -> Iterator[
     check_type("the folder", folder, SegmentFolder, "what segment_folder returns")
     check_type("the finished segments", finished, (list, tuple), "the list of what long_video yielded")
     for segment in finished:
-        yield folder.frames(segment.number, segment.skip)
+        file = folder.path / segment.place / FRAMES
+        check_there(file)
+        yield read_video(file)[0][segment.skip :]

@@ -29,6 +29,7 @@ SCHEDULES = ("base", "distilled", "enhance_hf")
 KV_CACHE = ("exact", "official", "off")
 HAND_OFFS = ("frames", "latents")
 LORA_MODES = ("merged", "runtime")
+LOSSY_CHANGES = ("new take", "go on")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("off", "blocks")
 CHECKPOINT_FORMS = ("bf16", "comfyui-fp8", "int8")
@@ -320,6 +321,9 @@ OPTIONS: tuple[Option, ...] = (
                metavar="DIR", shown="the name of FILE and -segments", commands=_LONG),
         Option("folder", "path", "folder that keeps finished pieces; run the same command again to resume",
                metavar="DIR", shown="none", commands=_REFINE),
+        Option("lossy_change", "choice", "what to do where a take in the folder differs in lossy settings alone, such "
+               "as 8-bit attention: begin a new take, or go on in that one", LOSSY_CHANGES[0],
+               choices=LOSSY_CHANGES, commands=("long", "refine")),
         Option("page", "path", "also write the report to this .md file, with its pictures beside it", metavar="FILE",
                commands=_COMPARE),
         Option("fps", "number", "frame rate of the output file, and at which the frames of a clip are taken", FPS,

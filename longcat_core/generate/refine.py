@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -31,9 +31,11 @@ from ..sampling.schedules import make_schedule
 from .engine import Engine, check_finite
 from .footage import Footage
 from .inputs import check_callback, check_whole
-from .options import FPS, MAX_FPS, MAX_SEED, MAX_SIDE, SIDE_MULTIPLE
+from .options import FPS, LOSSY_CHANGES, MAX_FPS, MAX_SEED, MAX_SIDE, SIDE_MULTIPLE
 from .request import Defaults, check_number, check_seed, check_side, check_text
-from .segments import Segment, SegmentFolder, Settings, checksum, seed_settings
+from .segment_folder import SegmentFolder
+from .segments import Segment, checksum, seed_settings
+from .takes import LOSSY, Settings, lossy_settings
 
 # Latent frames are padded to a multiple of this.
 GROUP = 4
@@ -108,6 +110,7 @@ class RefineRequest:
         """Everything that decides the frames of each piece, except the model and the previous piece."""
         footage = footage_of(video)
         height, width = self.size(footage, defaults)
+        lossy = lossy_settings(block_sparse=self.block_sparse)
         return [
             {
                 "prompt": self.prompt,
@@ -118,8 +121,8 @@ class RefineRequest:
                 "steps": self.steps,
                 "piece": self.piece,
                 "overlap": self.overlap,
-                "block_sparse": None if self.block_sparse is None else asdict(self.block_sparse),
                 "source": checksum(np.stack(frames)),
+                LOSSY: lossy,
             }
             for number, frames in enumerate(footage.parts(self.pieces(footage)))
         ]
@@ -344,23 +347,31 @@ def refine_in_folder(
     folder: SegmentFolder,
     model: Settings,
     callback: Callable[[int, int, Step], None] | None = None,
+    lossy: dict[str, str] | None = None,
 ) -> Iterator[tuple[int, int, bool]]:
     """Like `refine`, but keep finished pieces in a folder of `piece_folder` and reuse those whose source is unchanged.
 
-    load: called before the first piece that has to be made. model: JSON values about the model that decide the result
-    too. Yields the piece's number, its leading frames that the previous piece has too, and whether it was reused.
+    load: called before the first piece that has to be made. model, lossy: about the model, as for `LongVideoRequest`.
+    Yields the piece's number, its leading frames that the previous piece has too, and whether it was reused.
     """
     request.check()
+    folder.check_place()
     footage = footage_of(video)
     parts, factor = request.pieces(footage), request.factor
-    settings = [piece | model for piece in request.settings(footage, defaults)]
+    settings = [piece | model | {LOSSY: piece[LOSSY] | (lossy or {})} for piece in request.settings(footage, defaults)]
     height, width = request.size(footage, defaults)
     engine, given = cache(load), enumerate(footage.parts(parts))
+
+    def after(number: int, of: int, step: Step) -> None:
+        # What cannot be kept is not computed to its end.
+        folder.take.check_there()
+        if callback is not None:
+            callback(number, of, step)
 
     def make(number: int, before: Segment | None) -> tuple[np.ndarray, Tensor, Settings]:
         frames = next(frames for part, frames in given if part == number)
         known = None if before is None else before.frames
-        piece = refine_piece(engine(), frames, request, (height, width), number, len(parts), known, callback)
+        piece = refine_piece(engine(), frames, request, (height, width), number, len(parts), known, after)
         return piece.frames, piece.latents, {}
 
     room = [4 * factor * (stop - start) * height * width for start, stop in parts]
@@ -368,7 +379,9 @@ def refine_in_folder(
         yield number, factor * request.overlap if number else 0, reused
 
 
-def piece_folder(path: Any) -> SegmentFolder:
-    """The folder of a video's refined pieces; other source frames regenerate a piece."""
+def piece_folder(
+    path: Any, lossy_change: str = LOSSY_CHANGES[0], say: Callable[[str], None] | None = None
+) -> SegmentFolder:
+    """The folder of a video's refined pieces. Another first piece begins a new take in it; see `SegmentFolder`."""
     check_path("the folder of pieces", path)
-    return SegmentFolder(path, changing=("source",))
+    return SegmentFolder(path, lossy_change=lossy_change, say=say)

@@ -1,12 +1,14 @@
-"""A folder that keeps the finished segments of a video, so that an interrupted run resumes.
+"""The segments of one take, kept in a folder so that an interrupted run resumes.
 
     segment-001/latents.safetensors   normalized latents, fp32
     segment-001/frames.mkv            all frames, lossless
     segment-001/segment.json          settings, checksums and the previous segment's: see `Record`
+    segment-001-v2/                   another version, made with other settings or from another segment before it
 
-A segment is written under a temporary name, flushed to disk and renamed, so it exists whole or not at all. It is reused
-only while its checksums match, its settings equal the current ones, and it was made from the segment before it. Content
-decides that, not the file: if a regenerated segment comes out the same, the segments after it are kept.
+A segment is written under a temporary name, flushed to disk and renamed, so it exists whole or not at all. It is found
+by its content: its checksums match, its settings equal the current ones, and it was made from the segment before it.
+If a regenerated segment comes out the same, the segments after it are kept. Nothing finished is replaced: only a
+segment with the very same settings whose files are damaged is made again in its place.
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,26 +30,26 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..files.atomic import atomic_folder, foreign, reason, recover, working_folders
-from ..files.differences import as_read, differences, differences_in_words
-from ..files.locks import held
-from ..files.media import read_video, write_video
+from ..files.media import open_video, read_video, write_video
 from ..files.places import bytes_in_words
 from ..files.records import parse_record
 from ..files.regular import check_regular, read_bytes
 from ..files.safetensors_io import read_tensors, write_safetensors
 from ..sampling.conditioning import LARGE_SEED
+from .takes import Settings, matches
 
 VERSION = 1
-LATENTS, FRAMES, RECORD, LOCK = "latents.safetensors", "frames.mkv", "segment.json", ".lock"
+LATENTS, FRAMES, RECORD = "latents.safetensors", "frames.mkv", "segment.json"
 # Files that file managers write into the folders they show.
 LEFT_BY_BROWSING = (".DS_Store", "Thumbs.db", "desktop.ini")
 OURS = (LATENTS, FRAMES, RECORD, *LEFT_BY_BROWSING)
+NAME = re.compile(r"segment-(\d{3})(?:-v([1-9]\d*))?")
 # What killed runs leave of a segment's folder.
-LEFT = re.compile(r"\.(segment-\d{3})\.(?:new|old)")
+LEFT = re.compile(rf"\.({NAME.pattern})\.(?:new|old)")
 # Free space that must remain on the disk beside a segment's own.
 SPARE_BYTES = 16 << 20
-
-Settings = dict[str, Any]
+# What tells that a file is the one that was checked: its number on the disk, its size and its time of change.
+Signature = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -106,102 +107,100 @@ def seed_settings(seed: int) -> Settings:
     return {"seed": seed, "seed_bits": 64} if seed >= LARGE_SEED else {"seed": seed}
 
 
-# Makes a segment from its number and the previous segment: frames, latents, notes.
-Make = Callable[[int, Segment | None], tuple[np.ndarray, Tensor, Settings]]
+class Take:
+    """The segments of one take, numbered from 0, each in one version or more.
 
-
-class SegmentFolder:
-    """The segments of one video, numbered from 0.
-
-    changing: settings that may differ between segments and between runs; if one does, the segment is regenerated. Any
-    other difference is an error, and nothing is touched. notes: the type of a record's notes; a record with others is
-    damaged. Reading needs no lock; `open` takes it for `save`.
+    notes: the type of a record's notes; a record with others counts as damaged. Reading needs no lock.
     """
 
-    def __init__(self, path: str | Path, changing: tuple[str, ...] = (), notes: type = Settings) -> None:
-        self.path = Path(path)
-        self.changing = changing
+    def __init__(self, path: Path, notes: type = Settings) -> None:
+        self.path = path
         self.notes = notes
+        # Folders of the versions that this run found or made, and what was checked of their files, by path.
+        self._used: dict[int, Path] = {}
+        self._checked: dict[Path, tuple[Signature, str]] = {}
 
-    def check(self, settings: Mapping[int, Settings] | list[Settings]) -> None:
-        """Raise LongCatError if the folder holds segments with other settings, or foreign files under their names.
+    def place(self, number: int) -> Path:
+        """The folder of a segment, in the version that this run found or made, else the first."""
+        return self._used.get(number, self.path / _name(number))
 
-        settings: of every segment, by number, as they will be saved.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise LongCatError(f"{self.path} is not a folder; name a folder to keep the segments in")
-        wanted = dict(enumerate(settings)) if isinstance(settings, list) else dict(settings)
-        for number, now in wanted.items():
-            self._check_own(number)
-            record = self._record(number)
-            if record is None:
-                continue
-            kept = {name: value for name, value in record.settings.items() if name not in self.changing}
-            now = {name: value for name, value in as_read(now).items() if name not in self.changing}
-            if words := differences_in_words(kept, now):
-                raise LongCatError(
-                    f"{self.path} holds segments with other settings ({words}); give the same ones to resume, or "
-                    "another folder to start over"
-                )
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Lock the folder for writing and create it if necessary; if it stays empty, remove it afterwards.
-
-        Raises LongCatError if another run holds the lock.
-        """
-        made = not self.path.exists()
-        busy = f"another run is writing to {self.path}; wait for its end or name another folder"
-        stack = ExitStack()
+    def versions(self, number: int) -> list[tuple[int, Path]]:
+        """All that stands under a name of this segment: version and path, in order."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held(self.path / LOCK, busy))
-        except OSError as error:
-            raise LongCatError(f"{self.path} cannot be written to ({error.strerror}); name another folder") from error
-        try:
-            with stack:
-                for name in {match[1] for match in map(LEFT.fullmatch, os.listdir(self.path)) if match}:
-                    # What is not ours stays; if it is in the way, `check` has said so.
-                    with suppress(OSError):
-                        recover(self.path / name, OURS)
-                yield
-        finally:
-            with suppress(OSError):
-                if made and {entry.name for entry in self.path.iterdir()} <= {LOCK}:
-                    (self.path / LOCK).unlink(missing_ok=True)
-                    self.path.rmdir()
+            names = [name for name in os.listdir(self.path) if name.startswith(_name(number))]
+        except OSError:
+            return []
+        return sorted((int(name[2] or 1), self.path / name[0]) for name in map(NAME.fullmatch, names) if name)
 
-    def find(self, number: int, settings: Settings, before: str) -> Record | None:
-        """The record of an intact segment with these settings, made from the content `before`; None without one."""
-        record = self._record(number)
-        if record is None or differences(record.settings, as_read(settings)) or record.before != before:
-            return None
-        folder = self._folder(number)
-        for name in (LATENTS, FRAMES):
-            try:
-                check_regular(folder / name)
-                with open(folder / name, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except (LongCatError, OSError):
-                return None
-            if found != record.files.get(name):
-                return None
-        return record
+    def records(self, number: int) -> list[tuple[Path, Record]]:
+        """The versions of a segment whose record can be read."""
+        found = ((path, self._record(path)) for _, path in self.versions(number))
+        return [(path, record) for path, record in found if record is not None]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing stands under the name of a segment."""
+        try:
+            return not any(map(NAME.fullmatch, os.listdir(self.path)))
+        except OSError:
+            return True
+
+    def matching(
+        self, number: int, settings: Settings, before: str | None, any_lossy: bool = False
+    ) -> list[tuple[Path, Record]]:
+        """The versions of a segment with these settings, made from the content `before`; None: from any.
+
+        any_lossy: also those that differ in lossy settings, after the others. Looks at records, not at files.
+        """
+        first = number == 0
+        found = [pair for pair in self.records(number) if before in (None, pair[1].before)]
+        same = [pair for pair in found if matches(pair[1].settings, settings, first)]
+        if any_lossy:
+            same += [pair for pair in found if pair not in same and matches(pair[1].settings, settings, first, True)]
+        return same
+
+    def known(self, settings: Sequence[Settings], any_lossy: bool = False) -> int:
+        """How many of the first segments are there, by their records."""
+        content = ""
+        for number, wanted in enumerate(settings):
+            found = self.matching(number, wanted, content, any_lossy)
+            if not found:
+                return number
+            content = found[0][1].content
+        return len(settings)
+
+    def find(self, number: int, settings: Settings, before: str, any_lossy: bool = False) -> Record | None:
+        """The record of an intact version with these settings, made from the content `before`; None without one."""
+        for path, record in self.matching(number, settings, before, any_lossy):
+            if all(self._checksum(path / name) == record.files.get(name) for name in (LATENTS, FRAMES)):
+                self._used[number] = path
+                return record
+        return None
+
+    def count(self, number: int) -> int:
+        """How many frames the version in use has. Raises LongCatError if it is gone."""
+        check_there(self.place(number) / FRAMES)
+        record = self._record(self.place(number))
+        if record is None:
+            raise LongCatError(f"{self.place(number)} is damaged; run the same task again to make it again")
+        return record.count
 
     def load(self, number: int) -> Segment:
-        """Read a segment that `find` returned. Raises LongCatError if it does not hold what its record says."""
-        folder = self._folder(number)
-        frames, _ = read_video(folder / FRAMES)
+        """Read the version in use. Raises LongCatError if it does not hold what its record says."""
+        folder = self.place(number)
+        frames = self.frames(number)
         latents = read_tensors(folder / LATENTS).get("latents")
-        record = self._record(number)
+        record = self._record(folder)
         if record is None or latents is None or checksum(latents.float().numpy(), frames) != record.content:
             raise LongCatError(f"{folder} is damaged; delete it and run the same command again")
         # A copy: the file may be replaced while its tensors are in use.
         return Segment(frames, latents.clone(), record.content)
 
     def frames(self, number: int, skip: int = 0) -> np.ndarray:
-        """A segment's frames without the first `skip`: uint8 [F, H, W, 3]."""
-        return read_video(self._folder(number) / FRAMES)[0][skip:]
+        """The frames of the version in use, without the first `skip`: uint8 [F, H, W, 3]."""
+        file = self.place(number) / FRAMES
+        check_there(file)
+        return read_video(file)[0][skip:]
 
     def save(
         self,
@@ -214,13 +213,16 @@ class SegmentFolder:
         fps: float,
         notes: Settings,
     ) -> Record:
-        """Save a segment in place of an older one; it is on disk when this returns.
+        """Save a version of a segment, which is then the one in use; it is on disk when this returns.
 
-        Raises LongCatError if it cannot be written; the older segments then stay.
+        It replaces a version with the same settings, and stands beside all others. Raises LongCatError if it cannot be
+        written; what was there then stays.
         """
         latents = latents.detach().to("cpu", torch.float32).contiguous()
+        self.check_there()
+        folder = self._place_for(number, settings, before)
         try:
-            with atomic_folder(self._folder(number), OURS) as new:
+            with atomic_folder(folder, OURS) as new:
                 write_safetensors(new / LATENTS, {"latents": latents})
                 write_video(new / FRAMES, frames, fps)
                 files = {}
@@ -232,44 +234,18 @@ class SegmentFolder:
                 record = Record(settings, before, content, len(frames), files, notes)
                 (new / RECORD).write_text(_dumps(record), encoding="utf-8")
         except (LongCatError, OSError) as error:
+            self.check_there()
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             raise LongCatError(
                 f"segment {number + 1} could not be written to {self.path} ({reason(cause)}); the earlier segments are "
                 "kept, so free some space and run the same command again to resume"
             ) from error
+        self._used[number] = folder
         return record
-
-    def fill(
-        self, settings: Sequence[Settings], make: Make, *, fps: float, room: Sequence[int]
-    ) -> Iterator[tuple[int, Record, bool]]:
-        """Go through the segments: reuse those that match, make the others from the previous segment and save them.
-
-        settings: of each segment. room: bytes that each may take. make: from a segment's number and the previous
-        segment (None for the first) to its frames, latents and notes. Yields number, record, and whether it was reused,
-        once it is on disk. Raises what `check`, `open`, `check_room`, `save` and `make` raise.
-        """
-        self.check(list(settings))
-        with self.open():
-            before: Segment | None = None
-            content, threads = "", None
-            for number, wanted in enumerate(settings):
-                record = self.find(number, wanted, content)
-                reused = record is not None
-                if record is None:
-                    self.check_room(number, room[number])
-                    self._note_threads(threads, wanted)
-                    if number and before is None:
-                        before = self.load(number - 1)
-                    frames, latents, notes = make(number, before)
-                    record = self.save(number, frames, latents, settings=wanted, before=content, fps=fps, notes=notes)
-                    before = Segment(frames, latents, record.content)
-                else:
-                    before, threads = None, record.notes.get("threads")
-                content = record.content
-                yield number, record, reused
 
     def check_room(self, number: int, bytes_needed: int) -> None:
         """Raise LongCatError unless a segment of `bytes_needed` fits on the disk."""
+        self.check_there()
         free = shutil.disk_usage(self.path).free
         if free < bytes_needed + SPARE_BYTES:
             needed, spare, there = (bytes_in_words(count) for count in (bytes_needed, SPARE_BYTES, free))
@@ -278,29 +254,45 @@ class SegmentFolder:
                 "the earlier segments are kept, so free some space and run the same command again to resume"
             )
 
-    def _note_threads(self, threads: int | None, settings: Settings) -> None:
-        """Warn if the segment before was made with another number of threads."""
-        now = torch.get_num_threads()
-        if threads not in (None, now) and settings.get("device", "cpu") == "cpu":
-            warnings.warn(
-                f"{self.path} was begun with {threads} threads and goes on with {now}, so that the last bits of its "
-                f"numbers may differ; set OMP_NUM_THREADS={threads} to get the same ones",
-                stacklevel=3,
+    def check_there(self) -> None:
+        """Raise LongCatError if the folder has disappeared while it is in use."""
+        if not self.path.is_dir():
+            raise LongCatError(
+                f"{self.path} was deleted or renamed while this run was writing to it; run the same command again to "
+                "begin there again, or put the folder back to resume"
             )
 
-    def _folder(self, number: int) -> Path:
-        return self.path / f"segment-{number + 1:03}"
+    def recover(self) -> None:
+        """Remove what killed runs left; the take is locked. What is not ours stays."""
+        for name in {match[1] for match in map(LEFT.fullmatch, os.listdir(self.path)) if match}:
+            with suppress(OSError):
+                recover(self.path / name, OURS)
 
-    def _check_own(self, number: int) -> None:
-        """Raise LongCatError if the segment's folder, or one that saving it takes, holds what is not ours."""
-        folder = self._folder(number)
-        for place in (folder, *working_folders(folder)):
-            if name := foreign(place, OURS):
-                raise LongCatError(f"{place} is not a segment of a video ({name} is in it); name another folder")
+    def _place_for(self, number: int, settings: Settings, before: str) -> Path:
+        """The folder that a segment is written to: of a version with the same settings, or one where nothing stands."""
+        for path, _ in self.matching(number, settings, before):
+            if not path.is_symlink() and _is_free(path):
+                return path
+        version = max([version for version, _ in self.versions(number)], default=0) + 1
+        while not _is_free(path := self.path / _name(number, version)):
+            version += 1
+        return path
 
-    def _record(self, number: int) -> Record | None:
-        """A segment's record; None if it is missing or damaged."""
-        path = self._folder(number) / RECORD
+    def _checksum(self, file: Path) -> str:
+        """SHA-256 of a file; "" if it cannot be read. One that has not changed is not read again."""
+        try:
+            found = signature(file)
+            if file not in self._checked or self._checked[file][0] != found:
+                check_regular(file)
+                with open(file, "rb") as stream:
+                    self._checked[file] = found, hashlib.file_digest(stream, "sha256").hexdigest()
+        except (LongCatError, OSError):
+            return ""
+        return self._checked[file][1]
+
+    def _record(self, folder: Path) -> Record | None:
+        """A segment's record; None if it is missing, damaged or of another version."""
+        path = folder / RECORD
         try:
             stored = parse_record(read_bytes(path), _Stored, str(path), "a record")
             record = stored.record
@@ -309,6 +301,39 @@ class SegmentFolder:
             return None
         whole = stored.version == VERSION and stored.checksum == checksum(_plain(asdict(record)))
         return record if whole else None
+
+
+def signature(file: Path) -> Signature:
+    """What tells whether a file is still the one that was checked. Raises OSError."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_there(file: Path) -> None:
+    """Raise LongCatError if a segment's file has disappeared."""
+    if not file.is_file():
+        raise LongCatError(f"{file} was deleted after this run had used it; run the same task again to make it again")
+
+
+def read_frames(file: Path, skip: int, count: int, found: Signature) -> Iterator[np.ndarray]:
+    """The frames of a segment from `skip` on, `count` in all, one at a time: uint8 [H, W, 3].
+
+    found: the file's signature when it was checked. Raises LongCatError if it has changed or disappeared since.
+    """
+    check_there(file)
+    if signature(file) != found:
+        raise LongCatError(f"{file} was changed after this run had used it; run the same task again")
+    with open_video(file) as video:
+        yield from islice(video, skip, skip + count)
+
+
+def _name(number: int, version: int = 1) -> str:
+    return f"segment-{number + 1:03}" + (f"-v{version}" if version > 1 else "")
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a segment may be written to `folder`: it and what writing it takes hold nothing that is not ours."""
+    return not any(foreign(place, OURS) for place in (folder, *working_folders(folder)))
 
 
 def _plain(content: Settings) -> str:

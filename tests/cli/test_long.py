@@ -116,22 +116,54 @@ def test_prompts_from_a_file(folder: Path, loads: list, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--seed", "1"], "seed 0 there, 1 now"),
-        (["--hand-off", "latents"], "hand_off frames there, latents now"),
-        (["--schedule", "enhance_hf"], "schedule base there, enhance_hf now"),
-        (["--dtype", "bfloat16"], "dtype float32 there, bfloat16 now"),
-        (["--fp8"], "fp8 False there, True now"),
-        (["--attention", "sdpa"], "attention auto there, sdpa now"),
+        (["--seed", "1"], "seed 0 there, 1 now)"),
+        (["--fp8"], "fp8 none there, on now); choose 'go on' as the lossy change to continue that one"),
+        (["--dtype", "bfloat16"], "precision none there, bfloat16 now); choose 'go on'"),
     ],
 )
-def test_other_settings_are_refused(loads: list, refused: Any, options: list[str], said: str) -> None:
+def test_other_settings_begin_a_new_take(loads: list, capsys: Any, options: list[str], said: str) -> None:
     arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
     assert cli.main(arguments) == 0 and len(loads) == 1
-    sentence = refused(*arguments, *options)
-    assert said in sentence and "a-segments holds segments with other settings" in sentence and len(loads) == 1
+    capsys.readouterr()
+    assert cli.main([*arguments, *options]) == 0 and len(loads) == 2
+    out, err = capsys.readouterr()
+    assert (
+        f"longcat: note: a new take begins in a-segments/take-002, because a-segments has other settings ({said}" in err
+    )
+    assert out.splitlines()[0] == "segment 1 of 2: finished and saved in a-segments/take-002"
+    for again, place in ((arguments, "a-segments"), ([*arguments, *options], "a-segments/take-002")):
+        assert cli.main(again) == 0 and len(loads) == 2
+        assert f"segment 2 of 2: already in {place}; " in capsys.readouterr().out
 
 
-def test_another_model_is_refused(loads: list, refused: Any) -> None:
+@pytest.mark.parametrize(
+    "options", [["--attention", "sdpa"], ["--compile", "off"], ["--kv-cache", "off"], ["--split-guidance"]]
+)
+def test_what_does_not_change_the_result_does_not_matter(loads: list, capsys: Any, options: list[str]) -> None:
+    arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
+    assert cli.main(arguments) == 0 and cli.main([*arguments, *options]) == 0 and len(loads) == 1
+    assert "take" not in capsys.readouterr().err
+
+
+def test_another_hand_off_keeps_the_first_segment(loads: list, capsys: Any) -> None:
+    arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
+    assert cli.main(arguments) == 0 and cli.main([*arguments, "--hand-off", "latents"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "segment 1 of 2: already in a-segments"
+    assert lines[4].startswith("segment 2 of 2: finished and saved in a-segments/segment-002-v2; ")
+
+
+def test_going_on_in_a_take_with_lossy_settings(loads: list, capsys: Any) -> None:
+    arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--fp8", "--segments", "3", "--lossy-change", "go on"]) == 0 and len(loads) == 2
+    assert "note: the take in a-segments goes on with other lossy settings (fp8 none there, on now)" in (
+        capsys.readouterr().err
+    )
+    assert sorted(path.name for path in Path("a-segments").glob("s*")) == [f"segment-00{n}" for n in (1, 2, 3)]
+
+
+def test_another_model_begins_a_new_take(loads: list, capsys: Any) -> None:
     """By what is in its files, not by their names."""
     # Without --overlap, of which a note would say that a single segment shares nothing.
     size = ["--size", "16x32", "--frames", "17", "--steps", "2", "--device", "cpu"]
@@ -143,9 +175,24 @@ def test_another_model_is_refused(loads: list, refused: Any) -> None:
     content[len(content) // 2 :: 4] ^= 1
     content.tofile("other.safetensors")
     parts = ["--vae", str(NANO_VAE), "--text-encoder", str(NANO_TEXT_ENCODER)]
-    assert cli.main([*arguments, "--model", "same.safetensors", *parts]) == 0
-    sentence = refused(*arguments, "--model", "other.safetensors", *parts)
-    assert "(model " in sentence and sentence.count(" there, ") == 1 and len(loads) == 1
+    assert cli.main([*arguments, "--model", "same.safetensors", *parts]) == 0 and len(loads) == 1
+    capsys.readouterr()
+    assert cli.main([*arguments, "--model", "other.safetensors", *parts]) == 0 and len(loads) == 2
+    assert "a-segments has other settings (another model)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["long", "refine"])
+def test_a_folder_that_cannot_be_used_is_known_at_once(
+    source: None, loads: list, refused: Any, monkeypatch: Any, command: str
+) -> None:
+    """Before the model's files are read for their fingerprints, and before the video is."""
+    monkeypatch.setattr(commands, "model_settings", lambda *_: pytest.fail("the model was read"))
+    arguments = ["long", ONE, *SMALL] if command == "long" else REFINE
+    for folder, said in (("file", "file is not a folder"), ("file/x", "file is not a folder"), ("x" * 300, "too long")):
+        assert said in refused(*arguments, "--folder", folder)
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    assert "new cannot be written to (" in refused(*arguments, "--folder", "new")
+    assert not loads
 
 
 # --- refining in a folder --------------------------------------------------------------------------------------------
@@ -225,15 +272,32 @@ def test_refining_goes_on_from_its_folder(source: None, loads: list, capsys: Any
     ("options", "said"),
     [
         (["--prompt", "a"], "prompt empty there, a now"),
-        (["--piece", "13"], "piece 9 there, 13 now"),
-        (["--sparsity", "0.5"], "block_sparse none there"),
-        (["--fp8"], "fp8 False there, True now"),
+        (["--piece", "13"], "another source"),
+        (["--sparsity", "0.5"], "block-sparse none there, sparsity 0.5, chunk 4x4x4 now"),
+        (["--fp8"], "fp8 none there, on now"),
     ],
 )
-def test_other_settings_of_refining_are_refused(
-    loads: list, source: None, refused: Any, options: list[str], said: str
+def test_other_settings_of_refining_begin_a_new_take(
+    loads: list, source: None, capsys: Any, options: list[str], said: str
 ) -> None:
     arguments = [*REFINE, "--folder", "kept"]
     assert cli.main(arguments) == 0
-    sentence = refused(*arguments, *options)
-    assert said in sentence and "kept holds segments with other settings" in sentence and len(loads) == 1
+    video, _ = read_video("out.mkv")
+    assert cli.main([*arguments, *options]) == 0 and len(loads) == 2
+    out, err = capsys.readouterr()
+    assert f"a new take begins in kept/take-002, because kept has other settings ({said})" in err
+    assert "piece 1: finished and saved in kept/take-002" in out
+    assert cli.main(arguments) == 0 and len(loads) == 2 and np.array_equal(read_video("out.mkv")[0], video)
+
+
+def test_another_source_in_the_middle_and_back(loads: list, source: None, capsys: Any) -> None:
+    arguments = [*REFINE, "--folder", "kept"]
+    assert cli.main(arguments) == 0
+    clip = moving_clip(13)
+    clip[-1] ^= 255
+    for frames, wanted in ((clip, "finished and saved in kept/segment-002-v2"), (moving_clip(13), "already in kept")):
+        capsys.readouterr()
+        write_video("clip.mkv", frames, 15)
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().out.splitlines()[:2] == ["piece 1: already in kept", f"piece 2: {wanted}"]
+    assert len(loads) == 2

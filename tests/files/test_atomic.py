@@ -133,7 +133,7 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with held(lock, "busy; wait"), pytest.raises(LongCatError, match=r"^busy; wait$"), held(lock, "busy; wait"):
         pytest.fail("the lock was taken twice")
-    with held(lock, "busy; wait", remove=True):
+    with held(lock, "busy; wait"):
         assert lock.exists()
     assert not lock.exists()
     (tmp_path / "file").touch()

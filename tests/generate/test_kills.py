@@ -66,31 +66,38 @@ def start(tmp_path_factory) -> Iterator[Start]:
 
 @dataclass(frozen=True)
 class Task:
-    """A run to be killed. path: its uninterrupted result; base: the folder that it starts from, if any."""
+    """A run to be killed. path: its uninterrupted result; base: the folder that it starts from, if any; take: where its
+    segments lie in it."""
 
     path: Path
     whole: Run
     prompts: tuple[str, ...] = PROMPTS
     refine: bool = False
     base: Path | None = None
+    take: str = ""
 
     def begin(self, path: Path) -> Path:
         return path if self.base is None else Path(shutil.copytree(self.base, path))
 
     @property
     def segments(self) -> int:
-        return len(finished(self.path))
+        return len(finished(self.path / self.take))
 
 
 @pytest.fixture(scope="module")
 def tasks(start, tmp_path_factory) -> dict[str, Task]:
     path = tmp_path_factory.mktemp("whole")
     long = Task(path / "long", start(path / "long"))
-    other = ("a", "x", "c")
-    shutil.copytree(long.path, path / "changed")
-    changed = Task(path / "changed", start(path / "changed", prompts=other), other, base=long.path)
+    base = Path(shutil.copytree(long.path, path / "damaged"))
+    for name in ("segment-002", "segment-003"):
+        os.truncate(base / name / "frames.mkv", 100)
+    shutil.copytree(base, path / "repaired")
+    repaired = Task(path / "repaired", start(path / "repaired"), base=base)
+    other = ("x", "b")
+    shutil.copytree(long.path, path / "further")
+    further = Task(path / "further", start(path / "further", prompts=other), other, base=long.path, take="take-002")
     refined = Task(path / "refined", start(path / "refined", refine=True), refine=True)
-    return {"long": long, "changed": changed, "refined": refined}
+    return {"long": long, "repaired": repaired, "further": further, "refined": refined}
 
 
 def finished(path: Path) -> list[str]:
@@ -122,18 +129,23 @@ def is_kept(event: str) -> bool:
 
 
 def test_what_happens_in_a_run(tasks):
-    long, changed, refined = (tasks[name].whole for name in ("long", "changed", "refined"))
-    assert {run.code for run in (long, changed, refined)} == {0}
-    assert (long.begun, changed.begun, refined.begun) == (3, 2, 2)
+    long, repaired, further, refined = (tasks[name].whole for name in ("long", "repaired", "further", "refined"))
+    assert {run.code for run in (long, repaired, further, refined)} == {0}
+    assert (long.begun, repaired.begun, further.begun, refined.begun) == (3, 2, 2, 2)
     found = Counter(kinds(long.moments))
-    # A segment: its latents, its frames and itself are renamed; three files and two folders flushed, two of the files
-    # before they are renamed too; nine pictures.
-    assert found["os.rename"] == 9 and found["flush"] == 21 and found["picture"] == 27 and found["step"] == 6
+    # The record of the take; of a segment its latents, its frames and itself are renamed, three files and two folders
+    # flushed, two of the files before they are renamed too; nine pictures.
+    assert found["os.rename"] == 1 + 9 and found["flush"] == 1 + 21 and found["picture"] == 27 and found["step"] == 6
     assert set(found) == set(KINDS) and min(found.values()) >= 3
-    # What is there already is moved away first, and deleted file by file.
-    assert len(moments_of(tasks["changed"], "os.rmdir")) == 2
-    assert len(moments_of(tasks["changed"], "os.rename")) == 2 * 4
-    assert len(moments_of(tasks["refined"], "os.rename")) == 2 * 3
+    # What is damaged is moved away first, and deleted file by file.
+    assert len(moments_of(tasks["repaired"], "os.rmdir")) == 2
+    assert len(moments_of(tasks["repaired"], "os.rename")) == 2 * 4
+    assert len(moments_of(tasks["further"], "os.rmdir")) == 0
+    assert {name: content for name, content in contents(tasks["further"].path).items() if "take-" not in name} == (
+        contents(tasks["long"].path)
+    )
+    assert contents(tasks["repaired"].path) == contents(tasks["long"].path)
+    assert len(moments_of(tasks["refined"], "os.rename")) == 1 + 2 * 3
 
 
 def check_killed_and_resumed(start: Start, task: Task, path: Path, moment: int) -> None:
@@ -146,11 +158,11 @@ def check_killed_and_resumed(start: Start, task: Task, path: Path, moment: int) 
     wanted, there = contents(task.path), contents(path)
     first = task.segments - task.whole.begun
     for number in range(first + done):
-        name = f"segment-{number + 1:03}/"
+        name = str(Path(task.take, f"segment-{number + 1:03}")) + "/"
         assert {n: c for n, c in there.items() if n.startswith(name)} == {
             n: c for n, c in wanted.items() if n.startswith(name)
         }, f"segment {number + 1} was finished"
-    for name in finished(path)[first + done :]:
+    for name in finished(path / task.take)[first + done :]:
         assert {n: c for n, c in there.items() if n.startswith(name + "/")} == {
             n: c for n, c in before.items() if n.startswith(name + "/")
         }, f"{name} is half there"
@@ -167,9 +179,9 @@ def test_killed_before_anything_that_happens(start, tasks, tmp_path, kind):
         check_killed_and_resumed(start, tasks["long"], tmp_path / str(moment), moment)
 
 
-@pytest.mark.parametrize("name", ["changed", "refined"])
-@pytest.mark.parametrize("kind", ["os.rename", "os.remove", "os.rmdir"])
-def test_killed_while_segments_are_replaced_and_pieces_refined(start, tasks, tmp_path, name, kind):
+@pytest.mark.parametrize("name", ["repaired", "further", "refined"])
+@pytest.mark.parametrize("kind", ["os.mkdir", "os.rename", "os.remove", "os.rmdir"])
+def test_killed_while_segments_are_repaired_a_take_is_begun_and_pieces_are_refined(start, tasks, tmp_path, name, kind):
     for moment in moments_of(tasks[name], kind):
         check_killed_and_resumed(start, tasks[name], tmp_path / str(moment), moment)
 

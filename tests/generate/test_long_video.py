@@ -134,7 +134,7 @@ def test_the_released_model_goes_on_as_it_was_trained():
 
 
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("damage", [shutil.rmtree, flipped(FRAMES), flipped(LATENTS), flipped(RECORD)])
+@pytest.mark.parametrize("damage", [shutil.rmtree, flipped(FRAMES), flipped(LATENTS)])
 def test_only_what_is_lost_or_damaged_is_made_again(tiny, whole, copy, made, number, damage):
     damage(copy / f"segment-{number + 1:03}")
     assert contents(copy) != contents(whole)
@@ -142,6 +142,19 @@ def test_only_what_is_lost_or_damaged_is_made_again(tiny, whole, copy, made, num
     assert made == [number]
     assert [segment.reused for segment in finished] == [n != number for n in range(4)]
     assert contents(copy) == contents(whole)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_segment_whose_record_is_damaged_is_made_again_beside_it(tiny, whole, copy, made, number):
+    flipped(RECORD)(copy / f"segment-{number + 1:03}")
+    before = contents(copy)
+    finished = run(tiny, copy)
+    assert made == [number] and finished[number].place == f"segment-{number + 1:03}-v2"
+    after = contents(copy)
+    assert {name: after[name] for name in before} == before
+    again = {name.replace("-v2", ""): content for name, content in after.items() if "-v2" in name}
+    assert again == of(number, contents(whole))
+    assert all(segment.reused for segment in run(unwanted, copy)) and made == [number]
 
 
 def test_where_all_is_there_no_model_is_loaded(whole, copy, made):
@@ -174,17 +187,28 @@ def test_joins_are_reported_again_from_the_folder(tiny, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_another_prompt_regenerates_the_video_from_there(tiny, whole, copy, made, number):
+def test_another_prompt_makes_the_video_from_there_and_the_old_one_stays(tiny, whole, copy, made, number):
     before = contents(whole)
-    run(tiny, copy, tuple("x" if n == number else prompt for n, prompt in enumerate(PROMPTS)))
+    other = tuple("x" if n == number else prompt for n, prompt in enumerate(PROMPTS))
+    finished = run(tiny, copy, other)
     assert made == list(range(number, 4))
+    # Another first segment begins another take; a later one stands beside the old one.
+    assert [segment.place for segment in finished] == [
+        f"take-002/segment-{n + 1:03}" if number == 0 else f"segment-{n + 1:03}{'-v2' if n >= number else ''}"
+        for n in range(4)
+    ]
     after = contents(copy)
-    for n in range(4):
-        same = [content == of(n, after)[name] for name, content in of(n, before).items()]
-        assert same == [n < number] * 3, n
+    assert {name: after[name] for name in before} == before
     made.clear()
-    run(tiny, copy)
-    assert made == list(range(number, 4)) and contents(copy) == before
+    back, again = (list(long_video(unwanted, request(prompts), segment_folder(copy))) for prompts in (PROMPTS, other))
+    assert all(segment.reused for segment in (*back, *again)) and made == []
+    assert [segment.place for segment in back] == [f"segment-{n + 1:03}" for n in range(4)]
+    assert [segment.place for segment in again] == [segment.place for segment in finished]
+    folder = segment_folder(copy)
+    for kept, prompts in ((back, PROMPTS), (again, other)):
+        fresh = run(tiny, copy.with_name("fresh"), prompts)
+        wanted = np.concatenate(list(new_frames(segment_folder(copy.with_name("fresh")), fresh)))
+        assert np.array_equal(np.concatenate(list(new_frames(folder, kept))), wanted)
 
 
 def test_fewer_and_more_segments_use_what_is_there(tiny, whole, copy, made):
@@ -212,24 +236,74 @@ OTHER = {
     "frames": ({}, {"frames": 13}, "frames 9 there, 13 now"),
     "guidance": ({}, {"guidance_scale": 3.0}, "guidance_scale 4.0 there, 3.0 now"),
     "negative prompt": ({}, {"negative_prompt": "fog"}, "negative_prompt"),
-    "kv cache": ({}, {"kv_cache": "off"}, "kv_cache exact there, off now"),
-    "step cache": ({}, {"step_cache": 0.1}, "step_cache 0.0 there, 0.1 now"),
-    "overlap": ({"overlap": 1}, {}, "overlap 5 there, 1 now"),
-    "hand-off": ({"hand_off": "latents"}, {}, "hand_off frames there, latents now"),
+    "step cache": ({}, {"step_cache": 0.1}, "step cache none there, 0.1 now"),
     "model": ({"model": {"model": "f00"}}, {}, "model none there, f00 now"),
-    "schedule of clips": ({"schedule": "enhance_hf"}, {}, "schedule base there, enhance_hf now"),
+    "lossy": ({"lossy": {"precision": "bfloat16"}}, {}, "precision none there, bfloat16 now"),
     "given frames": ({}, {"given": np.zeros((1, 16, 32, 3), np.uint8)}, "given frames none there"),
 }
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_other_settings_are_refused_and_touch_nothing(copy, name):
+def test_other_settings_begin_a_take_and_the_old_one_is_found_again(tiny, copy, made, name):
     changes, first, said = OTHER[name]
-    before = state(copy)
-    with pytest.raises(LongCatError, match="give the same ones to resume, or another folder") as raised:
-        next(long_video(unwanted, request(first=replace(FIRST, **first), **changes), segment_folder(copy)))
-    assert said in str(raised.value) and str(raised.value).count(" there, ") == 1
-    assert state(copy) == before
+    before, heard = state(copy), []
+    folder = segment_folder(copy, say=heard.append)
+    other = request(PROMPTS[:2], replace(FIRST, **first), **changes)
+    finished = list(long_video(lambda: tiny, other, folder))
+    assert [segment.place for segment in finished] == ["take-002/segment-001", "take-002/segment-002"]
+    assert heard == [folder.said] and folder.said.startswith(
+        f"a new take begins in {copy / 'take-002'}, because {copy} has"
+    )
+    assert said in folder.said and folder.said.count(" there, ") == 1
+    assert ("lossy change" in folder.said) == (name in ("lossy", "step cache"))
+    after = state(copy)
+    assert {path: found for path, found in after.items() if path in before and path != str(copy)} == {
+        path: found for path, found in before.items() if path != str(copy)
+    }
+    for wanted, take in ((request(), ""), (other, "take-002/")):
+        again = list(long_video(unwanted, wanted, segment_folder(copy)))
+        assert all(segment.reused and segment.place.startswith(f"{take}segment") for segment in again)
+
+
+LATER = {
+    "overlap": {"overlap": 1},
+    "hand-off": {"hand_off": "latents"},
+    "schedule of clips": {"schedule": "enhance_hf"},
+    "kv cache": {"first": replace(FIRST, kv_cache="official")},
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_matters_after_the_first_segment_makes_versions_in_the_same_take(tiny, copy, made, name):
+    finished = run(tiny, copy, PROMPTS[:3], **LATER[name])
+    assert [segment.place for segment in finished] == ["segment-001", "segment-002-v2", "segment-003-v2"]
+    assert made == [1, 2] and all(segment.reused for segment in run(unwanted, copy))
+
+
+SAME = {
+    "kv cache": {"first": replace(FIRST, kv_cache="off")},
+    "stored for readers": {"model": {"device": "cuda", "compile": "blocks"}},
+    "stored by earlier versions": {
+        "model": {"dtype": "float32", "fp8": False, "attention": "sdpa", "optimizations": "defaults", "wrappers": []}
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_does_not_change_the_result_is_not_compared(copy, name):
+    folder = segment_folder(copy)
+    finished = list(long_video(unwanted, request(**SAME[name]), folder))
+    assert len(finished) == 4 and folder.said == ""
+
+
+def test_going_on_with_lossy_settings(tiny, copy, made):
+    lossy = request((*PROMPTS, "e"), lossy={"attention": "sage"})
+    folder = segment_folder(copy, lossy_change="go on")
+    finished = list(long_video(lambda: tiny, lossy, folder))
+    assert made == [4] and [segment.place for segment in finished] == [f"segment-{n + 1:03}" for n in range(5)]
+    assert folder.said == f"the take in {copy} goes on with other lossy settings (attention none there, sage now)"
+    with pytest.raises(LongCatError, match="the lossy change is 'ask'; choose one of new take, go on"):
+        segment_folder(copy, lossy_change="ask")
 
 
 def test_the_frame_rate_of_the_file_is_not_a_setting(copy):
@@ -268,7 +342,7 @@ def test_what_is_handed_on(tiny, tmp_path, given, resumed, hand_off):
         run(tiny, *arguments, overlap=9, hand_off=hand_off)
     assert given[0] is None and len(given) == 3 + resumed
     for number, latents in zip((1, 2, 2), given[1:], strict=False):
-        before = folder.load(number - 1)
+        before = folder.take.load(number - 1)
         again = encoded(tiny, before.frames[-9:])
         if hand_off == "frames":
             assert torch.equal(latents, again), number
@@ -299,11 +373,11 @@ def test_begun_with_an_image_or_a_clip(tiny, tmp_path, given, made, count):
     run(tiny, folder.path, PROMPTS[:2], begin)
     assert torch.equal(given[0], encoded(tiny, begin.given))
     assert torch.equal(given[1], encoded(tiny, folder.frames(0)[-5:]))
-    before = state(folder.path)
-    for other in (replace(begin, given=pictures(count, 1)), replace(begin, given=None)):
-        with pytest.raises(LongCatError, match=r"given frames .* there, .* now"):
-            run(tiny, folder.path, PROMPTS[:2], other)
-    assert state(folder.path) == before
+    others = (replace(begin, given=pictures(count, 1)), replace(begin, given=None))
+    for take, other in enumerate(others, 2):
+        assert [segment.place for segment in run(tiny, folder.path, PROMPTS[:1], other)] == [
+            f"take-00{take}/segment-001"
+        ]
     made.clear()
     assert all(segment.reused for segment in run(tiny, folder.path, PROMPTS[:2], begin)) and made == []
 
@@ -325,7 +399,8 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tiny, whole, tmp_path,
     needed = segments.SPARE_BYTES + 4 * 9 * 16 * 32
 
     def free(_: Path) -> Any:
-        return usage._replace(free=needed if len(list(path.glob("segment-*"))) < 2 else needed - 1)
+        # Others take it up meanwhile.
+        return usage._replace(free=4 * needed if len(list(path.glob("segment-*"))) < 2 else needed - 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(segments.shutil, "disk_usage", free)
@@ -336,12 +411,41 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tiny, whole, tmp_path,
     assert made == [0, 1, 2, 3] and contents(path) == contents(whole)
 
 
+def test_a_disk_that_is_too_small_for_the_rest_is_named_before_the_work(copy, monkeypatch):
+    usage = shutil.disk_usage(copy)._replace(free=segments.SPARE_BYTES + 4 * 9 * 16 * 32 - 1)
+    monkeypatch.setattr(segments.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(LongCatError, match=r"the 2 segments that are missing take about 0\.0 MB and 16\.8 MB"):
+        next(long_video(unwanted, request((*PROMPTS, "e", "f")), segment_folder(copy)))
+    assert len(list(long_video(unwanted, request(), segment_folder(copy)))) == 4
+
+
+@pytest.mark.parametrize("moment", ["while a segment is made", "after it was made"])
+def test_a_folder_that_is_deleted_meanwhile(tiny, tmp_path, moment):
+    def delete(number: int, *_: Any) -> None:
+        if number == 1:
+            shutil.rmtree(path)
+
+    path, folder = tmp_path / "v", segment_folder(tmp_path / "v")
+    said = rf"{path} was deleted or renamed while this run was writing to it; run the same command again"
+    with pytest.raises(LongCatError, match=said):
+        for segment in long_video(lambda: tiny, request(), folder, delete if moment.startswith("while") else None):
+            if segment.number == 1:
+                shutil.rmtree(path)
+    assert not path.exists()
+    with pytest.raises(LongCatError, match=r"segment-001/frames\.mkv was deleted after this run had used it"):
+        folder.frames(0)
+    assert len(run(tiny, path)) == 4
+
+
 def test_a_run_that_another_would_disturb(tiny, copy, made):
     shutil.rmtree(copy / "segment-004")
     running = long_video(lambda: tiny, request(), segment_folder(copy))
     next(running)
     with pytest.raises(LongCatError, match="another run is writing"):
         run(tiny, copy)
+    # Another take of the same folder is free.
+    assert run(tiny, copy, ("x",))[0].place == "take-002/segment-001"
+    made.clear()
     with pytest.raises(Interrupted):
         running.throw(Interrupted())
     run(tiny, copy)

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longcat_core.errors import LongCatError
 from longcat_core.files.media import write_video
 from longcat_core.generate.engine import Engine
 from longcat_core.generate.footage import Footage
 from longcat_core.generate.refine import RefineRequest, piece_folder, refine, refine_in_folder
 from longcat_core.generate.request import NANO
-from longcat_core.generate.segments import FRAMES, SegmentFolder
+from longcat_core.generate.segment_folder import SegmentFolder
+from longcat_core.generate.segments import FRAMES
 from longcat_core.optimize.block_sparse import BlockSparse
 
-from ..support.folders import contents, copied, flipped, state
+from ..support.folders import contents, copied, flipped
 from ..support.tiny import SEED, moving_clip, unwanted
 
 REFINE = RefineRequest("a", seed=SEED, height=16, width=32, steps=12, piece=9, overlap=5, doubled=False)
@@ -83,9 +83,15 @@ def test_another_frame_is_refined_again_from_its_first_piece_on(tiny, video, pie
     other[frame] ^= 255
     refined(tiny, path, other)
     assert made == list(range(first, 3))
+    assert {name: content for name, content in contents(path).items() if "-v2" not in name} == contents(pieces)
     made.clear()
-    refined(tiny, path, video)
-    assert made == list(range(first, 3)) and contents(path) == contents(pieces)
+    for source in (video, other):
+        folder = piece_folder(path)
+        done = list(refine_in_folder(unwanted, NANO, source, REFINE, folder, {}))
+        kept = folder.footage([(number, skip) for number, skip, _ in done], 15)
+        frames = np.stack(list(kept.read()))
+        assert np.array_equal(frames, np.concatenate(list(refine(tiny, source, REFINE))))
+        assert (kept.frames, kept.height, kept.width, kept.fps) == (17, 16, 32, 15)
 
 
 def test_a_longer_video_goes_on_from_its_whole_pieces(tiny, video, pieces, tmp_path, made):
@@ -103,10 +109,13 @@ def test_block_sparse_pieces_are_known_again(tiny, video, tmp_path, made):
     sparse = BlockSparse(0.5, chunk=(2, 2, 2))
     refined(tiny, tmp_path / "v", video, block_sparse=sparse)
     made.clear()
-    refined(tiny, tmp_path / "v", video, block_sparse=sparse)
+    refined(tiny, tmp_path / "v", video, block_sparse=replace(sparse, kernel="plain"))
     assert made == []
-    with pytest.raises(LongCatError, match=r"block_sparse .*'sparsity': 0.5.* there, .*'sparsity': 0.25"):
-        refined(tiny, tmp_path / "v", video, block_sparse=replace(sparse, sparsity=0.25))
+    folder = piece_folder(tmp_path / "v")
+    asked = replace(REFINE, block_sparse=replace(sparse, sparsity=0.25))
+    next(refine_in_folder(lambda: tiny, NANO, video, asked, folder, {}))
+    assert "block-sparse sparsity 0.5, chunk 2x2x2 there, sparsity 0.25, chunk 2x2x2 now" in folder.said
+    assert "lossy change" in folder.said and folder.place(0) == "take-002/segment-001"
 
 
 @pytest.mark.parametrize(
@@ -117,15 +126,23 @@ def test_block_sparse_pieces_are_known_again(tiny, video, tmp_path, made):
         ({"steps": 13}, "steps 12 there, 13 now"),
         ({"height": 32}, "height 16 there, 32 now"),
         ({"doubled": True}, "doubled False there, True now"),
-        ({"piece": 13}, "piece 9 there, 13 now"),
-        ({"overlap": 1}, "overlap 5 there, 1 now"),
-        ({"block_sparse": BlockSparse()}, "block_sparse none there"),
-        ({"model": {"fp8": True}}, "fp8 none there, True now"),
+        # Other frames make the first piece.
+        ({"piece": 13}, "another source"),
+        ({"block_sparse": BlockSparse()}, "block-sparse none there"),
+        ({"model": {"lora": "abc"}}, "lora none there, abc now"),
     ],
 )
-def test_pieces_of_other_settings_are_refused_and_stay(tiny, video, pieces, tmp_path, changes, said):
+def test_pieces_of_other_settings_stay_beside_a_new_take(tiny, video, pieces, tmp_path, changes, said):
     path = copied(pieces, tmp_path / "v")
-    before = state(path)
-    with pytest.raises(LongCatError, match=said):
-        refined(tiny, path, video, **changes)
-    assert state(path) == before
+    before, folder = contents(path), piece_folder(path)
+    asked = replace(REFINE, **{name: value for name, value in changes.items() if name != "model"})
+    next(refine_in_folder(lambda: tiny, NANO, video, asked, folder, changes.get("model", {})))
+    assert said in folder.said and folder.place(0) == "take-002/segment-001"
+    assert contents(path) == before and (path / "take-002" / "segment-001" / FRAMES).is_file()
+
+
+def test_another_overlap_keeps_the_first_piece(tiny, video, pieces, tmp_path, made):
+    path = copied(pieces, tmp_path / "v")
+    done = refined(tiny, path, video, overlap=1)
+    assert [reused for *_, reused in done] == [True, False] and made == [1]
+    assert all(reused for *_, reused in refined(tiny, path, video))

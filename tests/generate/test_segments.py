@@ -1,13 +1,10 @@
-"""The folder of segments: exact, damage is seen, other people's files are safe, a full disk costs one segment."""
+"""Segments of a take: exact, damage is seen, nothing finished is replaced, a full disk costs one segment."""
 
 from __future__ import annotations
 
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from longcat_core.errors import LongCatError
 from longcat_core.generate import segments
-from longcat_core.generate.segments import FRAMES, LATENTS, RECORD, SPARE_BYTES, Record, SegmentFolder, checksum
+from longcat_core.generate.segments import FRAMES, LATENTS, RECORD, SPARE_BYTES, Record, Take, checksum
 
 from ..support.folders import state
 
@@ -34,16 +31,16 @@ def made(seed: int) -> tuple[np.ndarray, Tensor]:
     return frames, torch.randn(1, 16, 2, 2, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def save(folder: SegmentFolder, number: int, before: str = "", seed: int | None = None, **changes: Any) -> Record:
+def save(folder: Take, number: int, before: str = "", seed: int | None = None, **changes: Any) -> Record:
     frames, latents = made(number if seed is None else seed)
     notes = changes.pop("notes", {"join": [0.5, -1.25]})
-    with folder.open():
-        return folder.save(number, frames, latents, settings=SETTINGS | changes, before=before, fps=12, notes=notes)
+    return folder.save(number, frames, latents, settings=SETTINGS | changes, before=before, fps=12, notes=notes)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> SegmentFolder:
-    return SegmentFolder(tmp_path / "video" / "segments", changing=("prompt",))
+def folder(tmp_path: Path) -> Take:
+    (tmp_path / "segments").mkdir()
+    return Take(tmp_path / "segments")
 
 
 # --- kept exactly ----------------------------------------------------------------------------------------------------
@@ -52,7 +49,7 @@ def folder(tmp_path: Path) -> SegmentFolder:
 def test_a_segment_comes_back_as_it_was(folder):
     record = save(folder, 0)
     frames, latents = made(0)
-    again = SegmentFolder(folder.path)
+    again = Take(folder.path)
     found = again.find(0, SETTINGS, "")
     assert found == Record(**(vars(record) | {"settings": SETTINGS | {"chunk": [4, 4, 4]}}))
     assert found.notes == {"join": [0.5, -1.25], "threads": torch.get_num_threads()}
@@ -61,16 +58,14 @@ def test_a_segment_comes_back_as_it_was(folder):
     assert np.array_equal(loaded.frames, frames) and torch.equal(loaded.latents, latents)
     assert loaded.content == record.content == checksum(latents.numpy(), frames)
     assert np.array_equal(again.frames(0, skip=3), frames[3:])
-    again.check([SETTINGS])
-    assert sorted(item.name for item in folder.path.iterdir()) == [".lock", "segment-001"]
+    assert [item.name for item in folder.path.iterdir()] == ["segment-001"]
     assert sorted(item.name for item in (folder.path / "segment-001").iterdir()) == sorted(FILES)
 
 
 def test_latents_of_any_type_and_place_are_kept_in_full(folder):
     frames, latents = made(0)
     strided = latents.to(torch.float64).transpose(3, 4).contiguous().transpose(3, 4).requires_grad_()
-    with folder.open():
-        folder.save(0, frames, strided, settings=SETTINGS, before="", fps=12, notes={})
+    folder.save(0, frames, strided, settings=SETTINGS, before="", fps=12, notes={})
     kept = folder.load(0).latents
     assert kept.dtype == torch.float32 and torch.equal(kept, latents)
 
@@ -136,11 +131,19 @@ def test_damage_is_seen_and_repaired(folder, name, damage):
     record = save(folder, 0)
     whole = {file: (folder.path / "segment-001" / file).read_bytes() for file in FILES}
     DAMAGES[damage](folder.path / "segment-001" / name)
-    assert folder.find(0, SETTINGS, "") is None
-    folder.check([SETTINGS])
-    assert save(folder, 0) == record
-    assert folder.find(0, SETTINGS, "") is not None
-    assert {file: (folder.path / "segment-001" / file).read_bytes() for file in FILES} == whole
+    before = state(folder.path)
+    again = Take(folder.path)
+    assert again.find(0, SETTINGS, "") is None
+    assert save(again, 0) == record
+    assert Take(folder.path).find(0, SETTINGS, "") is not None
+    # Where the record does not say whose files they are, they stay.
+    place = "segment-001-v2" if name == RECORD else "segment-001"
+    assert again.place(0).name == place and os.listdir(folder.path).count("segment-001-v2") == (name == RECORD)
+    assert {file: (folder.path / place / file).read_bytes() for file in FILES} == whole
+    if name == RECORD:
+        assert {path: now for path, now in state(folder.path).items() if path in before} | before == {
+            path: now for path, now in state(folder.path).items() if path in before
+        } | {str(folder.path): before[str(folder.path)]}
 
 
 def test_any_byte_of_the_record_counts(folder):
@@ -159,191 +162,108 @@ def test_any_byte_of_the_record_counts(folder):
 def test_malformed_records_are_ignored(folder, text):
     save(folder, 0)
     (folder.path / "segment-001" / RECORD).write_text(text, encoding="utf-8")
-    assert folder.find(0, SETTINGS, "") is None
-    folder.check([SETTINGS])
+    assert folder.find(0, SETTINGS, "") is None and folder.records(0) == []
 
 
-# --- other settings, other files -------------------------------------------------------------------------------------
+# --- versions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"seed": 4}, "seed 3 there, 4 now"),
-        ({"scale": 4.0}, "scale 4.5 there, 4.0 now"),
-        ({"lora": "abc"}, "lora none there, abc now"),
-        ({"chunk": (4, 4, 8)}, "chunk [4, 4, 4] there, [4, 4, 8] now"),
-        ({"size": 64}, "size none there, 64 now"),
-        ({"seed": 5, "prompt": "other", "fp8": True}, "(seed 3 there, 5 now; fp8 False there, True now)"),
-        (
-            dict.fromkeys("abcdef", 1),
-            "(a none there, 1 now; b none there, 1 now; c none there, 1 now; d none there, 1 now; 2 more)",
-        ),
-    ],
-)
-def test_other_settings_are_named_and_nothing_is_touched(folder, changes, said):
+def test_versions_stand_beside_each_other_and_are_found_by_what_made_them(folder):
+    first = save(folder, 0)
+    wanted = [("a", first.content), ("b", first.content), ("a", "of another"), ("c", first.content)]
+    records = [save(folder, 1, before, seed=n, prompt=prompt) for n, (prompt, before) in enumerate(wanted)]
+    names = ["segment-002", "segment-002-v2", "segment-002-v3", "segment-002-v4"]
+    assert [path.name for _, path in folder.versions(1)] == names
+    fresh = Take(folder.path)
+    for name, record, (prompt, before) in zip(names, records, wanted, strict=True):
+        assert fresh.find(1, SETTINGS | {"prompt": prompt}, before).content == record.content
+        assert fresh.place(1).name == name and np.array_equal(fresh.frames(1), folder.load(1).frames) == (
+            name == names[3]
+        )
+    assert fresh.known([SETTINGS, SETTINGS | {"prompt": "b"}, SETTINGS]) == 2
+
+
+def test_gaps_between_versions_stay(folder):
+    for number, prompt in enumerate("abc"):
+        save(folder, 0, seed=number, prompt=prompt)
+    for name in ("segment-001", "segment-001-v2"):
+        shutil.rmtree(folder.path / name)
+    save(folder, 0, prompt="d")
+    assert [path.name for _, path in folder.versions(0)] == ["segment-001-v3", "segment-001-v4"]
+    assert [item.name for item in folder.path.glob("segment-002*")] == []
+
+
+def test_versions_are_ordered_by_number_and_other_names_are_not_ours(folder):
+    for name in (
+        "segment-001-v10",
+        "segment-001-v9",
+        "segment-001-v1",
+        "segment-001-v02",
+        "segment-0011",
+        "segment-001-v",
+    ):
+        (folder.path / name).mkdir()
+    assert [number for number, _ in folder.versions(0)] == [1, 9, 10]
     save(folder, 0)
-    save(folder, 1)
-    (folder.path / ".lock").unlink()
-    before = state(folder.path)
-    with pytest.raises(LongCatError) as raised:
-        folder.check([SETTINGS, SETTINGS | changes])
-    sentence = str(raised.value)
-    assert said in sentence and f"{folder.path} holds" in sentence and "another folder" in sentence
-    assert "prompt" not in sentence
-    assert state(folder.path) == before
+    assert folder.place(0).name == "segment-001-v11"
 
 
-def test_long_settings_error_shows_the_difference(folder):
-    text = "blurry, " * 40
-    save(folder, 0, negative=text + "gray" + text)
-    with pytest.raises(LongCatError) as raised:
-        folder.check([SETTINGS | {"negative": text + "grey" + text}])
-    sentence = str(raised.value)
-    assert "blurry, gray" in sentence and "blurry, grey" in sentence and len(sentence) < 500
-
-
-def test_changing_settings_may_differ(folder):
+@pytest.mark.parametrize("name", ["segment-001", ".segment-001.new", ".segment-001.old", "segment-001-v2"])
+def test_what_is_not_ours_is_worked_around(folder, name):
+    (folder.path / name).mkdir()
+    (folder.path / name / "holiday.jpg").write_bytes(b"precious")
     save(folder, 0)
-    other = SETTINGS | {"prompt": "another"}
-    folder.check([other])
-    assert folder.find(0, other, "") is None and folder.find(0, SETTINGS, "") is not None
+    save(folder, 0, prompt="other")
+    folder.recover()
+    fresh = Take(folder.path)
+    assert fresh.find(0, SETTINGS, "") and fresh.find(0, SETTINGS | {"prompt": "other"}, "")
+    assert (folder.path / name / "holiday.jpg").read_bytes() == b"precious"
 
 
-def test_only_wanted_segments_are_checked(folder):
-    save(folder, 2, seed=9)
-    folder.check([SETTINGS, SETTINGS])
-    folder.check({2: SETTINGS})
-    with pytest.raises(LongCatError, match=r"scale 4\.5 there, none now"):
-        folder.check({2: {name: value for name, value in SETTINGS.items() if name != "scale"}})
-
-
-def theirs(path: Path) -> None:
-    path.mkdir()
-    (path / "holiday.jpg").write_bytes(b"precious")
-
-
-def among_ours(path: Path) -> None:
-    save(SegmentFolder(path.parent), 0)
-    (path / "notes.txt").write_text("precious")
-
-
-def a_link(path: Path) -> None:
-    theirs(path.with_name("elsewhere"))
-    path.symlink_to("elsewhere")
-
-
-FOREIGN = {
-    "a folder": theirs,
-    "a file among ours": among_ours,
-    "a file": lambda path: path.write_bytes(b"precious"),
-    "a link": a_link,
-    "a dangling link": lambda path: path.symlink_to("nowhere"),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_files_are_rejected_and_kept(folder, name):
-    folder.path.mkdir(parents=True)
-    FOREIGN[name](folder.path / "segment-001")
-    before = state(folder.path)
-    with pytest.raises(LongCatError, match=r"segment-001 is not a segment of a video .*; name another folder"):
-        folder.check([SETTINGS])
-    assert state(folder.path) == before
-
-
-def test_a_file_in_place_of_the_folder_is_refused(folder):
-    folder.path.parent.mkdir()
-    folder.path.write_bytes(b"precious")
-    with pytest.raises(LongCatError, match="segments is not a folder; name a folder"):
-        folder.check([SETTINGS])
-    with pytest.raises(LongCatError, match="cannot be written to"), folder.open():
-        pytest.fail("opened")
-    assert folder.path.read_bytes() == b"precious"
-
-
-def test_a_folder_that_is_not_there_is_not_made_by_checking(folder):
-    folder.check([SETTINGS])
-    assert folder.find(0, SETTINGS, "") is None and not folder.path.parent.exists()
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="this place is Linux's")
-def test_an_unwritable_place(folder):
-    (folder.path / ".lock").mkdir(parents=True)
-    for place, why in (("/proc/segments", ".+"), (folder.path, "Is a directory")):
-        said = rf"{place} cannot be written to \({why}\); name another folder"
-        with pytest.raises(LongCatError, match=said), SegmentFolder(place).open():
-            pytest.fail("opened")
-
-
-def test_files_that_file_managers_leave_do_not_matter(folder):
+def test_a_damaged_segment_with_something_foreign_in_it_is_left_alone(folder):
     save(folder, 0)
-    (folder.path / "segment-001" / ".DS_Store").write_bytes(b"seen")
-    folder.check([SETTINGS])
-    save(folder, 0)
+    (folder.path / "segment-001" / "notes.txt").write_text("precious")
     assert folder.find(0, SETTINGS, "") is not None
+    (folder.path / "segment-001" / LATENTS).unlink()
+    save(folder, 0)
+    assert folder.place(0).name == "segment-001-v2" and (folder.path / "segment-001" / "notes.txt").exists()
 
 
-# --- one run at a time -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def another_run(path: Path) -> Iterator[subprocess.Popen]:
-    """A process that holds the folder until it is ended."""
-    script = (
-        "import sys\n"
-        "from longcat_core.generate.segments import SegmentFolder\n"
-        "with SegmentFolder(sys.argv[1]).open():\n"
-        "    print('held', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdin=pipe, stdout=pipe, text=True) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def test_a_folder_is_held_by_one_process_until_it_ends(folder):
+def test_a_segment_that_was_moved_and_linked_is_read_and_not_replaced(folder, tmp_path):
     record = save(folder, 0)
-    with another_run(folder.path) as process:
-        half = folder.path / ".segment-002.new"
-        half.mkdir()
-        with pytest.raises(
-            LongCatError, match=r"another run is writing to .*; wait for its end or name another folder"
-        ):
-            save(folder, 1)
-        assert half.is_dir(), "what the other run is writing stays"
-        assert folder.find(0, SETTINGS, "").content == record.content, "reading needs no lock"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        save(folder, 1)
-    assert not half.exists() and folder.find(1, SETTINGS, "") is not None
+    shutil.move(folder.path / "segment-001", tmp_path / "elsewhere")
+    (folder.path / "segment-001").symlink_to(tmp_path / "elsewhere")
+    fresh = Take(folder.path)
+    assert fresh.find(0, SETTINGS, "") is not None and len(fresh.frames(0)) == record.count
+    (tmp_path / "elsewhere" / LATENTS).unlink()
+    save(fresh, 0)
+    assert fresh.place(0).name == "segment-001-v2" and (folder.path / "segment-001").is_symlink()
 
 
-@pytest.mark.parametrize("left", [None, "notes.txt"])
-def test_an_error_gives_the_folder_back_and_removes_one_that_stayed_empty(folder, left):
-    with pytest.raises(KeyError), folder.open():
-        if left is not None:
-            (folder.path / left).touch()
-        raise KeyError
-    assert folder.path.exists() == (left is not None)
+def test_files_are_read_again_only_after_a_change(folder, monkeypatch):
     save(folder, 0)
-    assert folder.find(0, SETTINGS, "") is not None
+    fresh, read = Take(folder.path), []
+    digest = segments.hashlib.file_digest
+    monkeypatch.setattr(
+        segments.hashlib, "file_digest", lambda file, kind: (read.append(file.name), digest(file, kind))[1]
+    )
+    for _ in range(3):
+        assert fresh.find(0, SETTINGS, "") is not None
+    assert len(read) == 2
+    (folder.path / "segment-001" / LATENTS).touch()
+    assert fresh.find(0, SETTINGS, "") is not None and len(read) == 3
 
 
-@pytest.mark.parametrize("suffix", ["new", "old"])
-def test_leftovers_are_removed(folder, suffix):
+def test_leftovers_are_removed(folder):
     save(folder, 0)
-    leftover = folder.path / f".segment-001.{suffix}"
-    shutil.copytree(folder.path / "segment-001", leftover)
+    save(folder, 0, prompt="other")
+    for name in ("segment-001", "segment-001-v2"):
+        for suffix in ("new", "old"):
+            shutil.copytree(folder.path / name, folder.path / f".{name}.{suffix}")
+    shutil.move(folder.path / "segment-001-v2", folder.path / ".segment-001-v3.old")
     (folder.path / "notes.txt").touch()
-    with folder.open():
-        assert not leftover.exists()
-    assert sorted(item.name for item in folder.path.iterdir()) == [".lock", "notes.txt", "segment-001"]
-    assert folder.find(0, SETTINGS, "") is not None
+    folder.recover()
+    assert sorted(os.listdir(folder.path)) == ["notes.txt", "segment-001", "segment-001-v2", "segment-001-v3"]
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------
@@ -398,6 +318,6 @@ def test_a_write_that_fails_leaves_what_was_there(folder, name, share):
 
 
 def test_frames_that_cannot_be_written_say_why(folder):
-    with folder.open(), pytest.raises(LongCatError, match="there are no frames"):
+    with pytest.raises(LongCatError, match="there are no frames"):
         folder.save(0, made(0)[0][:0], made(0)[1], settings=SETTINGS, before="", fps=12, notes={})
-    assert not folder.path.exists()
+    assert folder.is_empty and list(folder.path.iterdir()) == []

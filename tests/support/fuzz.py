@@ -40,7 +40,7 @@ from longcat_core.files.media import read_image, read_video, write_video
 from longcat_core.files.regular import read_lines
 from longcat_core.files.safetensors_io import SafetensorsFile, write_safetensors
 from longcat_core.generate.paths import ModelPaths
-from longcat_core.generate.segments import SegmentFolder
+from longcat_core.generate.segment_folder import SegmentFolder
 from longcat_core.generate.text import load_text_encoder
 from longcat_core.generate.vae import load_vae
 from longcat_core.model.transformer import LongCatTransformer
@@ -191,7 +191,7 @@ def _fill(folder: Path) -> list[np.ndarray]:
         return clips[number], torch.zeros(1, 16, 2, 2, 4), {"join": {"color": [0.0, 0.0, 0.0]}} if number else {}
 
     settings = [{"prompt": "a ball", "seed": number} for number in range(2)]
-    held = SegmentFolder(folder / "segments", changing=("prompt",))
+    held = SegmentFolder(folder / "segments")
     found = []
     for number, _, _ in held.fill(settings, make, fps=15, room=[1000, 1000]):
         found.append(held.frames(number))
