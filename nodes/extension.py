@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..longcat_core.generate.paths import NANO_WEIGHTS
-from . import comfy_lora, comfy_model
+from . import comfy_lora, comfy_model, former
 
 # One module for each family of nodes, which lists its classes in NODES.
 FAMILIES = (
@@ -28,12 +28,16 @@ FAMILIES = (
 
 
 class LongCatExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        await former.offer_replacements(former.RENAMED)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Not in on_load, which ComfyUI 0.8 never calls.
         for kind in ("diffusion_models", "vae", "text_encoders"):
             folder_paths.add_model_folder_path(kind, str(NANO_WEIGHTS / kind))
         comfy_model.register()
         comfy_lora.register()
+        former.renew_prompts(former.RENAMED)
         nodes: list[type[io.ComfyNode]] = []
         for family in FAMILIES:
             try:

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from .declarations import LONG_MODES, NODES
 from .fields import Node, Socket, Widget
 from .finding import PLACES
+from .former import for_page
 
 KINDS = {"whole": io.Int, "number": io.Float, "switch": io.Boolean, "text": io.String, "choice": io.Combo}
 PAGE = "longcat"
@@ -51,7 +52,7 @@ def schema(node_id: str, choices: dict[str, Sequence[str]]) -> io.Schema:
         category=place.category,
         description=node.description,
         inputs=[
-            _socket(field) if isinstance(field, Socket) else _widget(node, field, choices) for field in node.inputs
+            _socket(field) if isinstance(field, Socket) else _widget(node_id, field, choices) for field in node.inputs
         ],
         outputs=[
             getattr(io, output.kind).Output(display_name=output.name or None, tooltip=output.tooltip or None)
@@ -69,7 +70,7 @@ def _socket(field: Socket) -> io.Input:
     return kinds[0].Input(field.name, **settings)
 
 
-def _widget(node: Node, field: Widget, choices: dict[str, Sequence[str]]) -> io.Input:
+def _widget(node_id: str, field: Widget, choices: dict[str, Sequence[str]]) -> io.Input:
     row = field.row
     settings: dict[str, Any] = {"default": row.default, "optional": field.optional, "tooltip": field.tooltip}
     if row.kind == "choice":
@@ -84,12 +85,20 @@ def _widget(node: Node, field: Widget, choices: dict[str, Sequence[str]]) -> io.
         settings["control_after_generate"] = field.new_seed
     # An argument only since ComfyUI 0.33, but pages of 0.8 know it too.
     extra: dict[str, Any] = {"advanced": True} if field.advanced else {}
-    if field.only_for:
-        extra[PAGE] = {"only_for": dict([field.only_for])}
-    if sets := row.kind == "choice" and mode_defaults(node, field):
-        extra[PAGE] = {"sets": sets}
+    if page := _for_page(node_id, field):
+        extra[PAGE] = page
     settings["extra_dict"] = extra or None
     return KINDS[row.kind].Input(row.name, **{name: value for name, value in settings.items() if value is not None})
+
+
+def _for_page(node_id: str, field: Widget) -> dict[str, Any]:
+    """What web/js/longcat.js does with an input; empty for most."""
+    found = for_page(node_id, field.name)
+    if field.only_for:
+        found["only_for"] = dict([field.only_for])
+    if sets := mode_defaults(NODES[node_id], field):
+        found["sets"] = sets
+    return found
 
 
 def mode_defaults(node: Node, field: Widget) -> dict[str, dict[str, dict[str, float]]]:

@@ -1,0 +1,151 @@
+// What the page adds to LongCat's nodes: it hides inputs that another input's choice leaves unused, gives steps and
+// guidance their defaults when the mode is changed by hand, and reads the values of workflows that earlier versions
+// saved. Choices and values come with the schema (nodes/inputs.py).
+import { app } from "../../../scripts/app.js";
+
+const KEY = "longcat";
+
+// How many graphs are being loaded: opening a workflow calls widgets as a hand does, and must change no value.
+let loading = 0;
+
+function whileLoading(method) {
+  const original = app[method];
+  if (typeof original !== "function") return;
+  app[method] = async function (...given) {
+    loading += 1;
+    try {
+      return await original.apply(this, given);
+    } finally {
+      loading -= 1;
+    }
+  };
+}
+
+// The rules of a node's inputs: sets[mode input][choice][input] = {default, most}, onlyFor[input] = {other: choice},
+// was[input] = {old value: new value}, removed[input] = how many inputs before it are gone.
+function rulesOf(definition) {
+  const rules = { sets: {}, onlyFor: {}, was: {}, removed: {} };
+  for (const group of Object.values(definition.input ?? {}))
+    for (const [name, spec] of Object.entries(group ?? {})) {
+      const rule = spec?.[1]?.[KEY];
+      if (rule?.sets) rules.sets[name] = rule.sets;
+      if (rule?.only_for) rules.onlyFor[name] = rule.only_for;
+      if (rule?.was) rules.was[name] = rule.was;
+      if (rule?.after_removed) rules.removed[name] = rule.after_removed;
+    }
+  return Object.values(rules).some((kind) => Object.keys(kind).length) ? rules : null;
+}
+
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+const isLinked = (node, name) => node.inputs?.some((slot) => slot.widget?.name === name && slot.link != null);
+
+function hide(widget, hidden) {
+  if (Boolean(widget.hidden) === hidden) return false;
+  widget.hidden = hidden; // the canvas
+  if (widget.options) widget.options.hidden = hidden; // Nodes 2.0
+  return true;
+}
+
+// Hide what is not used. A linked input stays, and so does everything while a link decides the choice.
+function refresh(node, rules) {
+  let changed = false;
+  for (const [name, others] of Object.entries(rules.onlyFor)) {
+    const widget = widgetOf(node, name);
+    if (!widget) continue;
+    const used = Object.entries(others).every(
+      ([other, choice]) => isLinked(node, other) || widgetOf(node, other)?.value === choice,
+    );
+    changed = hide(widget, !used && !isLinked(node, name)) || changed;
+  }
+  return changed;
+}
+
+function fit(node) {
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), height]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+// A value that was the old mode's default, or that does not fit the new mode, becomes the new mode's default.
+function follow(node, sets, before, after) {
+  for (const [name, { default: value, most }] of Object.entries(sets[after] ?? {})) {
+    const widget = widgetOf(node, name);
+    if (!widget || isLinked(node, name)) continue;
+    if (widget.value !== sets[before]?.[name]?.default && widget.value <= most) continue;
+    widget.value = value;
+    widget.callback?.(value, app.canvas, node);
+  }
+  node.setDirtyCanvas?.(true, true);
+}
+
+function watch(node, rules) {
+  const before = {};
+  const remember = () => {
+    for (const name of Object.keys(rules.sets)) before[name] = widgetOf(node, name)?.value;
+  };
+  const deciding = new Set(Object.keys(rules.sets));
+  for (const others of Object.values(rules.onlyFor)) for (const other of Object.keys(others)) deciding.add(other);
+  for (const name of deciding) {
+    const widget = widgetOf(node, name);
+    if (!widget) continue;
+    const original = widget.callback;
+    widget.callback = function (value, ...rest) {
+      const result = original?.call(this, value, ...rest);
+      if (!loading && name in rules.sets) follow(node, rules.sets[name], before[name], widget.value);
+      remember();
+      if (refresh(node, rules) && !loading) fit(node);
+      return result;
+    };
+  }
+  return () => {
+    remember();
+    return refresh(node, rules);
+  };
+}
+
+// The data of a saved node with the values that this version takes. They are saved by position, without names.
+function renew(node, data, rules) {
+  if (!Array.isArray(data?.widgets_values)) return data;
+  const values = [...data.widgets_values];
+  const names = (node.widgets ?? []).filter((widget) => widget.serialize !== false).map((widget) => widget.name);
+  for (const [name, count] of Object.entries(rules.removed))
+    if (values.length === names.length + count) values.splice(names.indexOf(name), count);
+  for (const [name, was] of Object.entries(rules.was)) {
+    const at = names.indexOf(name);
+    if (typeof values[at] === "boolean") values[at] = was[String(values[at])];
+  }
+  return { ...data, widgets_values: values };
+}
+
+app.registerExtension({
+  name: "LongCat.Nodes",
+  setup() {
+    whileLoading("loadGraphData");
+    whileLoading("loadApiJson");
+  },
+  beforeRegisterNodeDef(nodeType, definition) {
+    const rules = rulesOf(definition);
+    if (!rules) return;
+    const prototype = nodeType.prototype;
+    const { configure, onNodeCreated, onConfigure, onConnectionsChange } = prototype;
+    prototype.configure = function (data) {
+      return configure.call(this, renew(this, data, rules));
+    };
+    prototype.onNodeCreated = function (...given) {
+      const result = onNodeCreated?.apply(this, given);
+      this.longcatSettle = watch(this, rules);
+      if (this.longcatSettle()) fit(this);
+      return result;
+    };
+    prototype.onConfigure = function (...given) {
+      const result = onConfigure?.apply(this, given);
+      this.longcatSettle?.();
+      return result;
+    };
+    prototype.onConnectionsChange = function (...given) {
+      const result = onConnectionsChange?.apply(this, given);
+      this.longcatSettle?.();
+      return result;
+    };
+  },
+});
