@@ -1,15 +1,17 @@
-"""Write the tables of options in README.md, docs/options.md and the nodes' help pages in web/docs.
+"""Write the tables of options in README.md, docs/options.md and the nodes' help pages in web/docs, and the locales.
 
     python docs/build.py          write the pages that differ
     python docs/build.py --check  list them, and exit with 1 if there are any
 
 The rows are in longcat_core/generate/options.py, the nodes in nodes/declarations.py. In the README the table between
-two markers is replaced; in a help page everything above the marker NOTES. The rest is written by hand.
+two markers is replaced; in a help page everything above the marker NOTES. The rest is written by hand. The Chinese
+texts of locales/zh are in docs/chinese.py; where one is missing there, ComfyUI shows the English one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
@@ -46,10 +48,53 @@ def pages() -> dict[Path, str]:
     return found
 
 
+def locales() -> dict[Path, str]:
+    """Every file in locales, and its text as it should be."""
+    nodes, folder = load("nodes.declarations").NODES, ROOT / "locales"
+    return {
+        folder / "en" / "nodeDefs.json": _json({node_id: _english(node) for node_id, node in nodes.items()}),
+        folder / "zh" / "nodeDefs.json": _json({node_id: _chinese(node_id, node) for node_id, node in nodes.items()}),
+        folder / "zh" / "main.json": _json({"nodeCategories": load("docs.chinese").CATEGORIES}),
+    }
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _english(node: Any) -> dict[str, Any]:
+    inputs = {field.name: _text(field.name, field.tooltip) for field in node.inputs}
+    return _locale((node.name, node.description), inputs, [_text(out.name, out.sentence) for out in node.outputs])
+
+
+def _chinese(node_id: str, node: Any) -> dict[str, Any]:
+    texts, words = load("docs.chinese"), load("longcat_core.generate.options").words
+    inputs = {}
+    for field in node.inputs:
+        name, text = texts.INPUTS_OF.get((node_id, field.name)) or texts.INPUTS.get(field.name) or ("", "")
+        nano = getattr(getattr(field, "row", None), "nano", None)
+        inputs[field.name] = _text(name, text if nano is None or not text else f"{text}LongCat-nano：{words(nano)}。")
+    outputs = [_text(*output) for output in texts.OUTPUTS.get(node_id, ())]
+    return _locale(texts.NODES.get(node_id, ("", "")), inputs, outputs)
+
+
+def _text(name: str, tooltip: str) -> dict[str, str]:
+    return {key: value for key, value in (("name", name), ("tooltip", tooltip)) if value}
+
+
+def _locale(names: tuple[str, str], inputs: dict[str, Any], outputs: list[Any]) -> dict[str, Any]:
+    """A node as a locale of ComfyUI's page has it, without what is empty."""
+    numbered = {str(number): output for number, output in enumerate(outputs) if output}
+    found = {"display_name": names[0], "description": names[1], "inputs": inputs, "outputs": numbered}
+    return {key: value for key, value in found.items() if value}
+
+
 def outdated() -> dict[Path, str]:
     """The pages whose file differs, and their text as it should be."""
     return {
-        path: text for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text
+        path: text
+        for path, text in (pages() | locales()).items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
     }
 
 
@@ -137,6 +182,7 @@ def main() -> int:
     for path, text in found.items():
         print(path.relative_to(ROOT))
         if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     return int(check and bool(found))
 
