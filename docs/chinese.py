@@ -38,6 +38,10 @@ NODES: dict[str, tuple[str, str]] = {
         "设定文生视频的尺寸和帧数，可用于 LongCat 采样器和自带的采样器。"
         "自带的 Empty HunyuanVideo 1.0 Latent 结果相同。",
     ),
+    "LongCatSampleClip": (
+        "LongCat 示例片段",
+        "即时绘制一段短片及其首帧，无需自备文件即可试用 LongCat-nano。",
+    ),
     "LongCatImageToVideo": (
         "LongCat 图生视频",
         "生成以该图像为首帧的 Latent，可用于 LongCat 采样器和自带的采样器。",
@@ -90,6 +94,7 @@ _CHOOSE_MODE = (
 
 # Input -> its name and its text.
 INPUTS: dict[str, tuple[str, str]] = {
+    "scene": ("场景", "片段的内容，用 LongCat-nano 提示词的写法描述。"),
     "attention": ("注意力后端", "注意力的计算后端。auto：最快的无损后端。cudnn-fp8 和 sage 更快，但有损。"),
     "batch_size": ("批次大小", "同时生成的视频数量，每个视频使用各自的噪声。"),
     "begin_fps": (
@@ -326,6 +331,12 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
     "LongCatScheduler": (("Sigmas", "以 0 结尾的噪声水平。"),),
     "LongCatGuider": (("引导器", "用于“自定义采样器（高级）”。"),),
     "LongCatEmptyLatent": (("Latent", "空的 Latent，连接到 LongCat 采样器的 Latent 输入。"),),
+    "LongCatSampleClip": (
+        ("图像", "首帧，用于 LongCat 图生视频。"),
+        ("帧", "全部 33 帧，96x64，用于 LongCat 视频续写和 LongCat 视频精修。"),
+        ("帧率", "片段的每秒帧数，即 15。"),
+        ("视频", "以 VIDEO 形式输出的片段。"),
+    ),
     "LongCatImageToVideo": (("Latent", "带有保留首帧的 noise_mask。"),),
     "LongCatVideoContinuation": (("Latent", "带有保留片段帧的 noise_mask。"),),
     "LongCatRefine": (

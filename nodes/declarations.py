@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import get_args, get_type_hints
 
 from ..longcat_core.generate.options import FRAME_MULTIPLE, SCHEDULES
+from ..longcat_core.nano.world import Actor, Scene, caption
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.buckets import BUCKETS
 from ..longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
@@ -21,6 +22,15 @@ LONG_MODES = {CONTINUATION: ("base", "enhance_hf"), "base": ("base", "base"), "d
 # Frames, rows and columns of tokens; a token covers 16x16 pixels of one latent frame.
 CHUNKS = {"4x4x4": (4, 4, 4), "4x4x8": (4, 4, 8), "8x4x4": (8, 4, 4)}
 MODES = (*SCHEDULES, "refine")
+# What LongCat Sample Clip shows, under the prompt for it.
+SAMPLES = {
+    caption(scene): scene
+    for scene in (
+        Scene("gray", (Actor("circle", "red", "right"),)),
+        Scene("black", (Actor("square", "yellow", "up"),)),
+        Scene("blue", (Actor("triangle", "white", "left"), Actor("cross", "orange", "down"))),
+    )
+}
 
 _model = Socket("model", "Model", "LongCat-Video")
 _vae = Socket("vae", "Vae", "the Wan 2.1 VAE")
@@ -101,7 +111,12 @@ def _clip_rate(name: str, clip: str, taken: str) -> Widget:
     )
 
 
-_lossy_change = shared("lossy_change", "long", optional=True, advanced=True)
+# What the long nodes do when only a lossy setting differs from that of a take.
+NEW_TAKE, GO_ON = "new take", "go on"
+_lossy_change = own(
+    "lossy_change", "choice", "if only a lossy setting has changed, such as a step cache or 8-bit attention: begin a "
+    "new take, or go on in the one that is there", NEW_TAKE, choices=(NEW_TAKE, GO_ON), optional=True, advanced=True,
+)  # fmt: skip
 
 
 def _folder(default: str) -> Widget:
@@ -230,6 +245,18 @@ NODES: dict[str, Node] = {
         "Empty HunyuanVideo 1.0 Latent makes the same latent.",
         (_width, _height, shared("frames", name="length"), _batch_size),
         (Socket("", "Latent", "empty, for latent_image of LongCat Sampler"),),
+    ),
+    "LongCatSampleClip": Node(
+        "LongCat Sample Clip",
+        "Gives a short clip and its first picture, drawn on the spot, to try LongCat-nano without files of your own.",
+        (own("scene", "choice", "what the clip shows, in the words of a prompt for LongCat-nano", next(iter(SAMPLES)),
+             choices=tuple(SAMPLES)),),
+        (
+            Socket("image", "Image", "the first frame, for LongCat Image to Video"),
+            Socket("frames", "Image", "all 33 frames, 96x64, for LongCat Video Continuation and LongCat Refine"),
+            Socket("fps", "Float", "frames a second of the clip, 15"),
+            Socket("video", "Video", "the clip as a VIDEO"),
+        ),
     ),
     "LongCatImageToVideo": Node(
         "LongCat Image to Video",

@@ -17,6 +17,7 @@ FAMILIES = (
     "optimizations",
     "sampling",
     "empty_latent",
+    "sample",
     "conditioning",
     "refine",
     "long_video",

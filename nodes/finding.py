@@ -44,6 +44,7 @@ PLACES: dict[str, Place] = {
         (*_MAKER, *_NANO, *_TEXT, "empty latent", "empty video latent", "empty hunyuan latent video", "resolution"),
         GENERATION,
     ),
+    "LongCatSampleClip": Place(LATENTS, (*_NANO, "example image", "example clip", "test image", "test clip", "demo")),
     "LongCatImageToVideo": Place(LATENTS, (*_MAKER, *_NANO, *_IMAGE), GENERATION),
     "LongCatVideoContinuation": Place(
         LATENTS, (*_MAKER, *_NANO, *_EXTEND, "video to video", "last frames"), GENERATION

@@ -44,6 +44,44 @@ LOOK_AT = """([x, y, width, height, scale]) => {
 }"""
 
 
+# Box of each node as drawn, with its title: [type, left, top, right, bottom] in units of the graph.
+BOXES = """vue => {
+  const {scale, offset} = window.app.canvas.ds, canvas = window.app.canvas.canvas.getBoundingClientRect();
+  return window.app.graph.nodes.map(node => {
+    const drawn = vue && document.querySelector(`[data-node-id="${node.id}"]`);
+    const [left, top] = node.pos, [width, height] = node.size;
+    if (!drawn) return [node.type, left, top - 30, left + width, top + height];
+    const box = drawn.getBoundingClientRect();
+    const x = side => (side - canvas.left) / scale - offset[0], y = side => (side - canvas.top) / scale - offset[1];
+    return [node.type, x(box.left), y(box.top), x(box.right), y(box.bottom)];
+  });
+}"""
+
+# Links that run from right to left, and links that run behind a node: their drawn curves against the nodes' edges,
+# which for its own two nodes lie inside of the sockets.
+TANGLES = """boxes => {
+  const graph = window.app.graph, context = document.createElement('canvas').getContext('2d'), found = [];
+  context.lineWidth = 2;
+  for (const link of graph.links.values()) {
+    const source = graph.nodes.findIndex(node => node.id == link.origin_id);
+    const target = graph.nodes.findIndex(node => node.id == link.target_id);
+    const name = `${boxes[source][0]} - ${boxes[target][0]}`;
+    if (boxes[source][3] > boxes[target][1]) found.push(`${name} runs to the left`);
+    const parts = [link, ...[...graph.reroutes.values()].filter(part => part.linkIds.has(link.id))];
+    if (!parts.every(part => part.path)) found.push(`${name} is not drawn`);
+    boxes.forEach(([type, left, top, right, bottom], i) => {
+      const inset = i === source || i === target ? 26 : 3, edge = [];
+      for (let x = left + inset; x < right - inset; x += 2) edge.push([x, top + 3], [x, bottom - 3]);
+      for (let y = top + 3; y < bottom - 3; y += 2) edge.push([left + inset, y], [right - inset, y]);
+      const hit = part => part.path && edge.some(([x, y]) => context.isPointInStroke(part.path, x, y));
+      if (parts.some(hit)) found.push(`${name} runs behind ${type}`);
+    });
+  }
+  return found;
+}"""
+
+RENDERER = "vue => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)"
+
 # How many pixels of each note lie beyond its right edge.
 OVERHANG = """() => [...document.querySelectorAll('.comfy-markdown .tiptap')]
   .map(note => note.scrollWidth - note.clientWidth)"""
@@ -112,6 +150,22 @@ class Page:
         """Show the box (x, y, width, height) of the graph; below 0.67 the canvas draws no text."""
         self.tab.evaluate(LOOK_AT, [*box, scale])
         self.settle(1000)
+
+    def renderer(self, vue: bool) -> None:
+        """Draw the nodes as Nodes 2.0 does, or on the canvas."""
+        self.tab.evaluate(RENDERER, vue)
+        self.settle(2500)
+
+    def boxes(self, vue: bool) -> list[tuple[str, float, float, float, float]]:
+        """Each node's type, left, top, right and bottom as the renderer draws it."""
+        return [tuple(box) for box in self.tab.evaluate(BOXES, vue)]
+
+    def tangles(self, vue: bool) -> list[str]:
+        """Links that run to the left or behind a node, in words."""
+        return self.tab.evaluate(TANGLES, self.tab.evaluate(BOXES, vue))
+
+    def zoom(self) -> float:
+        return self.tab.evaluate("() => window.app.canvas.ds.scale")
 
     def screenshot(self, path: Path) -> None:
         self.tab.screenshot(path=str(path))

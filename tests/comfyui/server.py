@@ -68,6 +68,9 @@ class Server:
         pack: bool = True,
     ) -> None:
         self.installation, self.base, self.flags = installation, base, tuple(flags)
+        # Another version of the page than the one that came with ComfyUI: the folder `static` of its package.
+        if frontend := os.environ.get("COMFYUI_FRONTEND"):
+            self.flags += ("--front-end-root", frontend)
         self.log_path = base / "server.log"
         self.process: subprocess.Popen | None = None
         self.port = 0
