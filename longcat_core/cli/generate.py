@@ -157,6 +157,9 @@ def long(args: argparse.Namespace) -> int:
             bar.task.finish(reused=segment.reused)
             bar.say(segment.summary(folder.path))
         bar.task.phase(SAVING)
+        if args.output is None and folder.take.path != folder.path:
+            # The default name is that of the first take's video.
+            task.output = args.outputs.default(name_with(output, f"-{folder.take.path.name}"), new=False)
         whole = new_frames(folder, finished)
         return chain([require_filled(first).begun(next(whole))], whole)
 

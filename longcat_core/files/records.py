@@ -7,8 +7,9 @@ ignored. A number that must be finite is a `FiniteFloat`.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
@@ -49,10 +50,16 @@ def parse_record(
     """
     try:
         content = text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text
-        return TypeAdapter(kind).validate_json(content, strict=True)
+        return cast(T, _adapter(cast(Any, kind)).validate_json(content, strict=True))
     except ValidationError as fault:
         first = fault.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         message = str(first["msg"])
         why = printable(f"{place}: {message}" if place else message, 200)
         raise error(f"{source} is not {what} ({why[:1].lower()}{why[1:]}); {remedy}") from fault
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Built once, which takes longer than reading a record does."""
+    return TypeAdapter(kind)

@@ -150,6 +150,9 @@ _suffixes = ".mp4, .mkv (lossless FFV1), .webp (lossless) or .gif"
 _seed = Option("seed", "whole", "seed of the noise; the same seed gives the same video on the same machine with the "
                "same number of threads", 0, least=0, most=MAX_SEED, metavar="N", common=True)  # fmt: skip
 _prompts_file = Option("prompts_file", "path", "text file with one prompt a line", metavar="FILE")
+_lossy_change = Option("lossy_change", "choice", "what to do where a take in the folder differs in lossy settings "
+                       "alone, such as 8-bit attention: begin a new take, or go on in that one", LOSSY_CHANGES[0],
+                       choices=LOSSY_CHANGES, commands=("long",))  # fmt: skip
 
 _VIDEOS = ("generate", "long", "compare")
 _MODELS = (*_VIDEOS, "refine")
@@ -321,9 +324,8 @@ OPTIONS: tuple[Option, ...] = (
                metavar="DIR", shown="the name of FILE and -segments", commands=_LONG),
         Option("folder", "path", "folder that keeps finished pieces; run the same command again to resume",
                metavar="DIR", shown="none", commands=_REFINE),
-        Option("lossy_change", "choice", "what to do where a take in the folder differs in lossy settings alone, such "
-               "as 8-bit attention: begin a new take, or go on in that one", LOSSY_CHANGES[0],
-               choices=LOSSY_CHANGES, commands=("long", "refine")),
+        _lossy_change,
+        replace(_lossy_change, commands=_REFINE, needs=("folder",)),
         Option("page", "path", "also write the report to this .md file, with its pictures beside it", metavar="FILE",
                commands=_COMPARE),
         Option("fps", "number", "frame rate of the output file, and at which the frames of a clip are taken", FPS,

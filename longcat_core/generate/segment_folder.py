@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError, check_choice
-from ..files.atomic import atomic_path, foreign, reason
+from ..files.atomic import flush, foreign, reason
 from ..files.differences import as_read
 from ..files.locks import Busy, held
 from ..files.media import open_video
@@ -85,8 +85,10 @@ class SegmentFolder:
         self.notes = notes
         self.any_lossy = lossy_change == LOSSY_CHANGES[1]
         self.say = say
+        # By their paths, so that each record is read once.
+        self._takes: dict[Path, Take] = {}
         # The take of the last run, at first the folder itself.
-        self.take = Take(self.path, notes)
+        self.take = self._take(self.path)
         # Which take the run uses and why, in a sentence; "" for the only one.
         self.said = ""
 
@@ -113,10 +115,11 @@ class SegmentFolder:
             raise LongCatError(f"{self.path} cannot be written to ({there} is read-only); name another folder")
         self._check_own([0])
 
-    def check(self, settings: Sequence[Settings], room: Sequence[int] = ()) -> None:
-        """Raise LongCatError if it is known from the records that a run with these settings cannot use this folder.
+    def check(self, settings: Sequence[Settings], room: Sequence[int] = ()) -> tuple[Take | None, int]:
+        """The take of these settings, None if there is none yet, and how many segments are there, by the records.
 
-        settings: of every segment. room: bytes that each may take. Reads no large files and writes nothing.
+        settings: of every segment. room: bytes that each may take. Reads no large files and writes nothing. Raises
+        LongCatError if it is known without more that a run with these settings cannot use this folder.
         """
         self.check_place()
         take = self._pick(settings)
@@ -132,17 +135,20 @@ class SegmentFolder:
                     f"the {len(settings) - known} segments that are missing take about {about} and {spare} must stay "
                     f"free, but {self.path} has {there} free; free some space or name another folder"
                 )
+        return take, known
 
     def _check_own(self, numbers: Sequence[int]) -> None:
         """Raise LongCatError if something foreign stands under the name of a segment of the first take."""
+        first = self._take(self.path)
         for number in numbers:
-            place = Take(self.path).place(number)
-            if Take(self.path, self.notes).records(number):
-                continue
-            if name := foreign(place, OURS):
+            place = first.path / f"segment-{number + 1:03}"
+            if not first.records(number) and (name := foreign(place, OURS)):
                 raise LongCatError(f"{place} is not a segment of a video ({name} is in it); name another folder")
 
     # --- which take --------------------------------------------------------------------------------------------------
+
+    def _take(self, path: Path) -> Take:
+        return self._takes.setdefault(path, Take(path, self.notes))
 
     def takes(self) -> list[Take]:
         """All takes, the first one, which is the folder itself, included."""
@@ -151,7 +157,7 @@ class SegmentFolder:
         except OSError:
             found = []
         further = [self.path / name for number, name in found if number > 1 and (self.path / name).is_dir()]
-        return [Take(path, self.notes) for path in (self.path, *further)]
+        return [self._take(path) for path in (self.path, *further)]
 
     def _settings_of(self, take: Take) -> list[Settings]:
         """The settings that a take began with; nothing if no record says them."""
@@ -172,6 +178,8 @@ class SegmentFolder:
                 for take, begun in takes.values()
                 if any(matches(there, settings[0], True, any_lossy) for there in begun)
             ]
+            if len(same) == 1:
+                return same[0]
             if same:
                 return max(same, key=lambda take: take.known(settings, self.any_lossy))
         # The first segment may be lost or damaged.
@@ -197,8 +205,7 @@ class SegmentFolder:
         return f"this run uses the take in {take.path}, one of {len(others) + 1}" if others else ""
 
     def _tell(self, take: Take, begun: bool, settings: Settings) -> None:
-        if take.path != self.take.path:
-            self.take = take
+        self.take = take
         said = self._describe(take, begun, settings)
         if said and said != self.said and self.say is not None:
             self.say(said)
@@ -263,7 +270,7 @@ class SegmentFolder:
                     lock.enter_context(_alone_in(take))
                     return take
         numbers = [int(name[1]) for name in map(NAME.fullmatch, os.listdir(self.path)) if name]
-        take = Take(self.path / f"take-{max([1, *numbers]) + 1:03}", self.notes)
+        take = self._take(self.path / f"take-{max([1, *numbers]) + 1:03}")
         take.path.mkdir()
         lock.enter_context(_alone_in(take))
         return take
@@ -271,8 +278,14 @@ class SegmentFolder:
     def _write_settings(self, take: Take, settings: Settings) -> None:
         settings = as_read(settings)
         text = json.dumps({"version": VERSION, "checksum": checksum(_plain(settings)), "settings": settings}, indent=1)
-        with atomic_path(take.path / TAKE) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        # Under one name, which the next run takes again if this one is killed here; runs pick their takes in turn.
+        new = take.path / f".{TAKE}.new"
+        try:
+            new.write_text(text + "\n", encoding="utf-8")
+            flush(new)
+            os.replace(new, take.path / TAKE)
+        finally:
+            new.unlink(missing_ok=True)
 
     def _picking(self) -> AbstractContextManager[None]:
         """Held while a take is picked, begun or removed."""
@@ -288,14 +301,13 @@ class SegmentFolder:
         once it is on disk. Raises what `check`, `open`, `check_room`, `save` and `make` raise.
         """
         wanted = list(settings)
-        self.check(wanted, room)
+        take, known = self.check(wanted, room)
         with ExitStack() as stack:
-            take, locked = self._pick(wanted), False
-            if take is not None and take.known(wanted, self.any_lossy) == len(wanted):
-                self._tell(take, False, wanted[0])
-            else:
+            locked = take is None or known < len(wanted)
+            if take is None or locked:
                 stack.enter_context(self.open(wanted))
-                locked = True
+            else:
+                self._tell(take, False, wanted[0])
             before: Segment | None = None
             content, threads = "", None
             for number, now in enumerate(wanted):

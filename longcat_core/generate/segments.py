@@ -119,6 +119,7 @@ class Take:
         # Folders of the versions that this run found or made, and what was checked of their files, by path.
         self._used: dict[int, Path] = {}
         self._checked: dict[Path, tuple[Signature, str]] = {}
+        self._read: dict[Path, tuple[Signature, Record | None]] = {}
 
     def place(self, number: int) -> Path:
         """The folder of a segment, in the version that this run found or made, else the first."""
@@ -126,11 +127,15 @@ class Take:
 
     def versions(self, number: int) -> list[tuple[int, Path]]:
         """All that stands under a name of this segment: version and path, in order."""
+        start = _name(number)
+        names = [name for name in self._names() if name.startswith(start)]
+        return sorted((int(name[2] or 1), self.path / name[0]) for name in map(NAME.fullmatch, names) if name)
+
+    def _names(self) -> list[str]:
         try:
-            names = [name for name in os.listdir(self.path) if name.startswith(_name(number))]
+            return os.listdir(self.path)
         except OSError:
             return []
-        return sorted((int(name[2] or 1), self.path / name[0]) for name in map(NAME.fullmatch, names) if name)
 
     def records(self, number: int) -> list[tuple[Path, Record]]:
         """The versions of a segment whose record can be read."""
@@ -140,10 +145,7 @@ class Take:
     @property
     def is_empty(self) -> bool:
         """Whether nothing stands under the name of a segment."""
-        try:
-            return not any(map(NAME.fullmatch, os.listdir(self.path)))
-        except OSError:
-            return True
+        return not any(map(NAME.fullmatch, self._names()))
 
     def matching(
         self, number: int, settings: Settings, before: str | None, any_lossy: bool = False
@@ -294,13 +296,23 @@ class Take:
         """A segment's record; None if it is missing, damaged or of another version."""
         path = folder / RECORD
         try:
-            stored = parse_record(read_bytes(path), _Stored, str(path), "a record")
-            record = stored.record
-            parse_record(json.dumps(record.notes), self.notes, str(path), "a record")
-        except (LongCatError, ValueError):
+            found = signature(path)
+        except OSError:
             return None
-        whole = stored.version == VERSION and stored.checksum == checksum(_plain(asdict(record)))
-        return record if whole else None
+        if path not in self._read or self._read[path][0] != found:
+            self._read[path] = found, _read_record(path, self.notes)
+        return self._read[path][1]
+
+
+def _read_record(path: Path, notes: type) -> Record | None:
+    try:
+        stored = parse_record(read_bytes(path), _Stored, str(path), "a record")
+        record = stored.record
+        parse_record(json.dumps(record.notes), notes, str(path), "a record")
+    except (LongCatError, ValueError):
+        return None
+    whole = stored.version == VERSION and stored.checksum == checksum(_plain(asdict(record)))
+    return record if whole else None
 
 
 def signature(file: Path) -> Signature:

@@ -106,6 +106,14 @@ def test_the_default_names_serve_the_same_command_again(folder: Path, loads: lis
     assert not Path("longcat-long-2.mp4").exists()
 
 
+def test_the_default_name_of_another_take_is_another(folder: Path, loads: list, capsys: Any) -> None:
+    for prompt, name in ((ONE, "longcat-long"), (TWO, "longcat-long-take-002"), (TWO, "longcat-long-take-002")):
+        assert cli.main(["long", prompt, "--segments", "2", *SMALL]) == 0
+        assert f"{name}.mp4: 13 frames" in capsys.readouterr().out
+    assert len(loads) == 2 and not Path("longcat-long-2.mp4").exists()
+    assert not np.array_equal(*(read_video(f"longcat-long{ending}.mp4")[0] for ending in ("", "-take-002")))
+
+
 def test_prompts_from_a_file(folder: Path, loads: list, capsys: Any) -> None:
     assert cli.main(["long", "--prompts-file", "two.txt", *SMALL]) == 0
     assert cli.main(["long", ONE, TWO, *SMALL]) == 0
