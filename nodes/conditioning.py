@@ -13,9 +13,9 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.media import resize_and_crop
 from ..longcat_core.generate.options import FPS
-from ..longcat_core.generate.request import check_frames, check_side
 from ..longcat_core.sampling.buckets import nearest_bucket
-from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
+from ..longcat_core.sampling.conditioning import latent_frames, latent_shape
+from .checks import check_length, check_ranges, check_size
 from .declarations import CUSTOM
 from .images import check_images, to_bytes, to_image
 from .inputs import LongCatNode
@@ -51,16 +51,10 @@ def conditioned_latent(
     Raises LongCatError for a length or a size that is out of range.
     """
     require_wan_vae(vae)
-    check_frames(length, "length")
-    if length <= len(frames):
-        raise LongCatError(
-            f"length {length} leaves nothing to generate after {len(frames)} given frames; "
-            f"ask for at least {len(frames) + TEMPORAL_FACTOR}"
-        )
+    check_length(length, len(frames))
     if resolution != CUSTOM:
         height, width = nearest_bucket(*frames.shape[1:3], resolution)
-    check_side("width", width)
-    check_side("height", height)
+    check_size(width, height)
     clean = vae.encode(to_image(resize_and_crop(frames, height, width)))
     shape = latent_shape(length, height, width)
     samples = torch.zeros((batch_size, *shape), device=comfy.model_management.intermediate_device())
@@ -69,6 +63,13 @@ def conditioned_latent(
 
 class ImageToVideo(LongCatNode):
     ID = "LongCatImageToVideo"
+
+    @classmethod
+    def validate_inputs(cls, resolution=None, width=None, height=None, length=None) -> bool:
+        check_ranges(cls.ID, {"resolution": resolution})
+        check_size(width, height, resolution)
+        check_length(length, 1)
+        return True
 
     @classmethod
     def execute(cls, vae, image, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
@@ -83,6 +84,13 @@ class ImageToVideo(LongCatNode):
 
 class VideoContinuation(LongCatNode):
     ID = "LongCatVideoContinuation"
+
+    @classmethod
+    def validate_inputs(cls, cond_frames=None, resolution=None, width=None, height=None, length=None) -> bool:
+        check_ranges(cls.ID, {"resolution": resolution, "cond_frames": cond_frames})
+        check_size(width, height, resolution)
+        check_length(length, cond_frames)
+        return True
 
     @classmethod
     def execute(

@@ -111,12 +111,7 @@ def _clip_rate(name: str, clip: str, taken: str) -> Widget:
     )
 
 
-# What the long nodes do when only a lossy setting differs from that of a take.
-NEW_TAKE, GO_ON = "new take", "go on"
-_lossy_change = own(
-    "lossy_change", "choice", "if only a lossy setting has changed, such as a step cache or 8-bit attention: begin a "
-    "new take, or go on in the one that is there", NEW_TAKE, choices=(NEW_TAKE, GO_ON), optional=True, advanced=True,
-)  # fmt: skip
+_lossy_change = shared("lossy_change", "long", optional=True, advanced=True)
 
 
 def _folder(default: str) -> Widget:

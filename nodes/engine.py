@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable
-from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import comfy.samplers
 import comfy.sd
 import comfy.utils
-import folder_paths
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
+from ..longcat_core.files import fingerprints
 from ..longcat_core.generate.engine import Denoising, Engine
 from ..longcat_core.generate.request import RELEASED, Defaults
+from ..longcat_core.generate.takes import lossy_settings
 from ..longcat_core.sampling.sampler import Step
 from ..longcat_core.sampling.schedules import Schedule
-from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
+from . import comfy_fp8
+from .comfy_network import BLOCK_SPARSE_KEY
 from .conditioning import put_clean, require_wan_vae
 from .images import to_bytes
-from .models import compute_dtype, options_of, wrappers_of
+from .models import compute_dtype, options_of, patches_of, switches_of, wrappers_of
 from .sampling import make_guider, preview_callback
 from .step_cache import THRESHOLD_KEY
 
@@ -33,6 +35,8 @@ SAMPLES = 64
 # ComfyUI's tables of noise levels, which the core does not use. A node such as ModelSamplingSD3 replaces them, and what
 # it puts there stays in the model until the next sampling run.
 NOISE_LEVELS = "model_sampling."
+# Wrappers that are said in words instead, or change nothing.
+WITHOUT_EFFECT = (THRESHOLD_KEY, "torch.compile")
 
 
 class ComfyEngine(Engine):
@@ -94,20 +98,32 @@ class ComfyEngine(Engine):
         return self.texts[prompt]
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result beside the request, as JSON values that segment folders store."""
-        options = options_of(self.model)
-        switches, sparse = options.get(OPTIMIZATIONS_KEY), options.get(BLOCK_SPARSE_KEY)
-        return {
+        """What decides the result beside the request, as JSON values that segment folders store: the values of the
+        weights, and what other nodes put into the model, by name."""
+        found = {
             "model": fingerprint(self.model),
             "text encoder": fingerprint(self.clip.patcher),
             "vae": fingerprint(self.vae.patcher),
-            "dtype": str(compute_dtype(self.model)).removeprefix("torch."),
-            "optimizations": "defaults" if switches is None else repr(switches),
-            "block-sparse": None if sparse is None else repr(sparse),
-            "step cache": options.get(THRESHOLD_KEY),
-            "wrappers": wrappers_of(self.model),
+            "wrappers": [name for name in wrappers_of(self.model) if name not in WITHOUT_EFFECT],
             "injections": sorted(self.model.injections),
+            "patches": patches_of(self.model),
         }
+        # Most models have none, and folders of earlier versions do not know of patches.
+        return {name: value for name, value in found.items() if value}
+
+    def lossy(self) -> dict[str, str]:
+        """Settings that change the result a little, in words."""
+        options, switches = options_of(self.model), switches_of(self.model)
+        found = lossy_settings(
+            precision=str(compute_dtype(self.model)).removeprefix("torch."),
+            switches=switches,
+            step_cache=options.get(THRESHOLD_KEY) or 0.0,
+            block_sparse=options.get(BLOCK_SPARSE_KEY),
+        )
+        # The fingerprint, of the weights' values, covers weights in 8 bits.
+        if not switches.fp8 and comfy_fp8.layers(self.model.model.diffusion_model):
+            found["fp8 products"] = "off"
+        return found
 
 
 def encode_video(vae: comfy.sd.VAE, pixels: Tensor) -> Tensor:
@@ -116,50 +132,45 @@ def encode_video(vae: comfy.sd.VAE, pixels: Tensor) -> Tensor:
 
 
 def fingerprint(patcher: ModelPatcher) -> str:
-    """A hash of a model and its patches: of the name, the shape and some numbers of every weight and patch."""
+    """A hash of a model and its patches: of the name, the shape and some numbers of every weight and patch.
+
+    The dtype in which numbers are stored does not count: the same values give the same result.
+    """
+    model = weakref.ref(patcher)
+
+    def first_kind() -> str:
+        alive = model()
+        return "" if alive is None else _hash(alive, dtypes=True)
+
+    return fingerprints.remember(fingerprints.PREFIX + _hash(patcher), first_kind)
+
+
+def _hash(patcher: ModelPatcher, dtypes: bool = False) -> str:
     total = hashlib.sha256()
     # While a patch is merged into a weight, ComfyUI keeps the weight as loaded in `backup`.
     for name, weight in patcher.model.state_dict().items():
         if name.startswith(NOISE_LEVELS):
             continue
         backup = patcher.backup.get(name)
-        _add(total, name, weight if backup is None else backup.weight)
+        _add(total, name, weight if backup is None else backup.weight, dtypes)
     for name, patches in sorted(patcher.patches.items()):
-        _add(total, name, patches)
+        _add(total, name, patches, dtypes)
     return total.hexdigest()[:16]
 
 
-def _add(total: Any, name: str, value: Any) -> None:
+def _add(total: Any, name: str, value: Any, dtypes: bool) -> None:
     if isinstance(value, Tensor):
         flat = value.detach().reshape(-1)
         stride = max(1, flat.numel() // SAMPLES)
         sample = flat[::stride][:SAMPLES].float().cpu().numpy().tobytes()
-        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode() + sample)
+        total.update(f"{name}{tuple(value.shape)}{value.dtype if dtypes else ''}".encode() + sample)
     elif isinstance(value, list | tuple):
         for part in value:
-            _add(total, name, part)
+            _add(total, name, part, dtypes)
     elif hasattr(value, "weights"):
         # One of ComfyUI's adapters, such as a LoRA.
-        _add(total, f"{name}{type(value).__name__}", value.weights)
+        _add(total, f"{name}{type(value).__name__}", value.weights, dtypes)
     elif callable(value):
         total.update(f"{name}{getattr(value, '__qualname__', type(value).__name__)}".encode())
     else:
         total.update(f"{name}{value!r}".encode())
-
-
-def output_folder(name: str) -> Path:
-    """A folder inside ComfyUI's output folder. Raises LongCatError for an empty name, and for one that leads out."""
-    root = Path(folder_paths.get_output_directory()).resolve()
-    relative = name.replace("\\", "/").strip()
-    # Outside Windows a drive would become a folder of that name, and a home directory does everywhere.
-    foreign = relative.startswith("~") or (PureWindowsPath(relative).drive and not Path(relative).drive)
-    try:
-        path = (root / relative).resolve()
-        path.exists()
-    except (OSError, ValueError):  # too long, or with a null character
-        foreign = True
-    if foreign or not path.is_relative_to(root) or path == root:
-        raise LongCatError(
-            f"folder {name!r} is not inside ComfyUI's output folder; give a name such as longcat/my-video"
-        )
-    return path

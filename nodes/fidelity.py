@@ -18,6 +18,7 @@ from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
 from ..longcat_core.optimize.attention import Inputs
 from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
+from .checks import check_ranges, check_steps
 from .comfy_attention import attention_by_comfyui
 from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
@@ -60,6 +61,12 @@ def differences(model: ModelPatcher, other: ModelPatcher) -> str:
 
 class Fidelity(LongCatNode):
     ID = "LongCatFidelity"
+
+    @classmethod
+    def validate_inputs(cls, steps=None, mode=None) -> bool:
+        check_ranges(cls.ID, {"steps": steps, "mode": mode})
+        check_steps(steps, mode)
+        return True
 
     @classmethod
     def execute(

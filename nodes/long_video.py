@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from pathlib import Path
+
 import comfy.utils
 import numpy as np
 from comfy_api.latest import io, ui
@@ -10,19 +14,19 @@ from PIL import Image
 from ..longcat_core.files.regular import lines_of
 from ..longcat_core.generate import long_video, refine
 from ..longcat_core.generate.footage import Footage
-from ..longcat_core.generate.options import FPS
+from ..longcat_core.generate.options import FPS, LOSSY_CHANGES
 from ..longcat_core.generate.request import RELEASED, GenerateRequest
-from ..longcat_core.generate.segments import SegmentFolder
-from .declarations import LONG_MODES, NEW_TAKE
-from .engine import ComfyEngine, output_folder
+from ..longcat_core.generate.segment_folder import SegmentFolder
+from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
+from .checks import check_ranges, check_size
+from .declarations import CUSTOM, LONG_MODES
+from .engine import ComfyEngine
+from .folders import FolderNode, check_folder, output_folder, written_out
 from .images import to_image
-from .inputs import LongCatNode
-from .models import require_longcat
+from .models import distilled_notes, require_longcat
 from .refine import refined_size
 from .video import Reel, ReelImages, ReelVideo, check_fits, end_of_clip, footage_of
 
-# What a node knows of the prompt that it runs in.
-RUNNING = (io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo)
 LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
 # Frames side by side in a segment's strip, the strip's width in pixels, and the number of strips shown at once.
 STRIP, STRIP_WIDTH, STRIPS = 5, 1280, 8
@@ -39,44 +43,72 @@ def make_strip(frames: np.ndarray) -> Image.Image:
 class Gathered:
     """Collects where the frames of the segments lie, and shows strips of the finished ones meanwhile."""
 
-    def __init__(self, segments: int) -> None:
-        self.bar = comfy.utils.ProgressBar(segments)
+    def __init__(self, segments: int, fps: float) -> None:
+        self.bar, self.fps = comfy.utils.ProgressBar(segments), fps
         self.parts: list[Footage] = []
+        self.files: list[Path] = []
         self.strips: list[Image.Image] = []
 
-    def add(self, number: int, part: Footage, frames: np.ndarray) -> None:
-        """Append segment `number`: its new frames on the disk, and the same as uint8 [F, H, W, 3]."""
-        self.parts.append(part)
-        self.strips = [*self.strips[1 - STRIPS :], make_strip(frames)]
+    def add(self, kept: SegmentFolder, number: int, skip: int) -> None:
+        """Append the frames of segment `number` without the first `skip`."""
+        self.parts.append(kept.footage([(number, skip)], self.fps))
+        self.files.append(kept.file(number))
+        self.strips = [*self.strips[1 - STRIPS :], make_strip(kept.frames(number, skip))]
         self.bar.update_absolute(number + 1, preview=("JPEG", self.picture(), None))
 
     def picture(self) -> Image.Image:
         """The strips of the last segments, one below the other."""
         return Image.fromarray(np.concatenate([np.asarray(strip) for strip in self.strips]))
 
-    def output(self, node: type, value: str | float, fps: float) -> io.NodeOutput:
+    def output(self, node: type, value: str | float) -> io.NodeOutput:
         """All frames as IMAGE, `value`, and the frames as VIDEO, with the strips shown on the node."""
         preview = ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
         reel = Reel(self.parts)
-        return io.NodeOutput(ReelImages(reel), value, ReelVideo(reel, fps), ui=preview)
+        return io.NodeOutput(ReelImages(reel), value, ReelVideo(reel, self.fps), ui=preview)
 
 
-def _part(kept: SegmentFolder, number: int, skip: int, frames: np.ndarray) -> Footage:
-    return Footage(len(frames), *frames.shape[1:3], lambda: kept.frames(number, skip))
+def say(sentence: str) -> None:
+    """Print what a folder says about its takes."""
+    logging.info("LongCat: %s", sentence)
 
 
-class LongVideo(LongCatNode):
+class LongVideo(FolderNode):
     ID = "LongCatLongVideo"
-    HIDDEN = RUNNING
+
+    @classmethod
+    def validate_inputs(
+        cls, prompts=None, negative_prompt=None, segments=None, width=None, height=None, length=None, overlap=None,
+        seed=None, steps=None, guidance=None, mode=None, folder=None, fps=None,
+    ) -> bool:  # fmt: skip
+        # What is connected is not known yet; its place is taken by something that fits.
+        overlap = 1 if overlap is None else overlap
+        known = {
+            "prompts": "x" if prompts is None else prompts,
+            "negative_prompt": negative_prompt or "",
+            "segments": segments or 0,
+            "width": 64 if width is None else width,
+            "height": 64 if height is None else height,
+            "length": overlap + TEMPORAL_FACTOR if length is None else length,
+            "overlap": overlap,
+            "seed": seed or 0,
+            "steps": 1 if steps is None else steps,
+            "guidance": 1.0 if guidance is None else guidance,
+            "mode": "base" if mode is None else mode,
+            "fps": FPS if fps is None else fps,
+        }
+        check_ranges(cls.ID, {name: known[name] for name in ("segments", "mode")})
+        request = request_of(**known)
+        first = request.first
+        check_folder(folder, 2 * first.frames * first.height * first.width, long_video.segment_folder)
+        return True
 
     @classmethod
     def execute(
         cls, model, clip, vae, prompts, negative_prompt, segments, width, height, length, overlap, seed, steps,
         guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=FPS,
-        begin_fps=FPS, lossy_change=NEW_TAKE,
+        begin_fps=FPS, lossy_change=LOSSY_CHANGES[0],
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, LONG)
-        spread = long_video.spread_prompts(lines_of(prompts), segments or None)
         given = None
         if begin_with is not None:
             begun = footage_of("begin_with", begin_with)
@@ -84,33 +116,67 @@ class LongVideo(LongCatNode):
                 given = np.stack([*begun.read()])
             else:
                 given = end_of_clip("begin_with", begin_with, begin_fps, fps, overlap)
-        schedule, later_schedule = LONG_MODES[mode]
-        first = GenerateRequest(
-            spread[0], negative_prompt=negative_prompt, height=height, width=width, frames=length, steps=steps,
-            guidance_scale=guidance, seed=seed, schedule=schedule, num_cond_frames=overlap, kv_cache=kv_cache, fps=fps,
-            given=given,
+        request = request_of(
+            prompts, negative_prompt, segments, width, height, length, overlap, seed, steps, guidance, mode, fps,
+            hand_off, kv_cache, given,
         )  # fmt: skip
-        engine = ComfyEngine(LONG, model, clip, vae, [*spread, negative_prompt])
-        request = long_video.LongVideoRequest(first, spread, overlap, later_schedule, hand_off, engine.settings())
-        request = request.filled(RELEASED)
         check_fits(cls.hidden, 0, request.total_frames, height, width)
-        kept = long_video.segment_folder(output_folder(folder))
-        gathered, report = Gathered(len(spread)), []
+        folder = written_out(folder, cls.hidden, width, height)
+        kept = long_video.segment_folder(output_folder(folder), lossy_change, say)
+        engine = ComfyEngine(LONG, model, clip, vae, [*request.prompts, negative_prompt])
+        request = replace(request, model=engine.settings(), lossy=engine.lossy())
+        notes, report = distilled_notes(model, mode, guidance), []
+        for note in notes:
+            logging.warning("LongCat: %s", note)
+        gathered = Gathered(len(request.prompts), fps)
         for segment in long_video.long_video(lambda: engine, request, kept):
             report.append(segment.summary(folder))
-            frames = kept.frames(segment.number, segment.skip)
-            gathered.add(segment.number, _part(kept, segment.number, segment.skip, frames), frames)
-        return gathered.output(cls, "\n".join(report), fps)
+            gathered.add(kept, segment.number, segment.skip)
+        cls.remember(gathered.files)
+        return gathered.output(cls, "\n".join([*notes, *filter(None, [kept.said]), *report]))
 
 
-class RefineLongVideo(LongCatNode):
+def request_of(
+    prompts: str, negative_prompt: str, segments: int, width: int, height: int, length: int, overlap: int, seed: int,
+    steps: int, guidance: float, mode: str, fps: float, hand_off: str = "frames", kv_cache: str = "exact",
+    given: np.ndarray | None = None,
+) -> long_video.LongVideoRequest:  # fmt: skip
+    """The filled request of LongCat Long Video. Raises LongCatError for values that do not fit."""
+    spread = long_video.spread_prompts(lines_of(prompts), segments or None)
+    schedule, later_schedule = LONG_MODES[mode]
+    first = GenerateRequest(
+        spread[0], negative_prompt=negative_prompt, height=height, width=width, frames=length, steps=steps,
+        guidance_scale=guidance, seed=seed, schedule=schedule, num_cond_frames=overlap, kv_cache=kv_cache, fps=fps,
+        given=given,
+    )  # fmt: skip
+    return long_video.LongVideoRequest(first, spread, overlap, later_schedule, hand_off).filled(RELEASED)
+
+
+class RefineLongVideo(FolderNode):
     ID = "LongCatRefineLongVideo"
-    HIDDEN = RUNNING
+
+    @classmethod
+    def validate_inputs(
+        cls, prompt=None, seed=None, steps=None, double_rate=None, resolution=None, width=None, height=None,
+        piece=None, overlap=None, folder=None, fps=None,
+    ) -> bool:  # fmt: skip
+        check_ranges(cls.ID, {"resolution": resolution})
+        check_size(width, height, resolution)
+        overlap = 1 if overlap is None else overlap
+        piece = overlap + 1 if piece is None else piece
+        refine.RefineRequest(
+            prompt or "", seed or 0, overlap=overlap, piece=piece, steps=50 if steps is None else steps,
+            fps=FPS if fps is None else fps,
+        ).check()  # fmt: skip
+        frames = piece if double_rate is False else 2 * piece
+        size = (width or 0) * (height or 0) if resolution == CUSTOM else 0
+        check_folder(folder, 2 * frames * size, refine.piece_folder)
+        return True
 
     @classmethod
     def execute(
         cls, model, clip, vae, video, prompt, seed, steps, double_rate, resolution, width, height, piece, overlap,
-        folder, fps=FPS, lossy_change=NEW_TAKE,
+        folder, fps=FPS, lossy_change=LOSSY_CHANGES[0],
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, REFINE_LONG)
         given = footage_of("video", video)
@@ -118,15 +184,18 @@ class RefineLongVideo(LongCatNode):
         height, width = refined_size((given.height, given.width), resolution, width, height)
         request = refine.RefineRequest(prompt, seed, double_rate, height, width, steps, piece, overlap, fps)
         request.check()
-        engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
-        kept = refine.piece_folder(output_folder(folder))
-        settings, factor = engine.settings(), request.factor
+        factor = request.factor
         check_fits(cls.hidden, 0, factor * given.frames, height, width)
-        gathered = Gathered(len(request.pieces(given)))
-        for number, skip, _ in refine.refine_in_folder(lambda: engine, RELEASED, given, request, kept, settings):
-            frames = kept.frames(number, skip)
-            gathered.add(number, _part(kept, number, skip, frames), frames)
-        return gathered.output(cls, factor * fps, factor * fps)
+        kept = refine.piece_folder(output_folder(written_out(folder, cls.hidden, width, height)), lossy_change, say)
+        engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
+        gathered = Gathered(len(request.pieces(given)), factor * fps)
+        done = refine.refine_in_folder(
+            lambda: engine, RELEASED, given, request, kept, engine.settings(), lossy=engine.lossy()
+        )
+        for number, skip, _ in done:
+            gathered.add(kept, number, skip)
+        cls.remember(gathered.files)
+        return gathered.output(cls, factor * fps)
 
 
 NODES = [LongVideo, RefineLongVideo]

@@ -31,6 +31,21 @@ def require_comparable(a: ModelPatcher, b: ModelPatcher, node: str) -> None:
         raise LongCatError(f"{node} got two models of different sizes as A and B; connect one model twice")
 
 
+def distilled_notes(model: ModelPatcher, mode: str, guidance: float) -> list[str]:
+    """What speaks against sampling in mode distilled like this, in sentences."""
+    if mode != "distilled":
+        return []
+    notes = []
+    if guidance != 1:
+        notes.append(f"the distilled schedule is made for guidance 1, not {guidance:g}")
+    if not model.patches and not model.injections:
+        notes.append(
+            "mode distilled needs the cfg_step LoRA, and the MODEL has no LoRA; connect LoraLoaderModelOnly, unless it "
+            "is merged into the weights"
+        )
+    return notes
+
+
 def options_of(model: ModelPatcher) -> dict[str, Any]:
     """The MODEL's transformer_options."""
     return model.model_options.get("transformer_options", {})
@@ -58,6 +73,15 @@ def switches_of(model: ModelPatcher) -> Optimizations:
 def wrappers_of(model: ModelPatcher) -> list[str]:
     """The names under which nodes added wrappers to the MODEL, sorted."""
     return sorted(str(name) for kind in options_of(model).get("wrappers", {}).values() for name in kind)
+
+
+def patches_of(model: ModelPatcher) -> list[str]:
+    """Where nodes replaced or patched parts of the MODEL, by name, sorted."""
+    options = options_of(model)
+    replaced = [f"{kind} {block}" for kind, blocks in options.get("patches_replace", {}).items() for block in blocks]
+    patched = [name for name, patches in options.get("patches", {}).items() if patches]
+    other = ["attention"] if "optimized_attention_override" in options else []
+    return sorted([*replaced, *patched, *other])
 
 
 def compute_dtype(model: ModelPatcher) -> torch.dtype:

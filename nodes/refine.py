@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.refine import Padding, enlarge, size_note, target_size
 from ..longcat_core.generate.request import check_side
+from .checks import check_ranges, check_size
 from .conditioning import put_clean, require_wan_vae
 from .declarations import CUSTOM, TWICE
 from .engine import encode_video
@@ -33,6 +34,12 @@ def refined_size(given: tuple[int, int], resolution: str, width: int, height: in
 
 class Refine(LongCatNode):
     ID = "LongCatRefine"
+
+    @classmethod
+    def validate_inputs(cls, resolution=None, width=None, height=None) -> bool:
+        check_ranges(cls.ID, {"resolution": resolution})
+        check_size(width, height, resolution)
+        return True
 
     @classmethod
     def execute(

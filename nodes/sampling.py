@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,10 +27,11 @@ from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from ..longcat_core.sampling.step import guide
+from .checks import check_ranges, check_steps
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
 from .comfy_network import OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
-from .models import require_longcat
+from .models import distilled_notes, require_longcat
 
 
 class Guider(comfy.samplers.CFGGuider):
@@ -177,9 +179,17 @@ class Sampler(LongCatNode):
     ID = "LongCatSampler"
 
     @classmethod
+    def validate_inputs(cls, steps=None, mode=None) -> bool:
+        check_ranges(cls.ID, {"steps": steps, "mode": mode})
+        check_steps(steps, mode)
+        return True
+
+    @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache="exact"
     ) -> io.NodeOutput:
+        for note in distilled_notes(model, mode, guidance):
+            logging.warning("LongCat: %s", note)
         samples = sample_latent(
             "LongCat Sampler", model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache
         )
@@ -190,6 +200,12 @@ class Sampler(LongCatNode):
 
 class Scheduler(LongCatNode):
     ID = "LongCatScheduler"
+
+    @classmethod
+    def validate_inputs(cls, steps=None, mode=None) -> bool:
+        check_ranges(cls.ID, {"steps": steps, "mode": mode})
+        check_steps(steps, mode)
+        return True
 
     @classmethod
     def execute(cls, model, mode: str, steps: int) -> io.NodeOutput:

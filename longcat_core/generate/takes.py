@@ -29,8 +29,8 @@ EXACT_PRECISION = "float32"
 _WITHOUT_EFFECT = ("compile", "device", "piece")
 # Of segments after the first.
 _LATER = ("overlap", "hand_off")
-# Under this name a step cache is installed in ComfyUI, which earlier versions listed among wrappers.
-_STEP_CACHE_WRAPPER = "longcat_step_cache"
+# Under these names a step cache and compiling are installed in ComfyUI, which earlier versions listed among wrappers.
+_WRAPPERS = ("longcat_step_cache", "torch.compile")
 
 
 def lossy_settings(
@@ -116,7 +116,7 @@ def _translate_nodes(decisive: Settings, lossy: dict[str, str]) -> None:
     if fields.get("text_mode") == "packed":
         lossy["text mode"] = "packed"
     if isinstance(wrappers := decisive.get("wrappers"), list):
-        decisive["wrappers"] = [name for name in wrappers if name != _STEP_CACHE_WRAPPER]
+        decisive["wrappers"] = [name for name in wrappers if name not in _WRAPPERS]
     for name in ("wrappers", "injections"):
         if not decisive.get(name):
             decisive.pop(name, None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from . import cases
+from .conftest import MODEL
 
 SIZE = {"width": cases.WIDTH, "height": cases.HEIGHT, "length": 9, "overlap": 5}
 SAMPLING = {"seed": 3, "steps": 2, "guidance": 4.0, "mode": "base", "negative_prompt": ""}
@@ -124,8 +125,8 @@ def test_begun_with_an_image_or_a_clip(comfy, vae, long, frames, count):
     assert len(images) == 9
     # Given frames are there again as the VAE sees them.
     assert (images[: len(given)] - given).abs().mean() < 0.03
-    with pytest.raises(comfy.core("errors").LongCatError, match=r"given frames .* there, .* now"):
-        long(f"begun/{count}", "a red circle moves right on a blue background", begin_with=1 - frames[:count])
+    _, report = long(f"begun/{count}", "a red circle moves right on a blue background", begin_with=1 - frames[:count])
+    assert "take-002, because" in report and "another given frames" in report
 
 
 def test_a_clip_to_begin_with_is_taken_by_its_time(comfy, long, frames):
@@ -137,21 +138,90 @@ def test_a_clip_to_begin_with_is_taken_by_its_time(comfy, long, frames):
         long("begun/60", prompt, begin_with=frames[:12], begin_fps=60.0)
 
 
-def test_another_model_or_lora_wants_another_folder(comfy, model, long):
-    long("models")
+def test_another_model_or_lora_begins_a_take_of_its_own(comfy, model, long, made):
+    plain, _ = long("models")
     patched = model.clone()
     name = "diffusion_model.final_layer.linear.weight"
     weight = model.model.state_dict()[name]
     patched.add_patches({name: (torch.full_like(weight, 0.01),)}, 1.0)
-    error = comfy.core("errors").LongCatError
-    with pytest.raises(error, match=r"other settings \(model .* there, .* now\)"):
-        long("models", model=patched)
-    other, _ = long("models-patched", model=patched)
+    other, report = long("models", model=patched)
+    assert "a new take begins in" in report and "(another model)" in report and "in models/take-002" in report
+    assert made == [3, 4, 3, 4] and not torch.equal(plain, other)
     # In force or not, a patch is told by itself and the weights by what was loaded.
-    assert torch.equal(long("models-patched", model=patched)[0], other)
-    long("models")
-    with pytest.raises(error, match=r"optimizations"):
-        long("models", model=comfy("LongCatOptimizations", model=model, fused_qkv=False)[0])
+    assert torch.equal(long("models", model=patched)[0], other)
+    assert torch.equal(long("models")[0], plain) and len(made) == 4
+
+
+def test_settings_that_change_nothing_resume(comfy, model, long, made):
+    """All switches whose results are equal, and nodes that only make it faster."""
+    images, _ = long("switches")
+    exact = [{"fused_qkv": False, "fused_ffn": False}, {"split_guidance": True}, {"compile": "blocks"}]
+    exact += [{"reuse_text": False, "reuse_modulation": False, "fused_step": False}, {"text_mode": "padded"}]
+    for changes in exact:
+        again, report = long("switches", model=comfy("LongCatOptimizations", model=model, **changes)[0])
+        assert torch.equal(again, images) and report.count("already in switches;") == 1, changes
+    assert made == [3, 4] and [path.name for path in (output(comfy) / "switches").glob("take-*")] == []
+
+
+def test_a_lossy_setting_is_said_and_begins_a_take_or_goes_on(comfy, model, long, made):
+    images, _ = long("lossy")
+    cached = comfy("LongCatStepCache", model=model, threshold=0.05)
+    _, report = long("lossy", model=cached)
+    assert "step cache none there, 0.05 now" in report and "take-002" in report and made == [3, 4, 3, 4]
+    _, report = long("lossy", model=cached, lossy_change="go on", prompts=PROMPTS + "\nand then it stands still")
+    assert len(made) == 5 and "take-002" in report
+    _, report = long("lossy", model=comfy("LongCatStepCache", model=model, threshold=0.03), lossy_change="go on")
+    assert len(made) == 5 and "goes on with other lossy settings" in report
+    assert torch.equal(long("lossy")[0], images) and len(made) == 5
+
+
+def test_weights_stored_in_another_dtype_with_the_same_values_are_the_same(comfy, clip, vae):
+    """The embedded weights are bf16: as fp32 they have the same values, and only the precision of the computation
+    differs."""
+    engine = comfy.node("engine").ComfyEngine
+    of = lambda dtype: engine("LongCat", comfy("LongCatModelLoader", model_name=MODEL, weight_dtype=dtype),  # noqa: E731
+                              clip, vae, [""])  # fmt: skip
+    fp32, bf16, fp8 = of("fp32"), of("bf16"), of("fp8 rowwise")
+    assert fp32.settings() == bf16.settings() and fp32.lossy() == {} and fp8.settings() != fp32.settings()
+    slow = engine("LongCat", comfy("LongCatOptimizations", model=fp8.model, fp8=False)[0], clip, vae, [""])
+    assert slow.lossy() == fp8.lossy() | {"fp8 products": "off"} and slow.settings() == fp8.settings()
+
+
+def test_folders_of_earlier_versions_are_found_again(comfy, model, clip, vae, long, made):
+    """As nodes wrote records before: fingerprints with dtypes, the repr of all switches, and no take.json."""
+    images, _ = long("earlier")
+    module = comfy.node("engine")
+    old = {
+        "model": module._hash(model, dtypes=True),
+        "text encoder": module._hash(clip.patcher, dtypes=True),
+        "vae": module._hash(vae.patcher, dtypes=True),
+        "dtype": "float32",
+        "optimizations": repr(comfy.core("optimize.switches").Optimizations(fused_qkv=False)),
+        "block-sparse": None,
+        "step cache": None,
+        "wrappers": [],
+        "injections": [],
+    }
+    folder, segments = output(comfy) / "earlier", comfy.core("generate.segments")
+    for path in sorted(folder.glob("segment-*/segment.json")):
+        record = json.loads(path.read_text())
+        record["settings"] |= old
+        content = {name: value for name, value in record.items() if name not in ("version", "checksum")}
+        record["checksum"] = segments.checksum(json.dumps(content, sort_keys=True, ensure_ascii=True))
+        path.write_text(json.dumps(record))
+    (folder / "take.json").unlink(missing_ok=True)
+    again, report = long("earlier")
+    assert torch.equal(again, images) and len(made) == 2 and report.count("already in earlier") == 2, report
+
+
+def test_distilled_without_its_lora_and_with_guidance_says_so(long, comfy, model, caplog):
+    _, report = long("distilled", mode="distilled", guidance=4.0)
+    assert "made for guidance 1, not 4" in report and "needs the cfg_step LoRA" in report
+    patched = model.clone()
+    name = "diffusion_model.final_layer.linear.weight"
+    patched.add_patches({name: (torch.zeros_like(model.model.state_dict()[name]),)}, 1.0)
+    assert not comfy.node("models").distilled_notes(patched, "distilled", 1.0)
+    assert not comfy.node("models").distilled_notes(model, "base", 4.0)
 
 
 def test_the_noise_levels_of_another_sampling_change_nothing(comfy, model, long, made):
