@@ -538,3 +538,14 @@ def test_worth_is_drawn_for_lossy_optimizations_and_beside_guesses():
 
     charts = [drawn(row), drawn(row, lossy), drawn(row, lossy | {"share": 0.05}), drawn(row, targets=PUBLISHED)]
     assert len(set(charts)) == 4
+
+
+def test_worth_within_the_spread_of_the_times_is_not_distinguishable():
+    row = {"status": "ok", "phase": "added", "name": "before", "ms": 100.0, "times_ms": [99.0, 100.0, 103.0]}
+    worth = {"share": 0.02, "over": "before", "worth_ms": 2.0}
+    noise = row | worth | {"name": "noise", "ms": 101.0, "times_ms": [98.0, 101.0, 102.0]}
+    gain = row | worth | {"name": "gain", "ms": 90.0, "times_ms": [89.0, 90.0, 91.0]}
+    lines = bench.part("ablation").table({"rows": [row, noise, gain]}, None).splitlines()
+    cells = {line.split(" | ")[0]: line for line in lines}
+    assert "+2.0 %, not distinguishable" in cells["| + noise"]
+    assert "+2.0 %" in cells["| + gain"] and "not" not in cells["| + gain"]

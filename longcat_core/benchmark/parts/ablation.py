@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...measure.charts import BLUE, GRAY, GREEN, ORANGE, Bar, Bars, bar_chart
+from ...measure.ratio import ratio_of
 from ...measure.results import markdown
-from ..part import STEPS, Chart, Part, Results, Row, ok_rows
+from ..part import STEPS, Chart, Part, Results, Row, by_name, ok_rows
 from ..variants import COMPILED, EAGER, Bench, compare_with, lossy_rows
 
 if TYPE_CHECKING:
@@ -58,8 +59,14 @@ def run(bench: Bench) -> None:
         lossy_rows(bench, first, before, paths=False)
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:+.1f} %"
+def _percent(row: Row, rows: dict[str, Row]) -> str:
+    """The share of a row, with a note if its times and those of the row that it is compared with overlap."""
+    if row.get("share") is None:
+        return "-"
+    times, others = row.get("times_ms"), rows.get(row.get("over", ""), {}).get("times_ms")
+    ratio = ratio_of(times, others) if times and others else None
+    unclear = ratio is not None and ratio.least <= 1 <= ratio.most
+    return f"{100 * row['share']:+.1f} %{', not distinguishable' if unclear else ''}"
 
 
 def table(results: Results, targets: Any) -> str:
@@ -67,20 +74,20 @@ def table(results: Results, targets: Any) -> str:
     for row in results["rows"]:
         phases.setdefault(row.get("phase", ""), {})[row["name"]] = row
     lines: list[tuple[Any, ...]] = []
-    alone = phases.get("removed", {})
+    alone, rows = phases.get("removed", {}), by_name(results)
     for name, row in phases.get("baseline", {}).items():
         lines.append((name, row.get("ms"), None, None, None, None, row.get("peak_gib"), row["status"]))
     for phase, sign in (("added", "+ "), ("fp8", "")):
         for name, row in phases.get(phase, {}).items():
-            taken = _percent(alone.get(f"without {name}", {}).get("share")) if phase == "added" else None
-            figures = row.get("ms"), row.get("ratio"), row.get("worth_ms"), _percent(row.get("share")), taken
+            taken = _percent(alone.get(f"without {name}", {}), rows) if phase == "added" else None
+            figures = row.get("ms"), row.get("ratio"), row.get("worth_ms"), _percent(row, rows), taken
             lines.append((f"{sign}{name}", *figures, row.get("peak_gib"), row["status"]))
     head = ["", "ms a step", "x eager", "worth ms", "share", "share, removed alone", "peak GiB", ""]
     if targets is None:
         return markdown(head, lines)
     guesses = {f"+ {name}": f"{percent:.1f} %" for name, percent in targets.guesses.items()}
-    rows = [(*line[:-2], guesses.get(line[0]), *line[-2:]) for line in lines]
-    return markdown([*head[:-2], "published guess", *head[-2:]], rows)
+    wider = [(*line[:-2], guesses.get(line[0]), *line[-2:]) for line in lines]
+    return markdown([*head[:-2], "published guess", *head[-2:]], wider)
 
 
 def worth(results: Results, targets: Any) -> Image.Image:
@@ -106,7 +113,8 @@ PART = Part(
     text="""## What each optimization is worth
 
 *Added*: optimizations are added in this order to the plain network, and each is compared with the row before it.
-*Removed alone*: the full set without it, compared with the full set. Worth is a share of the eager baseline's time.""",
+*Removed alone*: the full set without it, compared with the full set. Worth is a share of the eager baseline's time. It
+is *not distinguishable* where the times of the two rows overlap.""",
     run=run,
     table=table,
     charts=(STEPS, Chart(worth, ("share",), "-worth")),
