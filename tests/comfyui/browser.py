@@ -105,8 +105,16 @@ class Page:
         tab.on("pageerror", lambda error: self.errors.append(str(error)))
         tab.set_default_timeout(TIMEOUT)
         tab.goto(url, wait_until="domcontentloaded")
-        tab.wait_for_function(READY)
+        self._ready()
+
+    def _ready(self) -> None:
+        self.tab.wait_for_function(READY)
         self.settle()
+
+    def reload(self) -> None:
+        """Load the page again, as some settings ask for."""
+        self.tab.reload(wait_until="domcontentloaded")
+        self._ready()
 
     def settle(self, milliseconds: int = 3000) -> None:
         """Give the page time to draw: it tells nobody when it has."""

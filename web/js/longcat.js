@@ -40,10 +40,10 @@ const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === 
 const isLinked = (node, name) => node.inputs?.some((slot) => slot.widget?.name === name && slot.link != null);
 
 function hide(widget, hidden) {
-  if (Boolean(widget.hidden) === hidden) return false;
+  const changed = Boolean(widget.hidden) !== hidden;
   widget.hidden = hidden; // the canvas
   if (widget.options) widget.options.hidden = hidden; // Nodes 2.0
-  return true;
+  return changed;
 }
 
 // Hide what is not used. A linked input stays, and so does everything while a link decides the choice.
@@ -127,7 +127,7 @@ app.registerExtension({
     const rules = rulesOf(definition);
     if (!rules) return;
     const prototype = nodeType.prototype;
-    const { configure, onNodeCreated, onConfigure, onConnectionsChange } = prototype;
+    const { configure, onNodeCreated, onAdded, onConfigure, onConnectionsChange } = prototype;
     prototype.configure = function (data) {
       return configure.call(this, renew(this, data, rules));
     };
@@ -135,6 +135,12 @@ app.registerExtension({
       const result = onNodeCreated?.apply(this, given);
       this.longcatSettle = watch(this, rules);
       if (this.longcatSettle()) fit(this);
+      return result;
+    };
+    prototype.onAdded = function (...given) {
+      const result = onAdded?.apply(this, given);
+      // Nodes 2.0 keeps what it shows under the node's id, which the node has only now.
+      this.longcatSettle?.();
       return result;
     };
     prototype.onConfigure = function (...given) {

@@ -1,0 +1,292 @@
+"""Finding and using nodes in ComfyUI's page: the search, what a mode sets and hides, and files of earlier versions."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .browser import Page, find_chromium, open_page
+from .client import Client
+from .prompts import FILES, node, text_to_video
+from .server import PACK, Server
+
+# Node -> values of its widgets by position, as workflows have kept them since the first version; none is a default.
+KEPT = {
+    "LongCatSampler": [7, "fixed", 50, 3.5, "distilled", "official"],
+    "LongCatScheduler": ["enhance_hf", 16],
+    "LongCatGuider": [3.5, "off"],
+    "LongCatImageToVideo": ["480p", 640, 320, 33, 2],
+    "LongCatVideoContinuation": [5, "custom", 640, 320, 33, 2, 24],
+    "LongCatRefine": [False, "twice the size", 320, 640, 24, 5],
+    "LongCatLongVideo": ["a\nb", "blurred", 2, 320, 160, 33, 5, 9, 4, 2.5, "distilled", "latents", "old/place", "off",
+                         24, 30],
+    "LongCatRefineLongVideo": ["a", 9, 40, False, "custom", 640, 320, 33, 5, "old/place", 24],
+    "LongCatBlockSparseAttention": [0.5, 0.25, "8x4x4"],
+    "LongCatStepCache": [0.12],
+    "LongCatBenchmark": [5, 2.5],
+    "LongCatFidelity": [7, "fixed", 9, 1, "enhance_hf", False, "off"],
+}  # fmt: skip
+# The same of a version that named or kept something otherwise, and what it means now.
+FORMER = {
+    "LongCatSampler": ([7, "fixed", 50, 3.5, "base", True], [7, "fixed", 50, 3.5, "base", "exact"]),
+    "LongCatGuider": ([3.5, False], [3.5, "off"]),
+    # With late_scales before the last one.
+    "LongCatOptimizations": (
+        [False, True, "packed", "auto", "off", *[True] * 6, False, True, False, True],
+        [False, True, "packed", "auto", "off", *[True] * 6, False, True, True],
+    ),
+}
+# What people search for -> a node that is found.
+SEARCHED = {
+    "t2v": "LongCat Sampler",
+    "txt2vid": "Empty LongCat Latent",
+    "img2vid": "LongCat Image to Video",
+    "video extend": "LongCat Video Continuation",
+    "upscale video": "LongCat Refine",
+    "meituan": "LongCat Guider",
+    "longcat nano": "LongCat Model Loader",
+    "cfg zero": "LongCat Guider",
+    "teacache": "LongCat Step Cache",
+    "sparse attention": "LongCat Block-Sparse Attention",
+    "psnr": "LongCat Fidelity",
+}
+VALUES = """() => Object.fromEntries(window.app.graph.nodes.map(n => [n.type, n.widgets.map(w => w.value)]))"""
+HIDDEN = """type => window.app.graph.nodes.find(n => n.type === type).widgets.filter(w => w.hidden).map(w => w.name)"""
+ADD = """async type => {
+  // Not graph.clear(), after which the page gives a new node the values of the old one with the same id.
+  await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
+  const node = window.LiteGraph.createNode(type);
+  node.pos = [100, 100];
+  window.app.graph.add(node);
+}"""
+# Where the middle of a node's widget is on the screen.
+MIDDLE = """name => {
+  const [node] = window.app.graph.nodes, widget = node.widgets.find(w => w.name === name), ds = window.app.canvas.ds;
+  const box = window.app.canvas.canvas.getBoundingClientRect();
+  const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
+  return [box.left + (x + ds.offset[0]) * ds.scale, box.top + (y + ds.offset[1]) * ds.scale];
+}"""
+TYPE = """([name, value]) => {
+  const [node] = window.app.graph.nodes, widget = node.widgets.find(w => w.name === name);
+  widget.value = value;
+  widget.callback?.(value, window.app.canvas, node);
+}"""
+
+
+@pytest.fixture(scope="module")
+def page(server) -> Iterator[Page]:
+    pytest.importorskip("playwright", reason="no playwright; make test-comfyui installs it")
+    try:
+        find_chromium()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    with open_page(server.url) as page:
+        yield page
+
+
+@pytest.fixture(params=["canvas", "Nodes 2.0"])
+def renderer(request, page) -> str:
+    """Draws nodes on the canvas or as elements of the page."""
+    vue = request.param == "Nodes 2.0"
+    setting = "async on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    page.tab.evaluate(setting, vue)
+    page.settle(1000)
+    return request.param
+
+
+def workflow(widgets: dict[str, list[Any]]) -> dict[str, Any]:
+    """A file in the page's form with one node for each type, and nothing connected."""
+    nodes = [
+        {"id": i, "type": kind, "pos": [400 * (i % 4), 500 * (i // 4)], "size": [320, 400], "flags": {}, "order": i,
+         "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": values}
+        for i, (kind, values) in enumerate(widgets.items(), 1)
+    ]  # fmt: skip
+    rest = {"last_node_id": len(nodes), "last_link_id": 0, "links": [], "groups": [], "config": {}, "extra": {}}
+    # The page is done when the graph has another id.
+    return {"id": str(uuid.uuid4()), "nodes": nodes, "version": 0.4, **rest}
+
+
+def drop(page: Page, tmp_path: Path, content: dict[str, Any]) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    page.drop(file)
+
+
+def knows_aliases(client) -> bool:
+    return "search_aliases" in client.get_json("/object_info/LongCatSampler")["LongCatSampler"]
+
+
+def test_search_finds_a_node_by_what_people_call_it(page, client, artifacts):
+    if not knows_aliases(client):
+        pytest.skip("this ComfyUI knows no other names of nodes")
+    page.command("Comfy.NewBlankWorkflow")
+    page.tab.mouse.dblclick(700, 500)
+    field = page.tab.locator("input:focus")
+    field.wait_for()
+    for words, name in SEARCHED.items():
+        field.fill(words)
+        page.tab.get_by_text(name, exact=True).locator("visible=true").first.wait_for()
+        page.screenshot(artifacts / f"search, {words}.png")
+    page.tab.keyboard.press("Escape")
+
+
+def test_workflows_of_earlier_versions_keep_their_values(page, tmp_path):
+    """Above all no mode sets anything while a file is opened."""
+    drop(page, tmp_path, workflow(KEPT))
+    saved = {node["type"]: node["widgets_values"] for node in page.graph()["nodes"]}
+    for found in (page.tab.evaluate(VALUES), saved):
+        # Inputs that came later are at the end.
+        assert {kind: values[: len(KEPT[kind])] for kind, values in found.items()} == KEPT
+    assert page.tab.evaluate(HIDDEN, "LongCatImageToVideo") == ["width", "height"]
+    assert page.tab.evaluate(HIDDEN, "LongCatVideoContinuation") == []
+
+
+def test_workflows_with_former_inputs_are_read(page, tmp_path):
+    drop(page, tmp_path, workflow({kind: old for kind, (old, _) in FORMER.items()}))
+    assert page.tab.evaluate(VALUES) == {kind: new for kind, (_, new) in FORMER.items()}
+
+
+def test_prompt_of_a_script_keeps_its_values_in_the_page(page):
+    """The page opens such a prompt by calling the widgets as a hand does."""
+    given = {"steps": 50, "guidance": 4.0, "mode": "distilled", "seed": 3, "kv_cache": "off"}
+    page.tab.evaluate(
+        "async text => { await window.app.loadApiJson(JSON.parse(text), 'script') }",
+        json.dumps({"1": node("LongCatSampler", **given) | {"_meta": {"title": "LongCat Sampler"}}}),
+    )
+    page.settle(1500)
+    (kept,) = page.prompt().values()
+    assert given.items() <= kept["inputs"].items()
+
+
+def choose(page: Page, renderer: str, name: str, value: str) -> None:
+    """Choose a value of the only node's widget by hand."""
+    if renderer == "canvas":
+        page.tab.mouse.click(*page.tab.evaluate(MIDDLE, name))
+        page.tab.locator(".litemenu-entry", has_text=re.compile(f"^{value}$")).click()
+        page.settle(600)
+    else:
+        page.tab.locator("[data-node-id]").get_by_label(name, exact=True).first.click()
+        page.tab.get_by_role("option", name=value, exact=True).click()
+        page.settle(600)
+
+
+def test_mode_sets_steps_and_guidance_but_nothing_that_was_typed(page, renderer, artifacts):
+    page.tab.evaluate(ADD, "LongCatSampler")
+    page.look_at((0, 0, 900, 600), 1)
+    values = "() => Object.fromEntries(window.app.graph.nodes[0].widgets.map(w => [w.name, w.value]))"
+    choose(page, renderer, "mode", "distilled")
+    found = page.tab.evaluate(values)
+    assert (found["mode"], found["steps"], found["guidance"]) == ("distilled", 16, 1)
+    page.screenshot(artifacts / f"mode, {renderer}.png")
+    page.tab.evaluate(TYPE, ["steps", 30])
+    choose(page, renderer, "mode", "enhance_hf")
+    found = page.tab.evaluate(values)
+    assert (found["mode"], found["steps"], found["guidance"]) == ("enhance_hf", 30, 4)
+    page.tab.evaluate(TYPE, ["guidance", 3.5])
+    choose(page, renderer, "mode", "refine")
+    found = page.tab.evaluate(values)
+    assert (found["mode"], found["steps"], found["guidance"]) == ("refine", 30, 1)
+
+
+def test_size_shows_where_it_counts(page, renderer, artifacts):
+    page.tab.evaluate(ADD, "LongCatImageToVideo")
+    page.look_at((0, 0, 900, 600), 1)
+    assert page.tab.evaluate(HIDDEN, "LongCatImageToVideo") == ["width", "height"]
+    shown = page.tab.locator("[data-node-id]").get_by_text("width", exact=True).locator("visible=true")
+    if renderer != "canvas":
+        shown.first.wait_for(state="hidden")
+    choose(page, renderer, "resolution", "custom")
+    assert page.tab.evaluate(HIDDEN, "LongCatImageToVideo") == []
+    if renderer != "canvas":
+        shown.first.wait_for()
+    page.screenshot(artifacts / f"resolution, {renderer}.png")
+    (made,) = page.prompt().values()
+    assert {"width", "height"} <= made["inputs"].keys()
+
+
+def test_prompts_with_former_inputs_run(client):
+    prompt = text_to_video("a red circle", steps=1, frames=5, kv_cache=True)
+    prompt["fast"] = node("LongCatOptimizations", model=["model", 0], fused_qkv=True, fused_ffn=True, text_mode="exact",
+                          attention="auto", compile="off", explicit_fp32=True, gradient_checkpointing=False,
+                          late_scales=True)  # fmt: skip
+    prompt["sampler"]["inputs"]["model"] = ["fast", 0]
+    run = client.run(prompt)
+    assert run.status == "success", run.end
+
+
+def test_page_speaks_chinese(page, client, artifacts):
+    texts = json.loads((PACK / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))["LongCatSampler"]
+    assert client.get_json("/i18n")["zh"]["nodeDefs"]["LongCatSampler"] == texts
+    choose_locale = "async name => window.app.extensionManager.setting.set('Comfy.Locale', name)"
+    page.tab.evaluate(choose_locale, "zh")
+    try:
+        page.reload()
+        page.tab.evaluate(ADD, "LongCatSampler")
+        page.look_at((0, 0, 900, 600), 1)
+        title, labels = page.tab.evaluate(
+            "() => { const [n] = window.app.graph.nodes; return [n.title, n.widgets.map(w => w.label ?? w.name)]; }"
+        )
+        assert title == texts["display_name"]
+        assert {texts["inputs"][name]["name"] for name in ("steps", "guidance", "mode", "kv_cache")} <= set(labels)
+        page.screenshot(artifacts / "chinese.png")
+    finally:
+        page.tab.evaluate(choose_locale, "en")
+        page.reload()
+
+
+OLD = """
+import importlib.util, sys
+from comfy_api.latest import ComfyExtension
+
+spec = importlib.util.spec_from_file_location("former_of_longcat", {path!r})
+former = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(former)
+RENAMED = {{"OldLongCatScheduler": former.Renamed("LongCatScheduler", {{"model": "model", "mode": "schedule",
+            "steps": "count"}}, ("schedule", "count"))}}
+
+
+class Extension(ComfyExtension):
+    async def on_load(self):
+        await former.offer_replacements(RENAMED)
+
+    async def get_node_list(self):
+        former.renew_prompts(RENAMED)
+        return []
+
+
+async def comfy_entrypoint():
+    return Extension()
+"""
+
+
+@pytest.fixture(scope="module")
+def renaming(installation, tmp_path_factory) -> Iterator[Server]:
+    """A server whose pack has renamed a node and its inputs, by the code that stands ready for it."""
+    server = Server(installation, tmp_path_factory.mktemp("renaming"))
+    pack = server.base / "custom_nodes" / "renaming"
+    pack.mkdir()
+    text = OLD.format(path=str(PACK / "nodes" / "former.py"))
+    (pack / "__init__.py").write_text(text, encoding="utf-8")
+    try:
+        yield server.start()
+    finally:
+        server.remove()
+
+
+def test_prompt_with_a_node_under_its_old_id_runs(renaming):
+    prompt = {
+        "model": node("LongCatModelLoader", model_name=FILES["model"], weight_dtype="default"),
+        "old": node("OldLongCatScheduler", model=["model", 0], schedule="distilled", count=8),
+        "show": node("PreviewAny", source=["old", 0]),
+    }
+    with Client(renaming.url) as client:
+        run = client.run(prompt)
+    assert run.status == "success", run.end
+    (shown,) = run.outputs["show"]["text"]
+    assert shown.startswith("tensor([1.0000") and shown.count(",") == 8
