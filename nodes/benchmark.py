@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from datetime import date
 
-import comfy.utils
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..longcat_core.generate.progress import Part
 from ..longcat_core.measure import speed
 from ..longcat_core.measure.clock import peak_gib
 from ..longcat_core.measure.fidelity import relative_error, tensor_psnr
@@ -23,6 +23,7 @@ from .comfy_network import OPTIMIZATIONS_KEY
 from .conditioning import to_image
 from .inputs import LongCatNode
 from .models import compute_dtype, execution_of, options_of, require_comparable, switches_of, with_option
+from .progress import NodeProgress
 from .sampling import StepTimer, sample_latent
 
 NODE = "LongCat Benchmark"
@@ -54,9 +55,11 @@ class Benchmark(LongCatNode):
             (("A", model), ("B", model_b or without_optimizations(model)))
         ]  # fmt: skip
         order = speed.turns(steps, switch_cheaply(*(run.model for run in runs)))
-        bar = comfy.utils.ProgressBar(sum(1 + timed for _, timed in order))
-        for side, timed in order:
-            runs[side].take_turn(latent_image, timed, guidance, bar)
+        turns = [Part(1 + timed, runs[side].name) for side, timed in order]
+        with NodeProgress(turns, what="turn", closing=False) as shown:
+            for side, timed in order:
+                runs[side].take_turn(latent_image, timed, guidance, shown)
+                shown.task.finish()
         sides = [run.timed() for run in runs]
         heading = _heading(model.load_device, latent_image["samples"].shape, guidance)
         closing = _closing(*(run.estimates for run in runs), b_is_plain=model_b is None)
@@ -87,14 +90,14 @@ class _Side:
         self.peak: float | None = None
         self.estimates: dict[int, Tensor] = {}
 
-    def take_turn(self, latent_image: dict, steps: int, guidance: float, bar: comfy.utils.ProgressBar) -> None:
+    def take_turn(self, latent_image: dict, steps: int, guidance: float, shown: NodeProgress) -> None:
         """Time the first 1 + `steps` steps of a sampling run. The first one counts only in the first turn of all,
         as the time with compilation: it also embeds the text and brings weights back that another model displaced."""
         timer = StepTimer(self.model.load_device)
 
         def keep(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             self.estimates.setdefault(step, x0.float().cpu())
-            bar.update(1)
+            shown.step(step + 1, total)
 
         sample_latent(
             NODE, self.model, *self.texts, latent_image, SEED, SCHEDULE_STEPS, guidance, "base", timer=timer,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.conds
-import comfy.latent_formats
 import comfy.model_base
 import comfy.model_detection
 import comfy.supported_models
@@ -23,10 +22,12 @@ from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.text import trim_text
+from ..longcat_core.nano.colors import is_nano
 from ..longcat_core.optimize.memory import text_bytes
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8
+from .comfy_latents import LongCatLatents, NanoLatents
 from .comfy_network import DiffusionModel
 from .comfy_weights import from_checkpoint, to_official
 
@@ -44,14 +45,6 @@ class TextCond(comfy.conds.CONDRegular):
         texts = [self.cond, *(other.cond for other in others)]
         longest = max(text.shape[1] for text in texts)
         return torch.cat([F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts])
-
-
-class LongCatLatents(comfy.latent_formats.Wan21):
-    """Wan 2.1 latents. Stock previews, which show frame 0, get the last frame: frame 0 may be the input image."""
-
-    @staticmethod
-    def latent_rgb_factors_reshape(latents: Tensor) -> Tensor:
-        return latents[:, :, -1:] if latents.ndim == 5 else latents
 
 
 class LongCatVideo(comfy.model_base.BaseModel):
@@ -96,7 +89,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
         # Counted outside the network, where reading a value back would break a compiled graph in two.
         mask = kwargs.get("denoise_mask")
         noisy = None if mask is None else noisy_frames(mask)
-        kwargs["num_cond_latents"] = 0 if noisy is None else count_clean(noisy)
+        kwargs["num_cond_latents"] = self.latent_format.given = 0 if noisy is None else count_clean(noisy)
         kwargs["shared_timestep"] = bool((t == t[:1]).all()) and (noisy is None or bool((noisy == noisy[:1]).all()))
         options = {} if transformer_options is None else transformer_options
         kwargs["prepared"] = self.network.prepare(x.device, self.compute_dtype(), options)
@@ -157,6 +150,11 @@ class LongCatConfig(comfy.supported_models_base.BASE):
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]  # noqa: RUF012
     vae_key_prefix = ["vae."]  # noqa: RUF012
     text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
+
+    def __init__(self, unet_config: dict[str, Any]) -> None:
+        super().__init__(unet_config)
+        if is_nano(self.model_config()):
+            self.latent_format = NanoLatents()
 
     def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> LongCatVideo:
         if self.custom_operations is comfy_fp8.Rowwise:

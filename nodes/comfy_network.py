@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..longcat_core.generate.progress import COMPILING
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.attention import Kernels
+from ..longcat_core.optimize.compilation import compiles
 from ..longcat_core.optimize.execution import Execution
 from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
@@ -26,6 +28,7 @@ from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
 from .comfy_attention import OVERRIDE, with_comfyui_attention
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
+from .progress import begins
 
 # Keys of transformer_options that the pack's nodes set and the network reads.
 OPTIMIZATIONS_KEY = "longcat_optimizations"
@@ -82,6 +85,12 @@ class Prepared(NamedTuple):
     kernels: Kernels
 
 
+def _announce(sentence: str) -> None:
+    logging.warning("LongCat: %s", sentence)
+    if compiles(sentence):
+        begins(COMPILING)
+
+
 class DiffusionModel(LongCatTransformer):
     """The network as ComfyUI builds and calls it. Clones of a MODEL share it; each has an execution of its own."""
 
@@ -128,7 +137,7 @@ class DiffusionModel(LongCatTransformer):
                 dtype=dtype,
                 sliceable=sliceable,
                 uncompiled=is_streamed,
-                announce=lambda sentence: logging.warning("LongCat: %s", sentence),
+                announce=_announce,
             )
         # Taken out above, it is the last in order of use again. Each holds only its switches.
         self.executions[key] = execution

@@ -13,12 +13,14 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.media import resize_and_crop
 from ..longcat_core.generate.options import FPS
+from ..longcat_core.generate.progress import ENCODING
 from ..longcat_core.sampling.buckets import nearest_bucket
 from ..longcat_core.sampling.conditioning import latent_frames, latent_shape
 from .checks import check_length, check_ranges, check_size
 from .declarations import CUSTOM
 from .images import check_images, to_bytes, to_image
 from .inputs import LongCatNode
+from .progress import working
 from .video import end_of_clip
 
 
@@ -55,7 +57,8 @@ def conditioned_latent(
     if resolution != CUSTOM:
         height, width = nearest_bucket(*frames.shape[1:3], resolution)
     check_size(width, height)
-    clean = vae.encode(to_image(resize_and_crop(frames, height, width)))
+    with working(ENCODING):
+        clean = vae.encode(to_image(resize_and_crop(frames, height, width)))
     shape = latent_shape(length, height, width)
     samples = torch.zeros((batch_size, *shape), device=comfy.model_management.intermediate_device())
     return {"samples": samples, "noise_mask": put_clean(samples, clean)}

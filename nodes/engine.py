@@ -18,6 +18,7 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files import fingerprints
 from ..longcat_core.generate.engine import Denoising, Engine
+from ..longcat_core.generate.progress import DECODING, ENCODING
 from ..longcat_core.generate.request import RELEASED, Defaults
 from ..longcat_core.generate.takes import lossy_settings
 from ..longcat_core.sampling.sampler import Step
@@ -27,7 +28,9 @@ from .comfy_network import BLOCK_SPARSE_KEY
 from .conditioning import put_clean, require_wan_vae
 from .images import to_bytes
 from .models import compute_dtype, options_of, patches_of, switches_of, wrappers_of
-from .sampling import make_guider, preview_callback
+from .previews import preview_callback
+from .progress import begins
+from .sampling import make_guider
 from .step_cache import THRESHOLD_KEY
 
 # Numbers of each tensor that a fingerprint hashes.
@@ -56,9 +59,11 @@ class ComfyEngine(Engine):
         self.texts: dict[str, list] = {}
 
     def encode(self, pixels: Tensor) -> Tensor:
+        begins(ENCODING)
         return encode_video(self.vae, pixels)
 
     def decode(self, latents: Tensor) -> np.ndarray:
+        begins(DECODING)
         images = self.vae.decode(latents)
         return to_bytes(images[0] if images.ndim == 5 else images)
 
@@ -92,9 +97,11 @@ class ComfyEngine(Engine):
 
     def _text(self, prompt: str) -> list:
         if prompt not in self.texts:
+            begins(ENCODING)
             for text in dict.fromkeys((*self.prompts, prompt)):
                 tokens = self.clip.tokenize(text)
-                self.texts[text] = self.clip.encode_from_tokens_scheduled(tokens)
+                # Its own bar would take the place of the node's.
+                self.texts[text] = self.clip.encode_from_tokens_scheduled(tokens, show_pbar=False)
         return self.texts[prompt]
 
     def settings(self) -> dict[str, Any]:

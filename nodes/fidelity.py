@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import numpy as np
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..longcat_core.errors import LongCatError
+from ..longcat_core.generate.progress import DECODING, Part
 from ..longcat_core.measure import fidelity as core
 from ..longcat_core.measure.charts import fidelity_plot, side_by_side
 from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
@@ -24,7 +24,9 @@ from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
 from .inputs import LongCatNode
 from .models import compute_dtype, options_of, require_comparable, switches_of, with_option, wrappers_of
-from .sampling import StepTimer, clean_frames, sample_latent, starting_latents
+from .previews import clean_frames
+from .progress import NodeProgress
+from .sampling import StepTimer, sample_latent, starting_latents
 from .step_cache import THRESHOLD_KEY
 
 NODE = "LongCat Fidelity"
@@ -92,29 +94,32 @@ class Fidelity(LongCatNode):
         picks, settings, images = core.picks(frames, given), {}, {}
         reference: list[np.ndarray] = []
         # Without previews: the page would keep showing the last one in place of the plot.
-        bar, total = comfy.utils.ProgressBar(len(runs) * per_run), len(runs) * per_run
-        for i, (name, (each, options)) in enumerate(runs.items()):
-            timer = StepTimer(each.load_device)
-
-            def progress(step: int, *_: Any, done: int = i * per_run) -> None:
-                bar.update_absolute(done + step + 1, total)
-
-            try:
-                images[name] = vae.decode(sample_latent(NODE, each, *inputs, timer=timer, callback=progress))
-            except comfy.model_management.OOM_EXCEPTION:
+        with NodeProgress([Part(per_run, name) for name in runs], what="run") as shown:
+            for name, (each, options) in runs.items():
+                timer = StepTimer(each.load_device)
+                try:
+                    samples = sample_latent(
+                        NODE, each, *inputs, timer=timer,
+                        callback=lambda step, x0, x, total: shown.step(step + 1, total),
+                    )  # fmt: skip
+                    shown.task.phase(DECODING)
+                    images[name] = vae.decode(samples)
+                except comfy.model_management.OOM_EXCEPTION:
+                    if name != FLOOR:
+                        raise
+                    no_floor = f"the other exact kernel ({options}) ran out of memory"
+                    shown.task.drop(FLOOR)
+                    continue
+                # One video [F, H, W, 3] or several [B, F, H, W, 3].
+                videos = [to_bytes(video) for video in images[name].reshape(-1, *images[name].shape[-4:])]
+                reference = reference or videos
+                setting = settings[name] = Setting(name, options, shots=videos[0][picks], steps=per_run)
                 if name != FLOOR:
-                    raise
-                no_floor = f"the other exact kernel ({options}) ran out of memory"
-                continue
-            # One video [F, H, W, 3] or several [B, F, H, W, 3].
-            videos = [to_bytes(video) for video in images[name].reshape(-1, *images[name].shape[-4:])]
-            reference = reference or videos
-            setting = settings[name] = Setting(name, options, shots=videos[0][picks], steps=per_run)
-            if name != FLOOR:
-                setting.first_s, *later = timer.seconds
-                setting.seconds = [sum(later)] if later else []
-            if name != REFERENCE:
-                setting.distances = [core.distance(*both, given) for both in zip(videos, reference, strict=True)]
+                    setting.first_s, *later = timer.seconds
+                    setting.seconds = [sum(later)] if later else []
+                if name != REFERENCE:
+                    setting.distances = [core.distance(*both, given) for both in zip(videos, reference, strict=True)]
+                shown.task.finish()
 
         size = (frames, 8 * shape[3], 8 * shape[4])
         what = core.described(shape[0], size, steps, guidance, model.load_device, compute_dtype(model))

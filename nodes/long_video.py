@@ -6,7 +6,6 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.utils
 import numpy as np
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -15,6 +14,7 @@ from ..longcat_core.files.regular import lines_of
 from ..longcat_core.generate import long_video, refine
 from ..longcat_core.generate.footage import Footage
 from ..longcat_core.generate.options import FPS, LOSSY_CHANGES
+from ..longcat_core.generate.progress import sampled, segments_of
 from ..longcat_core.generate.request import RELEASED, GenerateRequest
 from ..longcat_core.generate.segment_folder import SegmentFolder
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
@@ -24,6 +24,7 @@ from .engine import ComfyEngine
 from .folders import FolderNode, check_folder, output_folder, written_out
 from .images import to_image
 from .models import distilled_notes, require_longcat
+from .progress import NodeProgress
 from .refine import refined_size
 from .video import Reel, ReelImages, ReelVideo, check_fits, end_of_clip, footage_of
 
@@ -43,18 +44,19 @@ def make_strip(frames: np.ndarray) -> Image.Image:
 class Gathered:
     """Collects where the frames of the segments lie, and shows strips of the finished ones meanwhile."""
 
-    def __init__(self, segments: int, fps: float) -> None:
-        self.bar, self.fps = comfy.utils.ProgressBar(segments), fps
+    def __init__(self, shown: NodeProgress, fps: float) -> None:
+        self.shown, self.fps = shown, fps
         self.parts: list[Footage] = []
         self.files: list[Path] = []
         self.strips: list[Image.Image] = []
 
-    def add(self, kept: SegmentFolder, number: int, skip: int) -> None:
-        """Append the frames of segment `number` without the first `skip`."""
+    def add(self, kept: SegmentFolder, number: int, skip: int, reused: bool) -> None:
+        """Append the frames of segment `number` without the first `skip`. reused: it was there already."""
+        self.shown.task.finish(reused=reused)
         self.parts.append(kept.footage([(number, skip)], self.fps))
         self.files.append(kept.file(number))
         self.strips = [*self.strips[1 - STRIPS :], make_strip(kept.frames(number, skip))]
-        self.bar.update_absolute(number + 1, preview=("JPEG", self.picture(), None))
+        self.shown.show(("JPEG", self.picture(), None))
 
     def picture(self) -> Image.Image:
         """The strips of the last segments, one below the other."""
@@ -128,10 +130,11 @@ class LongVideo(FolderNode):
         notes, report = distilled_notes(model, mode, guidance), []
         for note in notes:
             logging.warning("LongCat: %s", note)
-        gathered = Gathered(len(request.prompts), fps)
-        for segment in long_video.long_video(lambda: engine, request, kept):
-            report.append(segment.summary(folder))
-            gathered.add(kept, segment.number, segment.skip)
+        with NodeProgress(segments_of(request), what="segment") as shown:
+            gathered = Gathered(shown, fps)
+            for segment in long_video.long_video(lambda: engine, request, kept):
+                report.append(segment.summary(folder))
+                gathered.add(kept, segment.number, segment.skip, segment.reused)
         cls.remember(gathered.files)
         return gathered.output(cls, "\n".join([*notes, *filter(None, [kept.said]), *report]))
 
@@ -188,12 +191,14 @@ class RefineLongVideo(FolderNode):
         check_fits(cls.hidden, 0, factor * given.frames, height, width)
         kept = refine.piece_folder(output_folder(written_out(folder, cls.hidden, width, height)), lossy_change, say)
         engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
-        gathered = Gathered(len(request.pieces(given)), factor * fps)
-        done = refine.refine_in_folder(
-            lambda: engine, RELEASED, given, request, kept, engine.settings(), lossy=engine.lossy()
-        )
-        for number, skip, _ in done:
-            gathered.add(kept, number, skip)
+        pieces = [sampled("refine", steps)] * len(request.pieces(given))
+        with NodeProgress(pieces, what="piece") as shown:
+            gathered = Gathered(shown, factor * fps)
+            done = refine.refine_in_folder(
+                lambda: engine, RELEASED, given, request, kept, engine.settings(), lossy=engine.lossy()
+            )
+            for number, skip, reused in done:
+                gathered.add(kept, number, skip, reused)
         cls.remember(gathered.files)
         return gathered.output(cls, factor * fps)
 

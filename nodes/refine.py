@@ -8,6 +8,7 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..longcat_core.errors import LongCatError
+from ..longcat_core.generate.progress import ENCODING
 from ..longcat_core.generate.refine import Padding, enlarge, size_note, target_size
 from ..longcat_core.generate.request import check_side
 from .checks import check_ranges, check_size
@@ -16,6 +17,7 @@ from .declarations import CUSTOM, TWICE
 from .engine import encode_video
 from .images import check_images, to_bytes
 from .inputs import LongCatNode
+from .progress import working
 
 
 def refined_size(given: tuple[int, int], resolution: str, width: int, height: int) -> tuple[int, int]:
@@ -61,11 +63,12 @@ class Refine(LongCatNode):
                     "set overlap to the number of frames that both have"
                 )
         padding = Padding.of(count, known)
-        samples = encode_video(vae, padding.pad(enlarge(to_bytes(video), height, width, count)))
-        latent = {"samples": samples.to(comfy.model_management.intermediate_device())}
-        if known:
-            pixels = enlarge(to_bytes(refined_before[-known:]), height, width, known)
-            latent["noise_mask"] = put_clean(latent["samples"], encode_video(vae, padding.known.pad(pixels)))
+        with working(ENCODING):
+            samples = encode_video(vae, padding.pad(enlarge(to_bytes(video), height, width, count)))
+            latent = {"samples": samples.to(comfy.model_management.intermediate_device())}
+            if known:
+                pixels = enlarge(to_bytes(refined_before[-known:]), height, width, known)
+                latent["noise_mask"] = put_clean(latent["samples"], encode_video(vae, padding.known.pad(pixels)))
         return io.NodeOutput(latent, padding.front + known, count - known, fps * factor)
 
 

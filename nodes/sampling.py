@@ -13,18 +13,17 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
+from ..longcat_core.generate.progress import LOADING, sampled
 from ..longcat_core.generate.request import MAX_GUIDANCE, check_number
 from ..longcat_core.measure.clock import reset_peak, synchronize
 from ..longcat_core.model.kv_cache import KVMode, check_mode
 from ..longcat_core.optimize.switches import Optimizations
-from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from ..longcat_core.sampling.step import guide
 from .checks import check_ranges, check_steps
@@ -32,6 +31,8 @@ from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCa
 from .comfy_network import OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
 from .models import distilled_notes, require_longcat
+from .previews import clean_frames, preview_callback
+from .progress import NodeProgress, begins
 
 
 class Guider(comfy.samplers.CFGGuider):
@@ -49,7 +50,13 @@ class Guider(comfy.samplers.CFGGuider):
             options["sampler_cfg_function"] = lambda a: guide(switches, a["cond"], a["uncond"], a["cond_scale"])
         return super().predict_noise(x, timestep, options, seed)
 
+    def inner_sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        # ComfyUI has put the weights where they belong.
+        begins("")
+        return super().inner_sample(*args, **kwargs)
+
     def sample(self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        begins(LOADING)
         shared = self.model_options
         self.model_options = comfy.model_patcher.create_model_options_clone(shared)
         options = self.model_options.setdefault("transformer_options", {})
@@ -73,24 +80,6 @@ def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_ca
     guider.set_conds(positive, negative)
     guider.set_cfg(guidance)
     return guider
-
-
-def clean_frames(noise_mask: Tensor | None) -> int:
-    """Number of latent frames at the front that a noise_mask [1, 1, T, h, w] keeps: the conditioning frames."""
-    return 0 if noise_mask is None or noise_mask.ndim != 5 else count_clean(noisy_frames(noise_mask))
-
-
-def preview_callback(model: ModelPatcher, steps: int, noise_mask: Tensor | None) -> Callable:
-    """Sends progress and previews as stock nodes do; each step's preview shows the next generated frame."""
-    stock = latent_preview.prepare_callback(model, steps)
-
-    def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-        # LatentCut leaves the noise_mask of the whole latent.
-        clean = min(clean_frames(noise_mask), x0.shape[2] - 1)
-        frame = clean + step % (x0.shape[2] - clean)
-        stock(step, x0[:, :, frame : frame + 1], x, total)
-
-    return callback
 
 
 def starting_latents(model: ModelPatcher, latent_image: dict[str, Any]) -> Tensor:
@@ -190,9 +179,10 @@ class Sampler(LongCatNode):
     ) -> io.NodeOutput:
         for note in distilled_notes(model, mode, guidance):
             logging.warning("LongCat: %s", note)
-        samples = sample_latent(
-            "LongCat Sampler", model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache
-        )
+        with NodeProgress([sampled(mode, steps)], closing=False):
+            samples = sample_latent(
+                "LongCat Sampler", model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache
+            )
         out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
         out["samples"] = samples
         return io.NodeOutput(out)

@@ -15,7 +15,7 @@ from ..longcat_core.sampling.flow import estimate_clean, output_of
 from ..longcat_core.sampling.step_cache import StepCache
 from .inputs import LongCatNode
 from .models import require_longcat, with_option, without_option
-from .sampling import clean_frames
+from .previews import clean_frames
 
 NAME = "LongCat Step Cache"
 # Keys of transformer_options: the threshold and, during a sampling run, its caches.

@@ -112,7 +112,7 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """Something begins that is not a step. name: what, such as DECODING; "": the steps."""
-        self._once = self._once or name in (LOADING, COMPILING)
+        self._once = self._once or name == COMPILING
         self.current = name
         self._changed()
 

@@ -16,7 +16,7 @@ import websocket
 
 # Seconds of silence after which a server is taken to hang; no measure of speed.
 SILENCE = 300
-PREVIEW, PREVIEW_WITH_METADATA = 1, 4
+PREVIEW, TEXT, PREVIEW_WITH_METADATA = 1, 3, 4
 ENDS = {
     "execution_success": "success",
     "execution_error": "error",
@@ -39,13 +39,17 @@ class Run:
     """What was told of one prompt, in order.
 
     status: "success", "error" or "interrupted". end: the data of the message that ended it. progress: (node, step,
-    steps) of each step. previews: the JPEG or PNG bytes of each preview. outputs: per node, as in /history.
+    steps) of each step. texts: (node, words) of each text on a node. previews: the JPEG or PNG bytes of each preview.
+    states: per node, (state, value, max) in each message that a page draws its bar from. outputs: per node, as in
+    /history.
     """
 
     prompt_id: str
     status: str = ""
     end: dict[str, Any] = field(default_factory=dict)
     progress: list[tuple[str, int, int]] = field(default_factory=list)
+    states: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)
+    texts: list[tuple[str, str]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
     executed: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
@@ -132,6 +136,9 @@ class Client:
             run.progress.append((data["node"], data["value"], data["max"]))
             if on_progress:
                 on_progress(run)
+        elif kind == "progress_state":
+            for node, state in data["nodes"].items():
+                run.states.setdefault(node, []).append((state["state"], state["value"], state["max"]))
         elif kind == "executing" and data.get("node"):
             run.executed.append(data["node"])
         elif kind in ENDS:
@@ -141,7 +148,10 @@ class Client:
     @staticmethod
     def _picture(message: bytes, run: Run) -> None:
         (kind,) = struct.unpack(">I", message[:4])
-        if kind == PREVIEW:
+        if kind == TEXT:
+            (length,) = struct.unpack(">I", message[4:8])
+            run.texts.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
+        elif kind == PREVIEW:
             run.previews.append(message[8:])
         elif kind == PREVIEW_WITH_METADATA:
             (length,) = struct.unpack(">I", message[4:8])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from io import BytesIO
 
+import numpy as np
 import pytest
 import websocket
+from PIL import Image
 
 from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
 
-from .client import Client, Refused
+from .client import Client, Refused, Run
 from .prompts import FPS, long_video, text_to_video
 from .server import PACK_NAME
 
@@ -53,12 +56,79 @@ def test_prompt_gives_the_video_that_it_describes(client, watch, artifacts):
     assert right["background"] and right["0.color"] and right["0.motion"], right
 
 
-def test_progress_and_moving_previews_come_at_each_step(client):
+def bar(run: Run, node: str) -> list[tuple[float, float]]:
+    """The values and maxima of a node's bar that a page draws while the node runs; checks that it only grows, to its
+    end."""
+    seen = [(value, of) for state, value, of in run.states[node] if state == "running"]
+    # ComfyUI itself begins with 0 of 1.
+    assert seen[0] == (0, 1)
+    values = [value for value, _ in seen[1:]]
+    assert values == sorted(values) and len({of for _, of in seen[1:]}) == 1 and seen[-1][0] == seen[-1][1]
+    assert run.states[node][-1][0] == "finished"
+    return seen[1:]
+
+
+def test_a_run_has_one_bar_words_and_a_preview_at_each_step(client):
     run = client.run(text_to_video(caption(RED_CIRCLE), seed=2, steps=6))
     assert [(step, total) for node, step, total in run.progress if node == "sampler"] == [(i, 6) for i in range(1, 7)]
-    assert len(run.previews) == 6
-    assert len(set(run.previews)) == 6, "every preview is another picture"
+    assert {of for _, of in bar(run, "sampler")} == {6}
+    assert len(set(run.previews)) >= 6, "every preview is another picture"
     assert all(preview[:2] == b"\xff\xd8" for preview in run.previews), "JPEG"
+    words = [text for node, text in run.texts if node == "sampler"]
+    assert words[:2] == ["loading", "step 1 of 6"]
+    assert re.fullmatch(r"6 steps of [\d.]+ s, [\d.]+ s in all", words[-1])
+
+
+def test_previews_have_the_colors_of_the_video(client, watch):
+    run = client.run(text_to_video(caption(RED_CIRCLE), seed=1, steps=10))
+    (file,) = run.files("save")
+    frames, _ = watch(client.video(file), file["filename"])
+    shown = np.asarray(Image.open(BytesIO(run.previews[-1])).convert("RGB")).astype(float)
+    # The ground is blue and most of the picture; somewhere is something red.
+    ground = np.median(shown.reshape(-1, 3), axis=0)
+    assert np.abs(ground - np.median(frames[-1].reshape(-1, 3), axis=0)).max() < 30, ground
+    assert shown[..., 0].max() > 150 and (frames[-1][..., 0] > 150).any()
+
+
+def test_previews_play_between_two_steps_and_end_with_the_node(client):
+    run = client.run(text_to_video(caption(RED_CIRCLE), seed=2, steps=3, frames=97))
+    assert len(run.previews) > 3 and len(set(run.previews)) > 3
+    assert bar(run, "sampler")[-1] == (3, 3)
+
+
+def test_a_long_video_has_one_bar_for_all_segments_and_says_where_it_is(client):
+    prompt = long_video("a red circle moves right on a blue background", "one bar", steps=4, segments=3)
+    run = client.run(prompt)
+    seen = bar(run, "long")
+    assert seen[-1] == (15, 15) and {of for _, of in seen} == {15}, "4 steps and what ends a segment, three times"
+    words = [text for node, text in run.texts if node == "long"]
+    kinds = ("encoding", "loading", "step 1 of 4", "decoding")
+    assert all(any(text.startswith(f"segment 1 of 3, {kind}") for text in words) for kind in kinds), words
+    assert any(re.fullmatch(r"segment 3 of 3, step \d of 4, [\d.]+ s each(, about .* left)?", text) for text in words)
+    assert re.fullmatch(r"3 segments, 12 steps of [\d.]+ s, .* in all", words[-1])
+    prompt["long"]["inputs"]["segments"] = 4
+    more = client.run(prompt)
+    assert bar(more, "long")[0] == (5, 20), "segments that are there already count as done"
+    words = [text for node, text in more.texts if node == "long"]
+    assert "segment 4 of 4, encoding" in words and words[-1].startswith("4 segments, 3 already there, 4 steps of ")
+
+
+def test_words_say_where_an_interrupt_came(client):
+    def stop(run: Run) -> None:
+        if len(run.progress) == 2:
+            client.interrupt(run.prompt_id)
+
+    run = client.run(text_to_video(caption(RED_CIRCLE), seed=3, steps=400), on_progress=stop)
+    assert run.status == "interrupted"
+    assert re.fullmatch(r"interrupted at step \d+ of 400", run.texts[-1][1])
+    assert client.run(text_to_video(caption(RED_CIRCLE), seed=3, steps=2, frames=5)).status == "success"
+
+
+def test_without_previews_none_are_sent(another_server):
+    server = another_server(flags=("--preview-method", "none")).start()
+    with Client(server.url) as client:
+        run = client.run(text_to_video(caption(RED_CIRCLE), seed=2, steps=2, frames=9))
+    assert run.status == "success" and not run.previews and bar(run, "sampler")[-1] == (2, 2)
 
 
 def test_interrupt_ends_the_prompt_and_the_next_one_works(client):

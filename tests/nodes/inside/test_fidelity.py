@@ -104,7 +104,7 @@ def test_progress_runs_over_all_samplings(comfy, fidelity, monkeypatch):
     monkeypatch.setattr(utils.ProgressBar, "update_absolute", lambda bar, *values: seen.append(values))
     fidelity(steps=2)
     # Without a preview, which would hide the plot.
-    assert [step for step in seen if step[1] == 6] == [(i, 6) for i in range(1, 7)]
+    assert seen == [(i, 9, None) for i in range(1, 10)], "two steps and the decoding of each of three runs"
 
 
 def test_interruption_leaves_the_model_as_it_was(comfy, model, small, fidelity, sample, monkeypatch):

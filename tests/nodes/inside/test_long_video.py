@@ -109,7 +109,8 @@ def test_progress_and_pictures_of_segments(comfy, long, monkeypatch):
     )
     long("pictures")
     strips = [(value, total, preview[1].size) for value, total, preview in seen if preview and preview[1].width == 1280]
-    assert [(value, total) for value, total, _ in strips] == [(1, 2), (2, 2)]
+    # Two steps, and what ends a segment, count.
+    assert [(value, total) for value, total, _ in strips] == [(3, 6), (6, 6)]
     height = round(1280 * cases.HEIGHT / (5 * cases.WIDTH))
     assert [size for *_, size in strips] == [(1280, height), (1280, 2 * height)]
 

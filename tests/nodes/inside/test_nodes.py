@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,7 +82,7 @@ def previews(monkeypatch):
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
 
 
-def test_progress_and_a_moving_preview(comfy, model, prompts, sample, image_latent, progress, previews, monkeypatch):
+def test_progress_and_a_moving_preview(model, sample, image_latent, progress, previews, monkeypatch):
     import latent_preview
 
     shown = []
@@ -99,36 +100,87 @@ def test_progress_and_a_moving_preview(comfy, model, prompts, sample, image_late
     assert all((x0 - given).abs().max() > 0.1 for x0 in shown), "never the given image"
 
 
-def test_the_preview_plays_through_the_generated_frames(comfy, model, monkeypatch):
-    import latent_preview
+class Stages:
+    """In place of a previewer: shows the number that a latent frame is filled with."""
 
-    shown = []
-    stock = lambda step, x0, x, total: shown.append(int(x0[0, 0, 0, 0, 0]))  # noqa: E731
-    monkeypatch.setattr(latent_preview, "prepare_callback", lambda model, steps: stock)
-    mask = torch.ones(1, 1, 5, 2, 2)
-    mask[:, :, :2] = 0
-    callback = comfy.node("sampling").preview_callback(model, 7, mask)
+    def decode_latent_to_preview_image(self, form, x0):
+        assert x0.shape[2] == 1
+        return form, int(x0[0, 0, 0, 0, 0]), None
+
+
+def test_the_preview_plays_through_the_generated_frames(comfy, monkeypatch):
+    def film(given, form="LongCatLatents"):
+        form = getattr(comfy.node("comfy_latents"), form)()
+        return comfy.node("previews").Film(Stages(), form, given, comfy.node("progress").NodeProgress())
+
+    # As if each step took long enough to decode all frames.
+    monkeypatch.setattr(comfy.node("previews"), "SHARE", 1e9)
     x0 = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(1, 16, 5, 2, 2)
-    for step in range(7):
-        callback(step, x0, x0, 7)
-    assert shown == [2, 3, 4, 2, 3, 4, 2]
+    clip, cut = film(2), film(2)
+    assert [clip.expose(x0)[1] for _ in range(7)] == [2, 3, 4, 2, 3, 4, 2]
     # Stock nodes that cut a latent leave the mask as it is.
-    callback(0, x0[:, :, :2], x0[:, :, :2], 7)
-    assert shown[-1] == 1
+    assert [cut.expose(x0[:, :, :2])[1] for _ in range(2)] == [1, 1]
+    nano = film(0, "NanoLatents")
+    assert [nano.expose(x0)[1] for _ in range(5)] == [1, 2, 3, 4, 1]
+    # At most 16 frames play, spread over the video; the step's time decides how many it decodes.
+    long = film(4)
+    long.expose(torch.arange(100.0).view(1, 1, 100, 1, 1).expand(1, 16, 100, 2, 2))
+    assert list(long.pictures) == list(range(4, 100, 6))
+    monkeypatch.setattr(comfy.node("previews"), "SHARE", -1)
+    slow = film(0)
+    assert [len(slow.pictures) for _ in range(3) if slow.expose(x0)] == [1, 2, 3]
 
 
-def test_stock_samplers_preview_a_later_frame(comfy, model, prompts, image_latent, progress, previews):
-    settings = {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+def test_stock_samplers_play_the_generated_frames_too(comfy):
+    frames = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(1, 16, 5, 2, 2)
+    for name, given, expected in (
+        ("LongCatLatents", 0, [0, 1, 2, 3, 4, 0]),
+        ("NanoLatents", 0, [1, 2, 3, 4, 1, 2]),
+        ("NanoLatents", 3, [3, 4, 3, 4, 3, 4]),
+        ("LongCatLatents", 9, [4] * 6),
+    ):
+        form = getattr(comfy.node("comfy_latents"), name)()
+        form.given, pick = given, form.latent_rgb_factors_reshape
+        assert [int(pick(frames)[0, 0, 0, 0, 0]) for _ in range(6)] == expected
+
+
+def test_stock_samplers_leave_out_the_given_image(comfy, model, prompts, image_latent, progress, previews):
+    settings = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     latents = comfy("KSampler", model=model, latent_image=image_latent, **prompts, **settings)["samples"]
-    picture = progress[-1][2][1]
     import latent_preview
 
     form = model.model.latent_format
+    assert form.given == 1
     factors = torch.tensor(form.latent_rgb_factors).T, torch.tensor(form.latent_rgb_factors_bias)
     x0 = model.model.process_latent_in(latents)
-    frames = [torch.nn.functional.linear(x0[0, :, i].movedim(0, -1), *factors) for i in (0, -1)]
-    first, last = (latent_preview.preview_to_image(frame) for frame in frames)
-    assert picture.tobytes() == last.tobytes() != first.tobytes()
+    # The second of two steps shows the second generated frame.
+    expected = latent_preview.preview_to_image(torch.nn.functional.linear(x0[0, :, 2].movedim(0, -1), *factors))
+    assert progress[-1][2][1].tobytes() == expected.tobytes()
+
+
+@torch.inference_mode()
+def test_previews_of_nano_have_the_colors_of_its_videos(comfy, model, vae, monkeypatch):
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    form = model.model.latent_format
+    wan = comfy.node("comfy_latents").LongCatLatents()
+    assert form.taesd_decoder_name is None and wan.taesd_decoder_name
+    clip = np.stack([*cases.clip(17, cases.HEIGHT, cases.WIDTH)])
+    latents = vae.encode(torch.from_numpy(clip).float() / 255)
+    decoded = vae.decode(latents).reshape(17, cases.HEIGHT, cases.WIDTH, 3)
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Auto)
+    x0 = model.model.process_latent_in(latents)
+
+    def error(form, frame):
+        previewer = latent_preview.get_previewer(model.load_device, form)
+        picture = previewer.decode_latent_to_preview_image("JPEG", x0[:, :, frame : frame + 1])[1]
+        mean = 255 * decoded[4 * frame - 3 : 4 * frame + 1].mean(0)
+        colors = mean.unflatten(0, (-1, 8)).unflatten(2, (-1, 8)).mean((1, 3))
+        return (torch.from_numpy(np.asarray(picture)).float() - colors).square().mean().sqrt()
+
+    for frame in range(1, 5):
+        assert error(form, frame) < 2 * comfy.core("nano.colors").ERROR < error(wan, frame) / 2
 
 
 def test_interrupt_stops_and_the_next_run_works(sample, empty, progress, previews):
