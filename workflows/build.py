@@ -106,6 +106,7 @@ CONVERT = """({inputs, outputs, name, description}) => {
   for (const group of [...graph.groups]) graph.remove(group);
   const {subgraph, node} = graph.convertToSubgraph(new Set(Object.values(made)));
   subgraph.name = node.title = name;
+  for (const input of [...subgraph.inputs]) subgraph.removeInput(input);
   const inside = Object.fromEntries(Object.entries(made).map(([key, one]) => [key, subgraph.getNodeById(one.id)]));
   for (const [label, wires] of Object.entries(inputs))
     for (const [i, [key, input]] of wires.entries()) {
@@ -152,7 +153,7 @@ def draw(page: Page, graph: Graph) -> Layout:
     page.settle(500)
     sizes = measure(page)
     page.look_at((0, 0, NOTE_WIDTH, 400), 0.9)
-    note = page.tab.evaluate(NOTE_HEIGHT) + 30 if graph.note else 0
+    note = max(page.tab.evaluate(NOTE_HEIGHT) + 30, sizes[NOTE][1]) if graph.note else 0
     for column in graph.columns:
         column.width = max([column.width, *(sizes[key][0] for key in (*column.top, *column.bottom))])
     layout = place(graph, {key: sizes[key][1] for key in graph.nodes}, top=note + 14)

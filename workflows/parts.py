@@ -10,8 +10,6 @@ from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 
 from .graph import Graph
 
-REFINED_SIZE = {"piece": 93}
-
 
 def loaders(
     graph: Graph,

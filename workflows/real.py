@@ -15,9 +15,9 @@ SAILS = """A small sailing boat leaves a quiet harbour at sunrise, gentle waves,
 The boat reaches the open sea, the wind freshens and the sails fill, spray over the bow.
 Dolphins appear beside the boat and leap through the waves in bright sunlight.
 The boat turns towards a rocky island with a white lighthouse, clouds gather on the horizon."""
-ELSEWHERE = f"""The page offers the files that are missing; put them there and press R. The folder `dit` of
+ELSEWHERE = f"""The page offers the files that are missing; put them there and press R. The folder dit of
 [meituan-longcat/LongCat-Video]({OFFICIAL}) works in place of the single file, as
-`diffusion_models/LongCat-Video/dit`."""
+diffusion_models/LongCat-Video/dit."""
 SEGMENTS = """Segments of 93 frames, each begun with the last 13 of the one before: 3 are 16.9 seconds. Finished ones
 are kept in ComfyUI's output folder, under **folder**; an interrupted run goes on where it stopped."""
 

@@ -67,6 +67,6 @@ ALL = (*BASE, DISTILL, REFINEMENT)
 
 def table(weights: Iterable[Weight]) -> str:
     """A Markdown table: file with its link, size, folder in `models`, cards."""
-    rows = ["| file | size | folder in `models` | card |", "| --- | --- | --- | --- |"]
-    rows += [f"| [{w.name}]({w.url}) | {w.gigabytes:g} GB | `{w.directory}` | {w.suits} |" for w in weights]
+    rows = ["| file | size | folder in models | card |", "| --- | --- | --- | --- |"]
+    rows += [f"| [{w.name}]({w.url}) | {w.gigabytes:g} GB | {w.directory} | {w.suits} |" for w in weights]
     return "\n".join(rows)
