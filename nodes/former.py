@@ -7,6 +7,7 @@ So prompts also pass through `renewed`, in every version, and web/js/longcat.js 
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +58,19 @@ def renewed(prompt: dict[str, Any], renamed: dict[str, Renamed]) -> None:
 
 def renew_prompts(renamed: dict[str, Renamed]) -> None:
     """Let ComfyUI's server, if there is one, pass every prompt through `renewed` before it is checked."""
-    from server import PromptServer
 
     def handler(request: dict[str, Any]) -> dict[str, Any]:
         if isinstance(prompt := request.get("prompt"), dict):
             renewed(prompt, renamed)
         return request
 
-    if (server := getattr(PromptServer, "instance", None)) is not None:
+    if (server := _server()) is not None:
         server.add_on_prompt_handler(handler)
+
+
+def _server() -> Any:
+    """ComfyUI's running server. Its module is not imported for that: other programs load the nodes without it."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 async def offer_replacements(renamed: dict[str, Renamed]) -> None:

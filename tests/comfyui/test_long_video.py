@@ -110,18 +110,24 @@ def test_a_folder_of_the_second_stage_is_refused_before_the_first_one_runs(clien
 
 
 def test_the_page_shows_our_sentence(server, artifacts):
-    playwright = pytest.importorskip("playwright.sync_api")
+    """Of what is known when Run is pressed, and of what a node finds out when it runs."""
+    pytest.importorskip("playwright.sync_api")
     from .browser import find_chromium, open_page
 
     try:
         find_chromium()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    assert playwright
-    prompt = video_of(prompts.long_video(PROMPT, "toast", steps=60, mode="distilled"))
+    known = video_of(prompts.long_video(PROMPT, "toast", steps=60, mode="distilled"))
+    later = video_of(prompts.long_video(PROMPT, "toast", steps=2, begin_with=["image", 0]))
+    later["image"] = node("EmptyImage", width=96, height=64, batch_size=3, color=0)
     with open_page(server.url) as page:
-        page.tab.evaluate("async s => { await window.app.loadApiJson(JSON.parse(s), 'toast') }", json.dumps(prompt))
-        page.settle()
-        page.tab.locator("[data-testid=queue-button]").first.click()
-        page.tab.get_by_text("60 steps are out of range; the distilled schedule takes 1 to 50").first.wait_for()
-        page.screenshot(Path(artifacts) / "refused.png")
+        for name, prompt, said in (
+            ("refused", known, "60 steps are out of range; the distilled schedule takes 1 to 50"),
+            ("failed", later, "begin_with lasts 0.20 s at 15 fps, and 5 frames to continue from last"),
+        ):
+            page.tab.evaluate("async s => { await window.app.loadApiJson(JSON.parse(s), 'toast') }", json.dumps(prompt))
+            page.settle()
+            page.tab.locator("[data-testid=queue-button]").first.click()
+            page.tab.get_by_text(said).first.wait_for()
+            page.screenshot(Path(artifacts) / f"{name}.png")

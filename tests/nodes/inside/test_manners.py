@@ -60,6 +60,8 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatSampler",
         "LongCatScheduler",
         "LongCatGuider",
+        "LongCatEmptyLatent",
+        "LongCatSampleClip",
         "LongCatRefine",
         "LongCatLongVideo",
         "LongCatRefineLongVideo",
