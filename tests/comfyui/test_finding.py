@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -290,3 +291,49 @@ def test_prompt_with_a_node_under_its_old_id_runs(renaming):
     assert run.status == "success", run.end
     (shown,) = run.outputs["show"]["text"]
     assert shown.startswith("tensor([1.0000") and shown.count(",") == 8
+
+
+def test_page_offers_the_node_that_took_an_old_ones_place(renaming, page, tmp_path, artifacts):
+    """Only since ComfyUI 0.33. The page does not replace it by itself."""
+    with Client(renaming.url) as client:
+        try:
+            offered = client.get_json("/node_replacements")
+        except urllib.error.HTTPError:
+            pytest.skip("this ComfyUI replaces no nodes")
+    assert [each["new_node_id"] for each in offered["OldLongCatScheduler"]] == ["LongCatScheduler"]
+    browser = page.tab.context.browser
+    other = Page(browser.new_page(viewport={"width": 1600, "height": 1000}), renaming.url)
+    try:
+        drop(other, tmp_path, workflow({"OldLongCatScheduler": ["distilled", 8]}))
+        other.screenshot(artifacts / "replacement.png")
+        other.tab.get_by_role("button", name="View details").click()
+        other.settle(1500)
+        other.screenshot(artifacts / "replacing.png")
+        other.tab.get_by_role("button", name=re.compile("^Replace")).locator("visible=true").first.click()
+        other.settle(1500)
+        other.screenshot(artifacts / "replaced.png")
+        assert other.tab.evaluate(VALUES) == {"LongCatScheduler": ["distilled", 8]}
+    finally:
+        other.tab.close()
+
+
+def test_help_page_shows_the_meaning_of_every_input(page, artifacts):
+    """The panel is narrow: what lies beyond its edge is not read."""
+    page.tab.evaluate(ADD, "LongCatSampler")
+    page.tab.evaluate("() => window.app.canvas.selectNode(window.app.graph.nodes[0])")
+    page.settle(800)
+    page.tab.locator("[data-testid=info-button]").first.click()
+    cell = page.tab.locator("table td", has_text="Number of denoising steps").first
+    cell.wait_for()
+    page.settle(800)
+    page.screenshot(artifacts / "help.png")
+    beyond = cell.evaluate(
+        """cell => {
+          let panel = cell.parentElement;
+          while (panel && !['auto', 'scroll', 'hidden'].includes(getComputedStyle(panel).overflowX))
+            panel = panel.parentElement;
+          const edge = panel ? panel.getBoundingClientRect().right : window.innerWidth;
+          return cell.getBoundingClientRect().right - Math.min(edge, window.innerWidth);
+        }"""
+    )
+    assert beyond <= 1
