@@ -6,6 +6,7 @@ All three check everything before a model is loaded, and their output files appe
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -137,13 +138,13 @@ def long(args: argparse.Namespace) -> int:
     ).filled(paths.defaults)
     # The same command again goes on, so the default name may be there already.
     output = args.output or args.outputs.default(Path(LONG_OUTPUT), new=False)
-    folder = segment_folder(args.folder or name_with(output, "-segments", ""), args.lossy_change, note)
-    _check_folder(output, folder)
-    if args.output is None and output.exists() and not folder.path.exists():
-        raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
+    folder = segment_folder(args.folder or name_with(output, "-segments", ""), args.lossy_change)
     first = request.first
     assert first.height is not None and first.width is not None, "filled in"
     shape = request.total_frames, first.height, first.width
+    _check_folder(output, folder, shape)
+    if args.output is None and output.exists() and not folder.path.exists():
+        raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     task = _Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
     model, lossy = task.settings()
     request = replace(request, model=model, lossy=lossy)
@@ -152,6 +153,7 @@ def long(args: argparse.Namespace) -> int:
 
     def segments(bar: Progress) -> Iterator[np.ndarray]:
         bar.plan(segments_of(request), what="segment")
+        folder.say = bar.say
         for segment in long_video(lambda: task.load(work, bar), request, folder, _steps(bar)):
             finished.append(segment)
             bar.task.finish(reused=segment.reused)
@@ -181,11 +183,11 @@ def refine(args: argparse.Namespace) -> int:
     video = footage_of(args.video)
     assert video.fps is not None, "a file has a rate"
     request = replace(request, fps=video.fps)
-    folder = None if args.folder is None else piece_folder(args.folder, args.lossy_change, note)
+    folder = None if args.folder is None else piece_folder(args.folder, args.lossy_change)
     output = args.output or args.outputs.default(name_with(args.video, "-refined", ".mp4"))
-    if folder is not None:
-        _check_folder(output, folder)
     shape = request.factor * video.frames, *request.size(video, paths.defaults)
+    if folder is not None:
+        _check_folder(output, folder, shape)
     # Copied if possible; otherwise a note says that it is left out or coded as AAC.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
     task = _Task(args, paths, output, (args.video,), shape, request.factor * request.fps, request.seed, sound)
@@ -204,7 +206,7 @@ def refine(args: argparse.Namespace) -> int:
     def kept(folder: SegmentFolder, bar: Progress) -> Iterator[np.ndarray]:
         # All pieces first: one that fails must not leave an encoder waiting.
         done = []
-        callback, (model, lossy) = planned(bar), task.settings()
+        callback, (model, lossy), folder.say = planned(bar), task.settings(), bar.say
         pieces = refine_in_folder(lambda: load(bar), paths.defaults, video, request, folder, model, callback, lossy)
         for number, skip, reused in pieces:
             done.append((number, skip))
@@ -273,10 +275,11 @@ def _schedule(args: argparse.Namespace) -> str | None:
     return "distilled" if args.distilled else args.schedule
 
 
-def _check_folder(output: Path, folder: SegmentFolder) -> None:
+def _check_folder(output: Path, folder: SegmentFolder, shape: tuple[int, int, int]) -> None:
     if resolved(output) == resolved(folder.path):
         raise LongCatError(f"output {output} and --folder {folder.path} are the same; give another name to one")
-    folder.check_place()
+    # Lossless frames take about half of what their pixels do in memory.
+    folder.check_place(2 * math.prod(shape))
 
 
 def _check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:

@@ -355,11 +355,13 @@ def refine_in_folder(
     Yields the piece's number, its leading frames that the previous piece has too, and whether it was reused.
     """
     request.check()
-    folder.check_place()
     footage = footage_of(video)
     parts, factor = request.pieces(footage), request.factor
-    settings = [piece | model | {LOSSY: piece[LOSSY] | (lossy or {})} for piece in request.settings(footage, defaults)]
     height, width = request.size(footage, defaults)
+    room = [4 * factor * (stop - start) * height * width for start, stop in parts]
+    # Before all frames are read for the settings.
+    folder.check_place(sum(room) // 2)
+    settings = [piece | model | {LOSSY: piece[LOSSY] | (lossy or {})} for piece in request.settings(footage, defaults)]
     engine, given = cache(load), enumerate(footage.parts(parts))
 
     def after(number: int, of: int, step: Step) -> None:
@@ -374,7 +376,6 @@ def refine_in_folder(
         piece = refine_piece(engine(), frames, request, (height, width), number, len(parts), known, after)
         return piece.frames, piece.latents, {}
 
-    room = [4 * factor * (stop - start) * height * width for start, stop in parts]
     for number, _, reused in folder.fill(settings, make, fps=factor * request.fps, room=room):
         yield number, factor * request.overlap if number else 0, reused
 

@@ -50,7 +50,7 @@ from .takes import Settings, matches, nearest
 
 LOCK, PICKING, TAKE = ".lock", ".takes.lock", "take.json"
 NAME = re.compile(r"take-(\d{3,})")
-# Seconds that a run waits for another that picks its take, which takes moments.
+# Seconds that a run waits for another that picks its take.
 PATIENCE = 20.0
 
 # Makes a segment from its number and the previous segment: frames, latents, notes.
@@ -94,8 +94,11 @@ class SegmentFolder:
 
     # --- checks before the work --------------------------------------------------------------------------------------
 
-    def check_place(self) -> None:
-        """Raise LongCatError if it is known without the settings that no run can use this folder. Writes nothing."""
+    def check_place(self, needed: int = 0) -> None:
+        """Raise LongCatError if it is known without the settings that no run can use this folder. Writes nothing.
+
+        needed: about as many bytes as all segments take, of which some may be there already.
+        """
         own = self.path.absolute()
         try:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -114,6 +117,8 @@ class SegmentFolder:
         if not writable:
             raise LongCatError(f"{self.path} cannot be written to ({there} is read-only); name another folder")
         self._check_own([0])
+        if needed and not read:
+            self._check_free(there, needed, "the segments take")
 
     def check(self, settings: Sequence[Settings], room: Sequence[int] = ()) -> tuple[Take | None, int]:
         """The take of these settings, None if there is none yet, and how many segments are there, by the records.
@@ -121,21 +126,24 @@ class SegmentFolder:
         settings: of every segment. room: bytes that each may take. Reads no large files and writes nothing. Raises
         LongCatError if it is known without more that a run with these settings cannot use this folder.
         """
-        self.check_place()
+        self.check_place(sum(room) // 2)
         take = self._pick(settings)
         known = 0 if take is None else take.known(settings, self.any_lossy)
         if take is None or take.path == self.path:
             self._check_own(range(known, len(settings)))
-        if needed := sum(room[known:]) // 2:
-            place = self.path.absolute()
-            free = shutil.disk_usage(next(there for there in (place, *place.parents) if there.exists())).free
-            if free < needed + SPARE_BYTES:
-                about, spare, there = (bytes_in_words(count) for count in (needed, SPARE_BYTES, free))
-                raise LongCatError(
-                    f"the {len(settings) - known} segments that are missing take about {about} and {spare} must stay "
-                    f"free, but {self.path} has {there} free; free some space or name another folder"
-                )
+        if (needed := sum(room[known:]) // 2) and self.path.exists():
+            self._check_free(self.path, needed, f"the {len(settings) - known} segments that are missing take")
         return take, known
+
+    def _check_free(self, there: Path, needed: int, what: str) -> None:
+        """Raise LongCatError if the disk of the folder `there` has less than `needed` bytes free."""
+        free = shutil.disk_usage(there).free
+        if free < needed + SPARE_BYTES:
+            about, spare, found = (bytes_in_words(count) for count in (needed, SPARE_BYTES, free))
+            raise LongCatError(
+                f"{what} about {about} and {spare} must stay free, but {self.path} has {found} free; free some space "
+                "or name another folder"
+            )
 
     def _check_own(self, numbers: Sequence[int]) -> None:
         """Raise LongCatError if something foreign stands under the name of a segment of the first take."""
@@ -287,9 +295,18 @@ class SegmentFolder:
         finally:
             new.unlink(missing_ok=True)
 
-    def _picking(self) -> AbstractContextManager[None]:
-        """Held while a take is picked, begun or removed."""
-        return held(self.path / PICKING, f"another run is picking its take in {self.path}; try again", wait=PATIENCE)
+    def _tidy(self, take: Take) -> None:
+        """Remove what a killed run left in a finished take, if nobody is at work and the disk can be written to."""
+        with suppress(LongCatError, OSError):
+            left = (LOCK in os.listdir(take.path), PICKING in os.listdir(self.path), take.has_leftovers)
+            if any(left):
+                with self._picking(0), _alone_in(take):
+                    take.recover()
+
+    def _picking(self, wait: float | None = None) -> AbstractContextManager[None]:
+        """Held while a take is picked, begun or removed. wait: seconds to wait for others, who take moments."""
+        refusal = f"another run is picking its take in {self.path}; try again"
+        return held(self.path / PICKING, refusal, wait=PATIENCE if wait is None else wait)
 
     def fill(
         self, settings: Sequence[Settings], make: Make, *, fps: float, room: Sequence[int]
@@ -308,6 +325,7 @@ class SegmentFolder:
                 stack.enter_context(self.open(wanted))
             else:
                 self._tell(take, False, wanted[0])
+                self._tidy(take)
             before: Segment | None = None
             content, threads = "", None
             for number, now in enumerate(wanted):

@@ -264,9 +264,14 @@ class Take:
                 "begin there again, or put the folder back to resume"
             )
 
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether killed runs left something."""
+        return any(map(LEFT.fullmatch, self._names()))
+
     def recover(self) -> None:
         """Remove what killed runs left; the take is locked. What is not ours stays."""
-        for name in {match[1] for match in map(LEFT.fullmatch, os.listdir(self.path)) if match}:
+        for name in {match[1] for match in map(LEFT.fullmatch, self._names()) if match}:
             with suppress(OSError):
                 recover(self.path / name, OURS)
 

@@ -14,6 +14,7 @@ from longcat_core.cli import main as cli
 from longcat_core.cli import models as commands
 from longcat_core.files.media import read_video, write_video
 from longcat_core.generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE
+from longcat_core.generate.segments import SPARE_BYTES
 
 from ..support.clips import beeps, write_clip
 from ..support.tiny import moving_clip, tiny_pipeline
@@ -150,7 +151,7 @@ def test_other_settings_begin_a_new_take(loads: list, capsys: Any, options: list
 def test_what_does_not_change_the_result_does_not_matter(loads: list, capsys: Any, options: list[str]) -> None:
     arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
     assert cli.main(arguments) == 0 and cli.main([*arguments, *options]) == 0 and len(loads) == 1
-    assert "take" not in capsys.readouterr().err
+    assert "take" not in capsys.readouterr().out
 
 
 def test_another_hand_off_keeps_the_first_segment(loads: list, capsys: Any) -> None:
@@ -165,9 +166,8 @@ def test_going_on_in_a_take_with_lossy_settings(loads: list, capsys: Any) -> Non
     arguments = ["long", ONE, "--segments", "2", *SMALL, "-o", "a.webp"]
     assert cli.main(arguments) == 0
     assert cli.main([*arguments, "--fp8", "--segments", "3", "--lossy-change", "go on"]) == 0 and len(loads) == 2
-    assert "note: the take in a-segments goes on with other lossy settings (fp8 none there, on now)" in (
-        capsys.readouterr().err
-    )
+    said = "the take in a-segments goes on with other lossy settings (fp8 none there, on now)"
+    assert said in capsys.readouterr().out.splitlines()
     assert sorted(path.name for path in Path("a-segments").glob("s*")) == [f"segment-00{n}" for n in (1, 2, 3)]
 
 
@@ -186,7 +186,7 @@ def test_another_model_begins_a_new_take(loads: list, capsys: Any) -> None:
     assert cli.main([*arguments, "--model", "same.safetensors", *parts]) == 0 and len(loads) == 1
     capsys.readouterr()
     assert cli.main([*arguments, "--model", "other.safetensors", *parts]) == 0 and len(loads) == 2
-    assert "a-segments has other settings (another model)" in capsys.readouterr().err
+    assert "a-segments has other settings (another model)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["long", "refine"])
@@ -198,8 +198,14 @@ def test_a_folder_that_cannot_be_used_is_known_at_once(
     arguments = ["long", ONE, *SMALL] if command == "long" else REFINE
     for folder, said in (("file", "file is not a folder"), ("file/x", "file is not a folder"), ("x" * 300, "too long")):
         assert said in refused(*arguments, "--folder", folder)
-    monkeypatch.setattr("os.access", lambda *_, **__: False)
-    assert "new cannot be written to (" in refused(*arguments, "--folder", "new")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_, **__: False)
+        assert "new cannot be written to (" in refused(*arguments, "--folder", "new")
+    usage = shutil.disk_usage(".")._replace(free=SPARE_BYTES + 5000)
+    monkeypatch.setattr("longcat_core.generate.segment_folder.shutil.disk_usage", lambda _: usage)
+    assert "the segments take about 0.0 MB and 16.8 MB must stay free, but new has" in refused(
+        *arguments, "--folder", "new"
+    )
     assert not loads
 
 
@@ -292,8 +298,8 @@ def test_other_settings_of_refining_begin_a_new_take(
     assert cli.main(arguments) == 0
     video, _ = read_video("out.mkv")
     assert cli.main([*arguments, *options]) == 0 and len(loads) == 2
-    out, err = capsys.readouterr()
-    assert f"a new take begins in kept/take-002, because kept has other settings ({said})" in err
+    out = capsys.readouterr().out
+    assert f"a new take begins in kept/take-002, because kept has other settings ({said})" in out
     assert "piece 1: finished and saved in kept/take-002" in out
     assert cli.main(arguments) == 0 and len(loads) == 2 and np.array_equal(read_video("out.mkv")[0], video)
 
