@@ -142,7 +142,7 @@ def fidelity() -> Graph:
     text = """The same video three times: A as it is, B with **LongCat Step Cache**, and A with another exact
     attention kernel. The plot shows how far every frame of B lies from A's, and the **noise floor**: how far two
     runs that are both right lie apart. The saved video is A on the left, B on the right. Put what you want to know
-    the price of in place of the cache."""
+    the price of in place of the cache. This seed is typical, 43 dB; 24 videos lay between 20 and 50 dB."""
     graph = nano(8, "what an option costs", "what an option costs", (prompt,), text)
     loaders(graph, NANO)
     graph.column(330, "2  What to make")
@@ -151,7 +151,7 @@ def fidelity() -> Graph:
     latent(graph, **SIZE, length=33)
     graph.link("model.MODEL cache.model")
     graph.column(360, "3  Compare")
-    graph.add("fidelity", "LongCatFidelity", "A against B", tall=760, seed=1, **FIXED)
+    graph.add("fidelity", "LongCatFidelity", "A against B", tall=760, seed=0, **FIXED)
     graph.column(290, "4  See")
     report(graph, "fidelity", tall=330)
     graph.add("stitch", "ImageStitch", "A | B", bottom=True, direction="right", spacing_width=8)
@@ -189,7 +189,7 @@ def benchmark() -> Graph:
     graph.add("A", "LongCatOptimizations", "A: defaults")
     graph.add("B", "LongCatOptimizations", "B: everything off", **plain)
     graph.column(400, "4  Time")
-    graph.add("benchmark", "LongCatBenchmark", "A against B", tall=620, steps=2)
+    graph.add("benchmark", "LongCatBenchmark", "A against B", tall=620, steps=3)
     graph.column(330)
     graph.add("reportA", "PreviewAny", "In force in A", tall=300)
     graph.add("reportB", "PreviewAny", "In force in B", tall=300)
