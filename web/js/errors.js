@@ -6,7 +6,7 @@ const OURS = "longcat_core.errors.";
 const SECONDS = 30;
 
 app.registerExtension({
-  name: "LongCat.Errors",
+  name: "longcatvideo.Errors",
   setup() {
     app.api.addEventListener("execution_error", ({ detail }) => {
       if (!detail?.exception_type?.startsWith(OURS)) return;

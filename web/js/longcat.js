@@ -118,7 +118,7 @@ function renew(node, data, rules) {
 }
 
 app.registerExtension({
-  name: "LongCat.Nodes",
+  name: "longcatvideo.Nodes",
   setup() {
     whileLoading("loadGraphData");
     whileLoading("loadApiJson");

@@ -14,7 +14,7 @@ function showMarkdown(node) {
 }
 
 app.registerExtension({
-  name: "LongCat.Reports",
+  name: "longcatvideo.Reports",
   nodeCreated(node) {
     if (node.comfyClass !== "PreviewAny") return;
     const original = node.onConnectionsChange;
