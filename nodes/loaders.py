@@ -22,12 +22,14 @@ from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint
 from ..longcat_core.checkpoints.quantized import QUANT_METADATA
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.tensor_files import is_gguf, open_file
+from ..longcat_core.generate.progress import LOADING
 from ..longcat_core.generate.text import tokenizer_of
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
 from .comfy_weights import open_for_comfyui
 from .inputs import LongCatNode
+from .progress import working
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -130,15 +132,16 @@ class ModelLoader(LongCatNode):
         # Reads headers only, and raises an error that says what the file is if it is not LongCat-Video.
         checkpoint = open_for_comfyui(path)
         import_ahead(comfy.model_management.get_torch_device())
-        if weight_dtype == FP8_ROWWISE:
-            model = load_rowwise(str(path), checkpoint=checkpoint)
-        else:
-            dtype = WEIGHT_DTYPES[weight_dtype]
-            options = {} if dtype is None else {"dtype": dtype}
-            if path.is_dir() or is_gguf(path) or checkpoint.prefix not in COMFYUI_PREFIXES:
-                model = load_model(str(path), options, checkpoint=checkpoint)
+        with working(LOADING):
+            if weight_dtype == FP8_ROWWISE:
+                model = load_rowwise(str(path), checkpoint=checkpoint)
             else:
-                model = comfy.sd.load_diffusion_model(str(path), options)
+                dtype = WEIGHT_DTYPES[weight_dtype]
+                options = {} if dtype is None else {"dtype": dtype}
+                if path.is_dir() or is_gguf(path) or checkpoint.prefix not in COMFYUI_PREFIXES:
+                    model = load_model(str(path), options, checkpoint=checkpoint)
+                else:
+                    model = comfy.sd.load_diffusion_model(str(path), options)
         if not isinstance(model.model, LongCatVideo):
             raise CheckpointError(f"{model_name} is not a complete LongCat-Video checkpoint; download it again")
         return io.NodeOutput(model)
@@ -167,12 +170,13 @@ class TextEncoderLoader(LongCatNode):
         if device == "cpu":
             cpu = torch.device("cpu")
             options = {"load_device": cpu, "offload_device": cpu}
-        if sizes["d_model"] != XXL_WIDTH:
-            return io.NodeOutput(_small_clip(path, options))
-        if not _known(opened):
-            return io.NodeOutput(_xxl_clip(path, options))
-        folders = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(comfy.sd.load_clip([str(path)], folders, comfy.sd.CLIPType.WAN, options))
+        with working(LOADING):
+            if sizes["d_model"] != XXL_WIDTH:
+                return io.NodeOutput(_small_clip(path, options))
+            if not _known(opened):
+                return io.NodeOutput(_xxl_clip(path, options))
+            folders = folder_paths.get_folder_paths("embeddings")
+            return io.NodeOutput(comfy.sd.load_clip([str(path)], folders, comfy.sd.CLIPType.WAN, options))
 
 
 class _Target:

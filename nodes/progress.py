@@ -21,6 +21,8 @@ from ..longcat_core.generate.progress import Part, Progress
 RUNNING: ContextVar[NodeProgress | None] = ContextVar("longcat_running", default=None)
 # Seconds between two texts while nothing but the step changes.
 WORDS_EVERY = 0.5
+# Work of fewer seconds is done before anybody could read what it is.
+QUICK = 1.0
 
 
 class Ends(Protocol):
@@ -57,9 +59,11 @@ class NodeProgress:
         self.entered = False
         RUNNING.reset(self._token)
         self.play(None)
+        if not (self._words or (self.task.parts and error is None)):
+            return
         if error is None:
             self._say(self.task.summary())
-        elif self._words:
+        else:
             interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
             self._say(self.task.stopped("interrupted" if interrupted else "stopped"))
 
@@ -123,7 +127,21 @@ def begins(phase: str) -> None:
 
 @contextmanager
 def working(phase: str) -> Iterator[None]:
-    """Say what a node does that has no steps, and at the end how long it took."""
+    """Say what a node does that has no steps, and at the end how long it took, if it takes longer than QUICK."""
     with NodeProgress() as shown:
-        shown.task.phase(phase)
-        yield
+        ended = threading.Event()
+
+        def say() -> None:
+            with shown.lock:
+                if not ended.is_set():
+                    shown.task.phase(phase)
+
+        timer = threading.Timer(QUICK, say)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with shown.lock:
+                ended.set()
