@@ -33,7 +33,8 @@ from .images import check_images, to_bytes, to_image
 # Bytes of a pixel of an IMAGE.
 PIXEL_BYTES = 3 * 4
 # Nodes that take the frames of an IMAGE one after another.
-FRAME_BY_FRAME = ("CreateVideo", "LongCatRefineLongVideo", "PreviewImage", "SaveImage", "SaveWEBM")
+FRAME_BY_FRAME = ("CreateVideo", "PreviewImage", "SaveImage", "SaveWEBM", "LongCatRefineLongVideo", "LongCatLongVideo",
+                  "LongCatVideoContinuation")  # fmt: skip
 # What a tensor says of itself without its values.
 _SHAPE = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad",
