@@ -118,7 +118,7 @@ CONVERT = """({inputs, outputs, name, description}) => {
     const slot = inside[key].outputs.find(one => one.name === output);
     subgraph.addOutput(output.toLowerCase(), String(slot.type)).connect(slot, inside[key]);
   }
-  node.setSize(node.computeSize());
+  node.setSize([340, node.computeSize()[1]]);
   node.pos = [0, 0];
 }"""
 
