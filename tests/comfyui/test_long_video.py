@@ -36,7 +36,7 @@ def refined(prompt: dict, folder: str, **settings) -> dict:
     }
 
 
-def test_a_long_video_is_saved_and_refined_as_video(client, watch):
+def test_a_long_video_is_saved_and_refined_as_video(client, server, watch):
     prompt = refined(video_of(prompts.long_video(f"{PROMPT}\n{PROMPT}", "video/long", steps=2)), "video/refined")
     run = client.run(prompt)
     assert run.status == "success", run.end
@@ -44,6 +44,11 @@ def test_a_long_video_is_saved_and_refined_as_video(client, watch):
     assert frames.shape == (13, 64, 96, 3) and fps == 15
     frames, fps = watch(client.video(*run.files("refined")), "refined.mp4")
     assert frames.shape == (26, 64, 96, 3) and fps == 30
+    # As prompts of earlier versions connect it: the same frames as IMAGE are found in the same take.
+    prompt["refine"]["inputs"] |= {"video": ["long", 0], "fps": 15.0}
+    run = client.run(prompt)
+    assert run.status == "success" and "long" not in run.executed, run.end
+    assert not list((server.base / "output" / "video" / "refined").glob("take-*"))
 
 
 def test_images_that_are_connected_later_hold_the_video(client, server, watch):
