@@ -50,7 +50,7 @@ _mode = own(
 _seed = replace(shared("seed", most=2**64 - 1), new_seed=True)
 # Not drawn again after each run: with a new seed, a run would not resume the saved segments.
 _first_seed = replace(shared("seed", "refine", help="seed of the first piece's noise; later pieces count up from it. "
-                          "Choose another folder for another seed"), new_seed=False)  # fmt: skip
+                          "Another seed begins another take"), new_seed=False)  # fmt: skip
 _steps = shared(
     "steps",
     help="number of denoising steps: 50, or 16 for distilled. For 50 steps, enhance_hf evaluates the model 56 times "
