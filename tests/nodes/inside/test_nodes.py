@@ -19,6 +19,8 @@ IDS = (
     "LongCatSampler",
     "LongCatScheduler",
     "LongCatGuider",
+    "LongCatEmptyLatent",
+    "LongCatSampleClip",
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
     "LongCatRefine",
@@ -38,7 +40,7 @@ SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "l
 @pytest.mark.parametrize("node", IDS)
 def test_every_node_explains_itself(comfy, node):
     schema = comfy.mappings[node].define_schema()
-    assert schema.category == "LongCat" and schema.display_name.startswith("LongCat ") and schema.description
+    assert schema.category.startswith("LongCat/") and "LongCat " in schema.display_name and schema.description
     for field in schema.inputs:
         assert field.tooltip, f"{node}.{field.id} has no tooltip"
         if hasattr(field, "min"):
