@@ -183,8 +183,9 @@ def benchmark() -> Graph:
     loaders(graph, NANO, vae="")
     prompts(graph, prompt)
     latent(graph, **SIZE, length=33)
-    off = ("fused_qkv", "fused_ffn", "explicit_fp32", "reuse_text", "reuse_modulation", "fused_step", "fused_kernels")
-    plain = {**dict.fromkeys((*off, "fp8"), False), "text_mode": "padded", "attention": "sdpa"}
+    off = ("fused_qkv", "fused_ffn", "explicit_fp32", "reuse_text", "reuse_modulation", "fused_step", "fp8")
+    off += ("fused_kernels", "fused_text")
+    plain = {**dict.fromkeys(off, False), "text_mode": "padded", "attention": "sdpa"}
     graph.column(300, "3  Two settings")
     graph.add("A", "LongCatOptimizations", "A: defaults")
     graph.add("B", "LongCatOptimizations", "B: everything off", **plain)
