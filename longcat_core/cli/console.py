@@ -165,6 +165,9 @@ class Progress:
 
     def _show(self, task: core.Progress) -> None:
         if self.bar is None:
+            if not (task.ran or sys.stderr.isatty()):
+                # In a log, an error before the first step is the only line.
+                return
             self.bar = self.make()
         if self.bar.total != task.total or task.done < self.bar.n:
             self.bar.reset(total=max(1, task.total))

@@ -372,7 +372,7 @@ def test_strengths_are_settings_of_a_folder_of_segments(tmp_path, monkeypatch):
     def settings(*loras: str) -> str | None:
         arguments = [argument for text in loras for argument in ("--lora", text)]
         args = cli.build_parser().parse_args(["generate", "x", *arguments])
-        return commands.model_settings(args, paths, torch.device("cpu"))["lora"]
+        return commands.model_settings(args, paths, torch.device("cpu"))[0].get("lora")
 
     assert settings() is None
     one = settings(str(LORA))
