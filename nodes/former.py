@@ -7,9 +7,10 @@ So prompts also pass through `renewed`, in every version, and web/js/longcat.js 
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import dataclass
 from typing import Any
+
+from .host import running_server
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,8 @@ def renew_prompts(renamed: dict[str, Renamed]) -> None:
             renewed(prompt, renamed)
         return request
 
-    if (server := _server()) is not None:
+    if (server := running_server()) is not None:
         server.add_on_prompt_handler(handler)
-
-
-def _server() -> Any:
-    """ComfyUI's running server. Its module is not imported for that: other programs load the nodes without it."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 async def offer_replacements(renamed: dict[str, Renamed]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from comfy_execution.progress import PreviewImageTuple, get_progress_state
 from comfy_execution.utils import get_executing_context
 
 from ..longcat_core.generate.progress import Part, Progress
+from .host import running_server
 
 # The node that works in this thread, if it is one of ours.
 RUNNING: ContextVar[NodeProgress | None] = ContextVar("longcat_running", default=None)
@@ -113,7 +113,7 @@ class NodeProgress:
     def _say(self, words: str) -> None:
         if words and words != self._words:
             self._words = words
-            server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+            server = running_server()
             if server is not None and self.node is not None:
                 server.send_progress_text(words, self.node, server.client_id)
 
