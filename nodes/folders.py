@@ -174,20 +174,21 @@ class FolderNode(LongCatNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> int:
-        return Delivered.fingerprint(Delivered.key(f"{cls.ID} {cls.hidden.unique_id}", cls._of_widgets(inputs)))
+        return Delivered.fingerprint(cls._key(inputs))
 
     @classmethod
     def remember(cls, files: list[Path]) -> None:
         """Let ComfyUI run this node again as soon as one of the files is gone or changed."""
         prompt = cls.hidden.dynprompt
         if prompt is not None:
-            inputs = prompt.get_node(cls.hidden.unique_id)["inputs"]
-            Delivered.remember(Delivered.key(f"{cls.ID} {cls.hidden.unique_id}", cls._of_widgets(inputs)), files)
+            Delivered.remember(cls._key(prompt.get_node(cls.hidden.unique_id)["inputs"]), files)
 
     @classmethod
-    def _of_widgets(cls, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _key(cls, inputs: Mapping[str, Any]) -> str:
+        """What this node and its widgets are remembered by."""
         names = [field.name for field in NODES[cls.ID].inputs if isinstance(field, Widget)]
-        return {name: inputs[name] for name in names if name in inputs}
+        widgets = {name: inputs[name] for name in names if name in inputs}
+        return Delivered.key(f"{cls.ID} {cls.hidden.unique_id}", widgets)
 
 
 def check_folder(folder: str | None, needed: int, open_folder: Callable[[Path], SegmentFolder]) -> None:
