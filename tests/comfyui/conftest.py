@@ -11,6 +11,7 @@ import pytest
 
 from longcat_core.files.media import read_video
 
+from .browser import Page, find_chromium, open_page
 from .client import Client
 from .server import PACK, Installation, Server
 
@@ -54,6 +55,23 @@ def server(installation, artifacts, tmp_path_factory) -> Iterator[Server]:
         worker = os.environ.get("PYTEST_XDIST_WORKER", "")
         shutil.copyfile(server.log_path, artifacts / f"server{worker}.log")
         server.remove()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> None:
+    """Wanted by whatever opens ComfyUI's page."""
+    pytest.importorskip("playwright", reason="no playwright; make test-comfyui installs it")
+    try:
+        find_chromium()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def page(server, chromium) -> Iterator[Page]:
+    """The page that most tests of a file share."""
+    with open_page(server.url) as page:
+        yield page
 
 
 @pytest.fixture

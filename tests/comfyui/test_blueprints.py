@@ -7,7 +7,7 @@ import pytest
 from workflows.build import BLUEPRINTS
 from workflows.nano import NANO
 
-from .browser import find_chromium, open_page
+from .browser import open_page
 
 NAMES = sorted(file.stem for file in BLUEPRINTS.glob("*.json"))
 # What makes the placed node run on the embedded model.
@@ -31,12 +31,7 @@ SAVE = """() => {
 
 
 @pytest.fixture
-def page(server):
-    pytest.importorskip("playwright", reason="no playwright; make test-comfyui installs it")
-    try:
-        find_chromium()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+def page(server, chromium):
     with open_page(server.url) as page:
         yield page
 

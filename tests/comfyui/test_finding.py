@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .browser import Page, find_chromium, open_page
+from .browser import Page
 from .client import Client
 from .prompts import FILES, node, text_to_video
 from .server import PACK, Server
@@ -80,24 +80,10 @@ TYPE = """([name, value]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def page(server) -> Iterator[Page]:
-    pytest.importorskip("playwright", reason="no playwright; make test-comfyui installs it")
-    try:
-        find_chromium()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    with open_page(server.url) as page:
-        yield page
-
-
 @pytest.fixture(params=["canvas", "Nodes 2.0"])
 def renderer(request, page) -> str:
     """Draws nodes on the canvas or as elements of the page."""
-    vue = request.param == "Nodes 2.0"
-    setting = "async on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
-    page.tab.evaluate(setting, vue)
-    page.settle(1000)
+    page.renderer(request.param == "Nodes 2.0")
     return request.param
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from workflows.build import WORKFLOWS
 
-from .browser import find_chromium, open_page
+from .browser import open_page
 
 FILES = sorted(WORKFLOWS.glob("*.json"))
 # The window for which they are laid out.
@@ -22,12 +22,7 @@ def renderer(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def page(server, renderer):
-    pytest.importorskip("playwright", reason="no playwright; make test-comfyui installs it")
-    try:
-        find_chromium()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+def page(server, renderer, chromium):
     with open_page(server.url, WIDTH, HEIGHT) as page:
         page.renderer(renderer == "nodes-2")
         yield page

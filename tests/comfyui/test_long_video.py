@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from . import prompts
+from .browser import open_page
 from .client import Refused
 from .prompts import node
 
@@ -114,15 +115,8 @@ def test_a_folder_of_the_second_stage_is_refused_before_the_first_one_runs(clien
     assert not (server.base / "output" / "first").exists()
 
 
-def test_the_page_shows_our_sentence(server, artifacts):
+def test_the_page_shows_our_sentence(server, artifacts, chromium):
     """Of what is known when Run is pressed, and of what a node finds out when it runs."""
-    pytest.importorskip("playwright.sync_api")
-    from .browser import find_chromium, open_page
-
-    try:
-        find_chromium()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
     known = video_of(prompts.long_video(PROMPT, "toast", steps=60, mode="distilled"))
     later = video_of(prompts.long_video(PROMPT, "toast", steps=2, begin_with=["image", 0]))
     later["image"] = node("EmptyImage", width=96, height=64, batch_size=3, color=0)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 from ..registry.packing import ROOT, copy, packed, tool
-from .browser import find_chromium, open_page
+from .browser import open_page
 from .client import Client
 from .prompts import node, text_to_video
 from .server import PACK_NAME, Server
@@ -93,15 +93,10 @@ def test_benchmark_gives_the_range_of_both_settings(client):
     assert "| fused_qkv | on | off |" in report and run.outputs["benchmark"]["images"]
 
 
-def test_templates_pass_comfy_lint(installed, client, artifacts):
+def test_templates_pass_comfy_lint(installed, client, artifacts, chromium):
     command = tool("comfy-lint")
     if command is None:
         pytest.skip("make test-registry installs comfy-lint")
-    pytest.importorskip("playwright", reason="no playwright; make test-comfyui installs it")
-    try:
-        find_chromium()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
     folder = artifacts / "prompts"
     folder.mkdir(exist_ok=True)
     prompts: list[Path] = []

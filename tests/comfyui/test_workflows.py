@@ -20,7 +20,7 @@ from workflows.build import NOTE, WORKFLOWS, graphs
 from workflows.nano import NANO
 from workflows.weights import ALL, DISTILL, REFINEMENT
 
-from .browser import OVERHANG, find_chromium, open_page
+from .browser import OVERHANG
 from .prompts import FPS
 from .server import PACK, PACK_NAME
 
@@ -77,17 +77,6 @@ MODES_OF_REPORTS = """() => window.app.graph.nodes.filter(node => node.type === 
   .map(node => node.widgets.find(widget => widget.name === 'preview_mode').value)"""
 # What the page adds to a widget's values beside the schema's own.
 CONTROLS = {"fixed", "increment", "decrement", "randomize"}
-
-
-@pytest.fixture(scope="module")
-def page(server):
-    pytest.importorskip("playwright", reason="no playwright; make test-comfyui installs it")
-    try:
-        find_chromium()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    with open_page(server.url) as page:
-        yield page
 
 
 def test_every_graph_has_a_workflow():
