@@ -172,7 +172,7 @@ class ReelVideo(InputImpl.VideoFromComponents):
     ) -> ReelVideo | None:
         """The frames that begin within `duration` seconds from `start_time` on; 0: to the end, below 0: from the end.
 
-        None if there are none, or with strict_duration fewer than asked for.
+        None if no frame does, or with strict_duration fewer than asked for.
         """
         total = len(self.reel) / self.fps
         begin = start_time or 0.0

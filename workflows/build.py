@@ -100,7 +100,7 @@ PLACE = """({nodes, pos, size, links, bends, groups}) => {
   graph.setDirtyCanvas(true, true);
 }"""
 
-# The nodes become one; each input outside sets the inputs of the nodes inside that it is told.
+# The nodes become one; each input outside sets the inputs of the nodes inside that are named for it.
 CONVERT = """({inputs, outputs, name, description}) => {
   const graph = window.app.graph, made = window.made;
   for (const group of [...graph.groups]) graph.remove(group);

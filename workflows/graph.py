@@ -1,4 +1,4 @@
-"""A workflow in the making: nodes in columns, told by node and socket names."""
+"""A workflow in the making: nodes in columns, and links by the names of nodes and sockets."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ class Column:
 
 @dataclass
 class Graph:
-    """name: file name and title in the template browser. heading, note: title and Markdown of the
-    note above the nodes.
-
+    """name: file name and title in the template browser. heading, note: title and Markdown of the note above the nodes.
     label, shown: of its picture, the latter prompts of the bundled model, one for each segment.
     """
 

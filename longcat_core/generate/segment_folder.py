@@ -121,7 +121,7 @@ class SegmentFolder:
             self._check_free(there, needed, "the segments take")
 
     def check(self, settings: Sequence[Settings], room: Sequence[int] = ()) -> tuple[Take | None, int]:
-        """The take of these settings, None if there is none yet, and how many segments are there, by the records.
+        """The take of these settings, None before one has begun, and how many segments it has by its records.
 
         settings: of every segment. room: bytes that each may take. Reads no large files and writes nothing. Raises
         LongCatError if it is known without more that a run with these settings cannot use this folder.
@@ -178,7 +178,7 @@ class SegmentFolder:
         return []
 
     def _pick(self, settings: Sequence[Settings]) -> Take | None:
-        """The take that these settings belong to; None if there is none yet."""
+        """The take that these settings belong to; None before one has begun."""
         takes = {take.path: (take, self._settings_of(take)) for take in self.takes()}
         for any_lossy in (False, True) if self.any_lossy else (False,):
             same = [
@@ -317,22 +317,22 @@ class SegmentFolder:
         segment (None for the first) to its frames, latents and notes. Yields number, record, and whether it was reused,
         once it is on disk. Raises what `check`, `open`, `check_room`, `save` and `make` raise.
         """
-        wanted = list(settings)
-        take, known = self.check(wanted, room)
+        take, known = self.check(settings, room)
         with ExitStack() as stack:
-            locked = take is None or known < len(wanted)
-            if take is None or locked:
-                stack.enter_context(self.open(wanted))
+            locked = True
+            if take is None or known < len(settings):
+                stack.enter_context(self.open(settings))
             else:
-                self._tell(take, False, wanted[0])
+                locked = False
+                self._tell(take, False, settings[0])
                 self._tidy(take)
             before: Segment | None = None
             content, threads = "", None
-            for number, now in enumerate(wanted):
+            for number, now in enumerate(settings):
                 record = self.take.find(number, now, content, self.any_lossy)
                 if record is None and not locked:
                     # Its record is there and its files are damaged.
-                    stack.enter_context(self.open(wanted))
+                    stack.enter_context(self.open(settings))
                     locked = True
                     record = self.take.find(number, now, content, self.any_lossy)
                 reused = record is not None
