@@ -91,6 +91,9 @@ class Stream:
     def flush(self) -> None:
         self._try("flush")
 
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
