@@ -70,10 +70,10 @@ class Run:
 class Client:
     """One web page's connection. Use as a context manager."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, silence: float = SILENCE) -> None:
         self.url, self.id = url, uuid.uuid4().hex
         self.socket = websocket.create_connection(
-            f"{url.replace('http', 'ws', 1)}/ws?clientId={self.id}", timeout=SILENCE
+            f"{url.replace('http', 'ws', 1)}/ws?clientId={self.id}", timeout=silence
         )
         # Without this, previews come without the node they belong to.
         self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))

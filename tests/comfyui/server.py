@@ -22,7 +22,7 @@ PACK_NAME = "longcat-video"  # the folder's name in custom_nodes, and the group'
 # glibc gives every freed buffer back at once, so that a server's memory says what it keeps.
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
 BOOT_SECONDS = 300  # of a cold start on a slow disk; it is given up at once if the process ends
-FLAGS = ("--cpu", "--listen", "127.0.0.1", "--disable-api-nodes", "--preview-method", "latent2rgb")
+FLAGS = ("--listen", "127.0.0.1", "--disable-api-nodes", "--preview-method", "latent2rgb")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Installation:
 class Server:
     """One ComfyUI process over a base directory that survives a restart. Models and settings of the user are not seen.
 
-    blocked: packages whose import fails in this server. pack: False leaves the pack out.
+    blocked: packages whose import fails in this server. pack: False leaves the pack out. cpu: False lets ComfyUI choose
+    the device.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Server:
         flags: Sequence[str] = (),
         blocked: Sequence[str] = (),
         pack: bool = True,
+        cpu: bool = True,
     ) -> None:
-        self.installation, self.base, self.flags = installation, base, tuple(flags)
+        self.installation, self.base = installation, base
+        self.flags = (*(("--cpu",) if cpu else ()), *flags)
         # Another version of the page than the one that came with ComfyUI: the folder `static` of its package.
         if frontend := os.environ.get("COMFYUI_FRONTEND"):
             self.flags += ("--front-end-root", frontend)

@@ -1,0 +1,137 @@
+"""Real ComfyUI servers side by side, one for each way to use the card's memory, each with a queue of prompts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import websocket
+
+from longcat_core.files.media import read_video
+
+from ..comfyui.client import Client, Refused, Run
+from ..comfyui.server import Installation, Server
+from .cells import CPU, DYNAMIC, HELD, NOVRAM, STATIC
+from .graphs import Prompt
+
+GIB = 2**30
+HELD_GIB = 12
+# Compiling is the longest that a server says nothing.
+SILENCE = 120
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a prompt. status: "success", "error" (of a node), "refused" (by the server before it ran) or
+    "crash" (the server ended, hung or did not start). said: the sentence that goes with the last three."""
+
+    status: str
+    said: str = ""
+    node: str = ""
+    frames: np.ndarray | None = None
+    seconds: float = 0.0
+
+
+def flags(mode: str, total_bytes: int, installation: Installation) -> tuple[str, ...]:
+    """The command line of a mode on a card of `total_bytes`."""
+    if mode == HELD:
+        kept = max(0.0, total_bytes / GIB - HELD_GIB)
+        known = (installation.path / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+        # Dynamic VRAM leaves its own headroom and does not look at the reserve, which rules everything else.
+        headroom = ("--vram-headroom", f"{kept:.2f}") if "--vram-headroom" in known else ()
+        return ("--reserve-vram", f"{kept:.2f}", *headroom)
+    return {DYNAMIC: (), STATIC: (STATIC,), NOVRAM: (NOVRAM,), CPU: (CPU,)}[mode]
+
+
+def dummy_page(folder: Path, installation: Installation) -> tuple[str, ...]:
+    """--front-end-root with an empty page, where the package of ComfyUI's page is not installed."""
+    if os.environ.get("COMFYUI_FRONTEND"):
+        return ()
+    probe = subprocess.run([installation.python, "-c", "import comfyui_frontend_package"], capture_output=True)
+    if not probe.returncode:
+        return ()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").write_text("<!doctype html><title>ComfyUI without its page</title>\n", encoding="utf-8")
+    return ("--front-end-root", str(folder))
+
+
+class Booted:
+    """A server of a mode, started when it is first needed and again after it ended."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.client, self.boots = server, None, 0
+
+    def _ready(self) -> Client:
+        if self.client is None:
+            self.server.start()
+            self.boots += 1
+            self.client = Client(self.server.url, silence=SILENCE)
+        return self.client
+
+    def drop(self) -> None:
+        """End the server; the next prompt starts it again."""
+        if self.client is not None:
+            self.client.socket.close()
+        self.client = None
+        self.server.stop()
+
+    def run(self, prompt: Prompt) -> Seen:
+        """Run a prompt whose node "save" keeps frames. Never raises: what goes wrong is in the answer."""
+        started = time.monotonic()
+        try:
+            seen = self._run(prompt)
+        except (OSError, RuntimeError, ValueError, LookupError, websocket.WebSocketException) as error:
+            # A server that died shows it by a closed connection; what it printed last says why.
+            end = self.server.log.strip().splitlines()[-1:] if self.server.log_path.exists() else []
+            self.drop()
+            seen = Seen("crash", " | ".join([f"{type(error).__name__}: {str(error)[-300:]}", *end]))
+        return Seen(seen.status, seen.said, seen.node, seen.frames, time.monotonic() - started)
+
+    def _run(self, prompt: Prompt) -> Seen:
+        client = self._ready()
+        try:
+            run = client.run(prompt)
+        except Refused as refused:
+            return Seen("refused", sentence(refused.answer), next(iter(refused.answer.get("node_errors") or {}), ""))
+        if run.status != "success":
+            said = " ".join(str(run.end.get("exception_message", run.status)).split())
+            return Seen("error", said, str(run.end.get("node_id", "")))
+        return Seen("success", frames=self._frames(client, run))
+
+    def _frames(self, client: Client, run: Run) -> np.ndarray:
+        (file,) = run.files("save")
+        path = self.server.base / "temp" / Path(file["filename"]).name
+        path.write_bytes(client.video(file))
+        frames, _ = read_video(path)
+        path.unlink()
+        return frames
+
+
+def sentence(answer: dict) -> str:
+    """What a server says of a prompt that it does not run, in one line."""
+    found = [error["details"] for part in (answer.get("node_errors") or {}).values() for error in part["errors"]]
+    error = answer.get("error")
+    return " | ".join(found) or (error.get("message", str(error)) if isinstance(error, dict) else str(error))
+
+
+def make(
+    modes: Iterable[str], installation: Installation, folder: Path, total_bytes: int, more: tuple[str, ...] = ()
+) -> dict[str, Booted]:
+    """A server of each mode, not yet started, each over a folder of its own."""
+    page = dummy_page(folder / "page", installation)
+    return {
+        mode: Booted(
+            Server(
+                installation,
+                folder / mode.strip("-").replace(" ", "-"),
+                flags=(*flags(mode, total_bytes, installation), *page, *more),
+                cpu=False,
+            )
+        )
+        for mode in modes
+    }
