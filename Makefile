@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 COMFYUI_STAMP := $(VENV)/.installed-comfyui-test
 REGISTRY_STAMP := .venv-registry/.installed
 
-.PHONY: demo test test-comfyui test-registry fuzz lint clean
+.PHONY: demo test test-comfyui test-registry test-gpu fuzz lint clean
 
 demo: $(STAMP)
 	$(BIN)/longcat generate "a red circle moves right on a blue background" \
@@ -27,6 +27,13 @@ test-comfyui: $(COMFYUI_STAMP)
 # because their dependencies differ from ours.
 test-registry: $(STAMP) $(REGISTRY_STAMP)
 	$(BIN)/python -m pytest -q -rs tests/registry
+
+# On a machine with a CUDA GPU and ComfyUI, without network: the tests, the nodes' own tests and the matrix of the real
+# server. PART names some of them. GPU_PYTHON is a Python that has PyTorch for CUDA already; .venv is not made then.
+GPU_PYTHON ?=
+PART :=
+test-gpu: $(if $(GPU_PYTHON),,$(STAMP))
+	$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu $(PART) $(GPU_OPTIONS)
 
 # Mutated files of every kind for SECONDS; what is found is kept in fuzz-findings/.
 SECONDS := 3600

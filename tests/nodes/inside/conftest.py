@@ -1,4 +1,7 @@
-"""A ComfyUI process on the CPU with the pack loaded the way ComfyUI loads it, and its nodes called directly."""
+"""A ComfyUI process with the pack loaded the way ComfyUI loads it, and its nodes called directly.
+
+On the CPU, unless LONGCAT_TESTS_DEVICE says cuda, as `make test-gpu` does.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def _load(folder: Path) -> Comfy:
     sys.path.insert(0, checkout)
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = os.environ.get("LONGCAT_TESTS_DEVICE", "cpu") == "cpu"
     # First, as main.py does: ComfyUI before 0.9 puts its folder comfy, with a utils.py, on the path later on.
     import folder_paths
     import utils.extra_config  # noqa: F401
