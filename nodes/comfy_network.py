@@ -7,7 +7,7 @@ its output: the core's is x0 - noise, ComfyUI's flow models return the velocity 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import comfy.ops
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..longcat_core.generate.progress import COMPILING
+from ..longcat_core.model import layers
 from ..longcat_core.model.config import ModelConfig
+from ..longcat_core.model.layers import Norm
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.attention import Kernels
 from ..longcat_core.optimize.compilation import compiles
@@ -45,14 +47,36 @@ def is_replaced(layer: torch.nn.Module) -> bool:
 def linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """Apply a layer in fp32, wherever and in whichever dtype ComfyUI keeps its weights, with LoRAs applied to them."""
     x = x.float()
-    if isinstance(layer, torch.nn.Linear) or is_replaced(layer):
+    if is_replaced(layer) or not quantizes_input(layer):
         # Such layers cast their weights to the input's dtype, since `DiffusionModel` sets `comfy_cast_weights`.
         return layer(x)
-    # A layer that ComfyUI quantized would quantize its input too.
     weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
     out = F.linear(x, weight, bias)
     comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
     return out
+
+
+def quantizes_input(layer: torch.nn.Module) -> bool:
+    """Whether the layer is one of ComfyUI's own that may do more with its input than multiply it by its weight: those
+    of quantized files, of `--fast fp8_matrix_mult` and of the weight dtype fp8_e4m3fn_fast."""
+    plain = comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
+    return type(layer).__module__ == comfy.ops.__name__ and type(layer).forward_comfy_cast_weights is not plain
+
+
+def affine(
+    norm: Norm, device: torch.device, dtype: torch.dtype, kept: Container[torch.dtype] = ()
+) -> tuple[Tensor, ...]:
+    """Parameters of a norm as `layers.affine` gives them, if ComfyUI streams them or patches them at use too."""
+    patched = bool(norm.weight_function or norm.bias_function)
+    if not patched and all(parameter.device == device for parameter in norm.parameters()):
+        return layers.affine(norm, device, dtype, kept)
+    dtype = norm.weight.dtype if norm.weight.dtype in kept and not patched else dtype
+    options = {"device": device, "dtype": dtype, "bias_dtype": dtype, "offloadable": True}
+    weight, bias, stream = comfy.ops.cast_bias_weight(norm, **options)
+    # Copies: after use is over, other weights may be written to where these lie.
+    copies = tuple(parameter.clone() for parameter in (weight, bias) if parameter is not None)
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return copies
 
 
 def is_streamed(block: torch.nn.Module, device: torch.device) -> bool:
@@ -104,13 +128,19 @@ class DiffusionModel(LongCatTransformer):
         fp8: bool = False,
         **config: Any,
     ) -> None:
-        operations = type("Operations", (operations,), {"linear_fp32": staticmethod(linear_fp32)})
+        operations = type(
+            "Operations", (operations,), {"linear_fp32": staticmethod(linear_fp32), "affine": staticmethod(affine)}
+        )
         super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
         if fp8:
             comfy_fp8.install(self, self.config)
         for layer in self._fp32_layers():
             # These take fp32 input, which ComfyUI's layers refuse unless they cast their weights.
             layer.comfy_cast_weights = True
+        for module in self.modules():
+            if isinstance(module, Norm):
+                # What makes ComfyUI stream a module and patch it with LoRAs wherever it lies.
+                module.comfy_cast_weights, module.weight_function, module.bias_function = False, [], []
         # In order of use, by the arguments that they were made from; see `execution`.
         self.executions: dict[tuple, Execution] = {}
 

@@ -28,8 +28,8 @@ class SelfAttention(nn.Module):
         kwargs = {"dtype": dtype, "device": device}
         self.num_heads = num_heads
         self.qkv = operations.Linear(dim, 3 * dim, **kwargs)
-        self.q_norm = RMSNorm(dim // num_heads, **kwargs)
-        self.k_norm = RMSNorm(dim // num_heads, **kwargs)
+        self.q_norm = RMSNorm(dim // num_heads, operations=operations, **kwargs)
+        self.k_norm = RMSNorm(dim // num_heads, operations=operations, **kwargs)
         self.proj = operations.Linear(dim, dim, **kwargs)
 
     def forward(
@@ -79,8 +79,8 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.q = operations.Linear(dim, dim, **kwargs)
         self.kv = operations.Linear(dim, 2 * dim, **kwargs)
-        self.q_norm = RMSNorm(dim // num_heads, **kwargs)
-        self.k_norm = RMSNorm(dim // num_heads, **kwargs)
+        self.q_norm = RMSNorm(dim // num_heads, operations=operations, **kwargs)
+        self.k_norm = RMSNorm(dim // num_heads, operations=operations, **kwargs)
         self.proj = operations.Linear(dim, dim, **kwargs)
 
     def keys_values(self, tokens: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Block(nn.Module):
         dim, heads = config.hidden_size, config.num_heads
         self.modulation = operations.Linear(config.adaln_dim, 6 * dim, dtype=dtype, device=device)
         self.attn = SelfAttention(dim, heads, **kwargs)
-        self.cross_norm = LayerNorm(dim, dtype=dtype, device=device)
+        self.cross_norm = LayerNorm(dim, **kwargs)
         self.cross_attn = CrossAttention(dim, heads, **kwargs)
         self.ffn = FeedForward(dim, config.ffn_hidden, **kwargs)
         self.linear_fp32 = getattr(operations, "linear_fp32", linear_fp32)

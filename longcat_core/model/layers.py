@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -45,31 +46,64 @@ def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.float(), gate, update.float()).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+def affine(
+    norm: Norm, device: torch.device, dtype: torch.dtype, kept: Container[torch.dtype] = ()
+) -> tuple[Tensor, ...]:
+    """Weight and, if it has one, bias [C] of a norm on `device`: in `dtype`, or uncast if theirs is one of `kept`."""
+    parameters = (norm.weight,) if norm.bias is None else (norm.weight, norm.bias)
+    return tuple(p.to(device, p.dtype if p.dtype in kept else dtype) for p in parameters)
+
+
+class Norm(nn.Module):
+    """What norms share: definitions and kernels read their parameters through `affine` alone, because an owner may
+    keep them in any dtype, on another device, or patch them at use. Its `operations` then carry another `affine`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, operations: Any = nn) -> None:
+        super().__init__()
+        self._affine = getattr(operations, "affine", affine)
+
+    def affine(self, device: torch.device, dtype: torch.dtype, kept: Container[torch.dtype] = ()) -> tuple[Tensor, ...]:
+        """See the function `affine`."""
+        return self._affine(self, device, dtype, kept)
+
+
+class RMSNorm(Norm):
     """x / rms(x) over the last axis in fp32, cast back, then times the weight (in that order)."""
 
-    def __init__(self, dim: int, eps: float = EPS, dtype: torch.dtype | None = None, device: Any = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        dim: int,
+        eps: float = EPS,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        operations: Any = nn,
+    ) -> None:
+        super().__init__(operations)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim, dtype=dtype, device=device))
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         del x32
-        return normed.to(x.dtype) * self.weight.to(device=x.device, dtype=x.dtype)
+        (weight,) = self.affine(x.device, x.dtype)
+        return normed.to(x.dtype) * weight
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Norm):
     """LayerNorm over C in fp32, back in x's dtype; eps 1e-6. Weight and bias [C]."""
 
-    def __init__(self, dim: int, dtype: torch.dtype | None = None, device: Any = None) -> None:
-        super().__init__()
+    def __init__(self, dim: int, dtype: torch.dtype | None = None, device: Any = None, operations: Any = nn) -> None:
+        super().__init__(operations)
         self.weight = nn.Parameter(torch.ones(dim, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(dim, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (p.to(device=x.device, dtype=torch.float32) for p in (self.weight, self.bias))
+        weight, bias = self.affine(x.device, torch.float32)
         return F.layer_norm(x.float(), x.shape[-1:], weight, bias, EPS).to(x.dtype)
 
 

@@ -105,7 +105,8 @@ class LongCatTransformer(nn.Module):
     """LongCat-Video: latents, timesteps and text in, x0 - noise out (the negative of the flow velocity).
 
     `operations` supplies Linear and Conv3d (default torch.nn), so that an owner can stream, quantize or patch weights;
-    it may carry `linear_fp32(layer, x)` for weights in another form. `block`: the blocks' class.
+    it may carry `linear_fp32(layer, x)` and `affine` for weights in another form; see `layers`. `block`: the blocks'
+    class.
     """
 
     def __init__(

@@ -172,7 +172,10 @@ class TorchOps(PlainOps):
 
 
 class FusedOps(TorchOps):
-    """`TorchOps` with Triton kernels for the element-wise regions: on CUDA, in 16 bits, without gradients."""
+    """`TorchOps` with Triton kernels for the element-wise regions: on CUDA, in 16 bits, without gradients.
+
+    Kernels read parameters of norms through `Norm.affine`, never as an owner stores them.
+    """
 
     def _quantized(self, reader: nn.Module | None) -> bool:
         """Whether the layer that reads a result accepts 8-bit rows."""
@@ -189,11 +192,12 @@ class FusedOps(TorchOps):
     ) -> tuple[Tensor, Activations]:
         if skip:
             return super().residual_norm(x, update, gate, norm, skip, reader)
-        weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
+        weight, bias = norm.affine(x.device, torch.float32, elementwise.READ)
         return elementwise.residual_norm(x, update.take(), gate, weight, bias, fp8=self._quantized(reader))
 
     def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
-        return elementwise.norm_rope(x, norm.weight.to(x.device), rope)
+        (weight,) = norm.affine(x.device, x.dtype)
+        return elementwise.norm_rope(x, weight, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations:
         if self.kernels.quantized and self._quantized(reader) and not torch.compiler.is_compiling():
@@ -206,7 +210,8 @@ class FusedOps(TorchOps):
     ) -> Activations:
         if not self.switches.fused_text:
             return super().attend_text(q, norm, k, v, text, reader)
-        return text_attention(q, norm.weight.to(q.device), k, v, text.bias, fp8=self._quantized(reader))
+        (weight,) = norm.affine(q.device, q.dtype)
+        return text_attention(q, weight, k, v, text.bias, fp8=self._quantized(reader))
 
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         if not self.switches.fused_ffn and self.sliceable(gate_up, x):

@@ -116,7 +116,7 @@ def _pool(x, sizes, out, tokens, heads, chunks, stride, CHUNK: tl.constexpr, PAR
         for start in range(0, PART, 16):
             slot = start + tl.arange(0, 16)[:, None]
             at = (first + slot) * stride + head * DIM + channel
-            value = tl.load(x + at, mask=slot < size, other=0).to(tl.float32)
+            value = tl.load(x + at, mask=slot < size, other=0.0).to(tl.float32)
             total += tl.sum(value, axis=0, keep_dims=True)
     at = (tl.program_id(1).to(tl.int64) * chunks + chunk) * DIM + channel
     tl.store(out + at, (total / tl.maximum(count, 1)).to(out.dtype.element_ty))

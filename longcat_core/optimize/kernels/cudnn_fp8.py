@@ -50,7 +50,7 @@ def _fp8_attention_extent(
     total = tl.zeros((ROWS, DIM), tl.float32)
     for start in range(0, CHUNK, ROWS):
         at = (part * CHUNK + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        value = tl.load(x + at * stride + channel[None, :], mask=at < tokens, other=0).to(tl.float32)
+        value = tl.load(x + at * stride + channel[None, :], mask=at < tokens, other=0.0).to(tl.float32)
         most = tl.maximum(most, tl.abs(value))
         total += value
     index = (sample * tl.num_programs(0) + head) * tl.num_programs(1) + part
@@ -68,7 +68,7 @@ def _fp8_attention_pack(
     at = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     channel = tl.arange(0, DIM)[None, :]
     there = at < tokens
-    value = tl.load(x + sample * sample_stride + at * stride + head * DIM + channel, mask=there, other=0)
+    value = tl.load(x + sample * sample_stride + at * stride + head * DIM + channel, mask=there, other=0.0)
     value = value.to(tl.float32)
     if CENTERED:
         value -= tl.load(mean + (sample * heads + head) * DIM + channel)

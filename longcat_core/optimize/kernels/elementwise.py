@@ -24,6 +24,9 @@ TINY = 1e-12
 # Tokens that one program normalizes with the modulation it holds in registers.
 ROWS = 8
 
+# Parameters in these dtypes are widened to fp32 as they are loaded; others must be cast before.
+READ = (*HALF, torch.float32)
+
 NEEDS = Requirement(triton=True, dtypes=HALF, head_dims=None, backward=False)
 missing = NEEDS.missing
 
@@ -71,20 +74,20 @@ def _residual_norm(
     columns = tl.arange(0, WIDTH)
     mask = columns < width
     if GATE:
-        g = tl.load(gate + sample * gate_sample + own * gate_frame + columns, mask=mask, other=0).to(tl.float32)
+        g = tl.load(gate + sample * gate_sample + own * gate_frame + columns, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         at = sample * norm_sample + own * norm_frame + columns
-        w = tl.load(weight + at, mask=mask, other=0).to(tl.float32)
-        b = tl.load(bias + at, mask=mask, other=0).to(tl.float32)
+        w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
         if ONE_PLUS:
             w += 1.0
     first = tl.program_id(1) * ROWS
     for i in range(ROWS):
         if first + i < spatial:
             row = frame * spatial + first + i
-            value = tl.load(x + row * width + columns, mask=mask, other=0).to(tl.float32)
+            value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
             if UPDATE:
-                more = tl.load(update + row * width + columns, mask=mask, other=0).to(tl.float32)
+                more = tl.load(update + row * width + columns, mask=mask, other=0.0).to(tl.float32)
                 if GATE:
                     more *= g
                 # The norm reads what the residual stream holds, rounded.
@@ -107,7 +110,7 @@ def _norm_rope(
     head = tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, 2 * HALF)[None, :]
     mask = (head < heads) & (channel < 2 * HALF)
-    value = tl.load(x + row * row_stride + head * (2 * HALF) + channel, mask=mask, other=0).to(tl.float32)
+    value = tl.load(x + row * row_stride + head * (2 * HALF) + channel, mask=mask, other=0.0).to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, axis=1) / (2 * HALF) + eps)[:, None]
     value *= tl.load(weight + channel).to(tl.float32)
     if ROPE:
@@ -124,8 +127,8 @@ def _gated_product(gate_up, out, scales, width, FP8: tl.constexpr, WIDTH: tl.con
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     mask = columns < width
-    gate = tl.load(gate_up + row * 2 * width + columns, mask=mask, other=0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + columns, mask=mask, other=0).to(tl.float32)
+    gate = tl.load(gate_up + row * 2 * width + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + columns, mask=mask, other=0.0).to(tl.float32)
     _store(out, scales, row, columns, mask, gate / (1 + tl.exp(-gate)) * up, width, FP8)
 
 
@@ -134,7 +137,7 @@ def _quantize(x, out, scales, width, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     mask = columns < width
-    value = tl.load(x + row * width + columns, mask=mask, other=0).to(tl.float32)
+    value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
     _store(out, scales, row, columns, mask, value, width, True)
 
 

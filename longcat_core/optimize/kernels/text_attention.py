@@ -50,7 +50,7 @@ def plain_text_attention(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, bias: 
 
 @jit
 def _normed(q, at, mask, weight, channel, eps, DIM: tl.constexpr):
-    value = tl.load(q + at, mask=mask, other=0).to(tl.float32)
+    value = tl.load(q + at, mask=mask, other=0.0).to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, axis=1) / DIM + eps)[:, None]
     return value * tl.load(weight + channel).to(tl.float32)[None, :]
 
@@ -79,8 +79,8 @@ def _short_text_attention(
     there = key < keys
     k += sample * k_sample + head * DIM
     v += sample * v_sample + head * DIM
-    k_tile = tl.load(k + key[None, :] * k_stride + channel[:, None], mask=there[None, :], other=0)
-    v_tile = tl.load(v + key[:, None] * v_stride + channel[None, :], mask=there[:, None], other=0)
+    k_tile = tl.load(k + key[None, :] * k_stride + channel[:, None], mask=there[None, :], other=0.0)
+    v_tile = tl.load(v + key[:, None] * v_stride + channel[None, :], mask=there[:, None], other=0.0)
     if BIAS:
         more = tl.load(bias + sample * bias_sample + key, mask=there, other=float("-inf")) * 1.4426950408889634
     else:
@@ -123,7 +123,7 @@ def _text_attention(
     for begin in range(0, keys, COLUMNS):
         key = begin + tl.arange(0, COLUMNS)
         there = key < keys
-        k_tile = tl.load(k + key[None, :] * k_stride + channel[:, None], mask=there[None, :], other=0)
+        k_tile = tl.load(k + key[None, :] * k_stride + channel[:, None], mask=there[None, :], other=0.0)
         scores = tl.dot(query, k_tile) * scale
         if BIAS:
             more = tl.load(bias + sample * bias_sample + key, mask=there, other=float("-inf"))
@@ -134,7 +134,7 @@ def _text_attention(
         share = tl.exp2(scores - highest[:, None])
         shrink = tl.exp2(top - highest)
         total = total * shrink + tl.sum(share, axis=1)
-        v_tile = tl.load(v + key[:, None] * v_stride + channel[None, :], mask=there[:, None], other=0)
+        v_tile = tl.load(v + key[:, None] * v_stride + channel[None, :], mask=there[:, None], other=0.0)
         summed = summed * shrink[:, None] + tl.dot(share.to(v.dtype.element_ty), v_tile)
         top = highest
     _store(out, start + at, mask, summed / total[:, None], scales, sample, FP8)
