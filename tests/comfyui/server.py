@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Server:
     """One ComfyUI process over a base directory that survives a restart. Models and settings of the user are not seen.
 
     blocked: packages whose import fails in this server. pack: False leaves the pack out. cpu: False lets ComfyUI choose
-    the device.
+    the device. more: variables of its environment.
     """
 
     def __init__(
@@ -68,8 +68,9 @@ class Server:
         blocked: Sequence[str] = (),
         pack: bool = True,
         cpu: bool = True,
+        more: Mapping[str, str] | None = None,
     ) -> None:
-        self.installation, self.base = installation, base
+        self.installation, self.base, self.more = installation, base, dict(more or {})
         self.flags = (*(("--cpu",) if cpu else ()), *flags)
         # Another version of the page than the one that came with ComfyUI: the folder `static` of its package.
         if frontend := os.environ.get("COMFYUI_FRONTEND"):
@@ -120,7 +121,7 @@ class Server:
         if self.stubs.exists():
             environment["PYTHONPATH"] = str(self.stubs)
         # Nothing that a test does may reach for a model on the network.
-        return {**environment, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+        return {**environment, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.more}
 
     def start(self) -> Server:
         """Start and wait until the server answers. RuntimeError with the end of its log if it does not."""

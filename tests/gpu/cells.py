@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+
+from allpairspy import AllPairs
 
 from longcat_core.optimize.switches import Optimizations
 
@@ -59,8 +61,21 @@ class Cell:
         return " / ".join((self.weights, self.sampler, self.mode, self.extra, self.task))
 
 
-def first_cells(modes: tuple[str, ...]) -> Iterator[Cell]:
+def possible(task: str, sampler: str) -> bool:
+    """The long nodes sample by themselves."""
+    return task not in LONG_TASKS or sampler == LONGCAT
+
+
+def pairs(weights: Sequence[str], modes: Sequence[str]) -> list[Cell]:
+    """Cells in which every possible pair of values of two axes occurs."""
+    axes = [list(weights), list(EXTRAS), list(TASKS), list(modes), list(SAMPLERS)]
+
+    def allowed(row: list[str]) -> bool:
+        return len(row) < len(axes) or possible(row[2], row[4])
+
+    return [Cell(form, sampler, mode, extra, task) for form, extra, task, mode, sampler in AllPairs(axes, allowed)]
+
+
+def first_cells(modes: Sequence[str]) -> list[Cell]:
     """The plainest video in every VRAM mode with every sampler, which is what a short run tries."""
-    for mode in modes:
-        for sampler in SAMPLERS:
-            yield Cell("bf16", sampler, mode, NONE, T2V)
+    return [Cell("bf16", sampler, mode, NONE, T2V) for mode in modes for sampler in SAMPLERS]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ GIB = 2**30
 HELD_GIB = 12
 # Compiling is the longest that a server says nothing.
 SILENCE = 120
+# What PyTorch says when the CUDA context of a process is lost.
+SPOILED = ("CUDA error", "illegal memory access", "device-side assert")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Booted:
     def __init__(self, server: Server) -> None:
         self.server, self.client, self.boots = server, None, 0
 
-    def _ready(self) -> Client:
+    def ready(self) -> Client:
+        """The connection to the running server. RuntimeError if it does not start."""
         if self.client is None:
             self.server.start()
             self.boots += 1
@@ -80,28 +83,36 @@ class Booted:
         self.client = None
         self.server.stop()
 
-    def run(self, prompt: Prompt) -> Seen:
-        """Run a prompt whose node "save" keeps frames. Never raises: what goes wrong is in the answer."""
+    def run(self, prompts: Sequence[Prompt]) -> Seen:
+        """Run prompts in order up to the first that fails; the node "save" of the last one keeps frames. Never raises:
+        what goes wrong is in the answer."""
         started = time.monotonic()
-        try:
-            seen = self._run(prompt)
-        except (OSError, RuntimeError, ValueError, LookupError, websocket.WebSocketException) as error:
-            # A server that died shows it by a closed connection; what it printed last says why.
-            end = self.server.log.strip().splitlines()[-1:] if self.server.log_path.exists() else []
+        seen = Seen("error", "nothing to run")
+        for prompt in prompts:
+            try:
+                seen = self._run(prompt)
+            except (OSError, RuntimeError, ValueError, LookupError, websocket.WebSocketException) as error:
+                # A server that died shows it by a closed connection; what it printed last says why.
+                end = self.server.log.strip().splitlines()[-1:] if self.server.log_path.exists() else []
+                self.drop()
+                seen = Seen("crash", " | ".join([f"{type(error).__name__}: {str(error)[-300:]}", *end]))
+            if seen.status != "success":
+                break
+        if any(words in seen.said for words in SPOILED):
+            # Every later prompt of this process would fail as well.
             self.drop()
-            seen = Seen("crash", " | ".join([f"{type(error).__name__}: {str(error)[-300:]}", *end]))
-        return Seen(seen.status, seen.said, seen.node, seen.frames, time.monotonic() - started)
+        return replace(seen, seconds=time.monotonic() - started)
 
     def _run(self, prompt: Prompt) -> Seen:
-        client = self._ready()
+        client = self.ready()
         try:
             run = client.run(prompt)
         except Refused as refused:
             return Seen("refused", sentence(refused.answer), next(iter(refused.answer.get("node_errors") or {}), ""))
         if run.status != "success":
             said = " ".join(str(run.end.get("exception_message", run.status)).split())
-            return Seen("error", said, str(run.end.get("node_id", "")))
-        return Seen("success", frames=self._frames(client, run))
+            return Seen("error", said[:400], str(run.end.get("node_id", "")))
+        return Seen("success", frames=self._frames(client, run) if "save" in prompt else None)
 
     def _frames(self, client: Client, run: Run) -> np.ndarray:
         (file,) = run.files("save")
@@ -119,19 +130,35 @@ def sentence(answer: dict) -> str:
     return " | ".join(found) or (error.get("message", str(error)) if isinstance(error, dict) else str(error))
 
 
-def make(
-    modes: Iterable[str], installation: Installation, folder: Path, total_bytes: int, more: tuple[str, ...] = ()
-) -> dict[str, Booted]:
-    """A server of each mode, not yet started, each over a folder of its own."""
-    page = dummy_page(folder / "page", installation)
-    return {
-        mode: Booted(
-            Server(
-                installation,
-                folder / mode.strip("-").replace(" ", "-"),
-                flags=(*flags(mode, total_bytes, installation), *page, *more),
-                cpu=False,
-            )
-        )
-        for mode in modes
-    }
+class Fleet:
+    """Makes servers over folders inside `folder`, which share the models in `models`."""
+
+    def __init__(self, installation: Installation, folder: Path, models: Path, total_bytes: int) -> None:
+        self.installation, self.folder, self.models, self.total_bytes = installation, folder, models, total_bytes
+        self.page = dummy_page(folder / "page", installation)
+        self.made: dict[str, Booted] = {}
+
+    def server(self, mode: str, name: str = "", threads: int = 0) -> Booted:
+        """A server of a mode, not yet started, under a name of its own. threads: of PyTorch on the CPU; 0: its own
+        choice."""
+        name = name or mode.strip("-").replace(" ", "-")
+        base = self.folder / name
+        (base / "models").mkdir(parents=True)
+        for kind in ("diffusion_models", "loras"):
+            (base / "models" / kind).symlink_to(self.models / kind, target_is_directory=True)
+        options = (*flags(mode, self.total_bytes, self.installation), *self.page)
+        server = Server(self.installation, base, flags=options, cpu=False, more=environment(threads))
+        self.made[name] = Booted(server)
+        return self.made[name]
+
+    def end(self, logs: Path) -> None:
+        """Stop all servers, keep their logs in `logs` and remove what they wrote."""
+        for name, booted in self.made.items():
+            booted.drop()
+            if booted.server.log_path.exists():
+                (logs / f"{name}.log").write_bytes(booted.server.log_path.read_bytes())
+            booted.server.remove()
+
+
+def environment(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads)} if threads else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..comfyui.prompts import FILES, FPS, node, text_to_video
+from ..comfyui.prompts import FPS, node, text_to_video
 from .cells import (
     BYPASS,
     COMPILE,
@@ -136,12 +136,12 @@ def nano(cell: Cell, loader: dict[str, Any], folder: str) -> Prompt:
         prompt |= latent(cell.task) | sampled(cell, steps, refine=refine)
         prompt |= {"decode": node("VAEDecode", samples=["sampler", 0], vae=["vae", 0])}
         prompt |= watched(["decode", 0], folder)
-    if not change:
-        for part in prompt.values():
-            part["inputs"] = {
-                name: ["model", 0] if value == ["patched", 0] else value for name, value in part["inputs"].items()
-            }
-    return prompt
+    return prompt if change else relinked(prompt, ["patched", 0], ["model", 0])
 
 
-BF16 = node("LongCatModelLoader", model_name=FILES["model"], weight_dtype="default")
+def relinked(prompt: Prompt, old: list[Any], new: list[Any]) -> Prompt:
+    """The prompt with every link to `old` led to `new`."""
+    return {
+        name: {**part, "inputs": {key: new if value == old else value for key, value in part["inputs"].items()}}
+        for name, part in prompt.items()
+    }

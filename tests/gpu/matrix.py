@@ -1,23 +1,30 @@
-"""Run the matrix: python -m tests.gpu.matrix [--device cpu] [--first] [--seconds N] [--output build/gpu]."""
+"""Run the matrix: every row on the server of its VRAM mode, the CPU's videos beside, one line for each row."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
+import os
 import queue
-import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from ..comfyui.server import PACK, Installation
-from . import fleet, graphs
-from .cells import CPU, MODES, Cell, first_cells
-from .fleet import Booted
-from .verdicts import WRONG, judge
+from ..comfyui.server import Installation
+from . import cells, jobs, stock, weights
+from .cells import CPU, MODES
+from .fleet import Booted, Fleet
+from .graphs import LORA_FILE, Prompt
+from .jobs import Job
+from .verdicts import WRONG, Verdict, judge
+
+ROWS = "matrix.jsonl"
+# Threads of each of the servers that compute the CPU's videos.
+THREADS = 2
 
 
 def say(text: str) -> None:
@@ -25,86 +32,117 @@ def say(text: str) -> None:
 
 
 class References:
-    """The CPU's video of each prompt, computed once, by a server of its own."""
+    """The CPU's video of each key, computed once, by several servers."""
 
-    def __init__(self, booted: Booted) -> None:
-        self.booted, self.found, self.lock = booted, {}, threading.Lock()
-        self.pool = ThreadPoolExecutor(1)
+    def __init__(self, servers: Sequence[Booted]) -> None:
+        self.free: queue.SimpleQueue[Booted] = queue.SimpleQueue()
+        for server in servers:
+            self.free.put(server)
+        self.found: dict[tuple[str, ...], Future] = {}
+        self.pool = ThreadPoolExecutor(len(servers))
 
-    def of(self, cell: Cell) -> Future:
-        key = (cell.weights, cell.sampler, cell.extra, cell.task)
-        with self.lock:
-            if key not in self.found:
-                number = len(self.found)
-                prompt = graphs.nano(cell, graphs.BF16, f"reference-{number}")
-                self.found[key] = self.pool.submit(self.booted.run, prompt)
-            return self.found[key]
+    def of(self, job: Job) -> Future:
+        if job.key not in self.found:
+            self.found[job.key] = self.pool.submit(self._run, job.reference)
+        return self.found[job.key]
+
+    def _run(self, prompts: Sequence[Prompt]) -> Any:
+        server = self.free.get()
+        try:
+            return server.run(prompts)
+        finally:
+            self.free.put(server)
+
+    def stop(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run(cells: list[Cell], servers: dict[str, Booted], references: References, deadline: float, output: Path) -> bool:
-    """Run every cell on the server of its mode, all modes side by side; whether no cell is wrong."""
-    rows, lock = [], threading.Lock()
-    finished: queue.Queue = queue.Queue()
+def row(job: Job, verdict: Verdict, seconds: float) -> dict[str, Any]:
+    """What the report keeps of a job."""
+    psnr = None if verdict.psnr is None else "equal" if math.isinf(verdict.psnr) else round(verdict.psnr, 1)
+    found = {"kind": job.kind, "name": job.name, "mode": job.mode, "verdict": verdict.verdict, "said": verdict.said}
+    return found | {"psnr": psnr, "limit": job.limit, "seconds": round(seconds, 2), "nodes": job.nodes}
+
+
+def done(output: Path, identity: str) -> dict[str, dict[str, Any]]:
+    """Rows that earlier runs of the same tree on the same machine left, by name."""
+    path, found = output / ROWS, {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            if kept["identity"] == identity:
+                found[kept["name"]] = kept
+    return found
+
+
+def run(work: Sequence[Job], servers: dict[str, Booted], references: References, deadline: float) -> Iterator[tuple]:
+    """(job, verdict, seconds) of every job that was begun before the deadline, all modes side by side."""
+    finished: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+    for job in work:
+        references.of(job)
 
     def serve(mode: str) -> None:
-        for number, cell in enumerate(cells):
-            if cell.mode == mode and time.monotonic() < deadline:
-                finished.put((cell, servers[mode].run(graphs.nano(cell, graphs.BF16, f"cell-{number}"))))
+        for job in work:
+            if job.mode == mode and time.monotonic() < deadline:
+                seen = servers[mode].run(job.prompts)
+                finished.put((job, judge(job, seen, references.of(job).result()), seen.seconds))
 
-    for cell in cells:
-        references.of(cell)
     threads = [threading.Thread(target=serve, args=(mode,), daemon=True) for mode in servers]
     for thread in threads:
         thread.start()
-    with (output / "matrix.jsonl").open("a", encoding="utf-8") as file:
-        while any(thread.is_alive() for thread in threads) or not finished.empty():
-            try:
-                cell, seen = finished.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            verdict = judge(cell, seen, references.of(cell).result())
-            with lock:
-                rows.append(verdict)
-            file.write(json.dumps(asdict(cell) | asdict(verdict) | {"seconds": seen.seconds}) + "\n")
-            file.flush()
-            db = "" if verdict.psnr is None else f" {verdict.psnr:.1f} dB"
-            say(f"{verdict.verdict:7} {seen.seconds:6.1f} s{db} {cell.name} {verdict.said}")
-    return bool(rows) and not any(row.verdict == WRONG for row in rows)
+    while any(thread.is_alive() for thread in threads) or not finished.empty():
+        try:
+            yield finished.get(timeout=0.2)
+        except queue.Empty:
+            continue
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--first", action="store_true", help="only the plainest cells, 12 on a GPU")
-    parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--output", type=Path, default=PACK / "build" / "gpu")
-    arguments = parser.parse_args()
-    started = time.monotonic()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    installation = Installation.find()
+def plan(modes: Sequence[str], *, first: bool, only: Sequence[str], every: int) -> list[Job]:
+    """The jobs of a run. only: parts of names, of which one must occur; every: take each so many-th."""
+    if first:
+        work = [jobs.of_cell(cell, number) for number, cell in enumerate(cells.first_cells(modes))]
+    else:
+        work = [jobs.of_stock(name, mode) for name in stock.ROWS for mode in modes]
+        work += [jobs.of_cell(cell, number) for number, cell in enumerate(cells.pairs(list(weights.AXIS), modes))]
+    work = [job for job in work if not only or any(part in job.name for part in only)]
+    return work[::every]
+
+
+def main(
+    device: str, deadline: float, output: Path, identity: str, *, first: bool, only: Sequence[str], every: int
+) -> bool:
+    """Run what is not done yet; whether every row is there and none is wrong."""
     modes, total = (CPU,), 0
-    if arguments.device == "cuda":
+    if device == "cuda":
         import torch
 
         modes, total = MODES, torch.cuda.get_device_properties(0).total_memory
-    with tempfile.TemporaryDirectory() as folder:
-        servers = fleet.make(modes, installation, Path(folder), total)
-        reference = fleet.make((CPU,), installation, Path(folder) / "reference", total)[CPU]
+    work = plan(modes, first=first, only=only, every=every)
+    before = {name for name, kept in done(output, identity).items() if kept["verdict"] != WRONG}
+    rest = [job for job in work if job.name not in before]
+    say(f"matrix: {len(rest)} of {len(work)} rows to run")
+    wrong = count = 0
+    with tempfile.TemporaryDirectory(prefix="longcat-gpu-") as folder:
+        models = Path(folder) / "models"
+        for form, why in weights.write(models).items():
+            say(f"matrix: {form} could not be written: {why}")
+        weights.lora(models / "loras" / LORA_FILE)
+        fleet = Fleet(Installation.find(), Path(folder), models, total)
+        servers = {mode: fleet.server(mode) for mode in modes}
+        beside = max(1, ((os.cpu_count() or 1) - 2 * len(modes)) // THREADS)
+        references = References([fleet.server(CPU, f"reference-{i}", THREADS) for i in range(min(beside, len(rest)))])
         try:
-            good = run(list(first_cells(modes)), servers, References(reference), started + arguments.seconds,
-                       arguments.output)  # fmt: skip
+            with (output / ROWS).open("a", encoding="utf-8") as file:
+                for job, verdict, seconds in run(rest, servers, references, deadline):
+                    kept = row(job, verdict, seconds)
+                    file.write(json.dumps({"identity": identity} | kept) + "\n")
+                    file.flush()
+                    count += 1
+                    wrong += verdict.verdict == WRONG
+                    db = "" if kept["psnr"] is None else f"{kept['psnr']}"
+                    say(f"{verdict.verdict:7} {seconds:5.1f} s {db:>6} {job.name} {verdict.said}".rstrip())
         finally:
-            for booted in (*servers.values(), reference):
-                booted.drop()
-            for name, booted in {**servers, "reference": reference}.items():
-                log = booted.server.log_path
-                if log.exists():
-                    name = name.strip("-").replace(" ", "-")
-                    (arguments.output / f"{name}.log").write_bytes(log.read_bytes())
-                booted.server.remove()
-    say(f"{'no cell is wrong' if good else 'WRONG'}, {time.monotonic() - started:.0f} s")
-    return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            references.stop()
+            fleet.end(output)
+    say(f"matrix: {count} of {len(rest)} rows run, {wrong} wrong")
+    return count == len(rest) and not wrong

@@ -1,0 +1,72 @@
+"""What a server has to do for one row of the report, and what its video is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from . import limits, stock
+from .cells import BYPASS, COMPILE, LORA, NONE, SWITCHES, T2V, Cell
+from .graphs import Prompt, nano
+from .weights import AXIS, EXACT
+
+PAIRS, STOCK, WIDE = "pairs", "stock", "wide"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row. prompts: run in order on the server of `mode`; the video of the last one's node "save" counts.
+    reference: the same on a CPU, under a key that rows with one video share. limit: the least PSNR against it in dB.
+    refusal: a part of the sentence with which the row is expected to be refused, empty if it must run. scored: whether
+    the scene is looked for in the video as well."""
+
+    kind: str
+    name: str
+    mode: str
+    prompts: tuple[Prompt, ...]
+    key: tuple[str, ...]
+    reference: tuple[Prompt, ...]
+    limit: float
+    refusal: str = ""
+    scored: bool = False
+    cell: Cell | None = None
+
+    @property
+    def nodes(self) -> list[str]:
+        """The kinds of all nodes in the prompts."""
+        return sorted({part["class_type"] for prompt in self.prompts for part in prompt.values()})
+
+
+def counterpart(cell: Cell) -> Cell:
+    """The cell whose video on the CPU this one must give: exact weights and exact switches are left out, and a LoRA
+    is patched into the weights."""
+    extra = cell.extra
+    if extra == COMPILE or extra.partition("=")[0] in SWITCHES:
+        extra = NONE
+    numbers = AXIS[cell.weights].numbers
+    # The first weights with these numbers stand for all; e4m3 on a CPU is the same by any loader.
+    weights = next(name for name, form in AXIS.items() if form.numbers == numbers)
+    return replace(cell, weights=weights, mode="", extra=LORA if extra == BYPASS else extra)
+
+
+def of_cell(cell: Cell, number: int) -> Job:
+    other = counterpart(cell)
+    key = (other.weights, other.sampler, other.extra, other.task)
+    return Job(
+        PAIRS,
+        cell.name,
+        cell.mode,
+        (nano(cell, AXIS[cell.weights].node(), f"cell-{number}"),),
+        key,
+        (nano(other, AXIS[other.weights].node(), f"reference-{'-'.join(key)}".replace(" ", "_")),),
+        limits.limit(cell),
+        limits.refusal(cell),
+        # Coarse weights and lossy caches may lose what a few steps show.
+        scored=cell.task == T2V and AXIS[cell.weights].numbers == EXACT,
+        cell=cell,
+    )
+
+
+def of_stock(row: str, mode: str) -> Job:
+    name = row.replace(", ", "-").lower()
+    prompts = stock.prompts(row, f"stock-{name}")
+    return Job(STOCK, f"{row} / {mode}", mode, prompts, ("stock", row), prompts, limits.STOCK.get(row, limits.ROUNDING))
