@@ -29,7 +29,7 @@ from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8
 from .comfy_latents import LongCatLatents, NanoLatents
 from .comfy_network import DiffusionModel
-from .comfy_weights import from_checkpoint, to_official
+from .comfy_weights import from_checkpoint, logical_shapes, to_official
 
 IMAGE_MODEL = "longcat_video"
 
@@ -198,7 +198,7 @@ def detect(
         return None
     if known != (form, "") or not all(any(name.startswith(mark) for name in names) for mark in form.signature):
         return None
-    shapes = {name: tuple(state_dict[prefix + name].shape) for name in names}
+    shapes = logical_shapes({name: state_dict[prefix + name] for name in names}, form)
     config = with_zero_pad(infer_config(form, shapes, "the checkpoint"), metadata or {}, "the checkpoint")
     return {"image_model": IMAGE_MODEL, **config.to_dict()}
 

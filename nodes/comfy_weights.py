@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from comfy.quant_ops import QUANT_ALGOS
+from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, detect
-from ..longcat_core.checkpoints.load import Checkpoint, open_checkpoint
+from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, detect
+from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint
+from ..longcat_core.checkpoints.packed import Packed
+from ..longcat_core.checkpoints.packings import TILE
 from ..longcat_core.checkpoints.quantized import MARKERS, described_beside
 from ..longcat_core.checkpoints.reader import Reader
 from ..longcat_core.checkpoints.stored import collect, match_parameters
 from ..longcat_core.model.config import ModelConfig
-from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.quantization import Policy, dequantized, without_scales
 
 SOURCE = "the LongCat-Video checkpoint"
@@ -41,41 +44,57 @@ class StateDict:
 def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool = False) -> dict[str, Tensor]:
     """The network's weights out of `state`, a checkpoint of any form; `state` is emptied meanwhile, to save memory.
 
-    Split weights are stacked, and 8-bit ones with scales are dequantized to bf16, except layers that ComfyUI can run
-    quantized: those described by a `comfy_quant` tensor and stored whole. rowwise: layers that become fp8 row by row
-    keep stored e4m3 values, with their scales as `weight_scale` [out, 1] fp32. Keys that the network does not know are
-    kept, for ComfyUI to report. Raises CheckpointError naming what is missing or has the wrong shape.
+    Layers that ComfyUI can run quantized, by their `comfy_quant` tensors, keep their tensors; split ones are stacked if
+    that is exact (`joined`). All other quantized weights are dequantized to bf16. rowwise: layers that become fp8 row
+    by row keep stored e4m3 values, with their scales as `weight_scale` [out, 1] fp32. Keys that the network does not
+    know are kept, for ComfyUI to report. Raises CheckpointError naming what is missing or has the wrong shape.
     """
     form, _ = detect(state, SOURCE)
     _correct(state)
     place, file = Path(SOURCE), StateDict(state)
     stored, _ = collect(place, {place: file}, form, "", left=QUANT_ALGOS)
     for name, dtype in stored.dtypes.items():
-        if state[name].dtype != dtype:
+        if name not in stored.packed and state[name].dtype != dtype:
             # fp8 that is stored as bytes, which ComfyUI would take for whole numbers.
             state[name] = state[name].view(dtype)
-    checkpoint = Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
+    parameters = empty_parameters(config)
+    checkpoint = Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config).fitted(parameters)
     reader, sources = Reader(checkpoint), dict(form.modules(config.depth))
     eight_bit = {f"{module}.weight" for module in Policy().names(config.depth)} if rowwise else set()
     whole = {modules[0]: module for module, modules in sources.items() if len(modules) == 1}
     described = dict(described_beside(file.header, file.rows, SOURCE))
-    # ComfyUI runs their format, and they are stored whole.
-    quantized = {layer for layer, conf in described.items() if conf["format"] in QUANT_ALGOS and layer in whole}
-    left_to_comfyui = {f"{whole[layer]}.weight" for layer in quantized if f"{layer}.weight" in state} - eight_bit
-    parameters = {name: tensor for name, tensor in empty_parameters(config).items() if name not in left_to_comfyui}
+    native = {
+        layer
+        for layer, conf in described.items()
+        if f"{layer}.weight" in state and runs(conf, checkpoint.packed.get(f"{layer}.weight"))
+    }
 
     out = {}
+    for module, layers in sources.items():
+        if f"{module}.weight" in eight_bit or not native.issuperset(layers):
+            continue
+        if len(layers) > 1:
+            found = joined([_beside(state, layer) for layer in layers], described[layers[0]]["format"])
+            if found is None:
+                continue
+            out |= {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
+            for layer in layers:
+                for suffix in _beside(state, layer):
+                    del state[f"{layer}.{suffix}"]
+        del parameters[f"{module}.weight"]
     for name, parts in match_parameters(checkpoint, parameters, allow_unknown=True).items():
         rows = reader.e4m3(parts, "cpu") if name in eight_bit else None
         if rows is not None:
             out[name], out[f"{name}_scale"] = rows
-        elif any(part.scale for part in parts):
+        elif any(part.scale or part.name in checkpoint.packed for part in parts):
             out[name] = reader.into(torch.empty(parameters[name].shape, dtype=torch.bfloat16), parts)
         else:
             tensors = [state[part.name] for part in parts]
             out[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         module, _, kind = name.rpartition(".")
         used = [stored for part in parts for stored in (part.name, part.scale)]
+        packed = [checkpoint.packed[part.name] for part in parts if part.name in checkpoint.packed]
+        used += [beside for weight in packed for beside, _ in weight.beside.values()]
         used += [f"{source}.{suffix}" for source in sources[module] for suffix in BESIDE if kind == "weight"]
         for stored in used:
             state.pop(stored, None)
@@ -87,18 +106,77 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     return out
 
 
-def empty_parameters(config: ModelConfig) -> dict[str, Tensor]:
-    """The network's parameters by name, on the meta device."""
-    with torch.device("meta"):
-        return LongCatTransformer(config).state_dict()
+def runs(description: Mapping[str, Any], packed: Packed | None) -> bool:
+    """Whether this ComfyUI runs a layer of this description by itself. packed: how its weight is, None for others."""
+    algorithm = QUANT_ALGOS.get(description["format"])
+    if algorithm is None or packed is None:
+        return algorithm is not None
+    # ComfyUI ignores tensors that its version does not know, and would compute something else.
+    known = {*algorithm["parameters"], "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook"}
+    if not known.issuperset(packed.beside):
+        return False
+    layout = get_layout_class(algorithm["comfy_tensor_layout"])
+    six_bits = packed.kind == "asym_w4a8_int8" and packed.stored[1] * 2 > packed.shape[1]
+    return not six_bits or hasattr(layout, "bits")
+
+
+def _beside(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """The tensors of a quantized layer by their suffixes, without its bias."""
+    names = (name for name in state if name.rpartition(".")[0] == layer and not name.endswith(".bias"))
+    return {name.removeprefix(f"{layer}."): state[name] for name in names}
+
+
+def joined(parts: list[dict[str, Tensor]], kind: str) -> dict[str, Tensor] | None:
+    """Layers of one input as one layer, with the numbers that they have; None if that is impossible.
+
+    parts: tensors of the layers by their suffixes.
+    """
+    if any(part.keys() != parts[0].keys() for part in parts):
+        return None
+    rows = {"weight", "weight_s_rel", "weight_s_channel"}
+    if kind == "int8_tensorwise":
+        rows.add("weight_scale")
+        # One scale for each row, which any layer of this kind may have.
+        parts = [p | {"weight_scale": p["weight_scale"].reshape(-1, 1).expand(len(p["weight"]), 1)} for p in parts]
+    elif kind in ("convrot_w4a4", "nvfp4", "mxfp8"):
+        rows.add("weight_scale")
+        if kind != "convrot_w4a4" and any(len(part["weight"]) % TILE[0] for part in parts):
+            # Their scales fill their last tile in part.
+            return None
+    out = {}
+    for suffix, first in parts[0].items():
+        tensors = [part[suffix] for part in parts]
+        if suffix in rows:
+            out[suffix] = torch.cat(tensors)
+        elif all(tensor.dtype == first.dtype and torch.equal(_bytes(tensor), _bytes(first)) for tensor in tensors):
+            out[suffix] = first
+        else:
+            return None
+    return out
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def logical_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors, packed ones as the matrices that they hold. Raises CheckpointError."""
+    place, given = Path(SOURCE), dict(state)
+    _correct(given)
+    return collect(place, {place: StateDict(given)}, form, "", left=QUANT_ALGOS)[0].shapes
 
 
 def _correct(state: dict[str, Tensor]) -> None:
-    """Describe e5m2 weights as such: ComfyUI describes every weight of a file with a marker as e4m3."""
+    """Describe layers as what they are: ComfyUI describes all weights of a file with a marker as e4m3, e5m2 too, and
+    does not know descriptions without a format, which are of int8."""
     for layer, description in described_beside(StateDict(state).header, state.__getitem__, SOURCE):
-        weight = state.get(f"{layer}.weight")
-        if description.get("format") == "float8_e4m3fn" and weight is not None and weight.dtype == torch.float8_e5m2:
-            text = json.dumps(description | {"format": "float8_e5m2"}).encode()
+        weight, kind = state.get(f"{layer}.weight"), description.get("format")
+        if kind == "float8_e4m3fn" and weight is not None and weight.dtype == torch.float8_e5m2:
+            kind = "float8_e5m2"
+        elif kind is None and "per_row" in description:
+            kind = "int8_tensorwise"
+        if kind != description.get("format"):
+            text = json.dumps(description | {"format": kind}).encode()
             state[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
 
 

@@ -84,7 +84,7 @@ def load_model(
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(checkpoint.where.values()):
         state |= _dequantized(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
-    state = {name: state[checkpoint.prefix + name] for name in checkpoint.where}
+    state = {name: state[checkpoint.prefix + name] for name in checkpoint.names()}
     metadata = {CONFIG_KEY: json.dumps({"text_tokens_zero_pad": checkpoint.config.text_tokens_zero_pad})}
     if checkpoint.quantized:
         metadata[QUANT_METADATA] = json.dumps({"layers": checkpoint.quantized})

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, LongCatError
 from ..files.records import read_record
 from ..files.weight_files import open_weights
 from ..model.config import ModelConfig
+from ..model.transformer import LongCatTransformer
 from ..optimize.attention import import_ahead
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
@@ -129,7 +130,14 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None, left: C
         raise CheckpointError(
             f"{path} has {blocks} blocks, its config {config.depth}; check that its config.json belongs to it"
         )
-    return Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
+    checkpoint = Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
+    return checkpoint.fitted(empty_parameters(config)) if checkpoint.packed else checkpoint
+
+
+def empty_parameters(config: ModelConfig) -> dict[str, Tensor]:
+    """The network's parameters by name, on the meta device."""
+    with torch.device("meta"):
+        return LongCatTransformer(config).state_dict()
 
 
 def load_transformer(

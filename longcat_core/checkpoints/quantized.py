@@ -13,11 +13,11 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files.records import parse_record
 from ..files.safetensors_io import Header
+from .packings import PACKINGS
 
 QUANT_METADATA = "_quantization_metadata"
 DESCRIPTION = ".comfy_quant"
-# Formats of a description that can be read here, and the dtype of their numbers. Others pack several numbers into a
-# byte, scale blocks of a row, or rotate the weight.
+# Formats of a description whose numbers are stored one by one, and their dtypes; `PACKINGS` are the others.
 QUANT_FORMATS = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
@@ -26,15 +26,15 @@ QUANT_FORMATS = {
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Numbers that mean themselves.
 WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-READABLE = f"give a file in bf16, GGUF or {', '.join(QUANT_FORMATS)}"
+READABLE = f"give a file in bf16, GGUF, {', '.join(QUANT_FORMATS)} or a form of comfy-kitchen"
 # Tensors whose dtype is that of all weights with a `scale_weight`; ComfyUI takes fp32 for e4m3.
 MARKERS = ("scaled_fp8",)
 _MARKED = {torch.float32: torch.float8_e4m3fn} | {dtype: dtype for dtype in FP8}
 # A description is a short JSON text.
 _MAX_DESCRIPTION = 1 << 16
 
-# Formats that cannot be read: suffixes of tensors beside each other, after the name of their module, all of which the
-# format has. A format comes before those that have fewer of the same suffixes.
+# Formats that cannot be read, or not without a description: suffixes of tensors beside each other, after the name of
+# their module, all of which the format has. A format comes before those that have fewer of the same suffixes.
 PACKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("bitsandbytes nf4", ("weight.quant_state.bitsandbytes__nf4",)),
     ("bitsandbytes fp4", ("weight.quant_state.bitsandbytes__fp4",)),
@@ -94,25 +94,32 @@ def described_beside(
         )
 
 
-def formats_of(
+def settings_of(
     described: Sequence[tuple[str, dict[str, Any]]], source: str, left: Collection[str] = ()
-) -> dict[str, str]:
-    """Module -> format of `QUANT_FORMATS`. left: formats that are left to somebody else.
+) -> dict[str, dict[str, Any]]:
+    """Module -> its description, whose format is one of `QUANT_FORMATS` or `PACKINGS`; what writers nest in "params"
+    is beside it. left: formats that are left to somebody else, whose modules are not among them.
 
     Raises CheckpointError, by its name, for any other format, and for a module with two.
     """
-    formats: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
     for layer, description in described:
-        kind, more = description.get("format"), description.get("params")
+        nested = description.get("params")
+        settings = (nested if isinstance(nested, dict) else {}) | description
+        # The only format in which ComfyUI-INT8-Fast writes does not have a name.
+        kind = settings.setdefault("format", "int8_tensorwise" if "per_row" in settings else None)
         if not isinstance(kind, str):
             raise CheckpointError(f"{source} describes {layer} without a format; download it again")
-        rotated = description.get("convrot") or (isinstance(more, dict) and more.get("convrot"))
-        if kind not in left and (kind not in QUANT_FORMATS or rotated):
-            rotation = " with rotation" if rotated else ""
-            raise CheckpointError(f"{source} stores {layer} as {kind}{rotation}, which is not supported; {READABLE}")
-        if formats.setdefault(layer, kind) != kind:
-            raise CheckpointError(f"{source} describes {layer} as {formats[layer]} and as {kind}; download it again")
-    return {layer: kind for layer, kind in formats.items() if kind in QUANT_FORMATS}
+        if kind not in (*QUANT_FORMATS, *PACKINGS):
+            if kind not in left:
+                raise CheckpointError(f"{source} stores {layer} as {kind}, which is not supported; {READABLE}")
+            continue
+        other = found.setdefault(layer, settings)
+        if other["format"] != kind:
+            raise CheckpointError(f"{source} describes {layer} as {other['format']} and as {kind}; download it again")
+        # Writers' metadata may leave out what the tensor says.
+        found[layer] = other | settings
+    return found
 
 
 def refuse_packed(names: Collection[str], source: str, described: Collection[str] = ()) -> None:

@@ -70,18 +70,22 @@ class Reader:
 
     def _cuts(self, part: Part) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of each piece of a stored tensor."""
-        shape = self.checkpoint.shapes[part.name]
-        rows = shape[0] if shape else 1
+        shape, packed = self.checkpoint.shapes[part.name], self.checkpoint.packed.get(part.name)
+        rows = packed.stored[0] if packed is not None else shape[0] if shape else 1
         count = max(1, PIECE * rows // max(1, math.prod(shape)))
         return ((start, min(start + count, rows)) for start in range(0, rows, count))
 
     def _read(self, name: str, start: int, stop: int | None, buffer: Tensor | None = None) -> Tensor:
-        """Rows in the dtype that their bits have, which the file may store as bytes."""
+        """Rows in the dtype that their bits have, which the file may store as bytes; of packed weights, as stored."""
         file = self.checkpoint.files[self.checkpoint.where[name]]
-        return file.rows(self.checkpoint.prefix + name, start, stop, buffer).view(self.checkpoint.dtypes[name])
+        rows = file.rows(self.checkpoint.prefix + name, start, stop, buffer)
+        return rows if name in self.checkpoint.packed else rows.view(self.checkpoint.dtypes[name])
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device` by its scale."""
+        """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device`."""
+        if part.name in self.checkpoint.packed:
+            yield from self._unpacked(part, device)
+            return
         scale = self.scale(part)
         scale = None if scale is None else scale.to(device)
         for start, stop in self._cuts(part):
@@ -90,6 +94,18 @@ class Reader:
                 factor = scale if scale.numel() == 1 else scale[start:stop]
                 rows = times_scale(part.name, rows.to(device), {part.scale: factor})
             yield start, rows
+
+    def _unpacked(self, part: Part, device: torch.device | str) -> Iterator[tuple[int, Tensor]]:
+        packed, (rows, columns) = self.checkpoint.packed[part.name], self.checkpoint.shapes[part.name]
+        files, prefix = self.checkpoint.files, self.checkpoint.prefix
+        unpack = packed.unpack(lambda name, file: files[file].rows(prefix + name), device)
+        # Several rows may be stored as one.
+        ratio = packed.shape[0] // packed.stored[0]
+        for start, stop in self._cuts(part):
+            first, last = start * ratio, stop * ratio
+            found = unpack(self.rows(part.name, start, stop).to(device), slice(first, last))
+            if first < rows:
+                yield first, found[: rows - first, :columns]
 
     def scale(self, part: Part) -> Tensor | None:
         """The scale of a part, fp32, one number or [rows]; None for plain numbers.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..errors import CheckpointError, listed
 from ..files.records import parse_record
 from ..files.tensor_files import TensorFile
 from .formats import BESIDE, STORED_WEIGHTS, Format
+from .packed import Packed, packed_weights
+from .packings import packing_of
 from .quantized import (
     FP8,
     MARKERS,
@@ -24,11 +26,12 @@ from .quantized import (
     described_beside,
     described_in,
     dtypes_meant,
-    formats_of,
     in_words,
     refuse_packed,
+    settings_of,
 )
 
+S = TypeVar("S", bound="Stored")
 # Of each fault that a sentence shows, which has a name from the file.
 _CHARACTERS = 150
 
@@ -46,7 +49,8 @@ class Stored:
     """The tensors of any model in its opened files: a transformer, a text encoder or a VAE. `Reader` reads the numbers.
 
     where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, but GGUF's quantized tensors as fp32, and
-    fp8 whose bits are stored as uint8 as fp8. quantized: modules that the files' metadata describes -> their
+    fp8 whose bits are stored as uint8 as fp8. packed: weights that are matrices in fp32 by these tables -> how they are
+    stored, with tensors that the tables do not have. quantized: modules that the files' metadata describes -> their
     descriptions. depth: blocks that the form repeats.
     """
 
@@ -57,8 +61,25 @@ class Stored:
     files: dict[Path, TensorFile]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
+    packed: dict[str, Packed]
     quantized: dict[str, dict[str, Any]]
     depth: int
+
+    def names(self) -> dict[str, Path]:
+        """All tensors, those beside packed weights too."""
+        return self.where | dict(place for packed in self.packed.values() for place in packed.beside.values())
+
+    def fitted(self: S, parameters: Mapping[str, Tensor]) -> S:
+        """With the shapes of the network's parameters instead of those that packed weights were padded to."""
+        table = dict(self.form.modules(self.depth))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in parameters.items() if self.packed else ():
+            module, _, kind = name.rpartition(".")
+            sources = table[module]
+            shape = (parameter.shape[0] // len(sources), *parameter.shape[1:])
+            weights = [f"{source}.{kind}" for source in sources]
+            shapes |= {w: shape for w in weights if w in self.packed and self.packed[w].fits(shape)}
+        return replace(self, shapes=self.shapes | shapes)
 
     def parts(self, name: str) -> list[Part]:
         """The stored tensors of a parameter of the network, in the order of its rows. KeyError if one is missing."""
@@ -116,8 +137,19 @@ def collect(
     modules = {name.rpartition(".")[0] for name in where}
     described = [(layer, conf) for layer, conf in described if layer in modules]
     refuse_packed(where, str(path), {layer for layer, _ in described})
-    dtypes |= dtypes_meant(dtypes, formats_of(described, str(path), left), str(path))
-    return Stored(str(path), form, prefix, where, dict(files), shapes, dtypes, quantized, 0), metadata
+    settings = settings_of(described, str(path), left)
+    formats = {layer: conf["format"] for layer, conf in settings.items() if packing_of(conf) is None}
+    packed = packed_weights(settings, where, shapes, dtypes, str(path))
+    for name, weight in packed.items():
+        shapes[name], dtypes[name] = weight.shape, torch.float32
+        bias = shapes.get(f"{name.removesuffix('weight')}bias", ())
+        if len(bias) == 1 and weight.fits((bias[0], weight.shape[1])):
+            # Its length is not padded.
+            shapes[name] = (bias[0], weight.shape[1])
+        for beside, _ in weight.beside.values():
+            del where[beside], shapes[beside], dtypes[beside]
+    dtypes |= dtypes_meant(dtypes, formats, str(path))
+    return Stored(str(path), form, prefix, where, dict(files), shapes, dtypes, packed, quantized, 0), metadata
 
 
 def match_parameters(

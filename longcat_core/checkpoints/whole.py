@@ -80,8 +80,8 @@ def read_whole(
 
     Raises CheckpointError for tensors that do not make up the model, and for a weight with NaN or infinity.
     """
-    parts = match_parameters(stored, parameters)
-    reader = Reader(stored)
+    stored = stored.fitted(parameters)
+    parts, reader = match_parameters(stored, parameters), Reader(stored)
     state, extremes = {}, {}
     with reader.ahead(part for name in parameters for part in parts[name]):
         for name, parameter in parameters.items():

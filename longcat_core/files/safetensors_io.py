@@ -30,7 +30,9 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 MAX_ENTRIES = 100_000
 AGAIN = "download it again"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-DTYPES = {
+DTYPES: dict[str, torch.dtype] = {
+    # Scales of blocks. Older versions of PyTorch lack it; they read its bytes.
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,15 +48,12 @@ DTYPES = {
     "U32": torch.uint32,
     "U64": torch.uint64,
     "BOOL": torch.bool,
-    # The scales of blocks; older versions of PyTorch lack it.
-    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
 # Whose numbers dtypes that cannot be read are.
 PACKED_DTYPES = {
     "F4": " (nvfp4 or mxfp4)",
     "F6_E2M3": " (mxfp6)",
     "F6_E3M2": " (mxfp6)",
-    "F8_E8M0": " (mxfp8 or mxfp4)",
 }
 # What a file named like a checkpoint may be instead, by its first bytes.
 FOREIGN_STARTS = (

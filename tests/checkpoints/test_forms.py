@@ -181,9 +181,10 @@ def test_metadata_describes_layers_as_tensors_do(tmp_path, golden, wanted):
     text = json.dumps({"layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}})
     described_here = load_transformer(saved(tmp_path, state, {"_quantization_metadata": text}))
     assert_same(described_here, load_transformer(saved(tmp_path, state, name="y.safetensors")).state_dict())
-    text = json.dumps({"layers": {layer: {"format": "nvfp4"} for layer in layers}})
-    with pytest.raises(CheckpointError, match=r"stores blocks\.\S+ as nvfp4, which is not supported; give"):
-        load_transformer(saved(tmp_path, dict(sorted(state.items())), {"_quantization_metadata": text}))
+    for kind, said in (("int3", ", which is not supported; give"), ("nvfp4", r" but lacks \S+.weight_scale_2")):
+        text = json.dumps({"layers": {layer: {"format": kind} for layer in layers}})
+        with pytest.raises(CheckpointError, match=rf"stores blocks\.\S+ as {kind}{said}"):
+            load_transformer(saved(tmp_path, dict(sorted(state.items())), {"_quantization_metadata": text}))
 
 
 def test_official_int8_gives_the_golden_output(forward):
@@ -201,10 +202,10 @@ def test_int8_of_comfyui(tmp_path, golden, wanted):
     model = load_transformer(saved(tmp_path, described(state, "int8_tensorwise")))
     for name, value in model.state_dict().items():
         assert (value - wanted[name]).abs().max() <= wanted[name].abs().max() / 250
-    rotated = {"format": "int8_tensorwise", "convrot": True}
+    rotated = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 32}
     name = "blocks.0.ffn.w1.comfy_quant"
     text = torch.tensor(list(json.dumps(rotated).encode()), dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match=r"ffn\.w1 as int8_tensorwise with rotation, which is not supported"):
+    with pytest.raises(CheckpointError, match=r"w1 as int8_tensorwise with a rotation of 32 columns, which is not"):
         load_transformer(saved(tmp_path, state | {name: text}))
 
 
