@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from ..nodes.checkout import python_path
+
 PACK = Path(__file__).parents[2]
 PACK_NAME = "longcat-video"  # the folder's name in custom_nodes, and the group's in the template browser
 # glibc gives every freed buffer back at once, so that a server's memory says what it keeps.
@@ -118,8 +120,9 @@ class Server:
         environment = {**os.environ, **GIVE_BACK, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         # The tests' own Python path and settings of pytest are none of the server's business.
         environment.pop("PYTHONPATH", None)
+        environment |= python_path()
         if self.stubs.exists():
-            environment["PYTHONPATH"] = str(self.stubs)
+            environment["PYTHONPATH"] = os.pathsep.join([str(self.stubs), *python_path().values()])
         # Nothing that a test does may reach for a model on the network.
         return {**environment, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.more}
 
