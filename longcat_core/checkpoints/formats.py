@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -132,6 +133,16 @@ def times_scale(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tenso
 
 # Tensors beside a quantized weight that say how its layer's input is quantized; the weight does not depend on them.
 BESIDE = ("comfy_quant", "input_scale", "scale_input")
+
+
+def is_setting(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds a layer's settings as text, as ComfyUI writes them, and not weights.
+
+    Such is `MODULE.comfy_attention.config`, and others may come; `comfy_quant` belongs to a weight.
+    """
+    marked = any(part.startswith("comfy_") and part not in BESIDE for part in name.split("."))
+    return marked and dtype == torch.uint8 and len(shape) == 1
+
 
 # Other models that have all names of LongCat-Video and more.
 LARGER: tuple[tuple[str, tuple[str, ...]], ...] = (("LongCat-Video-Avatar", ("blocks.0.audio_cross_attn.",)),)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError, listed
 from ..files.records import parse_record
 from ..files.tensor_files import TensorFile
-from .formats import BESIDE, STORED_WEIGHTS, Format
+from .formats import BESIDE, STORED_WEIGHTS, Format, is_setting
 from .packed import Packed, packed_weights
 from .packings import packing_of
 from .quantized import (
@@ -202,6 +202,7 @@ def match_parameters(
             ):
                 missing.append(f"{source}.{'scale_weight' if dtype.is_floating_point else 'weight_scale'}")
     extra = [] if allow_unknown else sorted(set(stored) - used - set(MARKERS))
+    extra = [name for name in extra if not is_setting(name, checkpoint.dtypes[name], checkpoint.shapes[name])]
     for problem, names, remedy in (
         ("stores what cannot be read", unreadable, READABLE),
         ("lacks", missing, "download it again"),

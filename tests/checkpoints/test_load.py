@@ -359,6 +359,34 @@ def beside(name: str) -> Callable[[State], State]:
     return lambda state: state | {name: torch.zeros(0)}
 
 
+SETTING = torch.tensor(list(b'{"attention": "comfy_kitchen_int8"}'), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_settings_that_comfyui_keeps_in_a_file_are_not_weights(tmp_path, state, prefix):
+    """Those of its attention, and what newer versions may add."""
+    names = ("blocks.0.attn.comfy_attention.config", "blocks.1.cross_attn.comfy_attention.config", "comfy_later.v2")
+    file, plain = tmp_path / "settings.safetensors", tmp_path / "plain.safetensors"
+    for path, extra in ((file, dict.fromkeys(names, SETTING)), (plain, {})):
+        write_safetensors(path, {prefix + name: tensor for name, tensor in (state | extra).items()})
+    found, wanted = (load_transformer(path).state_dict() for path in (file, plain))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("blocks.0.attn.comfy_attention.config", SETTING.float()),
+        ("blocks.0.attn.comfy_attention.config", SETTING[None]),
+        ("blocks.0.attn.attention.config", SETTING),
+    ],
+)
+def test_what_may_be_weights_is_not_taken_for_a_setting(tmp_path, state, name, tensor):
+    write_safetensors(tmp_path / "bad.safetensors", state | {name: tensor})
+    with pytest.raises(CheckpointError, match=f"holds unknown tensors: {name}"):
+        load_transformer(tmp_path / "bad.safetensors")
+
+
 @pytest.mark.parametrize("number", ["99999999", "9" * 5000, "x", "-1", "00", "٣"])
 def test_a_block_of_any_number_is_an_unknown_tensor(tmp_path, state, number):
     file = tmp_path / "bad.safetensors"
