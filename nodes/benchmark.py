@@ -22,7 +22,15 @@ from .comfy_attention import attention_by_comfyui
 from .comfy_network import OPTIMIZATIONS_KEY
 from .conditioning import to_image
 from .inputs import LongCatNode
-from .models import compute_dtype, execution_of, options_of, require_comparable, switches_of, with_option
+from .models import (
+    compute_dtype,
+    execution_of,
+    options_of,
+    preferences_of,
+    require_comparable,
+    switches_of,
+    with_option,
+)
 from .progress import NodeProgress
 from .sampling import StepTimer, sample_latent
 
@@ -111,7 +119,7 @@ class _Side:
 
     def timed(self) -> TimedSetting:
         switches = switches_of(self.model)
-        kernel = attention_by_comfyui(switches, options_of(self.model))
+        kernel = attention_by_comfyui(switches, options_of(self.model), preferences_of(self.model))
         kernel = kernel or kernel_name(execution_of(self.model).choose_kernels(self.model.load_device).attend)
         return TimedSetting(self.name, switches, kernel, self.first_s or 0.0, self.times_ms, self.peak)
 

@@ -10,7 +10,7 @@ from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.kv_cache import KVCache
 from ..longcat_core.model.text import TextMode, TextTokens, fold_padding, real_tokens
 from ..longcat_core.optimize.attention import Kernels
-from ..longcat_core.optimize.execution import Execution
+from ..longcat_core.optimize.execution import AroundBlock, Execution
 
 # Keys of transformer_options under which the network finds these caches.
 CONDITIONING_CACHE_KEY = "longcat_conditioning_cache"
@@ -29,9 +29,16 @@ class ConditioningCache:
         self.exact = exact
         self.caches: dict[torch.device, tuple[Tensor, KVCache]] = {}
 
-    def get(self, execution: Execution, latents: Tensor, activations: int, kernels: Kernels | None) -> KVCache:
+    def get(
+        self,
+        execution: Execution,
+        latents: Tensor,
+        activations: int,
+        kernels: Kernels | None,
+        around_block: AroundBlock | None,
+    ) -> KVCache:
         """The cache of conditioning frames `latents` [B, C, n, H, W]; in CPU memory if the device cannot also hold
-        `activations` bytes."""
+        `activations` bytes. kernels, around_block: of the pass that fills it."""
         if bool((latents == latents[:1]).all()):
             latents = latents[:1]
         cached = self.caches.pop(latents.device, None)
@@ -40,7 +47,7 @@ class ConditioningCache:
             size = execution.new_kv_cache(*latents.shape[2:], batch=latents.shape[0], device="meta").nbytes
             free = comfy.model_management.get_free_memory(latents.device)
             home = latents.device if free > size + activations else torch.device("cpu")
-            cached = latents.clone(), execution.fill_kv_cache(latents, home, kernels)
+            cached = latents.clone(), execution.fill_kv_cache(latents, home, kernels, around_block)
         self.caches[latents.device] = cached
         return cached[1]
 

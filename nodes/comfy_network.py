@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import comfy.ops
@@ -23,13 +24,14 @@ from ..longcat_core.model.layers import Norm
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.attention import Kernels
 from ..longcat_core.optimize.compilation import compiles
-from ..longcat_core.optimize.execution import Execution
+from ..longcat_core.optimize.execution import AroundBlock, Execution
 from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
 from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
-from .comfy_attention import OVERRIDE, with_comfyui_attention
+from .comfy_attention import ComfyAttention, add_preferences, preferences, with_comfyui_attention
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
+from .comfy_prefetch import prefetching
 from .progress import begins
 
 # Keys of transformer_options that the pack's nodes set and the network reads.
@@ -102,6 +104,12 @@ def sliceable(layer: torch.nn.Module, x: Tensor) -> bool:
     )
 
 
+def _patched(options: dict[str, Any]) -> bool:
+    """Whether nodes change what blocks compute, and with it the keys of conditioning frames: in this pass only, as
+    skip-layer guidance does, or at some steps."""
+    return bool(options.get("patches_replace", {}).get("dit") or options.get("patches", {}).get("double_block"))
+
+
 class Prepared(NamedTuple):
     """How one forward runs; chosen beforehand."""
 
@@ -141,6 +149,7 @@ class DiffusionModel(LongCatTransformer):
             if isinstance(module, Norm):
                 # What makes ComfyUI stream a module and patch it with LoRAs wherever it lies.
                 module.comfy_cast_weights, module.weight_function, module.bias_function = False, [], []
+        add_preferences(self.blocks)
         # In order of use, by the arguments that they were made from; see `execution`.
         self.executions: dict[tuple, Execution] = {}
 
@@ -183,7 +192,9 @@ class DiffusionModel(LongCatTransformer):
         comfy_fp8.prepare(self, device, dtype)
         execution = self.execution(dtype, options)
         kernels = execution.choose_kernels(device)
-        return Prepared(execution, with_comfyui_attention(kernels, execution.requested, options))
+        sparse = execution.block_sparse is not None
+        chosen = with_comfyui_attention(kernels, execution.requested, options, preferences(self.blocks), sparse)
+        return Prepared(execution, chosen)
 
     def forward(
         self,
@@ -228,15 +239,19 @@ class DiffusionModel(LongCatTransformer):
         options: dict[str, Any],
     ) -> Tensor:
         execution, kernels = prepared
+        by_comfyui = isinstance(kernels.attend, ComfyAttention)
+        if by_comfyui:
+            # ComfyUI and its wrappers copy the options on their way here, and an override reads `block_index`.
+            kernels.attend.options = options
         texts = options.get(TEXT_CACHE_KEY)
         reuse = texts is not None and execution.optimizations.reuse_text and not torch.compiler.is_compiling()
         text = texts.get(execution, context) if reuse else read_text(execution, context)
-        around = self._around_block(x, timestep, context, options)
+        around = self._around_block(x, timestep, context, options, always=by_comfyui)
         timestep = timestep[:1] if shared else timestep
         cache, caches = None, options.get(CONDITIONING_CACHE_KEY)
-        if num_cond and caches is not None:
+        if num_cond and caches is not None and not _patched(options):
             activations = self.forward_bytes(x.shape, x.dtype, options)
-            cache = caches.get(execution, x[:, :, :num_cond], activations, kernels)
+            cache = caches.get(execution, x[:, :, :num_cond], activations, kernels, around)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
         out = execution(
             x,
@@ -248,26 +263,41 @@ class DiffusionModel(LongCatTransformer):
             around_block=around,
         )
         if not cache:
+            if num_cond and caches is not None and not caches.exact:
+                out[:, :, :num_cond] = 0
             return -out
         # The sampler restores the conditioning frames, but guidance sums over the network's output for them too; with
         # zeros they drop out of the sums.
         clean = cache.out if caches.exact else torch.zeros_like(cache.out)
         return -torch.cat((clean.to(out).repeat(len(out) // len(clean), 1, 1, 1, 1), out), dim=2)
 
-    def _around_block(self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any]) -> Any:
-        """A wrapper that runs each block under ComfyUI's `patches_replace`, or None if nothing needs it."""
+    def _around_block(
+        self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any], always: bool
+    ) -> AroundBlock | None:
+        """What ComfyUI wants around each block: its patches, the weights of the next block, and the block's number.
+
+        None if nothing needs it. always: whether attention reads the number.
+        """
         replace = options.get("patches_replace", {}).get("dit", {})
+        after = options.get("patches", {}).get("double_block", ())
         options["total_blocks"], options["block_type"] = len(self.blocks), "double"
-        if not replace and OVERRIDE not in options:
+        prefetch = prefetching(self.blocks, x.device, options)
+        if not (replace or after or prefetch or always):
             return None
 
         def around(i: int, run: Any, tokens: Tensor) -> Tensor:
             options["block_index"] = i
-            if ("double_block", i) not in replace:
-                return run(tokens)
             values = {"img": tokens.flatten(1, 2), "txt": context, "vec": timestep, "pe": None}
             values["transformer_options"] = options
-            original = {"original_block": lambda args: {"img": run(args["img"].view_as(tokens)).flatten(1, 2)}}
-            return replace[("double_block", i)](values, original)["img"].view_as(tokens)
+            with nullcontext() if prefetch is None else prefetch(i):
+                if ("double_block", i) in replace:
+                    original = {"original_block": lambda args: {"img": run(args["img"].view_as(tokens)).flatten(1, 2)}}
+                    out = replace[("double_block", i)](values, original)["img"].view_as(tokens)
+                else:
+                    out = run(tokens)
+            for patch in after:
+                values |= {"img": out.flatten(1, 2), "x": x, "block_index": i, "img_offset": 0}
+                out = patch(values).get("img", out).view_as(tokens)
+            return out
 
         return around

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +13,21 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, detect
+from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, Table, detect
 from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint
 from ..longcat_core.checkpoints.packed import Packed
 from ..longcat_core.checkpoints.packings import TILE
 from ..longcat_core.checkpoints.quantized import MARKERS, described_beside
 from ..longcat_core.checkpoints.reader import Reader
 from ..longcat_core.checkpoints.stored import collect, match_parameters
+from ..longcat_core.errors import listed
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.optimize.quantization import Policy, dequantized, without_scales
+from .comfy_attention import reads_preferences
 
 SOURCE = "the LongCat-Video checkpoint"
+# What newer versions of ComfyUI write beside the weights of an attention layer: which kernel it wants.
+SETTING = ".comfy_attention.config"
 
 
 @dataclass
@@ -100,6 +105,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
             state.pop(stored, None)
     for marker in MARKERS:
         state.pop(marker, None)
+    out |= _attention_settings(state, sources, config.depth)
     for key in list(state):
         source, _, kind = key.rpartition(".")
         out[f"{whole.get(source, source)}.{kind}" if source else kind] = state.pop(key)
@@ -164,6 +170,29 @@ def logical_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple
     place, given = Path(SOURCE), dict(state)
     _correct(given)
     return collect(place, {place: StateDict(given)}, form, "", left=QUANT_ALGOS)[0].shapes
+
+
+def _attention_settings(state: dict[str, Tensor], sources: Table, depth: int) -> dict[str, Tensor]:
+    """Taken out of `state`: what the file sets about the attention of each block, under the network's names.
+
+    Settings of layers for which this ComfyUI, or this network, has no choice are left out, with a note.
+    """
+    projections = {f"blocks.{i}.attn": sources[f"blocks.{i}.attn.proj"][0] for i in range(depth)}
+    layers = {source.rpartition(".")[0]: ours for ours, source in projections.items()}
+    found, ignored = {}, []
+    for key in [key for key in state if key.endswith(SETTING)]:
+        layer, setting = key.removesuffix(SETTING), state.pop(key)
+        if reads_preferences() and layer in layers:
+            found[layers[layer] + SETTING] = setting
+        else:
+            ignored.append(layer)
+    if ignored:
+        logging.warning(
+            "LongCat: the checkpoint sets the attention of %s, which is ignored: %s",
+            listed(ignored),
+            "only self-attention has a choice" if reads_preferences() else "newer versions of ComfyUI read that",
+        )
+    return found
 
 
 def _correct(state: dict[str, Tensor]) -> None:

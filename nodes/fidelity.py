@@ -23,7 +23,7 @@ from .comfy_attention import attention_by_comfyui
 from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
 from .inputs import LongCatNode
-from .models import compute_dtype, options_of, require_comparable, switches_of, with_option, wrappers_of
+from .models import compute_dtype, options_of, preferences_of, require_comparable, switches_of, with_option, wrappers_of
 from .previews import clean_frames
 from .progress import NodeProgress
 from .sampling import StepTimer, sample_latent, starting_latents
@@ -36,7 +36,7 @@ TIMED = "steps after the first"
 def floor_kernel(model: ModelPatcher) -> str:
     """An exact kernel other than the MODEL's own. Raises LongCatError with the reason if there is none."""
     switches = switches_of(model)
-    if other := attention_by_comfyui(switches, options_of(model)):
+    if other := attention_by_comfyui(switches, options_of(model), preferences_of(model)):
         raise LongCatError(f"{other} chooses A's attention, which may not be exact; remove it to get a noise floor")
     head_dim = model.model.diffusion_model.config.head_dim
     return core.other_kernel(switches.attention, Inputs(model.load_device, compute_dtype(model), head_dim, False))

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.optimize.execution import Execution
 from ..longcat_core.optimize.switches import Optimizations
+from .comfy_attention import Attention, preferences
 from .comfy_model import LongCatVideo
 from .comfy_network import OPTIMIZATIONS_KEY
 
@@ -82,6 +83,11 @@ def patches_of(model: ModelPatcher) -> list[str]:
     patched = [name for name, patches in options.get("patches", {}).items() if patches]
     other = ["attention"] if "optimized_attention_override" in options else []
     return sorted([*replaced, *patched, *other])
+
+
+def preferences_of(model: ModelPatcher) -> list[Attention | None]:
+    """The attention that the MODEL's checkpoint sets in each block, see `preferences`."""
+    return preferences(model.model.network.blocks)
 
 
 def compute_dtype(model: ModelPatcher) -> torch.dtype:

@@ -16,20 +16,25 @@ from ..longcat_core.optimize.kernels import elementwise as kernels
 from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
 from .comfy_attention import attention_by_comfyui
-from .comfy_network import OPTIMIZATIONS_KEY
+from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
-from .models import options_of, require_longcat
+from .models import options_of, preferences_of, require_longcat
 
 CALC_COND_BATCH = "sampler_calc_cond_batch_function"
 
 
 def report(
-    switches: Optimizations, requested: Optimizations, device: torch.device, options: dict, casts: bool, fp8_layers: int
+    switches: Optimizations,
+    requested: Optimizations,
+    device: torch.device,
+    attention: str,
+    casts: bool,
+    fp8_layers: int,
 ) -> str:
     """What is active, one line for each switch, and why a requested switch is not.
 
-    options: the MODEL's transformer_options. casts: whether ComfyUI casts or streams the weights, so that fused layers
-    run whole. fp8_layers: number of layers that were quantized to fp8 row by row.
+    attention: what decides about self-attention in place of the switch, or "". casts: whether ComfyUI casts or streams
+    the weights, so that fused layers run whole. fp8_layers: number of layers that were quantized to fp8 row by row.
     """
     lines = []
     for name, kind in get_type_hints(Optimizations).items():
@@ -50,8 +55,8 @@ def report(
             line += _fp8(value, device, fp8_layers)
         if name == "gradient_checkpointing" and value:
             line += " (acts in training only)"
-        if name == "attention" and (other := attention_by_comfyui(switches, options)):
-            line += f" (not used: {other} decides)"
+        if name == "attention" and attention:
+            line += f" (not used: {attention} decides)"
         lines.append(line)
     missing = [f"  {name}: {why}" for name, usable, why in backends.report() if not usable]
     if missing:
@@ -68,8 +73,11 @@ def _fp8(value: bool, device: torch.device, layers: int) -> str:
 
 
 def split_guidance(args: dict[str, Any]) -> list[torch.Tensor]:
-    """ComfyUI's sampler_calc_cond_batch_function that runs the conds of a step one after the other."""
+    """ComfyUI's sampler_calc_cond_batch_function that runs the conds of a step one after the other, or at once on as
+    many devices."""
     given = args["input"], args["sigma"], args["model_options"]
+    if len(args["conds"]) <= len(args["model_options"].get("multigpu_clones", ())):
+        return comfy.samplers.calc_cond_batch(args["model"], args["conds"], *given)
     return [out for cond in args["conds"] for out in comfy.samplers.calc_cond_batch(args["model"], [cond], *given)]
 
 
@@ -97,7 +105,11 @@ class OptimizationsNode(LongCatNode):
             del model.model_options[CALC_COND_BATCH]
         casts = model.model.manual_cast_dtype is not None or getattr(model, "is_dynamic", lambda: False)()
         layers = len(comfy_fp8.layers(model.model.diffusion_model))
-        return io.NodeOutput(model, report(active, requested, device, options_of(model), casts, layers))
+        if options_of(model).get(BLOCK_SPARSE_KEY) is not None:
+            attention = "LongCat Block-Sparse Attention"
+        else:
+            attention = attention_by_comfyui(active, options_of(model), preferences_of(model))
+        return io.NodeOutput(model, report(active, requested, device, attention, casts, layers))
 
 
 NODES = [OptimizationsNode]

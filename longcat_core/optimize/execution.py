@@ -149,17 +149,18 @@ class Execution:
         cond_latents: Tensor,
         device: torch.device | str | None = None,
         kernels: attention.Kernels | None = None,
+        around_block: AroundBlock | None = None,
     ) -> KVCache:
         """One pass over clean latents [B, C, n, H, W] at timestep 0 and without text; returns the filled cache.
 
         The network's output for these frames is kept in it as `out`. device: where the cache lies; None: beside the
-        latents. kernels: see `__call__`.
+        latents. kernels, around_block: see `__call__`.
         """
         device = torch.device(device or cond_latents.device)
         batch, _, frames, height, width = cond_latents.shape
         cache = self.new_kv_cache(frames, height, width, batch, device)
         timesteps = cond_latents.new_zeros(batch)
-        cache.out = self(cond_latents, timesteps, None, fill=cache, kernels=kernels)
+        cache.out = self(cond_latents, timesteps, None, fill=cache, kernels=kernels, around_block=around_block)
         cache.rotate(cond_latents.device)
         return cache
 
