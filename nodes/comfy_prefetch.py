@@ -1,4 +1,4 @@
-"""ComfyUI's dynamic VRAM fetches the weights of the next block while one runs, if the network says which is next."""
+"""ComfyUI's dynamic VRAM fetches all weights of a block at once, ahead of the GPU, if the network says which comes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ImportError:
 def prefetching(
     blocks: Sequence[torch.nn.Module], device: torch.device, options: dict[str, Any]
 ) -> Callable[[int], AbstractContextManager[None]] | None:
-    """What block i runs under, so that block i + 1 is fetched meanwhile; None if ComfyUI fetches nothing ahead.
+    """What block i runs under, so that its weights are fetched together; None if ComfyUI does not fetch ahead.
 
     options: transformer_options. Blocks come in order; a pass that begins with block 0 again starts over.
     """

@@ -224,40 +224,48 @@ def test_a_wrapper_may_change_the_options_on_the_way(model, sampler, empty):
 
 
 @pytest.mark.parametrize("latent", ["empty", "image_latent"])
-def test_each_block_is_prefetched_while_the_one_before_runs(model, sampler, monkeypatch, request, latent):
+def test_each_block_is_prefetched_before_it_runs(model, sampler, monkeypatch, request, latent):
+    """ComfyUI's own queue, on weights that are all there."""
     try:
-        from comfy import model_prefetch
+        from comfy import model_management, model_prefetch
     except ImportError:
         pytest.skip("this ComfyUI does not prefetch")
     given, blocks = request.getfixturevalue(latent), list(model.model.diffusion_model.blocks)
-    events, made = [], []
-
-    def make(queue, device, options):
-        assert queue == blocks
-        made.append([None, *queue, None])
-        return made[-1]
-
-    def pop(queue, device, module, **options):
-        queue.pop(0)
-        assert queue[0] is module
-        events.append(("pop", None if module is None else blocks.index(module)))
-
-    def before(block, *args):
-        events.append(("run", blocks.index(block)))
-
     expected = sampler(given, model)
-    monkeypatch.setattr(model_prefetch, "make_prefetch_queue", make)
-    monkeypatch.setattr(model_prefetch, "prefetch_queue_pop", pop)
+    events, queues = [], []
+    make, pop = model_prefetch.make_prefetch_queue, model_prefetch.prefetch_queue_pop
+
+    def made(queue, device, options):
+        # A CPU does not have streams to fetch in.
+        with monkeypatch.context() as patch:
+            patch.setattr(model_management, "NUM_STREAMS", 2)
+            patch.setattr(model_management, "is_device_cpu", lambda device: False)
+            patch.setattr(model_management, "device_supports_non_blocking", lambda device: True)
+            queues.append(make(queue, device, options))
+        assert queues[-1] == [None, *blocks, None]
+        return queues[-1]
+
+    def popped(queue, device, module, **options):
+        ahead = None if module is None else blocks.index(module)
+        assert queue[1] is module
+        events.append(("fetch", ahead))
+        pop(queue, device, module, **options)
+
+    monkeypatch.setattr(model_prefetch, "make_prefetch_queue", made)
+    monkeypatch.setattr(model_prefetch, "prefetch_queue_pop", popped)
     monkeypatch.setattr(type(model), "is_dynamic", lambda self: True, raising=False)
-    handles = [block.register_forward_pre_hook(before) for block in blocks]
+    handles = [
+        block.register_forward_pre_hook(lambda block, inputs: events.append(("run", blocks.index(block))))
+        for block in blocks
+    ]
     try:
-        out = sampler(given, model)
+        assert torch.equal(expected, sampler(given, model))
     finally:
         for handle in handles:
             handle.remove()
-    assert torch.equal(expected, out) and made
-    one = [event for i in range(len(blocks)) for event in (("pop", i), ("run", i))] + [("pop", None)]
-    assert events == one * len(made) and all(queue == [None] for queue in made)
+        model_prefetch.cleanup_prefetch_queues()
+    one = [event for i in range(len(blocks)) for event in (("fetch", i), ("run", i))] + [("fetch", None)]
+    assert queues and events == one * len(queues) and all(queue == [None] for queue in queues)
 
 
 # --- guidance split over devices -------------------------------------------------------------------------------------
