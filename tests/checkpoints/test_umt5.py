@@ -92,6 +92,13 @@ def test_names_and_prefixes(tmp_path, state, wanted, names, prefix):
     assert open_umt5(path).sizes["num_layers"] == 2
 
 
+def test_settings_of_comfyuis_attention_are_not_weights(tmp_path, state, wanted):
+    setting = torch.tensor(list(b'{"attention": "comfy_kitchen_int8"}'), dtype=torch.uint8)
+    layer = "encoder.block.0.layer.0.SelfAttention"
+    write_safetensors(tmp_path / "te.safetensors", state | {f"{layer}.comfy_attention.config": setting})
+    assert torch.equal(encoded(tmp_path / "te.safetensors"), wanted)
+
+
 def is_layer(name: str) -> bool:
     return re.search(r"(SelfAttention\.[qkvo]|DenseReluDense\.\w+)\.weight$", name) is not None
 
