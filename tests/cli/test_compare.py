@@ -107,7 +107,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(*arguments: str) -> tuple[list[bool], list[str]]:
         loads.clear(), kernels.clear()
-        assert cli.main(["compare", *arguments]) == 0
+        assert cli.main(["compare", *arguments, "--device", "cpu"]) == 0
         return loads, kernels
 
     return run

@@ -15,8 +15,10 @@ import pytest
 from longcat_core.cli import main as cli
 from longcat_core.cli.console import Stream, words
 
+from ..support.python_path import python_path
+
 SMALL = ["--frames", "5", "--steps", "1", "--size", "16x16", "--device", "cpu"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"} | python_path(Path(__file__).parents[2])
 
 
 def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:

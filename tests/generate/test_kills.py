@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.python_path import python_path
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL and fork")
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +206,7 @@ def command(path: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    return ENVIRONMENT | python_path(ROOT)
 
 
 def test_the_command_is_killed_and_run_again(tmp_path):

@@ -216,7 +216,7 @@ def test_what_a_request_takes(clip):
     assert longer.latents[3:] == (120, 208) and longer.cond_latents > 0
 
 
-COMMAND = ["generate", PROMPT, "--steps", "2", "--size", "32x48", "--frames", "9"]
+COMMAND = ["generate", PROMPT, "--steps", "2", "--size", "32x48", "--frames", "9", "--device", "cpu"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,40 +4,78 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
-from ..comfyui.server import PACK
-from . import matrix, suites
+import torch
+
+from ..comfyui.server import PACK, Installation
+from . import about, matrix, report, suites
+from .matrix import Choice
 
 MATRIX = "matrix"
 PARTS = (suites.TESTS, suites.NODES, MATRIX)
+KEPT = PACK / "docs" / report.KEPT
 
 
-def main() -> int:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu")
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=PACK / "build" / "gpu")
     parser.add_argument("--seconds", type=float, default=900, help="begin nothing new after so long")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="files of tests side by side")
-    parser.add_argument("--first", action="store_true", help="of the matrix, only the plainest cells")
+    parser.add_argument("--first", action="store_true", help="of the matrix, only the plainest rows")
     parser.add_argument("--only", action="append", default=[], help="of the matrix, rows with this in their name")
     parser.add_argument("--every", type=int, default=1, help="of the matrix, each so many-th row")
+    parser.add_argument("--keep", action="store_true", help="run nothing; make the report in --output that of docs")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return arguments
+
+
+def find_comfyui() -> Installation:
+    """ComfyUI and its Python; this Python if no other is named and the checkout has no environment of its own."""
+    if not os.environ.get("COMFYUI_PYTHON"):
+        path = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI").expanduser().absolute()
+        if not (path.parent / "venv").is_dir():
+            os.environ["COMFYUI_PYTHON"] = sys.executable
+    try:
+        return Installation.find()
+    except FileNotFoundError as error:
+        raise SystemExit(f"make test-gpu: {error}") from error
+
+
+def main() -> int:
+    arguments = options()
     deadline = time.monotonic() + arguments.seconds
     arguments.output.mkdir(parents=True, exist_ok=True)
-    good = True
-    for part in arguments.parts:
-        if part in (suites.TESTS, suites.NODES):
-            good &= suites.main(part, arguments.device, arguments.processes, deadline, arguments.output)
-        else:
-            choice = {"first": arguments.first, "only": arguments.only, "every": arguments.every}
-            good &= matrix.main(arguments.device, deadline, arguments.output, "", **choice)
-    return 0 if good else 1
+    if arguments.keep:
+        KEPT.write_text(report.dump(report.gather(arguments.output)), encoding="utf-8")
+        return 0
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("make test-gpu: PyTorch sees no CUDA device; add --device cpu to try the command without one")
+    # A run that is ended from outside still ends its servers and writes its report.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    machine = about.gather(device, find_comfyui(), arguments.output)
+    try:
+        for part in arguments.parts:
+            if part == MATRIX:
+                choice = Choice(arguments.first, arguments.only, arguments.every)
+                matrix.main(device, deadline, arguments.output, machine, choice)
+            else:
+                suites.main(part, device.type, arguments.processes, deadline, arguments.output, machine["identity"])
+    finally:
+        about.write(machine, arguments.output)
+        made = report.write(arguments.output)
+    print(report.overview(made), flush=True)
+    print(f"the report is in {arguments.output / 'report.md'}", flush=True)
+    asked = {part for part in arguments.parts if part != MATRIX}
+    return 0 if report.good(made, asked, MATRIX in arguments.parts) else 1
 
 
 if __name__ == "__main__":

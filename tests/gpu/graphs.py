@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
+
+from longcat_core.optimize.switches import Optimizations
 
 from ..comfyui.prompts import FPS, node, text_to_video
 from .cells import (
@@ -53,7 +56,7 @@ def patched(extra: str) -> dict[str, Any] | None:
         return node("LongCatStepCache", model=model, threshold=0.05)
     if extra != NONE:
         name = extra.partition("=")[0]
-        return node("LongCatOptimizations", model=model, **{name: SWITCHES[name]})
+        return node("LongCatOptimizations", model=model, **asdict(Optimizations()) | {name: SWITCHES[name]})
     return None
 
 

@@ -48,7 +48,8 @@ def counterpart(cell: Cell) -> Cell:
     return replace(cell, weights=weights, mode="", extra=LORA if extra == BYPASS else extra)
 
 
-def of_cell(cell: Cell, number: int) -> Job:
+def of_cell(cell: Cell, number: int, packages: frozenset[str] = limits.PACKAGES) -> Job:
+    """packages: those of limits.PACKAGES that ComfyUI's Python has."""
     other = counterpart(cell)
     key = (other.weights, other.sampler, other.extra, other.task)
     return Job(
@@ -59,7 +60,7 @@ def of_cell(cell: Cell, number: int) -> Job:
         key,
         (nano(other, AXIS[other.weights].node(), f"reference-{'-'.join(key)}".replace(" ", "_")),),
         limits.limit(cell),
-        limits.refusal(cell),
+        limits.refusal(cell, packages),
         # Coarse weights and lossy caches may lose what a few steps show.
         scored=cell.task == T2V and AXIS[cell.weights].numbers == EXACT,
         cell=cell,

@@ -6,25 +6,46 @@ import json
 import math
 import os
 import queue
+import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..comfyui.server import Installation
-from . import cells, jobs, stock, weights
+from . import cells, jobs, limits, stock, weights, wide
 from .cells import CPU, MODES
-from .fleet import Booted, Fleet
+from .fleet import Booted, Fleet, Seen
 from .graphs import LORA_FILE, Prompt
-from .jobs import Job
+from .jobs import WIDE, Job
+from .limits import PACKAGES
+from .report import ROWS, read_rows
 from .verdicts import WRONG, Verdict, judge
 
-ROWS = "matrix.jsonl"
 # Threads of each of the servers that compute the CPU's videos.
 THREADS = 2
+# Seconds after the deadline in which rows that were begun may end.
+PATIENCE = 60
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows to run. first: the plainest ones; only: parts of names, of which one must occur; every: each so
+    many-th row."""
+
+    first: bool = False
+    only: Sequence[str] = ()
+    every: int = 1
+
+    def of(self, work: list[Any]) -> list[Any]:
+        return [job for job in work if not self.only or any(part in job.name for part in self.only)][:: self.every]
 
 
 def say(text: str) -> None:
@@ -46,6 +67,11 @@ class References:
             self.found[job.key] = self.pool.submit(self._run, job.reference)
         return self.found[job.key]
 
+    @property
+    def count(self) -> str:
+        """How many are made, of how many."""
+        return f"{sum(future.done() for future in self.found.values())} of {len(self.found)}"
+
     def _run(self, prompts: Sequence[Prompt]) -> Any:
         server = self.free.get()
         try:
@@ -61,88 +87,116 @@ def row(job: Job, verdict: Verdict, seconds: float) -> dict[str, Any]:
     """What the report keeps of a job."""
     psnr = None if verdict.psnr is None else "equal" if math.isinf(verdict.psnr) else round(verdict.psnr, 1)
     found = {"kind": job.kind, "name": job.name, "mode": job.mode, "verdict": verdict.verdict, "said": verdict.said}
-    return found | {"psnr": psnr, "limit": job.limit, "seconds": round(seconds, 2), "nodes": job.nodes}
-
-
-def done(output: Path, identity: str) -> dict[str, dict[str, Any]]:
-    """Rows that earlier runs of the same tree on the same machine left, by name."""
-    path, found = output / ROWS, {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            kept = json.loads(line)
-            if kept["identity"] == identity:
-                found[kept["name"]] = kept
-    return found
+    found |= {"psnr": psnr, "limit": job.limit, "seconds": round(seconds, 2), "nodes": job.nodes}
+    return found | (asdict(job.cell) if job.cell else {})
 
 
 def run(work: Sequence[Job], servers: dict[str, Booted], references: References, deadline: float) -> Iterator[tuple]:
     """(job, verdict, seconds) of every job that was begun before the deadline, all modes side by side."""
-    finished: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-    for job in work:
-        references.of(job)
+    finished: queue.SimpleQueue[tuple[Job, Seen]] = queue.SimpleQueue()
 
     def serve(mode: str) -> None:
         for job in work:
             if job.mode == mode and time.monotonic() < deadline:
-                seen = servers[mode].run(job.prompts)
-                finished.put((job, judge(job, seen, references.of(job).result()), seen.seconds))
+                finished.put((job, servers[mode].run(job.prompts)))
 
     threads = [threading.Thread(target=serve, args=(mode,), daemon=True) for mode in servers]
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads) or not finished.empty():
-        try:
-            yield finished.get(timeout=0.2)
-        except queue.Empty:
-            continue
+    waiting: list[tuple[Job, Seen]] = []
+    shown, judged = time.monotonic(), 0
+    while any(thread.is_alive() for thread in threads) or not finished.empty() or waiting:
+        time.sleep(0.1)
+        while not finished.empty():
+            waiting.append(finished.get())
+        ready = [pair for pair in waiting if references.of(pair[0]).done()]
+        waiting = [pair for pair in waiting if pair not in ready]
+        for job, seen in ready:
+            judged += 1
+            yield job, judge(job, seen, references.of(job).result()), seen.seconds
+        if time.monotonic() > shown + 30:
+            shown = time.monotonic()
+            say(f"matrix: {judged} rows judged, {len(waiting)} wait for the CPU's video, {references.count} made")
+        if time.monotonic() > deadline + PATIENCE:
+            break
 
 
-def plan(modes: Sequence[str], *, first: bool, only: Sequence[str], every: int) -> list[Job]:
-    """The jobs of a run. only: parts of names, of which one must occur; every: take each so many-th."""
+def plan(modes: Sequence[str], packages: frozenset[str], *, first: bool) -> list[Job]:
+    """The jobs on the nano model. first: only the plainest."""
     if first:
-        work = [jobs.of_cell(cell, number) for number, cell in enumerate(cells.first_cells(modes))]
-    else:
-        work = [jobs.of_stock(name, mode) for name in stock.ROWS for mode in modes]
-        work += [jobs.of_cell(cell, number) for number, cell in enumerate(cells.pairs(list(weights.AXIS), modes))]
-    work = [job for job in work if not only or any(part in job.name for part in only)]
-    return work[::every]
+        return [jobs.of_cell(cell, number, packages) for number, cell in enumerate(cells.first_cells(modes))]
+    work = [jobs.of_stock(name, mode) for name in stock.ROWS for mode in modes]
+    found = cells.pairs(list(weights.AXIS), modes)
+    return work + [jobs.of_cell(cell, number, packages) for number, cell in enumerate(found)]
 
 
-def main(
-    device: str, deadline: float, output: Path, identity: str, *, first: bool, only: Sequence[str], every: int
-) -> bool:
+def packages_of(installation: Installation) -> frozenset[str]:
+    """Which of limits.PACKAGES ComfyUI's Python has."""
+    code = "import sys, importlib.util as u; print(*(name for name in sys.argv[1:] if u.find_spec(name)))"
+    command = [str(installation.python), "-c", code, *sorted(PACKAGES)]
+    return frozenset(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+class Rows:
+    """The file of rows, to which each is added as it comes."""
+
+    def __init__(self, output: Path, identity: str) -> None:
+        self.file = (output / ROWS).open("a", encoding="utf-8")
+        self.identity, self.count, self.wrong = identity, 0, 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"identity": self.identity} | row) + "\n")
+        self.file.flush()
+        self.count += 1
+        self.wrong += row["verdict"] == WRONG
+        db = "" if row["psnr"] is None else str(row["psnr"])
+        say(f"{row['verdict']:7} {row['seconds']:6.1f} s {db:>6} {row['name']} {row['said']}".rstrip())
+
+
+def run_wide(fleet: Fleet, work: Sequence[wide.Row], device: torch.device, deadline: float, kept: Rows) -> None:
+    """Run the rows of the wide network."""
+    size = wide.FULL if device.type == "cuda" else wide.TINY
+    wide.write(fleet.models, size, device)
+    for row, verdict, limit, seconds, nodes in wide.run(fleet, work, size, device, deadline):
+        found = {"kind": WIDE, "name": row.name, "mode": row.mode, "verdict": verdict.verdict, "said": verdict.said}
+        kept.add(found | {"psnr": None, "limit": limit, "seconds": round(seconds, 2), "nodes": nodes})
+
+
+def main(device: torch.device, deadline: float, output: Path, about: dict[str, Any], choice: Choice) -> bool:
     """Run what is not done yet; whether every row is there and none is wrong."""
     modes, total = (CPU,), 0
-    if device == "cuda":
-        import torch
-
-        modes, total = MODES, torch.cuda.get_device_properties(0).total_memory
-    work = plan(modes, first=first, only=only, every=every)
-    before = {name for name, kept in done(output, identity).items() if kept["verdict"] != WRONG}
+    if device.type == "cuda":
+        modes, total = MODES, torch.cuda.get_device_properties(device).total_memory
+    else:
+        say("matrix: on a CPU there is one VRAM mode; the others are left out")
+    installation = Installation.find()
+    work = choice.of(plan(modes, packages_of(installation), first=choice.first))
+    wide_work = [] if choice.first else choice.of(wide.rows(wide.MODES if device.type == "cuda" else (CPU,)))
+    about["planned"] = dict(Counter(job.kind for job in work)) | ({WIDE: len(wide_work)} if wide_work else {})
+    about["limits"] = limits.page()
+    before = {name for name, kept in read_rows(output, about["identity"]).items() if kept["verdict"] != WRONG}
     rest = [job for job in work if job.name not in before]
-    say(f"matrix: {len(rest)} of {len(work)} rows to run")
-    wrong = count = 0
+    # Later modes are compared with the first one.
+    wide_rest = wide_work if any(row.name not in before for row in wide_work) else []
+    say(f"matrix: {len(rest) + len(wide_rest)} of {len(work) + len(wide_work)} rows to run")
+    kept = Rows(output, about["identity"])
     with tempfile.TemporaryDirectory(prefix="longcat-gpu-") as folder:
         models = Path(folder) / "models"
         for form, why in weights.write(models).items():
             say(f"matrix: {form} could not be written: {why}")
         weights.lora(models / "loras" / LORA_FILE)
-        fleet = Fleet(Installation.find(), Path(folder), models, total)
-        servers = {mode: fleet.server(mode) for mode in modes}
-        beside = max(1, ((os.cpu_count() or 1) - 2 * len(modes)) // THREADS)
-        references = References([fleet.server(CPU, f"reference-{i}", THREADS) for i in range(min(beside, len(rest)))])
+        fleet = Fleet(installation, Path(folder), models, total)
+        beside = max(1, ((os.cpu_count() or 1) - len(modes)) // THREADS)
+        references = References([fleet.server(CPU, f"reference-{i}", THREADS) for i in range(min(beside, 8))])
         try:
-            with (output / ROWS).open("a", encoding="utf-8") as file:
-                for job, verdict, seconds in run(rest, servers, references, deadline):
-                    kept = row(job, verdict, seconds)
-                    file.write(json.dumps({"identity": identity} | kept) + "\n")
-                    file.flush()
-                    count += 1
-                    wrong += verdict.verdict == WRONG
-                    db = "" if kept["psnr"] is None else f"{kept['psnr']}"
-                    say(f"{verdict.verdict:7} {seconds:5.1f} s {db:>6} {job.name} {verdict.said}".rstrip())
+            for job in rest:
+                references.of(job)
+            run_wide(fleet, wide_rest, device, deadline, kept)
+            servers = {mode: fleet.server(mode) for mode in modes} if rest else {}
+            for job, verdict, seconds in run(rest, servers, references, deadline):
+                kept.add(row(job, verdict, seconds))
         finally:
             references.stop()
             fleet.end(output)
-    say(f"matrix: {count} of {len(rest)} rows run, {wrong} wrong")
-    return count == len(rest) and not wrong
+    say(f"matrix: {kept.count} of {len(rest) + len(wide_rest)} rows run, {kept.wrong} wrong")
+    return kept.count == len(rest) + len(wide_rest) and not kept.wrong

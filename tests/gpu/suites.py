@@ -101,8 +101,10 @@ def run_file(part: str, file: Path, device: str) -> FileResult:
         except subprocess.TimeoutExpired:
             passed, skipped, failures = 0, 0, [("", f"did not end within {LONGEST} s")]
         except (OSError, ElementTree.ParseError):
-            end = (f"{ran.stdout}\n{ran.stderr}" if ran else "").strip().splitlines()[-3:]
-            passed, skipped, failures = 0, 0, [("", " | ".join(end)[-600:] or "no report")]
+            lines = (f"{ran.stdout}\n{ran.stderr}" if ran else "").strip().splitlines()
+            # After a fatal error come the frames of every thread and then a list of all extension modules.
+            fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines) - 3)
+            passed, skipped, failures = 0, 0, [("", " | ".join(lines[fatal:][:8])[:900] or "no report")]
         # 5: nothing to run. Anything else without a failure is a process that broke off.
         if ran is not None and ran.returncode not in (0, 5) and not failures:
             failures = [("", f"exit code {ran.returncode}")]
@@ -121,7 +123,7 @@ def run(part: str, device: str, processes: int, deadline: float) -> Iterator[Fil
                 yield result
 
 
-def main(part: str, device: str, processes: int, deadline: float, output: Path) -> bool:
+def main(part: str, device: str, processes: int, deadline: float, output: Path, identity: str) -> bool:
     """Run a part, print each file as it ends and keep the results in `output`; whether nothing failed."""
     results = []
     for result in run(part, device, processes, deadline):
@@ -131,7 +133,9 @@ def main(part: str, device: str, processes: int, deadline: float, output: Path) 
         for test, said in result.failures:
             print(f"    FAILED {test}: {said}", flush=True)
         rows = [asdict(row) for row in sorted(results, key=lambda row: row.file)]
-        (output / f"{part}.json").write_text(json.dumps({"files": rows, "of": len(files(part))}), encoding="utf-8")
+        (output / f"{part}.json").write_text(
+            json.dumps({"identity": identity, "files": rows, "of": len(files(part))}), encoding="utf-8"
+        )
     print(f"{part}: {sum(row.passed for row in results)} passed, {sum(row.skipped for row in results)} skipped, "
           f"{sum(len(row.failures) for row in results)} failed in {len(results)} of {len(files(part))} files",
           flush=True)  # fmt: skip

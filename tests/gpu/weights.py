@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longcat_core.checkpoints.convert import convert
-from longcat_core.files.safetensors_io import read_tensors, write_safetensors
+from longcat_core.files.safetensors_io import read_header, read_tensors, write_safetensors
 from longcat_core.generate.paths import NANO_MODEL
 
 from ..checkpoints.written_forms import (
@@ -27,11 +27,7 @@ from ..checkpoints.written_forms import (
     write_gguf,
 )
 from ..comfyui.prompts import FILES, node
-
-try:
-    from ..support.quantized_files import quantized
-except ImportError:  # not landed yet
-    quantized = None
+from ..support.quantized_files import quantized
 
 State = dict[str, Tensor]
 OWN, STOCK = "LongCatModelLoader", "UNETLoader"
@@ -87,7 +83,6 @@ QUANTIZED = (
     "svdquant_w4a4",
     "awq_w4a16",
 )
-QUANTIZED = QUANTIZED if quantized else ()
 SHARDED, INT8, GGUF = "official shards", "official INT8", "GGUF Q8_0"
 
 
@@ -158,19 +153,19 @@ def write(models: Path) -> dict[str, str]:
     return missing
 
 
-def lora(path: Path, strength: float = 0.05, seed: int = 0) -> None:
-    """A LoRA in the official form on the attention and the FFN of every block."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for name, tensor in read_tensors(NANO_MODEL).items():
+def lora(path: Path, model: Path = NANO_MODEL, rank: int = 4, strength: float = 0.05) -> None:
+    """Write a LoRA in the official form on the attention and the FFN of every block of a file with official names."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, (_, shape) in read_header(model).items():
         found = re.fullmatch(r"(blocks\.\d+\.(?:attn\.(qkv|proj)|ffn\.w[123]))\.weight", name)
         if not found:
             continue
-        (rows, columns), count = tensor.shape, 3 if found[2] == "qkv" else 1
+        (rows, columns), count = shape, 3 if found[2] == "qkv" else 1
         stem = "lora___lorahyphen___" + found[1].replace(".", "___lorahyphen___")
-        down = torch.randn(4 * count, columns, generator=generator) * columns**-0.5
+        down = torch.randn(rank * count, columns, generator=generator) * columns**-0.5
         tensors[f"{stem}.lora_down.weight"] = down
         for i in range(count):
-            up = torch.randn(rows // count, 4, generator=generator) * strength
+            up = torch.randn(rows // count, rank, generator=generator) * strength
             tensors[f"{stem}.lora_up.blocks.{i}.weight" if count > 1 else f"{stem}.lora_up.weight"] = up
         tensors[f"{stem}.alpha_scale"] = torch.tensor(1.0)
     path.parent.mkdir(parents=True, exist_ok=True)

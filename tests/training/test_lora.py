@@ -29,6 +29,7 @@ from longcat_core.training.clips import find_clips, left_out, notes
 from longcat_core.training.lora import LAYERS, LoraTrainer, Recipe
 
 from ..support.clips import numbered, numbers, write_clip
+from ..support.python_path import python_path
 from . import killed_training
 from .killed_training import PATHS, RECIPE, samples
 
@@ -116,7 +117,7 @@ def test_a_file_is_trained_by_one_run_at_a_time(train, tmp_path):
 
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | python_path(ROOT)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from longcat_core.optimize.kernels import block_sparse as kernels
 from longcat_core.optimize.kernels.block_sparse import Tiles
 from longcat_core.optimize.requirement import Inputs
 
+from ...support.python_path import python_path
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIVIDED, PADDED = (4, 8, 8), (5, 6, 5)
 
@@ -189,7 +191,7 @@ def test_they_compile_without_a_gpu(tmp_path):
     program = Path(__file__).with_name("compile_kernels.py")
     run = subprocess.run(
         [sys.executable, str(program)],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(program.parents[3])},
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **python_path(program.parents[3])},
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,223 @@
+"""The report of `make test-gpu`: merged from what its parts left in a folder, as JSON and as the pages in docs.
+
+`docs/build.py` writes docs/gpu.md and the GPU column of docs/comfyui.md from docs/gpu.json, which `--keep` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+ABOUT, ROWS, FILE = "about.json", "matrix.jsonl", "report.json"
+KEPT = "gpu.json"
+PARTS = {"tests": "the ordinary tests", "nodes": "the nodes' own tests inside ComfyUI"}
+KINDS = {
+    "pairs": "all pairs of weights, sampler, VRAM mode, patch and task, on the nano model",
+    "stock": "stock nodes that no axis has, in every VRAM mode, on the nano model",
+    "wide": "three blocks of the real width, random weights, 832x480",
+}
+AXES = ("weights", "sampler", "mode", "extra", "task")
+TITLES = {"weights": "weights", "sampler": "sampler", "mode": "VRAM mode", "extra": "patch", "task": "task"}
+RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
+START, END = "<!-- gpu -->", "<!-- /gpu -->"
+TABLE = "| stock node | works | on a GPU | what the test shows |"
+
+
+def read_rows(folder: Path, identity: str) -> dict[str, Row]:
+    """The rows in a folder's ROWS that belong to `identity`, by name; of a row that ran twice, the later one."""
+    path, found = folder / ROWS, {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.pop("identity") == identity:
+                found[row["name"]] = row
+    return found
+
+
+def gather(folder: Path) -> Report:
+    """Everything in a folder that belongs to the tree and the machine of its ABOUT."""
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    parts = {}
+    for part in PARTS:
+        path = folder / f"{part}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept.get("identity") == about["identity"]:
+                parts[part] = {"files": kept["files"], "of": kept["of"]}
+    rows = sorted(read_rows(folder, about["identity"]).values(), key=lambda row: (row["kind"], row["name"]))
+    return {"about": about, "parts": parts, "rows": rows}
+
+
+def write(folder: Path) -> Report:
+    """Write the report of a folder as JSON and Markdown into it."""
+    report = gather(folder)
+    (folder / FILE).write_text(dump(report), encoding="utf-8")
+    (folder / "report.md").write_text(page(report), encoding="utf-8")
+    return report
+
+
+def dump(report: Report) -> str:
+    """JSON with a line for each row, so that a diff shows which ones changed."""
+    rows = ",\n".join(json.dumps(row) for row in report["rows"])
+    about, parts = json.dumps(report["about"], indent=1), json.dumps(report["parts"], indent=1)
+    return f'{{"about": {about},\n"parts": {parts},\n"rows": [\n{rows}\n]}}\n'
+
+
+def count(rows: Iterable[Row]) -> Counter[str]:
+    return Counter(row["verdict"] for row in rows)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [[str(value).replace("|", "/").replace("\n", " ") for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(header), ["---"] * len(header), *lines])
+
+
+def least(rows: Sequence[Row]) -> str:
+    """The smallest distance from a row's limit, as "found (limit)"; empty if none has one."""
+    found = [row for row in rows if isinstance(row["psnr"], int | float)]
+    if not found:
+        return "equal" if any(row["psnr"] == "equal" for row in rows) else ""
+    row = min(found, key=lambda row: row["psnr"] - row["limit"])
+    return f"{row['psnr']:.1f} ({row['limit']:g})"
+
+
+def machine(about: Report) -> str:
+    """The machine and the versions in one sentence."""
+    names = ("gpu", "driver", "torch", "triton", "python", "ComfyUI", "comfy-kitchen", "comfy-aimdo", "cores")
+    found = [f"{name} {about[name]}" for name in names if about.get(name)]
+    return f"{about['date']}, commit {about['commit'] or 'unknown'}: {', '.join(found)}."
+
+
+def overview(report: Report) -> str:
+    """One line for each part: how much of it ran, and what came of it."""
+    lines = []
+    for part, what in PARTS.items():
+        kept = report["parts"].get(part)
+        if kept is None:
+            lines.append((what, "not run", "", "", ""))
+            continue
+        files = kept["files"]
+        passed, skipped = (sum(file[name] for file in files) for name in ("passed", "skipped"))
+        failed = sum(len(file["failures"]) for file in files)
+        lines.append((what, f"{len(files)} of {kept['of']} files", passed, f"{skipped} skipped", failed))
+    for kind, what in KINDS.items():
+        rows = [row for row in report["rows"] if row["kind"] == kind]
+        found, planned = count(rows), report["about"].get("planned", {}).get(kind, len(rows))
+        lines.append((what, f"{len(rows)} of {planned} rows", found[RIGHT], f"{found[REFUSED]} refused", found[WRONG]))
+    return table(("part", "ran", "right", "skipped or refused", "wrong"), lines)
+
+
+def by_value(report: Report) -> str:
+    """The rows of each value of each axis."""
+    rows = [row for row in report["rows"] if row["kind"] == "pairs"]
+    lines = []
+    for axis in AXES:
+        for value in dict.fromkeys(row[axis] for row in rows):
+            chosen = [row for row in rows if row[axis] == value]
+            found = count(chosen)
+            lines.append((TITLES[axis], value, found[RIGHT], found[REFUSED], found[WRONG], least(chosen)))
+    return table(("axis", "value", "right", "refused", "wrong", "dB nearest its limit (limit)"), lines)
+
+
+def page(report: Report) -> str:
+    """docs/gpu.md."""
+    rows = report["rows"]
+    parts = [
+        "# On a GPU",
+        "`python docs/build.py` writes this page from gpu.json, which `make test-gpu` left "
+        "([CONTRIBUTING](../CONTRIBUTING.md#on-a-gpu)).",
+        machine(report["about"]),
+        overview(report),
+        "A video of the nano model is right if its PSNR against the CPU's video of the same prompt reaches the limit, "
+        "and, from text, if the scorer finds in it what it finds in the CPU's. Latents of the wide network are right "
+        "if they are finite, as near to the headless core's or to those of another VRAM mode as rounding allows, and "
+        "within the memory of their mode.",
+        "## Limits",
+        report["about"].get("limits", ""),
+        "## Values",
+        by_value(report),
+    ]
+    failed = [
+        (part, file["file"], name, said)
+        for part, kept in report["parts"].items()
+        for file in kept["files"]
+        for name, said in file["failures"]
+    ]
+    if failed:
+        parts += ["## Failed tests", table(("part", "file", "test", "said"), failed)]
+    for verdict, title in ((WRONG, "Wrong"), (REFUSED, "Refused")):
+        chosen = [(row["name"], row["said"]) for row in rows if row["verdict"] == verdict]
+        if chosen:
+            parts += [f"## {title}", table(("row", "said"), chosen)]
+    parts += ["## Every row"]
+    for kind, what in KINDS.items():
+        chosen = [row for row in rows if row["kind"] == kind]
+        if chosen:
+            lines = [
+                (row["name"].removeprefix("wide: "), row["verdict"], figure(row), row["seconds"]) for row in chosen
+            ]
+            parts += [f"### {what[0].upper()}{what[1:]}", table(("row", "verdict", "found (limit)", "s"), lines)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figure(row: Row) -> str:
+    """What was measured of a row, with its limit."""
+    if row["kind"] == "wide":
+        return row["said"]
+    if row["psnr"] is None:
+        return ""
+    return f"{row['psnr']} dB ({row['limit']:g})" if row["psnr"] != "equal" else "equal"
+
+
+def good(report: Report, parts: Iterable[str], matrix: bool) -> bool:
+    """Whether all that these parts and, if it is asked for, the matrix planned ran, and nothing failed or is wrong."""
+    for part in parts:
+        kept = report["parts"].get(part)
+        if kept is None or len(kept["files"]) < kept["of"] or any(file["failures"] for file in kept["files"]):
+            return False
+    if not matrix:
+        return True
+    found = Counter(row["kind"] for row in report["rows"])
+    planned = report["about"].get("planned", {})
+    whole = bool(planned) and all(found[kind] >= number for kind, number in planned.items())
+    return whole and not count(report["rows"])[WRONG]
+
+
+# --- docs/comfyui.md -------------------------------------------------------------------------------------------------
+
+
+def column(name: str, report: Report) -> str:
+    """The entry of the GPU column for a row of the table of stock nodes: of all rows that have one of its nodes."""
+    nodes = set(re.findall(r"\w+", name))
+    rows = [row for row in report["rows"] if nodes & set(row["nodes"])]
+    found = count(rows)
+    if not rows:
+        return "not run"
+    if found[WRONG]:
+        return f"{found[WRONG]} of {len(rows)} rows wrong"
+    return f"right, {found[RIGHT]} rows" + (f"; {found[REFUSED]} refused" if found[REFUSED] else "")
+
+
+def comfyui(text: str, report: Report) -> str:
+    """docs/comfyui.md with the summary between its markers and the column of its table filled in."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if start and end:
+        summary = f"{machine(report['about'])}\n\n{overview(report)}\n\nEvery row and every limit: [gpu.md](gpu.md)."
+        text = f"{before}{START}\n\n{summary}\n\n{END}{after}"
+    lines, inside = [], False
+    for line in text.splitlines():
+        inside = line == TABLE or (inside and line.startswith("|"))
+        cells = line.split(" | ")
+        if inside and len(cells) > 3 and line != TABLE:
+            cells[2] = column(cells[0], report)
+            line = " | ".join(cells)
+        lines.append(line)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,120 @@
+"""The report counts what it was given, misses nothing that did not run, and fills the column of docs/comfyui.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import report
+
+ABOUT = {"identity": "here", "date": "2026-11-28", "commit": "abc", "gpu": "A card", "torch": "2.11",
+         "ComfyUI": "0.33.0", "planned": {"pairs": 3, "stock": 1}}  # fmt: skip
+
+
+def row(name: str, verdict: str = "right", **values: Any) -> dict[str, Any]:
+    made = {"identity": "here", "kind": "pairs", "name": name, "mode": "dynamic VRAM", "verdict": verdict, "said": ""}
+    made |= {"psnr": 40.0, "limit": 25.0, "seconds": 1.0, "nodes": ["KSampler"]}
+    made |= {"weights": "bf16", "sampler": "KSampler", "extra": "none", "task": "T2V"}
+    return made | values
+
+
+def ran(part: str, failures: list | None = None, of: int = 1) -> dict[str, Any]:
+    file = {"file": f"tests/test_{part}.py", "passed": 3, "skipped": 1, "failures": failures or [], "seconds": 2.0}
+    return {"identity": "here", "files": [file], "of": of}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / report.ABOUT).write_text(json.dumps(ABOUT))
+    for part in report.PARTS:
+        (tmp_path / f"{part}.json").write_text(json.dumps(ran(part)))
+    return tmp_path
+
+
+def put(folder: Path, *rows: dict[str, Any]) -> report.Report:
+    with (folder / report.ROWS).open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return report.write(folder)
+
+
+THREE = (row("a"), row("b", psnr=26.5), row("c", "refused", said="needs a package", psnr=None))
+
+
+def test_what_was_found_is_counted(folder):
+    made = put(folder, *THREE, row("d", kind="stock", nodes=["VAEDecodeTiled"]))
+    text = (folder / "report.md").read_text()
+    assert f"| {report.KINDS['pairs']} | 3 of 3 rows | 2 | 1 refused | 0 |" in text
+    assert "| weights | bf16 | 2 | 1 | 0 | 26.5 (25) |" in text
+    assert "| c | needs a package |" in text and "## Wrong" not in text
+    assert report.good(made, report.PARTS, True)
+    assert json.loads((folder / report.FILE).read_text()) == made
+
+
+def test_parts_of_several_runs_are_merged(folder):
+    put(folder, *THREE[:2])
+    made = put(folder, THREE[2], row("d", kind="stock"))
+    assert len(made["rows"]) == 4 and report.good(made, report.PARTS, True)
+
+
+def test_the_later_run_of_a_row_counts_and_other_trees_do_not(folder):
+    made = put(folder, row("a", "wrong", said="crash"), row("b", identity="elsewhere"), row("a"))
+    assert [(row["name"], row["verdict"]) for row in made["rows"]] == [("a", "right")]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (*THREE, row("d", "wrong", kind="stock", said="crash: gone")),
+        THREE,
+        (*THREE[:2], row("d", kind="stock")),
+    ],
+    ids=["one wrong", "a kind not run", "a row not run"],
+)
+def test_what_is_wrong_or_lacks_is_not_good(folder, rows):
+    made = put(folder, *rows)
+    assert not report.good(made, report.PARTS, True)
+    assert report.good(made, report.PARTS, False), "the tests themselves passed"
+
+
+def test_failed_and_missing_tests_are_not_good(folder):
+    (folder / "tests.json").write_text(json.dumps(ran("tests", [["test_x", "assert 1 == 2"]])))
+    made = put(folder)
+    assert not report.good(made, ["tests"], False) and report.good(made, ["nodes"], False)
+    assert "| tests | tests/test_tests.py | test_x | assert 1 == 2 |" in report.page(made)
+    (folder / "tests.json").write_text(json.dumps(ran("tests", of=2)))
+    assert not report.good(report.gather(folder), ["tests"], False), "a file that was not run"
+    (folder / "tests.json").unlink()
+    assert not report.good(report.gather(folder), ["tests"], False)
+
+
+PAGE = f"""# In ComfyUI
+
+{report.START}
+old
+{report.END}
+
+{report.TABLE}
+|---|---|---|---|
+| KSampler | yes | x | equal |
+| SamplerCustomAdvanced, CFGGuider | yes | x | a | b |
+| VAEDecodeTiled | yes |  | close |
+| TrainLoraNode | yes | old | two steps |
+
+| another | table | with | columns |
+| KSampler | stays | as | it is |
+"""
+
+
+def test_the_column_of_stock_nodes_is_filled(folder):
+    rows = (*THREE, row("d", "wrong", nodes=["VAEDecodeTiled"]), row("e", nodes=["CFGGuider"]))
+    text = report.comfyui(PAGE, put(folder, *rows))
+    assert "| KSampler | yes | right, 2 rows; 1 refused | equal |" in text
+    assert "| SamplerCustomAdvanced, CFGGuider | yes | right, 1 rows | a | b |" in text
+    assert "| VAEDecodeTiled | yes | 1 of 1 rows wrong | close |" in text
+    assert "| TrainLoraNode | yes | not run | two steps |" in text
+    assert "| KSampler | stays | as | it is |" in text
+    assert "old\n" not in text and "gpu A card, torch 2.11" in text
+    assert report.comfyui(text, report.gather(folder)) == text, "writing it again changes nothing"
