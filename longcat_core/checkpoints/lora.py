@@ -376,5 +376,8 @@ def merge_lora(model: LongCatTransformer, path: str | Path, strength: float = 1.
             )
     for name in stack.weights:
         weight = model.get_parameter(name)
-        weight.copy_(stack.add(name, weight.float().contiguous()).to(weight.dtype))
+        merged = stack.add(name, weight.float().contiguous()).to(weight.dtype)
+        # In inference mode, writes to ordinary tensors would not be counted; copies of streamed weights depend on it.
+        with torch.inference_mode(weight.is_inference()):
+            weight.copy_(merged)
     return stack.modules

@@ -49,8 +49,10 @@ class MergedLoras:
             dtype = layer.dtype if isinstance(layer, Fp8Linear) else parameter.dtype
             parts = self.checkpoint.parts(name)
             weight = reader.weight(name, parts, stack, dtype, parameter.device, eight_bit=scale is not None)
-            parameter.copy_(weight.values)
-            if scale is not None and weight.scale is not None:
-                scale.copy_(weight.scale)
+            # As in `merge_lora`.
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.copy_(weight.values)
+                if scale is not None and weight.scale is not None:
+                    scale.copy_(weight.scale)
         self._changed = stack.weights
         return names

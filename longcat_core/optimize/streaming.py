@@ -62,6 +62,9 @@ class _Offloaded:
     always: bytes at the front of the buffer that every run needs; behind them lie the `late` weights.
     """
 
+    # Tensors made in inference mode do not count writes, which `stamp` reads; a model may have been loaded in it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, block: nn.Module, late: Callable[[str], bool]) -> None:
         named = [item for item in block.named_parameters() if not item[0].endswith(NAMES)]
         named.sort(key=lambda item: late(item[0]))
@@ -72,9 +75,15 @@ class _Offloaded:
             end += -(-parameter.nbytes // ALIGN) * ALIGN
             self.always = self.always if late(name) else end
         self.buffer = pinned(end)
-        with torch.no_grad():
-            for parameter, view in zip(self.parameters, self.views(self.buffer), strict=True):
-                parameter.data = view.copy_(parameter.data)
+        for i, view in enumerate(self.views(self.buffer)):
+            parameter = self.parameters[i]
+            view.copy_(parameter.detach())
+            if parameter.is_inference():
+                owner, _, leaf = named[i][0].rpartition(".")
+                self.parameters[i] = nn.Parameter(view, requires_grad=False)
+                setattr(block.get_submodule(owner), leaf, self.parameters[i])
+            else:
+                parameter.data = view
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The weights in a buffer with this layout."""
@@ -96,6 +105,7 @@ class _Offloaded:
 class _Slot:
     """Memory on the device for one block, and what it holds."""
 
+    @torch.inference_mode(False)
     def __init__(self, size: int, device: torch.device, copies: torch.cuda.Stream | None) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: tuple | None = None

@@ -70,6 +70,15 @@ def test_every_target_changes_and_strength_minus_one_takes_it_out(model):
         torch.testing.assert_close(value, before[name], atol=1e-6, rtol=1e-5)
 
 
+def test_merging_in_inference_mode_counts_as_a_write(model):
+    """Else a streamed block would go on with its copy on the device."""
+    before = [parameter._version for parameter in model.parameters()]
+    with torch.inference_mode():
+        merge_lora(model, LORA)
+    changed = sum(new._version > old for new, old in zip(model.parameters(), before, strict=True))
+    assert changed == 17
+
+
 def test_tensors_in_memory_join_into_one_lora_for_each_weight(model):
     """As ComfyUI takes it: up @ down is the whole change, of w1 and w3 and of every slice."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

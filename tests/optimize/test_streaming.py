@@ -161,6 +161,27 @@ def test_weights_written_to_are_copied_again(model):
     assert torch.equal(step(other, text[1]), step(model, text[0]))
 
 
+def test_a_model_that_was_loaded_in_inference_mode(model):
+    """ComfyUI's nodes run in it: tensors made there do not count what is written to them."""
+    plain = copy.deepcopy(model)
+    with torch.inference_mode():
+        for block in model.blocks:
+            for module in block.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
+        assert model.blocks[0].ffn.down.weight.is_inference()
+        model.stream = BlockStream(model.blocks, "cpu", (0, 1, 4), late)
+        assert torch.equal(step(model, text_of(model)), step(plain, text_of(plain)))
+        with torch.inference_mode(False):
+            # As functions that merge LoRAs do.
+            for m in (model, plain):
+                for i in (0, 4):
+                    m.blocks[i].ffn.down.weight.mul_(2)
+        assert torch.equal(step(model, text_of(model)), step(plain, text_of(plain)))
+    assert torch.equal(step(model, text_of(model)), step(plain, text_of(plain)))
+    assert not model.blocks[0].ffn.down.weight.is_inference()
+
+
 def test_the_room_is_given_back_until_the_next_run(model):
     other = streamed(model, (0, 2))
     text = text_of(other)
