@@ -33,6 +33,11 @@ from ..longcat_core.optimize.quantization import (
 E4M3 = torch.float8_e4m3fn
 
 
+def is_replaced(layer: torch.nn.Module) -> bool:
+    """Whether another function replaces the layer's own forward, as a bypass LoRA's does."""
+    return getattr(layer.forward, "__func__", None) is not type(layer).forward
+
+
 class Rowwise:
     """Passed to ComfyUI's loader as `custom_operations`, which asks LongCat-Video's config for 8-bit layers."""
 
@@ -83,7 +88,8 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     @property
     def takes_quantized(self) -> bool:
-        return not self.weight_function
+        # Neither functions of the weight nor another forward, as of a bypass LoRA, take 8-bit rows.
+        return not self.weight_function and not is_replaced(self)
 
     def _bare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """The packed weight and the bias on x's device, and what to release after use if they were streamed there."""
@@ -122,9 +128,9 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     def convert_weight(self, weight: Tensor, inplace: bool = False, **unused: Any) -> Tensor:
         """The weight [out, in] to merge a LoRA into: the checkpoint's, or the quantized one if the file is gone.
 
-        weight: the packed one, cast to any float dtype.
+        weight: the packed one, cast to any float dtype. The result is fp32, because ComfyUI merges in fp16 on CUDA.
         """
-        dtype = self.dtype if weight.dtype == E4M3 else weight.dtype
+        dtype = self.dtype if weight.dtype == E4M3 else torch.float32
         if self.original is not None:
             try:
                 return self.original().to(weight.device, dtype)

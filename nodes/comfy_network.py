@@ -31,6 +31,7 @@ from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
 from .comfy_attention import ComfyAttention, add_preferences, preferences, with_comfyui_attention
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
+from .comfy_fp8 import is_replaced
 from .comfy_prefetch import prefetching
 from .progress import begins
 
@@ -39,11 +40,6 @@ OPTIMIZATIONS_KEY = "longcat_optimizations"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
 # Number of executions that a network keeps, one for each set of switches on clones of its MODEL.
 EXECUTIONS = 16
-
-
-def is_replaced(layer: torch.nn.Module) -> bool:
-    """Whether another function replaces the layer's own forward, as a bypass LoRA's does."""
-    return getattr(layer.forward, "__func__", None) is not type(layer).forward
 
 
 def linear_fp32(layer: torch.nn.Module, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..errors import LongCatError
 from ..model.transformer import LongCatTransformer
 from .kernels import elementwise as kernels
 from .kernels.elementwise import Quantized, quantize_rows
+from .operators import operator
 from .requirement import Inputs, Requirement, trial
 
 # The layers of a block that do most of its work. Modulation, embeddings and the final layer are fp32 islands, and the
@@ -167,11 +168,17 @@ def with_scales(weight: Tensor, weight_scale: Tensor) -> Tensor:
     return torch.cat((weight, tail.float().to(weight.dtype)))
 
 
-def without_scales(packed: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The weight [rows, in], in packed's dtype, and its scales [rows, 1] fp32: the reverse of `with_scales`."""
+@operator("packed_scales", lambda packed, rows: packed.new_empty((rows, 1), dtype=torch.float32))
+def _packed_scales(packed: Tensor, rows: int) -> Tensor:
+    # An operator, because Triton does not compile e4m3 to whole numbers, which a graph would have it do.
     digits = packed[rows:].flatten()[: _DIGITS * rows].view(rows, _DIGITS).to(torch.int32)
     shifts = torch.arange(0, 32, 32 // _DIGITS, device=packed.device, dtype=torch.int32)
-    return packed[:rows], (digits << shifts).sum(1, keepdim=True, dtype=torch.int32).view(torch.float32)
+    return (digits << shifts).sum(1, keepdim=True, dtype=torch.int32).view(torch.float32)
+
+
+def without_scales(packed: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The weight [rows, in], in packed's dtype, and its scales [rows, 1] fp32: the reverse of `with_scales`."""
+    return packed[:rows], _packed_scales(packed, rows)
 
 
 def check_sizes(rows: int, columns: int) -> None:

@@ -246,3 +246,16 @@ def test_scales_travel_with_the_weight(rows, columns):
         assert torch.equal(values.view(torch.uint8), weight.view(torch.uint8))
     full = dequantized(weight, scales, torch.float32)
     assert torch.equal(full, weight.float() * scales)
+
+
+def test_scales_are_read_by_an_operator_within_a_graph():
+    """Inductor has Triton cast e4m3 to whole numbers, which CUDA refuses."""
+    packed = with_scales(*quantize_rows(randn(32, 16)))
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: without_scales(x, 32)[1], fullgraph=True, backend=lambda g, _: graphs.append(g) or g
+    )
+    assert torch.equal(compiled(packed), without_scales(packed, 32)[1])
+    calls = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert len(calls) == 1 and "packed_scales" in calls[0]

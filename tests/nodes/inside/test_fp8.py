@@ -193,6 +193,12 @@ def test_bypass_lora(comfy, loaded, sample, empty, lora):
     out = sample(empty, bypass, **one)
     assert error(plain, out) > 0.1 and error(sample(empty, merged, **one), out) < 0.2
     assert torch.equal(plain, sample(empty, loaded, **one))
+    layers = comfy.node("comfy_fp8").layers(loaded.model.diffusion_model).values()
+    bypass.inject_model()
+    wide = sum(not layer.takes_quantized for layer in layers)
+    bypass.eject_model()
+    assert wide == 4, "a LoRA's own layers do not take 8-bit rows"
+    assert all(layer.takes_quantized for layer in layers)
 
 
 def test_torch_compile_model(comfy, one_block, sample, empty):
