@@ -132,8 +132,10 @@ class DiffusionModel(LongCatTransformer):
         fp8: bool = False,
         **config: Any,
     ) -> None:
+        # ComfyUI-GGUF passes an instance.
+        base = operations if isinstance(operations, type) else type(operations)
         operations = type(
-            "Operations", (operations,), {"linear_fp32": staticmethod(linear_fp32), "affine": staticmethod(affine)}
+            "Operations", (base,), {"linear_fp32": staticmethod(linear_fp32), "affine": staticmethod(affine)}
         )
         super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
         if fp8:

@@ -53,7 +53,7 @@ def store(model: nn.Module, dtype: torch.dtype) -> None:
 def run(model: OptimizedTransformer, **switches: object) -> Tensor:
     model.set_optimizations(replace(Optimizations(attention="sdpa"), **switches))
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 16, 3, 4, 6, generator=generator).to(DEVICE)
+    latents = torch.randn(2, 16, 2, 4, 4, generator=generator).to(DEVICE)
     context = torch.randn(2, 8, CONFIG.caption_channels, generator=generator).to(DEVICE)
     mask = torch.tensor([[1] * 5 + [0] * 3, [1] * 8], device=DEVICE)
     return model(latents, torch.full((2,), 500.0, device=DEVICE), context, mask)

@@ -159,30 +159,30 @@ def test_a_lora_of_norms_wherever_they_lie(comfy, kernels, sample, empty, lora, 
     assert error(exact, at_use) < 1e-4
 
 
-class Packed:
-    """Layers with weights that only they themselves can read, as ComfyUI-GGUF's: here the bits of fp32 numbers."""
+def packed_operations() -> object:
+    """Layers with weights that only they can read, as an object like ComfyUI-GGUF's: here the bits of fp32 numbers."""
+    from comfy import ops
 
-    def __new__(cls) -> type:
-        import comfy.ops
+    class Linear(ops.manual_cast.Linear):
+        def _load_from_state_dict(self, state, prefix, *args):
+            weight = state[f"{prefix}weight"].float().contiguous().view(torch.int32)
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            self.bias = None if self.bias is None else torch.nn.Parameter(state[f"{prefix}bias"].float())
 
-        class Linear(comfy.ops.manual_cast.Linear):
-            def _load_from_state_dict(self, state, prefix, *args):
-                weight = state[f"{prefix}weight"].float().contiguous().view(torch.int32)
-                self.weight = torch.nn.Parameter(weight, requires_grad=False)
-                self.bias = None if self.bias is None else torch.nn.Parameter(state[f"{prefix}bias"].float())
+        def forward_comfy_cast_weights(self, x):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.view(torch.float32).to(x.dtype), bias)
 
-            def forward_comfy_cast_weights(self, x):
-                bias = None if self.bias is None else self.bias.to(x.dtype)
-                return F.linear(x, self.weight.view(torch.float32).to(x.dtype), bias)
-
-        return type("PackedOps", (comfy.ops.manual_cast,), {"Linear": Linear})
+    return type("PackedOps", (ops.manual_cast,), {"Linear": Linear})()
 
 
 def test_layers_of_another_pack_read_their_weights_themselves(comfy, model, kernels, sample, empty):
     import comfy.sd as sd
 
     state = load_file(comfy.core("generate.paths").NANO_MODEL)
-    packed = sd.load_diffusion_model_state_dict(state, {"custom_operations": Packed(), "dtype": torch.float32})
+    packed = sd.load_diffusion_model_state_dict(
+        state, {"custom_operations": packed_operations(), "dtype": torch.float32}
+    )
     assert packed.model.diffusion_model.blocks[0].modulation.weight.dtype == torch.int32
     assert error(sample(empty, model, **ONE), sample(empty, packed, **ONE)) < 1e-5
 
