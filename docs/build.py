@@ -1,11 +1,13 @@
-"""Write the tables of options in README.md, docs/options.md and the nodes' help pages in web/docs, and the locales.
+"""Write the tables of options in README.md, docs/options.md and the nodes' help pages in web/docs, the locales, and the
+pages of the last `make test-gpu`.
 
     python docs/build.py          write the pages that differ
     python docs/build.py --check  list them, and exit with 1 if there are any
 
 The rows are in longcat_core/generate/options.py, the nodes in nodes/declarations.py. In the README the table between
 two markers is replaced; in a help page everything above the marker NOTES. The rest is written by hand. The Chinese
-texts of locales/zh are in docs/chinese.py; where one is missing there, ComfyUI shows the English one.
+texts of locales/zh are in docs/chinese.py; where one is missing there, ComfyUI shows the English one. The report of a
+GPU run is docs/gpu.json.
 """
 
 from __future__ import annotations
@@ -46,6 +48,15 @@ def pages() -> dict[Path, str]:
         notes = path.read_text(encoding="utf-8").partition(NOTES)[2].strip() if path.exists() else ""
         found[path] = _node_page(node) + (f"\n{NOTES}\n\n{notes}\n" if notes else "")
     return found
+
+
+def gpu_pages() -> dict[Path, str]:
+    """The page of the last GPU run, and the page with its summary and its column of the table of stock nodes."""
+    report, docs = load("tests.gpu.report"), ROOT / "docs"
+    kept = docs / report.KEPT
+    made = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
+    text = report.comfyui((docs / "comfyui.md").read_text(encoding="utf-8"), made)
+    return {docs / "comfyui.md": text} | ({docs / "gpu.md": report.page(made)} if made else {})
 
 
 def locales() -> dict[Path, str]:
@@ -93,7 +104,7 @@ def outdated() -> dict[Path, str]:
     """The pages whose file differs, and their text as it should be."""
     return {
         path: text
-        for path, text in (pages() | locales()).items()
+        for path, text in (pages() | locales() | gpu_pages()).items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     }
 

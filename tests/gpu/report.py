@@ -193,24 +193,29 @@ def good(report: Report, parts: Iterable[str], matrix: bool) -> bool:
 # --- docs/comfyui.md -------------------------------------------------------------------------------------------------
 
 
-def column(name: str, report: Report) -> str:
+def column(name: str, report: Report | None) -> str:
     """The entry of the GPU column for a row of the table of stock nodes: of all rows that have one of its nodes."""
     nodes = set(re.findall(r"\w+", name))
-    rows = [row for row in report["rows"] if nodes & set(row["nodes"])]
+    rows = [row for row in report["rows"] if nodes & set(row["nodes"])] if report else []
     found = count(rows)
     if not rows:
         return "not run"
     if found[WRONG]:
-        return f"{found[WRONG]} of {len(rows)} rows wrong"
-    return f"right, {found[RIGHT]} rows" + (f"; {found[REFUSED]} refused" if found[REFUSED] else "")
+        return f"wrong in {found[WRONG]} of {len(rows)}"
+    return f"right in {found[RIGHT]}" + (f", refused in {found[REFUSED]}" if found[REFUSED] else "")
 
 
-def comfyui(text: str, report: Report) -> str:
-    """docs/comfyui.md with the summary between its markers and the column of its table filled in."""
+def comfyui(text: str, report: Report | None) -> str:
+    """docs/comfyui.md with the summary between its markers and the column of its table filled in. report: None if no
+    run is kept."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if start and end:
-        summary = f"{machine(report['about'])}\n\n{overview(report)}\n\nEvery row and every limit: [gpu.md](gpu.md)."
+        summary = "No run is kept yet."
+        if report:
+            summary = (
+                f"{machine(report['about'])}\n\n{overview(report)}\n\nEvery row and every limit: [gpu.md](gpu.md)."
+            )
         text = f"{before}{START}\n\n{summary}\n\n{END}{after}"
     lines, inside = [], False
     for line in text.splitlines():

@@ -111,10 +111,15 @@ old
 def test_the_column_of_stock_nodes_is_filled(folder):
     rows = (*THREE, row("d", "wrong", nodes=["VAEDecodeTiled"]), row("e", nodes=["CFGGuider"]))
     text = report.comfyui(PAGE, put(folder, *rows))
-    assert "| KSampler | yes | right, 2 rows; 1 refused | equal |" in text
-    assert "| SamplerCustomAdvanced, CFGGuider | yes | right, 1 rows | a | b |" in text
-    assert "| VAEDecodeTiled | yes | 1 of 1 rows wrong | close |" in text
+    assert "| KSampler | yes | right in 2, refused in 1 | equal |" in text
+    assert "| SamplerCustomAdvanced, CFGGuider | yes | right in 1 | a | b |" in text
+    assert "| VAEDecodeTiled | yes | wrong in 1 of 1 | close |" in text
     assert "| TrainLoraNode | yes | not run | two steps |" in text
     assert "| KSampler | stays | as | it is |" in text
     assert "old\n" not in text and "gpu A card, torch 2.11" in text
     assert report.comfyui(text, report.gather(folder)) == text, "writing it again changes nothing"
+
+
+def test_without_a_run_nothing_is_right():
+    text = report.comfyui(PAGE, None)
+    assert "| KSampler | yes | not run | equal |" in text and "No run is kept yet." in text
