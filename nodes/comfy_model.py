@@ -27,6 +27,7 @@ from ..longcat_core.optimize.memory import text_bytes
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8
+from .comfy_compile import Own, original, without_compiled_modules
 from .comfy_latents import LongCatLatents, NanoLatents
 from .comfy_network import DiffusionModel
 from .comfy_weights import from_checkpoint, logical_shapes, to_official
@@ -51,11 +52,14 @@ class LongCatVideo(comfy.model_base.BaseModel):
     def __init__(self, model_config: LongCatConfig, device: Any = None) -> None:
         flow = comfy.model_base.ModelType.FLOW
         super().__init__(model_config, flow, device=device, unet_model=DiffusionModel)
+        # ComfyUI may be asked to leave the network out.
+        if hasattr(self, "diffusion_model"):
+            self.own = Own(self.diffusion_model, tuple(self.diffusion_model.blocks))
 
     @property
     def network(self) -> DiffusionModel:
         """The network itself, even while TorchCompileModel has replaced it with a compiled module."""
-        return getattr(self.diffusion_model, "_orig_mod", self.diffusion_model)
+        return self.diffusion_model if original(self.diffusion_model) is self.diffusion_model else self.own.network
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype of activations."""
@@ -92,8 +96,9 @@ class LongCatVideo(comfy.model_base.BaseModel):
         kwargs["num_cond_latents"] = self.latent_format.given = 0 if noisy is None else count_clean(noisy)
         kwargs["shared_timestep"] = bool((t == t[:1]).all()) and (noisy is None or bool((noisy == noisy[:1]).all()))
         options = {} if transformer_options is None else transformer_options
-        kwargs["prepared"] = self.network.prepare(x.device, self.compute_dtype(), options)
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        with without_compiled_modules(self, self.own) as compilers:
+            kwargs["prepared"] = self.network.prepare(x.device, self.compute_dtype(), options, compilers)
+            return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def process_timestep(self, timestep: Tensor, denoise_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Timesteps [B], or with a mask [B, T], 0 for conditioning frames."""

@@ -24,6 +24,7 @@ from ..longcat_core.model.layers import Norm
 from ..longcat_core.model.transformer import LongCatTransformer
 from ..longcat_core.optimize.attention import Kernels
 from ..longcat_core.optimize.compilation import compiles
+from ..longcat_core.optimize.compiled_blocks import Compilers
 from ..longcat_core.optimize.execution import AroundBlock, Execution
 from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
@@ -111,6 +112,7 @@ class Prepared(NamedTuple):
 
     execution: Execution
     kernels: Kernels
+    compilers: Compilers | None = None
 
 
 def _announce(sentence: str) -> None:
@@ -182,17 +184,19 @@ class DiffusionModel(LongCatTransformer):
             del self.executions[next(iter(self.executions))]
         return execution
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Prepared:
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, options: dict[str, Any], compilers: Compilers | None = None
+    ) -> Prepared:
         """The execution and kernels of the MODEL that is about to run.
 
-        Called before `forward`, so that these lookups stay out of a compiled graph of the whole network.
+        compilers: what compiles a block, where another node than ours asked for it.
         """
         comfy_fp8.prepare(self, device, dtype)
         execution = self.execution(dtype, options)
         kernels = execution.choose_kernels(device)
         sparse = execution.block_sparse is not None
         chosen = with_comfyui_attention(kernels, execution.requested, options, preferences(self.blocks), sparse)
-        return Prepared(execution, chosen)
+        return Prepared(execution, chosen, compilers)
 
     def forward(
         self,
@@ -236,7 +240,7 @@ class DiffusionModel(LongCatTransformer):
         prepared: Prepared,
         options: dict[str, Any],
     ) -> Tensor:
-        execution, kernels = prepared
+        execution, kernels, compilers = prepared
         by_comfyui = isinstance(kernels.attend, ComfyAttention)
         if by_comfyui:
             # ComfyUI and its wrappers copy the options on their way here, and an override reads `block_index`.
@@ -259,6 +263,7 @@ class DiffusionModel(LongCatTransformer):
             kv_cache=cache,
             kernels=kernels,
             around_block=around,
+            compilers=compilers,
         )
         if not cache:
             if num_cond and caches is not None and not caches.exact:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -45,10 +45,21 @@ class Regional:
     """
 
     def __init__(
-        self, function: Callable[..., Any], what: str, backend: Any = "inductor", *, slow: bool = True
+        self,
+        function: Callable[..., Any],
+        what: str,
+        backend: Any = "inductor",
+        *,
+        slow: bool = True,
+        compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        copied: bool = False,
     ) -> None:
-        """what: the function in words, for notices; slow: whether compiling it is worth a notice."""
+        """what: the function in words, for notices; slow: whether compiling it is worth a notice. compiler: compiles
+        the function in place of torch.compile with `backend`. copied: whether results are copied, because the next call
+        overwrites them.
+        """
         self.function, self.what, self.backend, self.slow = function, what, backend, slow
+        self.compiler, self.copied = compiler, copied
         self.forget()
 
     def forget(self) -> None:
@@ -58,15 +69,10 @@ class Regional:
         self._failed: set[Hashable] = set()
         self._compiled = cache(self._compile)
 
-    def _compile(self, fullgraph: bool, symbolic: bool) -> Callable[..., Any]:
-        options: dict[str, Any] | None = None
-        if symbolic and self.backend == "inductor":
-            # PyTorch 2.11 fails in this analysis on symbolic sizes, which do not profit from it.
-            from torch._inductor import config
-
-            if hasattr(config.triton, "coalesce_tiling_analysis"):
-                options = {"triton.coalesce_tiling_analysis": False}
-        return torch.compile(self.function, backend=self.backend, fullgraph=fullgraph, dynamic=False, options=options)
+    def _compile(self, fullgraph: bool) -> Callable[..., Any]:
+        if self.compiler is not None:
+            return self.compiler(self.function)
+        return torch.compile(self.function, backend=self.backend, fullgraph=fullgraph, dynamic=False)
 
     def __call__(
         self,
@@ -96,9 +102,10 @@ class Regional:
             self._announced.add((kind, symbolic))
             announce(NOTICE.format(self.what))
         try:
-            with _many_graphs():
+            with _settings(bool(marks)):
                 # With gradients the compiler looks into kernels, where it may have to break the graph.
-                return self._compiled(not grad, bool(marks))(*args)
+                out = self._compiled(not grad)(*args)
+                return out.clone() if self.copied else out
         except torch._dynamo.exc.TorchDynamoException as error:
             self._failed.add(kind)
             reason = " ".join(str(error).split())[:200]
@@ -106,7 +113,16 @@ class Regional:
             return self.function(*args)
 
 
-def _many_graphs() -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _settings(symbolic: bool) -> Iterator[None]:
+    """The compiler's settings that every call needs, whoever chose its backend."""
+    from torch._inductor import config as inductor
+
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    return config.patch(**{name: max(GRAPHS, getattr(config, name))})
+    dynamo = {name: max(GRAPHS, getattr(config, name)), "assume_static_by_default": True}
+    # PyTorch 2.11 fails in this analysis on symbolic sizes, which do not profit from it.
+    off = symbolic and hasattr(inductor.triton, "coalesce_tiling_analysis")
+    tiling = {"triton.coalesce_tiling_analysis": False} if off else {}
+    with config.patch(**dynamo, automatic_dynamic_shapes=False), inductor.patch(tiling):
+        yield

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..model.block import Block, run_block
@@ -15,14 +16,24 @@ from . import attention, operators
 from .compilation import Regional
 from .fused import TorchOps
 
+WHAT = "the transformer block"
 # One graph serves all blocks of all networks of a process.
-COMPILED_BLOCK = Regional(run_block, "the transformer block")
+COMPILED_BLOCK = Regional(run_block, WHAT)
+# What compiles a block, or None to run it as it is.
+Compilers = Callable[[Block], Regional | None]
 
 
 def compiled_call(
-    compiled: Regional, ops: TorchOps, grid: Sequence[int], announce: Callable[[str], None]
+    compilers: Compilers,
+    ops: TorchOps,
+    grid: Sequence[int],
+    announce: Callable[[str], None],
+    uncompiled: Callable[[Block, torch.device], bool] | None = None,
 ) -> Callable[..., Tensor]:
-    """`run_block` through `compiled`, for tokens of this grid (frames, tokens per frame)."""
+    """`run_block` through what compiles the block, for tokens of this grid (frames, tokens per frame).
+
+    uncompiled: see `Execution`.
+    """
     backend = attention.is_known(ops.kernels.attend)
     within = ops if backend else ops.with_kernels(attend=operators.attend_foreign, quantized=None)
 
@@ -37,6 +48,9 @@ def compiled_call(
         num_cond: int,
         *keep: Any,
     ) -> Tensor:
+        compiled = compilers(block)
+        if compiled is None or (uncompiled is not None and uncompiled(block, x.device)):
+            return run_block(block, x, temb, text, rope, cached, ops, num_cond, *keep)
         frames = temb.shape[1]
         kind = x.shape[0], temb.shape[0], frames == 1, cached is None, num_cond, x.dtype, x.device, within
         size = grid, None if cached is None else cached[0].shape[1]

@@ -23,7 +23,7 @@ from ..model.transformer import BlockCache, FrameLayout, LongCatTransformer, Run
 from . import attention
 from .block_sparse import BlockSparse, ChunkedLayout, with_block_sparse
 from .compilation import Regional
-from .compiled_blocks import COMPILED_BLOCK, compiled_call
+from .compiled_blocks import COMPILED_BLOCK, Compilers, compiled_call
 from .fused import FusedOps, OpSwitches, TorchOps, ffn_pieces, sliceable
 from .guard import is_spoiled, lossy_switches
 from .kernels import text_attention
@@ -176,6 +176,7 @@ class Execution:
         fill: KVCache | None = None,
         kernels: attention.Kernels | None = None,
         around_block: AroundBlock | None = None,
+        compilers: Compilers | None = None,
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32; see `LongCatTransformer.forward`.
 
@@ -183,6 +184,7 @@ class Execution:
         cross-attention. kv_cache: of clean frames that stand in front of x and are not part of it. fill: a cache that
         receives this pass's keys (before RoPE) and values. kernels: replace those that the optimizations select.
         around_block: called in place of every block; with `block_sparse` the tokens are chunk after chunk, in slabs.
+        compilers: what compiles a block, in place of `compiled_block`.
         """
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
         if text is not None and text.tokens.shape[0] not in (1, x.shape[0]):
@@ -210,7 +212,7 @@ class Execution:
             num_cond_latents=num_cond_latents,
             cache=layout.cached(cache),
             layout=layout,
-            run=self._run(ops, texts, sizes, grad, fill is not None, around_block),
+            run=self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers),
         )
         if self._trusted or grad or torch.compiler.is_compiling():
             return out
@@ -229,6 +231,7 @@ class Execution:
             fill=fill,
             kernels=None if kernels is None else self.choose_kernels(x.device),
             around_block=around_block,
+            compilers=compilers,
         )
 
     def _give_up(self, out: Tensor) -> bool:
@@ -303,12 +306,14 @@ class Execution:
         grad: bool,
         filling: bool,
         around_block: AroundBlock | None,
+        compilers: Compilers | None,
     ) -> Run:
         """How a block is called, from the inside out: compiled, recomputed, hooked, streamed."""
         call: Callable[..., Tensor] = run_block
-        if self.optimizations.compile == "blocks" and not filling and not torch.compiler.is_compiling():
-            call = compiled_call(self.compiled_block, ops, sizes, self.announce)
-            call = call if self.uncompiled is None else _unless(self.uncompiled, call)
+        if compilers is None and self.optimizations.compile == "blocks":
+            compilers = lambda block: self.compiled_block  # noqa: E731
+        if compilers is not None and not filling and not torch.compiler.is_compiling():
+            call = compiled_call(compilers, ops, sizes, self.announce, self.uncompiled)
         if self.optimizations.gradient_checkpointing and grad:
             call = recomputed(call)
 
@@ -317,15 +322,6 @@ class Execution:
 
         run: Run = plain if around_block is None else _hooked(plain, around_block)
         return run if self.stream is None else streamed(run, self.stream, texts.need_weights)
-
-
-def _unless(
-    uncompiled: Callable[[Block, torch.device], bool], compiled: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    def call(block: Block, x: Tensor, *args: Any) -> Tensor:
-        return (run_block if uncompiled(block, x.device) else compiled)(block, x, *args)
-
-    return call
 
 
 def _hooked(run: Run, around_block: AroundBlock) -> Run:

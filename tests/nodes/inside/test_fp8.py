@@ -211,5 +211,5 @@ def test_torch_compile_model(comfy, one_block, sample, empty):
     counters.clear()
     patched = comfy("TorchCompileModel", model=eight, backend="inductor")
     assert error(plain, sample(empty, patched, **one)) < 0.05
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], "of a block"
     torch._dynamo.reset()

@@ -234,16 +234,6 @@ def test_attention_override_is_honored(comfy, model, ksample, empty):
     assert len(calls) == config.depth and calls[0][1:] == (9 * 4 * 6, config.hidden_size)
 
 
-def test_torch_compile(comfy, one_block, ksample, empty):
-    from torch._dynamo.utils import counters
-
-    patched = comfy("TorchCompileModel", model=one_block, backend="inductor")
-    counters.clear()
-    out = ksample(empty, patched, steps=1, cfg=1.0)
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], "the whole network is one graph"
-    assert difference(ksample(empty, one_block, steps=1, cfg=1.0), out) <= 1e-3
-
-
 # --- loading and saving ----------------------------------------------------------------------------------------------
 
 
