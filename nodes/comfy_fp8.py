@@ -6,10 +6,11 @@ ComfyUI moves, backs up and restores one weight per layer, so the scales of its 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.ops
 import torch
@@ -68,8 +69,13 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self.weight_function, self.bias_function = [], []
         self.native, self.dtype = False, torch.bfloat16
         self.original: Callable[[], Tensor] | None = None
+        # Under dynamic VRAM: the weight without LoRAs and the patches of LoRAs in it, while there are any.
+        self._unmerged: torch.nn.Parameter | None = None
+        self._merged: list[tuple] = []
 
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         weight = state.get(f"{prefix}weight")
         if weight is not None and weight.shape == self.shape:
             # A GPU quantizes a hundred times faster.
@@ -78,8 +84,17 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             scale = state.get(f"{prefix}weight_scale")
             rows = quantize_rows(weight) if scale is None else (weight, scale.to(weight.device))
             state = {name: value for name, value in state.items() if name != f"{prefix}weight_scale"}
-            state[f"{prefix}weight"] = with_scales(*rows)
-        super()._load_from_state_dict(state, prefix, *args)
+            packed = with_scales(*rows)
+            # For dynamic VRAM tensors become the parameters, which wait where this one does.
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            state[f"{prefix}weight"] = packed.to(self.weight.device) if assigned else packed
+        super()._load_from_state_dict(state, prefix, local_metadata, *args)
+
+    def _save_to_state_dict(self, state: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(state, prefix, keep_vars)
+        if self._unmerged is not None:
+            # The model's own weight, by which it is recognized, whichever LoRAs a clone of it runs with.
+            state[f"{prefix}weight"] = self._unmerged if keep_vars else self._unmerged.detach()
 
     @property
     def shape(self) -> torch.Size:
@@ -96,13 +111,17 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         here = self.weight.device == x.device and not self.bias_function
         if here and (self.bias is None or self.bias.device == x.device):
             return self.weight, self.bias, None
-        # Without the weight's functions, which take plain numbers and not e4m3 with scales.
-        layer = SimpleNamespace(
-            weight=self.weight, bias=self.bias, weight_function=[], bias_function=self.bias_function
-        )
         options = {"dtype": E4M3, "bias_dtype": self.dtype, "offloadable": True}
-        weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, **options)
-        return weight, bias, (layer, weight, bias, stream)
+        functions = self.weight_function
+        if functions:
+            # They take plain numbers and not e4m3 with scales.
+            self.weight_function = []
+        try:
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, **options)
+        finally:
+            if functions:
+                self.weight_function = functions
+        return weight, bias, (self, weight, bias, stream)
 
     def forward(self, x: Tensor | Quantized, fp8: bool = True) -> Tensor:
         """fp8: multiply in 8 bits, or else dequantize the weights and multiply in x's dtype."""
@@ -130,10 +149,12 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
         weight: the packed one, cast to any float dtype. The result is fp32, because ComfyUI merges in fp16 on CUDA.
         """
-        dtype = self.dtype if weight.dtype == E4M3 else torch.float32
+        dtype, device = self.dtype if weight.dtype == E4M3 else torch.float32, weight.device
+        if self._unmerged is not None:
+            weight = self._unmerged.to(device)
         if self.original is not None:
             try:
-                return self.original().to(weight.device, dtype)
+                return self.original().to(device, dtype)
             except CheckpointError as error:
                 logging.warning("LongCat: a LoRA is merged into quantized weights: %s", error)
         return dequantized(*without_scales(weight.to(E4M3), self.out_features), dtype)
@@ -150,6 +171,37 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         else:
             self.weight = torch.nn.Parameter(packed, requires_grad=False)
         return None
+
+    @property
+    def weight_lowvram_function(self) -> None:
+        """None: the weight that dynamic VRAM streams has its LoRAs already.
+
+        ComfyUI's own layers are patched whenever they reach the GPU, at the precision in which they are stored. Here
+        ComfyUI sets the function whenever it loads a model, and other LoRAs than before are merged then, once.
+        """
+        return None
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, patch: Any) -> None:
+        patches = [] if patch is None else list(patch.patches[patch.key])
+        if len(patches) == len(self._merged) and all(map(operator.is_, patches, self._merged)):
+            return
+        packed, self._merged = self._unmerged, patches
+        if self._unmerged is None:
+            # Set aside beside the modules' parameters, where ComfyUI does not find it.
+            self.__dict__["_unmerged"] = self.weight
+        if patches:
+            weight = self._unmerged.to(comfy.model_management.get_torch_device()).float()
+            full = comfy.lora.calculate_weight(patches, self.convert_weight(weight), patch.key)
+            packed = torch.nn.Parameter(self.set_weight(full, return_weight=True).cpu(), requires_grad=False)
+        else:
+            self.__dict__["_unmerged"] = None
+        self.weight = packed
+        for pinned in getattr(self, "_pins", {}).values():
+            if pinned.get("pin") is not None:
+                # ComfyUI's copy in pinned memory, from which it streams.
+                copy, _ = comfy.memory_management.interpret_gathered_like([packed, self.bias], pinned["pin"])
+                copy.copy_(packed)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

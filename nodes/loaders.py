@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Callable
@@ -104,15 +103,13 @@ def _dequantized(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_rowwise(path: str, disable_dynamic: bool = True, checkpoint: Checkpoint | None = None) -> ModelPatcher:
+def load_rowwise(path: str, disable_dynamic: bool = False, checkpoint: Checkpoint | None = None) -> ModelPatcher:
     """A native MODEL from a file or folder, quantized to fp8 row by row as its weights arrive.
 
-    Always without dynamic VRAM, under which ComfyUI would cast the weights. Arguments as for `load_model`.
+    Arguments as for `load_model`.
     """
     checkpoint = checkpoint or open_for_comfyui(path)
-    # ComfyUI 0.8 does not have dynamic VRAM.
-    dynamic = "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
-    patcher = load_model(path, {"custom_operations": comfy_fp8.Rowwise}, dynamic, checkpoint)
+    patcher = load_model(path, {"custom_operations": comfy_fp8.Rowwise}, disable_dynamic, checkpoint)
     if isinstance(patcher.model, LongCatVideo):
         comfy_fp8.remember(patcher.model.diffusion_model, checkpoint)
     patcher.cached_patcher_init = (load_rowwise, (path,))

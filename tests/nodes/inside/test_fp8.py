@@ -136,6 +136,52 @@ def test_layers_that_are_streamed_and_patched_at_use(comfy, loaded, sample, empt
     assert 0 < error(expected, out) < 0.2
 
 
+def test_loras_under_dynamic_vram_are_merged_once(comfy, sample, empty, lora):
+    """ComfyUI hands patches over as functions of layers that it streams, which CPUs do not do; played here."""
+    if version() < (0, 30):
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    from comfy import memory_management, model_patcher
+
+    loaded = comfy("LongCatModelLoader", model_name=MODEL, weight_dtype="fp8 rowwise")
+    before = weights(comfy, loaded)
+    patched = comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=STRENGTH)
+    sample(empty, patched, steps=1)
+    merged = weights(comfy, patched)
+    sample(empty, loaded, steps=1)
+    layers = comfy.node("comfy_fp8").layers(loaded.model.diffusion_model)
+
+    def hand_over(patches: dict) -> None:
+        for name, layer in layers.items():
+            key = f"diffusion_model.{name}.weight"
+            layer.weight_lowvram_function = model_patcher.LowVramPatch(key, patches) if key in patches else None
+            assert layer.weight_lowvram_function is None
+
+    pins = {}
+    for name, layer in layers.items():
+        both = [layer.weight, layer.bias]
+        pins[name] = torch.zeros(memory_management.vram_aligned_size(both), dtype=torch.uint8)
+        layer._pins = {"weights": {"pin": pins[name]}, "patches": {}}
+    hand_over(patched.patches)
+    after = weights(comfy, loaded)
+    assert all(torch.equal(after[name], merged[name]) for name in after)
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert len(changed) == 4
+    for name in changed:
+        pinned, _ = memory_management.interpret_gathered_like([layers[name].weight, layers[name].bias], pins[name])
+        assert torch.equal(pinned.view(torch.uint8), merged[name])
+    kept = layers[changed[0]].weight
+    hand_over({key: patch[:] for key, patch in patched.patches.items()})
+    assert layers[changed[0]].weight is kept, "the same LoRA again is merged already"
+    state = loaded.model.diffusion_model.state_dict()
+    assert all(torch.equal(state[f"{name}.weight"].view(torch.uint8), before[name]) for name in before)
+    stronger = comfy("LoraLoaderModelOnly", model=patched, lora_name=lora, strength_model=0.5)
+    hand_over(stronger.patches)
+    assert not torch.equal(weights(comfy, loaded)[changed[0]], merged[changed[0]])
+    hand_over({})
+    after = weights(comfy, loaded)
+    assert all(torch.equal(after[name], before[name]) for name in before), "the very same bytes"
+
+
 def test_the_switch_and_what_is_said_of_it(comfy, loaded, model, sample, empty):
     on, report = comfy("LongCatOptimizations", model=loaded)
     layers = len(comfy.node("comfy_fp8").layers(loaded.model.diffusion_model))
