@@ -6,20 +6,20 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from comfy.quant_ops import QUANT_ALGOS, get_layout_class
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, Table, detect
 from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint
-from ..longcat_core.checkpoints.packed import Packed
 from ..longcat_core.checkpoints.packings import TILE
 from ..longcat_core.checkpoints.quantized import MARKERS, described_beside
 from ..longcat_core.checkpoints.reader import Reader
-from ..longcat_core.checkpoints.stored import collect, match_parameters
+from ..longcat_core.checkpoints.stored import Stored, collect, match_parameters
 from ..longcat_core.errors import listed
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.optimize.quantization import Policy, dequantized, without_scales
@@ -28,6 +28,11 @@ from .comfy_attention import reads_preferences
 SOURCE = "the LongCat-Video checkpoint"
 # What newer versions of ComfyUI write beside the weights of an attention layer: which kernel it wants.
 SETTING = ".comfy_attention.config"
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+# Formats whose scales are in tiles.
+TILES = ("nvfp4", "mxfp8")
+# Tensors of a quantized layer that have numbers for each row in any format.
+ROWS = ("weight", "bias", "weight_s_rel", "weight_s_channel")
 
 
 @dataclass
@@ -68,25 +73,26 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     eight_bit = {f"{module}.weight" for module in Policy().names(config.depth)} if rowwise else set()
     whole = {modules[0]: module for module, modules in sources.items() if len(modules) == 1}
     described = dict(described_beside(file.header, file.rows, SOURCE))
-    native = {
-        layer
-        for layer, conf in described.items()
-        if f"{layer}.weight" in state and runs(conf, checkpoint.packed.get(f"{layer}.weight"))
-    }
+    beside: dict[str, list[str]] = {}
+    for name in state:
+        layer, _, suffix = name.rpartition(".")
+        if layer in described and suffix != "bias":
+            beside.setdefault(layer, []).append(suffix)
 
     out = {}
     for module, layers in sources.items():
-        if f"{module}.weight" in eight_bit or not native.issuperset(layers):
+        if f"{module}.weight" in eight_bit or not all(
+            runs(checkpoint, layer, described.get(layer)) for layer in layers
+        ):
             continue
-        if len(layers) > 1:
-            found = joined([_beside(state, layer) for layer in layers], described[layers[0]]["format"])
-            if found is None:
-                continue
+        parts = [{suffix: state[f"{layer}.{suffix}"] for suffix in beside[layer]} for layer in layers]
+        found = joined(parts, described[layers[0]]["format"])
+        if found is not None:
             out |= {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
+            del parameters[f"{module}.weight"]
             for layer in layers:
-                for suffix in _beside(state, layer):
+                for suffix in beside[layer]:
                     del state[f"{layer}.{suffix}"]
-        del parameters[f"{module}.weight"]
     for name, parts in match_parameters(checkpoint, parameters, allow_unknown=True).items():
         rows = reader.e4m3(parts, "cpu") if name in eight_bit else None
         if rows is not None:
@@ -99,7 +105,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
         module, _, kind = name.rpartition(".")
         used = [stored for part in parts for stored in (part.name, part.scale)]
         packed = [checkpoint.packed[part.name] for part in parts if part.name in checkpoint.packed]
-        used += [beside for weight in packed for beside, _ in weight.beside.values()]
+        used += [key for weight in packed for key, _ in weight.beside.values()]
         used += [f"{source}.{suffix}" for source in sources[module] for suffix in BESIDE if kind == "weight"]
         for stored in used:
             state.pop(stored, None)
@@ -112,53 +118,58 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     return out
 
 
-def runs(description: Mapping[str, Any], packed: Packed | None) -> bool:
-    """Whether this ComfyUI runs a layer of this description by itself. packed: how its weight is, None for others."""
-    algorithm = QUANT_ALGOS.get(description["format"])
-    if algorithm is None or packed is None:
-        return algorithm is not None
-    # ComfyUI ignores tensors that its version does not know, and would compute something else.
-    known = {*algorithm["parameters"], "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook"}
-    if not known.issuperset(packed.beside):
+def runs(stored: Stored, layer: str, description: Mapping[str, Any] | None) -> bool:
+    """Whether this ComfyUI runs a layer of a file by itself; description: the layer's, None for one without."""
+    weight = f"{layer}.weight"
+    algorithm = QUANT_ALGOS.get(description["format"]) if description is not None and weight in stored.where else None
+    if algorithm is None:
         return False
-    layout = get_layout_class(algorithm["comfy_tensor_layout"])
+    packed = stored.packed.get(weight)
+    if packed is None:
+        # Its fp8 layers take one scale.
+        return description["format"] not in FP8 or prod(stored.shapes.get(f"{weight}_scale", ())) == 1
+    # ComfyUI ignores tensors that its version does not know, and a LoRA does not fit a weight of smoothed inputs.
+    known = {"weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook"}
     six_bits = packed.kind == "asym_w4a8_int8" and packed.stored[1] * 2 > packed.shape[1]
-    return not six_bits or hasattr(layout, "bits")
-
-
-def _beside(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
-    """The tensors of a quantized layer by their suffixes, without its bias."""
-    names = (name for name in state if name.rpartition(".")[0] == layer and not name.endswith(".bias"))
-    return {name.removeprefix(f"{layer}."): state[name] for name in names}
+    layout = get_layout_class(algorithm["comfy_tensor_layout"])
+    return known.issuperset(packed.beside) and (not six_bits or hasattr(layout, "bits"))
 
 
 def joined(parts: list[dict[str, Tensor]], kind: str) -> dict[str, Tensor] | None:
-    """Layers of one input as one layer, with the numbers that they have; None if that is impossible.
+    """Quantized layers of one input as one layer, with the numbers that they have; None if that is impossible.
 
-    parts: tensors of the layers by their suffixes.
+    parts: tensors of the layers by their suffixes, as files have them. kind: the format in which all of them are.
     """
     if any(part.keys() != parts[0].keys() for part in parts):
         return None
-    rows = {"weight", "weight_s_rel", "weight_s_channel"}
-    if kind == "int8_tensorwise":
-        rows.add("weight_scale")
-        # One scale for each row, which any layer of this kind may have.
-        parts = [p | {"weight_scale": p["weight_scale"].reshape(-1, 1).expand(len(p["weight"]), 1)} for p in parts]
-    elif kind in ("convrot_w4a4", "nvfp4", "mxfp8"):
-        rows.add("weight_scale")
-        if kind != "convrot_w4a4" and any(len(part["weight"]) % TILE[0] for part in parts):
-            # Their scales fill their last tile in part.
-            return None
+    for part in (parts := [dict(part) for part in parts]):
+        weight, scale, storage = part["weight"], part.get("weight_scale"), QUANT_ALGOS[kind]["storage_t"]
+        if weight.element_size() == storage.itemsize:
+            # Bytes that the file calls otherwise; ComfyUI would convert their numbers.
+            part["weight"] = weight.view(storage)
+        if kind == "int8_tensorwise" and scale is not None and (len(parts) > 1 or scale.numel() > 1):
+            # Any layer of this kind may have a scale for each row.
+            part["weight_scale"] = scale.reshape(-1, 1).expand(len(weight), 1)
+    if len(parts) == 1:
+        return parts[0]
+    if kind in TILES and any(len(part["weight"]) % TILE[0] for part in parts):
+        # Their scales fill their last tile in part.
+        return None
     out = {}
     for suffix, first in parts[0].items():
         tensors = [part[suffix] for part in parts]
-        if suffix in rows:
+        if by_rows(suffix, kind):
             out[suffix] = torch.cat(tensors)
         elif all(tensor.dtype == first.dtype and torch.equal(_bytes(tensor), _bytes(first)) for tensor in tensors):
             out[suffix] = first
         else:
             return None
     return out
+
+
+def by_rows(suffix: str, kind: str) -> bool:
+    """Whether a tensor of a quantized layer has numbers for each row, or tile of rows, one after the other."""
+    return suffix in ROWS or (suffix == "weight_scale" and kind not in FP8)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -205,8 +216,12 @@ def _correct(state: dict[str, Tensor]) -> None:
         elif kind is None and "per_row" in description:
             kind = "int8_tensorwise"
         if kind != description.get("format"):
-            text = json.dumps(description | {"format": kind}).encode()
-            state[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+            state[f"{layer}.comfy_quant"] = as_description(description | {"format": kind})
+
+
+def as_description(settings: Mapping[str, Any]) -> Tensor:
+    """The description of a quantized layer as files hold it: JSON, uint8 [n]."""
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 
 
 def open_for_comfyui(path: str | Path) -> Checkpoint:
@@ -220,15 +235,27 @@ def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
     8-bit layers with scales of their rows are dequantized to bf16 on the CPU.
     """
     table, parameters = dict(OFFICIAL.modules(config.depth)), empty_parameters(config)
+    kinds = {layer: conf["format"] for layer, conf in described_beside(StateDict(state).header, state.get, SOURCE)}
+    # ComfyUI 0.8 would write the bytes of packed weights as wide numbers.
+    wide = {layer for layer in kinds if isinstance(state[f"{layer}.weight"], QuantizedTensor)}
     out = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
+        if module in wide and kind not in ("weight", "bias"):
+            continue
+        if isinstance(tensor, QuantizedTensor):
+            tensor = tensor.dequantize().to(torch.bfloat16)
         sources = table.get(module, (module,))
         if len(sources) > 1 and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             # ComfyUI's stand-in for a weight whose LoRAs are merged when it is moved; its rows would lack them.
             tensor = tensor.to("cpu")
-        if tensor.dtype == torch.float8_e4m3fn and kind == "weight" and tensor.shape != parameters[name].shape:
+        packed = kind == "weight" and module not in kinds and tensor.dtype == torch.float8_e4m3fn
+        if packed and tensor.shape != parameters[name].shape:
             tensor = dequantized(*without_scales(tensor.to("cpu"), parameters[name].shape[0]), torch.bfloat16)
-        parts = tensor.chunk(len(sources)) if len(sources) > 1 else (tensor,)
+        shared = module in kinds and not by_rows(kind, kinds[module])
+        parts = (tensor,) if len(sources) == 1 else tensor.chunk(len(sources))
+        if shared:
+            # Files do not hold one tensor under two names.
+            parts = [tensor.clone() for _ in sources]
         out |= {f"{source}.{kind}": part for source, part in zip(sources, parts, strict=True)}
     return out

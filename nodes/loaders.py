@@ -18,7 +18,7 @@ from comfy_api.latest import io
 
 from ..longcat_core.checkpoints import umt5
 from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint
-from ..longcat_core.checkpoints.quantized import QUANT_METADATA
+from ..longcat_core.checkpoints.quantized import QUANT_METADATA, described_beside
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.tensor_files import is_gguf, open_file
 from ..longcat_core.generate.progress import LOADING
@@ -26,7 +26,7 @@ from ..longcat_core.generate.text import tokenizer_of
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
-from .comfy_weights import open_for_comfyui
+from .comfy_weights import as_description, open_for_comfyui, runs
 from .inputs import LongCatNode
 from .progress import working
 
@@ -84,6 +84,8 @@ def load_model(
     for file in dict.fromkeys(checkpoint.where.values()):
         state |= _dequantized(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
     state = {name: state[checkpoint.prefix + name] for name in checkpoint.names()}
+    # ComfyUI reads descriptions out of metadata only for its own operations.
+    state |= {f"{layer}.comfy_quant": as_description(conf) for layer, conf in checkpoint.quantized.items()}
     metadata = {CONFIG_KEY: json.dumps({"text_tokens_zero_pad": checkpoint.config.text_tokens_zero_pad})}
     if checkpoint.quantized:
         metadata[QUANT_METADATA] = json.dumps({"layers": checkpoint.quantized})
@@ -188,7 +190,14 @@ class _Target:
 def _known(opened: umt5.Umt5) -> bool:
     """Whether ComfyUI reads a text encoder's file as it is."""
     int8 = any(name.endswith(".weight_int8") for name in opened.where)
-    return opened.form is umt5.TRANSFORMERS and not (opened.prefix or int8 or is_gguf(Path(opened.source)))
+    if opened.form is not umt5.TRANSFORMERS or opened.prefix or int8 or is_gguf(Path(opened.source)):
+        return False
+    # Its embeddings take numbers that are stored one by one.
+    embedding = opened.packed.get(f"{umt5.SHARED}.weight")
+    for file in opened.files.values():
+        if any("format" not in conf for _, conf in described_beside(file.header, file.rows, opened.source)):
+            return False
+    return embedding is None and all(runs(opened, layer, conf) for layer, conf in opened.described.items())
 
 
 def _state(opened: umt5.Umt5) -> dict[str, torch.Tensor]:
@@ -220,7 +229,8 @@ def _small_clip(path: Path, options: dict, disable_dynamic: bool = False) -> com
     names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     options = {**options, "umt5xxl_model_config": {name: sizes[name] for name in names}}
     quantized = comfy.utils.detect_layer_quantization(state, "")
-    dtype = comfy.utils.weight_dtype(state)
+    # As ComfyUI's own loader has it: most numbers may be packed into bytes.
+    dtype = comfy.utils.weight_dtype(state) if quantized is None else state[f"{umt5.NORM}.weight"].dtype
     target = _Target(comfy.text_encoders.wan.te(dtype_t5=dtype, t5_quantization_metadata=quantized))
     dynamic = {"disable_dynamic": True} if disable_dynamic else {}
     try:

@@ -50,8 +50,8 @@ class Stored:
 
     where: tensor name (prefix stripped) -> file. shapes, dtypes: as stored, but GGUF's quantized tensors as fp32, and
     fp8 whose bits are stored as uint8 as fp8. packed: weights that are matrices in fp32 by these tables -> how they are
-    stored, with tensors that the tables do not have. quantized: modules that the files' metadata describes -> their
-    descriptions. depth: blocks that the form repeats.
+    stored, with tensors that the tables do not have. described: modules -> their descriptions, by tensors and metadata;
+    quantized: those in the files' metadata. depth: blocks that the form repeats.
     """
 
     source: str
@@ -62,6 +62,7 @@ class Stored:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     packed: dict[str, Packed]
+    described: dict[str, dict[str, Any]]
     quantized: dict[str, dict[str, Any]]
     depth: int
 
@@ -149,7 +150,7 @@ def collect(
         for beside, _ in weight.beside.values():
             del where[beside], shapes[beside], dtypes[beside]
     dtypes |= dtypes_meant(dtypes, formats, str(path))
-    return Stored(str(path), form, prefix, where, dict(files), shapes, dtypes, packed, quantized, 0), metadata
+    return Stored(str(path), form, prefix, where, dict(files), shapes, dtypes, packed, settings, quantized, 0), metadata
 
 
 def match_parameters(

@@ -17,14 +17,14 @@ from .gguf_vocabulary import spiece_of
 from .stored import Stored, stored_part
 from .whole import open_whole, read_whole
 
-__all__ = ["SPIECE", "Umt5", "dequantise", "open_umt5"]
+__all__ = ["NORM", "SHARED", "SPIECE", "Umt5", "dequantise", "open_umt5"]
 
 SPIECE = "spiece_model"  # the SentencePiece model itself, as bytes
 # What files hold besides the encoder: its vocabulary, the tied copy of the embedding, and ComfyUI's scale for logits.
 BESIDE = (SPIECE, "encoder.embed_tokens.weight", "logit_scale")
 REMEDY = "choose umt5_xxl, or longcat_nano_umt5 for the test model"
 
-_SHARED, _NORM = "shared", "encoder.final_layer_norm"
+SHARED, NORM = "shared", "encoder.final_layer_norm"
 # The modules of a block by transformers' names, then by Wan's and llama.cpp's.
 _BLOCK = {
     "layer.0.layer_norm": ("norm1", "attn_norm"),
@@ -46,7 +46,7 @@ def _format(name: str, embedding: str, norm: str, block_prefix: str, column: int
     return Format(
         name,
         (f"{embedding}.", block_prefix.format(i=0)),
-        {_SHARED: (embedding,), _NORM: (norm,)},
+        {SHARED: (embedding,), NORM: (norm,)},
         block,
         block_prefix,
         "encoder.block.{i}.",
@@ -101,7 +101,7 @@ class Umt5(Stored):
         gate, down = (self.sizes["d_ff"], width), (width, self.sizes["d_ff"])
         bias = (self.sizes["relative_attention_num_buckets"], self.sizes["num_heads"])
         block = zip(_BLOCK, (norm, into, into, into, out, bias, norm, gate, gate, down), strict=True)
-        shapes = {_SHARED: (rows, width), _NORM: norm}
+        shapes = {SHARED: (rows, width), NORM: norm}
         shapes |= {f"encoder.block.{i}.{name}": shape for name, shape in list(block) for i in range(self.depth)}
         # Like transformers itself: the output of the feed-forward overflows fp16.
         wide = torch.float32 if dtype == torch.float16 else dtype
@@ -142,7 +142,7 @@ def _sizes(stored: Stored) -> dict[str, int]:
             raise CheckpointError(f"{source} is not a UMT5 encoder: it has no matrix '{name}.weight'; {REMEDY}")
         return shape[0], shape[1]
 
-    vocab_size, d_model = sides(_SHARED)
+    vocab_size, d_model = sides(SHARED)
     buckets, num_heads = sides(block(0, 0) + "SelfAttention.relative_attention_bias")
     inner, _ = sides(block(0, 0) + "SelfAttention.q")
     d_ff, _ = sides(block(0, 1) + "DenseReluDense.wi_0")

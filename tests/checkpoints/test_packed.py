@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from longcat_core.checkpoints.packings import unrotated
 from longcat_core.checkpoints.reader import Reader
 from longcat_core.checkpoints.stored import stored_part
 from longcat_core.checkpoints.umt5 import open_umt5
+from longcat_core.errors import CheckpointError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.paths import NANO_MODEL, NANO_TEXT_ENCODER
 from longcat_core.model.config import ModelConfig
@@ -24,6 +26,7 @@ from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import Policy
 
 from ..support.quantized_files import (
+    E4M3,
     FORMS,
     KITCHEN,
     WRITERS,
@@ -189,16 +192,180 @@ def test_sides_that_were_padded(tmp_path, form):
 # What does not fit
 
 
-def changed(state: State, form: str, about: dict | None = None, **tensors: Tensor | None) -> State:
-    out = dict(state)
+@pytest.mark.parametrize(
+    ("form", "about", "tensors", "said"),
+    [
+        (
+            "int8 convrot",
+            {"convrot_groupsize": 128},
+            {},
+            "int8_tensorwise with a rotation of 128 columns, which is not",
+        ),
+        (
+            "int8 convrot",
+            {"convrot_groupsize": "64"},
+            {},
+            "with a rotation of 64 columns, which is not supported; give",
+        ),
+        ("int8 convrot", {"convrot_groupsize": 1024}, {}, "ffn.w2.weight of shape .192, 512. does not fit; download"),
+        (
+            "int8 convrot",
+            {},
+            {"weight_scale": torch.ones(3, 1)},
+            "w2.weight_scale of shape .3, 1. does not fit; download",
+        ),
+        (
+            "int8 convrot",
+            {},
+            {"weight_scale": torch.zeros(192, 1)},
+            "a scale of 0 or less in blocks.0.ffn.w2.weight_scale",
+        ),
+        (
+            "int8 convrot",
+            {},
+            {"weight_scale": None},
+            "as int8_tensorwise but lacks blocks.0.ffn.w2.weight_scale; download",
+        ),
+        (
+            "int8 convrot",
+            {},
+            {"weight": torch.zeros(192, 512)},
+            "but blocks.0.ffn.w2.weight as float32; download it again",
+        ),
+        ("nvfp4", {}, {"weight_scale_2": None}, "as nvfp4 but lacks blocks.0.ffn.w2.weight_scale_2; download it again"),
+        (
+            "nvfp4",
+            {},
+            {"weight_scale": torch.ones(192, 32).to(E4M3)},
+            "as nvfp4, which .*weight_scale of shape .192, 32.",
+        ),
+        (
+            "nvfp4",
+            {},
+            {"weight_scale_2": torch.tensor(torch.nan)},
+            "NaN or infinite values in blocks.0.ffn.down.weight",
+        ),
+        ("nvfp4", {}, {"weight_scale_2": torch.tensor(-1.0)}, "a scale of 0 or less in blocks.0.ffn.w2.weight_scale_2"),
+        (
+            "mxfp8",
+            {},
+            {"weight_scale": torch.full((256, 16), 255).byte()},
+            "NaN or infinite values in blocks.0.ffn.down",
+        ),
+        ("mxfp8", {}, {"weight_scale": torch.ones(256, 16)}, "as mxfp8 but blocks.0.ffn.w2.weight_scale as float32"),
+        (
+            "convrot_w4a4",
+            {"convrot_groupsize": 0},
+            {},
+            "convrot_w4a4 with a rotation of 0 columns, which is not supported",
+        ),
+        (
+            "asym_w4a8_int8",
+            {"group_size": 0},
+            {},
+            "asym_w4a8_int8 with groups of 0 columns, which is not supported; give",
+        ),
+        (
+            "asym_w4a8_int8",
+            {"group_size": 32},
+            {},
+            "as asym_w4a8_int8, which .*weight_s_rel of shape .192, 32. does not",
+        ),
+        (
+            "asym_w4a8_int8",
+            {},
+            {"weight_codebook": torch.ones(8)},
+            "weight_codebook of shape .8. does not fit; download it",
+        ),
+        (
+            "svdquant_w4a4",
+            {"act_unsigned": True},
+            {},
+            "svdquant_w4a4 with unsigned inputs, which is not supported; give a",
+        ),
+        (
+            "svdquant_w4a4",
+            {"lowrank_branch_input_basis": "x"},
+            {},
+            "svdquant_w4a4 with the basis x, which is not supported",
+        ),
+        (
+            "svdquant_w4a4",
+            {},
+            {"proj_up": torch.ones(192, 7)},
+            "as svdquant_w4a4, which .*proj_up of shape .192, 7. does",
+        ),
+        (
+            "svdquant_w4a4",
+            {},
+            {"weight": torch.ones(2, 8, 16, 128).char()},
+            "w2.weight of shape .2, 8, 16, 128. does not fit",
+        ),
+        (
+            "awq_w4a16",
+            {"group_size": 128},
+            {},
+            "as awq_w4a16, which .*weight_scale of shape .8, 192. does not fit; download",
+        ),
+        (
+            "awq_w4a16",
+            {},
+            {"weight": torch.ones(192).char()},
+            "w2.weight of shape .192. does not fit; download it again",
+        ),
+        (
+            "awq_w4a16",
+            {"format": "awq_w3"},
+            {},
+            "stores blocks.0.ffn.w2 as awq_w3, which is not supported; give a file in",
+        ),
+    ],
+)
+def test_what_does_not_fit(tmp_path, nano, form, about, tensors, said):
+    state, _ = quantized(comfyui(nano), form, kitchen=False)
+    described = json.loads(bytes(state["blocks.0.ffn.w2.comfy_quant"].tolist()))
+    state["blocks.0.ffn.w2.comfy_quant"] = as_description(described | about)
     for suffix, tensor in tensors.items():
-        out.pop(f"{LAYER}.{suffix}", None)
-        if tensor is not None:
-            out[f"{LAYER}.{suffix}"] = tensor
-    if about is not None:
-        described = json.loads(bytes(state[f"{LAYER}.comfy_quant"].tolist()))
-        out[f"{LAYER}.comfy_quant"] = as_description(described | about)
-    return out
+        state[f"blocks.0.ffn.w2.{suffix}"] = tensor
+    path = saved(tmp_path, {name: tensor for name, tensor in state.items() if tensor is not None})
+    with pytest.raises(CheckpointError, match=said):
+        load_transformer(path)
+
+
+def test_other_names_and_dtypes(tmp_path, nano):
+    """Scales in bytes, comfy-kitchen's own suffixes, another writer's description without a format, smoothed inputs."""
+    for form, change in (
+        ("nvfp4", lambda n, t: (n, t.view(torch.uint8) if n.endswith("weight_scale") else t)),
+        ("mxfp8", lambda n, t: (n, t.view(torch.float8_e8m0fnu) if n.endswith("weight_scale") else t)),
+        ("mxfp8", lambda n, t: (n, t.view(torch.uint8) if t.dtype == E4M3 else t)),
+        ("asym_w4a8_int8", lambda n, t: (n, t.view(torch.uint8) if t.dtype == E4M3 else t)),
+        ("convrot_w4a4", lambda n, t: (n, t.view(torch.uint8) if t.dtype == torch.int8 else t)),
+        ("svdquant_w4a4", lambda n, t: (re.sub(r"(proj_|smooth_)", r"weight_\1", n), t)),
+        ("awq_w4a16", lambda n, t: (n.replace("weight_zero", "weight_zeros"), t)),
+        ("int8 convrot", lambda n, t: (n, t.flatten() if n.endswith("weight_scale") else t)),
+    ):
+        state, _ = quantized(comfyui(nano), form, kitchen=False)
+        wanted = load_transformer(saved(tmp_path, state)).state_dict()
+        other = dict(change(name, tensor) for name, tensor in state.items())
+        assert other.keys() != state.keys() or any(
+            other[n].dtype != state[n].dtype or other[n].ndim != state[n].ndim for n in state
+        )
+        found = load_transformer(saved(tmp_path, other)).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), form
+
+    state, _ = quantized(comfyui(nano), "int8 convrot", kitchen=False)
+    wanted = load_transformer(saved(tmp_path, state)).state_dict()
+    for name in [name for name in state if name.endswith("comfy_quant")]:
+        group = json.loads(bytes(state[name].tolist()))["convrot_groupsize"]
+        state[name] = as_description({"convrot": True, "convrot_groupsize": group, "per_row": True})
+    found = load_transformer(saved(tmp_path, state)).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+    state, _ = quantized(comfyui(nano), "nvfp4", kitchen=False)
+    wanted = load_transformer(saved(tmp_path, state)).get_parameter("blocks.0.ffn.down.weight")
+    smooth = torch.rand(512) + 0.5
+    found = load_transformer(saved(tmp_path, state | {"blocks.0.ffn.w2.pre_quant_scale": smooth}))
+    assert torch.equal(found.get_parameter("blocks.0.ffn.down.weight"), wanted * smooth)
 
 
 def write_fixture() -> None:

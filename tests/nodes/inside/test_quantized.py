@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from ...checkpoints.written_forms import comfyui
-from ...support.quantized_files import FORMS, has_kitchen, quantized
-from .test_lora import error
+from ...support.quantized_files import FORMS, as_description, has_kitchen, is_projection, quantized
+from . import cases
+from .conftest import version
+from .test_lora import error, official
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +70,130 @@ def test_every_form(comfy, nano, sample, empty, form, names):
 
 def is_quantized(weight: torch.Tensor) -> bool:
     return type(weight).__name__ == "QuantizedTensor"
+
+
+@pytest.fixture(scope="module")
+def small(nano) -> dict[str, torch.Tensor]:
+    """The first block alone."""
+    return {name: tensor for name, tensor in nano.items() if name.startswith("blocks.0.") or "blocks" not in name}
+
+
+@pytest.fixture(scope="module")
+def loras(comfy) -> str:
+    """A LoRA of whole and of stacked layers."""
+    tensors = official(comfy, {"blocks.0.attn.qkv": 3, "blocks.0.attn.proj": 1, "blocks.0.ffn.w1": 1})
+    return comfy.save("loras", "of_one_block.safetensors", tensors)
+
+
+@pytest.mark.parametrize("form", ["int8 convrot", "nvfp4", "mxfp8", "asym_w4a8_int8", "svdquant_w4a4"])
+def test_loras(comfy, small, sample, empty, loras, form):
+    """As on the same weights multiplied out; merged weights are quantized again, as ComfyUI does it."""
+    state, _ = quantized(comfyui(small), form)
+    videos = []
+    for name, tensors in (("packed.safetensors", state), ("wide.safetensors", wide(comfy, small, form))):
+        loaded = comfy("UNETLoader", unet_name=comfy.save("diffusion_models", name, tensors), weight_dtype="default")
+        given = comfy("LoraLoaderModelOnly", model=loaded, lora_name=loras, strength_model=0.8)
+        videos.append((sample(empty, loaded, steps=1), sample(empty, given, steps=1)))
+    (_, changed), (bare_wide, changed_wide) = videos
+    assert error(bare_wide, changed_wide) > 0.05
+    assert error(changed, changed_wide) < (0.25 if form in ("nvfp4", "asym_w4a8_int8") else 0.1)
+
+
+def wide(comfy, state, form):
+    """A model in a form, multiplied out."""
+    name = comfy.save("diffusion_models", "of_wide.safetensors", quantized(comfyui(state), form)[0])
+    load, formats = comfy.core("checkpoints.load"), comfy.core("checkpoints.formats")
+    network = load.load_transformer(comfy.folder / "models" / "diffusion_models" / name)
+    return load.official_state(network, formats.OFFICIAL)
+
+
+@pytest.mark.parametrize("form", ["int8 convrot", "nvfp4", "mxfp8", "asym_w4a8_int8", "convrot_w4a4", "float8_e4m3fn"])
+def test_saved_and_loaded_again(comfy, small, sample, empty, form):
+    import folder_paths
+
+    state, _ = quantized(comfyui(small), form)
+    loaded = comfy(
+        "UNETLoader", unet_name=comfy.save("diffusion_models", "given.safetensors", state), weight_dtype="default"
+    )
+    prefix = f"diffusion_models/of {form}"
+    comfy("ModelSave", model=loaded, filename_prefix=prefix)
+    (path,) = Path(folder_paths.get_output_directory(), "diffusion_models").glob(f"of {form}*.safetensors")
+    link = comfy.folder / "models" / "diffusion_models" / path.name
+    link.symlink_to(path)
+    again = comfy("UNETLoader", unet_name=path.name, weight_dtype="default")
+    assert error(sample(empty, loaded, steps=1), sample(empty, again, steps=1)) < 0.02
+    assert is_quantized(again.model.diffusion_model.blocks[0].attn.proj.weight) == (runs(form) and version() > (0, 8))
+    # It is read headless too.
+    load = comfy.core("checkpoints.load").load_transformer
+    first = load(comfy.folder / "models" / "diffusion_models" / "given.safetensors").state_dict()
+    for name, value in load(path).state_dict().items():
+        assert (value - first[name]).norm() <= 0.01 * first[name].norm(), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_loaders(comfy, small, sample, empty, form):
+    """Described in the header and under a prefix that ComfyUI does not know; and quantized again, row by row."""
+    state, metadata = quantized(comfyui(small), form, metadata=True)
+    layers = json.loads(metadata["_quantization_metadata"])["layers"]
+    layers = {f"transformer.{layer}": about for layer, about in layers.items()}
+    name = comfy.save(
+        "diffusion_models",
+        "headed.safetensors",
+        {f"transformer.{name}": tensor for name, tensor in state.items()},
+        {"_quantization_metadata": json.dumps({"layers": layers})},
+    )
+    plain = comfy.save("diffusion_models", "plain.safetensors", quantized(comfyui(small), form)[0])
+    first = comfy("UNETLoader", unet_name=plain, weight_dtype="default")
+    again = comfy("LongCatModelLoader", model_name=name, weight_dtype="default")
+    assert is_quantized(again.model.diffusion_model.blocks[0].attn.proj.weight) == runs(form)
+    video = sample(empty, first, steps=1)
+    assert torch.equal(video, sample(empty, again, steps=1))
+    rowwise = comfy("LongCatModelLoader", model_name=name, weight_dtype="fp8 rowwise")
+    assert error(video, sample(empty, rowwise, steps=1)) < (0.7 if form == "convrot_w4a4" else 0.3)
+
+
+def test_descriptions_of_other_writers(comfy, small, sample, empty):
+    """Without a format, nested, with the switch for 16-bit products, and with scales in other shapes."""
+    state, _ = quantized(comfyui(small), "int8 convrot")
+    first = comfy(
+        "UNETLoader", unet_name=comfy.save("diffusion_models", "a.safetensors", state), weight_dtype="default"
+    )
+    video = sample(empty, first, steps=1)
+    rotated = {"convrot": True, "convrot_groupsize": 64}
+    for about in (
+        rotated | {"per_row": True},
+        {"format": "int8_tensorwise", "params": rotated},
+        rotated | {"format": "int8_tensorwise", "full_precision_matrix_mult": True},
+    ):
+        other = {
+            name: as_description(about) if name.endswith("comfy_quant") and len(tensor) else tensor
+            for name, tensor in state.items()
+        }
+        for name in state:
+            if name.endswith("weight_scale") and "per_row" in about:
+                other[name] = state[name].flatten()
+            if name.endswith("ffn.w2.comfy_quant"):
+                # Its columns are rotated by 256.
+                other[name] = as_description(about | {"convrot_groupsize": 256, "params": {"convrot": True}})
+        name = comfy.save("diffusion_models", "b.safetensors", other)
+        loaded = comfy("UNETLoader", unet_name=name, weight_dtype="default")
+        off = error(video, sample(empty, loaded, steps=1))
+        assert off == 0 if "full_precision_matrix_mult" not in about else off < 0.1, about
+
+
+@pytest.mark.parametrize("form", ["int8 convrot", "nvfp4", "mxfp8", "asym_w4a8_int8", "svdquant_w4a4", "awq_w4a16"])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_text_encoders(comfy, prompts, form, embedding):
+    from safetensors.torch import load_file
+
+    state = load_file(comfy.core("generate.paths").NANO_TEXT_ENCODER)
+    quantizes = (
+        (lambda name, tensor: is_projection(name, tensor) or name == "shared.weight") if embedding else is_projection
+    )
+    out, _ = quantized(state, form, quantizes=quantizes)
+    name = comfy.save("text_encoders", "quantized.safetensors", out)
+    clip = comfy("LongCatTextEncoderLoader", text_encoder_name=name, device="default")
+    weight = clip.patcher.model.get_parameter("umt5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight")
+    assert is_quantized(weight) == (runs(form) and not embedding)
+    found, wanted = comfy("CLIPTextEncode", clip=clip, text=cases.PROMPT)[0][0], prompts["positive"][0][0]
+    assert 0 < (found - wanted).norm() < 0.4 * wanted.norm()
