@@ -56,7 +56,7 @@ def gather(device: torch.device, installation: Installation, output: Path) -> di
     path = output / ABOUT
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("identity") == found["identity"]:
-        found |= {name: before[name] for name in ("planned", "limits") if name in before}
+        found |= {name: before[name] for name in ("planned", "limits", "covered") if name in before}
     return found
 
 

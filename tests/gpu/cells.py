@@ -1,7 +1,8 @@
-"""The values of each axis of the matrix, and its cells: all pairs of values rather than the whole product."""
+"""The values of each axis of the matrix, and its cells: pairs of values rather than the whole product."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -61,19 +62,42 @@ class Cell:
         return " / ".join((self.weights, self.sampler, self.mode, self.extra, self.task))
 
 
+# Weights that every patch meets: full precision, ComfyUI's cast, our 8-bit layers, one of comfy-kitchen's.
+WITH_PATCHES = ("bf16", "weight_dtype fp8_e4m3fn", "fp8 rowwise", "int8 convrot")
+COVERED = (
+    "Pairs that are covered: weights with VRAM mode and sampler; patch with VRAM mode, sampler and the weights "
+    f"{', '.join(WITH_PATCHES)}; task with VRAM mode and sampler. Each of the weights and each patch meets four of the "
+    "six tasks; other weights run without a patch."
+)
+
+
 def possible(task: str, sampler: str) -> bool:
     """The long nodes sample by themselves."""
     return task not in LONG_TASKS or sampler == LONGCAT
 
 
 def pairs(weights: Sequence[str], modes: Sequence[str]) -> list[Cell]:
-    """Cells in which every possible pair of values of two axes occurs."""
-    axes = [list(weights), list(EXTRAS), list(TASKS), list(modes), list(SAMPLERS)]
-
-    def allowed(row: list[str]) -> bool:
-        return len(row) < len(axes) or possible(row[2], row[4])
-
-    return [Cell(form, sampler, mode, extra, task) for form, extra, task, mode, sampler in AllPairs(axes, allowed)]
+    """Cells with all pairs of COVERED."""
+    plain = [(*row, NONE) for row in AllPairs([list(weights), list(modes), list(SAMPLERS)])]
+    chosen = [name for name in WITH_PATCHES if name in weights]
+    axes = [list(EXTRAS[1:]), chosen, list(modes), list(SAMPLERS)]
+    rows = plain + [(form, mode, sampler, extra) for extra, form, mode, sampler in AllPairs(axes)]
+    used: Counter[tuple[str, str]] = Counter()
+    cells = []
+    for form, mode, sampler, extra in rows:
+        # What a task has met least comes next, so that tasks are spread evenly over weights, patches and modes.
+        met = {"weights": form, "mode": mode, "extra": extra, "sampler": sampler}
+        task = min(
+            (task for task in TASKS if possible(task, sampler)),
+            key=lambda task: (
+                used[task, met["weights" if extra == NONE else "extra"]],
+                used[task, mode] + used[task, sampler],
+                used[task, form],
+            ),
+        )
+        used.update((task, value) for value in met.values())
+        cells.append(Cell(form, sampler, mode, extra, task))
+    return cells
 
 
 def first_cells(modes: Sequence[str]) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -69,13 +70,14 @@ class Booted:
     """A server of a mode, started when it is first needed and again after it ended."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self.client, self.boots = server, None, 0
+        self.server, self.client, self.closed = server, None, False
 
     def ready(self) -> Client:
         """The connection to the running server. RuntimeError if it does not start."""
         if self.client is None:
+            if self.closed:
+                raise RuntimeError("the run is over")
             self.server.start()
-            self.boots += 1
             self.client = Client(self.server.url, silence=SILENCE)
         return self.client
 
@@ -97,7 +99,8 @@ class Booted:
             except (OSError, RuntimeError, ValueError, LookupError, websocket.WebSocketException) as error:
                 # A server that died shows it by a closed connection; what it printed last says why.
                 end = self.server.log.strip().splitlines()[-1:] if self.server.log_path.exists() else []
-                self.drop()
+                with contextlib.suppress(AttributeError):  # the run is over, which stops it as well
+                    self.drop()
                 seen = Seen("crash", " | ".join([f"{type(error).__name__}: {str(error)[-300:]}", *end]))
             if seen.status != "success":
                 break
@@ -158,8 +161,12 @@ class Fleet:
 
     def end(self, logs: Path) -> None:
         """Stop all servers, keep their logs in `logs` and remove what they wrote."""
+        for booted in self.made.values():
+            # Its thread may still wait for an answer; it must not start the server again.
+            booted.closed = True
         for name, booted in self.made.items():
-            booted.drop()
+            with contextlib.suppress(AttributeError):  # its thread stopped it meanwhile
+                booted.drop()
             if booted.server.log_path.exists():
                 (logs / f"{name}.log").write_bytes(booted.server.log_path.read_bytes())
             booted.server.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from . import limits, stock
-from .cells import BYPASS, COMPILE, LORA, NONE, SWITCHES, T2V, Cell
+from .cells import BYPASS, COMPILE, CUSTOM, LONGCAT, LORA, NONE, SWITCHES, T2V, Cell
 from .graphs import Prompt, nano
 from .weights import AXIS, EXACT
 
@@ -37,21 +37,20 @@ class Job:
 
 
 def counterpart(cell: Cell) -> Cell:
-    """The cell whose video on the CPU this one must give: exact weights and exact switches are left out, and a LoRA
-    is patched into the weights."""
+    """The cell whose video on the CPU this one is compared with. Weights are those of the file in full precision, exact
+    switches are left out, a LoRA is patched into the weights, and SamplerCustomAdvanced gives what LongCat Sampler
+    does."""
     extra = cell.extra
     if extra == COMPILE or extra.partition("=")[0] in SWITCHES:
         extra = NONE
-    numbers = AXIS[cell.weights].numbers
-    # The first weights with these numbers stand for all; e4m3 on a CPU is the same by any loader.
-    weights = next(name for name, form in AXIS.items() if form.numbers == numbers)
-    return replace(cell, weights=weights, mode="", extra=LORA if extra == BYPASS else extra)
+    sampler = LONGCAT if cell.sampler == CUSTOM else cell.sampler
+    return replace(cell, weights="bf16", sampler=sampler, mode="", extra=LORA if extra == BYPASS else extra)
 
 
 def of_cell(cell: Cell, number: int, packages: frozenset[str] = limits.PACKAGES) -> Job:
     """packages: those of limits.PACKAGES that ComfyUI's Python has."""
     other = counterpart(cell)
-    key = (other.weights, other.sampler, other.extra, other.task)
+    key = (other.sampler, other.extra, other.task)
     return Job(
         PAIRS,
         cell.name,

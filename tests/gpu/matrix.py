@@ -32,7 +32,7 @@ from .verdicts import WRONG, Verdict, judge
 # Threads of each of the servers that compute the CPU's videos.
 THREADS = 2
 # Seconds after the deadline in which rows that were begun may end.
-PATIENCE = 60
+PATIENCE = 20
 
 
 @dataclass(frozen=True)
@@ -91,34 +91,42 @@ def row(job: Job, verdict: Verdict, seconds: float) -> dict[str, Any]:
     return found | (asdict(job.cell) if job.cell else {})
 
 
-def run(work: Sequence[Job], servers: dict[str, Booted], references: References, deadline: float) -> Iterator[tuple]:
-    """(job, verdict, seconds) of every job that was begun before the deadline, all modes side by side."""
-    finished: queue.SimpleQueue[tuple[Job, Seen]] = queue.SimpleQueue()
+class NanoRun:
+    """All jobs on the nano model, a server for each mode, side by side. `poll` gives what is judged since it was called
+    last."""
 
-    def serve(mode: str) -> None:
-        for job in work:
+    def __init__(self, work: Sequence[Job], servers: dict[str, Booted], references: References) -> None:
+        self.work, self.servers, self.references = work, servers, references
+        self.finished: queue.SimpleQueue[tuple[Job, Seen]] = queue.SimpleQueue()
+        self.waiting: list[tuple[Job, Seen]] = []
+        self.threads: list[threading.Thread] = []
+
+    def start(self, deadline: float) -> None:
+        for job in self.work:
+            self.references.of(job)
+        for mode in self.servers:
+            self.threads.append(threading.Thread(target=self._serve, args=(mode, deadline), daemon=True))
+            self.threads[-1].start()
+
+    def _serve(self, mode: str, deadline: float) -> None:
+        for job in self.work:
             if job.mode == mode and time.monotonic() < deadline:
-                finished.put((job, servers[mode].run(job.prompts)))
+                self.finished.put((job, self.servers[mode].run(job.prompts)))
 
-    threads = [threading.Thread(target=serve, args=(mode,), daemon=True) for mode in servers]
-    for thread in threads:
-        thread.start()
-    waiting: list[tuple[Job, Seen]] = []
-    shown, judged = time.monotonic(), 0
-    while any(thread.is_alive() for thread in threads) or not finished.empty() or waiting:
-        time.sleep(0.1)
-        while not finished.empty():
-            waiting.append(finished.get())
-        ready = [pair for pair in waiting if references.of(pair[0]).done()]
-        waiting = [pair for pair in waiting if pair not in ready]
-        for job, seen in ready:
-            judged += 1
-            yield job, judge(job, seen, references.of(job).result()), seen.seconds
-        if time.monotonic() > shown + 30:
-            shown = time.monotonic()
-            say(f"matrix: {judged} rows judged, {len(waiting)} wait for the CPU's video, {references.count} made")
-        if time.monotonic() > deadline + PATIENCE:
-            break
+    @property
+    def busy(self) -> bool:
+        return any(thread.is_alive() for thread in self.threads) or not self.finished.empty() or bool(self.waiting)
+
+    def poll(self) -> Iterator[tuple[Job, Verdict, float]]:
+        """(job, verdict, seconds) of each whose video on the CPU is there."""
+        while not self.finished.empty():
+            self.waiting.append(self.finished.get())
+        waiting, self.waiting = self.waiting, []
+        for job, seen in waiting:
+            if self.references.of(job).done():
+                yield job, judge(job, seen, self.references.of(job).result()), seen.seconds
+            else:
+                self.waiting.append((job, seen))
 
 
 def plan(modes: Sequence[str], packages: frozenset[str], *, first: bool) -> list[Job]:
@@ -153,13 +161,10 @@ class Rows:
         say(f"{row['verdict']:7} {row['seconds']:6.1f} s {db:>6} {row['name']} {row['said']}".rstrip())
 
 
-def run_wide(fleet: Fleet, work: Sequence[wide.Row], device: torch.device, deadline: float, kept: Rows) -> None:
-    """Run the rows of the wide network."""
-    size = wide.FULL if device.type == "cuda" else wide.TINY
-    wide.write(fleet.models, size, device)
-    for row, verdict, limit, seconds, nodes in wide.run(fleet, work, size, device, deadline):
-        found = {"kind": WIDE, "name": row.name, "mode": row.mode, "verdict": verdict.verdict, "said": verdict.said}
-        kept.add(found | {"psnr": None, "limit": limit, "seconds": round(seconds, 2), "nodes": nodes})
+def wide_row(row: wide.Row, verdict: Verdict, limit: float, seconds: float, nodes: list[str]) -> dict[str, Any]:
+    """What the report keeps of a row of the wide network."""
+    found = {"kind": WIDE, "name": row.name, "mode": row.mode, "verdict": verdict.verdict, "said": verdict.said}
+    return found | {"psnr": None, "limit": limit, "seconds": round(seconds, 2), "nodes": nodes}
 
 
 def main(device: torch.device, deadline: float, output: Path, about: dict[str, Any], choice: Choice) -> bool:
@@ -173,7 +178,7 @@ def main(device: torch.device, deadline: float, output: Path, about: dict[str, A
     work = choice.of(plan(modes, packages_of(installation), first=choice.first))
     wide_work = [] if choice.first else choice.of(wide.rows(wide.MODES if device.type == "cuda" else (CPU,)))
     about["planned"] = dict(Counter(job.kind for job in work)) | ({WIDE: len(wide_work)} if wide_work else {})
-    about["limits"] = limits.page()
+    about |= {"limits": limits.page(), "covered": cells.COVERED}
     before = {name for name, kept in read_rows(output, about["identity"]).items() if kept["verdict"] != WRONG}
     rest = [job for job in work if job.name not in before]
     # Later modes are compared with the first one.
@@ -187,16 +192,26 @@ def main(device: torch.device, deadline: float, output: Path, about: dict[str, A
         weights.lora(models / "loras" / LORA_FILE)
         fleet = Fleet(installation, Path(folder), models, total)
         beside = max(1, ((os.cpu_count() or 1) - len(modes)) // THREADS)
-        references = References([fleet.server(CPU, f"reference-{i}", THREADS) for i in range(min(beside, 8))])
+        references = References([fleet.server(CPU, f"reference-{i}", THREADS) for i in range(min(beside, 6))])
+        nano = NanoRun(rest, {mode: fleet.server(mode) for mode in modes} if rest else {}, references)
+        large = wide.WideRun(fleet, wide_rest, wide.FULL if device.type == "cuda" else wide.TINY, device)
         try:
-            for job in rest:
-                references.of(job)
-            run_wide(fleet, wide_rest, device, deadline, kept)
-            servers = {mode: fleet.server(mode) for mode in modes} if rest else {}
-            for job, verdict, seconds in run(rest, servers, references, deadline):
-                kept.add(row(job, verdict, seconds))
+            nano.start(deadline)
+            large.start(deadline)
+            shown = time.monotonic()
+            while (nano.busy or large.busy) and time.monotonic() < deadline + PATIENCE:
+                time.sleep(0.1)
+                for found in nano.poll():
+                    kept.add(row(*found))
+                for found in large.poll():
+                    kept.add(wide_row(*found))
+                if time.monotonic() > shown + 30:
+                    shown = time.monotonic()
+                    say(f"matrix: {kept.count} rows judged, {len(nano.waiting)} wait for one of the CPU's videos "
+                        f"({references.count}), {len(large.waiting)} for another mode")  # fmt: skip
         finally:
             references.stop()
+            large.meter.stop()
             fleet.end(output)
     say(f"matrix: {kept.count} of {len(rest) + len(wide_rest)} rows run, {kept.wrong} wrong")
     return kept.count == len(rest) + len(wide_rest) and not kept.wrong

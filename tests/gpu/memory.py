@@ -1,46 +1,46 @@
-"""How much of a card's memory was in use while something ran, by all processes."""
+"""How much of a card's memory each process held at most."""
 
 from __future__ import annotations
 
+import subprocess
 import threading
-from types import TracebackType
 
-import torch
-
-INTERVAL = 0.05
+INTERVAL = 0.2
+QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits")
 
 
-class Watch:
-    """Use as a context manager, again and again. peak_gib: most of the card's memory in use inside, over what was in
-    use when the watch was made; None on a CPU."""
+class Meter:
+    """Asks the driver several times a second. Where it does not tell processes apart, it knows of none."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peak_gib = device, None
-        self.before = self._used() if device.type == "cuda" else 0
-        self.stop = threading.Event()
-        self.thread: threading.Thread | None = None
+    def __init__(self, query: tuple[str, ...] = QUERY) -> None:
+        self.query, self.most = query, {}
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def _used(self) -> int:
-        free, total = torch.cuda.mem_get_info(self.device)
-        return total - free
-
-    def _watch(self) -> None:
-        most = 0
-        while True:
-            most = max(most, self._used() - self.before)
-            self.peak_gib = most / 2**30
-            if self.stop.wait(INTERVAL):
-                return
-
-    def __enter__(self) -> Watch:
-        if self.device.type == "cuda":
-            self.stop.clear()
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
+    def start(self) -> Meter:
+        self.thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.thread is not None:
-            self.stop.set()
-            self.thread.join()
-            self.thread = None
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(INTERVAL):
+            try:
+                self.take(subprocess.run(self.query, capture_output=True, text=True, timeout=10).stdout)
+            except (OSError, subprocess.TimeoutExpired):
+                return
+
+    def take(self, text: str) -> None:
+        """Read what the driver said: a line "pid, MiB" for each process."""
+        for line in text.splitlines():
+            pid, _, mib = (part.strip() for part in line.partition(","))
+            if pid.isdigit() and mib.isdigit():
+                self.most[int(pid)] = max(self.most.get(int(pid), 0), int(mib))
+
+    def reset(self, pid: int) -> None:
+        self.most.pop(pid, None)
+
+    def peak_gib(self, pid: int) -> float | None:
+        """Since the last reset; None if the driver did not name the process."""
+        return self.most[pid] / 1024 if pid in self.most else None

@@ -19,7 +19,7 @@ ABOUT, ROWS, FILE = "about.json", "matrix.jsonl", "report.json"
 KEPT = "gpu.json"
 PARTS = {"tests": "the ordinary tests", "nodes": "the nodes' own tests inside ComfyUI"}
 KINDS = {
-    "pairs": "all pairs of weights, sampler, VRAM mode, patch and task, on the nano model",
+    "pairs": "pairs of weights, sampler, VRAM mode, patch and task, on the nano model",
     "stock": "stock nodes that no axis has, in every VRAM mode, on the nano model",
     "wide": "three blocks of the real width, random weights, 832x480",
 }
@@ -139,6 +139,7 @@ def page(report: Report) -> str:
         "and, from text, if the scorer finds in it what it finds in the CPU's. Latents of the wide network are right "
         "if they are finite, as near to the headless core's or to those of another VRAM mode as rounding allows, and "
         "within the memory of their mode.",
+        report["about"].get("covered", ""),
         "## Limits",
         report["about"].get("limits", ""),
         "## Values",

@@ -1,4 +1,4 @@
-"""All possible pairs of values occur, and every cell has a prompt whose links lead somewhere."""
+"""The pairs of values that the page names occur, and every cell has a prompt whose links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import itertools
 import pytest
 
 from . import jobs, stock
-from .cells import EXTRAS, LONG_TASKS, LONGCAT, MODES, SAMPLERS, TASKS, Cell, first_cells, pairs, possible
+from .cells import (
+    EXTRAS,
+    LONG_TASKS,
+    LONGCAT,
+    MODES,
+    NONE,
+    SAMPLERS,
+    TASKS,
+    WITH_PATCHES,
+    Cell,
+    first_cells,
+    pairs,
+    possible,
+)
 from .jobs import Job
 from .weights import AXIS
 
@@ -19,18 +32,31 @@ def cells() -> list[Cell]:
     return pairs(list(AXIS), MODES)
 
 
-def test_every_possible_pair_of_values_occurs(cells):
-    for one, other in itertools.combinations(AXES, 2):
-        found = {(getattr(cell, one), getattr(cell, other)) for cell in cells}
-        wanted = set(itertools.product(AXES[one], AXES[other]))
-        if {one, other} == {"sampler", "task"}:
-            wanted = {(sampler, task) for sampler, task in wanted if possible(task, sampler)}
-        assert found == wanted, (one, other)
+def values(cells: list[Cell], *axes: str) -> set[tuple[str, ...]]:
+    return {tuple(getattr(cell, axis) for axis in axes) for cell in cells}
 
 
-def test_they_are_far_fewer_than_the_product(cells):
-    assert len(cells) == len(set(cells))
-    assert len(cells) <= 1.1 * len(AXIS) * len(EXTRAS)
+def test_all_pairs_of_the_page_occur(cells):
+    for one, other in (("weights", "mode"), ("weights", "sampler"), ("extra", "mode"), ("extra", "sampler")):
+        assert values(cells, one, other) == set(itertools.product(AXES[one], AXES[other])), (one, other)
+    assert values(cells, "extra", "weights") == set(itertools.product(EXTRAS[1:], WITH_PATCHES)) | {
+        (NONE, form) for form in AXIS
+    }
+    assert values(cells, "task", "mode") == set(itertools.product(TASKS, MODES))
+    assert values(cells, "task", "sampler") == {
+        (task, sampler) for task, sampler in itertools.product(TASKS, SAMPLERS) if possible(task, sampler)
+    }
+
+
+def test_each_of_the_weights_and_each_patch_meets_four_tasks(cells):
+    for form in AXIS:
+        assert len({cell.task for cell in cells if cell.weights == form and cell.extra == NONE}) >= 4, form
+    for extra in EXTRAS[1:]:
+        assert len({cell.task for cell in cells if cell.extra == extra}) >= 4, extra
+
+
+def test_they_are_few(cells):
+    assert len(cells) == len(set(cells)) <= len(AXIS) * len(MODES) + (len(EXTRAS) - 1) * len(WITH_PATCHES) + 12
 
 
 def test_long_videos_are_sampled_by_their_own_node(cells):

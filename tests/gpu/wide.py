@@ -1,8 +1,10 @@
 """Rows on a few blocks of the real width with random weights: finite, the same in every VRAM mode and headless, and
-within the memory that a mode may use. One server after another, so that the card's memory can be watched."""
+within the memory that a mode may use."""
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,9 +43,9 @@ from .cells import (
     T2V,
     Cell,
 )
-from .fleet import HELD_GIB, SMALL, SMALL_GIB, Fleet, Seen
+from .fleet import HELD_GIB, SMALL, SMALL_GIB, Booted, Fleet, Seen
 from .graphs import SCENE, SEED, Prompt, nano
-from .memory import Watch
+from .memory import Meter
 from .verdicts import RIGHT, WRONG, Verdict
 from .weights import FOLDER, OWN, STOCK, Weights, lora
 
@@ -105,11 +107,15 @@ class Row:
 
 
 def rows(modes: Sequence[str]) -> list[Row]:
-    """Each form, each patch and each sampler in every mode; the mode without streaming first."""
+    """Each form in every mode, each patch and each sampler where nothing is streamed, and where everything is."""
     chosen = [(form, LONGCAT, NONE) for form in FORMS]
-    chosen += [("bf16", LONGCAT, patch) for patch in PATCHES]
-    chosen += [("bf16", sampler, NONE) for sampler in SAMPLERS if sampler != LONGCAT]
-    return [Row(form, sampler, mode, extra) for mode in modes for form, sampler, extra in chosen]
+    more = [("bf16", LONGCAT, patch) for patch in PATCHES]
+    more += [("bf16", sampler, NONE) for sampler in SAMPLERS if sampler != LONGCAT]
+    found = []
+    for mode in modes:
+        here = chosen + (more if mode in (STATIC, DYNAMIC, SMALL, CPU) else [])
+        found += [Row(form, sampler, mode, extra) for form, sampler, extra in here]
+    return found
 
 
 def prompt(row: Row, size: Size, number: int) -> Prompt:
@@ -135,7 +141,7 @@ def write(models: Path, size: Size, device: torch.device) -> None:
     scaled = {name: tensor.contiguous() for name, tensor in fp8_scaled(comfyui(state)).items()}
     scaled["scaled_fp8"] = scaled["scaled_fp8"].to(device)
     write_safetensors(models / "diffusion_models" / SCALED, scaled)
-    lora(models / "loras" / LORA_FILE, models / "diffusion_models" / FILE)
+    lora(models / "loras" / LORA_FILE, models / "diffusion_models" / FILE, strength=1.0)
 
 
 def headless(models: Path, size: Size, device: torch.device) -> dict[str, np.ndarray]:
@@ -152,6 +158,8 @@ def headless(models: Path, size: Size, device: torch.device) -> dict[str, np.nda
     }
     for name, more in options.items():
         latents = Pipeline.load(paths, dtype=dtype, device=device, **more).generate(request).latents.float().cpu()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
         out[name] = (latents * std + mean).numpy()
     return out
@@ -192,39 +200,95 @@ def judge(row: Row, seen: Seen, wanted: np.ndarray | None, limit: float, peak: f
 def limit(row: Row) -> float:
     """Against the headless core for the mode without streaming, else against that mode."""
     if row.mode not in (STATIC, CPU):
-        return SAME
+        return SAME if row.extra != SPARSE else COARSE
     return SAME if row.extra in (NONE, LORA, BYPASS, COMPILE) and row.weights in ("bf16", "fp8 rowwise") else COARSE
 
 
-def target(row: Row, core: dict[str, np.ndarray], first: dict[tuple, np.ndarray]) -> np.ndarray | None:
-    """What a row is compared with: the same in the first mode, before that the headless core."""
-    if row.key in first:
-        return first[row.key]
-    if row.sampler == KSAMPLER:
-        return None
-    if row.extra in (LORA, BYPASS):
-        return core[LORA]
-    return core["fp8 rowwise" if row.weights == "fp8 rowwise" else NONE]
+class WideRun:
+    """All rows, a server for each mode, side by side. `poll` gives what is judged since it was called last."""
 
+    def __init__(self, fleet: Fleet, work: Sequence[Row], size: Size, device: torch.device) -> None:
+        self.fleet, self.work, self.size, self.device = fleet, list(work), size, device
+        self.modes = list(dict.fromkeys(row.mode for row in work))
+        self.core: dict[str, np.ndarray] = {}
+        self.first: dict[tuple, np.ndarray] = {}
+        self.finished: queue.SimpleQueue[tuple[Row, Seen, float | None, list[str]]] = queue.SimpleQueue()
+        self.waiting: list[tuple[Row, Seen, float | None, list[str]]] = []
+        self.threads: list[threading.Thread] = []
+        self.error: Exception | None = None
+        self.meter = Meter()
 
-def run(fleet: Fleet, work: Sequence[Row], size: Size, device: torch.device, deadline: float) -> Iterator[tuple]:
-    """(row, verdict, limit, seconds, nodes) of each row, one server after another."""
-    core = headless(fleet.models, size, device)
-    if relative(core[LORA], core[NONE]) < 3 * SAME:
-        raise RuntimeError("the LoRA of the wide network changes too little to be seen")
-    first: dict[tuple, np.ndarray] = {}
-    for mode in dict.fromkeys(row.mode for row in work):
-        watch = Watch(device)
-        booted = fleet.server(mode, f"wide-{mode.strip('-').replace(' ', '-')}")
-        for number, row in enumerate(row for row in work if row.mode == mode):
+    def start(self, deadline: float) -> None:
+        if self.work:
+            self.threads = [threading.Thread(target=self._prepare, args=(deadline,), daemon=True)]
+            self.threads[0].start()
+
+    def _prepare(self, deadline: float) -> None:
+        try:
+            write(self.fleet.models, self.size, self.device)
+            servers = {
+                mode: self.fleet.server(mode, f"wide-{mode.strip('-').replace(' ', '-')}") for mode in self.modes
+            }
+            if self.device.type == "cuda":
+                self.meter.start()
+            for mode in self.modes:
+                thread = threading.Thread(target=self._serve, args=(servers[mode], mode, deadline), daemon=True)
+                thread.start()
+                self.threads.append(thread)
+            core = headless(self.fleet.models, self.size, self.device)
+            if relative(core[LORA], core[NONE]) < 2 * SAME:
+                raise RuntimeError("the LoRA of the wide network changes too little to be seen")
+            self.core = core
+        except Exception as error:  # reported as the verdict of every row that needs it
+            self.error = error
+
+    def _serve(self, booted: Booted, mode: str, deadline: float) -> None:
+        for number, row in enumerate(row for row in self.work if row.mode == mode):
             if time.monotonic() > deadline:
-                break
-            made = prompt(row, size, number)
-            with watch:
-                seen = booted.run([made])
-            wanted, most = target(row, core, first), limit(row)
-            verdict = judge(row, seen, wanted, most, watch.peak_gib)
-            if verdict.verdict == RIGHT:
-                first.setdefault(row.key, seen.frames)
-            yield row, verdict, most, seen.seconds, sorted({part["class_type"] for part in made.values()})
-        booted.drop()
+                return
+            made, peak = prompt(row, self.size, number), None
+            if booted.server.process is not None:
+                self.meter.reset(booted.server.process.pid)
+            seen = booted.run([made])
+            if booted.server.process is not None:
+                peak = self.meter.peak_gib(booted.server.process.pid)
+            self.finished.put((row, seen, peak, sorted({part["class_type"] for part in made.values()})))
+
+    @property
+    def busy(self) -> bool:
+        return any(thread.is_alive() for thread in self.threads) or not self.finished.empty() or bool(self.waiting)
+
+    def _ready(self, row: Row, alive: bool) -> bool:
+        if not self.core and self.error is None:
+            return False
+        return row.mode == self.modes[0] or row.key in self.first or not alive
+
+    def poll(self) -> Iterator[tuple]:
+        """(row, verdict, limit, seconds, nodes) of each."""
+        # Before the queue is read: what a thread put there last must not be missed.
+        alive = any(thread.is_alive() for thread in self.threads)
+        while not self.finished.empty():
+            self.waiting.append(self.finished.get())
+        for entry in sorted(self.waiting, key=lambda entry: entry[0].mode != self.modes[0]):
+            row, seen, peak, nodes = entry
+            if not self._ready(row, alive):
+                continue
+            self.waiting.remove(entry)
+            most = limit(row)
+            if self.error is not None:
+                verdict = Verdict(WRONG, f"nothing to compare with: {type(self.error).__name__}: {self.error}"[:400])
+            else:
+                verdict = judge(row, seen, self._target(row), most, peak)
+            if verdict.verdict == RIGHT and row.mode == self.modes[0]:
+                self.first[row.key] = seen.frames
+            yield row, verdict, most, seen.seconds, nodes
+
+    def _target(self, row: Row) -> np.ndarray | None:
+        """What a row is compared with: the same in the first mode, before that the headless core."""
+        if row.key in self.first:
+            return self.first[row.key]
+        if row.sampler == KSAMPLER:
+            return None
+        if row.extra in (LORA, BYPASS):
+            return self.core[LORA]
+        return self.core["fp8 rowwise" if row.weights == "fp8 rowwise" else NONE]
