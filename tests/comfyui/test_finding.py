@@ -228,12 +228,12 @@ def test_page_speaks_chinese(page, client, artifacts):
 
 
 OLD = """
-import importlib.util, sys
+import importlib, sys, types
 from comfy_api.latest import ComfyExtension
 
-spec = importlib.util.spec_from_file_location("former_of_longcat", {path!r})
-former = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(former)
+package = sys.modules["longcat_nodes"] = types.ModuleType("longcat_nodes")
+package.__path__ = [{path!r}]
+former = importlib.import_module("longcat_nodes.former")
 RENAMED = {{"OldLongCatScheduler": former.Renamed("LongCatScheduler", {{"model": "model", "mode": "schedule",
             "steps": "count"}}, ("schedule", "count"))}}
 
@@ -258,7 +258,7 @@ def renaming(installation, tmp_path_factory) -> Iterator[Server]:
     server = Server(installation, tmp_path_factory.mktemp("renaming"))
     pack = server.base / "custom_nodes" / "renaming"
     pack.mkdir()
-    text = OLD.format(path=str(PACK / "nodes" / "former.py"))
+    text = OLD.format(path=str(PACK / "nodes"))
     (pack / "__init__.py").write_text(text, encoding="utf-8")
     try:
         yield server.start()
