@@ -48,8 +48,9 @@ def compiles(comfy, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("by", ["LongCatOptimizations", "a stock node"])
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_compiled_blocks(comfy, loaded, sample, empty, streaming, compiles, with_lora):
+def test_compiled_blocks(comfy, loaded, sample, empty, streaming, compiles, with_lora, by):
     """Blocks with a LoRA that is added at their use run as they are; the others share one graph."""
 
     def chosen(strength: float):
@@ -59,6 +60,12 @@ def test_compiled_blocks(comfy, loaded, sample, empty, streaming, compiles, with
         return comfy("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=strength)
 
     def compiled(model):
+        if by == "a stock node":
+            from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+            model = model.clone()
+            set_torch_compile_wrapper(model, backend=compiles.backend)
+            return sample(empty, model, **ONE)
         model, report = comfy("LongCatOptimizations", model=model, compile="blocks")
         assert "compile: blocks" in report
         return sample(empty, model, **ONE)
