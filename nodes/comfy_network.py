@@ -59,7 +59,7 @@ def quantizes_input(layer: torch.nn.Module) -> bool:
     """Whether the layer is one of ComfyUI's own that may do more with its input than multiply it by its weight: those
     of quantized files, of `--fast fp8_matrix_mult` and of the weight dtype fp8_e4m3fn_fast."""
     plain = comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
-    return type(layer).__module__ == comfy.ops.__name__ and type(layer).forward_comfy_cast_weights is not plain
+    return type(layer).__module__ == plain.__module__ and type(layer).forward_comfy_cast_weights is not plain
 
 
 def affine(
