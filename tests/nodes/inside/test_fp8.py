@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import cases
-from .conftest import MODEL, version
+from .conftest import MODEL, ON_CPU, version
 from .test_lora import STRENGTH, error, official
 
 
@@ -94,7 +94,7 @@ def test_lora_is_merged_before_quantizing(comfy, loaded, sample, empty, lora, me
     # quantized weights would differ everywhere.
     changed = sum(int((before[name] != there[name]).sum()) for name in there)
     differing = sum(int((here[name] != there[name]).sum()) for name in there)
-    assert changed > 1e5 and differing <= 1e-3 * changed
+    assert changed > 1e5 and differing <= (1e-3 if ON_CPU else 0.05) * changed
     assert error(sample(empty, loaded, **one), wanted) > 0.1 > 10 * error(wanted, out)
     for strength in (0.3, 0.0):
         other = comfy("LoraLoaderModelOnly", model=patched, lora_name=lora, strength_model=strength)

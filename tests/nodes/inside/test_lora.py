@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from .conftest import MODEL
+from .conftest import MODEL, ROUNDING
 
 RANK, SCALE, STRENGTH = 4, 0.5, 0.8
 PREFIX, DOT = "lora___lorahyphen___", "___lorahyphen___"
@@ -69,7 +69,7 @@ def test_official_lora(comfy, model, sample, empty, lora, merged, node):
     plain, expected = sample(empty), sample(empty, merged)
     assert error(plain, expected) > 0.1
     patched = comfy(node, model=model, lora_name=lora, strength_model=STRENGTH)
-    assert error(expected, sample(empty, patched)) <= 1e-4
+    assert error(expected, sample(empty, patched)) <= 1e-4 * ROUNDING
     assert torch.equal(plain, sample(empty)), "and the model itself is as it was"
 
 
@@ -96,7 +96,7 @@ def test_a_lora_that_was_trained_here(comfy, model, sample, empty, node):
     expected = sample(empty, comfy("LongCatModelLoader", model_name=name, weight_dtype="fp32"))
     patched = comfy(node, model=model, lora_name=path.name, strength_model=STRENGTH)
     assert error(sample(empty), expected) > 0.1
-    assert error(expected, sample(empty, patched)) <= 1e-4
+    assert error(expected, sample(empty, patched)) <= 1e-4 * ROUNDING
     if node == "LoraLoaderModelOnly":
         wanted = {f"diffusion_model.blocks.{i}.{layer}.weight" for i in range(6) for layer in training.LAYERS}
         assert set(patched.patches) == wanted

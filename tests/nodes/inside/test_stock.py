@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from . import cases
-from .conftest import MODEL, version
+from .conftest import MODEL, ROUNDING, version
 
 SETTINGS = {"seed": 1, "steps": 4, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 
@@ -59,7 +59,7 @@ def sigmas_of(comfy, model, **values):
 def test_ksampler_equals_the_headless_steps(comfy, model, ksample, euler, empty):
     sigmas = sigmas_of(comfy, model)
     assert sigmas[0] == 1 and torch.allclose(sigmas[2], torch.tensor(12 * 0.5 / (1 + 11 * 0.5)), atol=1e-3), "shift 12"
-    assert difference(euler(sigmas), ksample(empty, cfg=1.0)) <= 1e-4
+    assert difference(euler(sigmas), ksample(empty, cfg=1.0)) <= 1e-4 * ROUNDING
 
 
 @pytest.mark.parametrize("given, count", [("image_latent", 1), ("clip_latent", 4)])
@@ -67,7 +67,7 @@ def test_ksampler_keeps_given_frames(comfy, model, ksample, euler, request, give
     latent = request.getfixturevalue(given)
     out = ksample(latent, cfg=1.0)
     assert difference(latent["samples"][:, :, :count], out[:, :, :count]) <= 1e-4
-    assert difference(euler(sigmas_of(comfy, model), latent["samples"][:, :, :count]), out) <= 1e-4
+    assert difference(euler(sigmas_of(comfy, model), latent["samples"][:, :, :count]), out) <= 1e-4 * ROUNDING
 
 
 def test_sampler_custom_advanced_with_stock_parts_equals_ksampler(comfy, model, prompts, ksample, empty):
@@ -107,7 +107,7 @@ def test_model_sampling_sd3_sets_the_shift(comfy, model, ksample, euler, empty):
     patched = comfy("ModelSamplingSD3", model=model, shift=3.0)
     sigmas = sigmas_of(comfy, patched)
     assert torch.allclose(sigmas[2], torch.tensor(3 * 0.5 / (1 + 2 * 0.5)), atol=1e-3)
-    assert difference(euler(sigmas), ksample(empty, patched, cfg=1.0)) <= 1e-4
+    assert difference(euler(sigmas), ksample(empty, patched, cfg=1.0)) <= 1e-4 * ROUNDING
     assert difference(ksample(empty), ksample(empty, patched)) > 0.1
 
 
@@ -263,7 +263,7 @@ def test_model_save(comfy, model, sample, empty, tmp_path):
     for node, name in (("UNETLoader", "unet_name"), ("LongCatModelLoader", "model_name")):
         dtype = "default"
         again = comfy(node, **{name: path.name}, weight_dtype=dtype)
-        assert difference(sample(empty), sample(empty, again)) <= 1e-4
+        assert difference(sample(empty), sample(empty, again)) <= 1e-4 * ROUNDING
 
 
 # --- VAE and files ---------------------------------------------------------------------------------------------------
