@@ -52,7 +52,7 @@ def test_every_form(comfy, nano, sample, empty, form, names):
         if is_quantized(weight):
             weight = weight.dequantize()
         # comfy-kitchen rotates some weights back in 16 bits.
-        assert (weight.float() - parameter).norm() < (0.01 if "w4a8" in form else 0.004) * parameter.norm(), name
+        assert (weight.float().cpu() - parameter).norm() < (0.01 if "w4a8" in form else 0.004) * parameter.norm(), name
     split = names == "comfyui"
     assert is_quantized(network.blocks[0].attn.proj.weight) == runs(form)
     assert is_quantized(network.blocks[0].attn.qkv.weight) == (runs(form) and (not split or form.startswith(STACKED)))
