@@ -38,10 +38,9 @@ def test_equals_the_headless_network(comfy, loaded, model, sample, empty, prompt
     )
     one = {"steps": 1, "guidance": 1.0, "seed": 3}
     out, plain = (m.model.process_latent_in(sample(empty, m, **one)) for m in (loaded, model))
-    # In 16 bits ComfyUI rounds the input elsewhere, and e4m3 numbers fall the other way.
-    assert (out - expected).abs().max() <= 1e-4 or (
-        dtype.itemsize == 2 and error(plain, out) > 3 * error(expected, out)
-    )
+    # Products in 8 bits have results in bf16, and numbers of e4m3 fall the other way.
+    native = device.type == "cuda" and error(plain, out) > 3 * error(expected, out)
+    assert (out - expected).abs().max() <= 1e-4 or native
     assert (out - plain).abs().max() > 1e-2, "and fp8 is something else than 16 bits"
 
 
