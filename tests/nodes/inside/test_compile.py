@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from ...support.quantized_files import quantized
 from .conftest import MODEL
 from .test_lora import DOT, official
 
@@ -162,6 +163,18 @@ def test_lora(comfy, tall, ksample, node):
 @pytest.mark.parametrize("kind", ["fp8_e4m3fn", "fp8 rowwise"])
 def test_eight_bit_weights(comfy, sample, empty, kind):
     loaded = comfy("LongCatModelLoader", model_name=MODEL, weight_dtype=kind)
+    compiled = whole(loaded)
+    assert error(sample(empty, loaded, steps=1), sample(empty, compiled.model, steps=1)) <= 1e-3
+    assert compiled.graphs == 1
+
+
+@pytest.mark.parametrize("form", ["int8 convrot", "nvfp4"])
+def test_layers_that_comfyui_quantizes(comfy, sample, empty, form):
+    from safetensors.torch import load_file
+
+    state, metadata = quantized(load_file(comfy.core("generate.paths").NANO_MODEL), form)
+    file = comfy.save("diffusion_models", "quantized.safetensors", state, metadata)
+    loaded = comfy("UNETLoader", unet_name=file, weight_dtype="default")
     compiled = whole(loaded)
     assert error(sample(empty, loaded, steps=1), sample(empty, compiled.model, steps=1)) <= 1e-3
     assert compiled.graphs == 1
