@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Written by a command from results: their prose is in the code.
-GENERATED = ("docs/performance.md", "docs/fidelity.md", "docs/fidelity-bf16.md")
+GENERATED = ("docs/gpu.md", "docs/performance.md", "docs/fidelity.md", "docs/fidelity-bf16.md")
 
 TICS = {
     r"\btold\b": "say who says what: 'prints', 'reports', 'receives'",
