@@ -25,6 +25,8 @@ TESTS, NODES = "tests", "nodes"
 ELSEWHERE = ("comfyui", "registry", "nodes/inside")
 # Seconds after which a file's process is ended.
 LONGEST = 400
+# Seconds after the deadline in which a file that was begun may end.
+PATIENCE = 40
 # Read by tests/nodes/inside/conftest.py: where ComfyUI computes in those tests.
 DEVICE = "LONGCAT_TESTS_DEVICE"
 
@@ -84,9 +86,10 @@ def read(report: Path) -> tuple[int, int, list[tuple[str, str]]]:
     return passed, skipped, failures
 
 
-def run_file(part: str, file: Path, device: str) -> FileResult:
+def run_file(part: str, file: Path, device: str, deadline: float) -> FileResult:
     """Run one file of tests; a process that dies or takes too long is a failure of the file."""
     started, name = time.monotonic(), file.relative_to(PACK).as_posix()
+    longest = min(LONGEST, deadline - started + PATIENCE)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         line, environment = command(part, file, report)
@@ -94,12 +97,12 @@ def run_file(part: str, file: Path, device: str) -> FileResult:
         ran = None
         try:
             ran = subprocess.run(
-                line, cwd=PACK if part == TESTS else folder, env=environment | {DEVICE: device}, timeout=LONGEST,
+                line, cwd=PACK if part == TESTS else folder, env=environment | {DEVICE: device}, timeout=longest,
                 capture_output=True, text=True, errors="replace",
             )  # fmt: skip
             passed, skipped, failures = read(report)
         except subprocess.TimeoutExpired:
-            passed, skipped, failures = 0, 0, [("", f"did not end within {LONGEST} s")]
+            passed, skipped, failures = 0, 0, [("", f"did not end within {longest:.0f} s")]
         except (OSError, ElementTree.ParseError):
             lines = (f"{ran.stdout}\n{ran.stderr}" if ran else "").strip().splitlines()
             # After a fatal error come the frames of every thread and then a list of all extension modules.
@@ -116,7 +119,7 @@ def run(part: str, device: str, processes: int, deadline: float) -> Iterator[Fil
     with ThreadPoolExecutor(processes) as pool:
 
         def one(file: Path) -> FileResult | None:
-            return run_file(part, file, device) if time.monotonic() < deadline else None
+            return run_file(part, file, device, deadline) if time.monotonic() < deadline else None
 
         for future in as_completed([pool.submit(one, file) for file in files(part)]):
             if (result := future.result()) is not None:
