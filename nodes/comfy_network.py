@@ -284,7 +284,7 @@ class DiffusionModel(LongCatTransformer):
         replace = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         options["total_blocks"], options["block_type"] = len(self.blocks), "double"
-        prefetch = prefetching(self.blocks, x.device, options)
+        prefetch = prefetching(self.blocks, x.device, x.dtype, options, self._fp32_layers())
         if not (replace or after or prefetch or always):
             return None
 

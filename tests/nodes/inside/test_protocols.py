@@ -269,6 +269,33 @@ def test_each_block_is_prefetched_before_it_runs(model, sampler, monkeypatch, re
     assert queues and events == one * len(queues) and all(queue == [None] for queue in queues)
 
 
+@pytest.mark.parametrize("called", [torch.bfloat16, torch.float32])
+def test_a_lora_is_added_once_to_fetched_weights(comfy, called):
+    """ComfyUI adds it in place at each use of a layer, and the feed-forward uses its layers once for each piece."""
+    from comfy import memory_management, model_patcher, ops
+
+    if not hasattr(ops, "resolve_cast_module_with_vbar"):
+        pytest.skip("this ComfyUI does not prefetch")
+    layer = ops.disable_weight_init.Linear(8, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(32).view(4, 8))
+        layer.bias.fill_(1)
+    added = torch.full((4, 8), 64.0, dtype=torch.bfloat16)
+    layer.weight_lowvram_function = model_patcher.LowVramPatch("w", {"w": [(1.0, ("diff", (added,)), 1.0, None, None)]})
+    parts, device = [layer.weight, layer.bias], torch.device("cpu")
+    buffer = torch.zeros(memory_management.vram_aligned_size(parts), dtype=torch.uint8)
+    for view, part in zip(memory_management.interpret_gathered_like(parts, buffer), parts, strict=True):
+        view.copy_(part.detach())
+    geometry = memory_management.tensors_to_geometries(parts)
+    # As ComfyUI describes weights for which the card has no room to stay.
+    layer._prefetch = {"signature": None, "resident": False, "needs_cast": False}
+    layer._prefetch |= {"xfer_dest": buffer, "cast_dest": None, "cast_geometry": geometry}
+    assert comfy.node("comfy_prefetch").patch_once(layer, device, called) == (called == torch.bfloat16)
+    for _ in range(3):
+        weight, bias = ops.resolve_cast_module_with_vbar(layer, called, device, called, None, False)
+        assert torch.equal(weight, layer.weight.to(called) + added) and torch.equal(bias, layer.bias.to(called))
+
+
 # --- guidance split over devices -------------------------------------------------------------------------------------
 
 
