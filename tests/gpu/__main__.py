@@ -1,4 +1,4 @@
-"""`make test-gpu`: python -m tests.gpu [tests] [nodes] [matrix] [--device cpu] [--output build/gpu] ..."""
+"""`make test-gpu`: python -m tests.gpu [tests] [nodes] [matrix] [speed] [--device cpu] [--output build/gpu] ..."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from pathlib import Path
 import torch
 
 from ..comfyui.server import PACK, Installation
-from . import about, matrix, report, suites
+from . import about, matrix, report, speed, suites
 from .matrix import Choice
 
-MATRIX = "matrix"
+MATRIX, SPEED = "matrix", "speed"
 PARTS = (suites.TESTS, suites.NODES, MATRIX)
 KEPT = PACK / "docs" / report.KEPT
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu")
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        default=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}, or {SPEED}, which only measures",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=PACK / "build" / "gpu")
     parser.add_argument("--seconds", type=float, default=900, help="begin nothing new after so long")
@@ -32,8 +38,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, help="of the matrix, each so many-th row")
     parser.add_argument("--keep", action="store_true", help="run nothing; make the report in --output that of docs")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(arguments.parts) - {*PARTS, SPEED}:
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join((*PARTS, SPEED))}")
     return arguments
 
 
@@ -67,6 +73,8 @@ def main() -> int:
             if part == MATRIX:
                 choice = Choice(arguments.first, arguments.only, arguments.every)
                 matrix.main(device, deadline, arguments.output, machine, choice)
+            elif part == SPEED:
+                speed.main(device, deadline, arguments.output, machine)
             else:
                 suites.main(part, device.type, arguments.processes, deadline, arguments.output, machine["identity"])
     finally:
@@ -74,7 +82,7 @@ def main() -> int:
         made = report.write(arguments.output)
     print(report.overview(made), flush=True)
     print(f"the report is in {arguments.output / 'report.md'}", flush=True)
-    asked = {part for part in arguments.parts if part != MATRIX}
+    asked = {*arguments.parts} - {MATRIX, SPEED}
     return 0 if report.good(made, asked, MATRIX in arguments.parts) else 1
 
 

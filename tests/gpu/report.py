@@ -15,7 +15,7 @@ from typing import Any
 Report = dict[str, Any]
 Row = dict[str, Any]
 
-ABOUT, ROWS, FILE = "about.json", "matrix.jsonl", "report.json"
+ABOUT, ROWS, SPEED, FILE = "about.json", "matrix.jsonl", "speed.json", "report.json"
 KEPT = "gpu.json"
 PARTS = {"tests": "the ordinary tests", "nodes": "the nodes' own tests inside ComfyUI"}
 KINDS = {
@@ -51,8 +51,11 @@ def gather(folder: Path) -> Report:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.get("identity") == about["identity"]:
                 parts[part] = {"files": kept["files"], "of": kept["of"]}
+    path, speed = folder / SPEED, []
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["identity"] == about["identity"]:
+        speed = kept["rows"]
     rows = sorted(read_rows(folder, about["identity"]).values(), key=lambda row: (row["kind"], row["name"]))
-    return {"about": about, "parts": parts, "rows": rows}
+    return {"about": about, "parts": parts, "speed": speed, "rows": rows}
 
 
 def write(folder: Path) -> Report:
@@ -66,8 +69,8 @@ def write(folder: Path) -> Report:
 def dump(report: Report) -> str:
     """JSON with a line for each row, so that a diff shows which ones changed."""
     rows = ",\n".join(json.dumps(row) for row in report["rows"])
-    about, parts = json.dumps(report["about"], indent=1), json.dumps(report["parts"], indent=1)
-    return f'{{"about": {about},\n"parts": {parts},\n"rows": [\n{rows}\n]}}\n'
+    about, parts, speed = (json.dumps(report.get(name, []), indent=1) for name in ("about", "parts", "speed"))
+    return f'{{"about": {about},\n"parts": {parts},\n"speed": {speed},\n"rows": [\n{rows}\n]}}\n'
 
 
 def count(rows: Iterable[Row]) -> Counter[str]:
@@ -157,6 +160,9 @@ def page(report: Report) -> str:
         chosen = [(row["name"], row["said"]) for row in rows if row["verdict"] == verdict]
         if chosen:
             parts += [f"## {title}", table(("row", "said"), chosen)]
+    if report.get("speed"):
+        parts += ["## Speed", "LongCat Benchmark in the real server, on random weights of the full size."]
+        parts += [f"### {row['name']}\n\n{row['text']}" for row in report["speed"]]
     parts += ["## Every row"]
     for kind, what in KINDS.items():
         chosen = [row for row in rows if row["kind"] == kind]

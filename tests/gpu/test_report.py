@@ -59,6 +59,15 @@ def test_parts_of_several_runs_are_merged(folder):
     assert len(made["rows"]) == 4 and report.good(made, report.PARTS, True)
 
 
+@pytest.mark.parametrize("identity", ["here", "elsewhere"])
+def test_figures_of_this_tree_are_shown(folder, identity):
+    kept = {"identity": identity, "of": 1, "rows": [{"name": "bf16 (A), fp8 (B)", "text": "| a step (ms) | 1 | 2 |"}]}
+    (folder / report.SPEED).write_text(json.dumps(kept))
+    put(folder, *THREE)
+    shown = "### bf16 (A), fp8 (B)\n\n| a step (ms) | 1 | 2 |" in (folder / "report.md").read_text()
+    assert shown == (identity == "here")
+
+
 def test_the_later_run_of_a_row_counts_and_other_trees_do_not(folder):
     made = put(folder, row("a", "wrong", said="crash"), row("b", identity="elsewhere"), row("a"))
     assert [(row["name"], row["verdict"]) for row in made["rows"]] == [("a", "right")]
