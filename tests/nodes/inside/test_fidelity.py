@@ -34,10 +34,9 @@ def kernels(model, monkeypatch):
     network = model.model.diffusion_model
     original = network.prepare
 
-    def prepare(device, dtype, options):
-        seen.append(options.get("longcat_optimizations"))
-        chosen = original(device, dtype, options)
-        seen[-1] = chosen.kernels.attend
+    def prepare(device, dtype, options, compilers=None):
+        chosen = original(device, dtype, options, compilers)
+        seen.append(chosen.kernels.attend)
         return chosen
 
     monkeypatch.setattr(network, "prepare", prepare)
