@@ -14,9 +14,9 @@ from transformers import UMT5EncoderModel
 
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
+from longcat_core.generate.paths import NANO_TEXT_ENCODER
 from longcat_core.generate.text import TextEncoder, clean_prompt, load_text_encoder
-from longcat_core.nano.vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
-from longcat_core.nano.world import corpus
+from longcat_core.nano.vocabulary import new_text_encoder, save_text_encoder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PROMPTS = ["a red circle moves right on a blue background", "", "a green square stays still"]
@@ -24,7 +24,8 @@ PROMPTS = ["a red circle moves right on a blue background", "", "a green square 
 
 @pytest.fixture(scope="module")
 def vocab() -> bytes:
-    return train_vocabulary(corpus(500, 0), size=192)
+    """The embedded text encoder's."""
+    return bytes(read_tensors(NANO_TEXT_ENCODER)["spiece_model"].numpy())
 
 
 @pytest.fixture(scope="module")
