@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from ..nodes.checkout import python_path
+from ..support.python_path import comfyui_packages, python_path
 
 PACK = Path(__file__).parents[2]
 PACK_NAME = "longcat-video"  # the folder's name in custom_nodes, and the group's in the template browser
@@ -120,9 +120,8 @@ class Server:
         environment = {**os.environ, **GIVE_BACK, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         # The tests' own Python path and settings of pytest are none of the server's business.
         environment.pop("PYTHONPATH", None)
-        environment |= python_path()
-        if self.stubs.exists():
-            environment["PYTHONPATH"] = os.pathsep.join([str(self.stubs), *python_path().values()])
+        stubs = [self.stubs] if self.stubs.exists() else []
+        environment |= python_path(*stubs, *comfyui_packages(), inherited=False)
         # Nothing that a test does may reach for a model on the network.
         return {**environment, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.more}
 

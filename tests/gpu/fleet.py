@@ -18,6 +18,7 @@ from longcat_core.files.safetensors_io import read_tensors
 
 from ..comfyui.client import Client, Refused, Run
 from ..comfyui.server import Installation, Server
+from ..support.python_path import python_path
 from .cells import CPU, DYNAMIC, HELD, NOVRAM, STATIC
 from .graphs import Prompt
 
@@ -175,5 +176,4 @@ class Fleet:
 def environment(threads: int) -> dict[str, str]:
     """What the servers of the matrix see beside what those of tests/comfyui see: packages that were unpacked for a
     machine without a network lie on the Python path."""
-    found = {"PYTHONPATH": path} if (path := os.environ.get("PYTHONPATH")) else {}
-    return found | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return python_path() | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

@@ -10,19 +10,6 @@ from pathlib import Path
 PACK = Path(__file__).parents[2]
 # Set in the process whose Python has ComfyUI's requirements: only there are the tests of `inside` collected.
 INSIDE = "LONGCAT_TESTS_INSIDE_COMFYUI"
-# A folder of packages that ComfyUI's Python finds before its own: other versions of them beside the same checkout.
-PACKAGES = "COMFYUI_PACKAGES"
-
-
-def python_path() -> dict[str, str]:
-    """The environment of ComfyUI's Python: its path is what COMFYUI_PACKAGES names. FileNotFoundError if that lacks."""
-    given = os.environ.get(PACKAGES)
-    if not given:
-        return {}
-    folder = Path(given).expanduser().absolute()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; set {PACKAGES} to one that pip install --target made")
-    return {"PYTHONPATH": str(folder)}
 
 
 @dataclass(frozen=True)

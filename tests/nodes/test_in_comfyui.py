@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 
-from .checkout import INSIDE, PACK, Checkout, python_path
+from ..support.python_path import comfyui_packages, python_path
+from .checkout import INSIDE, PACK, Checkout
 
 TESTS = PACK / "tests" / "nodes" / "inside"
 
@@ -23,7 +24,8 @@ def test_nodes_inside_comfyui(tmp_path):
         warnings.warn(f"the nodes are not tested in ComfyUI: {error}", stacklevel=1)
         pytest.skip(str(error))
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    environment |= {INSIDE: "1", "COMFYUI_PATH": str(checkout.path), "LONGCAT_PYTHON": sys.executable} | python_path()
+    environment |= {INSIDE: "1", "COMFYUI_PATH": str(checkout.path), "LONGCAT_PYTHON": sys.executable}
+    environment |= python_path(*comfyui_packages(), inherited=False)
     environment.setdefault("OMP_NUM_THREADS", "1")
     probe = subprocess.run([checkout.python, "-c", "import aiohttp, torchsde, pytest"], capture_output=True, text=True)
     if probe.returncode:
