@@ -21,7 +21,7 @@ def loaded(comfy):
 
 def weights(comfy, model) -> dict[str, torch.Tensor]:
     layers = comfy.node("comfy_fp8").layers(model.model.diffusion_model)
-    return {name: layer.weight.detach().clone().view(torch.uint8) for name, layer in layers.items()}
+    return {name: layer.weight.detach().cpu().clone().view(torch.uint8) for name, layer in layers.items()}
 
 
 def test_equals_the_headless_network(comfy, loaded, model, sample, empty, prompts):
@@ -57,13 +57,13 @@ def test_layers_and_their_numbers(comfy, loaded, model):
     layers = comfy.node("comfy_fp8").layers(loaded.model.diffusion_model)
     config = loaded.model.diffusion_model.config
     assert list(layers) == quantization.Policy().names(config.depth)
-    plain = dict(model.model.diffusion_model.named_parameters())
+    plain = {name: parameter.cpu() for name, parameter in model.model.diffusion_model.named_parameters()}
     for name, layer in layers.items():
-        values, scales = quantization.without_scales(layer.weight, layer.out_features)
+        values, scales = quantization.without_scales(layer.weight.cpu(), layer.out_features)
         full = quantization.dequantized(values, scales, torch.float32)
         assert error(plain[f"{name}.weight"], full) < 0.5
         assert (values.float().abs().amax(1) == 448).all()
-        assert layer.bias is None or torch.equal(layer.bias.float(), plain[f"{name}.bias"])
+        assert layer.bias is None or torch.equal(layer.bias.cpu().float(), plain[f"{name}.bias"])
     assert loaded.model_size() < 0.6 * model.model_size()
 
 
@@ -147,7 +147,7 @@ def test_loras_under_dynamic_vram_are_merged_once(comfy, sample, empty, lora):
     """ComfyUI hands patches over as functions of layers that it streams, which CPUs do not do; played here."""
     if version() < (0, 30):
         pytest.skip("this ComfyUI has no dynamic VRAM")
-    from comfy import memory_management, model_patcher
+    from comfy import memory_management, model_management, model_patcher
 
     loaded = comfy("LongCatModelLoader", model_name=MODEL, weight_dtype="fp8 rowwise")
     before = weights(comfy, loaded)
@@ -156,6 +156,8 @@ def test_loras_under_dynamic_vram_are_merged_once(comfy, sample, empty, lora):
     merged = weights(comfy, patched)
     sample(empty, loaded, steps=1)
     layers = comfy.node("comfy_fp8").layers(loaded.model.diffusion_model)
+    # In RAM, where dynamic VRAM keeps them.
+    model_management.unload_all_models()
 
     def hand_over(patches: dict) -> None:
         for name, layer in layers.items():
@@ -243,7 +245,9 @@ def test_pages_of_dynamic_vram_hold_what_is_packed(comfy, loaded, monkeypatch):
     patch = SimpleNamespace(key=key, patches={key: [(1.0, ("diff", (rows,)), 1.0, None, None)]})
     layer.weight_lowvram_function, layer._v_signature = patch, None
     quantization, elementwise = comfy.core("optimize.quantization"), comfy.core("optimize.kernels.elementwise")
-    merged = quantization.with_scales(*elementwise.quantize_rows(original + rows)).view(torch.uint8)
+    # Where the pack quantizes: a GPU divides by a scale in another way than a CPU, to the last digit.
+    changed = (original + rows).to(model_management.get_torch_device())
+    merged = quantization.with_scales(*elementwise.quantize_rows(changed)).view(torch.uint8).cpu()
     assert torch.equal(paged(), merged)
     layer.weight_lowvram_function, layer._v_signature = None, None
     assert torch.equal(paged(), plain)
