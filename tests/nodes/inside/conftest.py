@@ -128,8 +128,12 @@ def _load(folder: Path) -> Comfy:
 
     comfy.cli_args.args.cpu = ON_CPU
     if not ON_CPU:
+        import torch
+
         for option in ("fp32_unet", "fp32_vae", "fp32_text_enc"):
             setattr(comfy.cli_args.args, option, True)
+        # Else cuDNN rounds what the VAE's convolutions multiply to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
     # First, as main.py does: ComfyUI before 0.9 puts its folder comfy, with a utils.py, on the path later on.
     import folder_paths
     import utils.extra_config  # noqa: F401
