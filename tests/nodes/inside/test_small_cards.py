@@ -1,4 +1,4 @@
-"""Where GPU memory is short ComfyUI keeps weights in RAM and hands them over at their use; forced here on the CPU."""
+"""Where GPU memory is short ComfyUI keeps weights in RAM and hands them over at their use; forced here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from .conftest import MODEL
+from .conftest import MODEL, ON_CPU
 from .test_lora import STRENGTH, error, official
 
 ONE = {"steps": 1, "guidance": 1.0}
@@ -22,14 +22,20 @@ def streaming(monkeypatch, loaded):
     """How many bytes of weights stay in RAM, load by load."""
     from comfy import model_management
 
-    loading, kept = type(loaded).load, []
+    loading, listing, kept = type(loaded).load, type(loaded)._load_list, []
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         if type(self.model).__name__ != "LongCatVideo":
             return loading(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
-        out = loading(self, device_to, 64 * 1024, force_patch_weights, False)
-        cast = [m for m in self.model.modules() if getattr(m, "comfy_cast_weights", False)]
-        kept.append(sum(p.nbytes for m in cast for p in m.parameters(recurse=False)))
+        # On a GPU a block with a part in RAM is not compiled: one that has no LoRA lies on it as a whole.
+        last = set() if ON_CPU else set(self.model.diffusion_model.blocks[-1].modules())
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "_load_list", lambda: [entry for entry in listing(self) if entry[-2] in last])
+            loading(self, device_to, 0, force_patch_weights, True)
+            patch.setattr(self, "_load_list", lambda: [entry for entry in listing(self) if entry[-2] not in last])
+            out = loading(self, device_to, 64 * 1024, force_patch_weights, False)
+        waiting = [m for m in self.model.modules() if hasattr(m, "prev_comfy_cast_weights")]
+        kept.append(sum(p.nbytes for m in waiting for p in m.parameters(recurse=False)))
         return out
 
     monkeypatch.setattr(type(loaded), "load", load)
