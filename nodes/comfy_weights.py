@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -31,6 +31,18 @@ SETTING = ".comfy_attention.config"
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 # Formats whose scales are in tiles.
 TILES = ("nvfp4", "mxfp8")
+# By what rows and columns must divide; of other sizes kernels of comfy-kitchen 0.2.31 to 0.2.40 (backends/cuda) raise
+# an error instead of leaving them to PyTorch: CUTLASS loads 16 bytes, cuBLAS takes multiples of 4 alone; convrot_w4a4
+# packs 64 numbers; asym_w4a8_int8 undoes one size of rotation; nvfp4 takes 16 bytes. mxfp8 is padded as it needs.
+MULTIPLES = {"int8_tensorwise": (16, 16), "convrot_w4a4": (16, 64), "asym_w4a8_int8": (1, 256), "nvfp4": (1, 32)}
+# PyTorch multiplies e4m3 in 8 bits if both sides divide by this.
+FP8_MULTIPLE = 16
+# The dtypes and dimensions in which every backend takes the tensors of asym_w4a8_int8; ComfyUI views bytes as e4m3.
+W4A8 = {
+    "weight_s_rel": ((torch.float8_e4m3fn, torch.uint8, torch.float32), 2),
+    "weight_s_channel": ((torch.float32,), 1),
+    "weight_codebook": ((torch.float32,), 1),
+}
 # Tensors of a quantized layer that have numbers for each row in any format.
 ROWS = ("weight", "bias", "weight_s_rel", "weight_s_channel")
 
@@ -60,7 +72,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     know are kept, for ComfyUI to report. Raises CheckpointError naming what is missing or has the wrong shape.
     """
     form, _ = detect(state, SOURCE)
-    _correct(state)
+    correct(state)
     place, file = Path(SOURCE), StateDict(state)
     stored, _ = collect(place, {place: file}, form, "", left=QUANT_ALGOS)
     for name, dtype in stored.dtypes.items():
@@ -119,20 +131,43 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
 
 
 def runs(stored: Stored, layer: str, description: Mapping[str, Any] | None) -> bool:
-    """Whether this ComfyUI runs a layer of a file by itself; description: the layer's, None for one without."""
+    """Whether this ComfyUI runs a layer of a file by itself, on the CPU and on any card that has its kernels.
+
+    description: the layer's, None for one without.
+    """
     weight = f"{layer}.weight"
-    algorithm = QUANT_ALGOS.get(description["format"]) if description is not None and weight in stored.where else None
-    if algorithm is None:
+    kind = "" if description is None or weight not in stored.where else description.get("format", "")
+    if kind not in QUANT_ALGOS:
         return False
     packed = stored.packed.get(weight)
+    shape = stored.shapes[weight] if packed is None else packed.shape
+    multiples = MULTIPLES.get(kind, (1, 1))
+    if any(side % multiple for side, multiple in zip(shape, multiples, strict=False)):
+        return False
     if packed is None:
         # Its fp8 layers take one scale.
-        return description["format"] not in FP8 or prod(stored.shapes.get(f"{weight}_scale", ())) == 1
+        scales = (stored.shapes.get(name, ()) for name in (f"{weight}_scale", f"{layer}.scale_weight"))
+        return kind not in FP8 or all(prod(shape) == 1 for shape in scales)
     # ComfyUI ignores tensors that its version does not know, and a LoRA does not fit a weight of smoothed inputs.
     known = {"weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook"}
-    six_bits = packed.kind == "asym_w4a8_int8" and packed.stored[1] * 2 > packed.shape[1]
-    layout = get_layout_class(algorithm["comfy_tensor_layout"])
-    return known.issuperset(packed.beside) and (not six_bits or hasattr(layout, "bits"))
+    if not known.issuperset(packed.beside):
+        return False
+    beside = {suffix: stored.files[file].header[stored.prefix + name] for suffix, (name, file) in packed.beside.items()}
+    if kind == "convrot_w4a4":
+        return len(beside["weight_scale"][1]) == 1
+    if kind != "asym_w4a8_int8":
+        return True
+    group, six_bits = packed.settings.get("group_size", 16), packed.stored[1] * 2 > packed.shape[1]
+    # Its kernels undo rotations of this size alone.
+    turned = packed.settings.get("convrot_groupsize", 256) == MULTIPLES[kind][1]
+    grouped = group % 16 == 0 or (group in (4, 8) and not six_bits)
+    plain = all(
+        dtype in dtypes and len(beside_shape) == dimensions
+        for suffix, (dtype, beside_shape) in beside.items()
+        for dtypes, dimensions in [W4A8[suffix]]
+    )
+    layout = get_layout_class(QUANT_ALGOS[kind]["comfy_tensor_layout"])
+    return turned and grouped and plain and (not six_bits or hasattr(layout, "bits"))
 
 
 def joined(parts: list[dict[str, Tensor]], kind: str) -> dict[str, Tensor] | None:
@@ -179,7 +214,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def logical_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[int, ...]]:
     """The shapes of a checkpoint's tensors, packed ones as the matrices that they hold. Raises CheckpointError."""
     place, given = Path(SOURCE), dict(state)
-    _correct(given)
+    correct(given)
     return collect(place, {place: StateDict(given)}, form, "", left=QUANT_ALGOS)[0].shapes
 
 
@@ -206,17 +241,30 @@ def _attention_settings(state: dict[str, Tensor], sources: Table, depth: int) ->
     return found
 
 
-def _correct(state: dict[str, Tensor]) -> None:
-    """Describe layers as what they are: ComfyUI describes all weights of a file with a marker as e4m3, e5m2 too, and
-    does not know descriptions without a format, which are of int8."""
+def correct(state: dict[str, Tensor]) -> None:
+    """Describe the layers of `state` as ComfyUI must read them (`meant`)."""
     for layer, description in described_beside(StateDict(state).header, state.__getitem__, SOURCE):
-        weight, kind = state.get(f"{layer}.weight"), description.get("format")
-        if kind == "float8_e4m3fn" and weight is not None and weight.dtype == torch.float8_e5m2:
-            kind = "float8_e5m2"
-        elif kind is None and "per_row" in description:
-            kind = "int8_tensorwise"
-        if kind != description.get("format"):
-            state[f"{layer}.comfy_quant"] = as_description(description | {"format": kind})
+        weight = state.get(f"{layer}.weight")
+        if weight is not None and (found := meant(description, weight.dtype, weight.shape)) != description:
+            state[f"{layer}.comfy_quant"] = as_description(found)
+
+
+def meant(description: Mapping[str, Any], dtype: torch.dtype, shape: Sequence[int]) -> dict[str, Any]:
+    """A layer's description as ComfyUI must read it; dtype, shape: of its weight as stored.
+
+    ComfyUI describes all weights of a file with a marker as e4m3, e5m2 too, and does not know descriptions without a
+    format, which are of int8. It multiplies in 8 bits what CUDA does not multiply, unless the description says
+    otherwise: e5m2 by e5m2, and e4m3 of any size.
+    """
+    found = dict(description)
+    if found.get("format") == "float8_e4m3fn" and dtype == torch.float8_e5m2:
+        found["format"] = "float8_e5m2"
+    elif found.get("format") is None and "per_row" in found:
+        found["format"] = "int8_tensorwise"
+    odd = any(side % FP8_MULTIPLE for side in shape)
+    if found.get("format") == "float8_e5m2" or (found.get("format") == "float8_e4m3fn" and odd):
+        found["full_precision_matrix_mult"] = True
+    return found
 
 
 def as_description(settings: Mapping[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -14,11 +15,12 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QUANT_ALGOS
 from comfy_api.latest import io
 
 from ..longcat_core.checkpoints import umt5
 from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint
-from ..longcat_core.checkpoints.quantized import QUANT_METADATA, described_beside
+from ..longcat_core.checkpoints.quantized import MARKERS, QUANT_METADATA, described_beside
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.tensor_files import is_gguf, open_file
 from ..longcat_core.generate.progress import LOADING
@@ -26,7 +28,7 @@ from ..longcat_core.generate.text import tokenizer_of
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
-from .comfy_weights import as_description, open_for_comfyui, runs
+from .comfy_weights import as_description, correct, meant, open_for_comfyui, runs
 from .inputs import LongCatNode
 from .progress import working
 
@@ -187,24 +189,58 @@ class _Target:
         self.clip, self.params = clip, {}
 
 
-def _known(opened: umt5.Umt5) -> bool:
-    """Whether ComfyUI reads a text encoder's file as it is."""
+def _native(opened: umt5.Umt5) -> bool:
+    """Whether ComfyUI runs a text encoder's layers as its file stores them, once they are described rightly."""
     int8 = any(name.endswith(".weight_int8") for name in opened.where)
     if opened.form is not umt5.TRANSFORMERS or opened.prefix or int8 or is_gguf(Path(opened.source)):
         return False
     # Its embeddings take numbers that are stored one by one.
     embedding = opened.packed.get(f"{umt5.SHARED}.weight")
+    return embedding is None and all(
+        runs(opened, layer, conf) and _as_comfyui_stores(opened, layer, conf["format"])
+        for layer, conf in _rightly(opened).items()
+    )
+
+
+def _as_comfyui_stores(opened: umt5.Umt5, layer: str, kind: str) -> bool:
+    """Whether a layer's weight has the dtype of its format, which ComfyUI converts to, and scales of rows a column."""
+    header = opened.files[opened.where[f"{layer}.weight"]].header
+    _, scale = header.get(f"{layer}.weight_scale", (None, ()))
+    rows = kind == "int8_tensorwise" and len(scale) == 1 and scale != (1,)
+    return header[f"{layer}.weight"][0] == QUANT_ALGOS[kind]["storage_t"] and not rows
+
+
+def _rightly(opened: umt5.Umt5) -> dict[str, dict[str, Any]]:
+    """The descriptions of a text encoder's layers as ComfyUI must read them."""
+    weights = {layer: f"{layer}.weight" for layer in _descriptions(opened)}
+    return {
+        layer: meant(conf, opened.dtypes[weights[layer]], opened.shapes[weights[layer]])
+        for layer, conf in _descriptions(opened).items()
+    }
+
+
+def _descriptions(opened: umt5.Umt5) -> dict[str, dict[str, Any]]:
+    """Layer -> the description by which ComfyUI reads it by itself; a marker describes those with a scale."""
+    marked: dict[str, Any] = {"format": "float8_e4m3fn"} if MARKERS[0] in opened.where else {}
+    scaled = [name.removesuffix(".scale_weight") for name in opened.where if name.endswith(".scale_weight")]
+    found = dict.fromkeys(scaled, marked) | opened.quantized
     for file in opened.files.values():
-        if any("format" not in conf for _, conf in described_beside(file.header, file.rows, opened.source)):
-            return False
-    return embedding is None and all(runs(opened, layer, conf) for layer, conf in opened.described.items())
+        found |= described_beside(file.header, file.rows, opened.source)
+    return {layer: conf for layer, conf in found.items() if f"{layer}.weight" in opened.where}
+
+
+def _known(opened: umt5.Umt5) -> bool:
+    """Whether ComfyUI reads a text encoder's file as it is."""
+    return _native(opened) and _rightly(opened) == _descriptions(opened)
 
 
 def _state(opened: umt5.Umt5) -> dict[str, torch.Tensor]:
     """A text encoder's tensors as ComfyUI's classes take them, in bf16 if its file has another form."""
-    if _known(opened):
+    if _native(opened):
         state, metadata = comfy.utils.load_torch_file(opened.source, safe_load=True, return_metadata=True)
-        return comfy.utils.convert_old_quants(state, "", metadata=metadata)[0]
+        state = comfy.utils.convert_old_quants(state, "", metadata=metadata)[0]
+        correct(state)
+        return state
     vocabulary = bytearray(opened.vocabulary() or b"")
     return opened.state(torch.bfloat16) | {umt5.SPIECE: torch.frombuffer(vocabulary, dtype=torch.uint8)}
 

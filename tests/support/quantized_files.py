@@ -93,7 +93,7 @@ def mxfp8(weight: Tensor) -> Written:
 
 
 def int8(weight: Tensor, rows: bool = False, turned: bool = False) -> Written:
-    group = group_of(weight.shape[1])
+    group = group_of(weight.shape[1]) if turned else 1
     given = rotated(weight, group) if turned else weight
     scale = (given.abs().amax(1, keepdim=True) if rows else given.abs().max()) / 127
     about = {"convrot": True, "convrot_groupsize": group} if turned else {}

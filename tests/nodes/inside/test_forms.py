@@ -124,6 +124,10 @@ def test_other_ways_to_store_8_bits(comfy, nano, sample, empty, kind, dtype):
     loaded = comfy("LongCatModelLoader", model_name=file, weight_dtype=dtype)
     assert error(sample(empty, wide, steps=1), sample(empty, loaded, steps=1)) < 0.3
     assert error(sample(empty, steps=1), sample(empty, wide, steps=1)) > 1e-3
+    layer = loaded.model.diffusion_model.blocks[0].attn.proj
+    if kind == "scaled e5m2" and dtype == "default":
+        # 8 bits in memory, but CUDA does not multiply them.
+        assert layer.weight._qdata.dtype == torch.float8_e5m2 and layer._full_precision_mm
 
 
 @pytest.mark.parametrize("loader, widget", [("LongCatModelLoader", "model_name"), ("UNETLoader", "unet_name")])
