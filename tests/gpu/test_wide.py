@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import wide
-from .cells import HELD, LONGCAT, NONE, STATIC
+from . import limits
+from .cells import BYPASS, HELD, LONGCAT, LORA, NONE, STATIC
 from .fleet import SMALL, Seen
 from .memory import Meter
 from .verdicts import RIGHT, WRONG
@@ -22,18 +22,39 @@ def seen(latents: np.ndarray) -> Seen:
 @pytest.mark.parametrize("mode", [STATIC, HELD, SMALL])
 def test_latents_are_compared(mode):
     row = Row("bf16", LONGCAT, mode, NONE)
-    assert judge(row, seen(WANTED * 1.01), WANTED, wide.SAME, None).verdict == RIGHT
-    assert "0.2000 off" in judge(row, seen(WANTED * 1.2), WANTED, wide.SAME, None).said
+    assert judge(row, seen(WANTED * 1.01), WANTED, limits.SAME, None).verdict == RIGHT
+    assert "0.2000 off" in judge(row, seen(WANTED * 1.2), WANTED, limits.SAME, None).said
     for bad in (np.where(WANTED > 2, np.nan, WANTED), WANTED * 0, WANTED[:, :, :1], WANTED * 1.2):
-        assert judge(row, seen(bad), WANTED, wide.SAME, None).verdict == WRONG
-    assert judge(row, Seen("crash", "gone"), WANTED, wide.SAME, None).verdict == WRONG
+        assert judge(row, seen(bad), WANTED, limits.SAME, None).verdict == WRONG
+    assert judge(row, Seen("crash", "gone"), WANTED, limits.SAME, None).verdict == WRONG
+
+
+@pytest.mark.parametrize(
+    ("weights", "extra", "rounding", "against_core"),
+    [
+        ("bf16", NONE, 0.015, True),
+        ("fp8 rowwise", NONE, 0.108, True),
+        ("UNETLoader fp8_e4m3fn_fast", NONE, 0.104, False),
+        ("bf16", LORA, 0.037, False),
+        ("bf16", BYPASS, 0.041, True),
+    ],
+)
+def test_limits_lie_between_rounding_and_what_is_lost(weights, extra, rounding, against_core):
+    assert rounding < limits.wide_limit(weights, extra, against_core=against_core) < 0.35
+
+
+def test_a_streamed_lora_that_is_lost_is_wrong():
+    row, most = Row("bf16", LONGCAT, SMALL, LORA), limits.wide_limit("bf16", LORA, against_core=False)
+    assert judge(row, seen(WANTED * 3.0846), WANTED, most, None).verdict == WRONG
+    assert judge(row, seen(WANTED * 1.35), WANTED, most, None).verdict == WRONG
+    assert judge(row, seen(WANTED * 1.0305), WANTED, most, None).verdict == RIGHT
 
 
 def test_a_mode_that_is_held_must_stay_within_its_memory():
     held, free = (Row("bf16", LONGCAT, mode, NONE) for mode in (HELD, STATIC))
-    assert judge(held, seen(WANTED), WANTED, wide.SAME, 12.9).verdict == RIGHT
-    assert "13.5 GiB at most" in judge(held, seen(WANTED), WANTED, wide.SAME, 14.0).said
-    assert judge(free, seen(WANTED), WANTED, wide.SAME, 60.0).verdict == RIGHT
+    assert judge(held, seen(WANTED), WANTED, limits.SAME, 12.9).verdict == RIGHT
+    assert "13.5 GiB at most" in judge(held, seen(WANTED), WANTED, limits.SAME, 14.0).said
+    assert judge(free, seen(WANTED), WANTED, limits.SAME, 60.0).verdict == RIGHT
 
 
 def test_every_form_runs_in_every_mode():

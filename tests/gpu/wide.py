@@ -26,6 +26,7 @@ from longcat_core.model.config import ModelConfig
 
 from ..checkpoints.written_forms import comfyui, fp8_scaled
 from ..comfyui.prompts import node
+from . import limits
 from .cells import (
     BYPASS,
     COMPILE,
@@ -62,11 +63,6 @@ PATCHES = (LORA, BYPASS, COMPILE, SPARSE)
 # The mode without streaming is compared with the headless core, all others with it.
 MODES = (STATIC, DYNAMIC, HELD, SMALL, NOVRAM)
 STEPS = 2
-# Norm of the difference over the norm, of latents after two steps in bf16. Kernels that add in another order differ by
-# less than a hundredth; a block that is skipped or a scale that is lost, by more than a tenth.
-SAME = 0.03
-# The same against the headless core's bf16 where the row's own weights or attention are coarser.
-COARSE = 0.3
 # Beyond a mode's limit: the CUDA context, and what PyTorch's allocator rounds up.
 SLACK_GIB = 1.5
 
@@ -197,13 +193,6 @@ def judge(row: Row, seen: Seen, wanted: np.ndarray | None, limit: float, peak: f
     return Verdict(RIGHT, said)
 
 
-def limit(row: Row) -> float:
-    """Against the headless core for the mode without streaming, else against that mode."""
-    if row.mode not in (STATIC, CPU):
-        return SAME if row.extra != SPARSE else COARSE
-    return SAME if row.extra in (NONE, LORA, BYPASS, COMPILE) and row.weights in ("bf16", "fp8 rowwise") else COARSE
-
-
 class WideRun:
     """All rows, a server for each mode, side by side. `poll` gives what is judged since it was called last."""
 
@@ -236,7 +225,7 @@ class WideRun:
                 thread.start()
                 self.threads.append(thread)
             core = headless(self.fleet.models, self.size, self.device)
-            if relative(core[LORA], core[NONE]) < 2 * SAME:
+            if relative(core[LORA], core[NONE]) < 2 * limits.MERGED:
                 raise RuntimeError("the LoRA of the wide network changes too little to be seen")
             self.core = core
         except Exception as error:  # reported as the verdict of every row that needs it
@@ -274,7 +263,7 @@ class WideRun:
             if not self._ready(row, alive):
                 continue
             self.waiting.remove(entry)
-            most = limit(row)
+            most = limits.wide_limit(row.weights, row.extra, against_core=row.key not in self.first)
             if self.error is not None:
                 verdict = Verdict(WRONG, f"nothing to compare with: {type(self.error).__name__}: {self.error}"[:400])
             else:
