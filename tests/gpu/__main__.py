@@ -1,4 +1,4 @@
-"""`make test-gpu`: python -m tests.gpu [tests] [nodes] [matrix] [speed] [--device cpu] [--output build/gpu] ..."""
+"""`make test-gpu`: python -m tests.gpu [nodes] [tests] [matrix] [speed] [--device cpu] [--output build/gpu] ..."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from pathlib import Path
 import torch
 
 from ..comfyui.server import PACK, Installation
-from . import about, matrix, report, speed, suites
+from . import about, matrix, references, report, speed, suites
+from .cells import MODES
+from .limits import PACKAGES
 from .matrix import Choice
 
 MATRIX, SPEED = "matrix", "speed"
-PARTS = (suites.TESTS, suites.NODES, MATRIX)
+# In the order in which they run, one after another: each has the whole machine.
+PARTS = (suites.NODES, suites.TESTS, MATRIX)
+# Seconds that the matrix gets in any case.
+KEPT_FOR_MATRIX = 320
 KEPT = PACK / "docs" / report.KEPT
 
 
@@ -37,6 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="of the matrix, rows with this in their name")
     parser.add_argument("--every", type=int, default=1, help="of the matrix, each so many-th row")
     parser.add_argument("--keep", action="store_true", help="run nothing; make the report in --output that of docs")
+    parser.add_argument("--references", action="store_true", help="run nothing; make the CPU's videos that are kept")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - {*PARTS, SPEED}:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join((*PARTS, SPEED))}")
@@ -62,6 +68,9 @@ def main() -> int:
     if arguments.keep:
         KEPT.write_text(report.dump(report.gather(arguments.output)), encoding="utf-8")
         return 0
+    if arguments.references:
+        find_comfyui()
+        return references.main(matrix.plan(MODES, PACKAGES, first=False))
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("make test-gpu: PyTorch sees no CUDA device; add --device cpu to try the command without one")
@@ -69,14 +78,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     machine = about.gather(device, find_comfyui(), arguments.output)
     try:
-        for part in arguments.parts:
+        for part in sorted(arguments.parts, key=(*PARTS, SPEED).index):
             if part == MATRIX:
                 choice = Choice(arguments.first, arguments.only, arguments.every)
                 matrix.main(device, deadline, arguments.output, machine, choice)
             elif part == SPEED:
                 speed.main(device, deadline, arguments.output, machine)
             else:
-                suites.main(part, device.type, arguments.processes, deadline, arguments.output, machine["identity"])
+                until = deadline - (KEPT_FOR_MATRIX if MATRIX in arguments.parts else 0)
+                suites.main(part, device.type, arguments.processes, until, arguments.output, machine["identity"])
     finally:
         about.write(machine, arguments.output)
         made = report.write(arguments.output)

@@ -97,7 +97,14 @@ def pairs(weights: Sequence[str], modes: Sequence[str]) -> list[Cell]:
         )
         used.update((task, value) for value in met.values())
         cells.append(Cell(form, sampler, mode, extra, task))
-    return cells
+    # A run that is cut short has met some of all; the first rows of each kind have the most pairs.
+    return evenly(cells[: len(plain)], cells[len(plain) :])
+
+
+def evenly(*kinds: Sequence[Cell]) -> list[Cell]:
+    """All cells, each kind in its order and spread over the whole list."""
+    placed = [((number + 0.5) / len(kind), cell) for kind in kinds for number, cell in enumerate(kind)]
+    return [cell for _, cell in sorted(placed, key=lambda entry: entry[0])]
 
 
 def first_cells(modes: Sequence[str]) -> list[Cell]:

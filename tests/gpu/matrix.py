@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from ..comfyui.server import Installation
 from . import cells, jobs, limits, stock, weights, wide
 from .cells import CPU, MODES
 from .fleet import Booted, Fleet, Seen
-from .graphs import LORA_FILE, Prompt
+from .graphs import LORA_FILE
 from .jobs import WIDE, Job
 from .limits import PACKAGES
+from .references import FILE, THREADS, References
 from .report import ROWS, read_rows
 from .verdicts import WRONG, Verdict, judge
 
-# Threads of each of the servers that compute the CPU's videos.
-THREADS = 2
+# Servers of the nano model for each mode. Alone, a prompt of it waits for the CPU more than for the card.
+PER_MODE = 2
 # Seconds after the deadline in which rows that were begun may end.
 PATIENCE = 20
 
@@ -52,37 +53,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-class References:
-    """The CPU's video of each key, computed once, by several servers."""
-
-    def __init__(self, servers: Sequence[Booted]) -> None:
-        self.free: queue.SimpleQueue[Booted] = queue.SimpleQueue()
-        for server in servers:
-            self.free.put(server)
-        self.found: dict[tuple[str, ...], Future] = {}
-        self.pool = ThreadPoolExecutor(len(servers))
-
-    def of(self, job: Job) -> Future:
-        if job.key not in self.found:
-            self.found[job.key] = self.pool.submit(self._run, job.reference)
-        return self.found[job.key]
-
-    @property
-    def count(self) -> str:
-        """How many are made, of how many."""
-        return f"{sum(future.done() for future in self.found.values())} of {len(self.found)}"
-
-    def _run(self, prompts: Sequence[Prompt]) -> Any:
-        server = self.free.get()
-        try:
-            return server.run(prompts)
-        finally:
-            self.free.put(server)
-
-    def stop(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-
 def row(job: Job, verdict: Verdict, seconds: float) -> dict[str, Any]:
     """What the report keeps of a job."""
     psnr = None if verdict.psnr is None else "equal" if math.isinf(verdict.psnr) else round(verdict.psnr, 1)
@@ -92,26 +62,29 @@ def row(job: Job, verdict: Verdict, seconds: float) -> dict[str, Any]:
 
 
 class NanoRun:
-    """All jobs on the nano model, a server for each mode, side by side. `poll` gives what is judged since it was called
-    last."""
+    """All jobs on the nano model, by the servers of each mode, side by side. `poll` gives what is judged since it was
+    called last."""
 
-    def __init__(self, work: Sequence[Job], servers: dict[str, Booted], references: References) -> None:
-        self.work, self.servers, self.references = work, servers, references
+    def __init__(self, work: Sequence[Job], servers: dict[str, list[Booted]], references: References) -> None:
+        self.servers, self.references = servers, references
+        self.todo: dict[str, queue.SimpleQueue[Job]] = {mode: queue.SimpleQueue() for mode in servers}
+        for job in work:
+            self.todo[job.mode].put(job)
         self.finished: queue.SimpleQueue[tuple[Job, Seen]] = queue.SimpleQueue()
         self.waiting: list[tuple[Job, Seen]] = []
         self.threads: list[threading.Thread] = []
 
     def start(self, deadline: float) -> None:
-        for job in self.work:
-            self.references.of(job)
-        for mode in self.servers:
-            self.threads.append(threading.Thread(target=self._serve, args=(mode, deadline), daemon=True))
-            self.threads[-1].start()
+        for mode, servers in self.servers.items():
+            for server in servers:
+                self.threads.append(threading.Thread(target=self._serve, args=(server, mode, deadline), daemon=True))
+                self.threads[-1].start()
 
-    def _serve(self, mode: str, deadline: float) -> None:
-        for job in self.work:
-            if job.mode == mode and time.monotonic() < deadline:
-                self.finished.put((job, self.servers[mode].run(job.prompts)))
+    def _serve(self, server: Booted, mode: str, deadline: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            while time.monotonic() < deadline:
+                job = self.todo[mode].get_nowait()
+                self.finished.put((job, server.run(job.prompts)))
 
     @property
     def busy(self) -> bool:
@@ -129,13 +102,22 @@ class NanoRun:
                 self.waiting.append((job, seen))
 
 
+def nano_servers(fleet: Fleet, work: Sequence[Job]) -> dict[str, list[Booted]]:
+    """PER_MODE for each mode that has work, or as many as it has jobs."""
+    count = Counter(job.mode for job in work)
+    return {
+        mode: [fleet.server(mode, f"{mode.strip('-').replace(' ', '-')}-{i}") for i in range(min(PER_MODE, jobs))]
+        for mode, jobs in count.items()
+    }
+
+
 def plan(modes: Sequence[str], packages: frozenset[str], *, first: bool) -> list[Job]:
     """The jobs on the nano model. first: only the plainest."""
     if first:
         return [jobs.of_cell(cell, number, packages) for number, cell in enumerate(cells.first_cells(modes))]
-    work = [jobs.of_stock(name, mode) for name in stock.ROWS for mode in modes]
     found = cells.pairs(list(weights.AXIS), modes)
-    return work + [jobs.of_cell(cell, number, packages) for number, cell in enumerate(found)]
+    work = [jobs.of_cell(cell, number, packages) for number, cell in enumerate(found)]
+    return work + [jobs.of_stock(name, mode) for name in stock.ROWS for mode in modes]
 
 
 def packages_of(installation: Installation) -> frozenset[str]:
@@ -191,9 +173,12 @@ def main(device: torch.device, deadline: float, output: Path, about: dict[str, A
             say(f"matrix: {form} could not be written: {why}")
         weights.lora(models / "loras" / LORA_FILE)
         fleet = Fleet(installation, Path(folder), models, total)
-        beside = max(1, ((os.cpu_count() or 1) - len(modes)) // THREADS)
-        references = References([fleet.server(CPU, f"reference-{i}", THREADS) for i in range(min(beside, 6))])
-        nano = NanoRun(rest, {mode: fleet.server(mode) for mode in modes} if rest else {}, references)
+        beside = min(6, max(1, (os.cpu_count() or 1) // 2 // THREADS))
+        references = References(rest, [fleet.server(CPU, f"reference-{i}", THREADS) for i in range(beside)])
+        if references.stale:
+            say(f"matrix: the CPU computes {len(references.stale)} videos that {FILE.name} lacks; "
+                "python -m tests.gpu --references keeps them")  # fmt: skip
+        nano = NanoRun(rest, nano_servers(fleet, rest), references)
         large = wide.WideRun(fleet, wide_rest, wide.FULL if device.type == "cuda" else wide.TINY, device)
         try:
             nano.start(deadline)

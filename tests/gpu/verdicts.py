@@ -38,6 +38,10 @@ def psnr(video: np.ndarray, reference: np.ndarray) -> float:
     return math.inf if error == 0 else 10 * math.log10(PEAK**2 / error)
 
 
+def one_color(video: np.ndarray) -> bool:
+    return bool(video.std() < LEAST_SPREAD)
+
+
 def judge(job: Job, seen: Seen, reference: Seen) -> Verdict:
     """Compare what a row gave with the CPU's video of the same prompt."""
     if seen.status != "success":
@@ -55,7 +59,9 @@ def judge(job: Job, seen: Seen, reference: Seen) -> Verdict:
         return Verdict(WRONG, "gave no video")
     if video.shape != wanted.shape:
         return Verdict(WRONG, f"a video of {list(video.shape)}; the CPU's has {list(wanted.shape)}")
-    if video.std() < LEAST_SPREAD:
+    if one_color(wanted):
+        return Verdict(WRONG, "the CPU's own video has one color, so that the row shows nothing")
+    if one_color(video):
         return Verdict(WRONG, "a video of one color")
     found = psnr(video, wanted)
     if found < job.limit:
