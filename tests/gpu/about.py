@@ -53,12 +53,19 @@ def gather(device: torch.device, installation: Installation, output: Path) -> di
     found |= versions(installation)
     same = {name: value for name, value in found.items() if name not in ("date", "commit", "driver", "cores", "cpu")}
     found["identity"] = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
-    path = output / ABOUT
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if before.get("identity") == found["identity"]:
-        found |= {name: before[name] for name in ("planned", "limits", "covered") if name in before}
-    return found
+    return found | kept(output, found["identity"])
 
 
 def write(about: dict[str, Any], output: Path) -> None:
+    """Keep it in `output`, with what another run of the same tree and machine planned meanwhile."""
+    about = kept(output, about["identity"]) | about
     (output / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def kept(output: Path, identity: str) -> dict[str, Any]:
+    """What earlier runs of the same tree and machine planned."""
+    path = output / ABOUT
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if before.get("identity") != identity:
+        return {}
+    return {name: before[name] for name in ("planned", "limits", "covered") if name in before}

@@ -39,7 +39,8 @@ WIDE_WHY = {
     "weights, instead of fp32 0.037",
     BESIDE: "a LoRA beside the weights instead of merged into them 0.041",
     TIPPED_8_BIT: "fp8 rowwise by another kernel 0.108, because a last bit of an activation tips its rounding to 8 "
-    "bits; fp8_e4m3fn_fast with activations in 8 bits or, with dynamic VRAM, which casts weights at use, in 16 bits 0.104",
+    "bits; fp8_e4m3fn_fast with activations in 8 bits or, with dynamic VRAM, which casts weights at use, in 16 bits "
+    "0.104",
     COARSE: "weights of 8 bits, or blocks of attention left out, against the core's bf16",
 }
 

@@ -26,6 +26,8 @@ KINDS = {
 AXES = ("weights", "sampler", "mode", "extra", "task")
 TITLES = {"weights": "weights", "sampler": "sampler", "mode": "VRAM mode", "extra": "patch", "task": "task"}
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
+# A folder of the machine that ran the tests, in what a failed one said.
+FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.@+-]+/)+")
 START, END = "<!-- gpu -->", "<!-- /gpu -->"
 TABLE = "| stock node | works | on a GPU | what the test shows |"
 
@@ -50,11 +52,14 @@ def gather(folder: Path) -> Report:
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.get("identity") == about["identity"]:
+                for file in kept["files"]:
+                    file["failures"] = [(test, FOLDERS.sub(".../", said)) for test, said in file["failures"]]
                 parts[part] = {"files": kept["files"], "of": kept["of"]}
     path, speed = folder / SPEED, []
     if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["identity"] == about["identity"]:
         speed = kept["rows"]
     rows = sorted(read_rows(folder, about["identity"]).values(), key=lambda row: (row["kind"], row["name"]))
+    rows = [row | {"said": FOLDERS.sub(".../", row["said"])} for row in rows]
     return {"about": about, "parts": parts, "speed": speed, "rows": rows}
 
 
@@ -117,6 +122,36 @@ def overview(report: Report) -> str:
     return table(("part", "ran", "right", "skipped or refused", "wrong"), lines)
 
 
+def counted(report: Report) -> tuple[int, int, int]:
+    """How many rows of the matrix ran, were planned, and are wrong."""
+    rows = report["rows"]
+    kinds = Counter(row["kind"] for row in rows)
+    planned = report["about"].get("planned", {})
+    return len(rows), sum(planned.get(kind, kinds[kind]) for kind in KINDS), count(rows)[WRONG]
+
+
+def notice(report: Report) -> str:
+    """The first line of a report: what of a run lacks, and what is wrong; empty if all ran and nothing is."""
+    ran, planned, wrong = counted(report)
+    lacks = [f"{ran} of {planned} rows of the matrix"] if ran < planned else []
+    failed = 0
+    for part, what in PARTS.items():
+        files, of = [], None
+        if kept := report["parts"].get(part):
+            files, of = kept["files"], kept["of"]
+        failed += sum(len(file["failures"]) for file in files)
+        if of is None:
+            lacks.append(f"nothing of {what}")
+        elif len(files) < of:
+            lacks.append(f"{len(files)} of {of} files of {what}")
+    found = [f"**Incomplete: {'; '.join(lacks)}.**"] if lacks else []
+    if wrong:
+        found.append(f"**{wrong} of the rows that ran {'is' if wrong == 1 else 'are'} wrong.**")
+    if failed:
+        found.append(f"**{failed} {'test' if failed == 1 else 'tests'} failed.**")
+    return " ".join(found)
+
+
 def by_value(report: Report) -> str:
     """The rows of each value of each axis."""
     rows = [row for row in report["rows"] if row["kind"] == "pairs"]
@@ -136,6 +171,8 @@ def page(report: Report) -> str:
         "# On a GPU",
         "`python docs/build.py` writes this page from gpu.json, which `make test-gpu` left "
         "([CONTRIBUTING](../CONTRIBUTING.md#on-a-gpu)).",
+        notice(report),
+        report["about"].get("note", ""),
         machine(report["about"]),
         overview(report),
         "A video of the nano model is right if its PSNR against the CPU's video of the same prompt reaches the limit, "
@@ -208,7 +245,8 @@ def column(name: str, report: Report | None) -> str:
     if not rows:
         return "not run"
     if found[WRONG]:
-        return f"wrong in {found[WRONG]} of {len(rows)}"
+        # The fault may be another node's of the same prompt; the page of all rows says which.
+        return f"right in {found[RIGHT]} of {len(rows)}"
     return f"right in {found[RIGHT]}" + (f", refused in {found[REFUSED]}" if found[REFUSED] else "")
 
 
@@ -220,9 +258,8 @@ def comfyui(text: str, report: Report | None) -> str:
     if start and end:
         summary = "No run is kept yet."
         if report:
-            summary = (
-                f"{machine(report['about'])}\n\n{overview(report)}\n\nEvery row and every limit: [gpu.md](gpu.md)."
-            )
+            parts = (notice(report), report["about"].get("note", ""), machine(report["about"]), overview(report))
+            summary = "\n\n".join([*filter(None, parts), "Every row and every limit: [gpu.md](gpu.md)."])
         text = f"{before}{START}\n\n{summary}\n\n{END}{after}"
     lines, inside = [], False
     for line in text.splitlines():

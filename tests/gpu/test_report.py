@@ -50,7 +50,7 @@ def test_what_was_found_is_counted(folder):
     assert "| weights | bf16 | 2 | 1 | 0 | 26.5 (25) |" in text
     assert "| c | needs a package |" in text and "## Wrong" not in text
     assert report.good(made, report.PARTS, True)
-    assert json.loads((folder / report.FILE).read_text()) == made
+    assert json.loads((folder / report.FILE).read_text()) == json.loads(json.dumps(made))
 
 
 def test_parts_of_several_runs_are_merged(folder):
@@ -99,6 +99,29 @@ def test_failed_and_missing_tests_are_not_good(folder):
     assert not report.good(report.gather(folder), ["tests"], False)
 
 
+def test_a_run_that_was_cut_short_says_so_first(folder):
+    made = put(folder, *THREE, row("d", kind="stock"))
+    assert report.notice(made) == "" and "Incomplete" not in report.page(made)
+    (folder / "tests.json").write_text(json.dumps(ran("tests", [["test_x", "no"]], of=4)))
+    (folder / "nodes.json").unlink()
+    made["rows"][0]["verdict"] = "wrong"
+    made = report.gather(folder) | {"rows": made["rows"][:2]}
+    said = report.notice(made)
+    assert said.startswith("**Incomplete: 2 of 4 rows of the matrix; 1 of 4 files of the ordinary tests; nothing of ")
+    assert said.endswith("**1 of the rows that ran is wrong.** **1 test failed.**")
+    made["about"]["note"] = "A note."
+    for text in (report.page(made), report.comfyui(PAGE, made)):
+        assert text.index("Incomplete") < text.index("A note.") < text.index("| part |")
+
+
+def test_folders_of_the_machine_are_left_out(folder):
+    said = 'File "/some/where/site-packages/a.py": no file tests/b.py, 3/4, /tmp/x'
+    (folder / "tests.json").write_text(json.dumps(ran("tests", [["test_x", said]])))
+    made = put(folder, row("a", "wrong", said=said))
+    short = 'File ".../a.py": no file tests/b.py, 3/4, .../x'
+    assert made["parts"]["tests"]["files"][0]["failures"][0][1] == made["rows"][0]["said"] == short
+
+
 PAGE = f"""# In ComfyUI
 
 {report.START}
@@ -122,7 +145,7 @@ def test_the_column_of_stock_nodes_is_filled(folder):
     text = report.comfyui(PAGE, put(folder, *rows))
     assert "| KSampler | yes | right in 2, refused in 1 | equal |" in text
     assert "| SamplerCustomAdvanced, CFGGuider | yes | right in 1 | a | b |" in text
-    assert "| VAEDecodeTiled | yes | wrong in 1 of 1 | close |" in text
+    assert "| VAEDecodeTiled | yes | right in 0 of 1 | close |" in text
     assert "| TrainLoraNode | yes | not run | two steps |" in text
     assert "| KSampler | stays | as | it is |" in text
     assert "old\n" not in text and "gpu A card, torch 2.11" in text
