@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SIZE = 384
 UNKNOWN = 2
+# Earlier versions end the process over a required character that the corpus lacks.
+TRAINER = (0, 2, 3)
 # SentencePiece's own case folding is a table of 240 kB; captions need only ASCII, plain quotes and spaces.
 SIGNS = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"}
 FOLDING = {upper: upper.lower() for upper in string.ascii_uppercase} | SIGNS | dict.fromkeys("\t\n\r\u00a0", " ")
@@ -35,12 +37,14 @@ def train_vocabulary(corpus: Sequence[str], size: int = SIZE) -> bytes:
     so a small corpus's most frequent words fall apart. Every printable ASCII character is a piece. Same corpus, same
     bytes.
     """
-    from sentencepiece import SentencePieceTrainer
+    from sentencepiece import SentencePieceTrainer, __version__
 
     if size < len(CHARACTERS) + 4:
         raise LongCatError(f"a vocabulary needs at least {len(CHARACTERS) + 4} pieces, got {size}")
     if not any(line.strip() for line in corpus):
         raise LongCatError("the corpus for the vocabulary is empty")
+    if tuple(int(part) for part in __version__.split(".")[:3]) < TRAINER:
+        raise LongCatError(f"sentencepiece {__version__} cannot train a vocabulary; install 0.2.3 or newer")
     proto = io.BytesIO()
     # The model keeps the path of its rules, which must not differ from run to run: one relative to the folder.
     with tempfile.TemporaryDirectory() as folder, chdir(folder):

@@ -65,8 +65,7 @@ def test_answers_belong_to_their_tokens(processor):
 
 
 def test_a_fresh_encoder_learns_to_read():
-    import sentencepiece
-
+    sentencepiece = pytest.importorskip("sentencepiece", minversion="0.2.3")
     vocabulary = train_vocabulary(corpus(2000))
     processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     torch.manual_seed(0)

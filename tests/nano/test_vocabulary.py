@@ -25,6 +25,7 @@ def captions() -> list[str]:
 
 @pytest.fixture(scope="module")
 def vocab(captions) -> bytes:
+    pytest.importorskip("sentencepiece", minversion="0.2.3")
     return train_vocabulary(captions)
 
 
@@ -67,6 +68,13 @@ def test_other_scripts_become_unknown_and_keep_the_rest(processor):
     ids = processor.encode("red \u732b circle")
     assert ids.count(processor.unk_id()) == 1
     assert set(processor.encode("red circle")) <= set(ids)
+
+
+@pytest.mark.parametrize("version", ["0.2.2", "0.1.99"])
+def test_a_sentencepiece_that_would_end_the_process_is_refused(monkeypatch, version):
+    monkeypatch.setattr("sentencepiece.__version__", version)
+    with pytest.raises(LongCatError, match=rf"sentencepiece {version} cannot .* install 0\.2\.3"):
+        train_vocabulary(["a red circle"])
 
 
 def test_bad_arguments():
