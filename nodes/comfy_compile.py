@@ -73,7 +73,9 @@ def compiled_block(settings: Settings) -> Regional:
     """A block compiled with these settings; the same object for equal settings."""
     found = next((pair for pair in _blocks if _equal(pair[0], settings)), None)
     if found is None:
-        regional = Regional(run_block, WHAT, compiler=settings, copied=_records(_chain(settings)[-1]))
+        # PyTorch 2.13 compiles again for sizes that are marked symbolic later, and 2.11 does not.
+        symbolic, copied = getattr(settings, "_dynamic", None) is True, _records(_chain(settings)[-1])
+        regional = Regional(run_block, WHAT, compiler=settings, copied=copied, symbolic=symbolic)
         found = settings, regional
     else:
         _blocks.remove(found)

@@ -53,13 +53,14 @@ class Regional:
         slow: bool = True,
         compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
         copied: bool = False,
+        symbolic: bool = False,
     ) -> None:
         """what: the function in words, for notices; slow: whether compiling it is worth a notice. compiler: compiles
         the function in place of torch.compile with `backend`. copied: whether results are copied, because the next call
-        overwrites them.
+        overwrites them. symbolic: whether the first size shares the graph of all others, as with `dynamic=True`.
         """
         self.function, self.what, self.backend, self.slow = function, what, backend, slow
-        self.compiler, self.copied = compiler, copied
+        self.compiler, self.copied, self.symbolic = compiler, copied, symbolic
         self.forget()
 
     def forget(self) -> None:
@@ -94,7 +95,7 @@ class Regional:
         kind = (kind, grad)
         if kind in self._failed:
             return self.function(*args)
-        symbolic = self._first.setdefault(kind, size) != size
+        symbolic = self._first.setdefault(kind, size) != size or self.symbolic
         marks = [*varying, *(sized if symbolic else ())]
         for tensor, dims in marks:
             torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
