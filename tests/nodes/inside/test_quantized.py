@@ -96,22 +96,27 @@ def loras(comfy) -> str:
     return comfy.save("loras", "of_one_block.safetensors", tensors)
 
 
+# So strong that neither quantizing again, where ComfyUI rounds at random, nor bf16 on CUDA hides whether it is there.
+STRENGTH = 12.0
+
+
 @pytest.mark.parametrize("form", ["int8 convrot", "nvfp4", "mxfp8", "asym_w4a8_int8", "svdquant_w4a4"])
 def test_loras(comfy, small, sample, empty, loras, form):
     """As on the same weights multiplied out; merged weights are quantized again, as ComfyUI does it."""
-    packed = comfy.save("diffusion_models", "packed.safetensors", quantized(comfyui(small), form)[0])
-    plain = comfy.save("diffusion_models", "wide.safetensors", wide(comfy, small, form))
-    loaded = [comfy("UNETLoader", unet_name=name, weight_dtype="default") for name in (packed, plain)]
-    loaded.append(comfy("LongCatModelLoader", model_name=plain, weight_dtype=COMPUTED))
-    given = [comfy("LoraLoaderModelOnly", model=model, lora_name=loras, strength_model=0.8) for model in loaded]
-    changed, changed_wide, rounded = (sample(empty, model, steps=1) for model in given)
-    assert error(sample(empty, loaded[1], steps=1), changed_wide) > 0.05
-    most = 0.25 if form in ("nvfp4", "asym_w4a8_int8") else 0.1
-    assert error(changed, changed_wide) < most + error(rounded, changed_wide)
+    videos = []
+    for name, tensors in (
+        ("packed.safetensors", quantized(comfyui(small), form)[0]),
+        ("wide.safetensors", wide(comfy, small, form)),
+    ):
+        loaded = comfy("UNETLoader", unet_name=comfy.save("diffusion_models", name, tensors), weight_dtype="default")
+        given = comfy("LoraLoaderModelOnly", model=loaded, lora_name=loras, strength_model=STRENGTH)
+        videos.append((sample(empty, loaded, steps=1), sample(empty, given, steps=1)))
+    (_, changed), (bare_wide, changed_wide) = videos
+    assert error(changed, changed_wide) < 0.25 * error(bare_wide, changed_wide)
 
 
 # In what ComfyUI computes quantized models on this device. What that costs a model that is not quantized is added to
-# the errors that quantization may have, which were set in fp32: by the triangle inequality it cannot cost more.
+# the errors that quantization may have in fp32.
 COMPUTED = "fp32" if ON_CPU else "bf16"
 
 
