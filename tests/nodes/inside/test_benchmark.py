@@ -15,7 +15,12 @@ def test_a_against_everything_off(comfy, model, prompts, small):
     seen = []
     network = model.model.diffusion_model
     original = network.prepare
-    network.prepare = lambda device, dtype, options: seen.append(dict(options)) or original(device, dtype, options)
+
+    def prepare(device, dtype, options, compilers=None):
+        seen.append(dict(options))
+        return original(device, dtype, options, compilers)
+
+    network.prepare = prepare
     try:
         plot, report = comfy("LongCatBenchmark", model=model, latent_image=small, steps=2, guidance=4.0, **prompts)
     finally:
