@@ -74,11 +74,19 @@ def sampled(cell: Cell, steps: int, *, refine: bool = False) -> Prompt:
         # In mode refine, steps count those of the whole schedule, of which the second half is computed.
         inputs |= {"steps": steps // 2, "denoise": 0.5} if refine else {"steps": steps, "denoise": 1.0}
         return {"sampler": node("KSampler", **inputs)}
+    return custom(
+        node("LongCatGuider", **model, **prompts, guidance=guidance),
+        node("LongCatScheduler", **model, mode=mode, steps=steps),
+    )
+
+
+def custom(guider: dict[str, Any], sigmas: dict[str, Any]) -> Prompt:
+    """SamplerCustomAdvanced on the node "latent", by euler."""
     return {
         "noise": node("RandomNoise", noise_seed=SEED),
-        "guider": node("LongCatGuider", **model, **prompts, guidance=guidance),
+        "guider": guider,
         "euler": node("KSamplerSelect", sampler_name="euler"),
-        "sigmas": node("LongCatScheduler", **model, mode=mode, steps=steps),
+        "sigmas": sigmas,
         "sampler": node(
             "SamplerCustomAdvanced",
             noise=["noise", 0],

@@ -13,7 +13,7 @@ from .cells import BYPASS, EASY, LAZY, LORA, SPARSE, STEP, Cell
 # Optional packages that decide what runs.
 PACKAGES = frozenset({"gguf"})
 
-# Least PSNR in dB over all frames -> why it is no more.
+# Least PSNR in dB over all frames -> why it is not higher.
 ROUNDING, TIPPED, EIGHT, FOUR = 23.0, 18.0, 16.0, 13.0
 WHY = {
     ROUNDING: "bf16 instead of fp32: 27 dB at least on a CPU",

@@ -76,7 +76,7 @@ def decode(data: bytes, count: int) -> np.ndarray:
 
 
 def read(path: Path = FILE) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The kept videos by name, and of each the fingerprint of the prompts that gave it; nothing if there is no file."""
+    """The kept videos by name, each with the fingerprint of the prompts that gave it; empty without a file."""
     if not path.exists():
         return {}, {}
     said = {key: value.split() for key, value in read_metadata(path).items()}

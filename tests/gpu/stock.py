@@ -7,7 +7,7 @@ from typing import Any
 
 from ..comfyui.prompts import FPS, node
 from .cells import KSAMPLER, LONGCAT, NONE, T2V, Cell
-from .graphs import FEW, SEED, SIZE, Prompt, nano, relinked
+from .graphs import FEW, SEED, SIZE, Prompt, custom, nano, relinked
 from .weights import AXIS
 
 WINDOWS = {
@@ -50,20 +50,10 @@ def with_model(folder: str, sampler: str, kind: str, **inputs: Any) -> Prompt:
 def cfg_guider(folder: str) -> Prompt:
     prompt = plain(folder)
     texts = {"positive": ["positive", 0], "negative": ["negative", 0]}
-    return prompt | {
-        "noise": node("RandomNoise", noise_seed=SEED),
-        "guider": node("CFGGuider", model=["model", 0], **texts, cfg=4.0),
-        "euler": node("KSamplerSelect", sampler_name="euler"),
-        "sigmas": node("BasicScheduler", model=["model", 0], scheduler="simple", steps=FEW, denoise=1.0),
-        "sampler": node(
-            "SamplerCustomAdvanced",
-            noise=["noise", 0],
-            guider=["guider", 0],
-            sampler=["euler", 0],
-            sigmas=["sigmas", 0],
-            latent_image=["latent", 0],
-        ),
-    }
+    return prompt | custom(
+        node("CFGGuider", model=["model", 0], **texts, cfg=4.0),
+        node("BasicScheduler", model=["model", 0], scheduler="simple", steps=FEW, denoise=1.0),
+    )
 
 
 def model_save(folder: str) -> tuple[Prompt, Prompt]:

@@ -1,6 +1,6 @@
 """Kernels read parameters as the network's definition casts them, whatever dtype they are stored in.
 
-In Triton's interpreter where there is no GPU, hence activations in fp16 (it rounds bf16 toward zero).
+Without a GPU they run in Triton's interpreter, which rounds bf16 toward zero; so activations are in fp16.
 """
 
 from __future__ import annotations
