@@ -31,11 +31,11 @@ SETTING = ".comfy_attention.config"
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 # Formats whose scales are in tiles.
 TILES = ("nvfp4", "mxfp8")
-# By what rows and columns must divide; of other sizes kernels of comfy-kitchen 0.2.31 to 0.2.40 (backends/cuda) raise
-# an error instead of leaving them to PyTorch: CUTLASS loads 16 bytes, cuBLAS takes multiples of 4 alone; convrot_w4a4
-# packs 64 numbers; asym_w4a8_int8 undoes one size of rotation; nvfp4 takes 16 bytes. mxfp8 is padded as it needs.
+# What rows and columns must be multiples of. For other sizes, kernels of comfy-kitchen 0.2.31 to 0.2.40 (backends/cuda)
+# raise an error instead of leaving the layer to PyTorch: CUTLASS loads 16 bytes, cuBLAS takes only multiples of 4;
+# convrot_w4a4 packs 64 numbers; asym_w4a8_int8 undoes one size of rotation; nvfp4 takes 16 bytes. mxfp8 pads.
 MULTIPLES = {"int8_tensorwise": (16, 16), "convrot_w4a4": (16, 64), "asym_w4a8_int8": (1, 256), "nvfp4": (1, 32)}
-# PyTorch multiplies e4m3 in 8 bits if both sides divide by this.
+# PyTorch multiplies e4m3 in 8 bits if both sides are multiples of this.
 FP8_MULTIPLE = 16
 # The dtypes and dimensions in which every backend takes the tensors of asym_w4a8_int8; ComfyUI views bytes as e4m3.
 W4A8 = {
@@ -158,7 +158,7 @@ def runs(stored: Stored, layer: str, description: Mapping[str, Any] | None) -> b
     if kind != "asym_w4a8_int8":
         return True
     group, six_bits = packed.settings.get("group_size", 16), packed.stored[1] * 2 > packed.shape[1]
-    # Its kernels undo rotations of this size alone.
+    # Its kernels undo only rotations of this size.
     turned = packed.settings.get("convrot_groupsize", 256) == MULTIPLES[kind][1]
     grouped = group % 16 == 0 or (group in (4, 8) and not six_bits)
     plain = all(
@@ -301,9 +301,12 @@ def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
         if packed and tensor.shape != parameters[name].shape:
             tensor = dequantized(*without_scales(tensor.to("cpu"), parameters[name].shape[0]), torch.bfloat16)
         shared = module in kinds and not by_rows(kind, kinds[module])
-        parts = (tensor,) if len(sources) == 1 else tensor.chunk(len(sources))
-        if shared:
+        if len(sources) == 1:
+            parts = [tensor]
+        elif shared:
             # Files do not hold one tensor under two names.
             parts = [tensor.clone() for _ in sources]
+        else:
+            parts = tensor.chunk(len(sources))
         out |= {f"{source}.{kind}": part for source, part in zip(sources, parts, strict=True)}
     return out

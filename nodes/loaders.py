@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,11 @@ class _Target:
         self.clip, self.params = clip, {}
 
 
-def _native(opened: umt5.Umt5) -> bool:
-    """Whether ComfyUI runs a text encoder's layers as its file stores them, once they are described rightly."""
+def _native(opened: umt5.Umt5, described: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether ComfyUI runs a text encoder's layers as its file stores them, once they are described rightly.
+
+    described: by `_descriptions`.
+    """
     int8 = any(name.endswith(".weight_int8") for name in opened.where)
     if opened.form is not umt5.TRANSFORMERS or opened.prefix or int8 or is_gguf(Path(opened.source)):
         return False
@@ -198,24 +201,23 @@ def _native(opened: umt5.Umt5) -> bool:
     embedding = opened.packed.get(f"{umt5.SHARED}.weight")
     return embedding is None and all(
         runs(opened, layer, conf) and _as_comfyui_stores(opened, layer, conf["format"])
-        for layer, conf in _rightly(opened).items()
+        for layer, conf in _rightly(opened, described).items()
     )
 
 
 def _as_comfyui_stores(opened: umt5.Umt5, layer: str, kind: str) -> bool:
-    """Whether a layer's weight has the dtype of its format, which ComfyUI converts to, and scales of rows a column."""
+    """Whether a layer's weight has the dtype of its format, which ComfyUI converts to, and a column of row scales."""
     header = opened.files[opened.where[f"{layer}.weight"]].header
     _, scale = header.get(f"{layer}.weight_scale", (None, ()))
     rows = kind == "int8_tensorwise" and len(scale) == 1 and scale != (1,)
     return header[f"{layer}.weight"][0] == QUANT_ALGOS[kind]["storage_t"] and not rows
 
 
-def _rightly(opened: umt5.Umt5) -> dict[str, dict[str, Any]]:
-    """The descriptions of a text encoder's layers as ComfyUI must read them."""
-    weights = {layer: f"{layer}.weight" for layer in _descriptions(opened)}
+def _rightly(opened: umt5.Umt5, described: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Descriptions of a text encoder's layers as ComfyUI must read them."""
     return {
-        layer: meant(conf, opened.dtypes[weights[layer]], opened.shapes[weights[layer]])
-        for layer, conf in _descriptions(opened).items()
+        layer: meant(conf, opened.dtypes[f"{layer}.weight"], opened.shapes[f"{layer}.weight"])
+        for layer, conf in described.items()
     }
 
 
@@ -231,12 +233,13 @@ def _descriptions(opened: umt5.Umt5) -> dict[str, dict[str, Any]]:
 
 def _known(opened: umt5.Umt5) -> bool:
     """Whether ComfyUI reads a text encoder's file as it is."""
-    return _native(opened) and _rightly(opened) == _descriptions(opened)
+    described = _descriptions(opened)
+    return _native(opened, described) and _rightly(opened, described) == described
 
 
 def _state(opened: umt5.Umt5) -> dict[str, torch.Tensor]:
     """A text encoder's tensors as ComfyUI's classes take them, in bf16 if its file has another form."""
-    if _native(opened):
+    if _native(opened, _descriptions(opened)):
         state, metadata = comfy.utils.load_torch_file(opened.source, safe_load=True, return_metadata=True)
         state = comfy.utils.convert_old_quants(state, "", metadata=metadata)[0]
         correct(state)
