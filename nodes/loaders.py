@@ -22,7 +22,8 @@ from ..longcat_core.checkpoints import umt5
 from ..longcat_core.checkpoints.load import CONFIG_KEY, Checkpoint
 from ..longcat_core.checkpoints.quantized import MARKERS, QUANT_METADATA, described_beside
 from ..longcat_core.errors import CheckpointError, LongCatError
-from ..longcat_core.files.tensor_files import is_gguf, open_file
+from ..longcat_core.files.safetensors_io import SafetensorsFile
+from ..longcat_core.files.tensor_files import TensorFile, is_gguf, open_file
 from ..longcat_core.generate.progress import LOADING
 from ..longcat_core.generate.text import tokenizer_of
 from ..longcat_core.optimize.attention import import_ahead
@@ -77,14 +78,14 @@ def _find(kind: str, name: str) -> Path:
 def load_model(
     path: str, model_options: dict, disable_dynamic: bool = False, checkpoint: Checkpoint | None = None
 ) -> ModelPatcher:
-    """A native MODEL from a folder of shards, GGUF, or a file under a prefix that ComfyUI does not know.
+    """A native MODEL from a folder of shards, GGUF, or a file with a prefix or a dtype that ComfyUI does not know.
 
     checkpoint: opened from `path`; None when ComfyUI calls this again for an independent copy.
     """
     checkpoint = checkpoint or open_for_comfyui(path)
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(checkpoint.where.values()):
-        state |= _dequantized(file) if is_gguf(file) else comfy.utils.load_torch_file(str(file))
+        state |= _dequantized(file) if is_gguf(file) else _tensors(file)[0]
     state = {name: state[checkpoint.prefix + name] for name in checkpoint.names()}
     # ComfyUI reads descriptions out of metadata only for its own operations.
     state |= {f"{layer}.comfy_quant": as_description(conf) for layer, conf in checkpoint.quantized.items()}
@@ -95,6 +96,22 @@ def load_model(
     patcher = comfy.sd.load_diffusion_model_state_dict(state, model_options, metadata=metadata, **options)
     patcher.cached_patcher_init = (load_model, (path, model_options))
     return patcher
+
+
+def _foreign(file: TensorFile) -> bool:
+    """Whether a file has a dtype that ComfyUI's own reader, which dynamic VRAM uses, fails at: F8_E8M0, of the scales
+    that comfy-kitchen gives mxfp8. ComfyUI without that reader takes safetensors', which knows all."""
+    known = getattr(comfy.utils, "_TYPES", None)
+    return known is not None and any(dtype not in known.values() for dtype, _ in file.header.values())
+
+
+def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file: by ComfyUI's reader, or by the core's where ComfyUI's would fail."""
+    file = open_file(path)
+    if isinstance(file, SafetensorsFile) and _foreign(file):
+        return file.tensors(), file.metadata
+    tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    return tensors, metadata or {}
 
 
 def _dequantized(path: Path) -> dict[str, torch.Tensor]:
@@ -139,7 +156,8 @@ class ModelLoader(LongCatNode):
             else:
                 dtype = WEIGHT_DTYPES[weight_dtype]
                 options = {} if dtype is None else {"dtype": dtype}
-                if path.is_dir() or is_gguf(path) or checkpoint.prefix not in COMFYUI_PREFIXES:
+                foreign = checkpoint.prefix not in COMFYUI_PREFIXES or any(map(_foreign, checkpoint.files.values()))
+                if path.is_dir() or is_gguf(path) or foreign:
                     model = load_model(str(path), options, checkpoint=checkpoint)
                 else:
                     model = comfy.sd.load_diffusion_model(str(path), options)
@@ -234,13 +252,14 @@ def _descriptions(opened: umt5.Umt5) -> dict[str, dict[str, Any]]:
 def _known(opened: umt5.Umt5) -> bool:
     """Whether ComfyUI reads a text encoder's file as it is."""
     described = _descriptions(opened)
-    return _native(opened, described) and _rightly(opened, described) == described
+    own = _native(opened, described) and _rightly(opened, described) == described
+    return own and not any(map(_foreign, opened.files.values()))
 
 
 def _state(opened: umt5.Umt5) -> dict[str, torch.Tensor]:
     """A text encoder's tensors as ComfyUI's classes take them, in bf16 if its file has another form."""
     if _native(opened, _descriptions(opened)):
-        state, metadata = comfy.utils.load_torch_file(opened.source, safe_load=True, return_metadata=True)
+        state, metadata = _tensors(Path(opened.source))
         state = comfy.utils.convert_old_quants(state, "", metadata=metadata)[0]
         correct(state)
         return state
