@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ..comfyui.server import PACK, Installation
-from . import about, matrix, references, report, speed, suites
+from . import about, again, matrix, references, report, speed, suites
 from .cells import MODES
 from .limits import PACKAGES
 from .matrix import Choice
@@ -41,6 +42,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--first", action="store_true", help="of the matrix, only the plainest rows")
     parser.add_argument("--only", action="append", default=[], help="of the matrix, rows with this in their name")
     parser.add_argument("--every", type=int, default=1, help="of the matrix, each so many-th row")
+    parser.add_argument(
+        "--again", action="store_true", help="of what is in --output, only what failed, is wrong or lacks"
+    )
     parser.add_argument("--keep", action="store_true", help="run nothing; make the report in --output that of docs")
     parser.add_argument("--references", action="store_true", help="run nothing; make the CPU's videos that are kept")
     arguments = parser.parse_args()
@@ -77,16 +81,31 @@ def main() -> int:
     # A run that is ended from outside still ends its servers and writes its report.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     machine = about.gather(device, find_comfyui(), arguments.output)
+    if arguments.again:
+        again.adopt(arguments.output, machine)
+
+    def run(part: str) -> None:
+        if part == MATRIX:
+            choice = Choice(arguments.first, arguments.only, arguments.every)
+            matrix.main(device, deadline, arguments.output, machine, choice)
+        elif part == SPEED:
+            speed.main(device, deadline, arguments.output, machine)
+        else:
+            beside = MATRIX in arguments.parts and not arguments.again
+            until = deadline - (KEPT_FOR_MATRIX if beside else 0)
+            kept = again.kept(arguments.output, part) if arguments.again else []
+            suites.main(part, device.type, arguments.processes, until, arguments.output, machine["identity"], kept)
+
     try:
-        for part in sorted(arguments.parts, key=(*PARTS, SPEED).index):
-            if part == MATRIX:
-                choice = Choice(arguments.first, arguments.only, arguments.every)
-                matrix.main(device, deadline, arguments.output, machine, choice)
-            elif part == SPEED:
-                speed.main(device, deadline, arguments.output, machine)
-            else:
-                until = deadline - (KEPT_FOR_MATRIX if MATRIX in arguments.parts else 0)
-                suites.main(part, device.type, arguments.processes, until, arguments.output, machine["identity"])
+        parts = sorted(arguments.parts, key=(*PARTS, SPEED).index)
+        # A few files and rows leave room for each other; figures of speed do not.
+        together = [part for part in parts if part != SPEED] if arguments.again else []
+        with ThreadPoolExecutor(max(1, len(together))) as pool:
+            for ended in [pool.submit(run, part) for part in together]:
+                ended.result()
+        for part in parts:
+            if part not in together:
+                run(part)
     finally:
         about.write(machine, arguments.output)
         made = report.write(arguments.output)

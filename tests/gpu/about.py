@@ -14,9 +14,11 @@ import torch
 from longcat_core.measure.results import commit, machine
 
 from ..comfyui.server import PACK, Installation
-from .report import ABOUT
+from .report import ABOUT, KEPT_OF
 
 PACKAGES = ("torch", "triton", "comfy-kitchen", "comfy-aimdo")
+# What two runs that belong together may differ in.
+NOT_SAME = ("date", "commit", "driver", "cores", "cpu")
 
 
 def tree() -> str:
@@ -51,7 +53,7 @@ def gather(device: torch.device, installation: Installation, output: Path) -> di
         name: here[name] for name in ("gpu", "gpu_memory_gib", "driver", "python", "cores", "cpu") if name in here
     }
     found |= versions(installation)
-    same = {name: value for name, value in found.items() if name not in ("date", "commit", "driver", "cores", "cpu")}
+    same = {name: value for name, value in found.items() if name not in NOT_SAME}
     found["identity"] = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
     return found | kept(output, found["identity"])
 
@@ -68,4 +70,4 @@ def kept(output: Path, identity: str) -> dict[str, Any]:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("identity") != identity:
         return {}
-    return {name: before[name] for name in ("planned", "limits", "covered") if name in before}
+    return {name: before[name] for name in KEPT_OF if name in before}

@@ -28,6 +28,10 @@ TITLES = {"weights": "weights", "sampler": "sampler", "mode": "VRAM mode", "extr
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
 # A folder of the machine that ran the tests, in what a failed one said.
 FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.@+-]+/)+")
+# Of a result that an earlier run left: its commit and date.
+RUN = "run"
+# What ABOUT keeps of an earlier run.
+KEPT_OF = ("planned", "limits", "covered")
 START, END = "<!-- gpu -->", "<!-- /gpu -->"
 TABLE = "| stock node | works | on a GPU | what the test shows |"
 
@@ -103,6 +107,27 @@ def machine(about: Report) -> str:
     return f"{about['date']}, commit {about['commit'] or 'unknown'}: {', '.join(found)}."
 
 
+def runs(report: Report) -> str:
+    """Which results are of which run; empty if all are of the last one."""
+    results = {("file of tests", "files of tests"): [f for kept in report["parts"].values() for f in kept["files"]]}
+    results |= {("row", "rows"): report["rows"], ("figure of speed", "figures of speed"): report.get("speed", [])}
+
+    def listed(counts: Counter[tuple[str, str]]) -> str:
+        return ", ".join(f"{count} {what[count > 1]}" for what, count in counts.items()) or "nothing"
+
+    by_run: dict[str, Counter[tuple[str, str]]] = {}
+    for what, entries in results.items():
+        for entry in entries:
+            by_run.setdefault(entry.get(RUN, ""), Counter())[what] += 1
+    now = by_run.pop("", Counter())
+    if not by_run:
+        return ""
+    about = report["about"]
+    said = [f"{listed(now)} again at {about['commit'] or 'unknown'}, {about['date']}"]
+    said += [f"{listed(counts)} at {run}" for run, counts in sorted(by_run.items())]
+    return f"Results of several runs: {'; '.join(said)}."
+
+
 def overview(report: Report) -> str:
     """One line for each part: how much of it ran, and what came of it."""
     lines = []
@@ -174,6 +199,7 @@ def page(report: Report) -> str:
         notice(report),
         report["about"].get("note", ""),
         machine(report["about"]),
+        runs(report),
         overview(report),
         "A video of the nano model is right if its PSNR against the CPU's video of the same prompt reaches the limit, "
         "and, from text, if the scorer finds in it what it finds in the CPU's. Latents of the wide network are right "
@@ -258,7 +284,8 @@ def comfyui(text: str, report: Report | None) -> str:
     if start and end:
         summary = "No run is kept yet."
         if report:
-            parts = (notice(report), report["about"].get("note", ""), machine(report["about"]), overview(report))
+            about = report["about"]
+            parts = (notice(report), about.get("note", ""), machine(about), runs(report), overview(report))
             summary = "\n\n".join([*filter(None, parts), "Every row and every limit: [gpu.md](gpu.md)."])
         text = f"{before}{START}\n\n{summary}\n\n{END}{after}"
     lines, inside = [], False

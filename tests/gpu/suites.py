@@ -12,10 +12,11 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..comfyui.server import PACK, Installation
 from ..nodes.checkout import INSIDE
@@ -114,32 +115,47 @@ def run_file(part: str, file: Path, device: str, deadline: float) -> FileResult:
     return FileResult(name, passed, skipped, failures, time.monotonic() - started)
 
 
-def run(part: str, device: str, processes: int, deadline: float) -> Iterator[FileResult]:
-    """The results of a part's files as they end; files that were not begun by the deadline are left out."""
+def run(
+    part: str, device: str, processes: int, deadline: float, without: frozenset[str] = frozenset()
+) -> Iterator[FileResult]:
+    """The results of a part's files as they end; files that were not begun by the deadline are left out, and those in
+    `without`."""
     with ThreadPoolExecutor(processes) as pool:
 
         def one(file: Path) -> FileResult | None:
             return run_file(part, file, device, deadline) if time.monotonic() < deadline else None
 
-        for future in as_completed([pool.submit(one, file) for file in files(part)]):
+        chosen = [file for file in files(part) if file.relative_to(PACK).as_posix() not in without]
+        for future in as_completed([pool.submit(one, file) for file in chosen]):
             if (result := future.result()) is not None:
                 yield result
 
 
-def main(part: str, device: str, processes: int, deadline: float, output: Path, identity: str) -> bool:
-    """Run a part, print each file as it ends and keep the results in `output`; whether nothing failed."""
-    results = []
-    for result in run(part, device, processes, deadline):
+def main(
+    part: str,
+    device: str,
+    processes: int,
+    deadline: float,
+    output: Path,
+    identity: str,
+    before: Sequence[dict[str, Any]] = (),
+) -> bool:
+    """Run a part, print each file as it ends and keep the results in `output`; whether nothing failed. before: results
+    of files that do not run again."""
+    there, results = {file.relative_to(PACK).as_posix() for file in files(part)}, []
+    before = [row for row in before if row["file"] in there]
+    for result in run(part, device, processes, deadline, frozenset(row["file"] for row in before)):
         results.append(result)
         print(f"{part} {result.file}: {result.passed} passed, {result.skipped} skipped, "
               f"{len(result.failures)} failed, {result.seconds:.0f} s", flush=True)  # fmt: skip
         for test, said in result.failures:
             print(f"    FAILED {test}: {said}", flush=True)
-        rows = [asdict(row) for row in sorted(results, key=lambda row: row.file)]
+        rows = sorted([*before, *map(asdict, results)], key=lambda row: row["file"])
         (output / f"{part}.json").write_text(
-            json.dumps({"identity": identity, "files": rows, "of": len(files(part))}), encoding="utf-8"
+            json.dumps({"identity": identity, "files": rows, "of": len(there)}), encoding="utf-8"
         )
+    ran = len(there) - len(before)
     print(f"{part}: {sum(row.passed for row in results)} passed, {sum(row.skipped for row in results)} skipped, "
-          f"{sum(len(row.failures) for row in results)} failed in {len(results)} of {len(files(part))} files",
+          f"{sum(len(row.failures) for row in results)} failed in {len(results)} of {ran} files",
           flush=True)  # fmt: skip
-    return len(results) == len(files(part)) and not any(row.failures for row in results)
+    return len(results) == ran and not any(row.failures for row in results)
