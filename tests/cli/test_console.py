@@ -42,8 +42,11 @@ def test_a_video_is_made_wherever_its_words_go(tmp_path: Path, where: str) -> No
 def test_a_result_that_does_not_arrive_is_an_error(tmp_path: Path, command: str, why: str) -> None:
     ended = run(f"$LONGCAT {command}", tmp_path)
     said = ended.stderr.decode()
-    assert ended.returncode == cli.BAD_INPUT and said.count("\n") == 1
-    assert said.startswith("longcat: error: the result could not be printed (") and why in said
+    # With a GPU, packages of attention that are looked for print lines of their own.
+    (own,) = [line for line in said.splitlines() if line.startswith("longcat")]
+    assert ended.returncode == cli.BAD_INPUT and ("backends" in command or said == f"{own}\n")
+    assert own.startswith("longcat: error: the result could not be printed (") and why in own
+    assert "Traceback" not in said and "Exception ignored" not in said
 
 
 def test_a_stream_that_fails_once_is_left_alone() -> None:

@@ -106,8 +106,12 @@ def main() -> None:
         if child == 0:
             code = 1
             try:
-                run(engine, **json.loads(line))
+                asked = json.loads(line)
+                run(engine, **asked)
                 code = 0
+            except Exception as error:
+                with open(asked["log"], "a") as log:
+                    print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=log)
             finally:
                 os._exit(code)
         _, status = os.waitpid(child, 0)

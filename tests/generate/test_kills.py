@@ -20,7 +20,8 @@ from ..support.python_path import python_path
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL and fork")
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# The tiny model runs on the CPU, and a process that forks must not have opened a GPU.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 PROMPTS = ("a", "b", "c")
 KILLED = -9
 KINDS = ("step", "picture", "flush", "open", "finished", "os.mkdir", "os.rename", "os.remove")
@@ -90,6 +91,7 @@ class Task:
 def tasks(start, tmp_path_factory) -> dict[str, Task]:
     path = tmp_path_factory.mktemp("whole")
     long = Task(path / "long", start(path / "long"))
+    assert long.whole.code == 0, long.whole.events[-1:]
     base = Path(shutil.copytree(long.path, path / "damaged"))
     for name in ("segment-002", "segment-003"):
         os.truncate(base / name / "frames.mkv", 100)

@@ -11,6 +11,7 @@ import torch
 
 from ...nodes.checkout import PACK
 from . import cases
+from .conftest import ON_CPU
 
 IDS = (
     "LongCatModelLoader",
@@ -157,7 +158,10 @@ def test_stock_samplers_leave_out_the_given_image(comfy, model, prompts, image_l
     x0 = model.model.process_latent_in(latents)
     # The second of two steps shows the second generated frame.
     expected = latent_preview.preview_to_image(torch.nn.functional.linear(x0[0, :, 2].movedim(0, -1), *factors))
-    assert progress[-1][2][1].tobytes() == expected.tobytes()
+    shown, wanted = (np.asarray(picture).astype(int) for picture in (progress[-1][2][1], expected))
+    assert shown.shape == wanted.shape and wanted.std() > 10
+    # Where a GPU multiplies, a level may fall the other way.
+    assert np.abs(shown - wanted).max() <= (0 if ON_CPU else 1)
 
 
 @torch.inference_mode()

@@ -18,10 +18,15 @@ from .test_lora import error
 ONE = {"steps": 1, "guidance": 1.0}
 
 
+def computed_in_fp32(weight_dtype: torch.dtype | None, *_, **__) -> torch.dtype | None:
+    """What a CPU answers where ComfyUI asks in which dtype a network computes; None: as its weights are."""
+    return None if weight_dtype in (torch.float32, torch.float64) else torch.float32
+
+
 @pytest.fixture
 def kernels(comfy, monkeypatch) -> dict[str, set[torch.dtype]]:
-    """Stand-ins for the kernels that read parameters; the dtypes of what they read. Products are in wide precision on
-    GPUs too: a number of e4m3 would fall the other way for a digit that stand-in and definition do not share."""
+    """Stand-ins for the kernels that read parameters; the dtypes of what they read. Computed in fp32 on GPUs too: a
+    number of 8 or 16 bits would fall the other way for a digit that stand-in and definition do not share."""
     from comfy import model_management
 
     elementwise, layers = comfy.core("optimize.kernels.elementwise"), comfy.core("model.layers")
@@ -58,6 +63,7 @@ def kernels(comfy, monkeypatch) -> dict[str, set[torch.dtype]]:
     monkeypatch.setattr(fused, "text_attention", text_attention)
     monkeypatch.setattr(execution, "kernels_usable", lambda x: True)
     monkeypatch.setattr(model_management, "supports_fp8_compute", lambda device=None: False)
+    monkeypatch.setattr(model_management, "unet_manual_cast", computed_in_fp32)
     monkeypatch.setattr(comfy.node("comfy_fp8"), "missing", lambda device: "products in 8 bits")
     return read
 
