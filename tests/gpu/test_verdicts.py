@@ -10,10 +10,11 @@ import pytest
 
 from longcat_core.nano.world import Actor, Scene, render_clip
 
-from . import jobs
-from .cells import CPU, DYNAMIC, LONGCAT, NONE, T2V, Cell
+from . import jobs, matrix, references
+from .cells import CPU, DYNAMIC, LONGCAT, MODES, NONE, SPARSE, T2V, Cell
 from .fleet import Seen
-from .verdicts import REFUSED, RIGHT, SHOWN, WRONG, judge, psnr
+from .limits import PACKAGES
+from .verdicts import REFUSED, RIGHT, SCORED, SHOWN, WRONG, clear, judge, psnr
 
 JOB = jobs.of_cell(Cell("bf16", LONGCAT, DYNAMIC, NONE, T2V), 0)
 SENTENCE = "nvfp4 needs a card of compute capability 10.0; use bf16"
@@ -93,3 +94,15 @@ def test_without_the_cpus_video_nothing_is_right(video):
 
 def test_a_server_on_the_cpu_has_no_other_mode():
     assert jobs.of_cell(Cell("bf16", LONGCAT, CPU, NONE, T2V), 0).mode == CPU
+
+
+def test_only_the_motion_that_block_sparse_attention_leaves_is_unclear():
+    """Every attribute of every scored video counts but this one, which rounding may tip."""
+    kept, _ = references.read()
+    scored = {references.name(job): job for job in matrix.plan(MODES, PACKAGES, first=False) if job.scored}
+    unclear = {key: [name for name in SCORED if not clear(kept[key])[name]] for key in scored}
+    sparse = f"{LONGCAT} / {SPARSE} / {T2V}"
+    assert {key: names for key, names in unclear.items() if names} == {sparse: ["0.motion"]}
+    pale = np.clip(kept[sparse].astype(int) * [0.2, 0.2, 1] + [0, 0, 60], 0, 255).astype(np.uint8)
+    found = judge(replace(scored[sparse], limit=0.0), seen(pale), seen(kept[sparse]))
+    assert found.verdict == WRONG and "the scorer does not find background" in found.said

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 
 from longcat_core.measure.fidelity import PEAK
-from longcat_core.nano.scorer import score
+from longcat_core.nano import scorer
+from longcat_core.nano.scorer import Score
 from longcat_core.nano.world import Actor, Scene
 
 from ..comfyui.prompts import FPS
@@ -42,6 +44,13 @@ def one_color(video: np.ndarray) -> bool:
     return bool(video.std() < LEAST_SPREAD)
 
 
+def clear(reference: np.ndarray) -> Score:
+    """What the CPU's video shows clearly: the scorer finds it with half of the scatter that it allows a track. Rounding
+    decides of a track near the limit, as block-sparse attention leaves it (3.4 pixels of 4; others 0.4)."""
+    with patch.object(scorer, "MAX_SCATTER", scorer.MAX_SCATTER / 2):
+        return scorer.score(reference, SHOWN, FPS)
+
+
 def judge(job: Job, seen: Seen, reference: Seen) -> Verdict:
     """Compare what a row gave with the CPU's video of the same prompt."""
     if seen.status != "success":
@@ -67,7 +76,7 @@ def judge(job: Job, seen: Seen, reference: Seen) -> Verdict:
     if found < job.limit:
         return Verdict(WRONG, f"{found:.1f} dB from the CPU's video, {job.limit:g} are the least", found)
     if job.scored:
-        right, expected = score(video, SHOWN, FPS), score(wanted, SHOWN, FPS)
+        right, expected = scorer.score(video, SHOWN, FPS), clear(wanted)
         if lost := [name for name in SCORED if expected[name] and not right[name]]:
             return Verdict(WRONG, f"the scorer does not find {', '.join(lost)}, which the CPU's video has", found)
     return Verdict(RIGHT, "", found)
