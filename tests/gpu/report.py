@@ -202,9 +202,9 @@ def page(report: Report) -> str:
         runs(report),
         overview(report),
         "A video of the nano model is right if its PSNR against the CPU's video of the same prompt reaches the limit, "
-        "and, from text, if the scorer finds in it what it finds in the CPU's. Latents of the wide network are right "
-        "if they are finite, as near to the headless core's or to those of another VRAM mode as rounding allows, and "
-        "within the memory of their mode.",
+        "and, from text, if the scorer finds in it what it finds clearly in the CPU's. Latents of the wide network are "
+        "right if they are finite, as near to the headless core's or to those of another VRAM mode as rounding allows, "
+        "and within the memory of their mode.",
         report["about"].get("covered", ""),
         "## Limits",
         report["about"].get("limits", ""),
@@ -246,6 +246,28 @@ def figure(row: Row) -> str:
     return f"{row['psnr']} dB ({row['limit']:g})" if row["psnr"] != "equal" else "equal"
 
 
+def speeds(report: Report) -> str:
+    """The measurements of speed, a line each, from LongCat Benchmark's own text; empty without any."""
+    lines = []
+    for kept in report.get("speed", []):
+        text = kept["text"]
+        found = {name: (a, b) for name, a, b in re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)}
+        if not {"a step (ms)", "first step (s)", "peak memory (GiB)"} <= found.keys():
+            lines.append((kept["name"], text.split("\n")[0], "", "", ""))
+            continue
+        step = " / ".join(f"{float(ms) / 1000:.2f}" for ms in found["a step (ms)"])
+        faster = re.search(r"^[AB] is [\d.]+ times as fast as [AB] \(.+\)|B takes [\d. to]+ times as long", text, re.M)
+        others = (" / ".join(found[name]) for name in ("first step (s)", "peak memory (GiB)"))
+        lines.append((kept["name"], step, faster.group() if faster else "", *others))
+    if not lines:
+        return ""
+    header = ("LongCat Benchmark", "s a step, A / B", "B against A", "first step in s, A / B", "peak GiB, A / B")
+    return (
+        "Random weights of the full size (13.6 billion), 832x480, 93 frames, with guidance, in the real server; the "
+        f"first step of B counts what is made once, such as compiling:\n\n{table(header, lines)}"
+    )
+
+
 def good(report: Report, parts: Iterable[str], matrix: bool) -> bool:
     """Whether all that these parts and, if it is asked for, the matrix planned ran, and nothing failed or is wrong."""
     for part in parts:
@@ -285,7 +307,8 @@ def comfyui(text: str, report: Report | None) -> str:
         summary = "No run is kept yet."
         if report:
             about = report["about"]
-            parts = (notice(report), about.get("note", ""), machine(about), runs(report), overview(report))
+            parts = [notice(report), about.get("note", ""), machine(about), runs(report)]
+            parts += [overview(report), speeds(report)]
             summary = "\n\n".join([*filter(None, parts), "Every row and every limit: [gpu.md](gpu.md)."])
         text = f"{before}{START}\n\n{summary}\n\n{END}{after}"
     lines, inside = [], False

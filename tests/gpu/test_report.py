@@ -68,6 +68,26 @@ def test_figures_of_this_tree_are_shown(folder, identity):
     assert shown == (identity == "here")
 
 
+def test_figures_of_speed_are_a_table_in_the_guide(folder):
+    figures = "| a step (ms) | 5928 | 4824 |\n| first step (s) | 5.92 | 6.41 |\n| peak memory (GiB) | 3.69 | 3.68 |\n"
+    texts = {
+        "fast": f"A card\n\nB is 1.23 times as fast as A (1.22 to 1.24).\n\n{figures}",
+        "same": f"A and B are not distinguishable: B takes 0.99 to 1.00 times as long.\n\n{figures}",
+        "slow": f"A is 1.50 times as fast as B (1.40 to 1.60).\n{figures}",
+        "none": "did not run: out of memory",
+    }
+    rows = [{"name": name, "text": text} for name, text in texts.items()]
+    (folder / report.SPEED).write_text(json.dumps({"identity": "here", "of": 4, "rows": rows}))
+    made = put(folder, *THREE)
+    text = report.comfyui(PAGE, made)
+    figures = "5.92 / 6.41 | 3.69 / 3.68 |"
+    assert f"| fast | 5.93 / 4.82 | B is 1.23 times as fast as A (1.22 to 1.24) | {figures}" in text
+    assert f"| same | 5.93 / 4.82 | B takes 0.99 to 1.00 times as long | {figures}" in text
+    assert f"| slow | 5.93 / 4.82 | A is 1.50 times as fast as B (1.40 to 1.60) | {figures}" in text
+    assert "| none | did not run: out of memory |" in text
+    assert report.speeds({**made, "speed": []}) == ""
+
+
 def test_the_later_run_of_a_row_counts_and_other_trees_do_not(folder):
     made = put(folder, row("a", "wrong", said="crash"), row("b", identity="elsewhere"), row("a"))
     assert [(row["name"], row["verdict"]) for row in made["rows"]] == [("a", "right")]
