@@ -19,7 +19,7 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 # Names of packages that differ from their modules' names.
-_PACKAGES = {"cudnn": "nvidia-cudnn-frontend"}
+_PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "cutlass": "nvidia-cutlass-dsl"}
 
 
 class Inputs(NamedTuple):
@@ -102,9 +102,12 @@ def load(module: str) -> tuple[Any, str]:
     """An optional module and "", or None and why it does not load; a broken installation must not stop the program."""
     try:
         return importlib.import_module(module), ""
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
         package = module.split(".")[0]
-        return None, f"package {_PACKAGES.get(package, package)} is not installed"
+        missing = (error.name or module).split(".")[0]
+        if missing == package and find_spec(package) is not None:
+            return None, f"{_PACKAGES.get(package, package)} has no {module}: its version does not fit"
+        return None, f"package {_PACKAGES.get(missing, missing)} is not installed"
     except Exception as error:  # an ABI mismatch raises anything from OSError to AttributeError
         return None, f"{module} does not load: {type(error).__name__}: {error}".splitlines()[0]
 

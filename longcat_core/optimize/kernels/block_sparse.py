@@ -159,17 +159,25 @@ def _load_tile(x, row, column, stride, ROWS: tl.constexpr, DIM: tl.constexpr, TM
 
 @jit
 def _attend(
-    q, k, v, out, indices, counts, sizes, q_tokens, k_tokens, heads, width, q_stride, k_stride, v_stride, scale,
+    q, k, v, out, sums, indices, counts, sizes, q_tokens, k_tokens, heads, width, q_stride, k_stride, v_stride, scale,
     Q_CHUNK: tl.constexpr, K_CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
-    PADDED: tl.constexpr, TMA: tl.constexpr,
+    PADDED: tl.constexpr, TMA: tl.constexpr, SUMS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One query tile over the key chunks in its list. scale: softmax scale times log2(e)."""
+    """One query tile over the key chunks in its list. scale: softmax scale times log2(e).
+
+    SUMS: the log-sum-exp is stored too. RAGGED: the last query chunk is short.
+    """
     tile = tl.program_id(0)
     sample = tl.program_id(1) // heads
     column = (tl.program_id(1) % heads) * DIM
-    rows = sample.to(tl.int64) * q_tokens + tile * ROWS + tl.arange(0, ROWS)
-    query = tl.load(q + rows[:, None] * q_stride + column + tl.arange(0, DIM)[None, :])
-    entry = tl.program_id(1) * (q_tokens // Q_CHUNK) + tile // (Q_CHUNK // ROWS)
+    token = tile * ROWS + tl.arange(0, ROWS)
+    rows = sample.to(tl.int64) * q_tokens + token
+    at = rows[:, None] * q_stride + column + tl.arange(0, DIM)[None, :]
+    if RAGGED:
+        query = tl.load(q + at, mask=token[:, None] < q_tokens, other=0.0)
+    else:
+        query = tl.load(q + at)
+    entry = tl.program_id(1) * tl.cdiv(q_tokens, Q_CHUNK) + tile // (Q_CHUNK // ROWS)
     indices += entry.to(tl.int64) * width
     TILES: tl.constexpr = K_CHUNK // COLUMNS
     total = tl.load(counts + entry) * TILES
@@ -195,7 +203,14 @@ def _attend(
         acc = tl.dot(p.to(value.dtype), value, acc)
         top = new
     at = rows[:, None] * (heads * DIM) + column + tl.arange(0, DIM)[None, :]
-    tl.store(out + at, (acc / weight[:, None]).to(out.dtype.element_ty))
+    result = (acc / weight[:, None]).to(out.dtype.element_ty)
+    if RAGGED:
+        tl.store(out + at, result, mask=token[:, None] < q_tokens)
+    else:
+        tl.store(out + at, result)
+    if SUMS:
+        found = (top * scale + tl.log2(weight)) * 0.6931471805599453
+        tl.store(sums + tl.program_id(1).to(tl.int64) * q_tokens + token, found, mask=token < q_tokens)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -221,15 +236,21 @@ def launch_attend(
     q_chunk: int,
     padded: bool,
     tiles: Tiles,
+    sums: Tensor | None = None,
+    k_chunk: int = 0,
 ) -> Tensor:
-    """`attend_chunks` with these tiles, outside of graphs."""
+    """`attend_chunks` with these tiles, outside of graphs.
+
+    sums: takes the log-sum-exp [B, heads, Nq] in fp32. k_chunk: slots of a key chunk; if it is given, the last query
+    chunk may be short, and so may the last key chunk, which no list may name.
+    """
     q, k, v = _matrix(q), _matrix(k), _matrix(v)
     batch, q_tokens, heads, dim = q.shape
-    k_tokens, k_chunk = k.shape[1], k.shape[1] // len(sizes)
+    k_tokens, k_chunk = k.shape[1], k_chunk or k.shape[1] // len(sizes)
     out = q.new_empty(q.shape)
     read = (_descriptor(k, tiles.columns), _descriptor(v, tiles.columns)) if tiles.tma else (k, v)
-    _attend[(q_tokens // tiles.rows, batch * heads)](
-        *(q, *read, out, indices, counts, sizes, q_tokens, k_tokens, heads, indices.shape[-1]),
+    _attend[(triton.cdiv(q_tokens, tiles.rows), batch * heads)](
+        *(q, *read, out, sums, indices, counts, sizes, q_tokens, k_tokens, heads, indices.shape[-1]),
         *(q.stride(1), k.stride(1), v.stride(1), dim**-0.5 * math.log2(math.e)),
         Q_CHUNK=q_chunk,
         K_CHUNK=k_chunk,
@@ -238,6 +259,8 @@ def launch_attend(
         DIM=dim,
         PADDED=padded,
         TMA=tiles.tma,
+        SUMS=sums is not None,
+        RAGGED=q_tokens % q_chunk > 0,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -16,10 +16,16 @@ from triton.compiler import ASTSource
 
 from longcat_core.optimize.kernels import block_sparse as kernels
 from longcat_core.optimize.kernels import cudnn_fp8 as fp8_attention
-from longcat_core.optimize.kernels import text_attention
+from longcat_core.optimize.kernels import sparse_choose, sparse_tail, text_attention
 
 
-def build(kernel, capability: tuple[int, int], types: dict[str, str], tiles: kernels.Tiles, **constants) -> None:
+def build(
+    kernel,
+    capability: tuple[int, int],
+    types: dict[str, str],
+    tiles: kernels.Tiles | sparse_tail.TailTiles,
+    **constants,
+) -> None:
     names = kernel.arg_names
     wide = ("pointer", "tokens", "stride", "heads", "sample")
     source = ASTSource(
@@ -46,13 +52,13 @@ def main() -> None:
     half = "*bf16"
     lists = dict.fromkeys(("indices", "counts", "sizes"), "*i32")
     for capability in ((8, 9), (9, 0)):
-        for q_chunk, k_chunk, padded in ((64, 64, True), (128, 128, False), (128, 64, False)):
+        for q_chunk, k_chunk, padded in ((64, 64, True), (128, 128, False), (128, 64, False), (64, 64, False)):
             tiles = kernels.choose_tiles(capability, q_chunk, k_chunk)
             tile = f"tensordesc<bf16[{tiles.columns}, 128]>" if tiles.tma else half
             build(
                 kernels._attend,
                 capability,
-                {"q": half, "k": tile, "v": tile, "out": half, **lists, "scale": "fp32"},
+                {"q": half, "k": tile, "v": tile, "out": half, "sums": "*fp32", **lists, "scale": "fp32"},
                 tiles,
                 Q_CHUNK=q_chunk,
                 K_CHUNK=k_chunk,
@@ -61,6 +67,8 @@ def main() -> None:
                 DIM=128,
                 PADDED=padded,
                 TMA=tiles.tma,
+                SUMS=q_chunk == k_chunk == 64,
+                RAGGED=q_chunk == k_chunk == 64,
             )
         rows, columns = text_attention.ROWS, text_attention.COLUMNS
         for out, fp8 in ((half, False), ("*fp8e4nv", True)):
@@ -98,6 +106,18 @@ def main() -> None:
         build(fp8_attention._fp8_attention_pack, (9, 0), packed, tiles, CENTERED=centered, ROWS=rows, DIM=128)
     back = {"x": "*fp8e4nv", "scale": "*fp32", "out": half}
     build(fp8_attention._fp8_attention_unpack, (9, 0), back, tiles, SIZE=fp8_attention.SIZE)
+    tensors = ("q", "means_k", "means_v", "rest_k", "rest_v", "exact", "out")
+    types = dict.fromkeys(tensors, half) | {"mask": "*u8", "sums": "*fp32", "scale": "fp32"}
+    for capability, query_block in (((8, 9), 64), ((9, 0), 64), ((9, 0), 128)):
+        tail = sparse_tail.choose_tail_tiles(capability)
+        tile = dict.fromkeys(("means_k", "means_v"), f"tensordesc<bf16[{tail.columns}, 128]>") if tail.tma else {}
+        shape = {"ROWS": tail.rows, "COLUMNS": tail.columns, "DIM": 128}
+        what = {"TAIL": True, "REST": True, "TMA": tail.tma, "Q_BLOCK": query_block}
+        build(sparse_tail._sparse_tail, capability, types | tile, tail, **shape, **what)
+    types = {"x": half, "out": half}
+    build(sparse_choose._sparse_mean, (9, 0), types, tail, TOKENS=128, PART=64, DIM=128)
+    types = dict.fromkeys(("keep", "indices", "counts"), "*i32") | {"scores": "*i16", "mask": "*u8"}
+    build(sparse_choose._sparse_choose, (9, 0), types, tail, WIDTH=1024)
     types = {"x": half, "sizes": "*i32", "out": half}
     build(kernels._pool, (9, 0), types, tiles, CHUNK=128, PART=64, DIM=128)
     build(kernels._top_k, (9, 0), {"scores": "*i16", "sizes": "*i32", "out": "*i32"}, tiles, PADDED=True, WIDTH=4096)
