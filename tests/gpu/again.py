@@ -9,8 +9,8 @@ from typing import Any
 from .about import PACKAGES
 from .report import ABOUT, KEPT_OF, PARTS, ROWS, RUN, SPEED, read_rows
 
-# What an earlier run must share: its identity without the tree.
-SHARED = ("device", "gpu", "gpu_memory_gib", "python", "ComfyUI", *PACKAGES)
+# What an earlier run must share.
+SHARED = ("device", "gpu", "python", "ComfyUI", *PACKAGES)
 
 
 def adopt(output: Path, machine: dict[str, Any]) -> None:
