@@ -25,6 +25,7 @@ TWO_RANGES = Densities((0.5, 1.0), (((0.1, 0.2),) * 3, ((0.3, 1.0), (0.4, 0.0), 
         ({"dense_layers": (0, -1)}, "counted from 0"),
         ({"tail": 1}, "tail cannot be of type int"),
         ({"query_block": 96}, "query_block is 96; choose one of 64, 128"),
+        ({"kernel": "sol", "densities": Densities((1.0,), (((0.1, 0.2),),))}, "'sol' takes one density for all heads"),
         ({"kernel": "flash"}, "kernel is 'flash'; choose one of auto, fa4"),
     ],
 )

@@ -68,6 +68,11 @@ class Densities:
     def heads(self) -> int:
         return len(self.values[0][0])
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all heads of a layer have one density."""
+        return all(len(set(heads)) == 1 for layers in self.values for heads in layers)
+
     def at(self, progress: float | None) -> tuple[tuple[float, ...], ...]:
         """Densities [layers][heads] after this share of the steps, 0..1; None, unknown: those of the last range."""
         if progress is None:
@@ -119,6 +124,8 @@ class Sparse:
         if not is_whole(self.query_block) or self.query_block not in QUERY_BLOCKS:
             raise LongCatError(f"sparse query_block is {self.query_block}; choose one of 64, 128")
         check_choice("sparse kernel", self.kernel, SPARSE_KERNELS)
+        if self.kernel == "sol" and self.densities is not None and not self.densities.uniform:
+            raise LongCatError("sparse kernel 'sol' takes one density for all heads of a layer; choose another kernel")
 
     def check(self, layers: int, heads: int) -> None:
         """Raise LongCatError unless the settings fit a network with this many layers and heads."""

@@ -1,0 +1,124 @@
+"""The kernels of sparse attention, chosen by name or `auto`; each says why it cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable
+from ..kernels import sparse as kernels
+from ..requirement import Inputs, Requirement, trial
+from .plain import attend_sparse_plain
+from .settings import BLOCK
+
+
+class AttendSparse(Protocol):
+    """Sparse attention as `plain.attend_sparse_plain` defines it, up to rounding."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, /, *, sink: int, query_block: int, tail: bool
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SparseBackend:
+    """One kernel of sparse attention.
+
+    exact is False for kernels that quantize their inputs; `auto` never takes those. uniform: whether the kernel takes
+    as many queries as keys and one density for all heads only.
+    """
+
+    name: str
+    summary: str
+    needs: Requirement
+    attend: AttendSparse
+    exact: bool = True
+    uniform: bool = False
+
+    def why_not(self, inputs: Inputs, query_block: int, tail: bool) -> str:
+        """Why the kernel cannot serve such inputs, or ""; on CUDA the kernel is tried once."""
+        reason = self.needs.why_not(inputs) or kernels.refuses(self.name, query_block)
+        if reason or self.needs.capability is None:
+            return reason
+        return tried(self.name, inputs.device, inputs.dtype, inputs.head_dim, query_block, tail)
+
+
+_ANYWHERE = Requirement(None, dtypes=None, head_dims=None)
+# Fastest first where they were measured.
+BACKENDS: tuple[SparseBackend, ...] = (
+    *(
+        SparseBackend(
+            name,
+            summary,
+            kernels.NEEDS[name],
+            partial(kernels.attend_sparse, kernel=name),
+            exact=name not in kernels.LOSSY,
+            uniform=name == "sol",
+        )
+        for name, summary in kernels.SUMMARIES.items()
+    ),
+    SparseBackend("plain", "PyTorch (the definition; slow)", _ANYWHERE, attend_sparse_plain),
+)
+
+_ABSENT = "this version does not have it"
+# Key blocks of a trial, and the relative error that is accepted: of 16-bit kernels, and of 8-bit ones.
+_TRIAL_BLOCKS, _TOLERANCES = 9, (0.02, 0.25)
+
+
+@cache
+def tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, query_block: int, tail: bool) -> str:
+    """Why the kernel of `name` does not work on `device`, tried on a few blocks, or ""."""
+    backend = next(backend for backend in BACKENDS if backend.name == name)
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = _TRIAL_BLOCKS * BLOCK
+    # The last query block is short, and the last keys do not fill a block.
+    ends = (0, 0, 0) if backend.uniform else (-40, 24, 24)
+    q, k, v = (
+        torch.randn((1, tokens + end, 2, head_dim), generator=generator, device=device).to(dtype) for end in ends
+    )
+    keep = torch.tensor([3, 3] if backend.uniform else [2, 3], dtype=torch.int32)
+
+    def run() -> tuple[Tensor, Tensor]:
+        out = backend.attend(q, k, v, keep, sink=1, query_block=query_block, tail=tail).float()
+        return out, attend_sparse_plain(q, k, v, keep, sink=1, query_block=query_block, tail=tail).float()
+
+    return trial(run, _TOLERANCES[not backend.exact])
+
+
+def check_sparse(name: str) -> None:
+    """Raise BackendUnavailable unless the kernel `name` can run on this machine, or it is `auto`."""
+    backend = next((backend for backend in BACKENDS if backend.name == name), None)
+    reason = _ABSENT if backend is None else backend.needs.missing()
+    if reason and name != "auto":
+        raise BackendUnavailable(f"sparse kernel {name!r} is unavailable ({reason}); choose 'auto' or 'plain'")
+
+
+def choose_sparse(name: str, inputs: Inputs, query_block: int, tail: bool) -> SparseBackend:
+    """The kernel `name` for such inputs; `auto`: the fastest exact one that can run.
+
+    On GPUs whose kernels were not measured, `auto` is a kernel that times them at its first call. Raises
+    BackendUnavailable if a kernel chosen by name cannot run: a silent substitute would falsify a measurement.
+    """
+    reason, found = _ABSENT, []
+    for backend in BACKENDS:
+        if name == backend.name or (name == "auto" and backend.exact):
+            reason = backend.why_not(inputs, query_block, tail)
+            found += [] if reason else [backend]
+    if not found:
+        raise BackendUnavailable(f"sparse kernel {name!r} cannot run here: {reason}; choose 'auto' or 'plain'")
+    first, ours = found[0], tuple(backend.name for backend in found if backend.name in kernels.SUMMARIES)
+    if len(ours) < 2 or torch.cuda.get_device_capability(inputs.device) in kernels.MEASURED:
+        return first
+    return SparseBackend("auto", "the fastest", first.needs, partial(kernels.attend_fastest, kernels=ours))
+
+
+def attend_sparse(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, sink: int, query_block: int, tail: bool, kernel: str = "auto"
+) -> Tensor:
+    """`plain.attend_sparse_plain` by a kernel; see there. kernel: one of `settings.SPARSE_KERNELS`."""
+    backend = choose_sparse(kernel, Inputs.of(q), query_block, tail)
+    return backend.attend(q, k, v, keep, sink=sink, query_block=query_block, tail=tail)
