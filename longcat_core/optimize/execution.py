@@ -25,12 +25,16 @@ from .block_sparse import BlockSparse, ChunkedLayout, with_block_sparse
 from .compilation import Regional
 from .compiled_blocks import COMPILED_BLOCK, Compilers, compiled_call
 from .fused import FusedOps, OpSwitches, TorchOps, ffn_pieces, sliceable
-from .guard import is_spoiled, lossy_switches
+from .guard import SPARSE, is_spoiled, lossy_switches
 from .kernels import text_attention
 from .kernels.elementwise import usable as kernels_usable
 from .kv_offload import OffloadableKVCache
 from .recomputation import recomputed
 from .requirement import Inputs
+from .sparse.choose import check_sparse
+from .sparse.layout import SparseLayout
+from .sparse.passes import SparsePass, like_sparse, plan_pass, with_attend
+from .sparse.settings import Sparse
 from .streaming import BlockStream, streamed
 from .switches import Optimizations
 from .text_keys import CachedTexts, NoText, TokenTexts
@@ -50,6 +54,7 @@ class Execution:
 
     optimizations: the switches in force. requested: the switches that were set, which differ after a lossy one was
     turned off. block_sparse: settings of block-sparse self-attention, which changes the output; None: full attention.
+    sparse: settings of sparse self-attention, which changes the output, or None; `block_sparse` takes precedence.
     stream: holds the blocks whose weights wait in CPU memory, or None. announce: receives sentences for the user, when
     compiling begins or a lossy switch is turned off.
     """
@@ -62,6 +67,7 @@ class Execution:
         optimizations: Optimizations | None = None,
         *,
         block_sparse: BlockSparse | None = None,
+        sparse: Sparse | None = None,
         dtype: torch.dtype | None = None,
         sliceable: Callable[[nn.Module, Tensor], bool] = sliceable,
         uncompiled: Callable[[Block, torch.device], bool] | None = None,
@@ -73,11 +79,26 @@ class Execution:
         self.network, self.block_sparse, self.sliceable = network, block_sparse, sliceable
         self.uncompiled, self.announce, self._dtype = uncompiled, announce, dtype
         self.stream: BlockStream | None = None
+        self._said: set[str] = set()
+        self.sparse = sparse
         self.set_optimizations(optimizations or Optimizations())
 
     @property
     def config(self) -> ModelConfig:
         return self.network.config
+
+    @property
+    def sparse(self) -> Sparse | None:
+        """The settings in force; None too if the guard turned sparse attention off. Setting them raises LongCatError if
+        they do not fit the network, BackendUnavailable if this machine lacks their kernel."""
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, settings: Sparse | None) -> None:
+        if settings is not None:
+            settings.check(self.config.depth, self.config.num_heads)
+            check_sparse(settings.kernel)
+        self._sparse, self._sparse_trusted = settings, False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -177,14 +198,16 @@ class Execution:
         kernels: attention.Kernels | None = None,
         around_block: AroundBlock | None = None,
         compilers: Compilers | None = None,
+        progress: float | None = None,
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32; see `LongCatTransformer.forward`.
 
         context: text [B, L, caption] with mask [B, L] (1: real), or the result of `embed_text`; None: no
         cross-attention. kv_cache: of clean frames that stand in front of x and are not part of it. fill: a cache that
         receives this pass's keys (before RoPE) and values. kernels: replace those that the optimizations select.
-        around_block: called in place of every block; with `block_sparse` the tokens are chunk after chunk, in slabs.
-        compilers: what compiles a block, in place of `compiled_block`.
+        around_block: called in place of every block; with `block_sparse` the tokens are chunk after chunk, in slabs,
+        with `sparse` they are permuted. compilers: what compiles a block, in place of `compiled_block`. progress: the
+        share of the steps that is done, 0 <= progress < 1, or None if unknown; `sparse` attention depends on it.
         """
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
         if text is not None and text.tokens.shape[0] not in (1, x.shape[0]):
@@ -197,7 +220,10 @@ class Execution:
         if kv_cache is not None:
             kv_cache.rotate()
             cache = kv_cache
-        layout, chosen = self._layout(x, num_cond_latents, cache.num_latents, fill is not None, chosen)
+        layout, chosen, sparse = self._layout(x, num_cond_latents, cache.num_latents, fill, chosen, grad, progress)
+        varies = self.sparse is not None and self.block_sparse is None and fill is None and not grad
+        if varies and sparse is None and self._compiles(compilers):
+            chosen = like_sparse(chosen)
         if fill is not None:
             cache = Filling(fill, layout.restore_rows)
         sizes = layout.sizes(self._grid(x))
@@ -212,13 +238,14 @@ class Execution:
             num_cond_latents=num_cond_latents,
             cache=layout.cached(cache),
             layout=layout,
-            run=self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers),
+            run=self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers, sparse),
         )
-        if self._trusted or grad or torch.compiler.is_compiling():
+        if (self._trusted if sparse is None else self._sparse_trusted) or grad or torch.compiler.is_compiling():
             return out
+        before, switches = self._trusted, self.optimizations
         # The output of filling a cache is checked too, but does not count as the first step.
-        self._trusted = fill is None
-        if not self._give_up(out):
+        self._trusted, self._sparse_trusted = fill is None, sparse is not None
+        if not self._give_up(out, sparse is not None, before):
             return out
         del out
         return self(
@@ -229,20 +256,27 @@ class Execution:
             num_cond_latents=num_cond_latents,
             kv_cache=kv_cache,
             fill=fill,
-            kernels=None if kernels is None else self.choose_kernels(x.device),
+            kernels=kernels if kernels is None or switches is self.optimizations else self.choose_kernels(x.device),
             around_block=around_block,
             compilers=compilers,
+            progress=progress,
         )
 
-    def _give_up(self, out: Tensor) -> bool:
-        """Check the first output [B, ...] under lossy switches; if it is spoiled, turn one off and announce it."""
-        lossy = lossy_switches(self.optimizations, self.eight_bit)
-        if not lossy or not is_spoiled(out):
+    def _give_up(self, out: Tensor, sparse: bool, trusted: bool) -> bool:
+        """Check the first output [B, ...] under lossy switches; if it is spoiled, turn one off and announce it.
+
+        sparse: whether attention was sparse. trusted: whether the other switches gave good output before.
+        """
+        lossy = [] if trusted else lossy_switches(self.optimizations, self.eight_bit)
+        if not (lossy or sparse) or not is_spoiled(out):
             return False
-        what, without = lossy[0]
-        requested = self.requested
-        self.set_optimizations(without)
-        self.requested = requested
+        if lossy:
+            what, without = lossy[0]
+            requested = self.requested
+            self.set_optimizations(without)
+            self.requested = requested
+        else:
+            what, self.sparse = SPARSE, None
         self.announce(f"{what} gave NaN or a black picture at the first step; going on without it")
         return True
 
@@ -257,16 +291,39 @@ class Execution:
         frames, rows, columns = (n // step for n, step in zip(x.shape[2:], self.config.patch_size, strict=True))
         return frames, rows, columns
 
+    def _say(self, sentence: str) -> None:
+        """Announce it, once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self.announce(sentence)
+
     def _layout(
-        self, x: Tensor, num_cond: int, start: int, filling: bool, kernels: attention.Kernels
-    ) -> tuple[FrameLayout, attention.Kernels]:
-        """The order of tokens, and the kernels for it. start: number of cached frames in front of x."""
+        self,
+        x: Tensor,
+        num_cond: int,
+        start: int,
+        fill: KVCache | None,
+        kernels: attention.Kernels,
+        grad: bool,
+        progress: float | None,
+    ) -> tuple[FrameLayout, attention.Kernels, SparsePass | None]:
+        """The order of tokens and the kernels for it, and which layers are sparse, if any.
+
+        start: number of cached frames in front of x.
+        """
         grid = self._grid(x)
         # Noise frames will follow the frames of a cache that is being filled, so there is more than one frame.
-        if self.block_sparse is None or not BlockSparse.applies(start + grid[0] + filling):
-            return FrameLayout(), kernels
-        layout = ChunkedLayout.of(grid, self.block_sparse, num_cond, start, x.device)
-        return layout, with_block_sparse(kernels, layout.keys, self.block_sparse)
+        if self.block_sparse is not None and BlockSparse.applies(start + grid[0] + (fill is not None)):
+            chunked = ChunkedLayout.of(grid, self.block_sparse, num_cond, start, x.device)
+            return chunked, with_block_sparse(kernels, chunked.keys, self.block_sparse), None
+        settings = self.sparse if fill is None and self.block_sparse is None else None
+        if settings is None or torch.compiler.is_compiling():
+            return FrameLayout(), kernels, None
+        inputs = Inputs(x.device, self._active_dtype(x.device), self.config.head_dim, grad)
+        sparse = plan_pass(settings, inputs, kernels.attend, progress, grid, num_cond, start, self._say)
+        if sparse is None:
+            return FrameLayout(), kernels, None
+        return SparseLayout(grid, num_cond, x.device), with_attend(kernels, sparse.attend), sparse
 
     def _timesteps(self, timestep: Tensor, x: Tensor) -> Tensor:
         timestep = timestep[:, None] if timestep.ndim == 1 else timestep
@@ -298,6 +355,9 @@ class Execution:
         switches = self.optimizations.fused_qkv, self.optimizations.fp8
         return CachedTexts(text, form, self.network.blocks, ops, switches)
 
+    def _compiles(self, compilers: Compilers | None) -> bool:
+        return compilers is not None or self.optimizations.compile == "blocks"
+
     def _run(
         self,
         ops: TorchOps,
@@ -307,6 +367,7 @@ class Execution:
         filling: bool,
         around_block: AroundBlock | None,
         compilers: Compilers | None,
+        sparse: SparsePass | None,
     ) -> Run:
         """How a block is called, from the inside out: compiled, recomputed, hooked, streamed."""
         call: Callable[..., Tensor] = run_block
@@ -318,6 +379,8 @@ class Execution:
             call = recomputed(call)
 
         def plain(i: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
+            if sparse is not None:
+                sparse.layer = i
             return call(block, x, *shared.of(i, x))
 
         run: Run = plain if around_block is None else _hooked(plain, around_block)
@@ -371,6 +434,7 @@ class OptimizedTransformer(LongCatTransformer):
     optimizations: Optimizations = _value("optimizations")
     requested: Optimizations = _value("requested")
     block_sparse: BlockSparse | None = _value("block_sparse")
+    sparse: Sparse | None = _value("sparse")
     stream: BlockStream | None = _value("stream")
     announce: Callable[[str], None] = _value("announce")
     compiled_block: Regional = _value("compiled_block")

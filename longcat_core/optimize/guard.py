@@ -9,9 +9,14 @@ from torch import Tensor
 from .attention import is_exact
 from .switches import Optimizations
 
+SPARSE = "sparse attention"
+
 
 def lossy_switches(optimizations: Optimizations, eight_bit: bool) -> list[tuple[str, Optimizations]]:
-    """The lossy switches that are on: each in words, and the optimizations without it. eight_bit: of the network."""
+    """The lossy switches that are on: each in words, and the optimizations without it. eight_bit: of the network.
+
+    Sparse attention is lossy too, but not a switch of `Optimizations`; see `Execution`.
+    """
     found = []
     if not is_exact(optimizations.attention):
         found.append((f"attention backend {optimizations.attention!r}", replace(optimizations, attention="auto")))

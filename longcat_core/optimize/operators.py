@@ -39,11 +39,19 @@ AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
 NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
 
 
-def operator(name: str, fake: Callable[..., Any]) -> Callable[[F], F]:
-    """Make a function a custom operator, with its signature as schema. fake: returns outputs of the same form."""
+# Where PyTorch has it, this keeps an operator out of CUDA graphs, which would replay what it did when they were made.
+_UNCAPTURED = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
+
+
+def operator(name: str, fake: Callable[..., Any], changes: bool = False) -> Callable[[F], F]:
+    """Make a function a custom operator, with its signature as schema. fake: returns outputs of the same form.
+
+    changes: whether equal calls may do different work, so that none must be recorded and replayed.
+    """
+    tags = _UNCAPTURED if changes else []
 
     def made(function: F) -> F:
-        found = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+        found = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), tags=tags)
         found.register_fake(fake)
         return cast(F, found)
 
@@ -98,8 +106,15 @@ def opaque_varlen(name: str, kernel: AttendVarlen) -> AttendVarlen:
     return attend
 
 
-# Stands in a compiled graph for a kernel that does not belong to a backend and may be another object at every step.
-attend_foreign = opaque("foreign", lambda q, k, v: _foreign.attend(q, k, v))
+@operator("attend_foreign", lambda q, *_: q.new_empty(q.shape), changes=True)
+def _attend_foreign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _foreign.attend(q, k, v).contiguous()
+
+
+def attend_foreign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Stands in a compiled graph for a kernel that does not belong to a backend and may be another object at every
+    step or layer."""
+    return _attend_foreign(q, k, v) if _within_graph(q, k, v) else _foreign.attend(q, k, v)
 
 
 @contextmanager

@@ -33,10 +33,19 @@ class Network(Protocol):
         """
 
     def __call__(
-        self, x: Tensor, timestep: Tensor, text: TextTokens, /, *, num_cond_latents: int, kv_cache: KVCache | None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: TextTokens,
+        /,
+        *,
+        num_cond_latents: int,
+        kv_cache: KVCache | None,
+        progress: float | None,
     ) -> Tensor:
         """x0 - noise [B, C, T, H, W] fp32 for latents x of the same shape.
 
         timestep: [1, 1] for all frames or [1, T], in 0..1000. text: of 1 or B samples. num_cond_latents: clean frames
         at the front of x, at timestep 0. kv_cache: of clean frames that stand in front of x and are not part of it.
+        progress: the share of the steps that is done, 0 <= progress < 1.
         """

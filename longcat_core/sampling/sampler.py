@@ -139,10 +139,12 @@ def sample(
         if out is None:
             x = latents if cond_out is None else latents[:, :, carried:]
 
-            def evaluate(x: Tensor = x, t: Tensor = t) -> Tensor:
+            def evaluate(x: Tensor = x, t: Tensor = t, progress: float = i / len(schedule)) -> Tensor:
                 halves = texts.parts(model.optimizations.split_guidance)
                 x = torch.cat((x, x)) if guided and len(halves) == 1 else x
-                outs = [model(x, t, text, num_cond_latents=passed, kv_cache=cache) for text in halves]
+                outs = [
+                    model(x, t, text, num_cond_latents=passed, kv_cache=cache, progress=progress) for text in halves
+                ]
                 return outs[0] if len(outs) == 1 else torch.cat(outs)
 
             out = _with_room(evaluate, more_room)

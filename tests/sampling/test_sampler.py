@@ -88,7 +88,14 @@ class StraightFlow:
         return cache
 
     def __call__(
-        self, x: Tensor, timestep: Tensor, text: TextTokens, *, num_cond_latents: int, kv_cache: KVCache | None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: TextTokens,
+        *,
+        num_cond_latents: int,
+        kv_cache: KVCache | None,
+        **_: object,
     ) -> Tensor:
         assert kv_cache is None or x.shape[2] == self.out.shape[2] - kv_cache.num_latents
         return self.out[:, :, -x.shape[2] :].repeat(len(x) // len(self.out), 1, 1, 1, 1)
