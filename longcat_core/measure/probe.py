@@ -1,0 +1,261 @@
+"""What sparse attention would cost each head, measured beside dense attention on some of its queries.
+
+For a few query blocks the softmax over all keys is computed exactly, block by block of keys. Whatever blocks a density
+takes, the sparse output is then a sum of parts that are there already: exact parts of the blocks that it takes, and the
+pooled parts of the others. So one look at the keys prices every density of a ladder, at the cost of about `samples`
+query blocks of plain attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import LongCatError
+from ..model.kv_cache import KVCache
+from ..model.text import TextTokens
+from ..optimize.attention import Kernels
+from ..optimize.execution import Execution, OptimizedTransformer
+from ..optimize.operators import Attend
+from ..optimize.plan import free_bytes
+from ..optimize.sparse.plain import pool
+from ..optimize.sparse.settings import BLOCK, kept
+from .clock import Laps
+
+# Densities that are priced; 1 needs no price. Steps of about 1.4 times: a finer choice would save less than 2 % of a
+# step.
+LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
+# Memory of the keys, values and products that are held at a time.
+BYTES = 1 << 29
+# Order of the noise frames' tokens in the blocks, for a grid (frames, rows, columns): [N] int64; None: as they are.
+Order = Callable[[tuple[int, int, int], torch.device], Tensor | None]
+
+
+class Price(NamedTuple):
+    """Of every head [H] and density [L]. error: |sparse - exact|^2 of the head's outputs, summed, [H, L]; size:
+    |exact|^2, [H]; mass: share of the softmax in the blocks that are taken, mean over the queries, [H, L]."""
+
+    error: Tensor
+    size: Tensor
+    mass: Tensor
+
+
+def price(
+    q: Tensor, k: Tensor, v: Tensor, ladder: Sequence[float], *, sink: int, query_block: int, tail: bool
+) -> Price:
+    """What each density of a ladder changes for these queries.
+
+    q [n, query_block, H, D]: whole query blocks of one video; k, v [Nk, H, D]: all keys and values, in the order of the
+    blocks. sink, tail: see `attend_sparse_plain`. Computed in fp32, or in fp64 for such input.
+    """
+    blocks, heads, dim = len(k) // BLOCK, k.shape[1], k.shape[2]
+    sink = min(sink, blocks)
+    keeps = torch.tensor(kept(tuple(ladder), blocks - sink), device=q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    each = wide.itemsize * (2 * len(k) * dim + 3 * query_block * len(k) + 2 * blocks * query_block * dim)
+    room = min(BYTES, free_bytes(q.device) // 4) if q.device.type == "cuda" else BYTES
+    some = max(1, room // each)
+    groups = [slice(first, first + some) for first in range(0, heads, some)]
+    parts = [_price(q[:, :, h], k[:, h], v[:, h], keeps, sink, tail, wide) for h in groups]
+    return Price(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _price(q: Tensor, k: Tensor, v: Tensor, keeps: Tensor, sink: int, tail: bool, wide: torch.dtype) -> Price:
+    """`price` of a few heads."""
+    size, blocks = q.shape[1], len(k) // BLOCK
+    edge, levels = blocks * BLOCK, len(keeps)
+    # [H, .., D]
+    mean_q = pool(q.flatten(0, 1)[None], size)[0].to(wide)
+    mean_k, mean_v = (pool(x[None, :edge], BLOCK)[0].to(wide) for x in (k, v))
+    keys, values = (x.transpose(0, 1).to(wide).contiguous() for x in (k, v))
+    near = values[:, :edge].unflatten(1, (blocks, BLOCK))
+    scores = mean_q @ mean_k[:, sink:].transpose(-1, -2)
+    ranks = torch.argsort(scores.argsort(dim=-1, descending=True, stable=True), dim=-1)
+    # The step of the ladder at which each block is taken first: 0 for the sink, levels + 1 for never.
+    level = torch.searchsorted(keeps, ranks + 1) + 1
+    level = torch.nn.functional.pad(level, (sink, 0))
+    error, mass = (q.new_zeros(len(keys), levels, dtype=wide) for _ in range(2))
+    whole = q.new_zeros(len(keys), dtype=wide)
+    for i, part in enumerate(q.transpose(1, 2).to(wide) * q.shape[-1] ** -0.5):
+        taken = torch.nn.functional.one_hot(level[:, i], levels + 2).transpose(-1, -2).to(wide)
+        logits = part @ keys.transpose(-1, -2)
+        most = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(most).exp_()
+        # The logit of a mean exceeds the largest of its block by ln 64 at most.
+        pooled = (part @ mean_k.transpose(-1, -2) + math.log(BLOCK) - most).exp_()
+        if not tail:
+            pooled.zero_()
+        del logits
+        # Exact parts of each block: numerators [H, blocks, Q, D] and denominators [H, blocks, Q].
+        inside = weights[..., :edge].unflatten(-1, (blocks, BLOCK))
+        ours = inside.transpose(1, 2) @ near
+        sums, pooled = inside.sum(-1).transpose(-1, -2), pooled.transpose(-1, -2)
+        # The pooled parts of all blocks, and the remainder, from which each level of the ladder takes some blocks.
+        top = pooled.transpose(-1, -2) @ mean_v + weights[..., edge:] @ values[:, edge:]
+        bottom = pooled.sum(1) + weights[..., edge:].sum(-1)
+        held = weights[..., edge:].sum(-1)[:, None] + (taken @ sums).cumsum(1)
+        more = (taken @ ours.flatten(2)).unflatten(-1, part.shape[1:])
+        less = (taken[..., None, :] * pooled.transpose(-1, -2)[:, None]) @ mean_v[:, None]
+        tops = top[:, None] + (more - less).cumsum(1)
+        bottoms = bottom[:, None] + (taken @ (sums - pooled)).cumsum(1)
+        del ours, inside, weights, more, less
+        # Number 0 is the sink alone, and the last one all blocks, which is exact.
+        exact = tops[:, -1] / bottoms[:, -1, :, None]
+        sparse = tops[:, 1:-1] / bottoms[:, 1:-1, :, None]
+        error += (sparse - exact[:, None]).square().sum((-1, -2))
+        whole += exact.square().sum((-1, -2))
+        mass += (held[:, 1:-1] / held[:, -1:]).mean(-1) / len(q)
+    return Price(error, whole, mass)
+
+
+@dataclass
+class Probe:
+    """Collects prices of passes in ranges of steps.
+
+    worst: relative error [ranges, depth, heads, L], |sparse - exact| / |exact|, the largest of all passes and videos of
+    a range; seen: passes [ranges]; mass [depth, L], a sum over `count` [depth] prices. samples: query blocks of each
+    pass, layer and video. order: see above.
+    """
+
+    ranges: int
+    depth: int
+    heads: int
+    query_block: int
+    tail: bool
+    ladder: tuple[float, ...]
+    samples: int
+    seed: int
+    order: Order
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.worst = torch.zeros(self.ranges, self.depth, self.heads, len(self.ladder))
+        self.mass, self.count = torch.zeros(self.depth, len(self.ladder)), [0] * self.depth
+        self.seen = [0] * self.ranges
+        # The range and the number of the pass that runs, None while nothing is measured; the block that runs.
+        self.range: int | None = None
+        self.number = self.layer = self.calls = 0
+        # Seconds of dense attention in each pass that was measured.
+        self.attention_s: list[float] = []
+
+    def measured(self, attend: Attend, which: int, sink: int, order: Tensor | None, laps: Laps) -> Attend:
+        """Dense attention `attend` that is also measured.
+
+        which: the call in a block that is measured; before it conditioning frames may attend to themselves, and after
+        it tokens to the text. sink, order: of this pass; laps: get a lap for each measured call.
+        """
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls != which:
+                return attend(q, k, v)
+            laps.mark()
+            out = attend(q, k, v)
+            laps.mark()
+            self._take(q, k, v, sink, order)
+            return out
+
+        return call
+
+    def _take(self, q: Tensor, k: Tensor, v: Tensor, sink: int, order: Tensor | None) -> None:
+        assert self.range is not None, "a pass is measured"
+        noise, given = q.shape[1], k.shape[1] - q.shape[1]
+        places = torch.arange(noise, device=q.device) if order is None else order
+        whole = noise // self.query_block
+        if not whole or k.shape[1] // BLOCK <= sink:
+            raise LongCatError(
+                f"{noise} tokens are too few for blocks of {self.query_block}; calibrate with larger or longer videos"
+            )
+        chosen = self._chosen(whole).to(q.device)
+        rows = places[: whole * self.query_block].view(whole, self.query_block)[chosen]
+        every = torch.cat((torch.arange(given, device=q.device), places + given))
+        if self.device != q.device:
+            self.device, self.worst, self.mass = q.device, self.worst.to(q.device), self.mass.to(q.device)
+        for video in range(len(q)):
+            keys, values = k[video, every], v[video, every]
+            found = price(
+                q[video, rows], keys, values, self.ladder, sink=sink, query_block=self.query_block, tail=self.tail
+            )
+            del keys, values
+            error = (found.error / found.size[:, None].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+            place = self.worst[self.range, self.layer]
+            torch.maximum(place, error.to(place), out=place)
+            self.mass[self.layer] += found.mass.mean(0).to(place)
+            self.count[self.layer] += 1
+
+    def _chosen(self, whole: int) -> Tensor:
+        """Which of the query blocks are measured: others in every pass and layer, the same for a seed."""
+        place = (self.seed * 1009 + self.number) * self.depth + self.layer
+        generator = torch.Generator().manual_seed(place % (1 << 31))
+        return torch.randperm(whole, generator=generator)[: self.samples].sort().values
+
+    def around(self, i: int, run: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """`around_block` of a pass that is measured."""
+        self.layer, self.calls = i, 0
+        return run(tokens)
+
+
+class Probed:
+    """An execution under a probe: passes are measured while `probe.range` is set. Everything else is the execution's,
+    and so is the output."""
+
+    execution: Execution
+    probe: Probe
+
+    def __init__(self, execution: Execution, probe: Probe) -> None:
+        self.__dict__.update(execution=execution, probe=probe)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.execution, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.execution, name, value)
+
+    def __call__(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | TextTokens | None,
+        mask: Tensor | None = None,
+        *,
+        num_cond_latents: int = 0,
+        kv_cache: KVCache | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """See `Execution.__call__`."""
+        there: dict[str, Any] = {"num_cond_latents": num_cond_latents, "kv_cache": kv_cache}
+        probe = self.probe
+        if probe.range is None:
+            return self.execution(x, timestep, context, mask, **there, **options)
+        _, ph, pw = self.execution.config.patch_size
+        rows, columns = x.shape[3] // ph, x.shape[4] // pw
+        given = num_cond_latents + (0 if kv_cache is None else kv_cache.num_latents)
+        order = probe.order((x.shape[2] - num_cond_latents, rows, columns), x.device)
+        laps, chosen = Laps(x.device), self.execution.choose_kernels(x.device)
+        sink = math.ceil(given * rows * columns / BLOCK)
+        attend = probe.measured(chosen.attend, 2 if num_cond_latents else 1, sink, order, laps)
+        kernels: Kernels = chosen._replace(attend=attend, quantized=None)
+        probe.number += 1
+        out = self.execution(
+            x, timestep, context, mask, **there, **options, kernels=kernels, around_block=probe.around
+        )  # fmt: skip
+        probe.attention_s.append(sum(laps.times_ms()[::2]) / 1000)
+        probe.seen[probe.range] += 1
+        return out
+
+
+@contextmanager
+def probing(model: OptimizedTransformer, probe: Probe) -> Iterator[None]:
+    """Passes of a network go through a probe inside the `with` block."""
+    before = model.execution
+    model.__dict__["execution"] = Probed(before, probe)
+    try:
+        yield
+    finally:
+        model.__dict__["execution"] = before
