@@ -58,6 +58,11 @@ COMMANDS = {
         "compare.compare", "Show what options cost: PSNR and SSIM at the same seed, and the noise floor.",
         (("prompts", "PROMPT", f"{PROMPT}; each prompt makes a video", {"nargs": "*"}),),
     ),
+    "calibrate": Command(
+        "calibrate.calibrate", "Find how sparse the attention of each head may be, for --sparse.",
+        (("model", "MODEL", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form (default: "
+          "LongCat-nano)", {"nargs": "?"}),),
+    ),
     "train-lora": Command(
         "train.train_lora", "Train a LoRA on a folder of clips and captions.",
         (("folder", "FOLDER", "clips and pictures, a .txt caption beside each", PATH),),

@@ -36,6 +36,7 @@ CHECKPOINT_FORMS = ("bf16", "comfyui-fp8", "int8")
 
 WHAT, SAMPLING, MODEL, MEMORY, OUTPUT = "what is generated", "sampling", "model", "memory", "output"
 COMPARED, REFINED, LEARNED, TRAINING = "what is compared", "what is refined", "what is learned", "training"
+CALIBRATED = "what is calibrated"
 # What options work on that is not an option.
 A_GPU, GUIDANCE, MORE = "a GPU", "guidance", "a second segment"
 _GIVEN = f"image or video or {MORE}"
@@ -155,9 +156,11 @@ _lossy_change = Option("lossy_change", "choice", "what to do where a take in the
                        choices=LOSSY_CHANGES, commands=("long",))  # fmt: skip
 
 _VIDEOS = ("generate", "long", "compare")
-_MODELS = (*_VIDEOS, "refine")
+_SAMPLED = (*_VIDEOS, "calibrate")
+_MODELS = (*_SAMPLED, "refine")
 _WEIGHTS = (*_MODELS, "train-lora")
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
+_CALIBRATE = ("calibrate",)
 
 OPTIONS: tuple[Option, ...] = (
     *_group(
@@ -172,8 +175,22 @@ OPTIONS: tuple[Option, ...] = (
         _prompts_file,
     ),
     *_group(
+        CALIBRATED,
+        _CALIBRATE,
+        Option("budget", "number", "largest error that a head may have in any measured pass, |sparse - exact| / "
+               "|exact| of its output", 0.1, least=0.001, most=1.0, metavar="X"),
+        Option("prompt", "text", "prompt of a video to measure; can be repeated", shown="two built-in ones",
+               filled=True, repeated=True, metavar="TEXT"),
+        _prompts_file,
+        Option("steps", "whole", "number of steps of each video; fewer than usual will do", filled=True,
+               shown="10; distilled 16", least=1, most=MAX_STEPS, metavar="N"),
+        Option("dense_steps", "number", "share of the steps, at the front, whose attention stays dense", 0.2,
+               **_share),
+        Option("no_video", "switch", "leave out the whole video that checks the result, and its noise floor"),
+    ),
+    *_group(
         WHAT,
-        _VIDEOS,
+        _SAMPLED,
         replace(_prompts_file, commands=_LONG),
         Option("segments", "whole", "number of segments; the last prompt serves all segments beyond it",
                shown="one for each prompt", filled=True, least=1, most=MAX_SEGMENTS, metavar="N", commands=_LONG),
@@ -184,7 +201,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("height", "whole", "height in pixels, a multiple of 16", 480, 64, **_side),
         Option("width", "whole", "width in pixels, a multiple of 16", 832, 96, **_side),
         Option("frames", "whole", "number of frames, 4k+1, including those of an image or a clip",
-               commands=("generate", "compare"), common=True, **_frames),
+               commands=("generate", "compare", "calibrate"), common=True, **_frames),
         Option("frames", "whole", "number of frames in a segment, 4k+1", commands=_LONG, **_frames),
         Option("overlap", "whole", "number of frames, 4k+1, that a segment shares with the previous one; the real "
                "model was trained with 13", commands=_LONG, needs=(MORE,), **_given),
@@ -248,15 +265,17 @@ OPTIONS: tuple[Option, ...] = (
         Option("steps", "whole", "number of denoising steps", filled=True, shown="50; distilled 16", common=True,
                schedules={"distilled": (16, 50)}, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off and takes half the time", filled=True,
+               commands=_SAMPLED,
                shown="4; distilled 1", common=True, schedules=dict.fromkeys(("distilled", "refine"), (1.0, 1.0)),
                **_guidance),
         Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
-               filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True),
+               filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True,
+               commands=_SAMPLED),
         Option("distilled", "switch", "the distilled schedule with 16 steps and guidance 1; it needs the step LoRA",
-               common=True),
+               common=True, commands=_SAMPLED),
         Option("kv_cache", "choice", "how to compute the frames of an image or a clip: once, with the same result "
                "(exact); once, but left out of guidance's sums, as in the public code (official); or at every step "
-               "(off)", KV_CACHE[0], choices=KV_CACHE, common=True, needs=(_GIVEN,)),
+               "(off)", KV_CACHE[0], choices=KV_CACHE, common=True, needs=(_GIVEN,), commands=_SAMPLED),
         Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
                "conservative, 0.05 skips about half (PSNR of 12 nano videos: median 43 dB, farthest 21 dB), 0.12 "
                "is aggressive, 0 skips none", 0.0, least=0.0,
@@ -266,7 +285,7 @@ OPTIONS: tuple[Option, ...] = (
         MODEL,
         _MODELS,
         Option("model", "text", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form",
-               metavar="PATH", commands=_WEIGHTS, shown="LongCat-nano"),
+               metavar="PATH", commands=(*_VIDEOS, "refine", "train-lora"), shown="LongCat-nano"),
         Option("vae", "text", "folder or file of the VAE", shown="vae/ in the model's folder", metavar="PATH",
                commands=_WEIGHTS),
         Option("text_encoder", "text", "folder or file of the text encoder", metavar="PATH", commands=_WEIGHTS,
@@ -318,6 +337,8 @@ OPTIONS: tuple[Option, ...] = (
                shown="longcat-compare, or the next free name", commands=_COMPARE),
         Option("output", "path", "the LoRA to write, .safetensors; its training state is saved beside it",
                metavar="FILE", short="-o", required=True, commands=_TRAIN),
+        Option("output", "path", "the calibration to write, .json", metavar="FILE", short="-o", commands=_CALIBRATE,
+               shown="longcat-calibration.json, or the next free name"),
         Option("contact_sheet", "path", "also write a .png with frames and prompt", metavar="FILE",
                commands=("generate",), common=True),
         Option("folder", "path", "folder that keeps finished segments; run the same command again to resume",

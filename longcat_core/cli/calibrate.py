@@ -1,0 +1,66 @@
+"""`longcat calibrate`: how sparse the attention of each head may be, on the user's own weights."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import LongCatError
+from ..generate.calibration import check_calibration_place, write_calibration
+from ..generate.options import A_GPU, of_command
+from ..generate.progress import LOADING, duration
+from ..generate.request import GenerateRequest, work_of
+from ..measure.calibrate import Recipe, Search, check_calibration, default_prompts, text
+from ..optimize.attention import is_exact
+from .console import notes_from_warnings, progress
+from .generate import guidance_of, print_notes, prompts_of, request_of
+from .models import load_models, machine_of, paths_of
+from .options import without_effect
+
+OUTPUT = "longcat-calibration.json"
+STEPS, DISTILLED_STEPS = 10, 16
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """`longcat calibrate`: everything is checked before a model is loaded, and the file appears whole or not at all."""
+    started = time.monotonic()
+    paths, recipe = paths_of(args), Recipe(args.budget, args.dense_steps, video=not args.no_video)
+    prompts = prompts_of(argparse.Namespace(prompts=args.prompt or [], prompts_file=args.prompts_file))
+    if not is_exact(args.attention):
+        raise LongCatError(f"--attention {args.attention} is lossy; calibrate against an exact backend, such as auto")
+    if not prompts and (args.image or args.video):
+        raise LongCatError("an image or a clip needs a prompt of its own; give --prompt")
+    prompts = prompts or default_prompts(paths.is_nano, args.seed)
+    requests = [_request(args, prompt).filled(paths.defaults) for prompt in prompts]
+    first = requests[0]
+    output: Path = args.output or args.outputs.default(Path(OUTPUT))
+    check_calibration_place(output)
+    args.outputs.hold(output)
+    device, opened = machine_of(args, paths)
+    check_calibration(first, recipe, opened.checkpoint.config.patch_size)
+    there = (*guidance_of(first), *((A_GPU,) if device.type == "cuda" else ()))
+    print_notes([*args.outputs.notes, *without_effect(args, there), *first.notes()])
+
+    with notes_from_warnings(), progress() as bar:
+        task = bar.plan(Search.parts(requests, recipe), what="video")
+        search = Search(requests, recipe, task)
+        task.phase(LOADING)
+        pipeline = load_models(args, opened, device, work_of(first))
+        pipeline.on_phase = task.phase
+        found = search.run(pipeline, [lora.path.name for lora in opened.loras])
+        output = args.outputs.settled(output)
+        write_calibration(output, found)
+    print(text(found))
+    count = "one prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
+    print(f"{output}: budget {recipe.budget:g}, {count}, in {duration(time.monotonic() - started)}")
+    return 0
+
+
+def _request(args: argparse.Namespace, prompt: str) -> GenerateRequest:
+    """The request of one video, with everything exact."""
+    exact = {row.name: None if row.filled else row.default for row in of_command("generate")}
+    request = request_of(argparse.Namespace(**(exact | vars(args))), prompt)
+    usual = DISTILLED_STEPS if request.schedule == "distilled" else STEPS
+    return request if request.steps is not None else replace(request, steps=usual)
