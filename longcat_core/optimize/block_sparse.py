@@ -30,10 +30,10 @@ from .kernels import block_sparse as kernels
 from .requirement import Inputs, trial
 
 Shape = tuple[int, int, int]
-Kernel = Literal["auto", "triton", "fa4", "plain"]
-KERNELS = ("auto", "triton", "fa4", "plain")
-# What `auto` tries, fastest first.
-_AUTO = ("fa4", "triton")
+Kernel = Literal["auto", "triton", "fa4", "cudnn-fp8", "plain"]
+KERNELS = ("auto", "triton", "fa4", "cudnn-fp8", "plain")
+# What `auto` tries, fastest first; the first only where 8 bits are allowed.
+_AUTO = ("cudnn-fp8", "fa4", "triton")
 # Memory of the keys and values that the plain version gathers at a time, and of the scores that it sorts.
 _GATHERED_BYTES, _SORTED_BYTES = 1 << 27, 1 << 28
 
@@ -53,7 +53,8 @@ class BlockSparse:
         The same of a query chunk, multiples of `chunk`; None: as `chunk`. All tokens of a query chunk attend to the
         same keys; query chunks of 128 tokens run faster than those of 64.
     kernel
-        `triton`, `fa4` (FlashAttention-4), `plain` (PyTorch), or `auto`: the first of these that runs.
+        `triton`, `fa4` (FlashAttention-4), `cudnn-fp8` (8 bits, lossy), `plain` (PyTorch), or `auto`: the fastest that
+        runs, `cudnn-fp8` only if the network's layers run in 8 bits as well.
     """
 
     sparsity: float | None = 0.9375
@@ -356,8 +357,8 @@ def attend_plain(
     return torch.stack(samples).permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
-# Chunks of a trial, and the relative error that is accepted.
-_TRIAL_CHUNKS, _TOLERANCE = 4, 0.02
+# Chunks of a trial, and the relative error that is accepted, which is 0.02 for all other kernels.
+_TRIAL_CHUNKS, _TOLERANCES = 4, {"cudnn-fp8": 0.1}
 
 
 @cache
@@ -378,17 +379,24 @@ def tried(kernel: str, device: torch.device, dtype: torch.dtype, dim: int, q_chu
         out = kernels.attend_chunks(q, k, v, indices, counts, sizes, q_chunk, False, kernel).float()
         return out, attend_plain(q.float(), k.float(), v.float(), indices, counts, sizes, q_chunk, False)
 
-    return trial(run, _TOLERANCE)
+    return trial(run, _TOLERANCES.get(kernel, 0.02))
 
 
-def choose_kernel(settings: BlockSparse, q: Tensor, q_chunk: int, k_chunk: int, padded: bool) -> str:
-    """`triton`, `fa4` or `plain` for such queries. Raises BackendUnavailable if a kernel chosen by name cannot run."""
+def choose_kernel(
+    settings: BlockSparse, q: Tensor, q_chunk: int, k_chunk: int, padded: bool, eight_bit: bool = False
+) -> str:
+    """The name of the kernel for such queries. eight_bit: `auto` may take one that computes in 8 bits.
+
+    Raises BackendUnavailable if a kernel chosen by name cannot run.
+    """
     if settings.kernel == "plain":
         return "plain"
     reason = ""
-    for name in _AUTO if settings.kernel == "auto" else (settings.kernel,):
+    for name in _AUTO[not eight_bit :] if settings.kernel == "auto" else (settings.kernel,):
         reason = kernels.NEEDS[name].why_not(Inputs.of(q)) or kernels.refuses(name, q_chunk, k_chunk, padded)
-        if name == "fa4" and not reason and not torch.compiler.is_compiling():
+        if name == "cudnn-fp8" and settings.cdf_threshold is not None:
+            reason = reason or "a cdf_threshold makes lists of different lengths, and it takes those of one length"
+        if name != "triton" and not reason and not torch.compiler.is_compiling():
             reason = tried(name, q.device, q.dtype, q.shape[-1], q_chunk, k_chunk)
         if not reason:
             return name
@@ -408,13 +416,15 @@ def attend_arranged(
     q_sizes: Tensor,
     q_chunk: int,
     padded: bool,
+    eight_bit: bool = False,
 ) -> Tensor:
     """Block-sparse attention of arranged tokens: q [B, Nq, heads, head_dim], k and v [B, Nk, ..] -> as q.
 
     sizes [nk] int32: real tokens of each key chunk; used: number of chunks with any; q_sizes: as sizes, of the parts
-    that query chunks consist of; q_chunk: slots of a query chunk; padded: whether any slot is padding.
+    that query chunks consist of; q_chunk: slots of a query chunk; padded: whether any slot is padding; eight_bit: see
+    `choose_kernel`.
     """
-    kernel = choose_kernel(settings, q, q_chunk, k.shape[1] // len(sizes), padded)
+    kernel = choose_kernel(settings, q, q_chunk, k.shape[1] // len(sizes), padded, eight_bit)
     fused = kernel != "plain"
     pool = kernels.pool_chunks if fused else pool_chunks
     # The choice of chunks has no gradient.
@@ -431,8 +441,10 @@ def attend_arranged(
     return attend_plain(q, k, v, indices, counts, sizes, q_chunk, padded)
 
 
-def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Attend:
+def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse, eight_bit: bool = False) -> Attend:
     """Block-sparse attention under the signature of an attention backend, for tokens arranged by `layout`.
+
+    eight_bit: see `choose_kernel`.
 
     The number of tokens of q and k [B, N, heads, head_dim] says which ones they are: if there are as many keys as the
     conditioning frames have slots, both belong to these frames; otherwise keys are all slots and queries the last ones.
@@ -454,18 +466,20 @@ def block_sparse_attend(layout: ChunkLayout, settings: BlockSparse) -> Attend:
             q_sizes=sizes[len(sizes) - n_q // layout.k_chunk :],
             q_chunk=layout.q_chunk,
             padded=layout.padded,
+            eight_bit=eight_bit,
         )
 
     return attend
 
 
-def with_block_sparse(chosen: Kernels, layout: ChunkLayout, settings: BlockSparse) -> Kernels:
+def with_block_sparse(chosen: Kernels, layout: ChunkLayout, settings: BlockSparse, eight_bit: bool = False) -> Kernels:
     """The kernels of a forward pass with block-sparse self-attention; attention to the text does not change.
 
-    layout: of all keys, including those of cached conditioning frames.
+    layout: of all keys, including those of cached conditioning frames. eight_bit: whether layers run in 8 bits, so that
+    attention may too.
     """
     text = chosen.text or chosen.attend
-    return chosen._replace(attend=block_sparse_attend(layout, settings), text=text, quantized=None)
+    return chosen._replace(attend=block_sparse_attend(layout, settings, eight_bit), text=text, quantized=None)
 
 
 def attend_grid(q: Tensor, k: Tensor, v: Tensor, grid: Shape, settings: BlockSparse) -> Tensor:

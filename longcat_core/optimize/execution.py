@@ -315,7 +315,8 @@ class Execution:
         # Noise frames will follow the frames of a cache that is being filled, so there is more than one frame.
         if self.block_sparse is not None and BlockSparse.applies(start + grid[0] + (fill is not None)):
             chunked = ChunkedLayout.of(grid, self.block_sparse, num_cond, start, x.device)
-            return chunked, with_block_sparse(kernels, chunked.keys, self.block_sparse), None
+            eight_bit = self.optimizations.fp8 and self.eight_bit
+            return chunked, with_block_sparse(kernels, chunked.keys, self.block_sparse, eight_bit), None
         settings = self.sparse if fill is None and self.block_sparse is None else None
         if settings is None or torch.compiler.is_compiling():
             return FrameLayout(), kernels, None

@@ -28,6 +28,8 @@ from longcat_core.optimize.block_sparse import (
     with_block_sparse,
 )
 from longcat_core.optimize.fused import TorchOps
+from longcat_core.optimize.kernels import block_sparse as kernels
+from longcat_core.optimize.requirement import Requirement
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CPU = torch.device("cpu")
@@ -341,10 +343,31 @@ def test_bad_shapes():
 
 def test_kernels_by_name():
     q, k, v = tokens((2, 4, 4))
-    for name in ("triton", "fa4"):
+    for name in ("triton", "fa4", "cudnn-fp8"):
         with pytest.raises(BackendUnavailable, match=f"{name}.*CUDA"):
             attend_grid(q, k, v, (2, 4, 4), BlockSparse(chunk=(2, 2, 2), kernel=name))
     auto, plain = (
         attend_grid(q, k, v, (2, 4, 4), BlockSparse(chunk=(2, 2, 2), kernel=name)) for name in ("auto", "plain")
     )
     assert torch.equal(auto, plain)
+
+
+def test_8_bits_only_where_layers_run_in_8_bits_and_the_kernel_serves(monkeypatch):
+    """`auto` in the order of speed; a threshold, a padded grid and other chunks go to exact kernels."""
+    anywhere = Requirement(None, head_dims=None, dtypes=None)
+    monkeypatch.setattr(kernels, "NEEDS", dict.fromkeys(kernels.NEEDS, anywhere))
+    monkeypatch.setattr(block_sparse, "tried", lambda *_: "")
+    q = torch.zeros(1, 64, 1, 128)
+    usual = BlockSparse()
+
+    def chosen(settings, *chunks, padded=False, eight_bit=True):
+        return block_sparse.choose_kernel(settings, q, *chunks, padded, eight_bit)
+
+    assert chosen(usual, 64, 64) == "cudnn-fp8"
+    assert chosen(usual, 64, 64, eight_bit=False) == "fa4"
+    assert chosen(usual, 64, 64, padded=True) == "triton"
+    assert chosen(usual, 128, 64) == "fa4"
+    assert chosen(BlockSparse(sparsity=None, cdf_threshold=0.5), 64, 64) == "fa4"
+    assert chosen(BlockSparse(kernel="cudnn-fp8"), 64, 64, eight_bit=False) == "cudnn-fp8"
+    with pytest.raises(BackendUnavailable, match="lists of different lengths"):
+        chosen(BlockSparse(cdf_threshold=0.5, kernel="cudnn-fp8"), 64, 64)

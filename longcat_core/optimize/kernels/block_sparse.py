@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..operators import operator
 from ..requirement import Requirement
+from . import sparse_fp8
 from .jit import jit, tl, triton
 
 if triton is not None:
@@ -79,11 +80,12 @@ NEEDS = {
         head_dims=(64, 128),
         backward=False,
     ),
+    "cudnn-fp8": sparse_fp8.NEEDS,
 }
 
 
 def refuses(kernel: str, q_chunk: int, k_chunk: int, padded: bool) -> str:
-    """Why `triton` or `fa4` does not take query and key chunks of these numbers of tokens, or "".
+    """Why a kernel does not take query and key chunks of these numbers of tokens, or "".
 
     padded: whether some slots are padding.
     """
@@ -92,6 +94,8 @@ def refuses(kernel: str, q_chunk: int, k_chunk: int, padded: bool) -> str:
         return "" if least >= 16 else f"chunks of {q_chunk} and {k_chunk} tokens are not multiples of 16"
     if padded:
         return "the chunks do not divide the grid, and it has no mask"
+    if kernel == "cudnn-fp8":
+        return "" if q_chunk == k_chunk == 64 else f"it takes chunks of 64 tokens, not {q_chunk} and {k_chunk}"
     if q_chunk % 64 or k_chunk % 16 or k_chunk > 128:
         return f"its query chunks are multiples of 64 tokens, its key chunks of 16 up to 128, not {q_chunk}, {k_chunk}"
     return ""
@@ -334,6 +338,16 @@ def _flash4_op(
     return _flash_attn_fwd(_matrix(q), _matrix(k), _matrix(v), block_sparse_tensors=lists)[0]
 
 
+@operator("attend_chunks_cudnn_fp8", lambda q, *_: q.new_empty(q.shape))
+def _cudnn_fp8_op(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
+) -> Tensor:
+    return sparse_fp8.attend_fp8(q, k, v, indices, indices.shape[-1])[0].transpose(1, 2).contiguous()
+
+
+_ATTEND = {"triton": _attend_op, "fa4": _flash4_op, "cudnn-fp8": _cudnn_fp8_op}
+
+
 def attend_chunks(
     q: Tensor,
     k: Tensor,
@@ -349,7 +363,7 @@ def attend_chunks(
 
     q [B, Nq, heads, head_dim], k and v [B, Nk, heads, head_dim] in 16 bits, chunk after chunk. indices [B, heads,
     Nq/q_chunk, w] int32 with counts [B, heads, Nq/q_chunk] int32 of at least 1. sizes [n] int32: real tokens of each
-    of the n key chunks, which come first in it; read only if `padded`. kernel: `triton` or `fa4`.
+    of the n key chunks, which come first in it; read only if `padded`. kernel: a name in NEEDS; `cudnn-fp8` computes in
+    8 bits and takes whole lists; it does not read counts.
     """
-    attend = _flash4_op if kernel == "fa4" else _attend_op
-    return attend(q, k, v, indices, counts, sizes, q_chunk, padded)
+    return _ATTEND[kernel](q, k, v, indices, counts, sizes, q_chunk, padded)

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..requirement import Requirement
-from . import block_sparse
+from . import block_sparse, sparse_fp8
 from .elementwise import whole_tokens
 from .sparse_choose import BLOCK, Chosen, on_device
+from .sparse_fp8 import CUDNN
 
 
 class Exact(NamedTuple):
@@ -34,18 +35,10 @@ class Exact(NamedTuple):
     shift: Tensor | None = None
 
 
-_CUDNN = "cudnn.block_sparse_attention"
 NEEDS = {
     "fa4": block_sparse.NEEDS["fa4"],
-    "cudnn": Requirement((9, 0), f"{_CUDNN}._interface", "bsa_attn_fwd", triton=True, head_dims=(128,), backward=False),
-    "cudnn-fp8": Requirement(
-        *((9, 0), f"{_CUDNN}._interface", "_bsa_attn_fwd_sm90_fp8_blk64"),
-        exactly=True,
-        triton=True,
-        dtypes=(torch.bfloat16,),
-        head_dims=(128,),
-        backward=False,
-    ),
+    "cudnn": Requirement((9, 0), f"{CUDNN}._interface", "bsa_attn_fwd", triton=True, head_dims=(128,), backward=False),
+    "cudnn-fp8": sparse_fp8.NEEDS,
     "triton": block_sparse.NEEDS["triton"],
 }
 # Of the kernels above, those that round queries, keys and values to 8 bits.
@@ -88,7 +81,7 @@ def _padded(x: Tensor, tokens: int) -> Tensor:
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, query_block: int) -> Exact:
     whole, same = k.shape[1] // BLOCK * BLOCK, len(set(chosen.per_head)) == 1
     q, k, v = (whole_tokens(x) for x in (_padded(q, BLOCK), k[:, :whole], v[:, :whole]))
-    found = import_module(f"{_CUDNN}.api").block_sparse_attention_forward(
+    found = import_module(f"{CUDNN}.api").block_sparse_attention_forward(
         *(q, k, v, chosen.indices, chosen.per_head[0]),
         q2k_block_nums=None if same else chosen.counts,
         sparse_block_size=BLOCK,
@@ -119,15 +112,9 @@ def _cudnn_fp8(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, query_block: int
 def _one_length(qkv: Sequence[Tensor], indices: Tensor, length: int) -> Exact:
     """8-bit attention of heads whose lists all have the same length."""
     q, k, v = qkv
-    quantize = import_module(f"{_CUDNN}._fp8_quant")._quantize_sage_bhsd
-    attend = import_module(f"{_CUDNN}._interface")._bsa_attn_fwd_sm90_fp8_blk64
     whole = k.shape[1] // BLOCK * BLOCK
-    # [B, heads, N, head_dim], as its kernels want them.
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (_padded(q, BLOCK), k[:, :whole], v[:, :whole]))
-    shift = k.mean(2, keepdim=True, dtype=torch.float32)
-    with torch.cuda.device(q.device):
-        out, sums = attend(*quantize(q, k, v, v_layout="bhds"), indices[..., :length].contiguous(), length)
-    return Exact(out.transpose(1, 2), sums, shift)
+    out, sums, mean = sparse_fp8.attend_fp8(q, k[:, :whole], v[:, :whole], indices, length)
+    return Exact(out.transpose(1, 2), sums, mean)
 
 
 ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, Chosen, int], Exact]] = {

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from longcat_core.optimize.kernels import block_sparse as kernels
 from longcat_core.optimize.kernels import cudnn_fp8 as fp8_attention
-from longcat_core.optimize.kernels import sparse_choose, sparse_tail, text_attention
+from longcat_core.optimize.kernels import sparse_choose, sparse_fp8, sparse_tail, text_attention
 
 
 def build(
@@ -118,6 +118,13 @@ def main() -> None:
     build(sparse_choose._sparse_mean, (9, 0), types, tail, TOKENS=128, PART=64, DIM=128)
     types = dict.fromkeys(("keep", "indices", "counts"), "*i32") | {"scores": "*i16", "mask": "*u8"}
     build(sparse_choose._sparse_choose, (9, 0), types, tail, WIDTH=1024)
+    parts = {"ROWS": sparse_fp8.ROWS, "DIM": 128}
+    types = {"k": half, "v": half, "sums": "*fp32", "largest": "*fp32"}
+    build(sparse_fp8._sparse_fp8_extents, (9, 0), types, tail, CHUNK=sparse_fp8.CHUNK, **parts)
+    types = {"x": half, "v": half, "mean": "*fp32", "out": "*fp8e4nv", "scales": "*fp32", "scale": "*fp32"}
+    for group in (1, sparse_fp8.GROUP):
+        build(sparse_fp8._sparse_fp8_rows, (9, 0), types, tail, CENTERED=group > 1, GROUP=group, **parts)
+    build(sparse_fp8._sparse_fp8_columns, (9, 0), types, tail, **parts)
     types = {"x": half, "sizes": "*i32", "out": half}
     build(kernels._pool, (9, 0), types, tiles, CHUNK=128, PART=64, DIM=128)
     build(kernels._top_k, (9, 0), {"scores": "*i16", "sizes": "*i32", "out": "*i32"}, tiles, PADDED=True, WIDTH=4096)

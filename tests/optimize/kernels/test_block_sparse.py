@@ -139,7 +139,7 @@ def test_tiles_fit_the_chunks_and_the_shared_memory(capability, q_chunk, k_chunk
 
 def test_reasons():
     half = Inputs(torch.device("cuda"), torch.float16, 64, False)
-    for needs in kernels.NEEDS.values():
+    for needs in (kernels.NEEDS[name] for name in ("triton", "fa4")):
         assert needs.refuses(half) == ""
         assert "bfloat16" in needs.refuses(half._replace(dtype=torch.float32))
         assert "head dims 64, 128, not 32" in needs.refuses(half._replace(head_dim=32))
@@ -149,6 +149,9 @@ def test_reasons():
     assert kernels.refuses("fa4", 64, 64, False) == kernels.refuses("fa4", 128, 128, False) == ""
     assert "mask" in kernels.refuses("fa4", 64, 64, True)
     assert "multiples of 64" in kernels.refuses("fa4", 32, 32, False)
+    assert "bfloat16, not float16" in kernels.NEEDS["cudnn-fp8"].refuses(half)
+    assert kernels.refuses("cudnn-fp8", 64, 64, False) == "" and "mask" in kernels.refuses("cudnn-fp8", 64, 64, True)
+    assert "not 128 and 64" in kernels.refuses("cudnn-fp8", 128, 64, False)
     if DEVICE.type == "cpu":
         assert kernels.NEEDS["triton"].missing() == "no CUDA device" and kernels.NEEDS["fa4"].missing()
 
@@ -197,7 +200,7 @@ def test_they_compile_without_a_gpu(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 27 and all(row["bytes"] for row in rows)
+    assert len(rows) == 31 and all(row["bytes"] for row in rows)
     for row in rows:
         hopper = row["capability"] == [9, 0]
         assert row["shared"] <= (227 << 10 if hopper else kernels.CONSUMER_SHARED_BYTES)
