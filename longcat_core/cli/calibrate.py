@@ -12,7 +12,7 @@ from ..generate.calibration import check_calibration_place, write_calibration
 from ..generate.options import A_GPU, of_command
 from ..generate.progress import LOADING, duration
 from ..generate.request import GenerateRequest, work_of
-from ..measure.calibrate import Recipe, Search, check_calibration, default_prompts, text
+from ..measure.calibrate import PipelineSubject, Recipe, Search, Videos, check_calibration, default_prompts, text
 from ..optimize.attention import is_exact
 from .console import notes_from_warnings, progress
 from .generate import guidance_of, print_notes, prompts_of, request_of
@@ -34,22 +34,22 @@ def calibrate(args: argparse.Namespace) -> int:
         raise LongCatError("an image or a clip needs a prompt of its own; give --prompt")
     prompts = prompts or default_prompts(paths.is_nano, args.seed)
     requests = [_request(args, prompt).filled(paths.defaults) for prompt in prompts]
-    first = requests[0]
+    first, videos = requests[0], Videos.of(requests)
     output: Path = args.output or args.outputs.default(Path(OUTPUT))
     check_calibration_place(output)
     args.outputs.hold(output)
     device, opened = machine_of(args, paths)
-    check_calibration(first, recipe, opened.checkpoint.config.patch_size)
+    check_calibration(videos, recipe, opened.checkpoint.config.patch_size)
     there = (*guidance_of(first), *((A_GPU,) if device.type == "cuda" else ()))
     print_notes([*args.outputs.notes, *without_effect(args, there), *first.notes()])
 
     with notes_from_warnings(), progress() as bar:
-        task = bar.plan(Search.parts(requests, recipe), what="video")
-        search = Search(requests, recipe, task)
+        task = bar.plan(Search.parts(videos, recipe), what="video")
+        search = Search(videos, recipe, task)
         task.phase(LOADING)
         pipeline = load_models(args, opened, device, work_of(first))
         pipeline.on_phase = task.phase
-        found = search.run(pipeline, [lora.path.name for lora in opened.loras])
+        found = search.run(PipelineSubject(pipeline, requests), [lora.path.name for lora in opened.loras])
         output = args.outputs.settled(output)
         write_calibration(output, found)
     print(text(found))

@@ -15,10 +15,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,13 +29,13 @@ from ..generate.calibration import FORMAT, VERSION, Calibration, Point, Settings
 from ..generate.pipeline import Pipeline
 from ..generate.progress import Part, Progress, sampled
 from ..generate.request import FilledRequest
+from ..model.transformer import LongCatTransformer
 from ..nano.world import corpus
 from ..optimize.attention import Inputs
 from ..optimize.sparse.layout import sparse_order
 from ..optimize.sparse.passes import MIN_BLOCKS, blocks_of
 from ..optimize.sparse.settings import BLOCK, Sparse, kept
 from ..sampling.conditioning import latent_frames, latent_shape
-from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from .clock import synchronize
 from .fidelity import decibels, other_kernel, psnr
@@ -108,34 +108,6 @@ class Measured:
         return cls(ends, at, sparse[0], steps)
 
 
-def check_calibration(
-    request: FilledRequest, recipe: Recipe, patch: Sequence[int] = (1, 2, 2)
-) -> tuple[Measured, Recipe]:
-    """The steps to measure, and the recipe with a ladder that such videos can tell apart.
-
-    patch: of the network, in frames, rows and columns of latents. Raises LongCatError for values out of range and for
-    videos that are too short or small.
-    """
-    for name, value, least, most in (
-        ("budget", recipe.budget, 0.001, 1.0),
-        ("share of dense steps", recipe.dense_steps, 0.0, 1.0),
-    ):
-        if not least <= value <= most:
-            raise LongCatError(f"a {name} of {value:g} is out of range; give {least:g} to {most:g}")
-    measured = Measured.of(len(make_schedule(request.schedule, request.steps)), recipe)
-    _, frames, height, width = latent_shape(request.frames, request.height, request.width)
-    each = height // patch[1] * (width // patch[2])
-    given = latent_frames(request.cond_frames) if request.cond_frames else 0
-    _, others = blocks_of(frames * each, given * each)
-    if (tokens := (frames - given) * each) < MIN_BLOCKS * BLOCK:
-        raise LongCatError(
-            f"{request.frames} frames of {request.height}x{request.width} have {tokens:,} tokens to generate, too few "
-            f"for sparse attention, which needs {MIN_BLOCKS * BLOCK:,}; ask for a larger size or more frames"
-        )
-    counts = dict(zip(kept(recipe.ladder, others), recipe.ladder, strict=True))
-    return measured, replace(recipe, ladder=tuple(counts.values()))
-
-
 def default_prompts(nano: bool, seed: int = 0) -> list[str]:
     """Two prompts that a model of this kind understands. nano: the bundled model, which knows its own world alone."""
     return corpus(len(PROMPTS), random.Random(seed).randrange(1 << 30)) if nano else list(PROMPTS)
@@ -177,62 +149,161 @@ def expected_speed_up(densities: Densities, measured: Measured, attention: float
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Clock:
-    """Seconds of each step of a run, by its index."""
+@dataclass(frozen=True)
+class Videos:
+    """What is sampled: `count` videos of one size. prompts: for the file, as far as they are known; given: conditioning
+    frames."""
 
-    device: torch.device
-    seconds: dict[int, float] = field(default_factory=dict)
+    schedule: str
+    steps: int
+    guidance: float
+    frames: int
+    height: int
+    width: int
+    given: int
+    seed: int
+    count: int
+    prompts: tuple[str, ...] = ()
 
-    def start(self) -> None:
-        synchronize(self.device)
-        self.last = time.perf_counter()
+    @classmethod
+    def of(cls, requests: Sequence[FilledRequest]) -> Videos:
+        first, prompts = requests[0], tuple(request.prompt for request in requests)
+        size = first.frames, first.height, first.width, first.cond_frames
+        return cls(first.schedule, first.steps, first.guidance_scale, *size, first.seed, len(prompts), prompts)
 
-    def step(self, index: int) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[index], self.last = now - self.last, now
+    def settings(self, recipe: Recipe, lora: Sequence[str] = ()) -> Settings:
+        how = recipe.dense_steps, recipe.query_block, recipe.tail
+        what = self.schedule, self.steps, float(self.guidance), self.frames, self.height, self.width, self.given
+        return Settings(recipe.budget, *what, *how, self.seed, tuple(lora))
+
+
+def check_calibration(videos: Videos, recipe: Recipe, patch: Sequence[int] = (1, 2, 2)) -> tuple[Measured, Recipe]:
+    """The steps to measure, and the recipe with a ladder that such videos can tell apart.
+
+    patch: of the network, in frames, rows and columns of latents. Raises LongCatError for values out of range and for
+    videos that are too short or small.
+    """
+    for name, value, least, most in (
+        ("budget", recipe.budget, 0.001, 1.0),
+        ("share of dense steps", recipe.dense_steps, 0.0, 1.0),
+    ):
+        if not least <= value <= most:
+            raise LongCatError(f"a {name} of {value:g} is out of range; give {least:g} to {most:g}")
+    measured = Measured.of(len(make_schedule(videos.schedule, videos.steps)), recipe)
+    _, frames, height, width = latent_shape(videos.frames, videos.height, videos.width)
+    each = height // patch[1] * (width // patch[2])
+    given = latent_frames(videos.given) if videos.given else 0
+    _, others = blocks_of(frames * each, given * each)
+    if (tokens := (frames - given) * each) < MIN_BLOCKS * BLOCK:
+        raise LongCatError(
+            f"{videos.frames} frames of {videos.height}x{videos.width} have {tokens:,} tokens to generate, too few "
+            f"for sparse attention, which needs {MIN_BLOCKS * BLOCK:,}; ask for a larger size or more frames"
+        )
+    counts = dict(zip(kept(recipe.ladder, others), recipe.ladder, strict=True))
+    return measured, replace(recipe, ladder=tuple(counts.values()))
+
+
+# Called after each step: (its index, how many there are).
+Stepped = Callable[[int, int], None]
+
+
+class Subject(Protocol):
+    """A model that is calibrated, in `longcat` or in ComfyUI."""
+
+    @property
+    def network(self) -> LongCatTransformer: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def probed(self, probe: Probe) -> AbstractContextManager[None]:
+        """Passes go through a probe inside the `with` block, and are not sparse."""
+
+    def video(self, number: int, stepped: Stepped) -> np.ndarray:
+        """Sample a video; its frames uint8 [F, H, W, 3], or none where no video is checked."""
+
+    def sparse(self, settings: Sparse) -> AbstractContextManager[None]:
+        """Attention is sparse inside the `with` block."""
+
+    def rounded_otherwise(self) -> AbstractContextManager[str]:
+        """Inside the `with` block the network is exact and rounds differently; gives what was changed, or "" if nothing
+        could be."""
+
+
+class PipelineSubject:
+    """A loaded pipeline, which samples a request for each video."""
+
+    def __init__(self, pipeline: Pipeline, requests: Sequence[FilledRequest]) -> None:
+        self.pipeline, self.requests, self.network = pipeline, requests, pipeline.model
+        self.device = self.network.device
+
+    @contextmanager
+    def probed(self, probe: Probe) -> Iterator[None]:
+        with self._set(None), probing(self.network, probe):
+            yield
+
+    def video(self, number: int, stepped: Stepped) -> np.ndarray:
+        return self.pipeline.generate(self.requests[number], lambda step: stepped(step.index, step.total)).frames
+
+    def sparse(self, settings: Sparse) -> AbstractContextManager[None]:
+        return self._set(settings)
+
+    @contextmanager
+    def _set(self, settings: Sparse | None) -> Iterator[None]:
+        before, self.network.sparse = self.network.sparse, settings
+        try:
+            yield
+        finally:
+            self.network.sparse = before
+
+    @contextmanager
+    def rounded_otherwise(self) -> Iterator[str]:
+        network = self.network
+        before = network.requested
+        inputs = Inputs(self.device, network.compute_dtype, network.config.head_dim, False)
+        try:
+            changed = replace(before, attention=other_kernel(before.attention, inputs))
+            said = f"attention {changed.attention}"
+        except LongCatError:
+            # The two halves of guidance by themselves are smaller products.
+            split = before.split_guidance or self.requests[0].guidance_scale == 1
+            changed, said = (before, "") if split else (replace(before, split_guidance=True), "split guidance")
+        network.set_optimizations(changed)
+        try:
+            with self._set(None):
+                yield said
+        finally:
+            network.set_optimizations(before)
 
 
 class Search:
-    """One calibration. progress: shows the stages; call `plan` before models are loaded, then `run`."""
+    """One calibration. progress: shows the stages, and has the parts of `parts`."""
 
-    def __init__(self, requests: Sequence[FilledRequest], recipe: Recipe, progress: Progress) -> None:
-        """requests: one for each prompt, of one size; the first one's video is the one that is checked."""
-        self.requests, self.progress = requests, progress
-        self.measured, self.recipe = check_calibration(requests[0], recipe)
+    def __init__(self, videos: Videos, recipe: Recipe, progress: Progress) -> None:
+        self.videos, self.progress = videos, progress
+        self.measured, self.recipe = check_calibration(videos, recipe)
+        # Seconds of dense steps.
         self.dense: list[float] = []
 
     @staticmethod
-    def parts(requests: Sequence[FilledRequest], recipe: Recipe) -> list[Part]:
-        """What the bar shows: a video for each prompt, and two to check the result."""
-        first = requests[0]
-        kinds = [*(MEASURING for _ in requests), *((CHECKING, FLOOR) if recipe.video else ())]
-        return [sampled(first.schedule, first.steps, kind) for kind in kinds]
+    def parts(videos: Videos, recipe: Recipe) -> list[Part]:
+        """What the bar shows: the videos that are measured, and two to check the result."""
+        kinds = [MEASURING] * videos.count + [CHECKING, FLOOR] * recipe.video
+        return [sampled(videos.schedule, videos.steps, kind) for kind in kinds]
 
-    def run(self, pipeline: Pipeline, lora: Sequence[str] = ()) -> Calibration:
-        """Calibrate a loaded model. lora: names of the LoRAs that it has, for the file."""
-        network, recipe, first = pipeline.model, self.recipe, self.requests[0]
-        network.sparse = None
+    def run(self, subject: Subject, lora: Sequence[str] = ()) -> Calibration:
+        """Calibrate. lora: names of the LoRAs on the model, for the file."""
+        network, recipe = subject.network, self.recipe
         config = network.config
-        self.probe = Probe(
-            len(self.measured.ends),
-            config.depth,
-            config.num_heads,
-            recipe.query_block,
-            recipe.tail,
-            recipe.ladder,
-            recipe.samples,
-            first.seed,
-            token_order,
-        )
-        exact, *_ = [self._measure(pipeline, request, number) for number, request in enumerate(self.requests)]
+        how = recipe.query_block, recipe.tail, recipe.ladder, recipe.samples, self.videos.seed
+        self.probe = Probe(len(self.measured.ends), config.depth, config.num_heads, *how, token_order)
+        exact, *_ = [self._measure(subject, number) for number in range(self.videos.count)]
         densities = choose(self.probe.worst, recipe.ladder, recipe.budget)
         found = Calibration(
             FORMAT,
             VERSION,
             calibrated(network),
-            self._settings(lora),
+            self.videos.settings(recipe, lora),
             self.measured.ends,
             densities,
             tuple(self._curve()),
@@ -240,114 +311,73 @@ class Search:
             round(expected_speed_up(densities, self.measured, self._attention_share()), 3),
             None,
             datetime.now(UTC).date().isoformat(),
-            machine(network.device),
-            tuple(request.prompt for request in self.requests),
+            machine(subject.device),
+            self.videos.prompts,
         )
-        return replace(found, video=self._check(pipeline, found, exact)) if recipe.video else found
-
-    def _settings(self, lora: Sequence[str]) -> Settings:
-        first, recipe = self.requests[0], self.recipe
-        return Settings(
-            recipe.budget,
-            first.schedule,
-            first.steps,
-            float(first.guidance_scale),
-            first.frames,
-            first.height,
-            first.width,
-            first.cond_frames,
-            recipe.dense_steps,
-            recipe.query_block,
-            recipe.tail,
-            first.seed,
-            tuple(lora),
-        )
+        return replace(found, video=self._check(subject, found, exact)) if recipe.video else found
 
     # --- videos ------------------------------------------------------------------------------------------------------
 
     def _video(
-        self, pipeline: Pipeline, request: FilledRequest, label: str, before: Callable[[int], None] = lambda step: None
+        self, subject: Subject, number: int, label: str, before: Callable[[int], None] = lambda step: None
     ) -> tuple[np.ndarray, dict[int, float]]:
-        """Frames uint8 [F, H, W, 3], and seconds of each step. before: called before each step."""
-        clock = _Clock(pipeline.model.device)
+        """Frames uint8 [F, H, W, 3], and seconds of each step by its index. before: called before each step."""
+        device, seconds, started = subject.device, dict[int, float](), 0.0
         self.progress.label = label
 
-        def callback(step: Step) -> None:
-            clock.step(step.index)
-            self.progress.step(step.index + 1, step.total)
-            before(step.index + 1)
-            clock.start()
+        def stepped(index: int, total: int) -> None:
+            nonlocal started
+            synchronize(device)
+            seconds[index] = time.perf_counter() - started
+            self.progress.step(index + 1, total)
+            before(index + 1)
+            started = time.perf_counter()
 
         before(0)
-        clock.start()
-        frames = pipeline.generate(request, callback).frames
+        started = time.perf_counter()
+        frames = subject.video(number, stepped)
         self.progress.finish()
-        return frames, clock.seconds
+        return frames, seconds
 
-    def _measure(self, pipeline: Pipeline, request: FilledRequest, number: int) -> np.ndarray:
-        probe, several = self.probe, len(self.requests) > 1
+    def _measure(self, subject: Subject, number: int) -> np.ndarray:
+        count, probe = self.videos.count, self.probe
 
         def before(step: int) -> None:
             probe.range = self.measured.at.get(step)
 
-        label = f"{MEASURING} prompt {number + 1} of {len(self.requests)}" if several else MEASURING
-        with probing(pipeline.model, probe):
-            frames, seconds = self._video(pipeline, request, label, before)
+        label = MEASURING if count == 1 else f"{MEASURING} prompt {number + 1} of {count}"
+        with subject.probed(probe):
+            frames, seconds = self._video(subject, number, label, before)
         # A first step warms up, and measured ones take longer.
         self.dense += [s for step, s in seconds.items() if step and step not in self.measured.at]
         return frames
 
-    def _check(self, pipeline: Pipeline, found: Calibration, exact: np.ndarray) -> VideoCheck:
-        network, request = pipeline.model, self.requests[0]
-        given = request.cond_frames
-        with _sparse(network, found.sparse()):
-            frames, seconds = self._video(pipeline, request, CHECKING)
+    def _check(self, subject: Subject, found: Calibration, exact: np.ndarray) -> VideoCheck:
+        given, measured = self.videos.given, self.measured
+        with subject.sparse(found.sparse()):
+            frames, seconds = self._video(subject, 0, CHECKING)
         distance = video_psnr(frames, exact, given)
-        rest = [s for step, s in sorted(seconds.items()) if step >= self.measured.dense]
-        self.dense += [s for step, s in seconds.items() if 0 < step < self.measured.dense]
+        rest = [s for step, s in sorted(seconds.items()) if step >= measured.dense]
+        self.dense += [s for step, s in seconds.items() if 0 < step < measured.dense]
         # The first sparse step tries and compiles kernels.
         sparse_s = statistics.median(rest[1:] or rest)
         floor_psnr, floor = None, NO_FLOOR
-        with self._other(pipeline) as changed:
+        with subject.rounded_otherwise() as changed:
             if changed:
-                frames, seconds = self._video(pipeline, request, FLOOR)
+                frames, seconds = self._video(subject, 0, FLOOR)
                 floor_psnr, floor = video_psnr(frames, exact, given), changed
             else:
                 self.progress.drop(FLOOR)
-        if not self.dense:
-            self.dense = [s for step, s in seconds.items() if step] or list(seconds.values())
-        dense_s, steps = statistics.median(self.dense), self.measured.steps
-        faster = steps * dense_s / (self.measured.dense * dense_s + (steps - self.measured.dense) * sparse_s)
-        return VideoCheck(
-            _finite(distance), _finite(floor_psnr), floor, round(dense_s, 4), round(sparse_s, 4), round(faster, 3)
-        )
-
-    @contextmanager
-    def _other(self, pipeline: Pipeline) -> Iterator[str]:
-        """The network with another exact kernel, or with guidance in other batches, which round differently: yields
-        what was changed, or "" if this machine has neither."""
-        network = pipeline.model
-        before = network.requested
-        inputs = Inputs(network.device, network.compute_dtype, network.config.head_dim, False)
-        try:
-            changed = replace(before, attention=other_kernel(before.attention, inputs))
-            said = f"attention {changed.attention}"
-        except LongCatError:
-            split = before.split_guidance or self.requests[0].guidance_scale == 1
-            changed = before if split else replace(before, split_guidance=True)
-            said = "" if split else "split guidance"
-        network.set_optimizations(changed)
-        try:
-            yield said
-        finally:
-            network.set_optimizations(before)
+        dense_s = statistics.median(self.dense or seconds.values())
+        faster = measured.steps * dense_s / (measured.dense * dense_s + (measured.steps - measured.dense) * sparse_s)
+        psnrs = _finite(distance), _finite(floor_psnr)
+        return VideoCheck(*psnrs, floor, round(dense_s, 4), round(sparse_s, 4), round(faster, 3))
 
     # --- figures -----------------------------------------------------------------------------------------------------
 
     def _attention_share(self) -> float:
-        """Share of self-attention in a dense step, as far as steps were measured."""
-        steps = len(self.measured.at) * len(self.requests)
-        own = sum(self.probe.attention_s) / steps
+        """Share of self-attention in a dense step, as far as dense steps were timed; else a half."""
+        own = sum(self.probe.attention_s) / (len(self.measured.at) * self.videos.count)
         return min(1.0, own / statistics.median(self.dense)) if self.dense else 0.5
 
     def _curve(self) -> Iterator[Point]:
@@ -364,15 +394,6 @@ class Search:
     def _mass(self) -> tuple[float, ...]:
         nearest = min(range(len(self.recipe.ladder)), key=lambda i: abs(self.recipe.ladder[i] - MASS_AT))
         return tuple(round(mass, 4) for mass in self._masses()[:, nearest].tolist())
-
-
-@contextmanager
-def _sparse(network: Any, settings: Sparse) -> Iterator[None]:
-    network.sparse = settings
-    try:
-        yield
-    finally:
-        network.sparse = None
 
 
 def token_order(grid: tuple[int, int, int], device: torch.device) -> Tensor:

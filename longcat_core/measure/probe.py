@@ -21,7 +21,7 @@ from ..errors import LongCatError
 from ..model.kv_cache import KVCache
 from ..model.text import TextTokens
 from ..optimize.attention import Kernels
-from ..optimize.execution import Execution, OptimizedTransformer
+from ..optimize.execution import AroundBlock, Execution, OptimizedTransformer
 from ..optimize.operators import Attend
 from ..optimize.plan import free_bytes
 from ..optimize.sparse.plain import pool
@@ -195,10 +195,14 @@ class Probe:
         generator = torch.Generator().manual_seed(place % (1 << 31))
         return torch.randperm(whole, generator=generator)[: self.samples].sort().values
 
-    def around(self, i: int, run: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """`around_block` of a pass that is measured."""
-        self.layer, self.calls = i, 0
-        return run(tokens)
+    def around(self, outer: AroundBlock | None) -> AroundBlock:
+        """`around_block` of a pass that is measured. outer: what else goes around blocks."""
+
+        def around(i: int, run: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+            self.layer, self.calls = i, 0
+            return run(tokens) if outer is None else outer(i, run, tokens)
+
+        return around
 
 
 class Probed:
@@ -237,14 +241,14 @@ class Probed:
         rows, columns = x.shape[3] // ph, x.shape[4] // pw
         given = num_cond_latents + (0 if kv_cache is None else kv_cache.num_latents)
         order = probe.order((x.shape[2] - num_cond_latents, rows, columns), x.device)
-        laps, chosen = Laps(x.device), self.execution.choose_kernels(x.device)
+        laps = Laps(x.device)
+        chosen: Kernels = options.pop("kernels", None) or self.execution.choose_kernels(x.device)
         sink = math.ceil(given * rows * columns / BLOCK)
         attend = probe.measured(chosen.attend, 2 if num_cond_latents else 1, sink, order, laps)
-        kernels: Kernels = chosen._replace(attend=attend, quantized=None)
+        options["kernels"] = chosen._replace(attend=attend, quantized=None)
+        options["around_block"] = probe.around(options.pop("around_block", None))
         probe.number += 1
-        out = self.execution(
-            x, timestep, context, mask, **there, **options, kernels=kernels, around_block=probe.around
-        )  # fmt: skip
+        out = self.execution(x, timestep, context, mask, **there, **options)
         probe.attention_s.append(sum(laps.times_ms()[::2]) / 1000)
         probe.seen[probe.range] += 1
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 
 from longcat_core.errors import LongCatError
+from longcat_core.generate.calibration import Calibration
 from longcat_core.generate.progress import Progress
 from longcat_core.generate.request import NANO, FilledRequest, GenerateRequest
 from longcat_core.measure.calibrate import (
     DENSE_FROM,
     Measured,
+    PipelineSubject,
     Recipe,
     Search,
+    Videos,
     attention_cost,
     check_calibration,
     choose,
@@ -154,12 +158,12 @@ def test_steps_of_every_range_are_measured(
 )
 def test_what_cannot_be_calibrated_is_refused(changes: dict[str, object], recipe: Recipe, said: str) -> None:
     with pytest.raises(LongCatError, match=said):
-        check_calibration(request(**changes), recipe)
+        check_calibration(Videos.of([request(**changes)]), recipe)
 
 
 def test_a_ladder_has_one_density_for_each_number_of_blocks() -> None:
     """Of 17 blocks, densities below 0.09 all keep one; the file must not promise that a hundredth is enough."""
-    _, recipe = check_calibration(request(), Recipe())
+    _, recipe = check_calibration(Videos.of([request()]), Recipe())
     counts = [max(1, round(density * 17)) for density in recipe.ladder]
     assert len(set(counts)) == len(counts) and recipe.ladder[0] == 0.07
 
@@ -167,14 +171,16 @@ def test_a_ladder_has_one_density_for_each_number_of_blocks() -> None:
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def search(requests: Sequence[FilledRequest], recipe: Recipe = RECIPE) -> Search:
-    return Search(requests, recipe, Progress(Search.parts(requests, recipe)))
+def search(requests: Sequence[FilledRequest], recipe: Recipe = RECIPE, **options: Any) -> tuple[Search, Calibration]:
+    """A search that has run, and what it found. options: pipeline, lora."""
+    videos, pipeline = Videos.of(requests), options.pop("pipeline", None) or quick_pipeline()
+    made = Search(videos, recipe, Progress(Search.parts(videos, recipe)))
+    return made, made.run(PipelineSubject(pipeline, requests), **options)
 
 
 def test_a_search_is_deterministic_and_measures_what_it_says() -> None:
     both = [request(), request(prompt="a blue square")]
-    runs = [search(both) for _ in range(2)]
-    found = [run.run(quick_pipeline(), ["step.safetensors"]) for run in runs]
+    runs, found = zip(*(search(both, lora=["step.safetensors"]) for _ in range(2)), strict=True)
     assert found[0].densities == found[1].densities and found[0].curve == found[1].curve
     assert runs[0].probe.worst.equal(runs[1].probe.worst)
     # Two prompts, two steps in each range, and both halves of guidance in every pass.
@@ -184,26 +190,16 @@ def test_a_search_is_deterministic_and_measures_what_it_says() -> None:
     assert [point.density for point in found[0].curve] == list(runs[0].recipe.ladder)
     medians = [point.median for point in found[0].curve]
     assert medians == sorted(medians, reverse=True) and 0 < medians[-1] < medians[0] < 1
-    other = search([replace(both[0], seed=5)])
-    other.run(quick_pipeline())
+    other, _ = search([replace(both[0], seed=5)])
     assert not other.probe.worst.equal(runs[0].probe.worst)
 
 
-def test_measuring_leaves_the_video_as_it_is() -> None:
-    pipeline = quick_pipeline()
-    exact = pipeline.generate(request()).frames
-    run = search([request()])
-    frames = []
-    inner = run._video
-
-    def video(*args: object, **kwargs: object) -> tuple[np.ndarray, dict[int, float]]:
-        made = inner(*args, **kwargs)  # type: ignore[arg-type]
-        frames.append(made[0])
-        return made
-
-    run._video = video  # type: ignore[method-assign]
-    execution = pipeline.model.execution
-    run.run(pipeline)
+def test_measuring_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, frames = quick_pipeline(), []
+    exact, execution = pipeline.generate(request()).frames, pipeline.model.execution
+    video = PipelineSubject.video
+    monkeypatch.setattr(PipelineSubject, "video", lambda *args: frames.append(video(*args)) or frames[-1])
+    search([request()], pipeline=pipeline)
     assert np.array_equal(frames[0], exact)
     assert pipeline.model.execution is execution
 
@@ -215,21 +211,17 @@ def test_conditioning_frames_are_part_of_the_keys(given: int) -> None:
     one = request(given=clip, num_cond_frames=given, frames=73)
     errors = []
     for kv_cache in ("exact", "off"):
-        run = search([replace(one, kv_cache=kv_cache)])
-        run.run(quick_pipeline())
+        run, _ = search([replace(one, kv_cache=kv_cache)])
         errors.append(run.probe.worst)
     torch.testing.assert_close(*errors, rtol=1e-3, atol=1e-4)
-    alone = search([request()])
-    alone.run(quick_pipeline())
+    alone, _ = search([request()])
     assert (alone.probe.worst[..., 0] - errors[0][..., 0]).abs().max() > 1e-3
 
 
 def test_halves_of_guidance_may_run_one_after_the_other() -> None:
-    whole, split = search([request()]), search([request()])
-    whole.run(quick_pipeline())
     pipeline = quick_pipeline()
     pipeline.model.set_optimizations(replace(pipeline.model.optimizations, split_guidance=True))
-    split.run(pipeline)
+    (whole, _), (split, _) = search([request()]), search([request()], pipeline=pipeline)
     assert split.probe.seen == [2 * count for count in whole.probe.seen]
     # Other query blocks are measured, so the errors agree about as well as samples do.
     torch.testing.assert_close(split.probe.worst.mean(), whole.probe.worst.mean(), rtol=0.2, atol=0)
@@ -257,7 +249,7 @@ def test_prices_are_those_of_a_sparse_pass(cond: int) -> None:
     t[:, :cond] = 0
     inputs: list[Tensor] = []
     model.blocks[0].attn.proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    _, recipe = check_calibration(request(), Recipe())
+    _, recipe = check_calibration(Videos.of([request()]), Recipe())
     probe = Probe(1, depth, heads, BLOCK, True, recipe.ladder, 17, 0, token_order)
     probe.range = 0
     with torch.no_grad(), probing(model, probe):
@@ -275,8 +267,7 @@ def test_prices_are_those_of_a_sparse_pass(cond: int) -> None:
 
 def test_a_whole_run_checks_its_result() -> None:
     pipeline = quick_pipeline()
-    run = search([request(steps=6)], replace(RECIPE, video=True, budget=0.2))
-    found = run.run(pipeline)
+    run, found = search([request(steps=6)], replace(RECIPE, video=True, budget=0.2), pipeline=pipeline)
     assert found.video is not None and found.video.psnr is not None and 30 < found.video.psnr < 80
     assert found.video.floor == "attention sdpa-math" and found.video.sparse_s > 0
     assert run.progress.done == run.progress.total == 3 * (6 + 1)
