@@ -11,8 +11,8 @@ from ..files.records import read_record
 from ..measure.results import markdown, shown
 from .part import Results, Row, by_name, met_or_missed
 from .parts.paths import DISTILLED_STEPS
-from .parts.refine import ALONE, SPARSE
-from .variants import DISTILLED, EXACT
+from .parts.refine import ALONE, EIGHT_BIT, SPARSE
+from .variants import DISTILLED, EXACT, FP8
 
 ResultsByName = dict[str, Results]
 
@@ -29,14 +29,16 @@ NO_PROFILE = "no profile of this path"
 
 class Target(NamedTuple):
     """name: of a row; limit: in `unit`. kind: the row's step, first call, peak, or steps of a distilled video, which
-    must stay below the limit, or its speedup over the row `over`, which must reach it."""
+    must stay below the limit, or its speedup over the row `over`, which must reach it. mixed: all steps of a video that
+    must stay below the limit; `steps` says how many go as in the row `over`, and how many there are in all."""
 
     name: str
     what: str
-    kind: Literal["step", "ratio", "peak", "first", "whole"]
+    kind: Literal["step", "ratio", "peak", "first", "whole", "mixed"]
     limit: float
     unit: str
     over: str = ""
+    steps: tuple[int, int] = (0, 1)
 
     def value(self, rows: dict[str, Row]) -> float | None:
         """The value in `unit`, or None if it was not measured."""
@@ -45,6 +47,9 @@ class Target(NamedTuple):
             return None
         if self.kind == "ratio":
             return other["ms"] / row["ms"]
+        if self.kind == "mixed":
+            others, steps = self.steps
+            return (others * other["ms"] + (steps - others) * row["ms"]) / 1000
         if self.kind in ("peak", "first"):
             return row["peak_gib" if self.kind == "peak" else "first_s"]
         return (DISTILLED_STEPS if self.kind == "whole" else 1) * row["ms"] / 1000
@@ -90,7 +95,7 @@ class Targets:
             raise LongCatError(f"cannot read {path} as targets ({error}); restore or remove it") from error
 
     def of(self, kind: str) -> list[Target]:
-        """Targets of results of the kind `paths` or `refine`."""
+        """Targets of results of the kind `paths`, `refine` or `sparse`."""
         return [Target(**target) for target in self.content[kind]["targets"]]
 
     @property
@@ -150,7 +155,7 @@ class Targets:
     def floor(self, found: ResultsByName) -> str:
         """The section on missed targets, from results by name; "" if all are met or the results are of another run."""
         lines = []
-        for results in (found[kind] for kind in ("paths", "refine") if kind in found):
+        for results in (found[kind] for kind in ("paths", "refine", "sparse") if kind in found):
             for target, value in self.missed(results):
                 cells = self._cells(target, value, results, found)
                 lines.append((f"{target.name}: {target.what}", target.bound, _in_unit(value, target.unit), *cells))
@@ -167,6 +172,8 @@ class Targets:
         if target.kind == "first":
             rest = value - row["ms"] / 1000
             return None, None, None, f"{shown(rest)} s ({rest / value:.0%})", _in_unit(row["ms"] / 1000, "s")
+        if target.kind == "mixed":
+            return None, None, NO_PROFILE, None, None
         seconds = (DISTILLED_STEPS if target.kind == "whole" else 1) / 1000
         share = self.share(target.name, results, found).times(seconds)
         floor = share.floor
@@ -177,12 +184,17 @@ class Targets:
         return _in_unit(share.alone, "s"), _in_unit(share.within, "s"), projections, rest, _in_unit(floor, target.unit)
 
     def share(self, name: str, results: Results, found: ResultsByName) -> TimeShare:
-        """Of one evaluation of the row `name` in results of `paths` or of `refine`."""
+        """Of one evaluation of the row `name` in results of `paths`, `refine` or `sparse`."""
         rows, inputs = by_name(results), results["inputs"]
         path, blocks = name.removesuffix(DISTILLED), inputs["blocks"]
         if results["kind"] == "refine":
-            row = rows.get(ALONE[SPARSE], {})
-            alone = blocks * row["ms"] if row.get("status") == "ok" else None
+            measured = [rows.get(ALONE[kind], {}) for kind in ((EIGHT_BIT, SPARSE) if FP8 in name else (SPARSE,))]
+            alone = next((blocks * row["ms"] for row in measured if row.get("status") == "ok"), None)
+        elif results["kind"] == "sparse":
+            # The fastest exact kernel at the density of the steps.
+            density = inputs["sparse"]["density"]
+            found_ms = [r["ms"] for r in rows.values() if r.get("density") == density and r.get("exact") and "ms" in r]
+            alone = blocks * min(found_ms) if found_ms else None
         else:
             alone = _attention_alone(found.get("backends"), rows[name], results)
         families, floor = _profiled_families(found, path, results), None

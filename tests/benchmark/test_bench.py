@@ -95,6 +95,8 @@ def test_every_part_leaves_a_file_that_says_where_it_comes_from(everything, kind
     assert {"cpu", "torch", "python", "packages", "device"} <= content["machine"].keys()
     # Room for given frames, and what refining makes of a video.
     sizes = {"recompiles": (32, 48, 13), "continuation": (32, 48, 17), "refine": (64, 96, 29)}
+    # Room for key blocks to be left out.
+    sizes["sparse"] = (32, 48, 725)
     size = workload.Size(*sizes.get(kind, (32, 48, 5)))
     assert content["inputs"]["size"] == str(size) and content["inputs"]["blocks"] == 1
     assert content["inputs"]["tokens"] == size.tokens(ModelConfig())
@@ -196,9 +198,22 @@ def test_a_kv_cache_does_not_change_the_output(everything):
         assert 1e-4 < official["difference"] < 1
 
 
+def test_sparse_attention_beside_dense(everything):
+    rows = rows_of(everything, "sparse")
+    for density in ("0.15", "0.3", "0.0625"):
+        row = rows[f"attention alone, {density}, plain"]
+        assert row["status"] == "ok" and row["error"] < 1e-5 and row["ratio"] > 0
+    for step in ("exact", "exact, distilled", "fp8", "fp8, distilled"):
+        dense, row = rows[f"dense, {step}"], rows[f"sparse, {step}"]
+        assert row["status"] == "ok" and row["ratio"] == pytest.approx(dense["ms"] / row["ms"])
+        # The video is long enough, so none was dense all the same.
+        assert row["notes"] == [] and row["batch"] == dense["batch"] == (1 if "distilled" in step else 2)
+    assert "nvidia-cudnn-frontend" in rows["sparse, fp8, 8-bit attention"]["reason"]
+
+
 def test_refining_ends_in_fp8(everything):
     names = [row["name"] for row in results.read(everything / "refine.json")["rows"]]
-    alone = [refine.ALONE["dense"], refine.ALONE["block-sparse"]]
+    alone = list(refine.ALONE.values())
     exact = [refine.SPARSE_EXACT, refine.DENSE_EXACT]
     assert names == [*alone, *exact, "quantizing the weights", refine.SPARSE_FP8, refine.DENSE_FP8]
     rows = rows_of(everything, "refine")

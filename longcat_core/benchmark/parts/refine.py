@@ -20,7 +20,8 @@ from .backends import random_qkv
 DENSE, SPARSE = "dense", "block-sparse"
 DENSE_EXACT, SPARSE_EXACT = f"{DENSE}, {EXACT}", f"{SPARSE}, {EXACT}"
 DENSE_FP8, SPARSE_FP8 = f"{DENSE}, {FP8}", f"{SPARSE}, {FP8}"
-ALONE = {DENSE: f"attention alone, {DENSE}", SPARSE: f"attention alone, {SPARSE}"}
+EIGHT_BIT = f"{SPARSE}, 8 bits"
+ALONE = {name: f"attention alone, {name}" for name in (DENSE, SPARSE, EIGHT_BIT)}
 
 
 def sized(bench: Bench) -> Bench:
@@ -34,11 +35,11 @@ def _layout(bench: Bench, settings: BlockSparse) -> ChunkLayout:
     return chunk_layout((frames, height // ph, width // pw), settings.chunk, settings.query_chunk, 0, bench.device)
 
 
-def _sparse_name(bench: Bench, settings: BlockSparse) -> str:
-    """The kernel of block-sparse attention at the bench's size."""
+def _sparse_name(bench: Bench, settings: BlockSparse, eight_bit: bool) -> str:
+    """The kernel of block-sparse attention at the bench's size. eight_bit: layers run in 8 bits."""
     layout = _layout(bench, settings)
     one = torch.empty((1, 1, 1, bench.model.config.head_dim), dtype=bench.model.dtype, device=bench.device)
-    return f"{SPARSE}, {choose_kernel(settings, one, layout.q_chunk, layout.k_chunk, layout.padded)}"
+    return f"{SPARSE}, {choose_kernel(settings, one, layout.q_chunk, layout.k_chunk, layout.padded, eight_bit)}"
 
 
 def _evaluation(bench: Bench, name: str, path: str, settings: BlockSparse | None, phase: str, first: Row) -> Row:
@@ -46,7 +47,8 @@ def _evaluation(bench: Bench, name: str, path: str, settings: BlockSparse | None
     bench = bench if settings or bench.device.type != "cuda" else replace(bench, repeats=0)
 
     def finish(row: Row) -> Row:
-        return compare_with(first)(row | ({"attention": _sparse_name(bench, settings)} if settings else {}))
+        name = {} if settings is None else {"attention": _sparse_name(bench, settings, path == FP8)}
+        return compare_with(first)(row | name)
 
     with workload.attending(bench.model, settings):
         return bench.network(name, bench.path(path), finish=finish, phase=phase)
@@ -67,13 +69,15 @@ def _alone(bench: Bench, settings: BlockSparse) -> None:
             attend = bench.model.choose_kernels(bench.device).attend
         return timed(attend, (q, k, v), kernel_name(attend))
 
-    def sparse() -> Row:
+    def sparse(settings: BlockSparse) -> Row:
+        name = _sparse_name(bench, settings, False)
         arranged = tuple(map(layout.arrange, (q, k, v)))
-        row = timed(block_sparse_attend(layout, settings), arranged, _sparse_name(bench, settings))
-        return compare_with(first)(row)
+        return compare_with(first)(timed(block_sparse_attend(layout, settings), arranged, name))
 
     first = bench.add({"name": ALONE[DENSE], "phase": "attention"}, dense)
-    bench.add({"name": ALONE[SPARSE], "phase": "attention"}, sparse)
+    bench.add({"name": ALONE[SPARSE], "phase": "attention"}, sparse, settings)
+    if bench.fp8:
+        bench.add({"name": ALONE[EIGHT_BIT], "phase": "attention"}, sparse, replace(settings, kernel="cudnn-fp8"))
 
 
 def run(bench: Bench) -> None:
