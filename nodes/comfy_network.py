@@ -33,12 +33,14 @@ from . import comfy_fp8
 from .comfy_attention import ComfyAttention, add_preferences, preferences, with_comfyui_attention
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
 from .comfy_fp8 import is_replaced
-from .comfy_prefetch import prefetching
+from .comfy_prefetch import Prefetch, prefetching
 from .progress import begins
 
 # Keys of transformer_options that the pack's nodes set and the network reads.
 OPTIMIZATIONS_KEY = "longcat_optimizations"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
+# During a sampling run, what has a `ResidualCache` for each pass: LongCat Step Cache's.
+RESIDUALS_KEY = "longcat_residual_caches"
 # Number of executions that a network keeps, one for each set of switches on clones of its MODEL.
 EXECUTIONS = 16
 
@@ -248,7 +250,10 @@ class DiffusionModel(LongCatTransformer):
         texts = options.get(TEXT_CACHE_KEY)
         reuse = texts is not None and execution.optimizations.reuse_text and not torch.compiler.is_compiling()
         text = texts.get(execution, context) if reuse else read_text(execution, context)
-        around = self._around_block(x, timestep, context, options, always=by_comfyui)
+        prefetch = prefetching(self.blocks, x.device, x.dtype, options, self._fp32_layers())
+        around = self._around_block(x, timestep, context, options, prefetch, always=by_comfyui)
+        running = None if torch.compiler.is_compiling() else options.get(RESIDUALS_KEY)
+        residuals = None if running is None else running.of(x.device, options)
         timestep = timestep[:1] if shared else timestep
         cache, caches = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and caches is not None and not _patched(options):
@@ -264,7 +269,12 @@ class DiffusionModel(LongCatTransformer):
             kernels=kernels,
             around_block=around,
             compilers=compilers,
+            residuals=residuals,
         )
+        if residuals is not None:
+            running.count(residuals)
+            if prefetch is not None and residuals.ran < 1:
+                prefetch.leave()
         if not cache:
             if num_cond and caches is not None and not caches.exact:
                 out[:, :, :num_cond] = 0
@@ -275,7 +285,13 @@ class DiffusionModel(LongCatTransformer):
         return -torch.cat((clean.to(out).repeat(len(out) // len(clean), 1, 1, 1, 1), out), dim=2)
 
     def _around_block(
-        self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any], always: bool
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        options: dict[str, Any],
+        prefetch: Prefetch | None,
+        always: bool,
     ) -> AroundBlock | None:
         """What ComfyUI wants around each block: its patches, the weights of the next block, and the block's number.
 
@@ -284,7 +300,6 @@ class DiffusionModel(LongCatTransformer):
         replace = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         options["total_blocks"], options["block_type"] = len(self.blocks), "double"
-        prefetch = prefetching(self.blocks, x.device, x.dtype, options, self._fp32_layers())
         if not (replace or after or prefetch or always):
             return None
 

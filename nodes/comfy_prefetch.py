@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.ops
@@ -16,38 +16,53 @@ except ImportError:
     model_prefetch = None
 
 
+class Prefetch:
+    """What a block runs under, so that its weights are fetched together: `with prefetch(i)`.
+
+    Blocks come in order; a pass that begins with block 0 again starts over.
+    """
+
+    def __init__(self, start: Callable[[], list], blocks: Sequence[torch.nn.Module], device: torch.device,
+                 dtype: torch.dtype, fp32: Container[torch.nn.Module]) -> None:  # fmt: skip
+        """start: makes ComfyUI's queue of all blocks. dtype: of the activations. fp32: layers that take fp32 input."""
+        self.start, self.blocks, self.device, self.dtype, self.fp32 = start, blocks, device, dtype, fp32
+        self.fresh: list | None = start()
+        self.queue = self.fresh
+
+    @contextmanager
+    def __call__(self, i: int) -> Iterator[None]:
+        if i == 0:
+            self.queue, self.fresh = self.fresh or self.start(), None
+        block = self.blocks[i]
+        model_prefetch.prefetch_queue_pop(self.queue, self.device, block)
+        layers = (layer for layer in block.modules() if layer not in self.fp32)
+        patched = [layer for layer in layers if patch_once(layer, self.device, self.dtype)]
+        yield
+        for layer in patched:
+            layer._v_weight = layer._v_bias = None
+        if i == len(self.blocks) - 1:
+            self.leave()
+
+    def leave(self) -> None:
+        """No further block of this pass runs."""
+        self.queue[1:] = [None]
+        model_prefetch.prefetch_queue_pop(self.queue, self.device, None)
+
+
 def prefetching(
     blocks: Sequence[torch.nn.Module],
     device: torch.device,
     dtype: torch.dtype,
     options: dict[str, Any],
     fp32: Container[torch.nn.Module] = (),
-) -> Callable[[int], AbstractContextManager[None]] | None:
-    """What block i runs under, so that its weights are fetched together; None if ComfyUI does not fetch ahead.
-
-    dtype: of the activations. options: transformer_options. fp32: layers that take fp32 input. Blocks come in order; a
-    pass that begins with block 0 again starts over.
-    """
+) -> Prefetch | None:
+    """What blocks run under; None if ComfyUI does not fetch ahead. options: transformer_options."""
     if model_prefetch is None or not options.get("prefetch_dynamic_vbars"):
         return None
-    fresh = queue = model_prefetch.make_prefetch_queue(list(blocks), device, options)
-    if queue is None:
-        return None
-
-    @contextmanager
-    def block(i: int) -> Iterator[None]:
-        nonlocal fresh, queue
-        if i == 0:
-            queue, fresh = fresh or model_prefetch.make_prefetch_queue(list(blocks), device, options), None
-        model_prefetch.prefetch_queue_pop(queue, device, blocks[i])
-        patched = [layer for layer in blocks[i].modules() if layer not in fp32 and patch_once(layer, device, dtype)]
-        yield
-        for layer in patched:
-            layer._v_weight = layer._v_bias = None
-        if i == len(blocks) - 1:
-            model_prefetch.prefetch_queue_pop(queue, device, None)
-
-    return block
+    found = Prefetch(
+        lambda: model_prefetch.make_prefetch_queue(list(blocks), device, options), blocks, device, dtype, fp32
+    )
+    return None if found.queue is None else found
 
 
 def patch_once(layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:

@@ -63,6 +63,7 @@ _guidance = shared(
     shown="",
 )
 _kv_cache = shared("kv_cache", optional=True, advanced=True)
+_guidance_until = shared("guidance_until", optional=True, advanced=True)
 _width, _height = shared("width"), shared("height")
 _length = shared("frames", name="length", least=1 + FRAME_MULTIPLE)
 _batch_size = own("batch_size", "whole", "number of videos generated together, each from its own noise", 1, least=1,
@@ -214,6 +215,7 @@ NODES: dict[str, Node] = {
             _guidance,
             _mode,
             _kv_cache,
+            _guidance_until,
         ),
         (Socket("", "Latent", "for VAE Decode with the Wan 2.1 VAE"),),
     ),
@@ -231,7 +233,7 @@ NODES: dict[str, Node] = {
         "LongCat Guider",
         "Applies CFG-zero guidance as LongCat-Video's own pipeline does, for SamplerCustomAdvanced. The stock "
         "CFGZeroStar node computes something else; do not use it on the same model.",
-        (_model, _positive, _negative, _guidance, _kv_cache),
+        (_model, _positive, _negative, _guidance, _kv_cache, _guidance_until),
         (Socket("", "Guider", "for SamplerCustomAdvanced"),),
     ),
     "LongCatEmptyLatent": Node(
@@ -329,6 +331,7 @@ NODES: dict[str, Node] = {
                    "are taken", optional=True, advanced=True),
             _clip_rate("begin_fps", "begin_with", "as many per second as fps says"),
             _lossy_change,
+            _guidance_until,
         ),
         (
             Socket("images", "Image", "all frames; frames that two segments share appear once. Built only if "
@@ -394,6 +397,9 @@ NODES: dict[str, Node] = {
                 "relative to itself, before a step is computed again: 0.03 is conservative (12 nano videos: median "
                 "47 dB, farthest 21 dB), 0.05 is the middle (43 and 21 dB), 0.12 is aggressive (33 and 23 dB), 0 "
                 "computes every step"),
+            shared("step_cache_kind", name="kind", optional=True, advanced=True, help="what is skipped. steps: whole "
+                   "steps. blocks: all but the first sixth of the blocks, where those show that what the others add "
+                   "can be predicted; it has thresholds of its own and takes more memory"),
         ),
         (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
     ),

@@ -31,7 +31,7 @@ from .models import compute_dtype, options_of, patches_of, switches_of, wrappers
 from .previews import preview_callback
 from .progress import begins
 from .sampling import make_guider
-from .step_cache import THRESHOLD_KEY
+from .step_cache import KIND_KEY, THRESHOLD_KEY
 
 # Numbers of each tensor that a fingerprint hashes.
 SAMPLES = 64
@@ -74,7 +74,9 @@ class ComfyEngine(Engine):
                 "or LongCat Block-Sparse Attention to it"
             )
         texts = self._text(prompt), self._text(options.negative_prompt)
-        guider = make_guider(self.model, *texts, options.guidance_scale, options.kv_cache, self.node)
+        guider = make_guider(
+            self.model, *texts, options.guidance_scale, options.kv_cache, self.node, options.guidance_until
+        )
         samples = torch.zeros_like(noise) if options.clean is None else options.clean.to(noise)
         mask = None if options.cond_latents is None else put_clean(samples, options.cond_latents)
         show = preview_callback(self.model, len(schedule), mask)
@@ -125,6 +127,7 @@ class ComfyEngine(Engine):
             precision=str(compute_dtype(self.model)).removeprefix("torch."),
             switches=switches,
             step_cache=options.get(THRESHOLD_KEY) or 0.0,
+            step_cache_kind=options.get(KIND_KEY) or "steps",
             block_sparse=options.get(BLOCK_SPARSE_KEY),
         )
         # The fingerprint, of the weights' values, covers weights in 8 bits.

@@ -27,7 +27,7 @@ from .models import compute_dtype, options_of, preferences_of, require_comparabl
 from .previews import clean_frames
 from .progress import NodeProgress
 from .sampling import StepTimer, sample_latent, starting_latents
-from .step_cache import THRESHOLD_KEY
+from .step_cache import KIND_KEY, THRESHOLD_KEY
 
 NODE = "LongCat Fidelity"
 TIMED = "steps after the first"
@@ -47,6 +47,7 @@ def settings_of(model: ModelPatcher) -> dict[str, Any]:
     options = options_of(model)
     return asdict(switches_of(model)) | {
         "step cache": options.get(THRESHOLD_KEY, 0),
+        "kind of step cache": options.get(KIND_KEY, "steps") if options.get(THRESHOLD_KEY) else "steps",
         "block-sparse": getattr(options.get(BLOCK_SPARSE_KEY), "sparsity", 0),
         "dtype": str(compute_dtype(model)).removeprefix("torch."),
         "patched weights": len(model.patches),

@@ -23,7 +23,7 @@ from .declarations import CUSTOM, LONG_MODES
 from .engine import ComfyEngine
 from .folders import FolderNode, check_folder, output_folder, written_out
 from .images import to_image
-from .models import distilled_notes, require_longcat
+from .models import distilled_notes, require_longcat, until_notes
 from .progress import NodeProgress
 from .refine import refined_size
 from .video import Reel, ReelImages, ReelVideo, check_fits, end_of_clip, footage_of
@@ -108,7 +108,7 @@ class LongVideo(FolderNode):
     def execute(
         cls, model, clip, vae, prompts, negative_prompt, segments, width, height, length, overlap, seed, steps,
         guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=FPS,
-        begin_fps=FPS, lossy_change=LOSSY_CHANGES[0],
+        begin_fps=FPS, lossy_change=LOSSY_CHANGES[0], guidance_until=1.0,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, LONG)
         given = None
@@ -120,14 +120,14 @@ class LongVideo(FolderNode):
                 given = end_of_clip("begin_with", begin_with, begin_fps, fps, overlap)
         request = request_of(
             prompts, negative_prompt, segments, width, height, length, overlap, seed, steps, guidance, mode, fps,
-            hand_off, kv_cache, given,
+            hand_off, kv_cache, given, guidance_until,
         )  # fmt: skip
         check_fits(cls.hidden, 0, request.total_frames, height, width)
         folder = written_out(folder, cls.hidden, width, height)
         kept = long_video.segment_folder(output_folder(folder), lossy_change, say)
         engine = ComfyEngine(LONG, model, clip, vae, [*request.prompts, negative_prompt])
         request = replace(request, model=engine.settings(), lossy=engine.lossy())
-        notes, report = distilled_notes(model, mode, guidance), []
+        notes, report = [*distilled_notes(model, mode, guidance), *until_notes(guidance, guidance_until)], []
         for note in notes:
             logging.warning("LongCat: %s", note)
         with NodeProgress(segments_of(request), what="segment") as shown:
@@ -142,7 +142,7 @@ class LongVideo(FolderNode):
 def request_of(
     prompts: str, negative_prompt: str, segments: int, width: int, height: int, length: int, overlap: int, seed: int,
     steps: int, guidance: float, mode: str, fps: float, hand_off: str = "frames", kv_cache: str = "exact",
-    given: np.ndarray | None = None,
+    given: np.ndarray | None = None, guidance_until: float = 1.0,
 ) -> long_video.LongVideoRequest:  # fmt: skip
     """The filled request of LongCat Long Video. Raises LongCatError for values that do not fit."""
     spread = long_video.spread_prompts(lines_of(prompts), segments or None)
@@ -150,7 +150,7 @@ def request_of(
     first = GenerateRequest(
         spread[0], negative_prompt=negative_prompt, height=height, width=width, frames=length, steps=steps,
         guidance_scale=guidance, seed=seed, schedule=schedule, num_cond_frames=overlap, kv_cache=kv_cache, fps=fps,
-        given=given,
+        given=given, guidance_until=guidance_until,
     )  # fmt: skip
     return long_video.LongVideoRequest(first, spread, overlap, later_schedule, hand_off).filled(RELEASED)
 

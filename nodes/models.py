@@ -47,6 +47,11 @@ def distilled_notes(model: ModelPatcher, mode: str, guidance: float) -> list[str
     return notes
 
 
+def until_notes(guidance: float, guidance_until: float) -> list[str]:
+    """What speaks against leaving guidance out like this, in sentences."""
+    return ["guidance_until has no effect at guidance 1"] if guidance == 1 and guidance_until < 1 else []
+
+
 def options_of(model: ModelPatcher) -> dict[str, Any]:
     """The MODEL's transformer_options."""
     return model.model_options.get("transformer_options", {})

@@ -24,31 +24,46 @@ from ..longcat_core.generate.request import MAX_GUIDANCE, check_number
 from ..longcat_core.measure.clock import reset_peak, synchronize
 from ..longcat_core.model.kv_cache import KVMode, check_mode
 from ..longcat_core.optimize.switches import Optimizations
+from ..longcat_core.sampling.guidance import guided_steps
 from ..longcat_core.sampling.schedules import make_schedule
 from ..longcat_core.sampling.step import guide
 from .checks import check_ranges, check_steps
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
 from .comfy_network import OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
-from .models import distilled_notes, require_longcat
+from .models import distilled_notes, require_longcat, until_notes
 from .previews import clean_frames, preview_callback
 from .progress import NodeProgress, begins
+from .step_cache import step_at
 
 
 class Guider(comfy.samplers.CFGGuider):
     """CFG-zero guidance (arXiv 2503.18886), with caches of texts and conditioning frames that last for one run."""
 
-    def __init__(self, model: ModelPatcher, kv_cache: KVMode = "exact") -> None:
+    def __init__(self, model: ModelPatcher, kv_cache: KVMode = "exact", guidance_until: float = 1.0) -> None:
         super().__init__(model)
-        self.kv_cache = kv_cache
+        self.kv_cache, self.guidance_until = kv_cache, guidance_until
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
         # ComfyUI passes x - x0, which is sigma * velocity, and expects the same; guidance commutes with the factor.
         options = dict(model_options or {})
         switches = options.get("transformer_options", {}).get(OPTIMIZATIONS_KEY, Optimizations())
+        scale = self.cfg
+        if self._past_guidance(timestep, options):
+            self.cfg = 1.0
         if self.cfg != 1:
             options["sampler_cfg_function"] = lambda a: guide(switches, a["cond"], a["uncond"], a["cond_scale"])
-        return super().predict_noise(x, timestep, options, seed)
+        try:
+            return super().predict_noise(x, timestep, options, seed)
+        finally:
+            self.cfg = scale
+
+    def _past_guidance(self, timestep: Tensor, options: dict[str, Any]) -> bool:
+        """Whether this step runs without guidance, by the share of the steps that have it."""
+        sigmas = options.get("transformer_options", {}).get("sample_sigmas")
+        if self.guidance_until >= 1 or sigmas is None:
+            return False
+        return step_at(sigmas, timestep) >= guided_steps(self.guidance_until, len(sigmas) - 1)
 
     def inner_sample(self, *args: Any, **kwargs: Any) -> Tensor:
         # ComfyUI has put the weights where they belong.
@@ -71,12 +86,15 @@ class Guider(comfy.samplers.CFGGuider):
             self.model_options = shared
 
 
-def make_guider(model: Any, positive: Any, negative: Any, guidance: float, kv_cache: KVMode, node: str) -> Guider:
+def make_guider(
+    model: Any, positive: Any, negative: Any, guidance: float, kv_cache: KVMode, node: str, guidance_until: float = 1.0
+) -> Guider:
     """A Guider with these prompts. Raises LongCatError for another model or values out of range."""
     require_longcat(model, node)
     check_mode(kv_cache)
     check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
-    guider = Guider(model, kv_cache)
+    check_number("guidance until", guidance_until, 0.0, 1.0)
+    guider = Guider(model, kv_cache, guidance_until)
     guider.set_conds(positive, negative)
     guider.set_cfg(guidance)
     return guider
@@ -125,6 +143,7 @@ def sample_latent(
     guidance: float,
     mode: str,
     kv_cache: KVMode = "exact",
+    guidance_until: float = 1.0,
     *,
     timer: StepTimer | None = None,
     callback: Callable | None = None,
@@ -135,7 +154,7 @@ def sample_latent(
     timer: records the times of the steps. callback: replaces progress and previews. first_steps: how many steps of the
     schedule to run; None: all.
     """
-    guider = make_guider(model, positive, negative, guidance, kv_cache, node)
+    guider = make_guider(model, positive, negative, guidance, kv_cache, node, guidance_until)
     sigmas = make_schedule(mode, steps).sigmas
     if first_steps is not None:
         sigmas = sigmas[: first_steps + 1]
@@ -175,14 +194,15 @@ class Sampler(LongCatNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache="exact"
+        cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache="exact", guidance_until=1.0
     ) -> io.NodeOutput:
-        for note in distilled_notes(model, mode, guidance):
+        for note in (*distilled_notes(model, mode, guidance), *until_notes(guidance, guidance_until)):
             logging.warning("LongCat: %s", note)
         with NodeProgress([sampled(mode, steps)], closing=False):
             samples = sample_latent(
-                "LongCat Sampler", model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache
-            )
+                "LongCat Sampler", model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache,
+                guidance_until,
+            )  # fmt: skip
         out = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio")}
         out["samples"] = samples
         return io.NodeOutput(out)
@@ -207,8 +227,12 @@ class GuiderNode(LongCatNode):
     ID = "LongCatGuider"
 
     @classmethod
-    def execute(cls, model, positive, negative, guidance, kv_cache="exact") -> io.NodeOutput:
-        return io.NodeOutput(make_guider(model, positive, negative, guidance, kv_cache, "LongCat Guider"))
+    def execute(cls, model, positive, negative, guidance, kv_cache="exact", guidance_until=1.0) -> io.NodeOutput:
+        for note in until_notes(guidance, guidance_until):
+            logging.warning("LongCat: %s", note)
+        return io.NodeOutput(
+            make_guider(model, positive, negative, guidance, kv_cache, "LongCat Guider", guidance_until)
+        )
 
 
 NODES = [Sampler, Scheduler, GuiderNode]

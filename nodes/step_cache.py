@@ -11,15 +11,23 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..longcat_core.optimize.residual_cache import ResidualCache
 from ..longcat_core.sampling.flow import estimate_clean, output_of
-from ..longcat_core.sampling.step_cache import StepCache
+from ..longcat_core.sampling.step_cache import StepCache, StepCacheKind, check_kind
+from .comfy_network import RESIDUALS_KEY
 from .inputs import LongCatNode
 from .models import require_longcat, with_option, without_option
 from .previews import clean_frames
 
 NAME = "LongCat Step Cache"
-# Keys of transformer_options: the threshold and, during a sampling run, its caches.
-THRESHOLD_KEY, CACHE_KEY = "longcat_step_cache", "longcat_step_cache_running"
+# Keys of transformer_options: threshold and kind and, during a sampling run, the caches of whole steps.
+THRESHOLD_KEY, KIND_KEY, CACHE_KEY = "longcat_step_cache", "longcat_step_cache_kind", "longcat_step_cache_running"
+
+
+def step_at(sigmas: Tensor, timestep: Tensor) -> int:
+    """Which step of a run at `sigmas` evaluates the model at `timestep`, counted from 0."""
+    # Samplers call with rounded sigmas.
+    return int((sigmas > float(timestep.max()) * (1 + 1e-6)).sum())
 
 
 class _Caches:
@@ -36,10 +44,8 @@ class _Caches:
         """Estimates of the clean latents, one for each of `conds` and zeros for a missing one, from the cache or
         computed."""
         key = tuple(cond and tuple(str(part.get("uuid")) for part in cond) for cond in conds)
-        cache = self.caches.setdefault(key, StepCache(self.threshold, len(self.sigmas) - 1, self.num_cond))
-        sigma = float(timestep.max())
-        # Samplers call with rounded sigmas.
-        step = int((self.sigmas > sigma * (1 + 1e-6)).sum())
+        cache = self.caches.get(key) or self._new(key)
+        sigma, step = float(timestep.max()), step_at(self.sigmas, timestep)
         present = [i for i, cond in enumerate(conds) if cond is not None]
         self.steps += 1
         out = cache.find(step, x, sigma)
@@ -53,6 +59,56 @@ class _Caches:
         clean = executor(model, conds, x, timestep, options)
         cache.keep(x, torch.cat([output_of(x, clean[i], sigma) for i in present]), sigma)
         return clean
+
+    def _new(self, key: tuple) -> StepCache:
+        """The cache of these conditionings: where guidance ends, what is known of the prompt's half goes on."""
+        guided = next((other for other in self.caches if key[1:] == (None,) and other[:1] == key[:1]), None)
+        if guided is None:
+            cache = StepCache(self.threshold, len(self.sigmas) - 1, self.num_cond)
+        else:
+            cache = self.caches.pop(guided)
+            cache.keep_half(0)
+        self.caches[key] = cache
+        return cache
+
+
+class _BlockCaches:
+    """The block caches of one run of any sampler, one for each batch of conditionings that the network gets."""
+
+    def __init__(self, threshold: float, sigmas: Tensor) -> None:
+        self.threshold, self.sigmas = threshold, sigmas
+        self.caches: dict[tuple, ResidualCache] = {}
+        self.steps, self.computed = 0, 0.0
+
+    def of(self, device: torch.device, options: dict[str, Any]) -> ResidualCache | None:
+        """The cache of the pass on `device` that these transformer_options describe; None if they do not say which
+        conditionings it has."""
+        uuids, timestep = options.get("uuids"), options.get("sigmas")
+        if not uuids or timestep is None:
+            return None
+        # Passes of one step that other nodes change (skip-layer guidance), and context windows, are runs of their own.
+        replaced = tuple(sorted(map(str, options.get("patches_replace", {}).get("dit", ()))))
+        window = tuple(getattr(options.get("context_window"), "index_list", ()))
+        there = device, replaced, window, id(options.get("optimized_attention_override"))
+        step = step_at(self.sigmas, timestep)
+        key = (*there, tuple(map(str, uuids)))
+        cache = self.caches.get(key)
+        if cache is None:
+            self._split(there, key[-1], step)
+            cache = self.caches.setdefault(key, ResidualCache(self.threshold, len(self.sigmas) - 1))
+        cache.begin(step, float(timestep.max()))
+        return cache
+
+    def _split(self, there: tuple, uuids: tuple[str, ...], step: int) -> None:
+        """Where a batch of two conditionings was one until now, give each its half."""
+        for key in [key for key in self.caches if key[:-1] == there and len(key[-1]) == 2]:
+            if len(uuids) == 1 and uuids[0] in key[-1] and self.caches[key].step != step:
+                for uuid, half in zip(key[-1], self.caches.pop(key).halves(), strict=True):
+                    self.caches[(*there, (uuid,))] = half
+
+    def count(self, cache: ResidualCache) -> None:
+        """Add what the last pass computed to what the log says."""
+        self.steps, self.computed = self.steps + 1, self.computed + cache.ran
 
 
 def _sample(
@@ -69,32 +125,43 @@ def _sample(
     shared = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(shared)
     options = guider.model_options["transformer_options"]
-    caches = options[CACHE_KEY] = _Caches(options[THRESHOLD_KEY], sigmas, denoise_mask)
+    caches: _Caches | _BlockCaches
+    if options.get(KIND_KEY) == "blocks":
+        caches = options[RESIDUALS_KEY] = _BlockCaches(options[THRESHOLD_KEY], sigmas)
+    else:
+        caches = options[CACHE_KEY] = _Caches(options[THRESHOLD_KEY], sigmas, denoise_mask)
     try:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     finally:
         guider.model_options = shared
         if caches.steps:
-            logging.info("%s: %d of %d steps computed", NAME, caches.computed, caches.steps)
+            logging.info("%s: %.4g of %d steps computed", NAME, caches.computed, caches.steps)
 
 
 def _predict(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict) -> list[Tensor]:
     return options["transformer_options"][CACHE_KEY].predict(executor, model, conds, x, timestep, options)
 
 
+_WRAPPERS = {
+    comfy.patcher_extension.WrappersMP.OUTER_SAMPLE: _sample,
+    comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: _predict,
+}
+
+
 class StepCacheNode(LongCatNode):
     ID = "LongCatStepCache"
 
     @classmethod
-    def execute(cls, model, threshold: float) -> io.NodeOutput:
+    def execute(cls, model, threshold: float, kind: StepCacheKind = "steps") -> io.NodeOutput:
         require_longcat(model, NAME)
+        check_kind(kind)
         # Segment folders store the threshold, and nothing where no cache is on.
         model = with_option(model, THRESHOLD_KEY, threshold) if threshold > 0 else without_option(model, THRESHOLD_KEY)
-        kinds = comfy.patcher_extension.WrappersMP
-        for kind, wrapper in ((kinds.OUTER_SAMPLE, _sample), (kinds.CALC_COND_BATCH, _predict)):
-            model.remove_wrappers_with_key(kind, THRESHOLD_KEY)
-            if threshold > 0:
-                model.add_wrapper_with_key(kind, THRESHOLD_KEY, wrapper)
+        model = with_option(model, KIND_KEY, kind)
+        for place, wrapper in _WRAPPERS.items():
+            model.remove_wrappers_with_key(place, THRESHOLD_KEY)
+            if threshold > 0 and (kind == "steps" or wrapper is _sample):
+                model.add_wrapper_with_key(place, THRESHOLD_KEY, wrapper)
         return io.NodeOutput(model)
 
 

@@ -222,7 +222,7 @@ def methods_of(kind: ast.ClassDef) -> dict[str, ast.FunctionDef]:
 def test_options_of_a_video_are_inputs_of_a_node():
     """By their name, or by the name that a node gives them."""
     names = {field.name for node in DECLARED.values() for field in node.inputs}
-    renamed = {"frames": "length", "step_cache": "threshold"}
+    renamed = {"frames": "length", "step_cache": "threshold", "step_cache_kind": "kind"}
     rows = of_command("generate", options.WHAT, options.SAMPLING)
     assert {renamed.get(row.name, row.name) for row in rows if row.name not in WITHOUT_INPUT} <= names
 

@@ -339,15 +339,15 @@ class _Run:
 
 
 class _Clock:
-    """Callback of one sampling. seconds: up to its last step, with the prompt's encoding; computed: steps that were not
-    skipped."""
+    """Callback of one sampling. seconds: up to its last step, with the prompt's encoding; computed: the work that was
+    not skipped, in steps."""
 
     def __init__(self, bar: Progress, device: torch.device) -> None:
         self.bar, self.device = bar, device
-        self.started, self.seconds, self.computed, self.steps = time.perf_counter(), 0.0, 0, 0
+        self.started, self.seconds, self.computed, self.steps = time.perf_counter(), 0.0, 0.0, 0
 
     def __call__(self, step: Step) -> None:
-        self.computed += not step.reused
+        self.computed += step.computed
         self.steps = step.total
         if step.index == step.total - 1:
             synchronize(self.device)
@@ -402,7 +402,8 @@ def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
         fidelity_text(fidelity),
         "Seconds are those of the fastest video's whole sampling, with the prompt's encoding. A first step, with any "
         "compiling, runs before and is listed separately. Settings of one model take turns; if something else keeps "
-        "the machine busy, the number of computed steps is the better measure.",
+        "the machine busy, the number of computed steps is the better measure. A step without guidance counts half; "
+        "one with skipped blocks counts by its share of the blocks.",
         f"![PSNR and SSIM of every frame]({prefix}{PLOT})",
         f"Prompts, {seeds}:\n\n{prompts}",
         f"The first prompt, side by side:\n\n![Frames and differences]({prefix}{SIDE_BY_SIDE})",

@@ -39,7 +39,10 @@ from .options import without_effect
 OUTPUT = "longcat.mp4"
 LONG_OUTPUT = "longcat-long.mp4"
 # Options that a request takes under the same name.
-SAME_NAME = ("negative_prompt", "frames", "steps", "seed", "image", "video", "kv_cache", "step_cache", "fps")
+SAME_NAME = (
+    *("negative_prompt", "frames", "steps", "seed", "image", "video", "fps"),
+    *("guidance_until", "kv_cache", "step_cache", "step_cache_kind"),
+)
 
 # Frames uint8 [F, H, W, 3], or clips of that shape one after the other.
 Frames = TypeVar("Frames", bound=np.ndarray | Iterable[np.ndarray])

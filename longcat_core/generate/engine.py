@@ -18,6 +18,7 @@ from ..optimize.block_sparse import BlockSparse
 from ..sampling.conditioning import last_frames, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback
 from ..sampling.schedules import Schedule, make_schedule
+from ..sampling.step_cache import StepCacheKind, check_kind
 from .inputs import check_callback, check_tensor
 from .options import MAX_GUIDANCE, MAX_STEP_CACHE
 from .request import Defaults, FilledRequest, GenerateRequest, check_number, check_text
@@ -55,6 +56,8 @@ class Denoising:
     step_cache: float = 0.0
     block_sparse: BlockSparse | None = None
     callback: Callback | None = None
+    guidance_until: float = 1.0
+    step_cache_kind: StepCacheKind = "steps"
 
 
 class Engine(ABC):
@@ -105,6 +108,8 @@ class Engine(ABC):
         step_cache: float = 0.0,
         block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
+        guidance_until: float = 1.0,
+        step_cache_kind: StepCacheKind = "steps",
     ) -> Tensor:
         """Standard normal noise [1, C, T, h, w] -> clean latents of the same shape.
 
@@ -117,7 +122,9 @@ class Engine(ABC):
         check_text("prompt", prompt)
         check_text("negative prompt", negative_prompt)
         check_number("guidance", guidance_scale, 0.0, MAX_GUIDANCE)
+        check_number("guidance until", guidance_until, 0.0, 1.0)
         check_number("step cache", step_cache, 0.0, MAX_STEP_CACHE)
+        check_kind(step_cache_kind)
         check_mode(kv_cache)
         check_type("block_sparse", block_sparse, (BlockSparse, type(None)), "a BlockSparse or None")
         check_tensor("the noise", noise, (None, self.channels, None, None, None))
@@ -126,7 +133,16 @@ class Engine(ABC):
         if cond_latents is not None:
             check_tensor("the conditioning latents", cond_latents, (None, self.channels, None, None, None))
         options = Denoising(
-            clean, negative_prompt, guidance_scale, cond_latents, kv_cache, step_cache, block_sparse, callback
+            clean,
+            negative_prompt,
+            guidance_scale,
+            cond_latents,
+            kv_cache,
+            step_cache,
+            block_sparse,
+            callback,
+            guidance_until,
+            step_cache_kind,
         )
         with self.turn():
             return self._denoise(noise, schedule, prompt, options)
@@ -156,6 +172,8 @@ class Engine(ABC):
                 kv_cache=request.kv_cache,
                 step_cache=request.step_cache,
                 callback=callback,
+                guidance_until=request.guidance_until,
+                step_cache_kind=request.step_cache_kind,
             )
             check_finite(latents)
             return Generation(self.decode(latents), latents.cpu(), request)

@@ -107,7 +107,11 @@ class LongVideoRequest:
         settings |= seed_settings(request.seed) | {"overlap": self.overlap, "hand_off": self.hand_off}
         if number == 0 and request.given is not None:
             settings["given frames"] = checksum(request.given[-request.cond_frames :])
-        lossy = lossy_settings(step_cache=request.step_cache) | self.lossy
+        until = 1.0 if request.guidance_scale == 1 else request.guidance_until
+        lossy = lossy_settings(
+            step_cache=request.step_cache, step_cache_kind=request.step_cache_kind, guidance_until=until
+        )
+        lossy |= self.lossy
         return settings | self.model | ({LOSSY: lossy} if lossy else {})
 
     @property

@@ -20,6 +20,7 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 30.0
 MAX_STEP_CACHE = 1.0
 USEFUL_STEP_CACHE = 0.12
+STEP_CACHE_KINDS = ("steps", "blocks")
 MAX_FPS = 120.0
 # Frames per second of the videos that the models were trained on.
 FPS = 15.0
@@ -268,6 +269,9 @@ OPTIONS: tuple[Option, ...] = (
                commands=_SAMPLED,
                shown="4; distilled 1", common=True, schedules=dict.fromkeys(("distilled", "refine"), (1.0, 1.0)),
                **_guidance),
+        Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
+               "half the time without it, which is lossy", 1.0, step=0.05, digits=2, common=True, needs=(GUIDANCE,),
+               **_share),
         Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
                filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True,
                commands=_SAMPLED),
@@ -280,6 +284,9 @@ OPTIONS: tuple[Option, ...] = (
                "conservative, 0.05 skips about half (PSNR of 12 nano videos: median 43 dB, farthest 21 dB), 0.12 "
                "is aggressive, 0 skips none", 0.0, least=0.0,
                most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True),
+        Option("step_cache_kind", "choice", "what --step-cache skips: steps, whole; or blocks, all but the first sixth "
+               "of the network's, if those show that what the others add can be predicted", STEP_CACHE_KINDS[0],
+               choices=STEP_CACHE_KINDS, needs=("step_cache",)),
     ),
     *_group(
         MODEL,

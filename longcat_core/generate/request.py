@@ -16,8 +16,9 @@ from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
-from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT, guided_steps
 from ..sampling.schedules import DISTILLED_GRID
+from ..sampling.step_cache import StepCacheKind, check_kind
 from .inputs import check_whole
 from .options import (
     FPS,
@@ -72,7 +73,8 @@ class GenerateRequest:
     guidance off. image: the first frame. video: a clip of which the last `num_cond_frames` frames (4k+1) are continued.
     given: the frames of the image or the clip, uint8 [F, H, W, 3]; `filled` reads them from the file, or they are given
     instead of a file: one frame is an image, more are a clip. kv_cache: how conditioning frames are computed.
-    step_cache: the threshold for skipping steps, 0 for none; see `sample`. fps: of the output file; the frames of a
+    step_cache: the threshold for skipping steps, 0 for none; step_cache_kind: what is skipped; guidance_until: the
+    share of the steps that have guidance; see `sample` for all three. fps: of the output file; the frames of a
     clip are taken by their time at this rate, and given frames have it. source: set by `filled`, which reads again
     where a filled request names another file.
     """
@@ -94,6 +96,8 @@ class GenerateRequest:
     fps: float = FPS
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
     source: Source | None = field(default=None, repr=False, compare=False)
+    guidance_until: float = 1.0
+    step_cache_kind: StepCacheKind = "steps"
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -154,6 +158,10 @@ class GenerateRequest:
             notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
         if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):
             notes.append("the negative prompt has no effect at guidance 1")
+        if self.guidance_scale != 1 and self.steps is not None and not guided_steps(self.guidance_until, self.steps):
+            notes.append(
+                f"guidance until {self.guidance_until:g} leaves guidance out of every step, as guidance 1 does"
+            )
         if self.step_cache > USEFUL_STEP_CACHE:
             notes.append(
                 f"a step cache of {self.step_cache:g} skips nearly every step; thresholds from 0.03 to "
@@ -245,7 +253,9 @@ class FilledRequest(GenerateRequest):
             raise LongCatError(f"{self.steps} steps are out of range; the {self.schedule} schedule takes 1 to {most}")
         check_mode(self.kv_cache)
         check_number("step cache", self.step_cache, 0.0, MAX_STEP_CACHE)
+        check_kind(self.step_cache_kind)
         check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        check_number("guidance until", self.guidance_until, 0.0, 1.0)
         check_seed(self.seed)
         if self.given is None:
             return

@@ -102,8 +102,8 @@ class Setting:
     """One setting and its measurements. options: how it differs from the reference, in words.
 
     distances: one for each video, empty for the reference; seconds: of each sampling; first_s: of a first step,
-    compilation included; computed: steps of each sampling that evaluated the network, out of `steps`; shots: some
-    frames of the first video, uint8 [n, H, W, 3].
+    compilation included; computed: work of each sampling in whole steps, of all blocks and both halves of guidance,
+    out of `steps`; shots: some frames of the first video, uint8 [n, H, W, 3].
     """
 
     name: str
@@ -111,7 +111,7 @@ class Setting:
     distances: list[Distance] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     first_s: float | None = None
-    computed: list[int] = field(default_factory=list)
+    computed: list[float] = field(default_factory=list)
     steps: int = 0
     shots: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
 

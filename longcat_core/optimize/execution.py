@@ -31,6 +31,7 @@ from .kernels.elementwise import usable as kernels_usable
 from .kv_offload import OffloadableKVCache
 from .recomputation import recomputed
 from .requirement import Inputs
+from .residual_cache import ResidualCache
 from .sparse.choose import check_sparse
 from .sparse.layout import SparseLayout
 from .sparse.passes import SparsePass, like_sparse, plan_pass, with_attend
@@ -199,6 +200,7 @@ class Execution:
         around_block: AroundBlock | None = None,
         compilers: Compilers | None = None,
         progress: float | None = None,
+        residuals: ResidualCache | None = None,
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32; see `LongCatTransformer.forward`.
 
@@ -208,6 +210,7 @@ class Execution:
         around_block: called in place of every block; with `block_sparse` the tokens are chunk after chunk, in slabs,
         with `sparse` they are permuted. compilers: what compiles a block, in place of `compiled_block`. progress: the
         share of the steps that is done, 0 <= progress < 1, or None if unknown; `sparse` attention depends on it.
+        residuals: predicts what blocks add to the tokens, so that some are not called; left out under gradients.
         """
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
         if text is not None and text.tokens.shape[0] not in (1, x.shape[0]):
@@ -229,6 +232,10 @@ class Execution:
         sizes = layout.sizes(self._grid(x))
         ops = self._ops(x, text, chosen, sizes, grad)
         texts = self._texts(text, ops, x.shape[0], reused=context is text and not grad)
+        run = self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers, sparse)
+        if residuals is not None and fill is None and not grad and not torch.compiler.is_compiling():
+            # Around everything else: the weights of a skipped block are not fetched.
+            run = residuals.around(run, self.config.depth, type(layout))
         out = LongCatTransformer.forward(
             self.network,
             x.to(self.compute_dtype),
@@ -238,7 +245,7 @@ class Execution:
             num_cond_latents=num_cond_latents,
             cache=layout.cached(cache),
             layout=layout,
-            run=self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers, sparse),
+            run=run,
         )
         if (self._trusted if sparse is None else self._sparse_trusted) or grad or torch.compiler.is_compiling():
             return out
@@ -260,6 +267,7 @@ class Execution:
             around_block=around_block,
             compilers=compilers,
             progress=progress,
+            residuals=residuals,
         )
 
     def _give_up(self, out: Tensor, sparse: bool, trusted: bool) -> bool:

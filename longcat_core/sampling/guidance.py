@@ -12,6 +12,11 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
+def guided_steps(until: float, steps: int) -> int:
+    """How many of `steps` steps, at the front, run with guidance if it ends after the share `until`."""
+    return round(until * steps)
+
+
 def cfg_zero_scale(cond: Tensor, uncond: Tensor) -> Tensor:
     """<cond, uncond> / (|uncond|^2 + 1e-8) per sample, [B, 1, 1, 1, 1]; inputs [B, C, T, H, W] fp32.
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..model.kv_cache import KVCache, KVMode, check_mode
 from ..model.text import TextTokens
+from ..optimize.residual_cache import ResidualCaches
+from .guidance import guided_steps
 from .network import Network
 from .schedules import Schedule
 from .step import take_step
-from .step_cache import StepCache
+from .step_cache import StepCache, StepCacheKind, check_kind
 
 T = TypeVar("T")
 NO_ROOM = "out of memory; ask for a smaller size or fewer frames, or load with fp8"
@@ -33,7 +35,7 @@ class Step:
 
     index counts from 0; timestep in 0..1000; latents [B, C, T, H, W] fp32 after the step, conditioning frames
     included; denoised: the estimate of the clean latents, the same shape; reused: whether `StepCache` predicted the
-    output.
+    output; computed: the share of the step's work that was computed: of the blocks, and of both halves of guidance.
     """
 
     index: int
@@ -43,6 +45,7 @@ class Step:
     latents: Tensor
     denoised: Tensor
     reused: bool = False
+    computed: float = 1.0
 
 
 Callback = Callable[[Step], None]
@@ -59,27 +62,32 @@ def sample(
     negative_context: Tensor | None = None,
     negative_mask: Tensor | None = None,
     guidance_scale: float = 4.0,
+    guidance_until: float = 1.0,
     cond_latents: Tensor | None = None,
     kv_cache: KVMode = "exact",
     offload_kv_cache: bool = False,
     step_cache: float = 0.0,
+    step_cache_kind: StepCacheKind = "steps",
     make_room: Callable[[], bool] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Denoise `noise` [B, C, T, H, W] to latents of the same shape, fp32.
 
     context [B or 1, L, caption] with its mask [B or 1, L]; the negative ones are used when guidance_scale is not 1.
+    guidance_until: the share of the steps, at the front, that have guidance; later ones evaluate the prompt alone.
     cond_latents [B or 1, C, n, H, W]: clean latents that replace the first n frames (image: 1, continuation: more).
     kv_cache: `exact` computes their keys and values once instead of at every step; `official` does too, but leaves
     them out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at
     every step. Without guidance all three agree. offload_kv_cache keeps the cache in CPU memory.
-    step_cache: threshold of `StepCache`; 0 computes every step. Faster, and changes the result.
+    step_cache: threshold of `StepCache`, or of `ResidualCache` for the step_cache_kind "blocks"; 0 computes every
+    step. Faster, and changes the result.
     make_room: called when an evaluation runs out of memory, before it is tried again. It may change how the network
     runs, and returns False when nothing more can be freed; the out-of-memory error is then raised, unless a KV cache
     can still move to CPU memory.
     Raises LongCatError for shapes that do not fit, and anything that `callback` raises.
     """
     check_mode(kv_cache)
+    check_kind(step_cache_kind)
     guided = guidance_scale != 1.0
     if guided and negative_context is None:
         raise LongCatError(f"guidance scale {guidance_scale} needs a negative prompt; give one or set guidance to 1")
@@ -129,32 +137,40 @@ def sample(
     changes = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
     levels = torch.tensor(changes, dtype=torch.float32, device=device)
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=device) if guided else None
-    steps = StepCache(step_cache, len(schedule), carried)
+    with_guidance = guided_steps(guidance_until, len(schedule)) if guided else 0
+    steps = StepCache(step_cache if step_cache_kind == "steps" else 0.0, len(schedule), carried)
+    blocks = ResidualCaches(step_cache, len(schedule)) if step_cache_kind == "blocks" and step_cache > 0 else None
     for i, timestep in enumerate(schedule.timesteps.tolist()):
         # One for all videos, both halves of guidance and all frames, unless some of the frames are clean.
         t = torch.full((1, latents.shape[2] if passed else 1), timestep, device=device)
         t[:, :passed] = 0
+        both = i < with_guidance
+        if guided and i == with_guidance:
+            steps.keep_half(1)
         out = steps.find(i, latents, sigmas[i])
         reused = out is not None
         if out is None:
             x = latents if cond_out is None else latents[:, :, carried:]
 
-            def evaluate(x: Tensor = x, t: Tensor = t, progress: float = i / len(schedule)) -> Tensor:
-                halves = texts.parts(model.optimizations.split_guidance)
-                x = torch.cat((x, x)) if guided and len(halves) == 1 else x
+            def evaluate(x: Tensor = x, t: Tensor = t, i: int = i, both: bool = both) -> Tensor:
+                halves = texts.parts(model.optimizations.split_guidance, both)
+                x = torch.cat((x, x)) if both and len(halves) == 1 else x
+                kept = [{}] * len(halves) if blocks is None else blocks.options(len(halves), both, i, sigmas[i])
                 outs = [
-                    model(x, t, text, num_cond_latents=passed, kv_cache=cache, progress=progress) for text in halves
+                    model(x, t, text, num_cond_latents=passed, kv_cache=cache, progress=i / len(schedule), **options)
+                    for text, options in zip(halves, kept, strict=True)
                 ]
                 return outs[0] if len(outs) == 1 else torch.cat(outs)
 
             out = _with_room(evaluate, more_room)
-            out = out if cond_out is None else torch.cat((cond_out, out), dim=2)
+            out = out if cond_out is None else torch.cat((cond_out[: len(out)], out), dim=2)
             steps.keep(latents, out, sigmas[i])
         level, change = levels[i]
-        latents, denoised = take_step(optimizations, latents, out, level, change, scale, carried)
+        latents, denoised = take_step(optimizations, latents, out, level, change, scale if both else None, carried)
         if callback is not None:
+            computed = 0.0 if reused else (1.0 if blocks is None else blocks.ran) / (2 if guided and not both else 1)
             whole = torch.cat((outside, latents), dim=2), torch.cat((outside, denoised), dim=2)
-            callback(Step(i, len(schedule), timestep, sigmas[i], *whole, reused))
+            callback(Step(i, len(schedule), timestep, sigmas[i], *whole, reused, computed))
     return torch.cat((outside, latents), dim=2)
 
 
@@ -197,18 +213,22 @@ class _Texts:
                 )
             negative_mask = None if negative_mask is None or mask is None else negative_mask.expand_as(mask)
             self.halves.insert(0, (negative_context.to(model.device).expand_as(context), negative_mask))
-        self._split: bool | None = None
+        # Whether the halves run one after the other, and whether both run.
+        self._form: tuple[bool, bool] | None = None
         self._parts: list[TextTokens] = []
 
-    def parts(self, split: bool) -> list[TextTokens]:
-        """Texts of the evaluations that make up a step, the unconditional half first."""
-        if split != self._split:
+    def parts(self, split: bool, both: bool) -> list[TextTokens]:
+        """Texts of the evaluations that make up a step, the unconditional half first.
+
+        both: with that half, if there is one.
+        """
+        if (split, both) != self._form:
             # Keys and values are kept with a text, so the old texts are dropped.
-            self._split, self._parts = split, [self.model.embed_text(*part) for part in self._stacked(split)]
+            self._form, self._parts = (split, both), [self.model.embed_text(*part) for part in self._of(split, both)]
         return self._parts
 
-    def _stacked(self, split: bool) -> list[tuple[Tensor, Tensor | None]]:
-        if split or len(self.halves) == 1:
-            return self.halves
+    def _of(self, split: bool, both: bool) -> list[tuple[Tensor, Tensor | None]]:
+        if split or not both or len(self.halves) == 1:
+            return self.halves if both else self.halves[-1:]
         contexts, masks = zip(*self.halves, strict=True)
         return [(torch.cat(contexts), None if masks[0] is None else torch.cat(masks))]

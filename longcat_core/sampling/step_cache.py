@@ -12,13 +12,26 @@ alone equals a longer Euler step and is no better than taking fewer steps; the f
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from torch import Tensor
 
+from ..errors import LongCatError
+
+# What is skipped: whole steps, by `StepCache`, or all but the first blocks of a step, by `ResidualCache`.
+StepCacheKind = Literal["steps", "blocks"]
+STEP_CACHE_KINDS: tuple[StepCacheKind, ...] = get_args(StepCacheKind)
 # Share of the steps, at the front, that are always computed: the scene is decided there. The last step is too.
 WARM_UP = 0.1
 # How much of the line through the last two outputs is added. Chosen between 0 and 1 on the embedded model.
 SLOPE = 0.5
 TINY = 1e-12
+
+
+def check_kind(kind: str) -> None:
+    """Raise LongCatError for a kind that is not one of STEP_CACHE_KINDS."""
+    if kind not in STEP_CACHE_KINDS:
+        raise LongCatError(f"unknown kind of step cache {kind!r}; choose one of {', '.join(STEP_CACHE_KINDS)}")
 
 
 class StepCache:
@@ -64,6 +77,16 @@ class StepCache:
             self.rate = self._change(out, self.out[0]) / max(self._change(latents, self.computed), TINY)
         self.computed = self.before = latents
         self.earlier, self.out, self.accumulated = self.out, (out, sigma), 0.0
+
+    def keep_half(self, half: int) -> None:
+        """Go on with the first (0) or second (1) half of the recorded outputs, that of the prompt alone."""
+        before, out, earlier = self.rate, self.out, self.earlier
+        self.out, self.earlier = (pair and (pair[0].chunk(2)[half].clone(), pair[1]) for pair in (out, earlier))
+        if before is None or out is None or earlier is None or self.out is None or self.earlier is None:
+            return
+        # The changes of the latents are the same for both halves.
+        both, one = self._change(out[0], earlier[0]), self._change(self.out[0], self.earlier[0])
+        self.rate = before * one / max(both, TINY)
 
     def _change(self, now: Tensor, before: Tensor) -> float:
         return self._size(now - before)
