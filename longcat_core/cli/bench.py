@@ -13,6 +13,7 @@ from ..measure.verify import run_verify
 from ..model.config import ModelConfig
 from ..optimize.attention import Inputs, report
 from ..optimize.plan import Work, plan_table
+from ..optimize.sparse.choose import report as sparse_report
 from ..sampling.conditioning import latent_frames, latent_shape
 from .models import device_of, dtype_of
 
@@ -57,9 +58,11 @@ def plan(args: argparse.Namespace) -> int:
 
 def backends(args: argparse.Namespace) -> int:
     # The released model's dtype and head size.
-    cuda = torch.cuda.is_available()
-    rows = report(Inputs(torch.device("cuda"), torch.bfloat16, 128, False) if cuda else None)
-    width = max(len(name) for name, _, _ in rows)
-    for name, available, reason in rows:
-        print(f"{name:<{width}}  {'yes' if available else 'no ':<3}  {reason}")
+    inputs = Inputs(torch.device("cuda"), torch.bfloat16, 128, False) if torch.cuda.is_available() else None
+    rows, sparse = report(inputs), sparse_report(inputs)
+    width = max(len(name) for name, _, _ in (*rows, *sparse))
+    for heading, found in (("attention", rows), ("sparse attention", sparse)):
+        print(f"{heading}:")
+        for name, available, reason in found:
+            print(f"{name:<{width}}  {'yes' if available else 'no ':<3}  {reason}")
     return 0

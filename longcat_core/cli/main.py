@@ -80,7 +80,7 @@ COMMANDS = {
         "bench.plan", "Show what goes where with less GPU memory, for the released model.",
         (("memory", "GIB", "free GPU memory (default: 48 to 8)", {"type": number, "nargs": "*"}),), printed=True,
     ),
-    "backends": Command("bench.backends", "List the attention backends, and why one cannot be used.",
+    "backends": Command("bench.backends", "List the kernels of attention, dense and sparse, and why one cannot run.",
                         printed=True),
     "score-nano": Command("nano.score", "Measure how well the bundled model follows fresh prompts.",
                           printed=True),

@@ -30,6 +30,7 @@ from longcat_core.nano import adherence
 from longcat_core.optimize import compilation
 from longcat_core.optimize.attention import names
 from longcat_core.optimize.plan import Plan
+from longcat_core.optimize.sparse.settings import SPARSE_KERNELS
 from longcat_core.sampling.sampler import Step
 
 from ..support.tiny import moving_clip
@@ -288,9 +289,11 @@ def test_notes_are_said(folder: Path, capsys: pytest.CaptureFixture[str], monkey
 
 def test_backends_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["backends"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(names()[1:])
-    assert all(line.split()[1] in ("yes", "no") for line in lines)
+    dense, sparse = capsys.readouterr().out.removeprefix("attention:\n").split("sparse attention:\n")
+    for lines, wanted in ((dense, names()[1:]), (sparse, SPARSE_KERNELS[1:])):
+        found = {line.split()[0]: line.split()[1] for line in lines.splitlines()}
+        assert sorted(found) == sorted(wanted) and set(found.values()) <= {"yes", "no"}
+    assert found["plain"] == "yes"
 
 
 def test_train_nano_has_its_options(capsys: pytest.CaptureFixture[str]) -> None:

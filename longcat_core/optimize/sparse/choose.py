@@ -89,6 +89,19 @@ def tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, qu
     return trial(run, _TOLERANCES[not backend.exact])
 
 
+def report(inputs: Inputs | None = None) -> list[tuple[str, bool, str]]:
+    """(name, whether it can run on this machine, its summary or why it cannot) for every kernel.
+
+    inputs: those that it must take as well, with query blocks of 64; trying kernels takes seconds where they are
+    compiled first.
+    """
+    rows = []
+    for backend in BACKENDS:
+        reason = backend.needs.missing() or ("" if inputs is None else backend.why_not(inputs, BLOCK, True))
+        rows.append((backend.name, not reason, reason or backend.summary))
+    return rows
+
+
 def check_sparse(name: str) -> None:
     """Raise BackendUnavailable unless the kernel `name` can run on this machine, or it is `auto`."""
     backend = next((backend for backend in BACKENDS if backend.name == name), None)
