@@ -84,6 +84,10 @@ NODES: dict[str, tuple[str, str]] = {
         "用 LongCat-Video 的两种设置生成同一个视频，显示第二种设置带来的变化："
         "逐帧的 PSNR 和 SSIM、并排画面以及噪声基线。",
     ),
+    "LongCatCalibrate": (
+        "LongCat 校准",
+        "以稠密注意力生成一个视频，并在其中几步测量，找出在该模型的权重上每个注意力头可以有多稀疏，写成稀疏注意力的校准文件。",
+    ),
 }
 
 _CHOOSE_MODE = (
@@ -105,6 +109,7 @@ INPUTS: dict[str, tuple[str, str]] = {
         "起始画面",
         "单张图像会成为首帧；视频片段则从其末尾的重叠帧继续生成。两者都会缩放并裁剪到设定的宽度和高度。",
     ),
+    "budget": ("误差上限", "每个注意力头在所有被测量的计算中允许的最大误差：其输出的 |稀疏 - 精确| / |精确|。"),
     "cdf_threshold": (
         "累积注意力阈值",
         "大于 0 时：一直保留块，直到它们占到注意力的这一比例，前提是多于按稀疏度保留的数量。",
@@ -116,6 +121,7 @@ INPUTS: dict[str, tuple[str, str]] = {
         "用 torch.compile 编译的部分。blocks：Transformer 块；第一步约多花一分钟，之后的步骤更快。",
     ),
     "cond_frames": ("条件帧数", "取片段末尾的多少帧用于续写，须为 4k+1；正式模型以 13 帧训练。"),
+    "dense_steps": ("稠密步比例", "开头多大比例的步数保持稠密注意力。"),
     "device": ("设备", "文本编码器运行的设备；cpu 较慢，但不占用显存。"),
     "double_rate": ("帧率翻倍", "同时将帧率翻倍；关闭时只放大画面。"),
     "explicit_fp32": (
@@ -128,6 +134,7 @@ INPUTS: dict[str, tuple[str, str]] = {
         "设置不同时会在其中另存为新的一版。可以像“保存视频”的文件名前缀一样使用 %date:yyyy-MM-dd% 和 %节点.控件%；"
         "如果包含时间，就不会接着之前的结果生成。",
     ),
+    "file": ("文件", "ComfyUI 输出目录中的文件名；已被占用时会加上编号。"),
     "fp8": ("FP8 计算", "对量化为 FP8 的层使用 8 位矩阵乘法；关闭时权重不变，改用 16 位矩阵乘法。"),
     "fps": ("帧率", "输入视频的帧率；只影响输出的 fps。"),
     "fused_ffn": ("融合 FFN", "把 FFN 的 gate 和 up 两个投影合并为一次矩阵乘法；无损。"),
@@ -325,6 +332,15 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
         "Latent",
         "与 LongCat 采样器相同；条件帧在两个视频中一样，不参与比较。",
     ),
+    ("LongCatCalibrate", "model"): (
+        "模型",
+        "LongCat-Video，带上你使用的 LoRA，不带 LongCat 步缓存，也不带块稀疏注意力。",
+    ),
+    ("LongCatCalibrate", "latent_image"): (
+        "Latent",
+        "与 LongCat 采样器相同，尺寸取你要生成的尺寸；条件帧始终精确计算。",
+    ),
+    ("LongCatCalibrate", "steps"): ("步数", "去噪步数：一般为 10，distilled 模式为 16；可以比生成视频时少。"),
 }
 
 # What a node puts out: name and text of each output in order.
@@ -372,6 +388,10 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("图像 A", "A 的视频。"),
         ("图像 B", "B 的视频。"),
         ("报告", "各项数据及其含义。"),
+    ),
+    "LongCatCalibrate": (
+        ("校准文件", "文件的路径。"),
+        ("报告", "各处的密度和预计的加速；“LongCat 保真度对比”会显示它们给视频带来的变化。"),
     ),
 }
 

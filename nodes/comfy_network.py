@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..longcat_core.generate.progress import COMPILING
+from ..longcat_core.measure.probe import Probed
 from ..longcat_core.model import layers
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.layers import Norm
@@ -41,6 +42,8 @@ OPTIMIZATIONS_KEY = "longcat_optimizations"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
 # During a sampling run, what has a `ResidualCache` for each pass: LongCat Step Cache's.
 RESIDUALS_KEY = "longcat_residual_caches"
+# The probe of a calibration that passes go through.
+PROBE_KEY = "longcat_probe"
 # Number of executions that a network keeps, one for each set of switches on clones of its MODEL.
 EXECUTIONS = 16
 
@@ -260,7 +263,8 @@ class DiffusionModel(LongCatTransformer):
             activations = self.forward_bytes(x.shape, x.dtype, options)
             cache = caches.get(execution, x[:, :, :num_cond], activations, kernels, around)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
-        out = execution(
+        run = execution if (probe := options.get(PROBE_KEY)) is None else Probed(execution, probe)
+        out = run(
             x,
             timestep,
             text,

@@ -456,4 +456,33 @@ NODES: dict[str, Node] = {
         ),
         shows=True,
     ),
+    "LongCatCalibrate": Node(
+        "LongCat Calibrate",
+        "Finds how sparse the attention of each head may be on the weights of this model, by sampling one video "
+        "densely and measuring in some of its steps, and writes a calibration for sparse attention.",
+        (
+            replace(_model, help="LongCat-Video with the LoRAs that you use, without LongCat Step Cache and without "
+                    "block-sparse attention"),
+            _positive,
+            _negative,
+            Socket("latent_image", "Latent", "as for LongCat Sampler, in the size that you generate; conditioning "
+                   "frames are always attended to exactly"),
+            _seed,
+            shared("steps", "calibrate", default=10, shown="", help="number of denoising steps: 10, or 16 for "
+                   "distilled; fewer than for a video will do"),
+            _guidance,
+            _mode,
+            shared("budget", "calibrate"),
+            shared("dense_steps", "calibrate", advanced=True),
+            own("file", "text", "name of the file inside ComfyUI's output folder; a name that is taken gets a number",
+                "longcat/calibration.json"),
+            _kv_cache,
+        ),
+        (
+            Socket("calibration", "String", "path of the file"),
+            Socket("report", "String", "the densities and the expected speed-up; LongCat Fidelity shows what they "
+                   "change in a video"),
+        ),
+        shows=True,
+    ),
 }  # fmt: skip

@@ -25,6 +25,7 @@ FAMILIES = (
     "step_cache",
     "benchmark",
     "fidelity",
+    "calibrate",
 )
 
 

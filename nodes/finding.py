@@ -88,4 +88,7 @@ PLACES: dict[str, Place] = {
         MEASURING,
         (*_MAKER, "psnr", "ssim", "compare videos", "compare settings", "quality", "side by side", "noise floor"),
     ),
+    "LongCatCalibrate": Place(
+        MEASURING, (*_MAKER, "calibration", "sparse attention", "sparsity", "density", "speed up", "faster")
+    ),
 }  # fmt: skip

@@ -184,8 +184,13 @@ def _fault(found: Calibration) -> str:
 
 def check_calibration_place(path: Path) -> None:
     """Raise LongCatError unless a calibration can be written to `path`."""
-    check_suffix(path, SUFFIXES, "calibration")
+    check_calibration_suffix(path)
     check_place(path, 1 << 20)
+
+
+def check_calibration_suffix(path: Path) -> None:
+    """Raise LongCatError unless the name ends as a calibration's does."""
+    check_suffix(path, SUFFIXES, "calibration")
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

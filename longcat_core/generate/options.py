@@ -178,15 +178,16 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         CALIBRATED,
         _CALIBRATE,
-        Option("budget", "number", "largest error that a head may have in any measured pass, |sparse - exact| / "
-               "|exact| of its output", 0.1, least=0.001, most=1.0, metavar="X"),
+        Option("budget", "number", "largest error that a head may have in any measured pass: how far its sparse output "
+               "is from the exact one, as a share of the exact one", 0.1, least=0.001, most=1.0, step=0.01, digits=3,
+               metavar="X"),
         Option("prompt", "text", "prompt of a video to measure; can be repeated", shown="two built-in ones",
                filled=True, repeated=True, metavar="TEXT"),
         _prompts_file,
         Option("steps", "whole", "number of steps of each video; fewer than usual will do", filled=True,
                shown="10; distilled 16", least=1, most=MAX_STEPS, metavar="N"),
         Option("dense_steps", "number", "share of the steps, at the front, whose attention stays dense", 0.2,
-               **_share),
+               step=0.05, digits=2, **_share),
         Option("no_video", "switch", "leave out the whole video that checks the result, and its noise floor"),
     ),
     *_group(

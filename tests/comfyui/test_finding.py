@@ -32,6 +32,7 @@ KEPT = {
     "LongCatStepCache": [0.12],
     "LongCatBenchmark": [5, 2.5],
     "LongCatFidelity": [7, "fixed", 9, 1, "enhance_hf", False, "off"],
+    "LongCatCalibrate": [7, "fixed", 9, 1, "enhance_hf", 0.05, 0.3, "old/place.json", "off"],
 }  # fmt: skip
 # The same of a version that named or kept something otherwise, and what it means now.
 FORMER = {

@@ -33,6 +33,7 @@ NODES = {
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",
+    "LongCatCalibrate",
 }
 # Packages that the headless core or faster kernels use and that ComfyUI does not bring.
 OPTIONAL = ("diffusers", "ftfy", "flash_attn", "flash_attn_interface", "sageattention", "xformers")

@@ -48,6 +48,13 @@ REFUSED = {
     ],
     "LongCatScheduler": [({"steps": 60, "mode": "distilled"}, "60 steps are out of range")],
     "LongCatFidelity": [({"steps": 2000, "mode": "base"}, "steps 2000 is out of range; give at least 1 and at most")],
+    "LongCatCalibrate": [
+        ({"steps": 60, "mode": "distilled"}, "60 steps are out of range"),
+        ({"budget": 0.0}, "budget 0 is out of range; give at least 0.001 and at most 1"),
+        ({"dense_steps": 1.0}, "leaves none of 10 to calibrate"),
+        ({"file": "../elsewhere.json"}, "is not inside ComfyUI's output folder"),
+        ({"file": "notes.txt"}, "must end in .json"),
+    ],
 }
 CASES = [(node, inputs, said) for node, cases in REFUSED.items() for inputs, said in cases]
 

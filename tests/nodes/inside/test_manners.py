@@ -69,5 +69,6 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatStepCache",
         "LongCatBenchmark",
         "LongCatFidelity",
+        "LongCatCalibrate",
     }
     assert "the nodes of conditioning are left out" in caplog.text

@@ -31,6 +31,7 @@ IDS = (
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",
+    "LongCatCalibrate",
 )
 SIZE = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "length": cases.FRAMES}
 
