@@ -76,7 +76,7 @@ class Recipe:
     samples: int = 8
     video: bool = True
     tail: bool = True
-    query_block: int = 64
+    query_block: int = Sparse.query_block
     ladder: tuple[float, ...] = LADDER
 
 

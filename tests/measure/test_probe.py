@@ -51,3 +51,14 @@ def test_prices_do_not_depend_on_how_heads_are_grouped(monkeypatch: Any) -> None
     apart = price(q.unflatten(0, (-1, 64)), k, v, LADDER, sink=2, query_block=64, tail=True)
     for one, other in zip(whole, apart, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_keys_may_lie_in_another_order() -> None:
+    q, k, v = random_attention(256, 700)
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(1))
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(700))
+    settings = {"sink": 2, "query_block": 64, "tail": True}
+    expected = price(q.unflatten(0, (-1, 64)), k, v, LADDER, **settings)
+    found = price(q.unflatten(0, (-1, 64)), k[places], v[places], LADDER, **settings, order=order)
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
