@@ -52,7 +52,11 @@ class Film:
         chosen = [frames[i * len(frames) // count] for i in range(count)]
         for _ in chosen:
             frame = chosen[self.next % count]
-            picture = self.previewer.decode_latent_to_preview_image("JPEG", x0[:, :, frame : frame + 1])
+            latents = x0[:, :, frame : frame + 1]
+            if isinstance(self.previewer, latent_preview.Latent2RGBPreviewer):
+                # ComfyUI reads a picture without waiting until it has been copied from a GPU, and sees an older one.
+                latents = latents.cpu()
+            picture = self.previewer.decode_latent_to_preview_image("JPEG", latents)
             if picture is not None:
                 with self.shown.lock:
                     self.pictures[frame] = picture

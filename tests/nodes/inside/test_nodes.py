@@ -148,7 +148,13 @@ def test_stock_samplers_play_the_generated_frames_too(comfy):
         assert [int(pick(frames)[0, 0, 0, 0, 0]) for _ in range(6)] == expected
 
 
-def test_stock_samplers_leave_out_the_given_image(comfy, model, prompts, image_latent, progress, previews):
+def test_stock_samplers_leave_out_the_given_image(
+    comfy, model, prompts, image_latent, progress, previews, monkeypatch
+):
+    from comfy import model_management
+
+    # Otherwise ComfyUI reads a preview before it has been copied from the GPU.
+    monkeypatch.setattr(model_management, "device_supports_non_blocking", lambda device: False)
     settings = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     latents = comfy("KSampler", model=model, latent_image=image_latent, **prompts, **settings)["samples"]
     import latent_preview
