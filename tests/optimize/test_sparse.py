@@ -218,6 +218,9 @@ def test_auto_measures_where_nobody_did(monkeypatch):
     assert choose_sparse("triton", given, 64, True).name == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_sparse("auto", given, 64, True).name == "cudnn", "the first one where they were measured"
+    OneKernel(monkeypatch, {"fa4", "cudnn", "triton", "plain"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert [choose_sparse("auto", given, block, True).name for block in (64, 128)] == ["cudnn", "fa4"]
     OneKernel(monkeypatch, {"triton", "plain"})
     assert choose_sparse("auto", given, 64, True).name == "triton"
     OneKernel(monkeypatch, {"sol", "plain"})

@@ -25,6 +25,10 @@ from .elementwise import whole_tokens
 from .sparse_choose import BLOCK, Chosen, on_device
 from .sparse_fp8 import CUDNN
 
+# Triton's stages by rows of a query tile, on compute capabilities 9 and 10. Measured on an H100 over 0.15 of the blocks
+# of [2, 37440, 32, 128]: 15.0 ms with 64 rows, 14.4 with 128; the stages that suit the refinement take 18.5 and 15.6.
+STAGES = {64: 5, 128: 7}
+
 
 class Exact(NamedTuple):
     """out: [B, Nq or more, heads, head_dim] in 16 bits, with any strides. sums: [B, heads, Nq or more] fp32, its
@@ -48,6 +52,8 @@ EIGHT_BIT = ("cudnn-fp8",)
 def _triton(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, query_block: int) -> Exact:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     tiles = block_sparse.choose_tiles(capability, query_block, BLOCK)
+    if capability[0] in (9, 10):
+        tiles = tiles._replace(stages=STAGES[tiles.rows])
     sums = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     # Without padding, numbers of real tokens are not read.
     lists = chosen.indices, chosen.counts, chosen.counts

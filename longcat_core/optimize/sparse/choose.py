@@ -48,7 +48,6 @@ class SparseBackend:
 
 
 _ANYWHERE = Requirement(None, dtypes=None, head_dims=None)
-# Fastest first where they were measured.
 BACKENDS: tuple[SparseBackend, ...] = (
     *(
         SparseBackend(
@@ -116,15 +115,21 @@ def choose_sparse(name: str, inputs: Inputs, query_block: int, tail: bool) -> Sp
     On GPUs whose kernels were not measured, `auto` is a kernel that times them at its first call. Raises
     BackendUnavailable if a kernel chosen by name cannot run: a silent substitute would falsify a measurement.
     """
+    auto = name == "auto"
+    order: tuple[str, ...] = ()
+    if auto and inputs.device.type == "cuda":
+        order = kernels.MEASURED.get((torch.cuda.get_device_capability(inputs.device), query_block), ())
     reason, found = _ABSENT, []
-    for backend in BACKENDS:
-        if name == backend.name or (name == "auto" and backend.exact):
+    for backend in sorted(BACKENDS, key=lambda b: order.index(b.name) if b.name in order else len(order)):
+        if name == backend.name or (auto and backend.exact):
             reason = backend.why_not(inputs, query_block, tail)
+            if not reason and (backend.name in order or not auto):
+                return backend
             found += [] if reason else [backend]
     if not found:
         raise BackendUnavailable(f"sparse kernel {name!r} cannot run here: {reason}; choose 'auto' or 'plain'")
     first, ours = found[0], tuple(backend.name for backend in found if backend.name in kernels.SUMMARIES)
-    if len(ours) < 2 or torch.cuda.get_device_capability(inputs.device) in kernels.MEASURED:
+    if len(ours) < 2:
         return first
     return SparseBackend("auto", "the fastest", first.needs, partial(kernels.attend_fastest, kernels=ours))
 
