@@ -164,8 +164,8 @@ class GenerateRequest:
             )
         if self.step_cache > USEFUL_STEP_CACHE:
             notes.append(
-                f"a step cache of {self.step_cache:g} skips nearly every step; thresholds from 0.03 to "
-                f"{USEFUL_STEP_CACHE:g} are useful"
+                f"a step cache of {self.step_cache:g} skips nearly all {self.step_cache_kind} that it may; thresholds "
+                f"from 0.03 to {USEFUL_STEP_CACHE:g} are useful"
             )
         return notes
 

@@ -1,15 +1,15 @@
 """Skip blocks: the first blocks of the network run at every step, and where they find that little has changed, what all
 later blocks add to the tokens is predicted instead of computed.
 
-What some blocks add to the tokens is their residual. It is predicted as the one of the last computed step and most of
-what a line through the last two, over the noise levels, would add. The first blocks show how well that works at this
-step: if their prediction is off by less than the threshold, relative to their residual, the other blocks are skipped.
-(To decide by the first blocks is the idea of DBCache, and to predict by a Taylor series that of TaylorSeer, arXiv
-2503.06923.)
+What some blocks add to the tokens is their residual. It is predicted by a line over the noise levels through those of
+the last two computed steps. The first blocks show how well that works at this step: if their prediction is off by less
+than the threshold, relative to their residual, the other blocks are skipped. (To decide by the first blocks is the idea
+of DBCache, and to predict by a Taylor series that of TaylorSeer, arXiv 2503.06923.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ from torch import Tensor
 FIRST_BLOCKS = 1 / 6
 # Share of the steps, at the front, whose blocks all run: the scene is decided there. Those of the last step do too.
 WARM_UP = 0.1
-# How much of the line through the last two residuals is added. Between 0 and 1, and beside a parabola through three,
-# this came nearest to the residuals of the embedded model one to three steps later.
-SLOPE = 0.75
+# Degree of the polynomial, and the most steps in a row that skip blocks. On the embedded model, at equal work, a
+# parabola did better at small thresholds and worse at larger ones, and constants did worse. So did longer rows: what
+# follows from predictions drifts away.
+ORDER, IN_A_ROW = 1, 2
 # The decision looks at about this many tokens of a frame.
 PROBED = 128
 TINY = 1e-12
@@ -54,13 +55,15 @@ class ResidualCache:
 
     def __init__(self, threshold: float, steps: int) -> None:
         self.threshold = threshold
-        self.first, self.last = max(2, round(WARM_UP * steps)), steps - 1
+        self.first, self.last = max(ORDER + 1, round(WARM_UP * steps)), steps - 1
         self.step, self.sigma = 0, 1.0
+        # Steps in a row that skipped blocks.
+        self.skipped = 0
         # Share of the blocks that ran in the last pass.
         self.ran = 1.0
         # What the kept residuals belong to; others cannot be predicted from them.
         self.kind: tuple | None = None
-        # Of the last two computed passes, the last one at the end.
+        # Of the last computed passes, the last one at the end.
         self.kept: list[_Residuals] = []
 
     def begin(self, step: int, sigma: float) -> None:
@@ -79,28 +82,33 @@ class ResidualCache:
 
     def expects(self, found: Tensor) -> bool:
         """Whether the first blocks' residual, `found`, is close enough to the prediction to skip the other blocks."""
-        if len(self.kept) < 2 or not self.first <= self.step < self.last:
+        if len(self.kept) <= ORDER or self.skipped >= IN_A_ROW or not self.first <= self.step < self.last:
             return False
         found = found.float()
-        off = (
-            found - self._along(*(kept.first for kept in self.kept)).float()
-        ).abs().mean() / found.abs().mean().clamp_min(TINY)
-        return float(off) < self.threshold
+        expected = _weighted([kept.first for kept in self.kept], self._weights())
+        return float((found - expected).abs().mean() / found.abs().mean().clamp_min(TINY)) < self.threshold
 
-    def predicted(self) -> Tensor:
-        """The residual of the later blocks, [B, T, S, C]."""
-        return self._along(*(kept.others for kept in self.kept))
+    def add(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, T, S, C] with the predicted residual of the later blocks."""
+        weights, out = self._weights(), torch.empty_like(tokens)
+        # Frame by frame: the sums are fp32.
+        for t in range(tokens.shape[1]):
+            out[:, t] = tokens[:, t] + _weighted([kept.others[:, t] for kept in self.kept], weights)
+        self.skipped += 1
+        return out
 
     def keep(self, first: Tensor, others: Tensor) -> None:
         """Record the residuals of a computed pass; one that is repeated at its noise level replaces the former."""
         before = [kept for kept in self.kept if kept.sigma != self.sigma]
-        self.kept = [*before[-1:], _Residuals(self.sigma, first, others)]
+        self.kept = [*before, _Residuals(self.sigma, first, others)][-ORDER - 1 :]
+        self.skipped = 0
 
     def halves(self) -> list[ResidualCache]:
         """Two caches for the halves of guidance, from one for both together."""
         found = []
         for half in range(2):
             cache = ResidualCache(self.threshold, self.last + 1)
+            cache.skipped = self.skipped
             if self.kind is not None:
                 layout, (batch, *sizes), num_cond = self.kind
                 cache.kind = layout, (batch // 2, *sizes), num_cond
@@ -111,10 +119,21 @@ class ResidualCache:
             found.append(cache)
         return found
 
-    def _along(self, earlier: Tensor, last: Tensor) -> Tensor:
-        """What the values of the two kept passes predict for the present noise level."""
-        before, at = (kept.sigma for kept in self.kept)
-        return torch.lerp(earlier, last, 1 + SLOPE * (self.sigma - at) / (at - before))
+    def _weights(self) -> list[float]:
+        """By which the kept residuals are multiplied so that their sum is the polynomial's value at this noise level
+        (Lagrange)."""
+        sigmas = [kept.sigma for kept in self.kept]
+        return [
+            math.prod((self.sigma - other) / (sigma - other) for other in sigmas if other != sigma) for sigma in sigmas
+        ]
+
+
+def _weighted(parts: list[Tensor], weights: list[float]) -> Tensor:
+    """The sum of the parts, each times its weight, in fp32."""
+    total = parts[0].float() * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.add_(part, alpha=weight)
+    return total
 
 
 class _Pass:
@@ -130,7 +149,7 @@ class _Pass:
 
     def __call__(self, i: int, block: Any, x: Tensor, shared: Any) -> Tensor:
         if i >= self.first and self.skips:
-            return x if i < self.depth - 1 else x + self.cache.predicted()
+            return x if i < self.depth - 1 else self.cache.add(x)
         if i == 0:
             self.cache.belongs((self.layout, tuple(x.shape), shared.num_cond))
             self.start = _probed(x, shared)
