@@ -24,6 +24,7 @@ CASES = {
     "video": 25,
     "training": 100,
     "segments": 60,
+    "calibration": 200,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from io import BytesIO
 
@@ -14,7 +15,7 @@ from longcat_core.nano.scorer import score
 from longcat_core.nano.world import Actor, Scene, caption
 
 from .client import Client, Refused, Run
-from .prompts import FPS, long_video, text_to_video
+from .prompts import FPS, long_video, node, text_to_video
 from .server import PACK_NAME
 
 NODES = {
@@ -112,6 +113,23 @@ def test_a_long_video_has_one_bar_for_all_segments_and_says_where_it_is(client):
     assert bar(more, "long")[0] == (5, 20), "segments that are there already count as done"
     words = [text for node, text in more.texts if node == "long"]
     assert "segment 4 of 4, encoding" in words and words[-1].startswith("4 segments, 3 already there, 4 steps of ")
+
+
+def test_a_calibration_says_how_far_it_is_and_lies_in_the_output_folder(client, server):
+    prompt = text_to_video(caption(RED_CIRCLE))
+    kept = {name: prompt[name] for name in ("model", "text", "positive", "negative", "latent")}
+    kept["latent"]["inputs"] |= {"width": 128, "height": 128, "length": 65}
+    sampled = {name: value for name, value in prompt["sampler"]["inputs"].items() if name != "seed"}
+    settings = {"seed": 1, "steps": 3, "budget": 0.1, "dense_steps": 0.2, "file": "found/nano.json"}
+    run = client.run(kept | {"calibrate": node("LongCatCalibrate", **sampled | settings)})
+    assert run.status == "success" and bar(run, "calibrate")[-1] == (3, 3)
+    words = [text for name, text in run.texts if name == "calibrate"]
+    assert words[0] == "loading" or words[0].startswith("measuring"), words
+    assert any(re.match(r"measuring, step 2 of 3", text) for text in words), words
+    (shown,) = run.outputs["calibrate"]["text"]
+    assert shown.startswith("mean density 0.") and shown.endswith("nano.json")
+    found = json.loads((server.base / "output" / "found" / "nano.json").read_text(encoding="utf-8"))
+    assert found["format"] == "longcat calibration" and len(found["densities"]) == 2
 
 
 def test_words_say_where_an_interrupt_came(client):

@@ -16,13 +16,7 @@ from longcat_core.checkpoints.lora import merge_lora
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.calibration import (
-    FORMAT,
-    VERSION,
     Calibration,
-    Point,
-    Settings,
-    VideoCheck,
-    calibrated,
     check_fits,
     notes,
     read_calibration,
@@ -34,34 +28,10 @@ from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize.quantization import Policy
 
 from ..checkpoints.written_forms import comfyui, fp8_scaled, is_matrix, write_gguf
+from ..support.calibrations import calibration_of
 from ..support.tiny import GOLDEN, tiny_config
 
 DIT = GOLDEN / "dit.safetensors"
-
-
-def calibration_of(model: Any) -> Calibration:
-    """One in which every density differs."""
-    config, ends = model.config, (0.4, 1.0)
-    layers = [
-        tuple(tuple((1 + heads + config.num_heads * layer + 50 * part) / 200 for heads in range(config.num_heads))
-              for layer in range(config.depth))
-        for part in range(len(ends))
-    ]  # fmt: skip
-    return Calibration(
-        FORMAT,
-        VERSION,
-        calibrated(model),
-        Settings(0.1, "base", 10, 4.0, 33, 64, 96, 0, 0.2, 64, True, 0),
-        ends,
-        tuple(layers),
-        (Point(0.1, 0.05, 0.2, 0.9),),
-        (0.5,) * config.depth,
-        1.5,
-        VideoCheck(None, 50.0, "attention sdpa-math", 2.0, 1.0, 1.6),
-        "2026-11-28",
-        {"gpu": "none"},
-        ("a red circle", "ein roter Kreis über Blau"),
-    )
 
 
 @pytest.fixture

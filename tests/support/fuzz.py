@@ -34,11 +34,12 @@ from safetensors import SafetensorError, safe_open
 
 from longcat_core.checkpoints.convert import convert
 from longcat_core.checkpoints.formats import OFFICIAL
-from longcat_core.checkpoints.load import load_transformer, official_state
+from longcat_core.checkpoints.load import load_transformer, official_state, open_checkpoint
 from longcat_core.errors import LongCatError
 from longcat_core.files.media import read_image, read_video, write_video
 from longcat_core.files.regular import read_lines
 from longcat_core.files.safetensors_io import SafetensorsFile, write_safetensors
+from longcat_core.generate.calibration import read_calibration, write_calibration
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.segment_folder import SegmentFolder
 from longcat_core.generate.text import load_text_encoder
@@ -47,8 +48,9 @@ from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.training.saved import PREFIX, LoraFile, state_shapes
 
 from ..checkpoints.written_forms import is_matrix, write_gguf
+from .calibrations import calibration_of
 from .mutations import mutated
-from .tiny import moving_clip, tiny_config
+from .tiny import GOLDEN, moving_clip, tiny_config
 
 SECONDS = 10
 # Memory that reading may take beyond a multiple of the files, most of it for a decoder's own frames.
@@ -244,6 +246,13 @@ READERS = {
     "picture": Reader(_picture, ("*",), _read_pictures),
     "video": Reader(_video, ("*",), _read_videos),
     "training": Reader(_training_state, ("*.state.safetensors", "*"), _read_training_state),
+    "calibration": Reader(
+        lambda folder: write_calibration(
+            folder / "found.json", calibration_of(open_checkpoint(GOLDEN / "dit.safetensors"))
+        ),
+        ("found.json",),
+        lambda folder: read_calibration(folder / "found.json").sparse(),
+    ),
     "segments": Reader(_segments, ("segments/*/*.json", "segments/*/*"), _fill),
 }
 

@@ -148,9 +148,7 @@ def test_stock_samplers_play_the_generated_frames_too(comfy):
         assert [int(pick(frames)[0, 0, 0, 0, 0]) for _ in range(6)] == expected
 
 
-def test_stock_samplers_leave_out_the_given_image(
-    comfy, model, prompts, image_latent, progress, previews, monkeypatch
-):
+def test_stock_samplers_leave_out_the_given_image(comfy, model, prompts, image_latent, progress, previews, monkeypatch):
     from comfy import model_management
 
     # Otherwise ComfyUI reads a preview before it has been copied from the GPU.
