@@ -76,7 +76,7 @@ class Recipe:
     samples: int = 8
     video: bool = True
     tail: bool = True
-    query_block: int = Sparse.query_block
+    query_block: int = Sparse().queries
     ladder: tuple[float, ...] = LADDER
 
 

@@ -255,7 +255,7 @@ def test_prices_are_those_of_a_sparse_pass(cond: int) -> None:
     with torch.no_grad(), probing(model, probe):
         model(x, t, words, num_cond_latents=cond)
     for at in (0, 2):
-        model.sparse = Sparse(recipe.ladder[at], dense_steps=0)
+        model.sparse = Sparse(recipe.ladder[at], dense_steps=0, query_block=BLOCK)
         with torch.no_grad():
             model(x, t, words, num_cond_latents=cond)
         dense, sparse = (rows.unflatten(-1, (heads, -1))[0, 64 * cond :] for rows in (inputs[0], inputs.pop()))

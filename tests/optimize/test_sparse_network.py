@@ -108,7 +108,7 @@ class Reference(PlainOps):
         return torch.empty_like(out).index_copy_(1, own, out).flatten(-2)
 
 
-def reference(model: OptimizedTransformer, case: Case, layers, query_block: int = 64, tail: bool = True) -> Tensor:
+def reference(model: OptimizedTransformer, case: Case, layers, query_block: int = 128, tail: bool = True) -> Tensor:
     ops = Reference(layers, case.x.shape[2], case.cond, query_block, tail)
     text: TextTokens = model.embed_text(*case.text)
     texts = TokenTexts(text, ops.text_form(text, len(case.x)))
@@ -127,9 +127,9 @@ def test_layers_and_steps_have_their_densities(model, name):
         out = case(model, progress=progress)[:, :, 0 if case.cached else case.cond :]
         assert error(out, reference(model, case, layers)) <= 1e-4
         assert error(out, dense) > 1e-3
-    model.sparse = Sparse(0.3, dense_steps=0.0, dense_layers=(0,), query_block=128, tail=False)
+    model.sparse = Sparse(0.3, dense_steps=0.0, dense_layers=(0,), query_block=64, tail=False)
     out = case(model, progress=0.3)[:, :, 0 if case.cached else case.cond :]
-    assert error(out, reference(model, case, [(1.0, 1.0), (0.3, 0.3)], 128, False)) <= 1e-4
+    assert error(out, reference(model, case, [(1.0, 1.0), (0.3, 0.3)], 64, False)) <= 1e-4
     assert not model.said
 
 

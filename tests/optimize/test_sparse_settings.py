@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from longcat_core.errors import LongCatError
-from longcat_core.optimize.sparse.settings import Densities, Sparse, kept
+from longcat_core.optimize.sparse.settings import SPARSE_KERNELS, Densities, Sparse, kept
 
 # Two ranges of steps, three layers, two heads.
 TWO_RANGES = Densities((0.5, 1.0), (((0.1, 0.2),) * 3, ((0.3, 1.0), (0.4, 0.0), (0.5, 0.6))))
@@ -25,6 +25,7 @@ TWO_RANGES = Densities((0.5, 1.0), (((0.1, 0.2),) * 3, ((0.3, 1.0), (0.4, 0.0), 
         ({"dense_layers": (0, -1)}, "counted from 0"),
         ({"tail": 1}, "tail cannot be of type int"),
         ({"query_block": 96}, "query_block is 96; choose one of 64, 128"),
+        ({"query_block": 128, "kernel": "cudnn-fp8"}, "'cudnn-fp8' has query blocks of 64 tokens"),
         ({"kernel": "sol", "densities": Densities((1.0,), (((0.1, 0.2),),))}, "'sol' takes one density for all heads"),
         ({"kernel": "flash"}, "kernel is 'flash'; choose one of auto, fa4"),
     ],
@@ -32,6 +33,12 @@ TWO_RANGES = Densities((0.5, 1.0), (((0.1, 0.2),) * 3, ((0.3, 1.0), (0.4, 0.0), 
 def test_settings_refuse(settings, sentence):
     with pytest.raises(LongCatError, match=sentence):
         Sparse(**settings)
+
+
+def test_query_blocks_are_as_large_as_the_kernel_takes():
+    found = {kernel: Sparse(kernel=kernel).queries for kernel in SPARSE_KERNELS}
+    assert found == {kernel: 64 if kernel in ("cudnn", "cudnn-fp8", "sol") else 128 for kernel in SPARSE_KERNELS}
+    assert Sparse(query_block=64).queries == 64
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable
 from ..requirement import Requirement
+from ..sparse.settings import NARROW
 from . import sparse_exact
 from .elementwise import whole_tokens
 from .sparse_choose import BLOCK, Chosen, block_means, block_scores, choose_blocks
@@ -33,8 +34,6 @@ SUMMARIES = {
 NEEDS = sparse_exact.NEEDS | {"sol": Requirement((8, 0), "comfy_kitchen", "sol_attn", head_dims=(128,), backward=False)}
 # Kernels that round queries, keys and values to 8 bits.
 LOSSY = (*sparse_exact.EIGHT_BIT, "sol")
-# Kernels whose query blocks have 64 tokens.
-NARROW = ("cudnn", "cudnn-fp8", "sol")
 # The exact kernels, fastest first, by compute capability and tokens of a query block. On an H100 a layer of [2, 37440,
 # 32, 128] takes, at a density of 0.15, choice and tail included: with blocks of 64 tokens 18.5 ms by cudnn and 19.6 by
 # fa4 (dense 65.0; cudnn-fp8 15.8, sol 28.2), with blocks of 128 15.7 by fa4 and 18.3 by triton.

@@ -62,7 +62,7 @@ class SparsePass:
         keep = kept_blocks(settings.of(self.progress, self.layer, q.shape[2]), self.others)
         if keep is None:
             return self.dense(q, k, v)
-        block, tail = settings.query_block, settings.tail
+        block, tail = settings.queries, settings.tail
         return self.backend.attend(q, k, v, keep, sink=self.sink, query_block=block, tail=tail)
 
 
@@ -94,7 +94,7 @@ def plan_pass(
             f"{MIN_BLOCKS * BLOCK}; it attends to all tokens"
         )
         return None
-    backend = choose_sparse(settings.kernel, inputs, settings.query_block, settings.tail)
+    backend = choose_sparse(settings.kernel, inputs, settings.queries, settings.tail)
     if backend.name == "plain" != settings.kernel and inputs.device.type == "cuda":
         say("sparse attention runs in plain PyTorch, which is slow; longcat bench says which kernels it lacks")
     return SparsePass(settings, backend, dense, progress, keys, given)

@@ -12,6 +12,8 @@ SPARSE_KERNELS = ("auto", "fa4", "cudnn", "cudnn-fp8", "sol", "triton", "plain")
 # Tokens of a key block.
 BLOCK = 64
 QUERY_BLOCKS = (BLOCK, 2 * BLOCK)
+# Kernels whose query blocks have 64 tokens.
+NARROW: tuple[SparseKernel, ...] = ("cudnn", "cudnn-fp8", "sol")
 
 
 def _check_share(name: str, value: object) -> None:
@@ -96,7 +98,8 @@ class Sparse:
     tail
         Whether blocks that are left out count as one key and one value each, their means; off: not at all.
     query_block
-        Tokens of a query block, 64 or 128. All of them attend to the same key blocks.
+        Tokens of a query block, 64 or 128, all of which attend to the same key blocks. None: 128, which runs faster, or
+        64 for a kernel that has no others.
     kernel
         `fa4` (FlashAttention-4), `cudnn`, `cudnn-fp8` (8 bits inside), `sol` (comfy-kitchen), `triton`, `plain`
         (PyTorch), or `auto`: the fastest exact one that runs.
@@ -107,7 +110,7 @@ class Sparse:
     dense_steps: float = 0.2
     dense_layers: tuple[int, ...] = ()
     tail: bool = True
-    query_block: Literal[64, 128] = 64
+    query_block: Literal[64, 128] | None = None
     kernel: SparseKernel = "auto"
 
     def __post_init__(self) -> None:
@@ -121,11 +124,21 @@ class Sparse:
             raise LongCatError(f"sparse dense_layers is {layers}; it must be a list of layers, counted from 0")
         object.__setattr__(self, "dense_layers", tuple(sorted({int(n) for n in layers})))
         check_type("sparse tail", self.tail, bool, "True or False")
-        if not is_whole(self.query_block) or self.query_block not in QUERY_BLOCKS:
-            raise LongCatError(f"sparse query_block is {self.query_block}; choose one of 64, 128")
+        block = self.query_block
+        if block is not None and (not is_whole(block) or block not in QUERY_BLOCKS):
+            raise LongCatError(f"sparse query_block is {block}; choose one of 64, 128")
         check_choice("sparse kernel", self.kernel, SPARSE_KERNELS)
+        if self.kernel in NARROW and block not in (None, BLOCK):
+            raise LongCatError(
+                f"sparse kernel {self.kernel!r} has query blocks of 64 tokens; leave query_block out"
+            )
         if self.kernel == "sol" and self.densities is not None and not self.densities.uniform:
             raise LongCatError("sparse kernel 'sol' takes one density for all heads of a layer; choose another kernel")
+
+    @property
+    def queries(self) -> int:
+        """Tokens of the query block in force."""
+        return self.query_block or (BLOCK if self.kernel in NARROW else max(QUERY_BLOCKS))
 
     def check(self, layers: int, heads: int) -> None:
         """Raise LongCatError unless the settings fit a network with this many layers and heads."""
