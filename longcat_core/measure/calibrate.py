@@ -66,14 +66,15 @@ class Recipe:
 
     budget: largest error of a head, |sparse - exact| / |exact|. dense_steps: share of the steps that stays dense.
     ranges: of the other steps, each with densities of its own. probes: steps of a range that are measured, in each
-    video. samples: query blocks of a pass, layer and video. video: whether a whole video is made with the result.
+    video. samples: queries of a pass, layer and video that are looked at. video: whether a whole video is made with the
+    result.
     """
 
     budget: float = 0.1
     dense_steps: float = 0.2
     ranges: int = 3
     probes: int = 2
-    samples: int = 8
+    samples: int = 512
     video: bool = True
     tail: bool = True
     query_block: int = Sparse().queries
@@ -299,8 +300,8 @@ class Search:
     def run(self, subject: Subject, lora: Sequence[str] = ()) -> Calibration:
         """Calibrate. lora: names of the LoRAs on the model, for the file."""
         network, recipe = subject.network, self.recipe
-        config = network.config
-        how = recipe.query_block, recipe.tail, recipe.ladder, recipe.samples, self.videos.seed
+        config, blocks = network.config, max(1, recipe.samples // recipe.query_block)
+        how = recipe.query_block, recipe.tail, recipe.ladder, blocks, self.videos.seed
         self.probe = Probe(len(self.measured.ends), config.depth, config.num_heads, *how, token_order)
         exact, *_ = [self._measure(subject, number) for number in range(self.videos.count)]
         densities = choose(self.probe.worst, recipe.ladder, recipe.budget)

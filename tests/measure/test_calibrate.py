@@ -37,7 +37,7 @@ from longcat_core.optimize.sparse.settings import BLOCK, Sparse
 from ..support.quick import quick_pipeline
 from ..support.tiny import moving_clip
 
-RECIPE = Recipe(samples=3, ranges=2, video=False)
+RECIPE = Recipe(samples=3 * BLOCK, query_block=BLOCK, ranges=2, video=False)
 
 
 def request(**changes: object) -> FilledRequest:
