@@ -86,6 +86,8 @@ GIVEN = {"lora": None, "video": None, "image": None, "command": "generate"}
         ("--stream-blocks 2 --stream-text-encoder", {}, (options.A_GPU,), []),
         ("--stream-blocks 2", {}, (), ["--stream-blocks has no effect without a GPU"]),
         ("--split-guidance", {}, (), ["--split-guidance has no effect without guidance"]),
+        ("--guidance-until 0.5", {}, (), ["--guidance-until has no effect without guidance"]),
+        ("--step-cache-kind blocks", {"step_cache": 0.0}, (), ["--step-cache-kind has no effect without --step-cache"]),
         ("--split-guidance", {}, (options.GUIDANCE,), []),
         ("", {}, (), []),
     ],

@@ -254,7 +254,10 @@ class _Run:
             # Two models at once may not fit.
             self.pipeline = None
             clean_up(side.device)
-        work = max((work_of(other.request) for other in group), key=lambda work: (work.guided, work.cond_latents))
+        work = max(
+            (work_of(other.request) for other in group),
+            key=lambda work: (work.guided, work.skips_blocks, work.cond_latents),
+        )
         self.bar.task.phase(LOADING)
         self.pipeline = load_models(side.args, side.opened, side.device, work)
         self.pipeline.on_phase = lambda name: self.bar.task.phase(name)

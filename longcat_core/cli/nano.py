@@ -9,7 +9,8 @@ from ..nano.lesson import write_lesson
 
 
 def score(args: argparse.Namespace) -> int:
-    return adherence.run(args.prompts, args.steps, args.guidance, args.lora, args.lesson)
+    skipped = {name: getattr(args, name) for name in ("guidance_until", "step_cache", "step_cache_kind")}
+    return adherence.run(args.prompts, args.steps, args.guidance, args.lora, args.lesson, skipped)
 
 
 def lesson(args: argparse.Namespace) -> int:

@@ -41,7 +41,9 @@ def without_effect(
     given = {word.partition("=")[0] for word in (args.argv if argv is None else argv)}
     for row in of_command(args.command):
         for need in row.needs if row.flag in given else ():
-            names = [(name, f"--{name}" if hasattr(args, name) else name) for name in need.split(" or ")]
+            names = [
+                (name, f"--{name}".replace("_", "-") if hasattr(args, name) else name) for name in need.split(" or ")
+            ]
             if not any(name in there or getattr(args, name, None) for name, _ in names):
                 yield f"{row.flag} has no effect without {' or '.join(shown for _, shown in names)}"
 

@@ -158,6 +158,7 @@ _lossy_change = Option("lossy_change", "choice", "what to do where a take in the
 
 _VIDEOS = ("generate", "long", "compare")
 _SAMPLED = (*_VIDEOS, "calibrate")
+_SKIPPED = (*_VIDEOS, "score-nano")
 _MODELS = (*_SAMPLED, "refine")
 _WEIGHTS = (*_MODELS, "train-lora")
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
@@ -272,7 +273,7 @@ OPTIONS: tuple[Option, ...] = (
                **_guidance),
         Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
                "half the time without it, which is lossy", 1.0, step=0.05, digits=2, common=True, needs=(GUIDANCE,),
-               **_share),
+               commands=_SKIPPED, **_share),
         Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
                filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True,
                commands=_SAMPLED),
@@ -284,10 +285,10 @@ OPTIONS: tuple[Option, ...] = (
         Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
                "conservative, 0.05 skips about half (PSNR of 12 nano videos: median 43 dB, farthest 21 dB), 0.12 "
                "is aggressive, 0 skips none", 0.0, least=0.0,
-               most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True),
+               most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True, commands=_SKIPPED),
         Option("step_cache_kind", "choice", "what --step-cache skips: steps, whole; or blocks, all but the first sixth "
                "of the network's, if those show that what the others add can be predicted", STEP_CACHE_KINDS[0],
-               choices=STEP_CACHE_KINDS, needs=("step_cache",)),
+               choices=STEP_CACHE_KINDS, needs=("step_cache",), commands=_SKIPPED),
     ),
     *_group(
         MODEL,

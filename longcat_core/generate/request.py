@@ -285,7 +285,8 @@ def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
     given = max(request.cond_frames, overlap or 0)
     shape = latent_shape(request.frames, request.height, request.width)
     cond = latent_frames(given) if given and request.kv_cache != "off" else 0
-    return Work((1, *shape), request.guidance_scale != 1, cond)
+    skips_blocks = request.step_cache > 0 and request.step_cache_kind == "blocks"
+    return Work((1, *shape), request.guidance_scale != 1, cond, skips_blocks)
 
 
 def check_side(name: str, pixels: int) -> None:

@@ -395,7 +395,14 @@ def test_plan_refuses(refused: Any, options: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [("--steps 0", "0 steps"), ("--guidance nan", "guidance nan"), ("--prompts 1", "1 prompts")]
+    ("options", "said"),
+    [
+        ("--steps 0", "0 steps"),
+        ("--guidance nan", "guidance nan"),
+        ("--prompts 1", "1 prompts"),
+        ("--step-cache 2", "step cache 2.0 is out of range"),
+        ("--guidance-until -1", "guidance until -1.0 is out of range"),
+    ],
 )
 def test_score_nano_refuses(refused: Any, monkeypatch: pytest.MonkeyPatch, options: str, said: str) -> None:
     monkeypatch.setattr(adherence.Pipeline, "load", lambda **_: pytest.fail("a model was loaded first"))

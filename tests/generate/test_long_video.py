@@ -237,6 +237,8 @@ OTHER = {
     "guidance": ({}, {"guidance_scale": 3.0}, "guidance_scale 4.0 there, 3.0 now"),
     "negative prompt": ({}, {"negative_prompt": "fog"}, "negative_prompt"),
     "step cache": ({}, {"step_cache": 0.1}, "step cache none there, 0.1 now"),
+    "kind": ({}, {"step_cache": 0.1, "step_cache_kind": "blocks"}, "step cache none there, blocks 0.1 now"),
+    "until": ({}, {"guidance_until": 0.6}, "guidance until none there, 0.6 now"),
     "model": ({"model": {"model": "f00"}}, {}, "model none there, f00 now"),
     "lossy": ({"lossy": {"precision": "bfloat16"}}, {}, "precision none there, bfloat16 now"),
     "given frames": ({}, {"given": np.zeros((1, 16, 32, 3), np.uint8)}, "given frames none there"),
@@ -255,7 +257,7 @@ def test_other_settings_begin_a_take_and_the_old_one_is_found_again(tiny, copy, 
         f"a new take begins in {copy / 'take-002'}, because {copy} has"
     )
     assert said in folder.said and folder.said.count(" there, ") == 1
-    assert ("lossy change" in folder.said) == (name in ("lossy", "step cache"))
+    assert ("lossy change" in folder.said) == (name in ("lossy", "step cache", "kind", "until"))
     after = state(copy)
     assert {path: found for path, found in after.items() if path in before and path != str(copy)} == {
         path: found for path, found in before.items() if path != str(copy)
