@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import BackendUnavailable, CheckpointError, LongCatError
     from .files.media import read_image, read_video, write_video
+    from .generate.calibration import read_calibration
     from .generate.engine import Generation
     from .generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
     from .generate.paths import ModelPaths
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .generate.request import GenerateRequest, work_of
     from .optimize.block_sparse import BlockSparse
     from .optimize.plan import Plan, Work
+    from .optimize.sparse.settings import Densities, Sparse
     from .optimize.switches import Optimizations
     from .sampling.sampler import Interrupted, Step
     from .sampling.schedules import Schedule, make_schedule
@@ -30,6 +32,7 @@ __all__ = [
     "BackendUnavailable",
     "BlockSparse",
     "CheckpointError",
+    "Densities",
     "GenerateRequest",
     "Generation",
     "Interrupted",
@@ -41,6 +44,7 @@ __all__ = [
     "Plan",
     "RefineRequest",
     "Schedule",
+    "Sparse",
     "Step",
     "Work",
     "__version__",
@@ -48,6 +52,7 @@ __all__ = [
     "make_schedule",
     "new_frames",
     "piece_folder",
+    "read_calibration",
     "read_image",
     "read_video",
     "refine",
@@ -62,6 +67,7 @@ __all__ = [
 _HOMES = {
     "errors": ("BackendUnavailable", "CheckpointError", "LongCatError"),
     "files.media": ("read_image", "read_video", "write_video"),
+    "generate.calibration": ("read_calibration",),
     "generate.engine": ("Generation",),
     "generate.long_video": ("LongVideoRequest", "long_video", "new_frames", "segment_folder", "spread_prompts"),
     "generate.paths": ("ModelPaths",),
@@ -70,6 +76,7 @@ _HOMES = {
     "generate.request": ("GenerateRequest", "work_of"),
     "optimize.block_sparse": ("BlockSparse",),
     "optimize.plan": ("Plan", "Work"),
+    "optimize.sparse.settings": ("Densities", "Sparse"),
     "optimize.switches": ("Optimizations",),
     "sampling.sampler": ("Interrupted", "Step"),
     "sampling.schedules": ("Schedule", "make_schedule"),

@@ -68,10 +68,10 @@ class ComfyEngine(Engine):
         return to_bytes(images[0] if images.ndim == 5 else images)
 
     def _denoise(self, noise: Tensor, schedule: Schedule, prompt: str, options: Denoising) -> Tensor:
-        if options.step_cache or options.block_sparse is not None:
+        if options.step_cache or options.block_sparse is not None or options.sparse is not None:
             raise LongCatError(
-                f"{self.node} takes a step cache and block-sparse attention from the MODEL; connect LongCat Step Cache "
-                "or LongCat Block-Sparse Attention to it"
+                f"{self.node} takes a step cache, block-sparse and sparse attention from the MODEL; connect LongCat "
+                "Step Cache, LongCat Block-Sparse Attention or LongCat Sparse Attention to it"
             )
         texts = self._text(prompt), self._text(options.negative_prompt)
         guider = make_guider(

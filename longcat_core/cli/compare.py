@@ -33,7 +33,7 @@ from ..optimize import attention as backends
 from ..sampling.sampler import Interrupted, Step
 from .console import Progress, notes_from_warnings, progress
 from .generate import guidance_of, print_notes, prompts_of, request_of
-from .models import compile_mode, dtype_of, load_models, machine_of, paths_of
+from .models import check_sparse_fits, compile_mode, dtype_of, load_models, machine_of, paths_of
 from .options import Parser, add_options, without_effect
 
 OUTPUT = "longcat-compare"
@@ -93,6 +93,7 @@ def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Si
     paths = paths_of(args)
     request = request_of(args, prompt).filled(paths.defaults)
     device, opened = machine_of(args, paths)
+    check_sparse_fits(args, request, opened)
     names = [row.name for row in of_command("compare", MODEL, MEMORY)]
     model = {name: getattr(args, name) for name in names if name not in SWITCHED}
     return _Side(name, options, args, paths, request, device, opened, model)

@@ -33,7 +33,7 @@ from ..generate.segment_folder import SegmentFolder
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from .console import Progress, note, notes_from_warnings, progress
-from .models import load_models, machine_of, model_settings, paths_of
+from .models import check_sparse_fits, load_models, machine_of, model_settings, paths_of, sparse_of
 from .options import without_effect
 
 OUTPUT = "longcat.mp4"
@@ -41,7 +41,7 @@ LONG_OUTPUT = "longcat-long.mp4"
 # Options that a request takes under the same name.
 SAME_NAME = (
     *("negative_prompt", "frames", "steps", "seed", "image", "video", "fps"),
-    *("guidance_until", "kv_cache", "step_cache", "step_cache_kind"),
+    *("guidance_until", "kv_cache", "step_cache", "step_cache_kind", "sparse_kernel"),
 )
 
 # Frames uint8 [F, H, W, 3], or clips of that shape one after the other.
@@ -117,6 +117,7 @@ def generate(args: argparse.Namespace) -> int:
     shape = request.frames, request.height, request.width
     output = args.output or args.outputs.default(Path(OUTPUT))
     task = _Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
+    check_sparse_fits(args, request, task.model)
     task.note(request.notes(), *guidance_of(request))
 
     def make(bar: Progress) -> np.ndarray:
@@ -149,6 +150,7 @@ def long(args: argparse.Namespace) -> int:
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     task = _Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
+    check_sparse_fits(args, first, task.model)
     model, lossy = task.settings()
     request = replace(request, model=model, lossy=lossy)
     task.note(first.notes(), *guidance_of(first), *(MORE for _ in prompts[1:]))
@@ -241,6 +243,7 @@ def request_of(args: argparse.Namespace, prompt: str) -> GenerateRequest:
         guidance_scale=args.guidance,
         schedule=_schedule(args),
         num_cond_frames=args.cond_frames,
+        sparse=sparse_of(args),
         **{name: getattr(args, name) for name in SAME_NAME},
     )
 

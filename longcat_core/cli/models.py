@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +11,18 @@ import torch
 from ..checkpoints.lora import open_loras
 from ..errors import LongCatError
 from ..generate import inputs
+from ..generate.calibration import Calibration, check_fits, read_calibration
 from ..generate.opened import OpenedModel, open_model
 from ..generate.options import LORA_MODES
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
+from ..generate.request import GenerateRequest
 from ..generate.takes import LORA_MODE, lossy_settings
 from ..optimize import compilation
 from ..optimize.kernels import elementwise
 from ..optimize.plan import GIB, Plan, Work, limit_memory
+from ..optimize.sparse.choose import check_sparse
+from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import CompileMode, Optimizations
 from .console import note
 
@@ -44,10 +49,33 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def machine_of(args: argparse.Namespace, paths: ModelPaths) -> tuple[torch.device, OpenedModel]:
     """The device and the opened model, once its files, its LoRAs and what the machine has to offer are checked."""
     model = open_model(paths, args.lora, args.attention)
+    check_sparse(getattr(args, "sparse_kernel", "auto"))
     device = device_of(args.device)
     check_memory(args, device)
     compile_mode(args, device, paths)
     return device, model
+
+
+def sparse_of(args: argparse.Namespace) -> Sparse | Calibration | None:
+    """What --sparse asks for: a density or a calibration file. Raises LongCatError for anything else."""
+    if args.sparse is None:
+        return None
+    try:
+        density = float(args.sparse)
+    except ValueError:
+        if not Path(args.sparse).exists():
+            raise LongCatError(
+                f"--sparse {args.sparse} is neither a density from 0 to 1 nor a file; give 0.15, or what longcat "
+                "calibrate wrote"
+            ) from None
+        return read_calibration(args.sparse)
+    return Sparse(density)
+
+
+def check_sparse_fits(args: argparse.Namespace, request: GenerateRequest, model: OpenedModel) -> None:
+    """Raise LongCatError if a request's calibration is of other weights than the opened model."""
+    if isinstance(request.sparse, Calibration):
+        check_fits(request.sparse, model.checkpoint, args.sparse)
 
 
 def check_memory(args: argparse.Namespace, device: torch.device) -> None:

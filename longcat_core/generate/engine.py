@@ -15,6 +15,7 @@ from ..errors import LongCatError, check_type
 from ..files.media import resize_and_crop
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.block_sparse import BlockSparse
+from ..optimize.sparse.settings import Sparse
 from ..sampling.conditioning import last_frames, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback
 from ..sampling.schedules import Schedule, make_schedule
@@ -58,6 +59,7 @@ class Denoising:
     callback: Callback | None = None
     guidance_until: float = 1.0
     step_cache_kind: StepCacheKind = "steps"
+    sparse: Sparse | None = None
 
 
 class Engine(ABC):
@@ -110,11 +112,13 @@ class Engine(ABC):
         callback: Callback | None = None,
         guidance_until: float = 1.0,
         step_cache_kind: StepCacheKind = "steps",
+        sparse: Sparse | None = None,
     ) -> Tensor:
         """Standard normal noise [1, C, T, h, w] -> clean latents of the same shape.
 
         clean: latents of that shape, mixed with the noise as the schedule's first timestep says; None: noise only.
-        block_sparse: settings of block-sparse attention; None: full attention. For the other options see
+        block_sparse: settings of block-sparse attention; None: full attention. sparse: settings of sparse attention,
+        without effect beside block_sparse; None: full attention. For the other options see
         `sampling.sampler.sample`. Raises LongCatError for tensors that do not fit.
         """
         check_callback(callback)
@@ -127,6 +131,7 @@ class Engine(ABC):
         check_kind(step_cache_kind)
         check_mode(kv_cache)
         check_type("block_sparse", block_sparse, (BlockSparse, type(None)), "a BlockSparse or None")
+        check_type("sparse", sparse, (Sparse, type(None)), "a Sparse or None")
         check_tensor("the noise", noise, (None, self.channels, None, None, None))
         if clean is not None:
             check_tensor("the clean latents", clean, tuple(noise.shape))
@@ -143,6 +148,7 @@ class Engine(ABC):
             callback,
             guidance_until,
             step_cache_kind,
+            sparse,
         )
         with self.turn():
             return self._denoise(noise, schedule, prompt, options)
@@ -158,6 +164,7 @@ class Engine(ABC):
         check_type("the request", request, GenerateRequest, "a GenerateRequest")
         check_callback(callback)
         request = request.filled(self.defaults)
+        self._check_sparse(request)
         if handed is not None:
             self._check_handed(request, handed)
         with self.turn():
@@ -174,6 +181,7 @@ class Engine(ABC):
                 callback=callback,
                 guidance_until=request.guidance_until,
                 step_cache_kind=request.step_cache_kind,
+                sparse=request.sparse_settings,
             )
             check_finite(latents)
             return Generation(self.decode(latents), latents.cpu(), request)
@@ -181,6 +189,9 @@ class Engine(ABC):
     def turn(self) -> AbstractContextManager[None]:
         """Held while this engine works, so that threads take turns. Engines that one thread uses need none."""
         return nullcontext()
+
+    def _check_sparse(self, request: FilledRequest) -> None:  # noqa: B027
+        """Raise LongCatError if a request's calibration is of another model."""
 
     def _check_handed(self, request: FilledRequest, handed: Tensor) -> None:
         """Raise LongCatError unless `handed` fits a filled request's conditioning frames without the first."""

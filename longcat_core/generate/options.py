@@ -33,6 +33,8 @@ LORA_MODES = ("merged", "runtime")
 LOSSY_CHANGES = ("new take", "go on")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("off", "blocks")
+# Those of `optimize.sparse.settings`, which imports PyTorch's package.
+SPARSE_KERNELS = ("auto", "fa4", "cudnn", "cudnn-fp8", "sol", "triton", "plain")
 CHECKPOINT_FORMS = ("bf16", "comfyui-fp8", "int8")
 
 WHAT, SAMPLING, MODEL, MEMORY, OUTPUT = "what is generated", "sampling", "model", "memory", "output"
@@ -289,6 +291,13 @@ OPTIONS: tuple[Option, ...] = (
         Option("step_cache_kind", "choice", "what --step-cache skips: steps, whole; or blocks, all but the first sixth "
                "of the network's, if those show that what the others add can be predicted", STEP_CACHE_KINDS[0],
                choices=STEP_CACHE_KINDS, needs=("step_cache",), commands=_SKIPPED),
+        Option("sparse", "text", "sparse attention, which is lossy: the share of the blocks that are computed exactly, "
+               "such as 0.15, or the file that longcat calibrate wrote for this model; the first fifth of the "
+               "steps and videos of less than 1024 tokens keep full attention", shown="full attention",
+               metavar="X|FILE", common=True, commands=_VIDEOS),
+        Option("sparse_kernel", "choice", "kernel of sparse attention; cudnn-fp8 and sol compute in 8 bits, plain is "
+               "slow and runs anywhere", SPARSE_KERNELS[0], choices=SPARSE_KERNELS, needs=("sparse",),
+               commands=_VIDEOS),
     ),
     *_group(
         MODEL,

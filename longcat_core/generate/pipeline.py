@@ -26,13 +26,14 @@ from ..optimize.streaming import spread
 from ..optimize.switches import Optimizations
 from ..sampling.sampler import sample
 from ..sampling.schedules import Schedule
+from .calibration import Calibration, check_fits
 from .engine import Denoising, Engine, check_finite
 from .inputs import check_tensor, device_of, dtype_of, loras_of
 from .opened import OpenedModel, open_model
 from .paths import ModelPaths
 from .placement import Placement
 from .progress import COMPILING, DECODING, ENCODING
-from .request import RELEASED, Defaults
+from .request import RELEASED, Defaults, FilledRequest
 from .text import TextEncoder, load_text_encoder
 from .turns import Turns
 from .vae import VideoVAE, load_vae
@@ -226,16 +227,24 @@ class Pipeline(Engine):
         warnings.warn(f"out of memory; continuing with {plan.describe(self.model.config.depth)}", stacklevel=3)
         return True
 
+    def _check_sparse(self, request: FilledRequest) -> None:
+        if isinstance(request.sparse, Calibration):
+            check_fits(request.sparse, self.model)
+
     def _denoise(self, noise: Tensor, schedule: Schedule, prompt: str, options: Denoising) -> Tensor:
         start = noise
         if options.clean is not None:
             share = schedule.timesteps[0] / 1000
             start = (1 - share) * options.clean + share * noise.to(options.clean)
         guided = options.guidance_scale != 1
+        before = self.model.block_sparse, self.model.sparse
+        # Raises for settings of another network, before anything is encoded.
+        self.model.sparse = options.sparse
+        self.model.sparse = before[1]
         self.begins(ENCODING)
         context, mask = self._text("prompt", prompt)
         negative = self._text("negative prompt", options.negative_prompt) if guided else (None, None)
-        before, self.model.block_sparse = self.model.block_sparse, options.block_sparse
+        self.model.block_sparse, self.model.sparse = options.block_sparse, options.sparse
         announce = self.model.announce
         self.model.announce = lambda sentence: self._announced(sentence, announce)
         self.begins("")
@@ -259,7 +268,7 @@ class Pipeline(Engine):
                 callback=self._turns.guard(options.callback),
             )
         finally:
-            self.model.block_sparse, self.model.announce = before, announce
+            (self.model.block_sparse, self.model.sparse), self.model.announce = before, announce
             if self.model.stream is not None:
                 # The VAE is next and needs the memory.
                 self.model.stream.rest()

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import LongCatError, check_path, check_type, is_number, is_whole, plain_fields
+from ..errors import LongCatError, check_choice, check_path, check_type, is_number, is_whole, plain_fields
 from ..files.media import count_pictures, open_video, read_image, resize_and_crop
 from ..files.regular import says_something
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
+from ..optimize.sparse.settings import SPARSE_KERNELS, Sparse, SparseKernel
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT, guided_steps
 from ..sampling.schedules import DISTILLED_GRID
+from . import calibration
+from .calibration import Calibration
 from ..sampling.step_cache import StepCacheKind, check_kind
 from .inputs import check_whole
 from .options import (
@@ -76,7 +79,8 @@ class GenerateRequest:
     step_cache: the threshold for skipping steps, 0 for none; step_cache_kind: what is skipped; guidance_until: the
     share of the steps that have guidance; see `sample` for all three. fps: of the output file; the frames of a
     clip are taken by their time at this rate, and given frames have it. source: set by `filled`, which reads again
-    where a filled request names another file.
+    where a filled request names another file. sparse: sparse attention of one density, or of what a calibration found,
+    which must be of this model; None: full attention. sparse_kernel: what computes it.
     """
 
     prompt: str
@@ -98,6 +102,8 @@ class GenerateRequest:
     source: Source | None = field(default=None, repr=False, compare=False)
     guidance_until: float = 1.0
     step_cache_kind: StepCacheKind = "steps"
+    sparse: Sparse | Calibration | None = None
+    sparse_kernel: SparseKernel = "auto"
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -151,6 +157,15 @@ class GenerateRequest:
             return 0
         return 1 if len(self.given) == 1 else self.num_cond_frames
 
+    @property
+    def sparse_settings(self) -> Sparse | None:
+        """Settings of sparse attention, or None."""
+        if isinstance(self.sparse, Calibration):
+            return self.sparse.sparse(kernel=self.sparse_kernel)
+        if self.sparse is None or self.sparse_kernel == "auto":
+            return self.sparse
+        return replace(self.sparse, kernel=self.sparse_kernel)
+
     def notes(self) -> list[str]:
         """Warnings about a filled request that runs, though perhaps not as the user meant it."""
         notes = [] if self.source is None else list(self.source.notes)
@@ -166,6 +181,16 @@ class GenerateRequest:
             notes.append(
                 f"a step cache of {self.step_cache:g} skips nearly all {self.step_cache_kind} that it may; thresholds "
                 f"from 0.03 to {USEFUL_STEP_CACHE:g} are useful"
+            )
+        if isinstance(self.sparse, Sparse) and self.sparse.densities is None:
+            notes.append(
+                f"the density of sparse attention, {self.sparse.density:g}, is not calibrated for this model; longcat "
+                "calibrate finds densities that keep a budget of error"
+            )
+        if isinstance(self.sparse, Calibration):
+            guidance = 1.0 if self.guidance_scale is None else self.guidance_scale
+            notes += calibration.notes(
+                self.sparse, "the calibration", schedule=self.schedule or "base", guidance=guidance
             )
         return notes
 
@@ -256,6 +281,11 @@ class FilledRequest(GenerateRequest):
         check_kind(self.step_cache_kind)
         check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
         check_number("guidance until", self.guidance_until, 0.0, 1.0)
+        kinds = (Sparse, Calibration, type(None))
+        check_type("sparse attention", self.sparse, kinds, "a Sparse, a Calibration or None")
+        check_choice("sparse kernel", self.sparse_kernel, SPARSE_KERNELS)
+        # Raises for a kernel that does not take these densities.
+        _ = self.sparse_settings
         check_seed(self.seed)
         if self.given is None:
             return

@@ -16,6 +16,7 @@ from typing import Any
 from ..files.differences import as_read, differences, differences_in_words
 from ..optimize.attention import is_exact
 from ..optimize.block_sparse import BlockSparse
+from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
 from ..sampling.step_cache import StepCacheKind
 from .options import words
@@ -42,6 +43,7 @@ def lossy_settings(
     step_cache_kind: StepCacheKind = "steps",
     guidance_until: float = 1.0,
     block_sparse: BlockSparse | None = None,
+    sparse: Sparse | None = None,
     eight_bit: bool = False,
 ) -> dict[str, str]:
     """What makes a result differ a little from the exact one, each by its name and in words; nothing that is exact.
@@ -62,6 +64,8 @@ def lossy_settings(
         found["guidance until"] = words(float(guidance_until))
     if block_sparse is not None:
         found["block-sparse"] = _sparse_in_words(asdict(block_sparse))
+    if sparse is not None:
+        found["sparse"] = sparse.in_words()
     return found
 
 

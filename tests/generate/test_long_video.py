@@ -31,6 +31,7 @@ from longcat_core.generate.long_video import (
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import MAX_SEED, NANO, RELEASED, GenerateRequest
 from longcat_core.generate.segments import FRAMES, LATENTS, RECORD
+from longcat_core.optimize.sparse.settings import Sparse
 from longcat_core.sampling.conditioning import to_pixels
 from longcat_core.sampling.sampler import Interrupted
 
@@ -239,6 +240,7 @@ OTHER = {
     "step cache": ({}, {"step_cache": 0.1}, "step cache none there, 0.1 now"),
     "kind": ({}, {"step_cache": 0.1, "step_cache_kind": "blocks"}, "step cache none there, blocks 0.1 now"),
     "until": ({}, {"guidance_until": 0.6}, "guidance until none there, 0.6 now"),
+    "sparse attention": ({}, {"sparse": Sparse(0.3, dense_steps=1.0)}, "sparse none there, density 0.3"),
     "model": ({"model": {"model": "f00"}}, {}, "model none there, f00 now"),
     "lossy": ({"lossy": {"precision": "bfloat16"}}, {}, "precision none there, bfloat16 now"),
     "given frames": ({}, {"given": np.zeros((1, 16, 32, 3), np.uint8)}, "given frames none there"),
@@ -257,7 +259,7 @@ def test_other_settings_begin_a_take_and_the_old_one_is_found_again(tiny, copy, 
         f"a new take begins in {copy / 'take-002'}, because {copy} has"
     )
     assert said in folder.said and folder.said.count(" there, ") == 1
-    assert ("lossy change" in folder.said) == (name in ("lossy", "step cache", "kind", "until"))
+    assert ("lossy change" in folder.said) == (name in ("lossy", "step cache", "kind", "until", "sparse attention"))
     after = state(copy)
     assert {path: found for path, found in after.items() if path in before and path != str(copy)} == {
         path: found for path, found in before.items() if path != str(copy)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
 from longcat_core.generate.takes import comparable, lossy_settings, matches, nearest
 from longcat_core.optimize.block_sparse import BlockSparse
+from longcat_core.optimize.sparse.settings import Densities, Sparse
 from longcat_core.optimize.switches import Optimizations
 
 OWN = {"prompt": "a", "seed": 3, "guidance_scale": 4.0, "model": "0123456789abcdef"}
@@ -111,6 +112,20 @@ def test_words_of_lossy_settings():
     skipping = lossy_settings(step_cache=0.1, step_cache_kind="blocks", guidance_until=0.6)
     assert skipping == {"step cache": "blocks 0.1", "guidance until": "0.6"}
     assert lossy_settings(step_cache_kind="blocks", guidance_until=1.0) == {}
+
+
+def test_words_of_sparse_attention():
+    def words(sparse: Sparse) -> str:
+        return lossy_settings(sparse=sparse)["sparse"]
+
+    assert words(Sparse()) == words(Sparse(kernel="plain")) == "density 0.15"
+    assert words(Sparse(0.3, dense_steps=0.0, tail=False)) == "density 0.3, dense steps 0.0, tail False"
+    assert words(Sparse(0.3, dense_layers=(0, 2), query_block=128, kernel="cudnn-fp8")) == (
+        "density 0.3, dense layers (0, 2), query block 128, cudnn-fp8"
+    )
+    one, other = (Sparse(densities=Densities((1.0,), (((share,),),))) for share in (0.1, 0.2))
+    assert words(one).startswith("densities ") and words(one) != words(other)
+    assert words(one) == words(replace(one, density=0.5)), "densities take its place"
 
 
 @pytest.mark.parametrize(

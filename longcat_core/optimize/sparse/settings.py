@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
 from ...errors import LongCatError, check_choice, check_type, is_number, is_whole, plain_fields
 
 SparseKernel = Literal["auto", "fa4", "cudnn", "cudnn-fp8", "sol", "triton", "plain"]
 SPARSE_KERNELS = ("auto", "fa4", "cudnn", "cudnn-fp8", "sol", "triton", "plain")
+# Kernels that round queries, keys and values to 8 bits.
+EIGHT_BIT = ("cudnn-fp8", "sol")
 # Tokens of a key block.
 BLOCK = 64
 QUERY_BLOCKS = (BLOCK, 2 * BLOCK)
@@ -129,9 +132,7 @@ class Sparse:
             raise LongCatError(f"sparse query_block is {block}; choose one of 64, 128")
         check_choice("sparse kernel", self.kernel, SPARSE_KERNELS)
         if self.kernel in NARROW and block not in (None, BLOCK):
-            raise LongCatError(
-                f"sparse kernel {self.kernel!r} has query blocks of 64 tokens; leave query_block out"
-            )
+            raise LongCatError(f"sparse kernel {self.kernel!r} has query blocks of 64 tokens; leave query_block out")
         if self.kernel == "sol" and self.densities is not None and not self.densities.uniform:
             raise LongCatError("sparse kernel 'sol' takes one density for all heads of a layer; choose another kernel")
 
@@ -152,6 +153,17 @@ class Sparse:
                 f"densities are for {found.layers} layers of {found.heads} heads, and the network has {layers} of "
                 f"{heads}; calibrate it by itself"
             )
+
+    def in_words(self) -> str:
+        """What decides the output, in words: the density or a mark of the densities, and what differs from defaults."""
+        found = f"density {self.density:g}"
+        if self.densities is not None:
+            found = f"densities {sha256(repr(self.densities).encode()).hexdigest()[:8]}"
+        for name in ("dense_steps", "dense_layers", "tail", "query_block"):
+            value, default = getattr(self, name), getattr(Sparse, name)
+            if value != default:
+                found += f", {name.replace('_', ' ')} {value}"
+        return found if self.kernel not in EIGHT_BIT else f"{found}, {self.kernel}"
 
     def dense_at(self, progress: float | None) -> bool:
         """Whether all attention is dense after this share of the steps; None: unknown, sparse."""
