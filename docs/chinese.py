@@ -70,6 +70,10 @@ NODES: dict[str, tuple[str, str]] = {
         "让每个 token 小块只关注对它最重要的少数几个块，与 LongCat-Video 精修到 720p 时的做法相同。"
         "大尺寸视频会更快，但结果与完整注意力不同。",
     ),
+    "LongCatSparseAttention": (
+        "LongCat 稀疏注意力",
+        "自注意力只精确计算一部分块，其余每个块以其均值计入。速度更快，但有损。",
+    ),
     "LongCatStepCache": (
         "LongCat 步缓存",
         "跳过可以由前两步预测出输出的采样步。阈值为 0.05 时速度约为两倍。多数视频只有细微变化，少数变化明显："
@@ -122,6 +126,7 @@ INPUTS: dict[str, tuple[str, str]] = {
     ),
     "cond_frames": ("条件帧数", "取片段末尾的多少帧用于续写，须为 4k+1；正式模型以 13 帧训练。"),
     "dense_steps": ("稠密步比例", "开头多大比例的步数保持稠密注意力。"),
+    "density": ("密度", "精确计算的块所占的比例，未经校准；1 为完整注意力。"),
     "device": ("设备", "文本编码器运行的设备；cpu 较慢，但不占用显存。"),
     "double_rate": ("帧率翻倍", "同时将帧率翻倍；关闭时只放大画面。"),
     "explicit_fp32": (
@@ -332,6 +337,14 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
         "Latent",
         "与 LongCat 采样器相同；条件帧在两个视频中一样，不参与比较。",
     ),
+    ("LongCatSparseAttention", "calibration"): (
+        "校准文件",
+        "LongCat 校准写在 ComfyUI 输出目录里的文件，其中每个注意力头各有密度，取代密度和稠密步比例。",
+    ),
+    ("LongCatSparseAttention", "kernel"): (
+        "内核",
+        "稀疏注意力的内核；cudnn-fp8 和 sol 以 8 位计算，plain 较慢但随处可用。",
+    ),
     ("LongCatCalibrate", "model"): (
         "模型",
         "LongCat-Video，带上你使用的 LoRA，不带 LongCat 步缓存，也不带块稀疏注意力。",
@@ -380,6 +393,7 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("视频", "精修后的视频，供“保存视频”使用，从文件夹中逐帧读取。"),
     ),
     "LongCatBlockSparseAttention": (("模型", "用于 refine 模式的 LongCat 采样器以及自带的采样器。"),),
+    "LongCatSparseAttention": (("模型", "用于 LongCat 采样器和自带的采样器。"),),
     "LongCatStepCache": (("模型", "用于 LongCat 采样器和自带的采样器。"),),
     "LongCatBenchmark": (("图表", "两种设置的用时。"), ("报告", "各项数据及其范围，以及 A 与 B 不同的选项。")),
     "LongCatFidelity": (

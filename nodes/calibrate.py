@@ -21,7 +21,7 @@ from ..longcat_core.sampling.conditioning import SPATIAL_FACTOR, video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .checks import check_ranges, check_steps
 from .comfy_attention import attention_by_comfyui
-from .comfy_network import BLOCK_SPARSE_KEY, PROBE_KEY
+from .comfy_network import BLOCK_SPARSE_KEY, PROBE_KEY, SPARSE_KEY
 from .folders import output_folder
 from .inputs import LongCatNode
 from .models import options_of, preferences_of, require_longcat, switches_of, with_option
@@ -99,6 +99,8 @@ def _require_exact(model: ModelPatcher) -> None:
     options, attention = options_of(model), switches_of(model).attention
     if options.get(BLOCK_SPARSE_KEY) is not None:
         raise LongCatError(f"{NODE} got a MODEL with block-sparse attention; connect the MODEL before that node")
+    if options.get(SPARSE_KEY) is not None:
+        raise LongCatError(f"{NODE} got a MODEL with sparse attention; connect the MODEL before that node")
     if options.get(THRESHOLD_KEY):
         raise LongCatError(f"{NODE} got a MODEL with a step cache, which leaves steps out; connect the MODEL before it")
     if not is_exact(attention):

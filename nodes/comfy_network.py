@@ -31,7 +31,7 @@ from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
 from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
-from .comfy_attention import ComfyAttention, add_preferences, preferences, with_comfyui_attention
+from .comfy_attention import OVERRIDE, ComfyAttention, add_preferences, preferences, with_comfyui_attention
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
 from .comfy_fp8 import is_replaced
 from .comfy_prefetch import Prefetch, prefetching
@@ -40,6 +40,7 @@ from .progress import begins
 # Keys of transformer_options that the pack's nodes set and the network reads.
 OPTIMIZATIONS_KEY = "longcat_optimizations"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
+SPARSE_KEY = "longcat_sparse"
 # During a sampling run, what has a `ResidualCache` for each pass: LongCat Step Cache's.
 RESIDUALS_KEY = "longcat_residual_caches"
 # The probe of a calibration that passes go through.
@@ -120,6 +121,16 @@ class Prepared(NamedTuple):
     compilers: Compilers | None = None
 
 
+def _progress(options: dict[str, Any]) -> float | None:
+    """The share of a sampler's steps that is done, 0 <= progress < 1; None outside of sampling."""
+    sigmas, now = options.get("sample_sigmas"), options.get("sigmas")
+    if sigmas is None or now is None or len(sigmas) < 2:
+        return None
+    # Samplers call with rounded sigmas, and some between two steps.
+    done = int((sigmas > float(now.max()) * (1 + 1e-6)).sum())
+    return min(done, len(sigmas) - 2) / (len(sigmas) - 1)
+
+
 def _announce(sentence: str) -> None:
     logging.warning("LongCat: %s", sentence)
     if compiles(sentence):
@@ -157,6 +168,7 @@ class DiffusionModel(LongCatTransformer):
         add_preferences(self.blocks)
         # In order of use, by the arguments that they were made from; see `execution`.
         self.executions: dict[tuple, Execution] = {}
+        self.said: set[str] = set()
 
     def _fp32_layers(self) -> list[torch.nn.Module]:
         final = [self.final_layer.modulation, self.final_layer.linear]
@@ -171,13 +183,19 @@ class DiffusionModel(LongCatTransformer):
 
         Equal arguments give the same execution, so that a lossy switch that the guard turned off stays off.
         """
-        key = dtype, options.get(OPTIMIZATIONS_KEY, Optimizations()), options.get(BLOCK_SPARSE_KEY)
+        sparse = options.get(SPARSE_KEY)
+        if sparse is not None and options.get(OVERRIDE) is not None:
+            # It is another node's choice for this very MODEL, and may be sparse itself.
+            self._say("an attention override set by another node takes the place of sparse attention")
+            sparse = None
+        key = dtype, options.get(OPTIMIZATIONS_KEY, Optimizations()), options.get(BLOCK_SPARSE_KEY), sparse
         execution = self.executions.pop(key, None)
         if execution is None:
             execution = Execution(
                 self,
                 key[1],
                 block_sparse=key[2],
+                sparse=sparse,
                 dtype=dtype,
                 sliceable=sliceable,
                 uncompiled=is_streamed,
@@ -188,6 +206,12 @@ class DiffusionModel(LongCatTransformer):
         if len(self.executions) > EXECUTIONS:
             del self.executions[next(iter(self.executions))]
         return execution
+
+    def _say(self, sentence: str) -> None:
+        """Announce it, once for this network."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            _announce(sentence)
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, options: dict[str, Any], compilers: Compilers | None = None
@@ -273,6 +297,7 @@ class DiffusionModel(LongCatTransformer):
             kernels=kernels,
             around_block=around,
             compilers=compilers,
+            progress=_progress(options) if execution.sparse is not None else None,
             residuals=residuals,
         )
         if residuals is not None:

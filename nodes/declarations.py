@@ -386,6 +386,18 @@ NODES: dict[str, Node] = {
         ),
         (Socket("", "Model", "for LongCat Sampler in mode refine and for stock samplers"),),
     ),
+    "LongCatSparseAttention": Node(
+        "LongCat Sparse Attention",
+        "Computes some blocks of self-attention exactly and counts every other block as its mean. Faster, and lossy.",
+        (_model,
+            own("density", "number", "share of the blocks that are computed exactly, not calibrated; 1: full attention",
+                0.15, least=0.0, most=1.0, step=0.01, digits=3),
+            own("calibration", "text", "file of LongCat Calibrate in the output folder; it replaces density and "
+                "dense_steps", "", optional=True),
+            shared("dense_steps", "calibrate", optional=True, advanced=True),
+            shared("sparse_kernel", name="kernel", optional=True, advanced=True)),
+        (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
+    ),
     "LongCatStepCache": Node(
         "LongCat Step Cache",
         "Skips steps whose output can be predicted from the last two. At 0.05 about twice as fast. Most videos change "

@@ -24,7 +24,7 @@ from ..longcat_core.generate.takes import lossy_settings
 from ..longcat_core.sampling.sampler import Step
 from ..longcat_core.sampling.schedules import Schedule
 from . import comfy_fp8
-from .comfy_network import BLOCK_SPARSE_KEY
+from .comfy_network import BLOCK_SPARSE_KEY, SPARSE_KEY
 from .conditioning import put_clean, require_wan_vae
 from .images import to_bytes
 from .models import compute_dtype, options_of, patches_of, switches_of, wrappers_of
@@ -129,6 +129,7 @@ class ComfyEngine(Engine):
             step_cache=options.get(THRESHOLD_KEY) or 0.0,
             step_cache_kind=options.get(KIND_KEY) or "steps",
             block_sparse=options.get(BLOCK_SPARSE_KEY),
+            sparse=options.get(SPARSE_KEY),
         )
         # The fingerprint, of the weights' values, covers weights in 8 bits.
         if not switches.fp8 and comfy_fp8.layers(self.model.model.diffusion_model):

@@ -22,6 +22,7 @@ FAMILIES = (
     "refine",
     "long_video",
     "block_sparse",
+    "sparse",
     "step_cache",
     "benchmark",
     "fidelity",

@@ -20,7 +20,7 @@ from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .checks import check_ranges, check_steps
 from .comfy_attention import attention_by_comfyui
-from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
+from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY, SPARSE_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
 from .inputs import LongCatNode
 from .models import compute_dtype, options_of, preferences_of, require_comparable, switches_of, with_option, wrappers_of
@@ -49,6 +49,7 @@ def settings_of(model: ModelPatcher) -> dict[str, Any]:
         "step cache": options.get(THRESHOLD_KEY, 0),
         "kind of step cache": options.get(KIND_KEY, "steps") if options.get(THRESHOLD_KEY) else "steps",
         "block-sparse": getattr(options.get(BLOCK_SPARSE_KEY), "sparsity", 0),
+        "sparse": options[SPARSE_KEY].in_words() if SPARSE_KEY in options else "off",
         "dtype": str(compute_dtype(model)).removeprefix("torch."),
         "patched weights": len(model.patches),
         "other nodes": ", ".join(sorted({*wrappers_of(model)} - {THRESHOLD_KEY})) or "none",

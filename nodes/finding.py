@@ -76,6 +76,11 @@ PLACES: dict[str, Place] = {
     "LongCatBlockSparseAttention": Place(
         SPEED, (*_MAKER, "sparse attention", "bsa", "block sparse", "sparge", "radial attention", "speed up", "faster")
     ),
+    "LongCatSparseAttention": Place(
+        SPEED,
+        (*_MAKER, "sparse attention", "sparsity", "density", "calibration", "sol-attn", "sparge", "radial attention",
+         "speed up", "faster"),
+    ),
     "LongCatStepCache": Place(
         SPEED,
         (*_MAKER, "teacache", "tea cache", "easycache", "magcache", "first block cache", "fbcache", "skip steps",

@@ -37,7 +37,7 @@ RENAMED = {"guidance_scale": "guidance", "num_cond_frames": "cond_frames"}
 # What has no row: frames that scripts hand in directly, and positional arguments.
 WITHOUT_ROW = {"given", "source", "prompt"}
 # Options of `generate` about the video that no node has: sockets and nodes take their place.
-WITHOUT_INPUT = {"size", "image", "video", "schedule", "distilled", "sparse", "sparse_kernel"}
+WITHOUT_INPUT = {"size", "image", "video", "schedule", "distilled"}
 
 
 def load_pages() -> Any:
@@ -224,7 +224,13 @@ def methods_of(kind: ast.ClassDef) -> dict[str, ast.FunctionDef]:
 def test_options_of_a_video_are_inputs_of_a_node():
     """By their name, or by the name that a node gives them."""
     names = {field.name for node in DECLARED.values() for field in node.inputs}
-    renamed = {"frames": "length", "step_cache": "threshold", "step_cache_kind": "kind"}
+    renamed = {
+        "frames": "length",
+        "sparse": "density",
+        "sparse_kernel": "kernel",
+        "step_cache": "threshold",
+        "step_cache_kind": "kind",
+    }
     rows = of_command("generate", options.WHAT, options.SAMPLING)
     assert {renamed.get(row.name, row.name) for row in rows if row.name not in WITHOUT_INPUT} <= names
 

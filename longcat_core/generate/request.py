@@ -19,9 +19,9 @@ from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT, guided_steps
 from ..sampling.schedules import DISTILLED_GRID
+from ..sampling.step_cache import StepCacheKind, check_kind
 from . import calibration
 from .calibration import Calibration
-from ..sampling.step_cache import StepCacheKind, check_kind
 from .inputs import check_whole
 from .options import (
     FPS,

@@ -31,6 +31,7 @@ NODES = {
     "LongCatLongVideo",
     "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
+    "LongCatSparseAttention",
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",

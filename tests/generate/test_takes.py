@@ -120,8 +120,8 @@ def test_words_of_sparse_attention():
 
     assert words(Sparse()) == words(Sparse(kernel="plain")) == "density 0.15"
     assert words(Sparse(0.3, dense_steps=0.0, tail=False)) == "density 0.3, dense steps 0.0, tail False"
-    assert words(Sparse(0.3, dense_layers=(0, 2), query_block=128, kernel="cudnn-fp8")) == (
-        "density 0.3, dense layers (0, 2), query block 128, cudnn-fp8"
+    assert words(Sparse(0.3, dense_layers=(0, 2), query_block=64, kernel="cudnn-fp8")) == (
+        "density 0.3, dense layers (0, 2), query block 64, cudnn-fp8"
     )
     one, other = (Sparse(densities=Densities((1.0,), (((share,),),))) for share in (0.1, 0.2))
     assert words(one).startswith("densities ") and words(one) != words(other)

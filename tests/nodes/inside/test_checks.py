@@ -48,6 +48,11 @@ REFUSED = {
     ],
     "LongCatScheduler": [({"steps": 60, "mode": "distilled"}, "60 steps are out of range")],
     "LongCatFidelity": [({"steps": 2000, "mode": "base"}, "steps 2000 is out of range; give at least 1 and at most")],
+    "LongCatSparseAttention": [
+        ({"density": 1.5}, "density 1.5 is out of range; give at least 0 and at most 1"),
+        ({"dense_steps": -0.1}, "dense_steps -0.1 is out of range"),
+        ({"kernel": "quick"}, "sparse kernel 'quick' is unavailable"),
+    ],
     "LongCatCalibrate": [
         ({"steps": 60, "mode": "distilled"}, "60 steps are out of range"),
         ({"budget": 0.0}, "budget 0 is out of range; give at least 0.001 and at most 1"),

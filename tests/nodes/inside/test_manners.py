@@ -66,6 +66,7 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatLongVideo",
         "LongCatRefineLongVideo",
         "LongCatBlockSparseAttention",
+        "LongCatSparseAttention",
         "LongCatStepCache",
         "LongCatBenchmark",
         "LongCatFidelity",

@@ -28,6 +28,7 @@ IDS = (
     "LongCatLongVideo",
     "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
+    "LongCatSparseAttention",
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",
