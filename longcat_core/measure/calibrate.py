@@ -16,9 +16,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -244,11 +244,8 @@ class PipelineSubject:
             yield
 
     def video(self, number: int, stepped: Stepped) -> np.ndarray:
-        request = self.requests[number]
-        if any(field.name == "sparse" for field in fields(request)):
-            # A request decides for itself, in place of the network.
-            settings: dict[str, Any] = {"sparse": self.network.sparse}
-            request = replace(request, **settings)
+        # A request decides for itself, in place of the network.
+        request = replace(self.requests[number], sparse=self.network.sparse)
         return self.pipeline.generate(request, lambda step: stepped(step.index, step.total)).frames
 
     def sparse(self, settings: Sparse) -> AbstractContextManager[None]:
