@@ -35,10 +35,11 @@ KEPT = {
     "LongCatFidelity": [7, "fixed", 9, 1, "enhance_hf", False, "off"],
     "LongCatCalibrate": [7, "fixed", 9, 1, "enhance_hf", 0.05, 0.3, "old/place.json", "off"],
 }  # fmt: skip
-# The same of a version that named or kept something otherwise, and what it means now.
+# The same of a version that named or kept something otherwise, and what it means now; inputs that came later are at the
+# end, with their defaults.
 FORMER = {
-    "LongCatSampler": ([7, "fixed", 50, 3.5, "base", True], [7, "fixed", 50, 3.5, "base", "exact"]),
-    "LongCatGuider": ([3.5, False], [3.5, "off"]),
+    "LongCatSampler": ([7, "fixed", 50, 3.5, "base", True], [7, "fixed", 50, 3.5, "base", "exact", 1]),
+    "LongCatGuider": ([3.5, False], [3.5, "off", 1]),
     # With late_scales before the last one.
     "LongCatOptimizations": (
         [False, True, "packed", "auto", "off", *[True] * 6, False, True, False, True],
