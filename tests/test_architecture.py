@@ -110,21 +110,6 @@ def test_several_gpus_compute_what_one_computes(gpus, num_cond):
     assert (TOKENS, CONFIG.num_heads // gpus) in sizes, "attention sees all tokens and a share of the heads"
 
 
-def test_sparse_attention_with_a_full_pattern_is_dense():
-    def sparse_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=pattern).transpose(1, 2)
-
-    model, ops = network(), sketch("SparseOps", sparse_attention=sparse_attention)["SparseOps"]
-    full = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
-    near = full.tril(4).triu(-4)
-    expected = run(model, TorchOps(KERNELS))
-    torch.testing.assert_close(run(model, ops(KERNELS, pattern=full)), expected, atol=1e-5, rtol=1e-5)
-    assert (run(model, ops(KERNELS, pattern=near)) - expected).abs().max() > 1e-3
-    changed = ops(KERNELS, pattern=near).with_kernels(varlen=None)
-    assert changed.pattern is near, "another kernel does not lose the pattern"
-
-
 @pytest.mark.parametrize("num_cond", [0, 1])
 def test_audio_adds_what_its_last_projection_lets_through(num_cond):
     plain, heard = network(), network(block=sketch("AudioBlock")["AudioBlock"])
