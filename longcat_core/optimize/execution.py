@@ -223,7 +223,8 @@ class Execution:
         if kv_cache is not None:
             kv_cache.rotate()
             cache = kv_cache
-        layout, chosen, sparse = self._layout(x, num_cond_latents, cache.num_latents, fill, chosen, grad, progress)
+        start = cache.num_latents
+        layout, chosen, sparse = self._layout(x, timestep, num_cond_latents, start, fill, chosen, grad, progress)
         varies = self.sparse is not None and self.block_sparse is None and fill is None and not grad
         if varies and sparse is None and self._compiles(compilers):
             chosen = like_sparse(chosen)
@@ -308,6 +309,7 @@ class Execution:
     def _layout(
         self,
         x: Tensor,
+        timestep: Tensor,
         num_cond: int,
         start: int,
         fill: KVCache | None,
@@ -330,6 +332,9 @@ class Execution:
             return FrameLayout(), kernels, None
         inputs = Inputs(x.device, self._active_dtype(x.device), self.config.head_dim, grad)
         sparse = plan_pass(settings, inputs, kernels.attend, progress, grid, num_cond, start, self._say)
+        if sparse is not None and _mixed(timestep, num_cond):
+            self._say("frames without noise stand behind others in this video, so it attends to all tokens")
+            sparse = None
         if sparse is None:
             return FrameLayout(), kernels, None
         return SparseLayout(grid, num_cond, x.device), with_attend(kernels, sparse.attend), sparse
@@ -394,6 +399,12 @@ class Execution:
 
         run: Run = plain if around_block is None else _hooked(plain, around_block)
         return run if self.stream is None else streamed(run, self.stream, texts.need_weights)
+
+
+def _mixed(timestep: Tensor, num_cond: int) -> bool:
+    """Whether frames behind the first `num_cond` ones differ in their timestep [B or 1] or [B or 1, T or 1]."""
+    noise = timestep[:, num_cond:] if timestep.ndim == 2 and timestep.shape[1] > 1 else timestep.view(-1, 1)
+    return noise.shape[1] > 1 and bool((noise != noise[:, :1]).any())
 
 
 def _hooked(run: Run, around_block: AroundBlock) -> Run:

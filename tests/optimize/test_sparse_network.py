@@ -267,6 +267,27 @@ def test_a_small_video_is_dense_and_says_so_once(model):
     )
 
 
+MIXED = {"last": [(0, 8)], "first and last": [(0, 0), (0, 8)], "of one video": [(0, 0)]}
+
+
+@pytest.mark.parametrize("clean", MIXED.values(), ids=MIXED)
+@torch.no_grad()
+def test_clean_frames_elsewhere_are_dense_and_say_so_once(model, clean):
+    """Such timesteps come from masks in ComfyUI; a permuted row of tokens would hold frames of several."""
+    case = Case(batch=2)
+    case.t = torch.full((2, SHAPE[0]), 700.0)
+    for video, frame in clean:
+        case.t[video, frame] = 0
+    wanted = case(model)
+    model.sparse = ALWAYS
+    for _ in range(2):
+        assert torch.equal(case(model, progress=0.5), wanted)
+    (sentence,) = model.said
+    assert "frames without noise" in sentence
+    case.t[:] = 700.0
+    assert not torch.equal(case(model, progress=0.5), wanted)
+
+
 def test_gradients_are_dense_and_say_so_once(model):
     x, t, text = randn(1, 16, *SHAPE), torch.full((1, 1), 500.0), CASES["text"].text
     grads = []

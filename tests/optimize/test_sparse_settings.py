@@ -96,7 +96,7 @@ def test_first_steps_are_dense():
         False,
     ]
     assert not Sparse(dense_steps=0.0).dense_at(0.0)
-    assert Sparse(dense_steps=1.0).dense_at(0.999)
+    assert Sparse(dense_steps=1.0).dense_at(0.999) and Sparse(dense_steps=1.0).dense_at(None)
 
 
 def test_kept_blocks_of_a_head():

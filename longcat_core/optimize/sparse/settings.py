@@ -166,8 +166,8 @@ class Sparse:
         return found if self.kernel not in EIGHT_BIT else f"{found}, {self.kernel}"
 
     def dense_at(self, progress: float | None) -> bool:
-        """Whether all attention is dense after this share of the steps; None: unknown, sparse."""
-        return progress is not None and progress < self.dense_steps
+        """Whether all attention is dense after this share of the steps; None, unknown: only if every step is dense."""
+        return self.dense_steps >= 1 if progress is None else progress < self.dense_steps
 
     def of(self, progress: float | None, layer: int, heads: int) -> tuple[float, ...]:
         """The density of each of a layer's heads after this share of the steps; 1: every block."""
