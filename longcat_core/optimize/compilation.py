@@ -119,11 +119,17 @@ def _settings(symbolic: bool) -> Iterator[None]:
     """The compiler's settings that every call needs, whoever chose its backend."""
     from torch._inductor import config as inductor
 
-    config = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    dynamo = {name: max(GRAPHS, getattr(config, name)), "assume_static_by_default": True}
+    dynamo: dict[str, Any] = {"assume_static_by_default": True}
     # PyTorch 2.11 fails in this analysis on symbolic sizes, which do not profit from it.
     off = symbolic and hasattr(inductor.triton, "coalesce_tiling_analysis")
     tiling = {"triton.coalesce_tiling_analysis": False} if off else {}
-    with config.patch(**dynamo, automatic_dynamic_shapes=False), inductor.patch(tiling):
+    with graph_limit(), torch._dynamo.config.patch(**dynamo, automatic_dynamic_shapes=False), inductor.patch(tiling):
         yield
+
+
+def graph_limit() -> contextlib.AbstractContextManager[None]:
+    """Allow GRAPHS graphs of a function inside the `with` block."""
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    limit: contextlib.AbstractContextManager[None] = config.patch(**{name: max(GRAPHS, getattr(config, name))})
+    return limit
