@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def recolor(video: Tensor) -> Tensor:
     return torch.where(keep, video, video * gain + offset)
 
 
-def _training_step(
+def training_step(
     vae: Any, optimizer: torch.optim.Optimizer, statistics: tuple[Tensor, Tensor], video: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Train on video [B, F, H, W, 3] in -1..1; returns loss, squared error and moment penalty.
@@ -222,7 +222,7 @@ def _train(vae: Any, pool: Placements, rng: random.Random, steps: int, device: t
     shapes = []
     for *shape, clips in SHAPES:
         video = _draw(pool, clips, shape, 0, device)
-        run = partial(_training_step, vae, optimizer, statistics, video)
+        run = partial(training_step, vae, optimizer, statistics, video)
         shapes.append((video, captured(run, optimizer, rate, device, pool_handle)))
     started = time.monotonic()
     for step in range(steps):
@@ -239,18 +239,24 @@ def _train(vae: Any, pool: Placements, rng: random.Random, steps: int, device: t
             print(f"vae step {step + 1}/{steps} {time.monotonic() - started:.0f} s: {shown}", flush=True)
 
 
-@torch.no_grad()
 def _fold_moments(
     vae: Any, statistics: tuple[Tensor, Tensor], pool: Placements, rng: random.Random, device: torch.device
 ) -> None:
-    """Move the measured mean and deviation of every latent channel into the 1x1 convolutions around the latents."""
+    def clips() -> Iterator[Tensor]:
+        for _ in range(16):
+            rows = torch.randint(len(pool), (32,), device=device)
+            yield render(pool[rows], 33, 64, 96, start_frame=rng.randrange(64)) * 2 - 1
+
+    fold_latents(vae, statistics, clips())
+
+
+@torch.no_grad()
+def fold_latents(vae: Any, statistics: tuple[Tensor, Tensor], clips: Iterable[Tensor]) -> None:
+    """Move the mean and deviation of every latent channel, measured on clips [B, F, H, W, 3] in -1..1, into the 1x1
+    convolutions around the latents. statistics: as `moments` gives them.
+    """
     mean, std = statistics
-    samples = []
-    for _ in range(16):
-        rows = torch.randint(len(pool), (32,), device=device)
-        video = render(pool[rows], 33, 64, 96, start_frame=rng.randrange(64)) * 2 - 1
-        samples.append((encode_whole(vae, video) - mean) / std)
-    latents = torch.cat(samples)
+    latents = torch.cat([(encode_whole(vae, video) - mean) / std for video in clips])
     m, s = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     mean, std = mean.flatten(), std.flatten()
     channels = len(mean)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,15 @@ QUESTIONS = {
 NO_ANSWER = -100  # the target that cross_entropy ignores
 
 
+class Labeled(NamedTuple):
+    """A caption with what it says. whole: answers about the scene, which every token learns; parts: spans of characters
+    with the answers that their tokens learn besides."""
+
+    text: str
+    whole: Mapping[str, str]
+    parts: Sequence[tuple[tuple[int, int], Mapping[str, str]]]
+
+
 def tokenize(processor: Any, text: str, length: int) -> tuple[list[int], list[int]]:
     """Token ids, ending in EOS and padded to `length`, and their mask."""
     ids = [*processor.encode(text)[: length - 1], 1]
@@ -43,17 +53,35 @@ def tokenize(processor: Any, text: str, length: int) -> tuple[list[int], list[in
 
 def answers(processor: Any, text: str, scene: Scene, length: int) -> list[list[int]]:
     """For each of `length` tokens the index of the correct answer to each question, or NO_ANSWER."""
+    whole = {"background": scene.background, "actors": len(scene.actors)}
+    parts = [
+        (span, {name: getattr(actor, name) for name in ("shape", "color", "motion")})
+        for span, actor in zip(actor_spans(text), scene.actors, strict=True)
+    ]
+    return labels(processor, text, whole, parts, QUESTIONS, length)
+
+
+def labels(
+    processor: Any,
+    text: str,
+    whole: Mapping[str, Any],
+    parts: Sequence[tuple[tuple[int, int], Mapping[str, Any]]],
+    questions: Mapping[str, Sequence[Any]],
+    length: int,
+) -> list[list[int]]:
+    """`answers` for any questions; see `Labeled`."""
     pieces = processor.encode(text, out_type=str)
-    spans = actor_spans(text)
-    rows = [[NO_ANSWER] * len(QUESTIONS) for _ in range(length)]
+    rows = [[NO_ANSWER] * len(questions) for _ in range(length)]
     end = -1  # a blank stands before the first word
     for row, piece in zip(rows, [*pieces[: length - 1], ""], strict=False):
         begin, end = end, end + len(piece)
-        row[0] = QUESTIONS["background"].index(scene.background)
-        row[1] = QUESTIONS["actors"].index(len(scene.actors))
-        for actor, (first, last) in zip(scene.actors, spans, strict=True):
+        said = dict(whole)
+        for (first, last), attributes in parts:
             if begin < last and end > first:
-                row[2:] = (QUESTIONS[name].index(getattr(actor, name)) for name in ("shape", "color", "motion"))
+                said |= attributes
+        for column, (name, choices) in enumerate(questions.items()):
+            if name in said:
+                row[column] = choices.index(said[name])
     return rows
 
 
@@ -72,18 +100,37 @@ def train_text_encoder(
 
     The share covers all questions in the last fifty steps. Linear heads give the answers and are discarded.
     """
-    torch.manual_seed(seed)
     rng = random.Random(f"reading {seed}")
     scenes = [sample_scene(rng, two_shapes=0.7) for _ in range(captions)]
     texts = [caption(scene, rng) for scene in scenes]
+    wanted = [answers(processor, text, scene, tokens) for text, scene in zip(texts, scenes, strict=True)]
+    return teach(
+        encoder, processor, texts, wanted, QUESTIONS, steps=steps, seed=seed, device=device, log_every=log_every
+    )
+
+
+def teach(
+    encoder: UMT5EncoderModel,
+    processor: Any,
+    texts: Sequence[str],
+    wanted: Sequence[Sequence[Sequence[int]]],
+    questions: Mapping[str, Sequence[Any]],
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    log_every: int = 500,
+) -> float:
+    """`train_text_encoder` on any texts. wanted: answers of each text's tokens to `questions`, by `labels`."""
+    torch.manual_seed(seed)
+    captions, tokens = len(texts), len(wanted[0])
     ids, mask = (
         torch.tensor(rows, device=device)
         for rows in zip(*(tokenize(processor, text, tokens) for text in texts), strict=True)
     )
-    wanted = [answers(processor, text, scene, tokens) for text, scene in zip(texts, scenes, strict=True)]
     right = torch.tensor(wanted, device=device)
-    heads = Linear(encoder.config.d_model, sum(map(len, QUESTIONS.values())), device=device)
-    sizes = [len(choices) for choices in QUESTIONS.values()]
+    heads = Linear(encoder.config.d_model, sum(map(len, questions.values())), device=device)
+    sizes = [len(choices) for choices in questions.values()]
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
