@@ -20,6 +20,9 @@ def lesson(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    from ..nano.train import run
+    if args.size == "nano":
+        from ..nano.train import run
+    else:
+        from ..nano.mini.recipe import run
 
     return run(args) or 0

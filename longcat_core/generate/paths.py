@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, check_path, check_type
 from ..files.fingerprints import fingerprint
+from ..files.records import read_record
+from ..sampling.conditioning import latent_shape
 from .request import NANO, RELEASED, Defaults
 
 NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
 NANO_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_bf16.safetensors"
 NANO_VAE = NANO_WEIGHTS / "vae" / "longcat_nano_vae_bf16.safetensors"
 NANO_TEXT_ENCODER = NANO_WEIGHTS / "text_encoders" / "longcat_nano_umt5_bf16.safetensors"
+
+WORLD_FILE = "world.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """The procedural world that a small model knows, and the size of its videos."""
+
+    world: str
+    height: int
+    width: int
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -77,4 +91,13 @@ class ModelPaths:
 
     @property
     def defaults(self) -> Defaults:
-        return NANO if self.is_nano else RELEASED
+        """What the model was trained for; a model's folder may say so in WORLD_FILE, as LongCat-mini's does."""
+        if self.is_nano:
+            return NANO
+        file = self.model / WORLD_FILE
+        if not file.is_file():
+            return RELEASED
+        remedy = "train it again with longcat train-nano"
+        world = read_record(file, World, "a model's world", remedy, error=CheckpointError)
+        latent_shape(world.frames, world.height, world.width)
+        return replace(NANO, height=world.height, width=world.width, frames=world.frames)

@@ -26,6 +26,7 @@ from ..files.safetensors_io import read_tensors, write_safetensors
 from ..generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_VAE, NANO_WEIGHTS
 from ..generate.text import TextEncoder, load_text_encoder
 from ..generate.vae import load_vae
+from ..model.block import Block
 from ..model.config import ModelConfig
 from ..model.text import fold_padding
 from ..optimize.execution import OptimizedTransformer
@@ -163,6 +164,8 @@ class Trainer:
     its blocks are compiled for the lessons that come often.
     """
 
+    decay = AVERAGE_DECAY
+
     def __init__(self, model: OptimizedTransformer, device: torch.device) -> None:
         self.model, self.device = model, device
         self.parameters = list(model.parameters())
@@ -173,7 +176,7 @@ class Trainer:
         ]
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), capturable=cuda, fused=cuda)
-        self.average = WeightAverage(model, AVERAGE_DECAY)
+        self.average = WeightAverage(model, self.decay)
         self.pool = torch.cuda.graph_pool_handle() if cuda else None
         self.steps: dict[Lesson, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 
@@ -200,6 +203,12 @@ class Trainer:
         self.average.update()
         return loss.detach()
 
+    def _compile(self, block: Block, lesson: Lesson) -> None:
+        # One graph serves every size without conditioning frames. With them the compiler fails on symbolic sizes
+        # (PyTorch 2.11), so sizes are fixed; lessons too rare to be worth a graph run uncompiled.
+        if lesson.cond == 0 or lesson.weight >= COMPILED_WEIGHT:
+            block.compile(dynamic=lesson.cond == 0)
+
     def state(self, step: int) -> dict[str, Tensor]:
         """All that training needs to resume after `step` steps: weights, their averages and Adam's moments."""
         tensors = {"step": torch.tensor(step)}
@@ -221,11 +230,9 @@ class Trainer:
         return int(tensors["step"])
 
     def _prepare(self, lesson: Lesson, buffers: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
-        # One graph serves every size without conditioning frames. With them the compiler fails on symbolic sizes
-        # (PyTorch 2.11), so sizes are fixed; lessons too rare to be worth a graph run uncompiled.
-        if self.device.type == "cuda" and (lesson.cond == 0 or lesson.weight >= COMPILED_WEIGHT):
+        if self.device.type == "cuda":
             for block in self.model.blocks:
-                block.compile(dynamic=lesson.cond == 0)
+                self._compile(block, lesson)
         step = captured(lambda: self._step(lesson, *buffers), self.optimizer, self.rate, self.device, self.pool)
         for block in self.model.blocks:
             block._compiled_call_impl = None
@@ -325,6 +332,8 @@ def train_reader(weights: Path, *, steps: int, seed: int, device: torch.device) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `longcat train-nano`."""
+    parser.add_argument("--size", choices=("nano", "mini", "mini-tiny"), default="nano", help="which model to train")
+    parser.add_argument("--minutes", type=float, default=24.0, help="time for mini's training, of all runs together")
     parser.add_argument(
         "--output", type=Path, default=NANO_WEIGHTS, help="folder for the weights (default: the pack's own)"
     )
@@ -344,11 +353,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train the stages that the options name; returns the exit code."""
-    device = torch.device(args.device)
+def training_device(name: str) -> torch.device:
+    """The device of that name. Raises LongCatError for a GPU that is not there."""
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LongCatError("training needs a CUDA device, but none was found; use --device cpu for a slow rehearsal")
+    return device
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the stages that the options name; returns the exit code."""
+    device = training_device(args.device)
     for name in ("--vae-steps", "--decoder-steps", "--text-steps", "--steps"):
         count = getattr(args, name.removeprefix("--").replace("-", "_"))
         if count < 1:

@@ -1,0 +1,332 @@
+"""How LongCat-mini is trained: text encoder, VAE, clips, transformer, within a number of minutes, over several runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, autocast
+
+from ...checkpoints.formats import OFFICIAL
+from ...checkpoints.load import official_state
+from ...errors import LongCatError
+from ...files.atomic import atomic_path
+from ...files.safetensors_io import read_tensors, write_safetensors
+from ...generate.paths import NANO_WEIGHTS, WORLD_FILE
+from ...generate.text import load_text_encoder
+from ...generate.vae import load_vae
+from ...model.block import Block
+from ...model.config import ModelConfig
+from ...optimize.compilation import graph_limit
+from ...optimize.execution import OptimizedTransformer
+from ...optimize.switches import Optimizations
+from ...sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+from ...training.step import drop_text, initialize, sample_sigmas
+from .. import train as nano
+from ..autoencoder import BASE_DIM, encode_whole
+from ..reading import labels, teach
+from ..train import Lesson, Trainer, prefer_text
+from ..vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
+from .clock import Clock, Paused
+from .drawing import FRAMES, HEIGHT, WIDTH, place, render
+from .pictures import train_vae
+from .scenes import QUESTIONS, caption, corpus, labeled, sample_scene
+
+CONFIG = ModelConfig(
+    hidden_size=512, depth=12, num_heads=4, caption_channels=192, ffn_hidden=1408, adaln_dim=256, frequency_dim=256
+)
+MODEL_FILE = Path("dit", "diffusion_pytorch_model.safetensors")
+VAE_FILE = Path("vae", "vae.safetensors")
+TEXT_FILE = Path("text_encoder", "model.safetensors")
+STATE = "state"
+TOKENS = 96  # of a caption in training, and of the negative prompt
+VOCABULARY = 640
+PARAPHRASES = 4
+LEARNING_RATE = 8e-4
+WARM_UP = 200  # steps
+EMPTY_TEXT, NEGATIVE_TEXT = 0.06, 0.06
+LOG_EVERY = 100  # steps
+CHUNK = 8  # clips drawn and encoded at once
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of one size: how many there are and how many a step takes."""
+
+    height: int
+    width: int
+    clips: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of one training. vae_until, clips_until: share of the minutes at which the VAE and the drawing of clips
+    end; small_until: share of the transformer's time in which small pictures are trained too."""
+
+    config: ModelConfig = CONFIG
+    frames: int = FRAMES
+    full: Bucket = Bucket(HEIGHT, WIDTH, 9000, 16)
+    small: Bucket = Bucket(HEIGHT // 2, WIDTH // 2, 9000, 64)
+    text_steps: int = 900
+    corpus: int = 8000
+    captions: int = 24000
+    vae_until: float = 0.22
+    clips_until: float = 0.33
+    small_until: float = 0.6
+    vae_shapes: tuple[tuple[int, int, int, int], ...] = ((9, 192, 320, 1), (17, 96, 160, 2), (1, 192, 320, 8))
+
+    @property
+    def latents(self) -> int:
+        return 1 + (self.frames - 1) // 4
+
+
+RECIPES = {
+    "mini": Recipe(),
+    # The same code in seconds on a CPU, to try a machine out.
+    "mini-tiny": Recipe(
+        config=ModelConfig(hidden_size=128, depth=2, num_heads=1, caption_channels=32, ffn_hidden=128, adaln_dim=32),
+        frames=9,
+        full=Bucket(32, 48, 6, 2),
+        small=Bucket(16, 32, 6, 2),
+        text_steps=2,
+        corpus=400,
+        captions=64,
+        vae_shapes=((5, 32, 48, 1), (1, 32, 48, 2)),
+    ),
+}
+
+
+class MiniTrainer(Trainer):
+    """Every kind of step has a graph of its own with fixed sizes: there are few, and large."""
+
+    decay = 0.998
+
+    def _compile(self, block: Block, lesson: Lesson) -> None:
+        block.compile(dynamic=False)
+
+    def _prepare(self, lesson: Lesson, buffers: list[Tensor]) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        with graph_limit():
+            return super()._prepare(lesson, buffers)
+
+
+def seeded(recipe_seed: int, step: int) -> random.Random:
+    """The random numbers of a run that begins at `step`."""
+    return random.Random(f"mini {recipe_seed} {step}")
+
+
+def train_text(folder: Path, recipe: Recipe, seed: int, device: torch.device) -> str:
+    """Train vocabulary and text encoder; returns what came out."""
+    import sentencepiece
+
+    vocabulary = train_vocabulary([*corpus(recipe.corpus, seed), *[DEFAULT_NEGATIVE_PROMPT] * 400], VOCABULARY)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    torch.manual_seed(seed)
+    encoder = new_text_encoder(vocabulary, d_model=recipe.config.caption_channels, d_ff=384, num_layers=3)
+    rng = random.Random(f"mini reading {seed}")
+    said = [labeled(sample_scene(rng), rng) for _ in range(recipe.captions)]
+    wanted = [labels(processor, one.text, one.whole, one.parts, QUESTIONS, TOKENS) for one in said]
+    texts = [one.text for one in said]
+    steps, encoder = recipe.text_steps, encoder.to(device).train()
+    share = teach(encoder, processor, texts, wanted, QUESTIONS, steps=steps, seed=seed, device=device, log_every=100)
+    save_text_encoder(folder / TEXT_FILE, encoder, vocabulary)
+    tokens = len(processor.encode(DEFAULT_NEGATIVE_PROMPT)) + 1
+    return f"{share:.2%} of the answers right, the negative prompt has {tokens} tokens"
+
+
+@torch.no_grad()
+def draw_clips(
+    folder: Path, name: str, bucket: Bucket, recipe: Recipe, clock: Clock, seed: int, device: torch.device
+) -> str:
+    """Draw and encode a bucket's clips with their captions into the state folder; fewer if the time is up."""
+    vae, encoder = load_vae(folder / VAE_FILE, device=device), load_text_encoder(folder / TEXT_FILE, device=device)
+    rng = random.Random(f"mini clips {name} {seed}")
+    scenes = [sample_scene(rng) for _ in range(bucket.clips)]
+    placements = place(scenes, seed)
+    mean, std = vae.mean.to(device), vae.std.to(device)
+    latents: list[Tensor] = []
+    until = recipe.clips_until if name == "full" else recipe.vae_until + 0.35 * (recipe.clips_until - recipe.vae_until)
+    for start in range(0, bucket.clips, CHUNK):
+        part = placements[slice(start, start + CHUNK)].to(device)
+        video = render(part, recipe.frames, bucket.height, bucket.width, compiled=device.type == "cuda")
+        with autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mu = encode_whole(vae.model, video * 2 - 1).float()
+        latents.append(((mu - mean) / std).to(torch.bfloat16))
+        if start // CHUNK % 16 == 15:
+            latents[-1].sum().item()  # waits, so that the clock sees the time
+            clock.tick(name)
+            if clock.share > until:
+                break
+    drawn = torch.cat(latents)
+    texts = [caption(scene, rng if k else None) for scene in scenes[: len(drawn)] for k in range(PARAPHRASES)]
+    context, mask = (part.unflatten(0, (-1, PARAPHRASES)) for part in nano._embed(encoder, texts, TOKENS))
+    write_safetensors(folder / STATE / f"{name}.safetensors", {"latents": drawn, "context": context, "mask": mask})
+    return f"{len(drawn)} clips, deviation of the latents {drawn.float().std():.3f}"
+
+
+def lessons(recipe: Recipe) -> tuple[Lesson, ...]:
+    """Small pictures, then full ones: from text, from a picture, and from the end of a clip."""
+    last = min(4, recipe.latents - 1)
+    full = (Lesson("full", recipe.latents, cond, weight) for cond, weight in ((0, 6), (1, 1.5), (last, 1.5)))
+    return (Lesson("small", recipe.latents, 0, 6), *full)
+
+
+def rate_at(share: float, step: int) -> float:
+    """The learning rate after a share of time: a warm-up in steps, a plateau, and from 0.4 a cosine down to zero."""
+    fall = max(0.0, (share - 0.4) / 0.6)
+    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, fall)))
+
+
+def new_model(recipe: Recipe, device: torch.device) -> OptimizedTransformer:
+    """Fresh weights."""
+    model = OptimizedTransformer(recipe.config, Optimizations(attention="sdpa")).to(device).train()
+    initialize(model)
+    prefer_text(model)
+    return model
+
+
+class Teacher:
+    """The transformer's training steps on the clips of a folder."""
+
+    def __init__(self, folder: Path, recipe: Recipe, seed: int, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        encoder = load_text_encoder(folder / TEXT_FILE, device=device)
+        self.data = {name: read_tensors(folder / STATE / f"{name}.safetensors", device) for name in ("full", "small")}
+        self.nothing, self.negative = (nano._embed(encoder, [t], TOKENS) for t in ("", DEFAULT_NEGATIVE_PROMPT))
+        torch.manual_seed(seed)
+        self.model = new_model(recipe, device)
+        self.trainer = MiniTrainer(self.model, device)
+        self.lessons = lessons(recipe)
+        self.counts: dict[Lesson, int] = {}
+
+    def lesson(self, share: float, rng: random.Random) -> Lesson:
+        """Small pictures get rarer until none are trained."""
+        left = max(0.0, 1 - share / self.recipe.small_until)
+        weights = [item.weight * (2.5 * left if item.bucket == "small" else 1.0) for item in self.lessons]
+        return rng.choices(self.lessons, weights)[0]
+
+    def step(self, lesson: Lesson, rate: float) -> Tensor:
+        """One training step; returns the loss."""
+        clips, bucket = self.data[lesson.bucket], getattr(self.recipe, lesson.bucket)
+        rows = torch.randint(len(clips["latents"]), (bucket.batch,), device=self.device)
+        version = torch.randint(PARAPHRASES, rows.shape, device=self.device)
+        text = clips["context"][rows, version], clips["mask"][rows, version]
+        text = drop_text(*drop_text(*text, *self.negative, NEGATIVE_TEXT), *self.nothing, EMPTY_TEXT)
+        shifts = zip((len(rows) // 2, (len(rows) + 1) // 2), nano.SIGMA_SHIFTS, strict=True)
+        sigmas = torch.cat([sample_sigmas(n, shift, device=self.device) for n, shift in shifts])
+        self.counts[lesson] = self.counts.get(lesson, 0) + 1
+        return self.trainer.train(lesson, rate, clips["latents"][rows].float(), sigmas, text[0].float(), text[1])
+
+    def save(self, folder: Path, step: int) -> None:
+        """The averaged weights, and the state from which training goes on."""
+        with self.trainer.average.applied():
+            tensors = {k: v.to(torch.bfloat16) for k, v in official_state(self.model, OFFICIAL).items()}
+            write_safetensors(folder / MODEL_FILE, tensors, {"format": "pt"})
+        write_safetensors(folder / STATE / "transformer.safetensors", self.trainer.state(step))
+
+
+def train_transformer(folder: Path, recipe: Recipe, clock: Clock, seed: int, device: torch.device) -> str:
+    """Train until the minutes are used up. Raises Paused when this run must end before that."""
+    teacher = Teacher(folder, recipe, seed, device)
+    saved, step = folder / STATE / "transformer.safetensors", 0
+    if saved.exists():
+        step = teacher.trainer.load_state(read_tensors(saved))
+        torch.manual_seed(seed + step)
+        print(f"resuming after step {step}", flush=True)
+    rng = seeded(seed, step)
+    begin = clock.spent - clock.seconds.get("transformer", 0.0)
+    losses: dict[str, float] = {}
+    first = step
+    while True:
+        share = (clock.spent - begin) / max(1.0, clock.budget - begin)
+        lesson = teacher.lesson(share, rng)
+        loss = teacher.step(lesson, rate_at(share, step))
+        step += 1
+        if step % 10 == 0 or step == first + 1:
+            name, value = f"{lesson.bucket} {lesson.cond}", loss.item()
+            losses[name] = value if name not in losses else 0.9 * losses[name] + 0.1 * value
+            if not math.isfinite(value):
+                raise LongCatError(f"training diverged before step {step}; try another --seed")
+            clock.tick("transformer")
+        if step % LOG_EVERY == 0:
+            shown = ", ".join(f"{name}: {value:.4f}" for name, value in sorted(losses.items()))
+            print(f"step {step}, {clock.spent:.0f} of {clock.budget:.0f} s: {shown}", flush=True)
+        ended = clock.share >= 1
+        if ended or (step % 10 == 0 and (clock.due or clock.used_up)):
+            teacher.save(folder, step)
+            clock.tick("transformer")
+            clock.save()
+            if ended:
+                counts = ", ".join(f"{n} of {item.bucket} {item.cond}" for item, n in teacher.counts.items())
+                return f"{step} steps (this run {counts}), loss {losses.get('full 0', math.nan):.4f}"
+            clock.pause_if_due()
+
+
+def write_folder(folder: Path, recipe: Recipe) -> None:
+    """The folders and what says how the model is used: its config, and the size and the scorer of its videos."""
+    for file in (MODEL_FILE, VAE_FILE, TEXT_FILE, Path(STATE, "clock.json")):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    config = recipe.config.to_dict()
+    world = {"world": "mini", "height": recipe.full.height, "width": recipe.full.width, "frames": recipe.frames}
+    vae = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "base_dim": BASE_DIM}
+    written = {MODEL_FILE.parent / "config.json": config, VAE_FILE.parent / "config.json": vae, Path(WORLD_FILE): world}
+    for name, values in written.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def train_mini(
+    folder: Path,
+    *,
+    size: str = "mini",
+    minutes: float = 24.0,
+    stop_after: float = math.inf,
+    seed: int = 0,
+    device: torch.device,
+) -> bool:
+    """Train LongCat-mini into `folder`, a model's folder of the official form; returns whether it is finished.
+
+    minutes: of all runs together. stop_after: seconds after which this run ends, to be continued by another with the
+    same folder. Every stage resumes where it was, with other random numbers than an uninterrupted run. Raises
+    LongCatError if training diverges.
+    """
+    recipe = RECIPES[size]
+    write_folder(folder, recipe)
+    clock = Clock(folder / STATE / "clock.json", minutes * 60, stop_after)
+
+    def stage(name: str, run: Callable[[], str]) -> None:
+        if name not in clock.done:
+            clock.finish(name, run())
+
+    shapes: Any = recipe.vae_shapes
+    try:
+        stage("text", lambda: train_text(folder, recipe, seed, device))
+        until = recipe.vae_until
+        stage("vae", lambda: train_vae(folder / VAE_FILE, folder / STATE, shapes, clock, until, seed, device))
+        for i, name in enumerate(("small", "full")):
+            bucket: Bucket = getattr(recipe, name)
+            stage(name, partial(draw_clips, folder, name, bucket, recipe, clock, seed + i, device))
+        stage("transformer", lambda: train_transformer(folder, recipe, clock, seed, device))
+    except Paused:
+        print(f"paused after {clock.spent:.0f} of {clock.budget:.0f} s; run the same command to go on", flush=True)
+    return "transformer" in clock.done
+
+
+def run(args: argparse.Namespace) -> int:
+    """`longcat train-nano` with another --size than nano's; returns the exit code."""
+    device = nano.training_device(args.device)
+    if args.output == NANO_WEIGHTS:
+        raise LongCatError(f"--size {args.size} does not belong to the pack; give --output with a folder for it")
+    if not args.minutes > 0:
+        raise LongCatError(f"--minutes {args.minutes:g} must be above 0")
+    arguments = {name: getattr(args, name) for name in ("size", "minutes", "stop_after", "seed")}
+    train_mini(args.output, device=device, **arguments)
+    return 0
