@@ -12,7 +12,7 @@ from ...files.atomic import atomic_path
 from ...files.records import read_record
 
 REMEDY = "remove the folder to begin again"
-SAVE_EVERY = 60.0  # seconds
+SAVE_EVERY = 120.0  # seconds
 
 
 class Paused(Exception):

@@ -8,9 +8,9 @@ a shorter side of 64 and motion is fixed per second, so a placement gives the sa
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LongCatError
+from ...optimize.compilation import Regional
 from ..world import BASE_FPS, BASE_SIDE, shape_distance, to_bytes, wrap
 from .scenes import BACKGROUNDS, COLORS, DARK, GROUNDS, MAX_ACTORS, SHAPES, TEXTURES, Actor, Scene
 
@@ -248,10 +249,12 @@ def _draw(
     return picture
 
 
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    # Sizes are fixed: a recipe draws a handful.
-    return torch.compile(_draw, dynamic=False)
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+# Draws uncompiled where compiling fails.
+_COMPILED = Regional(_draw, "drawing", slow=False)
 
 
 def render(
@@ -288,12 +291,14 @@ def render(
     vectors = p.waves[:, None, :, :2].expand(-1, frames, -1, -1)
     waves = torch.cat((vectors, (phase % (2 * math.pi))[..., None]), -1)
     pixel = torch.arange(max(height, width), dtype=torch.float32, device=device) / scale
-    out = (_compiled() if compiled else _draw)(
+    inputs = (
         pixel[:width], pixel[:height], scale,
         per_frame(p.tones), per_frame(p.ground), per_frame(p.cell).float(), flat(view), flat(waves),
         flat(track.center.transpose(1, 2)), flat(track.radius.transpose(1, 2)),
         per_frame(p.shape), per_frame(p.texture), per_frame(p.color),
     )  # fmt: skip
+    kind = (frames * len(p), height, width)
+    out = _COMPILED(*inputs, kind=kind, size=kind, announce=_warn) if compiled else _draw(*inputs)
     return out.unflatten(0, (len(p), frames))
 
 
