@@ -121,6 +121,8 @@ class _Side:
         switches = switches_of(self.model)
         kernel = attention_by_comfyui(switches, options_of(self.model), preferences_of(self.model))
         kernel = kernel or kernel_name(execution_of(self.model).choose_kernels(self.model.load_device).attend)
+        if sparse := execution_of(self.model).sparse_in_words(self.model.load_device):
+            kernel = f"{kernel}; sparse: {sparse}"
         return TimedSetting(self.name, switches, kernel, self.first_s or 0.0, self.times_ms, self.peak)
 
 

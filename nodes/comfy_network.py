@@ -29,6 +29,7 @@ from ..longcat_core.optimize.compiled_blocks import Compilers
 from ..longcat_core.optimize.execution import AroundBlock, Execution
 from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
+from ..longcat_core.optimize.sparse.settings import Sparse
 from ..longcat_core.optimize.switches import Optimizations
 from . import comfy_fp8
 from .comfy_attention import OVERRIDE, ComfyAttention, add_preferences, preferences, with_comfyui_attention
@@ -169,6 +170,8 @@ class DiffusionModel(LongCatTransformer):
         # In order of use, by the arguments that they were made from; see `execution`.
         self.executions: dict[tuple, Execution] = {}
         self.said: set[str] = set()
+        # Settings of sparse attention that the log has.
+        self.logged: set[Sparse] = set()
 
     def _fp32_layers(self) -> list[torch.nn.Module]:
         final = [self.final_layer.modulation, self.final_layer.linear]
@@ -222,6 +225,10 @@ class DiffusionModel(LongCatTransformer):
         """
         comfy_fp8.prepare(self, device, dtype)
         execution = self.execution(dtype, options)
+        if execution.sparse is not None and execution.sparse not in self.logged:
+            self.logged.add(execution.sparse)
+            if words := execution.sparse_in_words(device):
+                logging.info("LongCat: sparse attention: %s", words)
         kernels = execution.choose_kernels(device)
         sparse = execution.block_sparse is not None
         chosen = with_comfyui_attention(kernels, execution.requested, options, preferences(self.blocks), sparse)

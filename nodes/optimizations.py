@@ -18,7 +18,7 @@ from . import comfy_fp8
 from .comfy_attention import attention_by_comfyui
 from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY
 from .inputs import LongCatNode
-from .models import options_of, preferences_of, require_longcat
+from .models import execution_of, options_of, preferences_of, require_longcat
 
 CALC_COND_BATCH = "sampler_calc_cond_batch_function"
 
@@ -28,13 +28,15 @@ def report(
     requested: Optimizations,
     device: torch.device,
     attention: str,
+    sparse: str,
     casts: bool,
     fp8_layers: int,
 ) -> str:
     """What is active, one line for each switch, and why a requested switch is not.
 
-    attention: what decides about self-attention in place of the switch, or "". casts: whether ComfyUI casts or streams
-    the weights, so that fused layers run whole. fp8_layers: number of layers that were quantized to fp8 row by row.
+    attention: what decides about self-attention in place of the switch, or "". sparse: the sparse attention that is on
+    and its kernel, or "". casts: whether ComfyUI casts or streams the weights, so that fused layers run whole.
+    fp8_layers: number of layers that were quantized to fp8 row by row.
     """
     lines = []
     for name, kind in get_type_hints(Optimizations).items():
@@ -57,6 +59,8 @@ def report(
             line += " (acts in training only)"
         if name == "attention" and attention:
             line += f" (not used: {attention} decides)"
+        if name == "attention" and sparse:
+            line += f" (where attention is not sparse)\nsparse attention: {sparse}"
         lines.append(line)
     missing = [f"  {name}: {why}" for name, usable, why in backends.report() if not usable]
     if missing:
@@ -109,7 +113,8 @@ class OptimizationsNode(LongCatNode):
             attention = "LongCat Block-Sparse Attention"
         else:
             attention = attention_by_comfyui(active, options_of(model), preferences_of(model))
-        return io.NodeOutput(model, report(active, requested, device, attention, casts, layers))
+        sparse = execution_of(model).sparse_in_words(device)
+        return io.NodeOutput(model, report(active, requested, device, attention, sparse, casts, layers))
 
 
 NODES = [OptimizationsNode]

@@ -32,6 +32,9 @@ from ..generate.request import GenerateRequest, require_filled, work_of
 from ..generate.segment_folder import SegmentFolder
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
+from ..optimize.requirement import Inputs
+from ..optimize.sparse.choose import in_use
+from ..optimize.sparse.settings import Sparse
 from .console import Progress, note, notes_from_warnings, progress
 from .models import check_sparse_fits, load_models, machine_of, model_settings, paths_of, sparse_of
 from .options import without_effect
@@ -82,9 +85,13 @@ class _Task:
         there = (*there, A_GPU) if self.device.type == "cuda" else there
         print_notes([*self.args.outputs.notes, *without_effect(self.args, there), *sentences])
 
-    def load(self, work: Work, bar: Progress) -> Pipeline:
+    def load(self, work: Work, bar: Progress, sparse: Sparse | None = None) -> Pipeline:
+        """The pipeline. sparse: sparse attention that the request asks for; its kernel is said."""
         bar.task.phase(LOADING)
         pipeline = load_models(self.args, self.model, self.device, work)
+        if sparse is not None:
+            inputs = Inputs(self.device, pipeline.model.compute_dtype, pipeline.model.config.head_dim, False)
+            note(f"sparse attention: {in_use(sparse, inputs)}")
         pipeline.on_phase = lambda name: bar.task.phase(name)
         return pipeline
 
@@ -122,7 +129,7 @@ def generate(args: argparse.Namespace) -> int:
 
     def make(bar: Progress) -> np.ndarray:
         bar.plan([sampled(request.schedule, request.steps)])
-        made = task.load(work_of(request), bar).generate(request, bar).frames
+        made = task.load(work_of(request), bar, request.sparse_settings).generate(request, bar).frames
         bar.task.finish()
         bar.task.phase(SAVING)
         return request.begun(made)
@@ -159,7 +166,7 @@ def long(args: argparse.Namespace) -> int:
     def segments(bar: Progress) -> Iterator[np.ndarray]:
         bar.plan(segments_of(request), what="segment")
         folder.say = bar.say
-        for segment in long_video(lambda: task.load(work, bar), request, folder, _steps(bar)):
+        for segment in long_video(lambda: task.load(work, bar, first.sparse_settings), request, folder, _steps(bar)):
             finished.append(segment)
             bar.task.finish(reused=segment.reused)
             bar.say(segment.summary(folder.path))

@@ -32,7 +32,7 @@ from .kv_offload import OffloadableKVCache
 from .recomputation import recomputed
 from .requirement import Inputs
 from .residual_cache import ResidualCache
-from .sparse.choose import check_sparse
+from .sparse.choose import check_sparse, in_use
 from .sparse.layout import SparseLayout
 from .sparse.passes import SparsePass, like_sparse, plan_pass, with_attend
 from .sparse.settings import Sparse
@@ -146,6 +146,12 @@ class Execution:
         """The attention kernels that `optimizations` select for tensors on `device`."""
         inputs = Inputs(device, self._active_dtype(device), self.config.head_dim, self._learns())
         return attention.resolve_kernels(self.optimizations.attention, inputs)
+
+    def sparse_in_words(self, device: torch.device) -> str:
+        """The sparse attention in force and its kernel for tensors on `device`, in words; "" where there is none."""
+        if self.sparse is None or self.block_sparse is not None:
+            return ""
+        return in_use(self.sparse, Inputs(device, self._active_dtype(device), self.config.head_dim, False))
 
     def own_kernels(self, x: Tensor) -> bool:
         """Whether element-wise work on activations like x goes through our Triton kernels."""
@@ -466,6 +472,7 @@ class OptimizedTransformer(LongCatTransformer):
     embed_text = _method(Execution.embed_text)
     choose_kernels = _method(Execution.choose_kernels)
     own_text_kernel = _method(Execution.own_text_kernel)
+    sparse_in_words = _method(Execution.sparse_in_words)
     new_kv_cache = _method(Execution.new_kv_cache)
     fill_kv_cache = _method(Execution.fill_kv_cache)
 

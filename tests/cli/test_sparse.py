@@ -69,5 +69,6 @@ def test_a_small_video_is_dense_and_says_so(tmp_path, monkeypatch, capsys):
     for name, more in (("dense.mkv", ()), ("sparse.mkv", ("--sparse", "0.15"))):
         assert cli.main(["generate", PROMPT, *given, "-o", name, *more]) == 0
     said = capsys.readouterr().err
+    assert said.count("sparse attention: density 0.15, kernel plain\n") == 1
     assert said.count("too few for sparse attention, which needs 1024; it attends to all tokens") == 1
     assert Path("dense.mkv").read_bytes() == Path("sparse.mkv").read_bytes()

@@ -16,7 +16,7 @@ from longcat_core.optimize.sparse import choose, plain
 from longcat_core.optimize.sparse.choose import attend_sparse, check_sparse, choose_sparse
 from longcat_core.optimize.sparse.layout import SparseLayout, choose_box, lane_order
 from longcat_core.optimize.sparse.plain import attend_sparse_plain
-from longcat_core.optimize.sparse.settings import SPARSE_KERNELS
+from longcat_core.optimize.sparse.settings import SPARSE_KERNELS, Sparse
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 GRIDS = [(24, 30, 52), (21, 30, 40), (23, 30, 52), (13, 9, 11), (7, 17, 23), (5, 45, 80), (24, 15, 26), (2, 16, 16)]
@@ -180,6 +180,13 @@ def test_kernels_are_chosen_by_name_or_auto():
     options = {"sink": 1, "query_block": 128, "tail": False}
     out = attend_sparse(q, k, v, keep, **options)
     assert torch.equal(out, attend_sparse_plain(q, k, v, keep, **options))
+
+
+def test_what_runs_in_words():
+    inputs = Inputs(torch.device("cpu"), torch.float32, 64, False)
+    assert choose.in_use(Sparse(0.3, dense_steps=0.5), inputs) == "density 0.3, dense steps 0.5, kernel plain"
+    refused = choose.in_use(Sparse(0.3, kernel="sol"), inputs)
+    assert refused.startswith("density 0.3 (sparse kernel 'sol' cannot run here: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel may run")

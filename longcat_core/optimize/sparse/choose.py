@@ -13,7 +13,7 @@ from ...errors import BackendUnavailable
 from ..kernels import sparse as kernels
 from ..requirement import Inputs, Requirement, trial
 from .plain import attend_sparse_plain
-from .settings import BLOCK
+from .settings import BLOCK, Sparse
 
 
 class AttendSparse(Protocol):
@@ -132,6 +132,16 @@ def choose_sparse(name: str, inputs: Inputs, query_block: int, tail: bool) -> Sp
     if len(ours) < 2:
         return first
     return SparseBackend("auto", "the fastest", first.needs, partial(kernels.attend_fastest, kernels=ours))
+
+
+def in_use(settings: Sparse, inputs: Inputs) -> str:
+    """The settings and the kernel that computes them for such inputs, in words; why none does, if none can."""
+    words = settings.in_words().removesuffix(f", {settings.kernel}")
+    try:
+        name = choose_sparse(settings.kernel, inputs, settings.queries, settings.tail).name
+    except BackendUnavailable as error:
+        return f"{words} ({error})"
+    return f"{words}, kernel {name if name != 'auto' else 'auto (timed at the first step)'}"
 
 
 def attend_sparse(

@@ -117,3 +117,18 @@ def test_a_calibration_is_read_and_checked(comfy, model):
         path.unlink()
     with pytest.raises(error, match="is not inside ComfyUI's output folder"):
         comfy("LongCatSparseAttention", model=model, density=0.5, calibration="../elsewhere.json")
+
+
+def test_people_see_that_it_is_on(comfy, model, latent, sample, caplog):
+    words = "density 0.3, dense steps 0.5, kernel plain"
+    sparse = comfy("LongCatSparseAttention", model=model, density=0.3, dense_steps=0.5)
+    switched, report = comfy("LongCatOptimizations", model=sparse)
+    assert f"attention: auto (where attention is not sparse)\nsparse attention: {words}\n" in report
+    assert "sparse" not in comfy("LongCatOptimizations", model=model)[1]
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            sample(latent, model=switched, steps=1)
+    assert caplog.text.count(f"sparse attention: {words}") == 1
+    _, report = comfy("LongCatBenchmark", model=model, model_b=sparse, latent_image=latent, steps=1, guidance=1.0)
+    (row,) = (line for line in report.splitlines() if line.startswith("| attention |"))
+    assert row.endswith(f"; sparse: {words} |")
