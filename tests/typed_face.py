@@ -50,6 +50,14 @@ def generate(pipeline: longcat.Pipeline, request: longcat.GenerateRequest) -> No
     assert_type(longcat.read_image("first.png"), np.ndarray)
 
 
+def sparse() -> longcat.Sparse:
+    densities = longcat.Densities(ends=(0.5, 1.0), values=(((0.1, 0.2),), ((0.3, 0.4),)))
+    assert_type(densities.at(0.2), tuple[tuple[float, ...], ...])
+    calibrated = longcat.read_calibration("mine.json").sparse()
+    assert_type(calibrated, longcat.Sparse)
+    return longcat.Sparse(0.15, densities=densities, dense_steps=0.2)
+
+
 def go_on(pipeline: longcat.Pipeline, request: longcat.GenerateRequest, video: np.ndarray) -> None:
     prompts = longcat.spread_prompts([request.prompt], segments=2)
     assert_type(prompts, tuple[str, ...])

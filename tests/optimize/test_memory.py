@@ -68,7 +68,7 @@ def own(request, monkeypatch) -> bool:
         monkeypatch.setattr(module, name, lambda x: request.param and x.dtype in HALF)
     monkeypatch.setattr(quantization, "missing", lambda device: "")
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(execution.Execution, "_give_up", lambda self, out: False)
+    monkeypatch.setattr(execution.Execution, "_give_up", lambda self, *_: False)
     chosen = backends.Kernels(attend, None, attend)
     monkeypatch.setattr(execution.Execution, "choose_kernels", lambda self, device: chosen)
     return request.param
