@@ -310,5 +310,5 @@ def test_other_models_and_vaes_are_refused(comfy, long):
 def test_the_engine_refuses_what_the_model_decides(comfy, model, clip, vae):
     engine = comfy.node("engine").ComfyEngine("LongCat Long Video", model, clip, vae, [""])
     schedule = comfy.core("sampling.schedules").make_schedule("base", 2)
-    with pytest.raises(comfy.core("errors").LongCatError, match=r"LongCat Long Video takes a step cache .* the MODEL"):
+    with pytest.raises(comfy.core("errors").LongCatError, match=r"Long Video takes a step cache, .* from the MODEL"):
         engine.denoise(torch.zeros(1, 16, 1, 8, 12), schedule, "", step_cache=0.1)

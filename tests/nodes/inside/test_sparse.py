@@ -120,8 +120,9 @@ def test_a_calibration_is_read_and_checked(comfy, model):
 
 
 def test_people_see_that_it_is_on(comfy, model, latent, sample, caplog):
-    words = "density 0.3, dense steps 0.5, kernel plain"
-    sparse = comfy("LongCatSparseAttention", model=model, density=0.3, dense_steps=0.5)
+    # A setting is logged once in a process, so no other test may use this one.
+    words = "density 0.31, dense steps 0.45, kernel plain"
+    sparse = comfy("LongCatSparseAttention", model=model, density=0.31, dense_steps=0.45)
     switched, report = comfy("LongCatOptimizations", model=sparse)
     assert f"attention: auto (where attention is not sparse)\nsparse attention: {words}\n" in report
     assert "sparse" not in comfy("LongCatOptimizations", model=model)[1]
