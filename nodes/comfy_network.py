@@ -122,14 +122,18 @@ class Prepared(NamedTuple):
     compilers: Compilers | None = None
 
 
+def step_at(sigmas: Tensor, timestep: Tensor) -> int:
+    """Which step of a run at `sigmas` evaluates the model at `timestep`, counted from 0."""
+    # Samplers call with rounded sigmas, and some between two steps.
+    return int((sigmas > float(timestep.max()) * (1 + 1e-6)).sum())
+
+
 def _progress(options: dict[str, Any]) -> float | None:
     """The share of a sampler's steps that is done, 0 <= progress < 1; None outside of sampling."""
     sigmas, now = options.get("sample_sigmas"), options.get("sigmas")
     if sigmas is None or now is None or len(sigmas) < 2:
         return None
-    # Samplers call with rounded sigmas, and some between two steps.
-    done = int((sigmas > float(now.max()) * (1 + 1e-6)).sum())
-    return min(done, len(sigmas) - 2) / (len(sigmas) - 1)
+    return min(step_at(sigmas, now), len(sigmas) - 2) / (len(sigmas) - 1)
 
 
 def _announce(sentence: str) -> None:

@@ -29,12 +29,11 @@ from ..longcat_core.sampling.schedules import make_schedule
 from ..longcat_core.sampling.step import guide
 from .checks import check_ranges, check_steps
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
-from .comfy_network import OPTIMIZATIONS_KEY
+from .comfy_network import OPTIMIZATIONS_KEY, step_at
 from .inputs import LongCatNode
 from .models import distilled_notes, require_longcat, until_notes
 from .previews import clean_frames, preview_callback
 from .progress import NodeProgress, begins
-from .step_cache import step_at
 
 
 class Guider(comfy.samplers.CFGGuider):

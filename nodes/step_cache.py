@@ -14,7 +14,7 @@ from torch import Tensor
 from ..longcat_core.optimize.residual_cache import ResidualCache
 from ..longcat_core.sampling.flow import estimate_clean, output_of
 from ..longcat_core.sampling.step_cache import StepCache, StepCacheKind, check_kind
-from .comfy_network import RESIDUALS_KEY
+from .comfy_network import RESIDUALS_KEY, step_at
 from .inputs import LongCatNode
 from .models import require_longcat, with_option, without_option
 from .previews import clean_frames
@@ -22,12 +22,6 @@ from .previews import clean_frames
 NAME = "LongCat Step Cache"
 # Keys of transformer_options: threshold and kind and, during a sampling run, the caches of whole steps.
 THRESHOLD_KEY, KIND_KEY, CACHE_KEY = "longcat_step_cache", "longcat_step_cache_kind", "longcat_step_cache_running"
-
-
-def step_at(sigmas: Tensor, timestep: Tensor) -> int:
-    """Which step of a run at `sigmas` evaluates the model at `timestep`, counted from 0."""
-    # Samplers call with rounded sigmas.
-    return int((sigmas > float(timestep.max()) * (1 + 1e-6)).sum())
 
 
 class _Caches:
