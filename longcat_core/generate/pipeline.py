@@ -237,13 +237,11 @@ class Pipeline(Engine):
             share = schedule.timesteps[0] / 1000
             start = (1 - share) * options.clean + share * noise.to(options.clean)
         guided = options.guidance_scale != 1
-        before = self.model.block_sparse, self.model.sparse
-        # Raises for settings of another network, before anything is encoded.
-        self.model.sparse = options.sparse
-        self.model.sparse = before[1]
+        self.model.check_sparse(options.sparse)
         self.begins(ENCODING)
         context, mask = self._text("prompt", prompt)
         negative = self._text("negative prompt", options.negative_prompt) if guided else (None, None)
+        before = self.model.block_sparse, self.model.sparse
         self.model.block_sparse, self.model.sparse = options.block_sparse, options.sparse
         announce = self.model.announce
         self.model.announce = lambda sentence: self._announced(sentence, announce)

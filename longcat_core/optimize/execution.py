@@ -90,16 +90,20 @@ class Execution:
 
     @property
     def sparse(self) -> Sparse | None:
-        """The settings in force; None too if the guard turned sparse attention off. Setting them raises LongCatError if
-        they do not fit the network, BackendUnavailable if this machine lacks their kernel."""
+        """The settings in force; None too if the guard turned sparse attention off. Setting them raises what
+        `check_sparse` raises."""
         return self._sparse
 
     @sparse.setter
     def sparse(self, settings: Sparse | None) -> None:
+        self.check_sparse(settings)
+        self._sparse, self._sparse_trusted = settings, False
+
+    def check_sparse(self, settings: Sparse | None) -> None:
+        """Raise LongCatError for settings of another network, BackendUnavailable if this machine lacks their kernel."""
         if settings is not None:
             settings.check(self.config.depth, self.config.num_heads)
             check_sparse(settings.kernel)
-        self._sparse, self._sparse_trusted = settings, False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -148,7 +152,7 @@ class Execution:
         return attention.resolve_kernels(self.optimizations.attention, inputs)
 
     def sparse_in_words(self, device: torch.device) -> str:
-        """The sparse attention in force and its kernel for tensors on `device`, in words; "" where there is none."""
+        """The sparse attention in force and its kernel for tensors on `device`, in words, or "" if it is off."""
         if self.sparse is None or self.block_sparse is not None:
             return ""
         return in_use(self.sparse, Inputs(device, self._active_dtype(device), self.config.head_dim, False))
@@ -472,6 +476,7 @@ class OptimizedTransformer(LongCatTransformer):
     embed_text = _method(Execution.embed_text)
     choose_kernels = _method(Execution.choose_kernels)
     own_text_kernel = _method(Execution.own_text_kernel)
+    check_sparse = _method(Execution.check_sparse)
     sparse_in_words = _method(Execution.sparse_in_words)
     new_kv_cache = _method(Execution.new_kv_cache)
     fill_kv_cache = _method(Execution.fill_kv_cache)
