@@ -127,16 +127,13 @@ def _pool(x, sizes, out, tokens, heads, chunks, stride, CHUNK: tl.constexpr, PAR
 
 
 @jit
-def _top_k(scores, sizes, out, chunks, keep, PADDED: tl.constexpr, WIDTH: tl.constexpr):
-    """The `keep` largest of a row of 16-bit floats read as int16, of equal ones the first, in ascending order."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    inside = column < chunks
-    bits = tl.load(scores + row * chunks + column, mask=inside, other=0).to(tl.int32)
+def largest(bits, inside, keep):
+    """Which entries of a row are the `keep` largest of those `inside`; of equal ones the first.
+
+    bits: 16-bit floats read as int16, in int32.
+    """
     # In the order of the floats: 0 for the least, 65535 for the greatest, and -0 as 0.
     rank = tl.where(bits < 0, tl.where(bits == -32768, 32768, -1 - bits), bits + 32768)
-    if PADDED:
-        inside = inside & (tl.load(sizes + column, mask=inside, other=0) > 0)
     rank = tl.where(inside, rank, -1)
     # The greatest number that at least `keep` scores reach, bit by bit.
     least = 0
@@ -146,7 +143,19 @@ def _top_k(scores, sizes, out, chunks, keep, PADDED: tl.constexpr, WIDTH: tl.con
     above = rank > least
     equal = (rank == least).to(tl.int32)
     room = keep - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= room))
+    return above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= room))
+
+
+@jit
+def _top_k(scores, sizes, out, chunks, keep, PADDED: tl.constexpr, WIDTH: tl.constexpr):
+    """The `keep` largest of a row of 16-bit floats read as int16, of equal ones the first, in ascending order."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < chunks
+    bits = tl.load(scores + row * chunks + column, mask=inside, other=0).to(tl.int32)
+    if PADDED:
+        inside = inside & (tl.load(sizes + column, mask=inside, other=0) > 0)
+    chosen = largest(bits, inside, keep)
     place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(out + row * keep + place, column, mask=chosen)
 
@@ -320,10 +329,13 @@ def _attend_op(
     return launch_attend(q, k, v, indices, counts, sizes, q_chunk, padded, tiles)
 
 
-@operator("attend_chunks_flash4", lambda q, *_: q.new_empty(q.shape))
-def _flash4_op(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
-) -> Tensor:
+def launch_flash4(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_size: tuple[int, int], sums: bool = False
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention-4 over lists of key blocks, outside of graphs: its output and, with `sums`, the log-sum-exp.
+
+    block_size: tokens of a query block and of a key block. For the other arguments see `attend_chunks`.
+    """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -333,9 +345,17 @@ def _flash4_op(
         mask_block_idx=torch.zeros_like(indices[..., :1]),
         full_block_cnt=counts,
         full_block_idx=indices,
-        block_size=(q_chunk, k.shape[1] // len(sizes)),
+        block_size=block_size,
     )
-    return _flash_attn_fwd(_matrix(q), _matrix(k), _matrix(v), block_sparse_tensors=lists)[0]
+    return _flash_attn_fwd(q, k, v, block_sparse_tensors=lists, return_lse=sums)[:2]
+
+
+@operator("attend_chunks_flash4", lambda q, *_: q.new_empty(q.shape))
+def _flash4_op(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
+) -> Tensor:
+    block_size = q_chunk, k.shape[1] // len(sizes)
+    return launch_flash4(_matrix(q), _matrix(k), _matrix(v), indices, counts, block_size)[0]
 
 
 @operator("attend_chunks_cudnn_fp8", lambda q, *_: q.new_empty(q.shape))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .block_sparse import largest
 from .elementwise import whole_tokens
 from .jit import jit, tl, triton
 
@@ -70,19 +71,8 @@ def _sparse_choose(
     column = tl.arange(0, WIDTH)
     inside = column < blocks
     bits = tl.load(scores + row * blocks + column, mask=inside, other=0).to(tl.int32)
-    # In the order of the floats: 0 for the least, 65535 for the greatest, and -0 as 0.
-    rank = tl.where(bits < 0, tl.where(bits == -32768, 32768, -1 - bits), bits + 32768)
-    rank = tl.where(inside & (column >= sink), rank, -1)
     most = tl.load(keep + pair)
-    # The greatest number that at least `most` scores reach, bit by bit.
-    least = 0
-    for step in range(16):
-        more = least + (32768 >> step)
-        least = tl.where(tl.sum((rank >= more).to(tl.int32), axis=0) >= most, more, least)
-    above = rank > least
-    equal = (rank == least).to(tl.int32)
-    room = most - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= room)) | (column < sink)
+    chosen = largest(bits, inside & (column >= sink), most) | (column < sink)
     place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     tl.store(indices + row * width + place, column, mask=chosen)
     tl.store(counts + row, sink + most)

@@ -61,21 +61,9 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, query_block: int) -
 
 
 def _fa4(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, query_block: int) -> Exact:
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    # Its two lists hold blocks with and without a mask; the first is empty here but required.
-    lists = BlockSparseTensorsTorch(
-        mask_block_cnt=torch.zeros_like(chosen.counts),
-        mask_block_idx=torch.zeros_like(chosen.indices[..., :1]),
-        full_block_cnt=chosen.counts,
-        full_block_idx=chosen.indices,
-        block_size=(query_block, BLOCK),
-    )
     whole = k.shape[1] // BLOCK * BLOCK
     q, k, v = (whole_tokens(x) for x in (q, k[:, :whole], v[:, :whole]))
-    out, sums = _flash_attn_fwd(q, k, v, block_sparse_tensors=lists, return_lse=True)[:2]
-    return Exact(out, sums)
+    return Exact(*block_sparse.launch_flash4(q, k, v, chosen.indices, chosen.counts, (query_block, BLOCK), sums=True))
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:
