@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -218,7 +218,21 @@ def actor_spans(text: str) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Placements:
+class Rows:
+    """Tensors with a row for each scene."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Placements(Rows):
     """B scenes of up to A = 2 actors, ready to draw. Lengths in pixels at a shorter side of 64, times in seconds."""
 
     background: Tensor  # [B, 3] in 0..1
@@ -231,15 +245,6 @@ class Placements:
     depth: Tensor  # [B, A] relative change of the radius, 0 for no pulse
     rate: Tensor  # [B, A] radians per second of orbit or pulse
     phase: Tensor  # [B, A] radians
-
-    def __len__(self) -> int:
-        return len(self.shape)
-
-    def __getitem__(self, rows: slice | Tensor) -> Placements:
-        return Placements(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def to(self, device: torch.device | str) -> Placements:
-        return Placements(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def place(scenes: Sequence[Scene], seed: int | torch.Generator, palette: Mapping[str, Color] = COLORS) -> Placements:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import LongCatError
 from ...optimize.compilation import Regional
-from ..world import BASE_FPS, BASE_SIDE, shape_distance, to_bytes, wrap
+from ..world import BASE_FPS, BASE_SIDE, Rows, shape_distance, to_bytes, wrap
 from .scenes import BACKGROUNDS, COLORS, DARK, GROUNDS, MAX_ACTORS, SHAPES, TEXTURES, Actor, Scene
 
 HEIGHT, WIDTH, FRAMES = 192, 320, 61
@@ -42,7 +42,7 @@ RING_HOLE, DIAMOND = 0.5, 1.2
 
 
 @dataclass(frozen=True)
-class Placements:
+class Placements(Rows):
     """B scenes of up to A = 3 actors, front first. Lengths in pixels at a shorter side of 64, times in seconds."""
 
     tones: Tensor  # [B, 2, 3] of the ground, in 0..1
@@ -62,15 +62,6 @@ class Placements:
     depth: Tensor  # [B, A] relative change of the radius, 0 for no pulse
     rate: Tensor  # [B, A] radians per second of orbit, swing or pulse
     phase: Tensor  # [B, A] radians
-
-    def __len__(self) -> int:
-        return len(self.shape)
-
-    def __getitem__(self, rows: slice | Tensor) -> Placements:
-        return Placements(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def to(self, device: torch.device | str) -> Placements:
-        return Placements(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def place(scenes: Sequence[Scene], seed: int) -> Placements:
