@@ -90,7 +90,7 @@ class Point:
 @dataclass(frozen=True)
 class VideoCheck:
     """A whole video with the result against the exact one. psnr, floor_psnr: in dB, None for identical frames, of the
-    result and of the noise floor; floor: what the noise floor is, or why there is none, floor_psnr being None then.
+    result and of the noise floor; floor: what the noise floor is; without one, why, and floor_psnr is None.
     dense_s, sparse_s: seconds of a step; speed_up: of all steps."""
 
     psnr: FiniteFloat | None

@@ -101,7 +101,7 @@ def sparse_rope_table(head_dim: int, grid: Shape, cond_frames: int, start: int, 
 
 
 class SparseLayout(FrameLayout):
-    """Tokens in the order of sparse attention; rows of tokens are no longer frames, but as many and as long.
+    """Tokens in the order of sparse attention; a row of tokens is as long as a frame, but not one.
 
     All noise frames must share one timestep, as they do in every task; an `Execution` runs others dense.
     """

@@ -96,7 +96,7 @@ def plan_pass(
         return None
     backend = choose_sparse(settings.kernel, inputs, settings.queries, settings.tail)
     if backend.name == "plain" != settings.kernel and inputs.device.type == "cuda":
-        say("sparse attention runs in plain PyTorch, which is slow; longcat bench says which kernels it lacks")
+        say("sparse attention runs in plain PyTorch, which is slow; longcat backends says why no kernel runs")
     return SparsePass(settings, backend, dense, progress, keys, given)
 
 

@@ -63,7 +63,7 @@ def attend_sparse_plain(
     wide, most = torch.promote_types(q.dtype, torch.float32), int(keep.max())
     pooled_q, pooled_k, pooled_v = pool(q, query_block), pool(k[:, :edge], BLOCK), pool(v[:, :edge], BLOCK)
     picked = select_blocks(pooled_q, pooled_k, keep, sink)
-    # [B, H, blocks, 64, D] and one block of zeros for entries past a head's number.
+    # [B, H, blocks, 64, D].
     keys, values = (x[:, :edge].unflatten(1, (-1, BLOCK)).permute(0, 3, 1, 2, 4) for x in (k, v))
     always = [torch.cat((x[:, : sink * BLOCK], x[:, edge:]), dim=1).transpose(1, 2) for x in (k, v)]
     step = max(1, _GATHERED_BYTES // max(1, 2 * most * BLOCK * dim * heads * wide.itemsize))

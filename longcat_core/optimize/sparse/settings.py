@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ...errors import LongCatError, check_choice, check_type, is_number, is_whole, plain_fields
 
 SparseKernel = Literal["auto", "fa4", "cudnn", "cudnn-fp8", "sol", "triton", "plain"]
-SPARSE_KERNELS = ("auto", "fa4", "cudnn", "cudnn-fp8", "sol", "triton", "plain")
+SPARSE_KERNELS: tuple[SparseKernel, ...] = get_args(SparseKernel)
 # Kernels that round queries, keys and values to 8 bits.
 EIGHT_BIT = ("cudnn-fp8", "sol")
 # Tokens of a key block.

@@ -1,4 +1,4 @@
-"""The kernels of sparse attention against their definition, in Triton's interpreter where there is no GPU.
+"""The kernels of sparse attention against their definition, in Triton's interpreter on a machine without a GPU.
 
 In fp16: the interpreter rounds bf16 toward zero.
 """
