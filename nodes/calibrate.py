@@ -14,7 +14,8 @@ from comfy_api.latest import io, ui
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.atomic import free_name
 from ..longcat_core.generate.calibration import check_calibration_place, check_calibration_suffix, write_calibration
-from ..longcat_core.measure.calibrate import Measured, Recipe, Search, Videos, check_calibration, text
+from ..longcat_core.measure.calibrate import Measured, Recipe, Search, Videos, check_calibration
+from ..longcat_core.measure.calibration_report import text
 from ..longcat_core.measure.probe import Probe
 from ..longcat_core.optimize.attention import is_exact
 from ..longcat_core.sampling.conditioning import SPATIAL_FACTOR, video_frames

@@ -12,12 +12,16 @@ from ..generate.calibration import check_calibration_place, write_calibration
 from ..generate.options import A_GPU, of_command
 from ..generate.progress import LOADING, duration
 from ..generate.request import GenerateRequest, work_of
-from ..measure.calibrate import PipelineSubject, Recipe, Search, Videos, check_calibration, default_prompts, text
+from ..measure.calibrate import PipelineSubject, Recipe, Search, Videos, check_calibration, default_prompts
+from ..measure.calibration_report import CURVE, LAYERS, TITLE, page, pictures, text
+from ..measure.charts import require_pillow
+from ..measure.results import command, commit, written
 from ..optimize.attention import is_exact
 from .console import notes_from_warnings, progress
 from .generate import guidance_of, print_notes, prompts_of, request_of
 from .models import load_models, machine_of, paths_of
 from .options import without_effect
+from .pages import hold_page, prefix_of, write_page
 
 OUTPUT = "longcat-calibration.json"
 STEPS, DISTILLED_STEPS = 10, 16
@@ -38,6 +42,9 @@ def calibrate(args: argparse.Namespace) -> int:
     output: Path = args.output or args.outputs.default(Path(OUTPUT))
     check_calibration_place(output)
     args.outputs.hold(output)
+    if args.page is not None:
+        require_pillow()
+        hold_page(args.page, TITLE, (LAYERS, CURVE), "calibrate", args.outputs)
     device, opened = machine_of(args, paths)
     check_calibration(videos, recipe, opened.checkpoint.config.patch_size)
     there = (*guidance_of(first), *((A_GPU,) if device.type == "cuda" else ()))
@@ -52,6 +59,10 @@ def calibrate(args: argparse.Namespace) -> int:
         found = search.run(PipelineSubject(pipeline, requests), [lora.path.name for lora in opened.loras])
         output = args.outputs.settled(output)
         write_calibration(output, found)
+    if args.page is not None:
+        prefix = prefix_of(args.page)
+        made = page(found, output.name, written(found.date, command(), commit()), prefix)
+        write_page(args.page, made, pictures(found), prefix)
     print(text(found))
     count = "one prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
     print(f"{output}: budget {recipe.budget:g}, {count}, in {duration(time.monotonic() - started)}")

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..errors import LongCatError
-from ..files.atomic import atomic_path
 from ..files.media import estimate_bytes, write_video
-from ..files.places import check_place, check_suffix
+from ..files.places import check_place
 from ..generate.opened import OpenedModel
 from ..generate.options import A_GPU, MEMORY, MODEL, SAMPLING, WHAT, of_command
 from ..generate.paths import ModelPaths
@@ -28,13 +26,14 @@ from ..measure.charts import fidelity_plot, side_by_side
 from ..measure.clock import clean_up, is_out_of_memory, synchronize
 from ..measure.fidelity import FLOOR, REFERENCE, Fidelity, Setting, described, distance, letters, other_kernel, picks
 from ..measure.fidelity import text as fidelity_text
-from ..measure.results import ResultsFile
+from ..measure.results import ResultsFile, written
 from ..optimize import attention as backends
 from ..sampling.sampler import Interrupted, Step
 from .console import Progress, notes_from_warnings, progress
 from .generate import guidance_of, print_notes, prompts_of, request_of
 from .models import check_sparse_fits, compile_mode, dtype_of, load_models, machine_of, paths_of
 from .options import Parser, add_options, without_effect
+from .pages import hold_page, prefix_of, write_page
 
 OUTPUT = "longcat-compare"
 REPORT, PLOT, SIDE_BY_SIDE = "report.md", "plot.png", "side-by-side.png"
@@ -186,25 +185,8 @@ def _check_output(args: argparse.Namespace, request: FilledRequest, videos: int)
     check_place(probe, videos * estimate_bytes(folder / "A-1.mkv", request.frames, request.height, request.width))
     args.outputs.hold(probe)
     if args.page is not None:
-        for path in _check_page(args.page):
-            args.outputs.hold(path, "--page")
+        hold_page(args.page, TITLE, (PLOT, SIDE_BY_SIDE), "compare", args.outputs)
     return folder
-
-
-def _check_page(page: Path) -> list[Path]:
-    """The page and its pictures. Raises LongCatError if they cannot be written, or would replace what is not ours."""
-    check_suffix(page, (".md",), "page")
-    paths = [page, *(page.with_name(f"{page.stem}-{name}") for name in (PLOT, SIDE_BY_SIDE))]
-    there = b""
-    if page.is_file():
-        with open(page, "rb") as file:
-            there = file.read(len(TITLE))
-    for path in paths:
-        if path.exists() and there != TITLE.encode():
-            raise LongCatError(f"{path} already exists and is not from longcat compare; choose another with --page")
-    for path in paths:
-        check_place(path, 1 << 23)
-    return paths
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -376,33 +358,22 @@ def _write(
             row |= {"verdict": fidelity.verdict(setting), "times_as_fast": fidelity.faster(setting)}
         report.rows.append(row)
     pictures = {PLOT: fidelity_plot(fidelity), SIDE_BY_SIDE: side_by_side(fidelity)}
-    _write_page(folder / REPORT, fidelity, report.content, pictures, "")
+    write_page(folder / REPORT, _page(fidelity, report.content, ""), pictures)
     if args.page is not None:
-        _write_page(args.page, fidelity, report.content, pictures, f"{args.page.stem}-")
+        prefix = prefix_of(args.page)
+        write_page(args.page, _page(fidelity, report.content, prefix), pictures, prefix)
     # Last, because its presence says that everything is there.
     report.write()
-
-
-def _write_page(
-    path: Path, fidelity: Fidelity, content: dict[str, Any], pictures: dict[str, Image.Image], prefix: str
-) -> None:
-    for name, picture in pictures.items():
-        with atomic_path(path.with_name(prefix + name)) as temporary:
-            picture.save(temporary, format="PNG")
-    with atomic_path(path) as temporary:
-        # Names in the command may have bytes that are not UTF-8.
-        temporary.write_text(_page(fidelity, content, prefix), encoding="utf-8", errors="backslashreplace")
 
 
 def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
     inputs = content["inputs"]
     seeds = f"seed {inputs['seed']}" if inputs["seeds"] == 1 else f"{inputs['seeds']} seeds from {inputs['seed']} on"
     prompts = "\n".join(f"- {prompt}" for prompt in inputs["prompts"])
-    commit = f", commit {content['commit']}" if content["commit"] else ""
     parts = (
         TITLE,
         ABOUT,
-        f"Written on {content['date'][:10]}{commit} by\n\n    {content['command']}",
+        written(content["date"], content["command"], content["commit"]),
         fidelity_text(fidelity),
         "Seconds are those of the fastest video's whole sampling, with the prompt's encoding. A first step, with any "
         "compiling, runs before and is listed separately. Settings of one model take turns; if something else keeps "

@@ -106,7 +106,9 @@ class Calibration:
     """The content of a file.
 
     ends: share of the steps at which each range ends, ascending, the last 1. densities: [ranges][layers][heads], shares
-    of the blocks that are computed exactly. mass: [layers], see `Point`, at the density nearest to 0.15.
+    of the blocks that are computed exactly. mass: [layers], see `Point`, at the density nearest to 0.15. head_mass: the
+    same [layers][heads]; best_mass: the same of the blocks that hold the most of the softmax, which only the whole
+    softmax would show; both are empty in files that were written before they existed.
     expected_speed_up: of a whole video, from the share of attention in a step and the densities.
     """
 
@@ -123,6 +125,8 @@ class Calibration:
     date: str
     machine: dict[str, Any]
     prompts: tuple[str, ...]
+    head_mass: tuple[tuple[FiniteFloat, ...], ...] = ()
+    best_mass: tuple[tuple[FiniteFloat, ...], ...] = ()
 
     @property
     def density(self) -> float:
@@ -177,6 +181,11 @@ def _fault(found: Calibration) -> str:
         return f"a share of {found.settings.dense_steps:g} dense steps, which must lie between 0 and 1"
     if found.settings.query_block not in QUERY_BLOCKS:
         return f"a query block of {found.settings.query_block} tokens, which must have 64 or 128"
+    for masses in (found.head_mass, found.best_mass):
+        if masses and (len(masses), {*map(len, masses)}) != (depth, {heads}):
+            return f"shares of the softmax of other layers and heads than {depth} of {heads}"
+    if len(found.mass) != depth:
+        return f"{len(found.mass)} layers with a share of the softmax, but {depth} in all"
     if len(found.model.marks) != depth or any(len(row) != sum(MARKED.values()) for row in found.model.marks):
         return "the marks of the model are not whole"
     return ""
@@ -205,7 +214,7 @@ def _wrapped(text: str) -> str:
     lines = []
     for name, value in json.loads(text).items():
         inner = json.dumps(value, ensure_ascii=False)
-        if name in ("densities", "model", "curve"):
+        if name in ("densities", "model", "curve", "head_mass", "best_mass"):
             inner = inner.replace("], [", "],\n   [").replace("}, {", "},\n   {")
         lines.append(f" {json.dumps(name)}: {inner}")
     return "{\n" + ",\n".join(lines) + "\n}\n"

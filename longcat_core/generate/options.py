@@ -365,7 +365,7 @@ OPTIONS: tuple[Option, ...] = (
         _lossy_change,
         replace(_lossy_change, commands=_REFINE, needs=("folder",)),
         Option("page", "path", "also write the report to this .md file, with its pictures beside it", metavar="FILE",
-               commands=_COMPARE),
+               commands=(*_COMPARE, *_CALIBRATE)),
         Option("fps", "number", "frame rate of the output file, and at which the frames of a clip are taken", FPS,
                least=1.0, most=MAX_FPS, step=0.5, digits=2, metavar="X", common=True),
     ),

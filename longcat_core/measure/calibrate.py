@@ -9,7 +9,6 @@ kernel would not be faster stays dense.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import statistics
@@ -37,8 +36,9 @@ from ..optimize.sparse.passes import MIN_BLOCKS, blocks_of
 from ..optimize.sparse.settings import BLOCK, Sparse, kept
 from ..sampling.conditioning import latent_frames, latent_shape
 from ..sampling.schedules import make_schedule
+from .calibration_report import MASS_AT, NO_FLOOR
 from .clock import synchronize
-from .fidelity import decibels, other_kernel, psnr
+from .fidelity import other_kernel, psnr
 from .probe import LADDER, Probe, probing
 from .results import machine
 
@@ -54,9 +54,6 @@ PROMPTS = (
 BLOCK_COST, TAIL_COST = 1.4, 0.05
 # From this density on, the mean over a layer's heads, dense attention is as fast.
 DENSE_FROM = (1 - TAIL_COST) / BLOCK_COST
-# The density at which `Calibration.mass` is given.
-MASS_AT = 0.15
-NO_FLOOR = "none: this machine has no second exact attention kernel"
 MEASURING, CHECKING, FLOOR = "measuring", "checking, sparse", "noise floor"
 
 
@@ -302,6 +299,7 @@ class Search:
         self.probe = Probe(len(self.measured.ends), config.depth, config.num_heads, *how, token_order)
         exact, *_ = [self._measure(subject, number) for number in range(self.videos.count)]
         densities = choose(self.probe.worst, recipe.ladder, recipe.budget)
+        head_mass = self._mass(self.probe.mass)
         found = Calibration(
             FORMAT,
             VERSION,
@@ -310,12 +308,14 @@ class Search:
             self.measured.ends,
             densities,
             tuple(self._curve()),
-            self._mass(),
+            tuple(round(statistics.fmean(row), 4) for row in head_mass),
             round(expected_speed_up(densities, self.measured, self._attention_share()), 3),
             None,
             datetime.now(UTC).date().isoformat(),
             machine(subject.device),
             self.videos.prompts,
+            head_mass,
+            self._mass(self.probe.best),
         )
         return replace(found, video=self._check(subject, found, exact)) if recipe.video else found
 
@@ -385,18 +385,21 @@ class Search:
 
     def _curve(self) -> Iterator[Point]:
         flat = self.probe.worst.cpu().double().flatten(0, 2)
-        mass = self._masses().mean(0)
+        mass = self._masses(self.probe.mass).mean((0, 1))
         for i, density in enumerate(self.recipe.ladder):
             median, high = flat[:, i].median().item(), flat[:, i].quantile(0.9).item()
             yield Point(density, *(float(f"{x:.3g}") for x in (median, high, mass[i].item())))
 
-    def _masses(self) -> Tensor:
+    def _masses(self, sums: Tensor) -> Tensor:
+        """Means over the prices, [depth, heads, L]. sums: `mass` or `best` of the probe."""
         counts = torch.tensor(self.probe.count, dtype=torch.float64)
-        return self.probe.mass.cpu().double() / counts[:, None].clamp(min=1)
+        return sums.cpu().double() / counts[:, None, None].clamp(min=1)
 
-    def _mass(self) -> tuple[float, ...]:
+    def _mass(self, sums: Tensor) -> tuple[tuple[float, ...], ...]:
+        """[layers][heads], at the density nearest to MASS_AT."""
         nearest = min(range(len(self.recipe.ladder)), key=lambda i: abs(self.recipe.ladder[i] - MASS_AT))
-        return tuple(round(mass, 4) for mass in self._masses()[:, nearest].tolist())
+        rows: list[list[float]] = self._masses(sums)[..., nearest].tolist()
+        return tuple(tuple(round(share, 4) for share in row) for row in rows)
 
 
 def token_order(grid: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -416,28 +419,3 @@ def video_psnr(video: np.ndarray, reference: np.ndarray, given: int = 0) -> floa
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or math.isinf(value) else round(value, 2)
-
-
-def text(found: Calibration) -> str:
-    """What was found, in a few lines."""
-    dense = sum(all(density == 1 for density in row) for layers in found.densities for row in layers)
-    means = [statistics.fmean(itertools.chain(*layers)) for layers in found.densities]
-    ranges = zip(means, itertools.pairwise((found.settings.dense_steps, *found.ends)), strict=True)
-    steps = ", ".join(f"{mean:.3f} from {start:.0%} to {end:.0%} of the steps" for mean, (start, end) in ranges)
-    lines = [
-        f"mean density {found.density:.3f}: {steps}; {dense} of {len(means) * found.model.depth} layers stay dense",
-        f"expected: all steps {found.expected_speed_up:.2f} times as fast",
-    ]
-    if (video := found.video) is not None:
-        floor = f"noise floor: {video.floor}"
-        if video.floor != NO_FLOOR:
-            floor = f"noise floor: {_decibels(video.floor_psnr)} ({video.floor})"
-        lines.append(
-            f"a whole video against the exact one: {_decibels(video.psnr)}, {floor}; {video.speed_up:.2f} times as "
-            f"fast, steps of {video.sparse_s:.3g} s instead of {video.dense_s:.3g} s"
-        )
-    return "\n".join(lines)
-
-
-def _decibels(value: float | None) -> str:
-    return decibels(math.inf if value is None else value)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..optimize import attention as backends
 from ..optimize.attention import Inputs
-from .results import machine, markdown, shown
+from .results import machine, machine_line, markdown, shown
 
 PEAK = 255.0
 # SSIM as published (Wang et al. 2004): a Gaussian window of 11 pixels, sigma 1.5, only where it fits into the frame.
@@ -211,12 +211,10 @@ def described(
     count: int, size: Sequence[int], steps: int, guidance: float, device: torch.device, dtype: torch.dtype
 ) -> str:
     """What was compared, and on which machine, in a sentence. size: frames, height and width of each video."""
-    here = machine(device)
     frames, height, width = size
-    where = here.get("gpu") or f"{here['cpu']}, {here['cores']} cores"
     return (
         f"{'One video' if count == 1 else f'{count} videos'} of {frames} frames of {height}x{width}, {steps} steps, "
-        f"guidance {guidance:g}; {where}, PyTorch {here['torch']}, {str(dtype).removeprefix('torch.')}"
+        f"guidance {guidance:g}; {machine_line(machine(device))}, {str(dtype).removeprefix('torch.')}"
     )
 
 

@@ -40,11 +40,13 @@ Order = Callable[[tuple[int, int, int], torch.device], Tensor | None]
 
 class Price(NamedTuple):
     """Of every head [H] and density [L]. error: |sparse - exact|^2 of the head's outputs, summed, [H, L]; size:
-    |exact|^2, [H]; mass: share of the softmax in the blocks that are taken, mean over the queries, [H, L]."""
+    |exact|^2, [H]; mass: share of the softmax in the blocks that are taken, mean over the queries, [H, L]; best: the
+    same of the blocks that hold the most of it, as many for each query block, [H, L]."""
 
     error: Tensor
     size: Tensor
     mass: Tensor
+    best: Tensor
 
 
 def price(
@@ -92,7 +94,7 @@ def _price(q: Tensor, k: Tensor, v: Tensor, keeps: Tensor, sink: int, tail: bool
     # The step of the ladder at which each block is taken first: 0 for the sink, levels + 1 for never.
     level = torch.searchsorted(keeps, ranks + 1) + 1
     level = torch.nn.functional.pad(level, (sink, 0))
-    error, mass = (q.new_zeros(len(keys), levels, dtype=wide) for _ in range(2))
+    error, mass, best = (q.new_zeros(len(keys), levels, dtype=wide) for _ in range(3))
     whole = q.new_zeros(len(keys), dtype=wide)
     for i, part in enumerate(q.transpose(1, 2).to(wide) * q.shape[-1] ** -0.5):
         taken = torch.nn.functional.one_hot(level[:, i], levels + 2).transpose(-1, -2).to(wide)
@@ -123,7 +125,10 @@ def _price(q: Tensor, k: Tensor, v: Tensor, keeps: Tensor, sink: int, tail: bool
         error += (sparse - exact[:, None]).square().sum((-1, -2))
         whole += exact.square().sum((-1, -2))
         mass += (held[:, 1:-1] / held[:, -1:]).mean(-1) / len(q)
-    return Price(error, whole, mass)
+        # [H, blocks], the largest first; the sink and the remainder are always taken.
+        shares = (sums[:, sink:] / held[:, -1:]).mean(-1).sort(descending=True).values
+        best += (1 - shares.sum(-1, keepdim=True) + shares.cumsum(-1)[:, keeps - 1]) / len(q)
+    return Price(error, whole, mass, best)
 
 
 @dataclass
@@ -131,8 +136,8 @@ class Probe:
     """Collects prices of passes in ranges of steps.
 
     worst: relative error [ranges, depth, heads, L], |sparse - exact| / |exact|, the largest of all passes and videos of
-    a range; seen: passes [ranges]; mass [depth, L], a sum over `count` [depth] prices. samples: query blocks of each
-    pass, layer and video. order: see above.
+    a range; seen: passes [ranges]; mass, best [depth, heads, L], sums over `count` [depth] prices, see `Price`.
+    samples: query blocks of each pass, layer and video. order: see above.
     """
 
     ranges: int
@@ -148,7 +153,8 @@ class Probe:
     def __post_init__(self) -> None:
         self.device = torch.device("cpu")
         self.worst = torch.zeros(self.ranges, self.depth, self.heads, len(self.ladder))
-        self.mass, self.count = torch.zeros(self.depth, len(self.ladder)), [0] * self.depth
+        self.mass, self.best = torch.zeros_like(self.worst[0]), torch.zeros_like(self.worst[0])
+        self.count = [0] * self.depth
         self.seen = [0] * self.ranges
         # The range and the number of the pass that runs, None while nothing is measured; the block that runs.
         self.range: int | None = None
@@ -188,7 +194,8 @@ class Probe:
         rows = places[: whole * self.query_block].view(whole, self.query_block)[chosen]
         every = torch.cat((torch.arange(given, device=q.device), places + given))
         if self.device != q.device:
-            self.device, self.worst, self.mass = q.device, self.worst.to(q.device), self.mass.to(q.device)
+            self.device, self.worst = q.device, self.worst.to(q.device)
+            self.mass, self.best = self.mass.to(q.device), self.best.to(q.device)
         for video in range(len(q)):
             own, size = q[video, rows], self.query_block
             found = price(
@@ -197,7 +204,8 @@ class Probe:
             error = (found.error / found.size[:, None].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
             place = self.worst[self.range, self.layer]
             torch.maximum(place, error.to(place), out=place)
-            self.mass[self.layer] += found.mass.mean(0).to(place)
+            self.mass[self.layer] += found.mass.to(place)
+            self.best[self.layer] += found.best.to(place)
             self.count[self.layer] += 1
 
     def _chosen(self, whole: int) -> Tensor:

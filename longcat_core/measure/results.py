@@ -88,6 +88,22 @@ def commit() -> str:
     return found + ("+" if found and _command("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
+def command() -> str:
+    """The command line that runs, as a shell takes it."""
+    return "longcat " + shlex.join(sys.argv[1:])
+
+
+def written(date: str, command: str, commit: str) -> str:
+    """Markdown: when, from which commit and by which command a page was written. date: ISO 8601."""
+    return f"Written on {date[:10]}{f', commit {commit}' if commit else ''} by\n\n    {command}"
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    """What `machine` found, in a few words."""
+    where = found.get("gpu") or f"{found.get('cpu', 'an unknown CPU')}, {found.get('cores', 'some')} cores"
+    return f"{where}, PyTorch {found.get('torch', 'of an unknown version')}"
+
+
 def say(sentence: str) -> None:
     """Print a line at once: a run that is cut off must have shown how far it got."""
     print(sentence, flush=True)
@@ -105,7 +121,7 @@ class ResultsFile:
             "kind": kind,
             "name": self.name,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": "longcat " + shlex.join(sys.argv[1:]),
+            "command": command(),
             "machine": machine(device),
             "commit": commit(),
             "inputs": inputs,

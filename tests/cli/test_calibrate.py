@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -45,12 +46,16 @@ SMALL = ("--size", "128x128", "--frames", "65", "--steps", "4")
         ("--size 192x320 -o missing/found.json", "does not exist"),
         ("--size 192x320 -o folder.json", "is a folder"),
         ("--step-cache 0.1", "--step-cache"),
+        ("--size 192x320 --page found.txt", "must end in .md"),
+        ("--size 192x320 --page notes.md", "notes.md already exists and is not from longcat calibrate"),
+        ("--size 192x320 --page missing/page.md", "does not exist"),
     ],
 )
 def test_bad_input(refused: Any, options: str, said: str) -> None:
     Path("empty.txt").touch()
     Path("folder.json").mkdir()
     Image.new("RGB", (96, 64)).save("first.png")
+    Path("notes.md").write_text("# What an option costs\n", encoding="utf-8")
     assert said in refused("calibrate", *options.split())
 
 
@@ -83,6 +88,27 @@ def test_a_run_leaves_a_calibration_and_nothing_else(small: Path, capsys: pytest
     out, err = capsys.readouterr()
     assert "longcat-calibration-2.json: budget 0.1, one prompt" in out
     assert read_calibration("longcat-calibration-2.json").prompts == ("a red circle",)
+
+
+def test_a_page_shows_every_layer_and_is_written_again(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*SMALL, "--no-video", "--prompt", "a red circle", "--page", "page.md", "-o", "found.json"]
+    for _ in range(2):
+        assert cli.main(["calibrate", *given]) == 0
+    out, _ = capsys.readouterr()
+    assert sorted(os.listdir(small)) == ["found.json", "page-curve.png", "page-layers.png", "page.md"]
+    page, found = Path("page.md").read_text(encoding="utf-8"), read_calibration("found.json")
+    assert "(page-layers.png)" in page and "(page-curve.png)" in page and "found.json: budget 0.1; " in page
+    at = min((point.density for point in found.curve), key=lambda density: abs(density - 0.15))
+    held = f"softmax in the blocks taken at density {at:g}: {sum(found.mass) / len(found.mass):.0%} "
+    assert held in page and held in out
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == found.model.depth
+    for row, mass, heads, best in zip(rows, found.mass, found.head_mass, found.best_mass, strict=True):
+        assert [int(cell) for cell in row[1:4]] == [round(100 * share) for share in (mass, min(heads), max(heads))]
+        assert len(heads) == found.model.heads and all(a <= b for a, b in zip(heads, best, strict=True))
+    for name in ("layers", "curve"):
+        with Image.open(f"page-{name}.png") as picture:
+            assert picture.width == 960 and np.asarray(picture).std() > 10
 
 
 def test_an_interrupted_run_leaves_nothing(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

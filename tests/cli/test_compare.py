@@ -187,7 +187,7 @@ def test_interrupted_leaves_whole_files_only(run: Any, monkeypatch: pytest.Monke
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fidelity_commands, "_write_page", interrupt)
+    monkeypatch.setattr(fidelity_commands, "write_page", interrupt)
     assert cli.main(["compare", PROMPT, "--steps", "2", "--frames", "5", *B, "--output", "out"]) == cli.INTERRUPTED
     assert sorted(os.listdir("out")) == ["A-1.mkv", "B-1.mkv", "noise-floor-1.mkv"]
     assert cli.main(["compare", PROMPT, *B, "--output", "out"]) == cli.BAD_INPUT

@@ -27,10 +27,10 @@ from longcat_core.measure.calibrate import (
     check_calibration,
     choose,
     expected_speed_up,
-    text,
     token_order,
     video_psnr,
 )
+from longcat_core.measure.calibration_report import text
 from longcat_core.measure.probe import LADDER, Probe, price, probing
 from longcat_core.optimize.sparse.settings import BLOCK, Sparse
 

@@ -44,6 +44,22 @@ def test_prices_are_what_the_definition_changes(queries: int, keys: int, query_b
     assert found.error[:, 0].min() > 1e-3 * found.size.max(), "otherwise there is nothing to compare"
 
 
+def test_no_blocks_hold_more_than_the_best_ones() -> None:
+    """Of the softmax, written out: as many blocks for each query block as a density takes, the sink and the rest."""
+    q, k, v = (x.double() for x in random_attention(512, 1000))
+    # In this order the means of blocks say little of their keys.
+    k = 3 * k[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
+    sink, blocks = 8, 1000 // BLOCK
+    found = price(q.unflatten(0, (-1, 64)), k, v, LADDER, sink=sink, query_block=64, tail=True)
+    weights = torch.einsum("qhd,khd->hqk", q, k).mul(DIM**-0.5).softmax(-1).unflatten(1, (-1, 64)).mean(2)
+    each = weights[..., : blocks * BLOCK].unflatten(-1, (-1, BLOCK)).sum(-1)
+    always = each[..., :sink].sum(-1) + weights[..., blocks * BLOCK :].sum(-1)
+    for i, count in enumerate(kept(LADDER, blocks - sink)):
+        best = always + each[..., sink:].topk(count).values.sum(-1)
+        torch.testing.assert_close(found.best[:, i], best.mean(1))
+    assert (found.best >= found.mass - 1e-12).all() and (found.best > found.mass + 0.01).any()
+
+
 def test_prices_do_not_depend_on_how_heads_are_grouped(monkeypatch: Any) -> None:
     q, k, v = random_attention(256, 700)
     whole = price(q.unflatten(0, (-1, 64)), k, v, LADDER, sink=2, query_block=64, tail=True)
