@@ -18,7 +18,7 @@ from ..measure.charts import require_pillow
 from ..measure.results import command, commit, written
 from ..optimize.attention import is_exact
 from .console import notes_from_warnings, progress
-from .generate import guidance_of, print_notes, prompts_of, request_of
+from .generate import print_notes, prompts_of, request_of, there_in
 from .models import load_models, machine_of, paths_of
 from .options import without_effect
 from .pages import hold_page, prefix_of, write_page
@@ -47,7 +47,7 @@ def calibrate(args: argparse.Namespace) -> int:
         hold_page(args.page, TITLE, (LAYERS, CURVE), "calibrate", args.outputs)
     device, opened = machine_of(args, paths)
     check_calibration(videos, recipe, opened.checkpoint.config.patch_size)
-    there = (*guidance_of(first), *((A_GPU,) if device.type == "cuda" else ()))
+    there = (*there_in(first), *((A_GPU,) if device.type == "cuda" else ()))
     print_notes([*args.outputs.notes, *without_effect(args, there), *first.notes()])
 
     with notes_from_warnings(), progress() as bar:

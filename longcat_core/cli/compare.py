@@ -30,9 +30,9 @@ from ..measure.results import ResultsFile, written
 from ..optimize import attention as backends
 from ..sampling.sampler import Interrupted, Step
 from .console import Progress, notes_from_warnings, progress
-from .generate import guidance_of, print_notes, prompts_of, request_of
-from .models import check_sparse_fits, compile_mode, dtype_of, load_models, machine_of, paths_of
-from .options import Parser, add_options, without_effect
+from .generate import print_notes, prompts_of, request_of, there_in
+from .models import check_sparse_fits, compile_mode, dtype_of, load_models, machine_of, paths_of, with_speed
+from .options import Parser, add_options, given_flags, without_effect
 from .pages import hold_page, prefix_of, write_page
 
 OUTPUT = "longcat-compare"
@@ -93,6 +93,10 @@ def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Si
     request = request_of(args, prompt).filled(paths.defaults)
     device, opened = machine_of(args, paths)
     check_sparse_fits(args, request, opened)
+    given = given_flags([*args.argv, *shlex.split(options)])
+    args, loaded = with_speed(args, given, request.schedule, device, opened)
+    if loaded is not None:
+        request = request.filled(replace(paths.defaults, loaded=loaded))
     names = [row.name for row in of_command("compare", MODEL, MEMORY)]
     model = {name: getattr(args, name) for name in names if name not in SWITCHED}
     return _Side(name, options, args, paths, request, device, opened, model)
@@ -125,7 +129,7 @@ def _without_effect(sides: Sequence[_Side]) -> Iterator[str]:
 
     def notes(side: _Side, argv: Sequence[str]) -> list[str]:
         gpu = (A_GPU,) if side.device.type == "cuda" else ()
-        return list(without_effect(side.args, (*gpu, *guidance_of(side.request)), argv))
+        return list(without_effect(side.args, (*gpu, *there_in(side.request)), argv))
 
     for_all = [notes(side, side.args.argv) for side in sides]
     yield from (sentence for sentence in for_all[0] if all(sentence in others for others in for_all))
@@ -250,6 +254,9 @@ class _Run:
         kernel, own = side.args.floor, side.args.attention
         if kernel == "off":
             self.no_floor = "it was not asked for"
+            return []
+        if not backends.is_exact(own):
+            self.no_floor = f"the attention of A's speed, {own}, is lossy"
             return []
         dtype = dtype_of(side.args.dtype, side.device)
         inputs = backends.Inputs(side.device, dtype, self.pipeline.model.config.head_dim, False)

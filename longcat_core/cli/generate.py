@@ -28,23 +28,25 @@ from ..generate.pipeline import Pipeline
 from ..generate.progress import LOADING, SAVING, sampled, segments_of
 from ..generate.refine import RefineRequest, footage_of, piece_folder, refine_in_folder
 from ..generate.refine import refine as refined
-from ..generate.request import GenerateRequest, require_filled, work_of
+from ..generate.request import FilledRequest, GenerateRequest, require_filled, work_of
 from ..generate.segment_folder import SegmentFolder
+from ..generate.speed_fit import Loaded, loading_notes
+from ..generate.speeds import REFINE
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from ..optimize.requirement import Inputs
 from ..optimize.sparse.choose import in_use
 from ..optimize.sparse.settings import Sparse
 from .console import Progress, note, notes_from_warnings, progress
-from .models import check_sparse_fits, load_models, machine_of, model_settings, paths_of, sparse_of
-from .options import without_effect
+from .models import check_sparse_fits, load_models, machine_of, model_settings, paths_of, sparse_of, with_speed
+from .options import given_flags, without_effect
 
 OUTPUT = "longcat.mp4"
 LONG_OUTPUT = "longcat-long.mp4"
 # Options that a request takes under the same name.
 SAME_NAME = (
     *("negative_prompt", "frames", "steps", "seed", "image", "video", "fps"),
-    *("guidance_until", "kv_cache", "step_cache", "step_cache_kind", "sparse_kernel"),
+    *("guidance_until", "kv_cache", "step_cache", "step_cache_kind", "sparse_kernel", "speed"),
 )
 
 # Frames uint8 [F, H, W, 3], or clips of that shape one after the other.
@@ -76,6 +78,18 @@ class _Task:
         self.sound = sound
         self.device, self.model = machine_of(args, paths)
         self.started = time.monotonic()
+
+    def speeded(self, schedule: str) -> Loaded | None:
+        """Choose the model's options that --speed decides; how the model will be loaded, or None without a speed."""
+        given = given_flags(self.args.argv)
+        self.args, loaded = with_speed(self.args, given, schedule, self.device, self.model)
+        return loaded
+
+    def fitted(self, request: FilledRequest) -> FilledRequest:
+        """The request with what --speed can do on this machine."""
+        loaded = self.speeded(request.schedule)
+        defaults = self.model.paths.defaults
+        return request if loaded is None else request.filled(replace(defaults, loaded=loaded))
 
     def settings(self) -> tuple[dict[str, Any], dict[str, str]]:
         return model_settings(self.args, self.model.paths, self.device)
@@ -125,7 +139,8 @@ def generate(args: argparse.Namespace) -> int:
     output = args.output or args.outputs.default(Path(OUTPUT))
     task = _Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
     check_sparse_fits(args, request, task.model)
-    task.note(request.notes(), *guidance_of(request))
+    request = task.fitted(request)
+    task.note(request.notes(), *there_in(request))
 
     def make(bar: Progress) -> np.ndarray:
         bar.plan([sampled(request.schedule, request.steps)])
@@ -150,17 +165,17 @@ def long(args: argparse.Namespace) -> int:
     # The same command again goes on, so the default name may be there already.
     output = args.output or args.outputs.default(Path(LONG_OUTPUT), new=False)
     folder = segment_folder(args.folder or name_with(output, "-segments", ""), args.lossy_change)
-    first = request.first
-    assert first.height is not None and first.width is not None, "filled in"
+    first = require_filled(request.first)
     shape = request.total_frames, first.height, first.width
     _check_folder(output, folder, shape)
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     task = _Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
     check_sparse_fits(args, first, task.model)
+    first = task.fitted(first)
     model, lossy = task.settings()
-    request = replace(request, model=model, lossy=lossy)
-    task.note(first.notes(), *guidance_of(first), *(MORE for _ in prompts[1:]))
+    request = replace(request, first=first, model=model, lossy=lossy)
+    task.note(first.notes(), *there_in(first), *(MORE for _ in prompts[1:]))
     work, finished = work_of(first, request.overlap), []
 
     def segments(bar: Progress) -> Iterator[np.ndarray]:
@@ -175,7 +190,7 @@ def long(args: argparse.Namespace) -> int:
             # The default name is that of the first take's video.
             task.output = args.outputs.default(name_with(output, f"-{folder.take.path.name}"), new=False)
         whole = new_frames(folder, finished)
-        return chain([require_filled(first).begun(next(whole))], whole)
+        return chain([first.begun(next(whole))], whole)
 
     task.run(segments)
     return task.report(f"{len(finished)} segments, ")
@@ -203,7 +218,9 @@ def refine(args: argparse.Namespace) -> int:
     # Copied if possible; otherwise a note says that it is left out or coded as AAC.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
     task = _Task(args, paths, output, (args.video,), shape, request.factor * request.fps, request.seed, sound)
-    task.note([*request.notes(video, paths.defaults), *filter(None, [said])], MORE)
+    loaded = task.speeded(REFINE)
+    notes = [] if loaded is None else loading_notes(args.speed, REFINE, loaded)
+    task.note([*request.notes(video, paths.defaults), *filter(None, [said]), *notes], MORE)
     video.check()
     if args.lora is None and not paths.is_nano:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
@@ -267,9 +284,10 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def guidance_of(request: GenerateRequest) -> tuple[str, ...]:
-    """What a filled request has that options work on."""
-    return () if request.guidance_scale == 1 else (GUIDANCE,)
+def there_in(request: FilledRequest) -> tuple[str, ...]:
+    """What a filled request has that options work on; see `Option.needs`."""
+    found = {GUIDANCE: request.guidance_scale != 1, "sparse": request.sparse, "step_cache": request.step_cache}
+    return tuple(name for name, there in found.items() if there)
 
 
 def print_notes(sentences: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from ..generate.options import LORA_MODES
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
 from ..generate.request import GenerateRequest
+from ..generate.speed_fit import Loaded, fit_loading
+from ..generate.speeds import EXACT
 from ..generate.takes import LORA_MODE, lossy_settings
 from ..optimize import compilation
 from ..optimize.kernels import elementwise
 from ..optimize.plan import GIB, Plan, Work, limit_memory
+from ..optimize.requirement import Inputs
 from ..optimize.sparse.choose import check_sparse
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import CompileMode, Optimizations
@@ -54,6 +58,20 @@ def machine_of(args: argparse.Namespace, paths: ModelPaths) -> tuple[torch.devic
     check_memory(args, device)
     compile_mode(args, device, paths)
     return device, model
+
+
+def with_speed(
+    args: argparse.Namespace, given: Collection[str], schedule: str, device: torch.device, model: OpenedModel
+) -> tuple[argparse.Namespace, Loaded | None]:
+    """The options with what --speed makes of --fp8 and --attention, and how the model is loaded then; unchanged and
+    None without a speed. given: the options that the user gave, which keep their values."""
+    if args.speed in (None, EXACT):
+        return args, None
+    config = model.checkpoint.config
+    inputs = Inputs(device, dtype_of(args.dtype, device), config.head_dim, False)
+    own = args.attention if "--attention" in given else None
+    loaded = fit_loading(args.speed, schedule, inputs, config, args.fp8 or None, own)
+    return argparse.Namespace(**{**vars(args), "fp8": loaded.fp8, "attention": loaded.attention}), loaded
 
 
 def sparse_of(args: argparse.Namespace) -> Sparse | Calibration | None:

@@ -31,6 +31,11 @@ def add_options(parser: argparse.ArgumentParser, command: str, *headings: str) -
         groups[row.heading].add_argument(*flags, help=help_of(row), **_settings(row))
 
 
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """The options that the words of a command name."""
+    return {word.partition("=")[0] for word in argv if word.startswith("-")}
+
+
 def without_effect(
     args: argparse.Namespace, there: Collection[str], argv: Sequence[str] | None = None
 ) -> Iterator[str]:
@@ -38,7 +43,7 @@ def without_effect(
 
     there: what the run has that is not an option; see `Option.needs`. argv: what was given, if not `args.argv`.
     """
-    given = {word.partition("=")[0] for word in (args.argv if argv is None else argv)}
+    given = given_flags(args.argv if argv is None else argv)
     for row in of_command(args.command):
         for need in row.needs if row.flag in given else ():
             names = [

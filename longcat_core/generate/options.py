@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .speeds import EXACT, SPEEDS, prices_in_words
+
 Kind = Literal["whole", "number", "switch", "text", "choice", "size", "path", "lora"]
 
 # A token is 2x2 latents, a latent 8x8 pixels; one latent frame stands for four frames.
@@ -267,6 +269,9 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         SAMPLING,
         _VIDEOS,
+        Option("speed", "choice", "exact, or a set of lossy options that was measured: " + prices_in_words() + "; an "
+               "option that is given takes precedence over the set's, and what this machine lacks is left out", EXACT,
+               filled=True, choices=SPEEDS, common=True, commands=(*_VIDEOS, "refine")),
         Option("steps", "whole", "number of denoising steps", filled=True, shown="50; distilled 16", common=True,
                schedules={"distilled": (16, 50)}, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off and takes half the time", filled=True,
@@ -274,8 +279,8 @@ OPTIONS: tuple[Option, ...] = (
                shown="4; distilled 1", common=True, schedules=dict.fromkeys(("distilled", "refine"), (1.0, 1.0)),
                **_guidance),
         Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
-               "half the time without it, which is lossy", 1.0, step=0.05, digits=2, common=True, needs=(GUIDANCE,),
-               commands=_SKIPPED, **_share),
+               "half the time without it, which is lossy", 1.0, filled=True, step=0.05, digits=2, common=True,
+               needs=(GUIDANCE,), commands=_SKIPPED, **_share),
         Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
                filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True,
                commands=_SAMPLED),
@@ -286,11 +291,11 @@ OPTIONS: tuple[Option, ...] = (
                "(off)", KV_CACHE[0], choices=KV_CACHE, common=True, needs=(_GIVEN,), commands=_SAMPLED),
         Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
                "conservative, 0.05 skips about half (PSNR of 12 nano videos: median 43 dB, farthest 21 dB), 0.12 "
-               "is aggressive, 0 skips none", 0.0, least=0.0,
+               "is aggressive, 0 skips none", 0.0, filled=True, least=0.0,
                most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True, commands=_SKIPPED),
         Option("step_cache_kind", "choice", "what --step-cache skips: steps, whole; or blocks, all but the first sixth "
                "of the network's, if those show that what the others add can be predicted", STEP_CACHE_KINDS[0],
-               choices=STEP_CACHE_KINDS, needs=("step_cache",), commands=_SKIPPED),
+               filled=True, choices=STEP_CACHE_KINDS, needs=("step_cache",), commands=_SKIPPED),
         Option("sparse", "text", "sparse attention, which is lossy: the share of the blocks that are computed exactly, "
                "such as 0.15, or the file that longcat calibrate wrote for this model; the first fifth of the "
                "steps and videos of less than 1024 tokens keep full attention", shown="full attention",

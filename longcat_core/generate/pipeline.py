@@ -22,6 +22,7 @@ from ..errors import CheckpointError, LongCatError, check_choice, check_type, is
 from ..optimize.compilation import compiles
 from ..optimize.plan import Plan, Work, apply_plan, smaller
 from ..optimize.quantization import Policy
+from ..optimize.requirement import Inputs
 from ..optimize.streaming import spread
 from ..optimize.switches import Optimizations
 from ..sampling.sampler import sample
@@ -34,6 +35,8 @@ from .paths import ModelPaths
 from .placement import Placement
 from .progress import COMPILING, DECODING, ENCODING
 from .request import RELEASED, Defaults, FilledRequest
+from .speed_fit import check_speed, fit_loading
+from .speeds import BASE, EXACT, Speed
 from .text import TextEncoder, load_text_encoder
 from .turns import Turns
 from .vae import VideoVAE, load_vae
@@ -92,20 +95,23 @@ class Pipeline(Engine):
         dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         optimizations: Optimizations | None = None,
-        fp8: bool = False,
+        fp8: bool | None = None,
         lora: str | Path | Sequence[Lora] | None = None,
         lora_mode: LoraMode = "merged",
         work: Work | None = None,
         least: Plan | None = None,
         memory: int | None = None,
+        speed: Speed = EXACT,
     ) -> Pipeline:
         """Load the transformer, the VAE and the text encoder.
 
         paths: of the model, or what `open_model` returned, with its LoRAs; None: the nano model. fp8: quantize the
-        transformer's large layers to 8 bits (lossy). lora: a LoRA file, or pairs of file and strength. lora_mode:
-        `merged` into the weights (before they are quantized), or `runtime`, beside them.
+        transformer's large layers to 8 bits (lossy); None: what `speed` says. lora: a LoRA file, or pairs of file and
+        strength. lora_mode: `merged` into the weights (before they are quantized), or `runtime`, beside them.
         work: the largest sampling to come; the fastest plan that fits a GPU's free memory is chosen for it. None:
         everything goes on the device. least: what the plan must have in any case. memory: bytes it may need at most.
+        speed: of requests that name none; it also decides `fp8` where that is None, and the attention where the
+        optimizations leave it at auto. What the machine lacks is left out; `notes` of a filled request say so.
 
         Several threads may use a pipeline: each call waits for those of other threads. Raises LongCatError for files
         that do not fit the network or each other, and for arguments of the wrong type.
@@ -114,7 +120,8 @@ class Pipeline(Engine):
         optimizations = Optimizations() if optimizations is None else optimizations
         check_type("optimizations", optimizations, Optimizations, "an Optimizations")
         check_choice("the LoRA mode", lora_mode, get_args(LoraMode))
-        check_type("fp8", fp8, bool, "True or False")
+        check_type("fp8", fp8, (bool, type(None)), "True or False")
+        check_speed(speed)
         for name, value, kind in (("work", work, Work), ("least", least, Plan)):
             check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
         if memory is not None and not (is_whole(memory) and memory > 0):
@@ -139,7 +146,11 @@ class Pipeline(Engine):
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
                 f"{config.caption_channels}; give the text encoder that belongs to it"
             )
-        policy = Policy() if fp8 else None
+        inputs = Inputs(device, dtype, config.head_dim, False)
+        named = None if optimizations.attention == "auto" else optimizations.attention
+        loaded = fit_loading(speed, BASE, inputs, config, fp8, named)
+        optimizations = replace(optimizations, attention=loaded.attention)
+        policy = Policy() if loaded.fp8 else None
         runtime = lora_mode == "runtime"
         # LoRAs beside the weights are on the device under every plan.
         others = sum(lora.path.stat().st_size for lora in loras) if runtime else 0
@@ -160,7 +171,8 @@ class Pipeline(Engine):
             text_encoder.to(device)
         exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
         active = tuple((lora.path, lora.strength) for lora in loras)
-        return cls(model, vae, text_encoder, paths.defaults, plan, plan_note, exchange, active)
+        defaults = replace(paths.defaults, speed=speed, loaded=loaded)
+        return cls(model, vae, text_encoder, defaults, plan, plan_note, exchange, active)
 
     @property
     def channels(self) -> int:

@@ -36,13 +36,16 @@ from .options import (
     SIDE_MULTIPLE,
     USEFUL_STEP_CACHE,
 )
+from .speed_fit import EXACT_VALUES, Chosen, Loaded, check_speed, fit_request
+from .speeds import EXACT, Speed
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model was trained for.
+    """What a model was trained for, and how it is loaded.
 
     height, width: pixels. bucketed: the size follows the shape of a given picture. clip_schedule: for continuing clips.
+    speed: of requests that name none. loaded: what decides which options of a speed can run; None: all can.
     """
 
     height: int
@@ -50,6 +53,8 @@ class Defaults:
     frames: int
     bucketed: bool
     clip_schedule: str
+    speed: Speed = EXACT
+    loaded: Loaded | None = None
 
 
 RELEASED = Defaults(480, 832, 93, bucketed=True, clip_schedule="enhance_hf")
@@ -80,7 +85,10 @@ class GenerateRequest:
     share of the steps that have guidance; see `sample` for all three. fps: of the output file; the frames of a
     clip are taken by their time at this rate, and given frames have it. source: set by `filled`, which reads again
     where a filled request names another file. sparse: sparse attention of one density, or of what a calibration found,
-    which must be of this model; None: full attention. sparse_kernel: what computes it.
+    which must be of this model. sparse_kernel: what computes it. speed: what decides of sparse, step_cache,
+    step_cache_kind and guidance_until those that are None: `exact`, or a set of lossy options of `generate.speeds`;
+    None: the speed that the pipeline was loaded with, or exact. A density of 1 is full attention under any speed, and
+    step_cache 0 skips nothing. chosen: set by `filled`, which decides again where a filled request names another speed.
     """
 
     prompt: str
@@ -96,14 +104,16 @@ class GenerateRequest:
     video: Path | None = None
     num_cond_frames: int = 13
     kv_cache: KVMode = "exact"
-    step_cache: float = 0.0
+    step_cache: float | None = None
     fps: float = FPS
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
     source: Source | None = field(default=None, repr=False, compare=False)
-    guidance_until: float = 1.0
-    step_cache_kind: StepCacheKind = "steps"
+    guidance_until: float | None = None
+    step_cache_kind: StepCacheKind | None = None
     sparse: Sparse | Calibration | None = None
     sparse_kernel: SparseKernel = "auto"
+    speed: Speed | None = None
+    chosen: Chosen | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -147,6 +157,9 @@ class GenerateRequest:
             video=None if own else self.video,
         )
         request = replace(request, source=None if given is None else Source(request._files, given, notes))
+        # Sizes first, by which a speed chooses.
+        request._check_sizes()
+        request = request._with_speed(defaults)
         request._check()
         return request
 
@@ -169,20 +182,21 @@ class GenerateRequest:
     def notes(self) -> list[str]:
         """Warnings about a filled request that runs, though perhaps not as the user meant it."""
         notes = [] if self.source is None else list(self.source.notes)
+        notes += [] if self.chosen is None else self.chosen.notes()
         if self.schedule == "distilled" and self.guidance_scale != 1:
             notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
         if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):
             notes.append("the negative prompt has no effect at guidance 1")
-        if self.guidance_scale != 1 and self.steps is not None and not guided_steps(self.guidance_until, self.steps):
-            notes.append(
-                f"guidance until {self.guidance_until:g} leaves guidance out of every step, as guidance 1 does"
-            )
-        if self.step_cache > USEFUL_STEP_CACHE:
+        until, steps = self.guidance_until, self.steps
+        if self.guidance_scale != 1 and until is not None and steps is not None and not guided_steps(until, steps):
+            notes.append(f"guidance until {until:g} leaves guidance out of every step, as guidance 1 does")
+        if self.step_cache is not None and self.step_cache > USEFUL_STEP_CACHE:
             notes.append(
                 f"a step cache of {self.step_cache:g} skips nearly all {self.step_cache_kind} that it may; thresholds "
                 f"from 0.03 to {USEFUL_STEP_CACHE:g} are useful"
             )
-        if isinstance(self.sparse, Sparse) and self.sparse.densities is None:
+        by_word = self.chosen is not None and "sparse" in self.chosen.values
+        if isinstance(self.sparse, Sparse) and self.sparse.densities is None and not by_word:
             notes.append(
                 f"the density of sparse attention, {self.sparse.density:g}, is not calibrated for this model; longcat "
                 "calibrate finds densities that keep a budget of error"
@@ -256,6 +270,10 @@ class FilledRequest(GenerateRequest):
     steps: int
     guidance_scale: float
     schedule: str
+    step_cache: float
+    step_cache_kind: StepCacheKind
+    guidance_until: float
+    speed: Speed
 
     def begun(self, frames: np.ndarray) -> np.ndarray:
         """The video's frames, uint8 [F, H, W, 3], of which those of a clip are its own, fitted to the size.
@@ -267,10 +285,37 @@ class FilledRequest(GenerateRequest):
         own = resize_and_crop(self.given[-self.cond_frames :], self.height, self.width)
         return np.concatenate((own, frames[self.cond_frames :]))
 
-    def _check(self) -> None:
+    def _with_speed(self, defaults: Defaults) -> FilledRequest:
+        """With what the speed decides. What an earlier one filled in is decided again, unless it was changed since."""
+        speed = defaults.speed if self.speed is None else self.speed
+        check_speed(speed)
+        before = {} if self.chosen is None else self.chosen.values
+        given = [
+            name
+            for name in EXACT_VALUES
+            if (value := getattr(self, name)) is not None and not (name in before and value == before[name])
+        ]
+        frames, height, width = latent_shape(self.frames, self.height, self.width)[1:]
+        if self.cond_frames:
+            frames -= latent_frames(self.cond_frames)
+        chosen = fit_request(
+            speed,
+            given,
+            schedule=self.schedule,
+            guided=self.guidance_scale != 1,
+            # A token is 2x2 latents.
+            tokens=frames * height * width // 4,
+            kernel=self.sparse_kernel,
+            loaded=defaults.loaded,
+        )
+        return replace(self, speed=speed, chosen=chosen, **chosen.values)
+
+    def _check_sizes(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
             check_side(name, side)
         check_frames(self.frames)
+
+    def _check(self) -> None:
         if self.schedule not in SCHEDULES:
             raise LongCatError(f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
         most = DISTILLED_GRID if self.schedule == "distilled" else MAX_STEPS

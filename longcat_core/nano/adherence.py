@@ -16,7 +16,7 @@ from ..checkpoints.lora import Lora
 from ..errors import LongCatError
 from ..generate.options import MAX_GUIDANCE
 from ..generate.pipeline import Pipeline
-from ..generate.request import NANO, GenerateRequest, check_number
+from ..generate.request import NANO, FilledRequest, GenerateRequest, check_number
 from ..sampling.conditioning import latent_shape, seeded_noise
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampling.sampler import Step, sample
@@ -63,13 +63,12 @@ def judge(
 
 @torch.no_grad()
 def generate_batch(
-    pipeline: Pipeline, prompts: list[str], seeds: list[int], request: GenerateRequest, work: list[float] | None = None
+    pipeline: Pipeline, prompts: list[str], seeds: list[int], request: FilledRequest, work: list[float] | None = None
 ) -> np.ndarray:
     """Videos uint8 [N, F, H, W, 3] of nano's default size, several prompts in one network call.
 
-    request: a filled one, for the steps, guidance and what is skipped. work: each step's computed share is appended.
+    request: for the steps, guidance and what is skipped. work: each step's computed share is appended.
     """
-    assert request.steps is not None and request.guidance_scale is not None, "filled in"
 
     def after(step: Step) -> None:
         if work is not None:

@@ -253,6 +253,11 @@ def tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return trial(run, _TOLERANCES[not backend.exact])
 
 
+def why_not(name: str, inputs: Inputs) -> str:
+    """Why the backend `name` cannot run for such inputs, or ""."""
+    return _BY_NAME[name].why_not(inputs)
+
+
 def resolve(name: str, inputs: Inputs) -> Backend:
     """The backend `name` for such inputs; `auto`: the first exact one that can run.
 

@@ -17,6 +17,7 @@ from longcat_core.cli import models as commands
 from longcat_core.errors import LongCatError
 from longcat_core.generate.calibration import check_fits, read_calibration
 from longcat_core.generate.pipeline import Pipeline
+from longcat_core.generate.request import NANO
 from longcat_core.measure import calibrate as search
 
 from ..support.quick import quick_pipeline
@@ -125,6 +126,6 @@ def test_distilled_takes_its_own_steps_and_guidance() -> None:
     assert command._request(args, "x").steps == command.DISTILLED_STEPS
     args = cli.build_parser().parse_args(["calibrate"])
     request = command._request(args, "x")
-    assert (request.steps, request.step_cache) == (command.STEPS, 0.0)
+    assert request.steps == command.STEPS and request.filled(NANO).speed == "exact"
     with pytest.raises(LongCatError, match="exclude each other"):
         command._request(cli.build_parser().parse_args(["calibrate", "--distilled", "--schedule", "base"]), "x")

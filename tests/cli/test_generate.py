@@ -207,12 +207,18 @@ def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch
     media.write_video("clip.webp", clip, 25)
     line = "--video clip.webp --cond-frames 5 --size 32x48 --frames 9 --steps 2 --guidance 3.5 --seed 4 --fps 12.5"
     options = [*line.split(), "--kv-cache", "official", "--schedule", "enhance_hf", "--negative-prompt", "fog"]
+    line = "--step-cache 0.1 --step-cache-kind blocks --guidance-until 0.9 --speed near"
+    options += line.split()
     assert cli.main(["generate", PROMPT, "-o", "a.mp4", *options]) == 0
     wanted = FilledRequest(
         *(PROMPT, "fog", 32, 48, 9, 2, 3.5, 4, "enhance_hf", None, Path("clip.webp")),
         num_cond_frames=5,
         kv_cache="official",
         fps=12.5,
+        step_cache=0.1,
+        step_cache_kind="blocks",
+        guidance_until=0.9,
+        speed="near",
     )
     assert model.request == wanted
     np.testing.assert_array_equal(model.request.given, clip[::2])

@@ -23,6 +23,7 @@ from longcat_core.generate.request import (
     check_side,
     nearest_frame_counts,
 )
+from longcat_core.optimize.sparse.settings import Sparse
 from longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 
 from ..support.clips import numbered, numbers, write_clip
@@ -41,9 +42,12 @@ def test_text_to_video_defaults() -> None:
 
 def test_what_is_given_stays() -> None:
     given = GenerateRequest(
-        "x", "", 32, 48, 5, 7, 1.5, seed=MAX_SEED, schedule="enhance_hf", num_cond_frames=5, kv_cache="off", fps=24
-    )
-    assert vars(given.filled(NANO)) == vars(given.filled(RELEASED)) == vars(given)
+        "x", "", 32, 48, 5, 7, 1.5, seed=MAX_SEED, schedule="enhance_hf", num_cond_frames=5, kv_cache="off", fps=24,
+        step_cache=0.1, step_cache_kind="blocks", guidance_until=0.9, sparse=Sparse(), speed="exact",
+    )  # fmt: skip
+    found = (given.filled(NANO), given.filled(RELEASED), given)
+    nano, released, own = (vars(request) | {"chosen": None} for request in found)
+    assert nano == released == own
 
 
 def test_filling_twice_changes_nothing() -> None:

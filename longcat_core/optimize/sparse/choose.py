@@ -109,6 +109,12 @@ def check_sparse(name: str) -> None:
         raise BackendUnavailable(f"sparse kernel {name!r} is unavailable ({reason}); choose 'auto' or 'plain'")
 
 
+def only_plain(inputs: Inputs) -> str:
+    """Why `auto` would be plain PyTorch for such inputs, which is slower than full attention, or ""; tries nothing."""
+    reasons = [b.needs.why_not(inputs) for b in BACKENDS if b.exact and b.needs.capability is not None]
+    return "" if "" in reasons else f"no kernel of it runs here: {reasons[-1]}"
+
+
 def choose_sparse(name: str, inputs: Inputs, query_block: int, tail: bool) -> SparseBackend:
     """The kernel `name` for such inputs; `auto`: the fastest exact one that can run.
 

@@ -1,0 +1,115 @@
+"""What the words of `--speed` stand for: sets of lossy options, with the price that was measured for each.
+
+The only place where sets and prices are written; help, notes and pages read them here. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+Speed = Literal["exact", "near", "fast", "fastest"]
+SPEEDS: tuple[Speed, ...] = get_args(Speed)
+EXACT: Speed = "exact"
+# Kinds of sampling, whose sets may differ: with guidance in 50 steps, without it in 16, and the second stage.
+BASE, DISTILLED, REFINE = "base", "distilled", "refine"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a set costs and gains.
+
+    psnr: against exact, in dB, of the video in the middle; floor: the same of a second exact kernel, the noise floor;
+    both of `model`. times: as fast as exact, at full size on `machine`. date: of the measurement.
+    """
+
+    psnr: float
+    floor: float
+    model: str
+    times: float
+    machine: str
+    date: str
+
+    def in_words(self) -> str:
+        """Short, for help and tables."""
+        return f"{self.psnr:.3g} dB against exact, {self.times:.2g} times as fast"
+
+    def measured(self) -> str:
+        """How it was measured."""
+        floor = f"where two exact kernels are {self.floor:.3g} dB apart"
+        return f"dB on {self.model}, {floor}; times on {self.machine}; {self.date}"
+
+
+@dataclass(frozen=True)
+class SpeedSet:
+    """Options by their names; what stays at its default is not in the set.
+
+    price: None where nothing is lossy, and until it is measured. sparse: density of sparse attention, after the first
+    `dense_steps` of the steps. attention: only where the machine has it; otherwise the exact one.
+    """
+
+    price: Price | None
+    fp8: bool = False
+    attention: str = "auto"
+    sparse: float | None = None
+    dense_steps: float = 0.2
+    step_cache: float = 0.0
+    step_cache_kind: Literal["steps", "blocks"] = "steps"
+    guidance_until: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it sets, by name; `dense_steps` and `step_cache_kind` belong to `sparse` and `step_cache`."""
+        rest = ("price", "dense_steps", "step_cache_kind")
+        found = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in found.items() if name not in rest and value != default}
+
+    def in_words(self, names: Iterator[str] | tuple[str, ...] | None = None) -> str:
+        """These of its options, or all, in words; "" if it has none."""
+        words = {
+            "fp8": "fp8",
+            "attention": f"attention {self.attention}",
+            "sparse": f"sparse attention {self.sparse or 0:g} after {self.dense_steps:.0%} of the steps",
+            "step_cache": f"step cache {'blocks ' * (self.step_cache_kind == 'blocks')}{self.step_cache:g}",
+            "guidance_until": f"guidance until {self.guidance_until:g}",
+        }
+        return joined([words[name] for name in (self.options if names is None else names)])
+
+
+_NOTHING = SpeedSet(None)
+# Word -> kind of sampling -> set.
+SETS: dict[Speed, dict[str, SpeedSet]] = {
+    "exact": {BASE: _NOTHING, DISTILLED: _NOTHING, REFINE: _NOTHING},
+    "near": {BASE: _NOTHING, DISTILLED: _NOTHING, REFINE: _NOTHING},
+    "fast": {
+        BASE: SpeedSet(None, fp8=True, sparse=0.15),
+        DISTILLED: SpeedSet(None, fp8=True, sparse=0.15),
+        REFINE: SpeedSet(None, fp8=True),
+    },
+    "fastest": {
+        BASE: SpeedSet(None, fp8=True, sparse=0.15, step_cache=0.05),
+        DISTILLED: SpeedSet(None, fp8=True, attention="cudnn-fp8", sparse=0.15),
+        REFINE: SpeedSet(None, fp8=True),
+    },
+}
+
+
+def set_of(speed: Speed, schedule: str) -> SpeedSet:
+    """The set of a word for a schedule."""
+    return SETS[speed][schedule if schedule in (DISTILLED, REFINE) else BASE]
+
+
+def joined(words: list[str]) -> str:
+    """a; a and b; a, b and c."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def prices_in_words() -> str:
+    """The lossy words with their prices, for help."""
+    found = []
+    for speed in SPEEDS[1:]:
+        base = SETS[speed][BASE]
+        unpriced = "not measured yet" if base.options else "as exact"
+        found.append(f"{speed} ({base.price.in_words() if base.price else unpriced})")
+    return joined(found)
