@@ -50,19 +50,23 @@ def score(video: np.ndarray, scene: Scene, fps: float = BASE_FPS) -> Score:
 
 def compare(observation: Observation, scene: Scene | Observation) -> Score:
     """The best assignment of the observed actors to the scene's; an actor without a partner is wrong in everything."""
-    seen = [*observation.actors, *[None] * len(scene.actors)]
+    best = assign(observation.actors, scene.actors, ("shape", "color", "motion"))
+    return {"background": observation.background == scene.background, **best}
 
-    def judge(chosen: Sequence[Actor | None]) -> Score:
+
+def assign(seen: Sequence[object], wanted: Sequence[object], names: Sequence[str]) -> Score:
+    """Whether the attributes `names` of each actor that is wanted are right, under the best assignment of those seen;
+    an actor without a partner is wrong in everything."""
+
+    def judge(chosen: Sequence[object]) -> Score:
         return {
-            f"{index}.{name}": actor is not None and getattr(actor, name) == getattr(wanted, name)
-            for index, (actor, wanted) in enumerate(zip(chosen, scene.actors, strict=True))
-            for name in ("shape", "color", "motion")
+            f"{index}.{name}": actor is not None and getattr(actor, name) == getattr(asked, name)
+            for index, (actor, asked) in enumerate(zip(chosen, wanted, strict=True))
+            for name in names
         }
 
-    best = max(
-        map(judge, itertools.permutations(seen, len(scene.actors))), key=lambda attributes: sum(attributes.values())
-    )
-    return {"background": observation.background == scene.background, **best}
+    choices = itertools.permutations([*seen, *[None] * len(wanted)], len(wanted))
+    return max(map(judge, choices), key=lambda attributes: sum(attributes.values()))
 
 
 def analyze(
