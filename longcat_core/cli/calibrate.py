@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import LongCatError
 from ..generate.calibration import check_calibration_place, write_calibration
-from ..generate.options import A_GPU, of_command
+from ..generate.options import A_GPU
 from ..generate.progress import LOADING, duration
 from ..generate.request import GenerateRequest, work_of
 from ..measure.calibrate import PipelineSubject, Recipe, Search, Videos, check_calibration, default_prompts
@@ -36,7 +36,7 @@ def calibrate(args: argparse.Namespace) -> int:
         raise LongCatError(f"--attention {args.attention} is lossy; calibrate against an exact backend, such as auto")
     if not prompts and (args.image or args.video):
         raise LongCatError("an image or a clip needs a prompt of its own; give --prompt")
-    prompts = prompts or default_prompts(paths.is_nano, args.seed)
+    prompts = prompts or default_prompts(paths.world, args.seed)
     requests = [_request(args, prompt).filled(paths.defaults) for prompt in prompts]
     first, videos = requests[0], Videos.of(requests)
     output: Path = args.output or args.outputs.default(Path(OUTPUT))
@@ -71,7 +71,6 @@ def calibrate(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace, prompt: str) -> GenerateRequest:
     """The request of one video, with everything exact."""
-    exact = {row.name: None if row.filled else row.default for row in of_command("generate")}
-    request = request_of(argparse.Namespace(**(exact | vars(args))), prompt)
+    request = request_of(args, prompt)
     usual = DISTILLED_STEPS if request.schedule == "distilled" else STEPS
     return request if request.steps is not None else replace(request, steps=usual)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,124 +16,29 @@ import torch
 from ..errors import LongCatError
 from ..files.media import estimate_bytes, write_video
 from ..files.places import check_place
-from ..generate.opened import OpenedModel
-from ..generate.options import A_GPU, MEMORY, MODEL, SAMPLING, WHAT, of_command
-from ..generate.paths import ModelPaths
 from ..generate.progress import LOADING, sampled
-from ..generate.request import FilledRequest, check_seed, work_of
+from ..generate.request import FilledRequest, check_seed
 from ..measure.charts import fidelity_plot, side_by_side
 from ..measure.clock import clean_up, is_out_of_memory, synchronize
-from ..measure.fidelity import FLOOR, REFERENCE, Fidelity, Setting, described, distance, letters, other_kernel, picks
+from ..measure.fidelity import FLOOR, Fidelity, Setting, described, distance, other_kernel, picks
 from ..measure.fidelity import text as fidelity_text
 from ..measure.results import ResultsFile, written
 from ..optimize import attention as backends
 from ..sampling.sampler import Interrupted, Step
 from .console import Progress, notes_from_warnings, progress
-from .generate import print_notes, prompts_of, request_of, there_in
-from .models import check_sparse_fits, compile_mode, dtype_of, load_models, machine_of, paths_of, with_speed
-from .options import Parser, add_options, given_flags, without_effect
+from .generate import print_notes, prompts_of
+from .models import dtype_of
 from .pages import hold_page, prefix_of, write_page
+from .versus import Side, by_model, load, sides_of, switch, without_effect_in
 
 OUTPUT = "longcat-compare"
 REPORT, PLOT, SIDE_BY_SIDE = "report.md", "plot.png", "side-by-side.png"
 TITLE = "# What an option costs"
 MAX_SEEDS = 1000
-# Fields of `GenerateRequest` that make another video, and their names in error messages.
-SAME = {
-    "height": "height",
-    "width": "width",
-    "frames": "number of frames",
-    "seed": "seed",
-    "image": "image",
-    "video": "clip",
-    "num_cond_frames": "number of given frames",
-}
-# Model options that can change while the model stays loaded.
-SWITCHED = ("attention", "compile")
 ABOUT = """\
 Every setting renders the same seeds, and each video is compared with that of A, frame by frame, to show what the option
 changes. A score of a single video does not show that, since a different video may look as good. Two correct runs differ
 too, because kernels round differently and sampling amplifies that. How much they differ is the noise floor."""
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One checked setting. model: the options for which a model has to be loaded."""
-
-    name: str
-    options: str
-    args: argparse.Namespace
-    paths: ModelPaths
-    request: FilledRequest
-    device: torch.device
-    opened: OpenedModel
-    model: dict[str, Any]
-
-
-def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
-    """The text of every --versus, and its options on top of those outside --versus."""
-    parser = Parser(prog="longcat compare", add_help=False, allow_abbrev=False)
-    add_options(parser, "compare", WHAT, SAMPLING, MODEL, MEMORY)
-    for text in args.versus:
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise LongCatError(f"--versus {text!r} cannot be read ({error}); quote it as in a shell") from error
-        if not words:
-            raise LongCatError('--versus is empty; give options, such as --versus "--step-cache 0.05"')
-        try:
-            yield text, parser.parse_args(words, argparse.Namespace(**vars(args)))
-        except LongCatError as error:
-            raise LongCatError(f"--versus {text!r}: {error}") from error
-
-
-def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> _Side:
-    paths = paths_of(args)
-    request = request_of(args, prompt).filled(paths.defaults)
-    device, opened = machine_of(args, paths)
-    check_sparse_fits(args, request, opened)
-    given = given_flags([*args.argv, *shlex.split(options)])
-    args, loaded = with_speed(args, given, request.schedule, device, opened)
-    if loaded is not None:
-        request = request.filled(replace(paths.defaults, loaded=loaded))
-    names = [row.name for row in of_command("compare", MODEL, MEMORY)]
-    model = {name: getattr(args, name) for name in names if name not in SWITCHED}
-    return _Side(name, options, args, paths, request, device, opened, model)
-
-
-def _sides(args: argparse.Namespace, prompt: str) -> list[_Side]:
-    """A and the settings to compare with it. Raises LongCatError for settings that cannot be compared."""
-    first = _side(REFERENCE, "", args, prompt)
-    sides = [first]
-    for name, (text, parsed) in zip(letters(), list(_parsed(args)), strict=False):
-        try:
-            side = _side(name, text, parsed, prompt)
-        except LongCatError as error:
-            raise LongCatError(f"--versus {text!r}: {error}") from error
-        for field, what in SAME.items():
-            ours, theirs = getattr(first.request, field), getattr(side.request, field)
-            if ours != theirs:
-                raise LongCatError(
-                    f"--versus {text!r} asks for another {what} ({theirs}) than A ({ours}), and only settings of the "
-                    "same video can be compared; give it outside --versus, for all"
-                )
-        if parsed.memory != args.memory:
-            raise LongCatError(f"--versus {text!r} sets --memory, which holds for all; give it outside --versus")
-        sides.append(side)
-    return sides
-
-
-def _without_effect(sides: Sequence[_Side]) -> Iterator[str]:
-    """Notes about options of one setting, and about options for all that no setting makes use of."""
-
-    def notes(side: _Side, argv: Sequence[str]) -> list[str]:
-        gpu = (A_GPU,) if side.device.type == "cuda" else ()
-        return list(without_effect(side.args, (*gpu, *there_in(side.request)), argv))
-
-    for_all = [notes(side, side.args.argv) for side in sides]
-    yield from (sentence for sentence in for_all[0] if all(sentence in others for others in for_all))
-    for side in sides:
-        yield from notes(side, shlex.split(side.options))
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -145,7 +49,7 @@ def compare(args: argparse.Namespace) -> int:
     if not 1 <= args.seeds <= MAX_SEEDS:
         raise LongCatError(f"{args.seeds} seeds are out of range; give 1 to {MAX_SEEDS}")
     check_seed(args.seed + args.seeds - 1)
-    sides = _sides(args, prompts[0])
+    sides = sides_of(args, prompts[0])
     first = sides[0]
     seeds = range(args.seed, args.seed + args.seeds)
     videos = [replace(first.request, prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
@@ -153,7 +57,7 @@ def compare(args: argparse.Namespace) -> int:
         video.filled(first.paths.defaults)
     _check_floor(args)
     folder = _check_output(args, first.request, len(videos) * (len(sides) + 1))
-    notes = [*args.outputs.notes, *_without_effect(sides)]
+    notes = [*args.outputs.notes, *without_effect_in(sides)]
     print_notes(dict.fromkeys([*notes, *(sentence for side in sides for sentence in side.request.notes())]))
 
     with notes_from_warnings(), progress() as bar:
@@ -200,7 +104,7 @@ class _Run:
     """Runs all settings. Those that can share a loaded model take turns, video by video, so that a machine that slows
     down for a while slows all of them. videos: prompt and seed of each."""
 
-    def __init__(self, sides: Sequence[_Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Progress) -> None:
+    def __init__(self, sides: Sequence[Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Progress) -> None:
         self.sides, self.videos, self.folder, self.bar = sides, videos, folder, bar
         request = sides[0].request
         self.given, self.picks = request.cond_frames, picks(request.frames, request.cond_frames)
@@ -213,10 +117,7 @@ class _Run:
 
     def compare(self) -> Fidelity:
         first = self.sides[0]
-        groups: list[list[_Side]] = []
-        for side in self.sides:
-            group = next((group for group in groups if group[0].model == side.model), None)
-            groups.append([side]) if group is None else group.append(side)
+        groups = by_model(self.sides)
         for group in groups:
             self._load(group)
             if first in group:
@@ -230,26 +131,22 @@ class _Run:
         what = described(len(self.videos), size, request.steps, request.guidance_scale, first.device, dtype)
         return Fidelity(reference, others, self.settings.get(FLOOR), self.no_floor, what, self.picks)
 
-    def _plan(self, groups: Sequence[Sequence[_Side]]) -> None:
+    def _plan(self, groups: Sequence[Sequence[Side]]) -> None:
         """One bar for all videos of all settings, in the order in which they are made."""
         sides = [side for group in groups for _ in self.videos for side in group]
         self.bar.plan([sampled(side.request.schedule, side.request.steps, side.name) for side in sides], what="video")
 
-    def _load(self, group: Sequence[_Side]) -> None:
+    def _load(self, group: Sequence[Side]) -> None:
         side = group[0]
         if self.pipeline is not None:
             # Two models at once may not fit.
             self.pipeline = None
             clean_up(side.device)
-        work = max(
-            (work_of(other.request) for other in group),
-            key=lambda work: (work.guided, work.skips_blocks, work.cond_latents),
-        )
         self.bar.task.phase(LOADING)
-        self.pipeline = load_models(side.args, side.opened, side.device, work)
+        self.pipeline = load(group)
         self.pipeline.on_phase = lambda name: self.bar.task.phase(name)
 
-    def _floor(self, side: _Side) -> list[_Side]:
+    def _floor(self, side: Side) -> list[Side]:
         """A with another exact kernel, or nothing if this machine has none; `no_floor` then has the reason."""
         kernel, own = side.args.floor, side.args.attention
         if kernel == "off":
@@ -272,7 +169,7 @@ class _Run:
         args = argparse.Namespace(**{**vars(side.args), "attention": kernel})
         return [replace(side, name=FLOOR, args=args)]
 
-    def _run(self, group: list[_Side]) -> None:
+    def _run(self, group: list[Side]) -> None:
         for side in group:
             if side.name != FLOOR:
                 self.settings[side.name].first_s = self._first_step(side)
@@ -289,18 +186,14 @@ class _Run:
                     del self.settings[FLOOR]
                     self.no_floor = f"the other exact kernel, {side.args.attention}, ran out of memory"
 
-    def _sample(self, side: _Side, i: int, callback: Callable[[Step], None]) -> np.ndarray:
+    def _sample(self, side: Side, i: int, callback: Callable[[Step], None]) -> np.ndarray:
         """Video `i` of a setting, uint8 [F, H, W, 3]."""
-        network = self.pipeline.model
-        mode = compile_mode(side.args, side.device, side.paths)
-        switches = replace(network.requested, attention=side.args.attention, compile=mode)
-        if switches != network.requested:
-            network.set_optimizations(switches)
+        switch(self.pipeline, side)
         prompt, seed = self.videos[i]
         frames: np.ndarray = self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), callback).frames
         return frames
 
-    def _video(self, side: _Side, i: int) -> None:
+    def _video(self, side: Side, i: int) -> None:
         setting = self.settings[side.name]
         clock = _Clock(self.bar, side.device)
         frames = self._sample(side, i, clock)
@@ -318,7 +211,7 @@ class _Run:
         write_video(self.folder / f"{side.name.replace(' ', '-')}-{i + 1}.mkv", frames, side.args.fps)
         self.bar.task.finish()
 
-    def _first_step(self, side: _Side) -> float:
+    def _first_step(self, side: Side) -> float:
         """Seconds until one step is done, so that compiling and choosing kernels does not count in the samplings."""
 
         def stop(_: Step) -> None:

@@ -22,7 +22,7 @@ from ..files.media import check_output, check_sound, estimate_bytes, write_video
 from ..files.regular import read_lines
 from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
 from ..generate.media import contact_sheet
-from ..generate.options import A_GPU, GUIDANCE, MORE
+from ..generate.options import A_GPU, GUIDANCE, MORE, of_command
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
 from ..generate.progress import LOADING, SAVING, sampled, segments_of
@@ -256,7 +256,9 @@ def refine(args: argparse.Namespace) -> int:
 
 
 def request_of(args: argparse.Namespace, prompt: str) -> GenerateRequest:
-    """The request that the options describe, before defaults are filled in."""
+    """The request that the options describe, before defaults are filled in; what a command lacks has its default."""
+    usual = {row.name: None if row.filled else row.default for row in of_command("generate")}
+    args = argparse.Namespace(**(usual | vars(args)))
     height, width = args.size or (args.height, args.width)
     if args.size is not None and (args.height is not None or args.width is not None):
         raise LongCatError("--size excludes --height and --width; give one or the other")

@@ -133,7 +133,13 @@ def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.devi
         fp8=args.fp8,
         lora_mode=args.lora_mode,
         work=work,
-        least=Plan(args.stream_blocks, args.split_guidance, args.offload_kv_cache, args.stream_text_encoder),
+        least=Plan(
+            args.stream_blocks,
+            args.split_guidance,
+            # A command that is given no frames has no such cache.
+            getattr(args, "offload_kv_cache", False),
+            args.stream_text_encoder,
+        ),
         memory=None if args.memory is None else int(args.memory * GIB),
     )
     pipeline.vae.tiling = args.tiled_vae

@@ -1,25 +1,155 @@
-"""The `longcat` commands about the bundled model: score-nano, lesson-nano, train-nano."""
+"""The `longcat` commands about small models and their worlds: score-nano, lesson-nano, train-nano."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 
-from ..nano import adherence
+import numpy as np
+
+from ..errors import LongCatError
+from ..files.places import check_place, check_suffix
+from ..generate.pipeline import Pipeline
+from ..generate.request import FilledRequest
+from ..measure.clock import clean_up
+from ..measure.fidelity import psnr
+from ..measure.results import ResultsFile, aligned, markdown
+from ..nano.adherence import LESSON_JUDGE, Judge, batch_of, generate_batch, judge_of, measure
 from ..nano.lesson import write_lesson
+from ..optimize.requirement import Inputs
+from ..optimize.sparse.choose import in_use
+from .console import note, notes_from_warnings
+from .generate import print_notes
+from .models import paths_of
+from .versus import Side, by_model, load, sides_of, switch, without_effect_in
 
 
 def score(args: argparse.Namespace) -> int:
-    skipped = {name: getattr(args, name) for name in ("guidance_until", "step_cache", "step_cache_kind")}
-    return adherence.run(args.prompts, args.steps, args.guidance, args.lora, args.lesson, skipped)
+    """`longcat score-nano`: everything is checked before a model is loaded."""
+    if args.prompts < 2:
+        raise LongCatError(f"{args.prompts} prompts cannot be shuffled for the control; ask for at least 2")
+    paths = paths_of(args)
+    paths.check()
+    world = paths.world
+    if world is None:
+        raise LongCatError(
+            f"{paths.model} knows no procedural world, so its videos cannot be scored; give a folder that longcat "
+            "train-nano wrote, or leave out --model"
+        )
+    if args.lesson and not paths.is_nano:
+        raise LongCatError("--lesson has prompts for the bundled model; leave out --lesson or --model")
+    judge = LESSON_JUDGE if args.lesson else judge_of(world.world)
+    sides = sides_of(args, judge.prompts(1)[0][0])
+    if args.output is not None:
+        check_suffix(args.output, (".json",))
+        check_place(args.output, 1 << 16)
+        args.outputs.hold(args.output)
+    requests = [side.request for side in sides]
+    of_requests = (sentence for request in requests for sentence in request.notes())
+    print_notes(dict.fromkeys([*args.outputs.notes, *without_effect_in(sides), *of_requests]))
+    results = None
+    if args.output is not None:
+        first, batch = requests[0], batch_of(requests)
+        inputs = {"world": world.world, "model": str(args.model or ""), "lesson": args.lesson, "prompts": args.prompts}
+        inputs |= {"size": f"{first.height}x{first.width}", "frames": first.frames, "batch": batch}
+        results = ResultsFile("adherence", args.output.parent, sides[0].device, inputs, name=args.output.stem)
+    with notes_from_warnings():
+        _Scoring(sides, judge, args.prompts, results).run()
+    return 0
+
+
+class _Scoring:
+    """Scores all settings, those that share a loaded model one after the other."""
+
+    def __init__(self, sides: Sequence[Side], judge: Judge, count: int, results: ResultsFile | None) -> None:
+        self.sides, self.judge, self.count, self.results = sides, judge, count, results
+        self.batch = min(batch_of([side.request for side in sides]), count)
+        # Videos of the first setting, with which those of the others are compared.
+        self.videos: list[np.ndarray] = []
+        self.table: dict[str, list[str]] = {}
+
+    def run(self) -> None:
+        for group in by_model(self.sides):
+            pipeline = load(group, self.batch)
+            for side in group:
+                switch(pipeline, side)
+                self._score(pipeline, side)
+            del pipeline
+            clean_up(group[0].device)
+        if len(self.table) > 1:
+            header = ["setting", *self.judge.attributes, "all", "control", "PSNR", "steps", "seconds"]
+            print(f"\n{aligned(markdown(header, [self.table[side.name] for side in self.sides]))}")
+
+    def _score(self, pipeline: Pipeline, side: Side) -> None:
+        request, network = side.request, pipeline.model
+        if request.sparse_settings is not None:
+            inputs = Inputs(side.device, network.compute_dtype, network.config.head_dim, False)
+            note(f"sparse attention: {in_use(request.sparse_settings, inputs)}")
+        if side.device.type == "cuda":
+            self._warm_up(pipeline, request)
+        decibels: list[float] = []
+
+        def each(number: int, video: np.ndarray) -> None:
+            if side is not self.sides[0]:
+                error = video.astype(np.float32) - self.videos[number]
+                decibels.append(psnr(float(np.square(error).mean(dtype=np.float64))))
+            elif len(self.sides) > 1:
+                self.videos.append(video)
+
+        found = measure(pipeline, self.count, request, self.judge, self.batch, each)
+        title = f"{side.name}: {side.options}" if side.options else side.name
+        print(f"{title}: " if len(self.sides) > 1 else "", end="")
+        print(
+            f"{self.count} fresh prompts, {request.steps} steps of which {found.computed:.1f} are computed, guidance "
+            f"{request.guidance_scale:g}, {found.seconds:.0f} s"
+        )
+        for kind in self.judge.attributes:
+            right, total = found.right[kind], found.total[kind]
+            print(f"{kind:12} {right:4d} of {total:4d}  {right / total:6.1%}")
+        print(f"{'all':12} {found.right.total():4d} of {found.total.total():4d}  {found.fraction:6.1%}")
+        print(f"captions shuffled (control)  {found.control:6.1%}", flush=True)
+        middle = statistics.median(decibels) if decibels else None
+        shares = [found.right[kind] / found.total[kind] for kind in self.judge.attributes]
+        cells = [f"{share:.1%}" for share in (*shares, found.fraction, found.control)]
+        same = "-" if middle is None else "the same" if math.isinf(middle) else f"{middle:.1f} dB"
+        self.table[side.name] = [title, *cells, same, f"{found.computed:.1f}", f"{found.seconds:.0f}"]
+        if self.results is not None:
+            self.results.add(
+                {
+                    "setting": side.name,
+                    "options": side.options,
+                    "right": {kind: found.right[kind] for kind in self.judge.attributes},
+                    "total": {kind: found.total[kind] for kind in self.judge.attributes},
+                    "adherence": found.fraction,
+                    "control": found.control,
+                    "psnr_db": middle,
+                    "each_psnr_db": decibels,
+                    "steps": request.steps,
+                    "computed": found.computed,
+                    "guidance": request.guidance_scale,
+                    "seconds": found.seconds,
+                }
+            )
+
+    def _warm_up(self, pipeline: Pipeline, request: FilledRequest) -> None:
+        """Let kernels be compiled and chosen before the clock runs: two steps, since the first ones are dense."""
+        few = replace(request, steps=2)
+        prompts = [caption for caption, _ in self.judge.prompts(self.batch)]
+        generate_batch(pipeline, prompts, list(range(self.batch)), few)
 
 
 def lesson(args: argparse.Namespace) -> int:
+    """`longcat lesson-nano`."""
     write_lesson(args.folder, args.clips)
     print(f"{args.folder}: {args.clips} clips with captions")
     return 0
 
 
 def train(args: argparse.Namespace) -> int:
+    """`longcat train-nano`."""
     if args.size == "nano":
         from ..nano.train import run
     else:

@@ -160,10 +160,14 @@ _lossy_change = Option("lossy_change", "choice", "what to do where a take in the
                        "alone, such as 8-bit attention: begin a new take, or go on in that one", LOSSY_CHANGES[0],
                        choices=LOSSY_CHANGES, commands=("long",))  # fmt: skip
 
+_versus = Option("versus", "text", "options of another setting, on top of the options outside --versus, such as "
+                 '"--step-cache 0.05"; can be repeated', metavar="OPTIONS", repeated=True)  # fmt: skip
+
 _VIDEOS = ("generate", "long", "compare")
 _SAMPLED = (*_VIDEOS, "calibrate")
-_SKIPPED = (*_VIDEOS, "score-nano")
-_MODELS = (*_SAMPLED, "refine")
+_SCORE = ("score-nano",)
+_SKIPPED = (*_VIDEOS, *_SCORE)
+_MODELS = (*_SAMPLED, "refine", *_SCORE)
 _WEIGHTS = (*_MODELS, "train-lora")
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
 _CALIBRATE = ("calibrate",)
@@ -172,8 +176,8 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         COMPARED,
         _COMPARE,
-        Option("versus", "text", "options of another setting, on top of the options outside --versus, such as "
-               '"--step-cache 0.05"', metavar="OPTIONS", required=True, repeated=True),
+        replace(_versus, required=True),
+        replace(_versus, commands=_SCORE),
         Option("floor", "text", "exact attention backend that measures the noise floor, or off", "auto",
                shown="auto, another backend than A's", metavar="NAME"),
         Option("seeds", "whole", "number of seeds for every prompt, counting up from --seed", 1, least=1, most=1000,
@@ -271,13 +275,15 @@ OPTIONS: tuple[Option, ...] = (
         _VIDEOS,
         Option("speed", "choice", "exact, or a set of lossy options that was measured: " + prices_in_words() + "; an "
                "option that is given takes precedence over the set's, and what this machine lacks is left out", EXACT,
-               filled=True, choices=SPEEDS, common=True, commands=(*_VIDEOS, "refine")),
+               filled=True, choices=SPEEDS, common=True, commands=(*_VIDEOS, "refine", *_SCORE)),
         Option("steps", "whole", "number of denoising steps", filled=True, shown="50; distilled 16", common=True,
                schedules={"distilled": (16, 50)}, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off and takes half the time", filled=True,
                commands=_SAMPLED,
                shown="4; distilled 1", common=True, schedules=dict.fromkeys(("distilled", "refine"), (1.0, 1.0)),
                **_guidance),
+        Option("steps", "whole", "number of denoising steps", commands=_SCORE, **_steps),
+        Option("guidance", "number", "CFG scale; 1 turns guidance off", commands=_SCORE, **_guidance),
         Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
                "half the time without it, which is lossy", 1.0, filled=True, step=0.05, digits=2, common=True,
                needs=(GUIDANCE,), commands=_SKIPPED, **_share),
@@ -299,15 +305,16 @@ OPTIONS: tuple[Option, ...] = (
         Option("sparse", "text", "sparse attention, which is lossy: the share of the blocks that are computed exactly, "
                "such as 0.15, or the file that longcat calibrate wrote for this model; the first fifth of the "
                "steps and videos of less than 1024 tokens keep full attention", shown="full attention",
-               metavar="X|FILE", common=True),
+               metavar="X|FILE", common=True, commands=_SKIPPED),
         Option("sparse_kernel", "choice", "kernel of sparse attention; cudnn-fp8 and sol compute in 8 bits, plain is "
-               "slow and runs anywhere", SPARSE_KERNELS[0], choices=SPARSE_KERNELS, needs=("sparse",)),
+               "slow and runs anywhere", SPARSE_KERNELS[0], choices=SPARSE_KERNELS, needs=("sparse",),
+               commands=_SKIPPED),
     ),
     *_group(
         MODEL,
         _MODELS,
         Option("model", "text", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form",
-               metavar="PATH", commands=(*_VIDEOS, "refine", "train-lora"), shown="LongCat-nano"),
+               metavar="PATH", commands=(*_VIDEOS, "refine", "train-lora", *_SCORE), shown="LongCat-nano"),
         Option("vae", "text", "folder or file of the VAE", shown="vae/ in the model's folder", metavar="PATH",
                commands=_WEIGHTS),
         Option("text_encoder", "text", "folder or file of the text encoder", metavar="PATH", commands=_WEIGHTS,
@@ -343,7 +350,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("split_guidance", "switch", "run the two halves of guidance one after the other, with half the memory "
                "for activations", needs=(GUIDANCE,)),
         Option("offload_kv_cache", "switch", "keep the KV cache of the conditioning frames in CPU memory",
-               needs=(A_GPU, _GIVEN)),
+               needs=(A_GPU, _GIVEN), commands=(*_SAMPLED, "refine")),
         Option("tiled_vae", "switch", "run the VAE on tiles; seams may be visible"),
     ),
     *_group(
@@ -361,6 +368,8 @@ OPTIONS: tuple[Option, ...] = (
                metavar="FILE", short="-o", required=True, commands=_TRAIN),
         Option("output", "path", "the calibration to write, .json", metavar="FILE", short="-o", commands=_CALIBRATE,
                shown="longcat-calibration.json, or the next free name"),
+        Option("output", "path", "also write the numbers to this .json file", metavar="FILE", short="-o",
+               commands=_SCORE),
         Option("contact_sheet", "path", "also write a .png with frames and prompt", metavar="FILE",
                commands=("generate",), common=True),
         Option("folder", "path", "folder that keeps finished segments; run the same command again to resume",
@@ -389,12 +398,8 @@ OPTIONS: tuple[Option, ...] = (
                commands=("plan",)),
         Option("no_guidance", "switch", "plan without guidance, as for distilled sampling and refining",
                commands=("plan",)),
-        Option("prompts", "whole", "number of prompts", 64, least=1, metavar="N", commands=("score-nano",)),
-        Option("steps", "whole", "number of denoising steps", commands=("score-nano",), **_steps),
-        Option("guidance", "number", "CFG scale", commands=("score-nano",), **_guidance),
-        Option("lora", "lora", "a LoRA, at strength 1 if not given; can be repeated", repeated=True,
-               metavar="FILE[:STRENGTH]", commands=("score-nano",)),
-        Option("lesson", "switch", "use prompts of the lesson that lesson-nano writes", commands=("score-nano",)),
+        Option("prompts", "whole", "number of prompts", 64, least=2, metavar="N", commands=_SCORE),
+        Option("lesson", "switch", "use prompts of the lesson that lesson-nano writes", commands=_SCORE),
         Option("clips", "whole", "number of clips to write", 96, least=1, metavar="N", commands=("lesson-nano",)),
     ),
 )  # fmt: skip

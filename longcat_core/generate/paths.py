@@ -90,14 +90,22 @@ class ModelPaths:
         return self.model.resolve() == NANO_MODEL.resolve()
 
     @property
-    def defaults(self) -> Defaults:
-        """What the model was trained for; a model's folder may say so in WORLD_FILE, as LongCat-mini's does."""
+    def world(self) -> World | None:
+        """The procedural world that the model knows: nano's, or what its folder says in WORLD_FILE; None for others."""
         if self.is_nano:
-            return NANO
+            return World("nano", NANO.height, NANO.width, NANO.frames)
         file = self.model / WORLD_FILE
         if not file.is_file():
-            return RELEASED
+            return None
         remedy = "train it again with longcat train-nano"
         world = read_record(file, World, "a model's world", remedy, error=CheckpointError)
         latent_shape(world.frames, world.height, world.width)
+        return world
+
+    @property
+    def defaults(self) -> Defaults:
+        """What the model was trained for; a model's folder may say so in WORLD_FILE, as LongCat-mini's does."""
+        world = self.world
+        if world is None:
+            return RELEASED
         return replace(NANO, height=world.height, width=world.width, frames=world.frames)

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from ..errors import LongCatError
 from ..generate.calibration import FORMAT, VERSION, Calibration, Point, Settings, VideoCheck, calibrated
+from ..generate.paths import World
 from ..generate.pipeline import Pipeline
 from ..generate.progress import Part, Progress, sampled
 from ..generate.request import FilledRequest
 from ..model.transformer import LongCatTransformer
-from ..nano.world import corpus
+from ..nano.adherence import prompts_of_world
 from ..optimize.attention import Inputs
 from ..optimize.sparse.layout import sparse_order
 from ..optimize.sparse.passes import MIN_BLOCKS, blocks_of
@@ -106,9 +107,11 @@ class Measured:
         return cls(ends, at, sparse[0], steps)
 
 
-def default_prompts(nano: bool, seed: int = 0) -> list[str]:
-    """Two prompts that a model of this kind understands. nano: the bundled model, which knows its own world alone."""
-    return corpus(len(PROMPTS), random.Random(seed).randrange(1 << 30)) if nano else list(PROMPTS)
+def default_prompts(world: World | None, seed: int = 0) -> list[str]:
+    """Two prompts that a model understands. world: the only one that it knows, if it is a small model."""
+    count = len(PROMPTS)
+    own = None if world is None else prompts_of_world(world.world, count, random.Random(seed).randrange(1 << 30))
+    return list(PROMPTS) if own is None else own
 
 
 # --- densities -------------------------------------------------------------------------------------------------------

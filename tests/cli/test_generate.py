@@ -26,7 +26,6 @@ from longcat_core.generate import paths as model_paths
 from longcat_core.generate.engine import Generation
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.request import FilledRequest, GenerateRequest
-from longcat_core.nano import adherence
 from longcat_core.optimize import compilation
 from longcat_core.optimize.attention import names
 from longcat_core.optimize.plan import Plan
@@ -408,8 +407,15 @@ def test_plan_refuses(refused: Any, options: str, said: str) -> None:
         ("--prompts 1", "1 prompts"),
         ("--step-cache 2", "step cache 2.0 is out of range"),
         ("--guidance-until -1", "guidance until -1.0 is out of range"),
+        ("--sparse much", "--sparse much is neither a density from 0 to 1 nor a file"),
+        ("--device tpu", "tpu"),
+        ("--versus=--steps=0", "--versus '--steps=0': 0 steps"),
+        ("--versus=--prompts=3", "--versus '--prompts=3': unrecognized arguments"),
+        ("--output scores.txt", "must end in .json"),
+        ("--output nowhere/scores.json", "the folder"),
+        ("--model nowhere", "nowhere does not exist"),
     ],
 )
 def test_score_nano_refuses(refused: Any, monkeypatch: pytest.MonkeyPatch, options: str, said: str) -> None:
-    monkeypatch.setattr(adherence.Pipeline, "load", lambda **_: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr(commands, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded first"))
     assert said in refused("score-nano", *options.split())

@@ -40,7 +40,7 @@ def test_assets_are_small_bf16_and_whole(pipeline):
 
 def test_follows_fresh_prompts_and_shuffled_ones_are_at_chance(pipeline):
     """The first half of the prompts that `longcat score-nano` asks; the other half would take CI minutes."""
-    result = measure(pipeline, 32)
+    result = measure(pipeline, 32, GenerateRequest("x").filled(pipeline.defaults))
     assert result.total.total() == 161 and result.fraction >= 0.95
     for kind in ("background", "color", "shape", "motion"):
         assert result.right[kind] / result.total[kind] >= 0.9, kind
