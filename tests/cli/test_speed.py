@@ -139,8 +139,8 @@ def test_a_folder_records_what_is_in_force(machine, capsys, tmp_path, monkeypatc
 def test_comparing_a_word(machine, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sides: list[Any] = []
-    real = comparing._sides
-    monkeypatch.setattr(comparing, "_sides", lambda *given: sides.extend(real(*given)) or sides)
+    real = comparing.sides_of
+    monkeypatch.setattr(comparing, "sides_of", lambda *given: sides.extend(real(*given)) or sides)
     versus = ("--versus", "--speed fast", "--versus", "--speed fast --step-cache 0.1 --attention sdpa")
     notes = run(capsys, "compare", PROMPT, *SIZE, *versus)
     exact, fast, own = sides
