@@ -17,7 +17,7 @@ FLOORS = (
     ("files",),
     ("model",),
     ("optimize",),
-    ("checkpoints", "sampling"),
+    ("checkpoints", "sampling", "vae"),
     ("generate",),
     ("training",),
     ("nano",),

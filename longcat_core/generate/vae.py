@@ -1,11 +1,13 @@
-"""The video VAE: pixels to normalized latents and back, on diffusers' AutoencoderKLWan."""
+"""The video VAE: pixels to normalized latents and back, and the files that it comes from."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,11 @@ from ..checkpoints.whole import read_whole
 from ..errors import CheckpointError, LongCatError
 from ..files.records import FiniteFloat, read_record
 from ..files.safetensors_io import write_safetensors
-from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, video_frames
+from ..vae import tiles
+from ..vae.compiled import compiled_stage
+from ..vae.network import VAEConfig, WanVAE, channels_last, run_stage
+from ..vae.parts import Run, decoded, encoded
 
 MAX_CONFIG_BYTES = 1_000_000
 REMEDY = "give another config"
@@ -27,18 +30,18 @@ LARGEST = 1e6
 
 
 class VideoVAE:
-    """AutoencoderKLWan with the latent normalization z = (mu - mean) / std built in.
+    """The Wan 2.1 VAE with the latent normalization z = (mu - mean) / std built in.
 
     tiling: work on overlapping tiles of 256x256 pixels. This bounds memory on large frames and changes the result
-    slightly where tiles meet.
+    slightly where tiles meet. compiled: compile the stages of encoder and decoder, which takes a while at first.
     """
 
-    def __init__(self, model: AutoencoderKLWan, *, tiling: bool = False) -> None:
+    def __init__(self, model: WanVAE, *, tiling: bool = False, compiled: bool = False) -> None:
         self.model = model.eval()
         # Small and precision-critical, so kept in fp32 on the CPU and moved per call.
         self.mean = torch.tensor(model.config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(model.config.latents_std, dtype=torch.float32).view(1, -1, 1, 1, 1)
-        self.tiling = tiling
+        self.tiling, self.compiled = tiling, compiled
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,18 +51,9 @@ class VideoVAE:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @property
-    def tiling(self) -> bool:
-        return self.model.use_tiling
-
-    @tiling.setter
-    def tiling(self, on: bool) -> None:
-        (self.model.enable_tiling if on else self.model.disable_tiling)()
-
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> VideoVAE:
         """Move or cast in place; returns self."""
-        # nn.Module's own method: diffusers' override prints a warning on every cast.
-        nn.Module.to(self.model, device=device, dtype=dtype)
+        self.model.to(device=device, dtype=dtype)
         return self
 
     @torch.no_grad()
@@ -83,7 +77,12 @@ class VideoVAE:
                 f"the VAE encodes 4k+1 frames with sides that divide by {SPATIAL_FACTOR}, "
                 f"got {frames} frames of {height}x{width} (height x width)"
             )
-        mode = self.model.encode(video.to(self.device, self.dtype)).latent_dist.mode().float()
+        self._prepare()
+        if self.tiling and tiles.exceeds(height, width):
+            mode = tiles.tiled(video, self._encode, 1, SPATIAL_FACTOR)
+        else:
+            mode = self._encode(video)
+        mode = mode.to(self.device, torch.float32)
         if not mode.isfinite().all():
             raise LongCatError(f"the VAE overflows in {self.dtype}; load it as bfloat16 or float32")
         return (mode - self.mean.to(mode.device)) / self.std.to(mode.device)
@@ -91,13 +90,51 @@ class VideoVAE:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalized latents [B,16,T,h,w] to video [B,1+4(T-1),8h,8w,3], fp32 in 0..1, on the VAE's device."""
+        parts = self.decode_frames(latents)
+        first = next(parts)
+        video = first.new_empty((len(first), video_frames(latents.shape[2]), *first.shape[2:]))
+        begin = 0
+        for part in chain([first], parts):
+            video[:, begin : begin + part.shape[1]] = part
+            begin += part.shape[1]
+        return video
+
+    def decode_frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of `decode` part by part, as they leave the decoder: first one, then several at a time.
+
+        In tiles all frames come at once. Raises LongCatError for latents of another form, before the first part.
+        """
         channels = self.mean.shape[1]
-        if latents.ndim != 5 or latents.shape[1] != channels:
+        if latents.ndim != 5 or latents.shape[1] != channels or not latents.shape[2]:
             raise LongCatError(f"the VAE decodes latents [B,{channels},T,h,w], got shape {list(latents.shape)}")
+        return self._decoded(latents)
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        self._prepare()
         z = latents.to(self.device, torch.float32)
-        z = z * self.std.to(z.device) + self.mean.to(z.device)
-        video = self.model.decode(z.to(self.dtype)).sample
-        return video.permute(0, 2, 3, 4, 1).float().add(1).div(2).clamp(0, 1)
+        z = (z * self.std.to(z.device) + self.mean.to(z.device)).to(self.dtype)
+        if self.tiling and tiles.exceeds(z.shape[3] * SPATIAL_FACTOR, z.shape[4] * SPATIAL_FACTOR):
+            parts = iter([tiles.tiled(z, self._decode, SPATIAL_FACTOR, 1).permute(0, 2, 3, 4, 1)])
+        else:
+            parts = decoded(self.model, z, self._run)
+        for part in parts:
+            yield part.to(self.device, torch.float32).add(1).div(2).clamp(0, 1)
+
+    def _encode(self, video: Tensor) -> Tensor:
+        return encoded(self.model, video.to(self.device, self.dtype), self._run)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Pictures [B,3,F,H,W] on the CPU, of one tile."""
+        return torch.cat([part.cpu() for part in decoded(self.model, z, self._run)], dim=1).permute(0, 4, 1, 2, 3)
+
+    def _prepare(self) -> None:
+        if self.device.type == "cuda":
+            channels_last(self.model)
+
+    @property
+    def _run(self) -> Run:
+        return compiled_stage if self.compiled else run_stage
 
 
 def load_vae(
@@ -108,8 +145,7 @@ def load_vae(
     Names are Wan's and ComfyUI's, or diffusers', under any prefix. Sizes come from the tensors' shapes. A file with
     diffusers' names takes the latent normalization from `vae_config.json` or a VAE's `config.json` beside it; otherwise
     it is Wan 2.1's own. Weights are cast to `dtype`. Raises CheckpointError for files that are unreadable, incomplete
-    or not a Wan 2.1 VAE, for a config that does not fit them and for a weight that is not finite, and LongCatError
-    without diffusers.
+    or not a Wan 2.1 VAE, for a config that does not fit them and for a weight that is not finite.
     """
     path = Path(path)
     folder = path / "vae" if (path / "vae" / "config.json").exists() else path
@@ -119,19 +155,23 @@ def load_vae(
     if config_file is not None and opened.form is wan_vae.DIFFUSERS:
         config |= _normalization(config_file, config)
     with torch.device("meta"):
-        # nn.Module's own method: diffusers' override prints a warning on every cast.
-        model = nn.Module.to(_autoencoder()(**config), dtype=dtype)
+        model = WanVAE(_shape(config)).to(dtype)
     model.load_state_dict(read_whole(opened, model.state_dict(), device), assign=True)
     return VideoVAE(model.requires_grad_(False), tiling=tiling)
 
 
-def save_vae(path: str | Path, model: AutoencoderKLWan, dtype: torch.dtype = torch.bfloat16) -> None:
+def _shape(config: dict[str, Any]) -> VAEConfig:
+    names = {"temperal_downsample": "temporal_downsample"}  # diffusers' own spelling
+    return VAEConfig(**{names.get(name, name): value for name, value in config.items() if name != "attn_scales"})
+
+
+def save_vae(path: str | Path, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the weights as one .safetensors in ComfyUI's Wan names, which ComfyUI's own VAE loader reads.
 
     The file carries no latent normalization: readers use Wan 2.1's.
     """
     state = wan_vae.to_wan(model.state_dict())
-    write_safetensors(path, {name: tensor.to(dtype) for name, tensor in state.items()}, {"format": "pt"})
+    write_safetensors(path, {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, {"format": "pt"})
 
 
 @dataclass(frozen=True)
@@ -190,13 +230,3 @@ def _normalization(file: Path, sizes: dict[str, Any]) -> dict[str, list[float]]:
     if any(abs(a - b) > 1e-3 for name in found for a, b in zip(found[name], sizes[name], strict=True)):
         warnings.warn(f"{file} has another latents_mean or latents_std than Wan 2.1's VAE; they are used", stacklevel=3)
     return found
-
-
-def _autoencoder() -> type[AutoencoderKLWan]:
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError as error:
-        raise LongCatError(
-            f"the VAE needs the diffusers package ({error}); run: pip install 'longcat-video[headless]'"
-        ) from error
-    return AutoencoderKLWan

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, autocast, nn
 
+from ..checkpoints.wan_vae import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD
 from ..errors import LongCatError
 from ..generate.vae import load_vae, save_vae
 from ..training.step import captured
+from ..vae.network import VAEConfig, WanVAE
 from .world import Placements, place, render, sample_scene
 
 BASE_DIM = 8
@@ -32,15 +34,13 @@ LOG_EVERY = 500  # steps
 
 
 def new_autoencoder() -> Any:
-    """A fresh diffusers AutoencoderKLWan of the nano size.
+    """A fresh VAE of the nano size.
 
     Convolutions over pictures see their own frame only (their taps on earlier frames are zero and stay so): frames
     interact only in the temporal resampling layers, so a clip of any length looks like a short one to the network.
     Residual branches start at zero.
     """
-    from diffusers import AutoencoderKLWan
-
-    vae = AutoencoderKLWan(base_dim=BASE_DIM, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
+    vae = WanVAE(VAEConfig(BASE_DIM, LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD))
     for name, module in vae.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
             continue
@@ -58,9 +58,9 @@ def new_autoencoder() -> Any:
     return vae
 
 
-# What follows runs diffusers' modules on a whole clip at once, as a batch of pictures [B, T, H, W, C], channels
-# last. diffusers walks through a clip four frames at a time with caches, to save memory, and convolves in 3-D, which
-# is slow at eight channels; a training step here launches a fifth of the kernels, all of them 2-D.
+# What follows runs the VAE's modules on a whole clip at once, as a batch of pictures [B, T, H, W, C], channels last.
+# `vae.parts` walks through a clip in parts, to save memory, and convolves in 3-D on a GPU, which is slow at eight
+# channels; a training step here launches a fifth of the kernels, all of them 2-D.
 
 
 def _pictures(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
@@ -76,7 +76,8 @@ def _conv(layer: Any, x: Tensor) -> Tensor:
         # All earlier taps are zero: see `new_autoencoder`.
         return _pictures(x, layer.weight[:, :, -1], layer.bias, padding=kernel // 2)
     stride = layer.stride[0]
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, layer._padding[4], 0))
+    # A stride of 2 begins at the first frame; otherwise two frames of zeros come before it.
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, taps - 1 if stride == 1 else 0, 0))
     end = (x.shape[1] - taps) // stride * stride + 1
     x = torch.cat([x[:, tap : tap + end : stride] for tap in range(taps)], dim=-1)
     return F.linear(x, layer.weight[..., 0, 0].transpose(1, 2).flatten(1), layer.bias)
@@ -95,7 +96,7 @@ def _residual(block: Any, x: Tensor) -> Tensor:
 
 def _middle(block: Any, x: Tensor) -> Tensor:
     x = _residual(block.resnets[0], x)
-    x = block.attentions[0](x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    x = block.attentions[0](x)
     return _residual(block.resnets[1], x)
 
 
@@ -116,7 +117,7 @@ def _resample(layer: Any, x: Tensor) -> Tensor:
 
 
 def encode_whole(vae: Any, video: Tensor) -> Tensor:
-    """Mean latents [B, 16, T, H/8, W/8] of video [B, F, H, W, 3] in -1..1: diffusers' numbers, all frames at once."""
+    """Mean latents [B, 16, T, H/8, W/8] of video [B, F, H, W, 3] in -1..1, all frames at once."""
     x = _conv(vae.encoder.conv_in, video)
     for layer in vae.encoder.down_blocks:
         x = _resample(layer, x) if hasattr(layer, "mode") else _residual(layer, x)

@@ -16,6 +16,7 @@ from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate import placement
+from longcat_core.generate import vae as vaes
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import RefineRequest
@@ -137,12 +138,12 @@ def test_out_of_memory_with_nothing_left_is_an_error(monkeypatch):
 @pytest.mark.parametrize("part", ["encode", "decode"])
 def test_the_vae_goes_on_in_tiles(clip, monkeypatch, part):
     pipeline = Pipeline.load()
-    Short(monkeypatch, pipeline.vae.model, part, 0)
+    Short(monkeypatch, vaes, f"{part}d", 0)
     with pytest.warns(UserWarning, match="on tiles from now on"):
         frames = pipeline.generate(request(given=clip)).frames
     # Tiles are larger than this video, so nothing else changes.
     assert pipeline.vae.tiling and frames.shape == (17, 32, 48, 3)
-    Short(monkeypatch, pipeline.vae.model, part, 0)
+    Short(monkeypatch, vaes, f"{part}d", 0)
     with pytest.raises(torch.OutOfMemoryError):
         pipeline.generate(request(given=clip))
 

@@ -17,6 +17,7 @@ from longcat_core.checkpoints import wan_vae
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_header, read_tensors, write_safetensors
 from longcat_core.generate.vae import load_vae, save_vae
+from longcat_core.vae import parts
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 2e-5
@@ -119,8 +120,12 @@ def test_tiling_is_an_option(vae):
     assert tiled.tiling
     small = torch.zeros(1, 16, 1, 4, 4)
     assert torch.equal(tiled.decode(small), vae.decode(small))  # below the tile size nothing changes
+    large = torch.randn(1, 16, 1, 4, 36, generator=torch.Generator().manual_seed(0))
+    with_tiles, whole = tiled.decode(large), vae.decode(large)
+    assert torch.equal(with_tiles[..., :192, :], vae.decode(large[..., :32])[..., :192, :])
+    assert with_tiles.shape == whole.shape and not torch.equal(with_tiles, whole)
     tiled.tiling = False
-    assert not tiled.model.use_tiling
+    assert torch.equal(tiled.decode(large), whole)
 
 
 def test_the_loaded_vae_does_not_hang_on_its_file(tmp_path, state):
@@ -372,10 +377,15 @@ def test_bad_folders(tmp_path):
         load_vae(tmp_path / "vae.ckpt")
 
 
-def test_without_diffusers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(LongCatError, match=r"longcat-video\[headless\]"):
-        load_vae(GOLDEN / "vae.safetensors")
+def test_frames_leave_the_decoder_one_by_one(vae, golden, monkeypatch):
+    monkeypatch.setattr(parts, "MOST_ON_CPU", 1)
+    latents = golden["t2v.latents"]
+    streamed = list(vae.decode_frames(latents))
+    assert [part.shape[1] for part in streamed] == [1] * 17
+    assert torch.equal(torch.cat(streamed, dim=1), vae.decode(latents))
+    assert error(vae.decode(latents), golden["t2v.video"]) < TOLERANCE
+    with pytest.raises(LongCatError, match="B,16,T,h,w"):
+        vae.decode_frames(torch.zeros(1, 16, 0, 2, 2))
 
 
 def test_import_is_cheap():

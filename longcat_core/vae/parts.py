@@ -1,0 +1,73 @@
+"""Clips through the encoder and the decoder in parts, so that memory does not grow with a clip's length.
+
+The first frame stands alone, and stages need not take parts of one size: those of small pictures take many frames at
+once, which keeps a GPU busy, and those of large pictures take few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .network import Decoder, Encoder, WanVAE, run_stage
+
+# What a stage may need for its activations: at most this, and at most this share of a GPU's memory. It does not depend
+# on what is free, because convolutions of other sizes may round otherwise.
+MOST, SHARE = 3 << 30, 16
+# On a CPU smaller parts are faster, because they fit its caches.
+MOST_ON_CPU = 1 << 26
+# Frames that the encoder makes one latent frame of, after the first.
+GROUP = 4
+
+Run = Callable[[Encoder | Decoder, int, Tensor, Sequence[Tensor | None], bool], tuple[Tensor, list[Tensor | None]]]
+
+
+def room(device: torch.device) -> int:
+    """Bytes that the activations of a stage may take on this device."""
+    if device.type != "cuda":
+        return MOST_ON_CPU
+    return min(MOST, torch.cuda.get_device_properties(device).total_memory // SHARE)
+
+
+def decoded(vae: WanVAE, latents: Tensor, run: Run = run_stage, most: int | None = None) -> Iterator[Tensor]:
+    """Pictures [B, f, 8h, 8w, 3] in about -1..1 of latents [B, z_dim, T, h, w], as they leave the decoder.
+
+    The first f is 1. most: bytes of a stage's activations; None: `room`.
+    """
+    x = vae.post_quant_conv(latents.permute(0, 2, 3, 4, 1))
+    decoder, most = vae.decoder, room(x.device) if most is None else most
+    per = [
+        max(1, most // (x.element_size() * x.shape[0] * decoder.live(i, x.shape[2] << i, x.shape[3] << i)))
+        for i in range(decoder.stages)
+    ]
+    kept: list[list[Tensor | None]] = [[] for _ in per]
+
+    def through(number: int, x: Tensor, first: bool) -> Iterator[Tensor]:
+        if number == len(per):
+            yield x
+            return
+        for part in x.split(per[number], dim=1):
+            out, kept[number] = run(decoder, number, part, kept[number], first)
+            yield from through(number + 1, out, first)
+
+    yield from through(0, x[:, :1], True)
+    if x.shape[1] > 1:
+        yield from through(0, x[:, 1:], False)
+
+
+def encoded(vae: WanVAE, video: Tensor, run: Run = run_stage, most: int | None = None) -> Tensor:
+    """Mean latents [B, z_dim, T, H/8, W/8] of video [B, 3, F, H, W] in -1..1; F is 4k+1. most: see `decoded`."""
+    x = video.permute(0, 2, 3, 4, 1)
+    encoder, most = vae.encoder, room(x.device) if most is None else most
+    live = max(encoder.live(i, x.shape[2] >> i, x.shape[3] >> i) for i in range(encoder.stages))
+    per = GROUP * max(1, most // (x.element_size() * x.shape[0] * live * GROUP))
+    kept: list[list[Tensor | None]] = [[] for _ in range(encoder.stages)]
+    parts: list[Tensor] = []
+    for part in (x[:, :1], *(x[:, 1:].split(per, dim=1) if x.shape[1] > 1 else ())):
+        first = not parts
+        for number in range(encoder.stages):
+            part, kept[number] = run(encoder, number, part, kept[number], first)
+        parts.append(vae.quant_conv(part)[..., : vae.config.z_dim])
+    return torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)
