@@ -68,7 +68,7 @@ class _Scoring:
         self.sides, self.judge, self.count, self.results = sides, judge, count, results
         self.batch = min(batch_of([side.request for side in sides]), count)
         # Videos of the first setting, with which those of the others are compared.
-        self.videos: list[np.ndarray] = []
+        self.videos: dict[int, np.ndarray] = {}
         self.table: dict[str, list[str]] = {}
 
     def run(self) -> None:
@@ -90,14 +90,14 @@ class _Scoring:
             note(f"sparse attention: {in_use(request.sparse_settings, inputs)}")
         if side.device.type == "cuda":
             self._warm_up(pipeline, request)
-        decibels: list[float] = []
+        decibels: dict[int, float] = {}
 
         def each(number: int, video: np.ndarray) -> None:
             if side is not self.sides[0]:
                 error = video.astype(np.float32) - self.videos[number]
-                decibels.append(psnr(float(np.square(error).mean(dtype=np.float64))))
+                decibels[number] = psnr(float(np.square(error).mean(dtype=np.float64)))
             elif len(self.sides) > 1:
-                self.videos.append(video)
+                self.videos[number] = video
 
         found = measure(pipeline, self.count, request, self.judge, self.batch, each)
         title = f"{side.name}: {side.options}" if side.options else side.name
@@ -111,7 +111,7 @@ class _Scoring:
             print(f"{kind:12} {right:4d} of {total:4d}  {right / total:6.1%}")
         print(f"{'all':12} {found.right.total():4d} of {found.total.total():4d}  {found.fraction:6.1%}")
         print(f"captions shuffled (control)  {found.control:6.1%}", flush=True)
-        middle = statistics.median(decibels) if decibels else None
+        middle = statistics.median(decibels.values()) if decibels else None
         shares = [found.right[kind] / found.total[kind] for kind in self.judge.attributes]
         cells = [f"{share:.1%}" for share in (*shares, found.fraction, found.control)]
         same = "-" if middle is None else "the same" if math.isinf(middle) else f"{middle:.1f} dB"
@@ -126,7 +126,7 @@ class _Scoring:
                     "adherence": found.fraction,
                     "control": found.control,
                     "psnr_db": middle,
-                    "each_psnr_db": decibels,
+                    "each_psnr_db": [decibels[number] for number in sorted(decibels)],
                     "steps": request.steps,
                     "computed": found.computed,
                     "guidance": request.guidance_scale,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +162,23 @@ def batch_of(requests: Sequence[FilledRequest]) -> int:
     return 1 if any(request.step_cache for request in requests) else BATCH
 
 
+@contextmanager
+def _looking(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads beside the sampling: most of the cores where a GPU samples, and one where that needs the cores itself."""
+    if device.type == "cpu":
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+        return
+    # PyTorch has one number of threads for the process; here every video has its own.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure(
     pipeline: Pipeline,
     count: int,
@@ -170,27 +189,25 @@ def measure(
 ) -> Adherence:
     """Generate `count` fresh prompts (seed i for prompt i) and score them; the control averages shuffles by 1 to 5.
 
-    request: for all but prompts and seeds. each: called with every video and its number, in order, by another thread.
+    request: for all but prompts and seeds. each: called with every video and its number, by several threads.
     """
     prompts = judge.prompts(count)
     scenes = [scene for _, scene in prompts]
-    observations: list[Any] = []
     work: list[float] = []
 
-    def look(number: int, video: np.ndarray) -> None:
-        observations.append(judge.analyze(video))
+    def look(number: int, video: np.ndarray) -> Any:
         each(number, video)
+        return judge.analyze(video)
 
-    # One thread looks at videos while the next ones are sampled.
-    with ThreadPoolExecutor(1) as looking:
+    # Videos are looked at while the next ones are sampled.
+    with _looking(pipeline.model.device) as pool:
         started, waiting = time.monotonic(), []
         for start in range(0, count, batch):
             seeds = list(range(start, min(start + batch, count)))
             videos = generate_batch(pipeline, [prompts[i][0] for i in seeds], seeds, request, work)
-            waiting += [looking.submit(look, i, video) for i, video in zip(seeds, videos, strict=True)]
+            waiting += [pool.submit(look, i, video) for i, video in zip(seeds, videos, strict=True)]
         seconds = time.monotonic() - started
-        for one in waiting:
-            one.result()
+        observations = [one.result() for one in waiting]
     right, total = tally(judge, observations, scenes)
     shuffled = [tally(judge, observations, scenes, shift) for shift in range(1, min(SHUFFLES + 1, count))]
     control = sum(r.total() for r, _ in shuffled) / sum(t.total() for _, t in shuffled)

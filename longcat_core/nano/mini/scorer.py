@@ -28,6 +28,7 @@ from .tracking import (
     camera_track,
     fit,
     ground_of,
+    halved,
     hue_of,
     likeness,
     reduce,
@@ -97,10 +98,11 @@ def analyze(video: np.ndarray, fps: float = BASE_FPS) -> Observation:
     camera = camera_track(ground, pictures.scale, fps)
     actors = []
     hues = shape_hues(pictures)
-    masks = shape_masks(pictures, hues) if hues else torch.zeros(0)
+    masks = shape_masks(pictures, hues) if hues else torch.zeros(0, *pictures.hue.shape)
+    halves = halved(masks)
     size = torch.tensor(pictures.color.shape[:1:-1]) / pictures.scale
     for index, hue in enumerate(hues):
-        found = fit(masks, index, pictures.scale)
+        found = fit(halves, index, pictures.scale / 2)
         if found is None:
             continue
         shape, fits, best = found
@@ -116,7 +118,8 @@ def analyze(video: np.ndarray, fps: float = BASE_FPS) -> Observation:
 
 def _background(pictures: Pictures, ground: Ground) -> str:
     """The two tones between which most pixels of the ground lie."""
-    pixels = pictures.color.movedim(1, -1)[ground.seen > 0][::7]
+    few = slice(None, None, 8)
+    pixels = pictures.color[few].movedim(1, -1)[ground.seen[few] > 0]
     distances = []
     for first, second in torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32):
         line = second - first
@@ -235,7 +238,7 @@ def _motion(fits: Fits, camera: Tensor, size: Tensor, fps: float) -> str:
     span = float(time[-1] - time[0])
     speed = float(np.linalg.norm(velocity[1]))
     best, amplitude = np.inf, np.zeros(2)
-    for period in np.linspace(*PERIODS, 22):
+    for period in np.linspace(*PERIODS, 16):
         # Less than half a turn is as well a bent line.
         if span < 0.45 * period:
             break

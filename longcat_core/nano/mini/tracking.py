@@ -97,8 +97,11 @@ def camera_track(ground: Ground, scale: float, fps: float) -> Tensor:
     The step between two frames is the displacement at which the pictures differ least, on pixels that are ground in
     both, found to a fraction of a pixel by parabolas. Longer steps would be ambiguous, since patterns repeat.
     """
+    if len(ground.seen) < 2:
+        return torch.zeros(len(ground.seen), 2)
     reach = math.ceil(MAX_SPEED / fps * scale)
-    size = [side + reach for side in ground.seen.shape[1:]]
+    # Multiples of 12 are fast.
+    size = [12 * math.ceil((side + reach) / 12) for side in ground.seen.shape[1:]]
     plain, mask, square = (
         torch.fft.rfft2(values, s=size) for values in (ground.brightness, ground.seen, ground.brightness**2)
     )
@@ -177,10 +180,18 @@ def shape_hues(pictures: Pictures) -> list[float]:
 
 def shape_masks(pictures: Pictures, hues: list[float]) -> Tensor:
     """Pixels [A, F, h, w] of each hue."""
-    apart = torch.stack([((pictures.hue - hue + 180) % 360 - 180).abs() for hue in hues])
-    nearest = apart.argmin(0)
-    strong = pictures.shapes & (apart.amin(0) < 1.5 * REACH)
-    return torch.stack([_mean(strong & (nearest == i)) > 0.5 for i in range(len(hues))])
+    apart = [((pictures.hue - hue + 180) % 360 - 180).abs() for hue in hues]
+    nearest = torch.full_like(pictures.hue, 1.5 * REACH)
+    for one in apart:
+        nearest = torch.minimum(nearest, one)
+    return torch.stack([pictures.shapes & (one == nearest) for one in apart])
+
+
+def halved(masks: Tensor) -> Tensor:
+    """Shares 0..1 of masks [A, F, h, w] at half the size, without lines and single pixels. That is enough for outlines,
+    and four times as fast."""
+    small = F.avg_pool2d(masks.float().flatten(0, 1)[:, None], 2, ceil_mode=True)[:, 0]
+    return (small * (_mean(small) > 0.4)).unflatten(0, masks.shape[:2])
 
 
 @lru_cache(maxsize=4)
@@ -218,18 +229,18 @@ class _Windows:
 
 
 def _windows(masks: Tensor, index: int, scale: float) -> _Windows | None:
-    """Cuts of the frames in which enough of a shape is seen."""
+    """Cuts of the frames in which enough of a shape is seen. scale: of the masks [A, F, h, w], of shares 0..1."""
     mask = masks[index]
     area = mask.sum((1, 2))
-    largest = area.float().quantile(0.9)
-    frames = (area > (0.12 * largest).clamp(min=8)).nonzero()[:, 0]
+    largest = area.quantile(0.9)
+    frames = (area > (0.12 * largest).clamp(min=3)).nonzero()[:, 0]
     if not len(frames):
         return None
-    mask, (height, width) = mask[frames], mask.shape[1:]
-    window = 16 * math.ceil(WINDOW * scale / 16)
-    others = [other[frames] for i, other in enumerate(masks) if i != index]
-    hidden = _near(torch.stack(others).any(0), 1) if others else torch.zeros_like(mask)
-    known = ~hidden | mask
+    masks, mask, (height, width) = masks[:, frames], mask[frames], mask.shape[1:]
+    window = 8 * math.ceil(WINDOW * scale / 8)
+    others = masks[torch.arange(len(masks)) != index]
+    hidden = _near(others.amax(0) > 0.25, 1) if len(others) else torch.zeros_like(mask, dtype=torch.bool)
+    known = ~hidden | (mask > 0.5)
     rows, columns = (torch.arange(side, dtype=torch.float32) for side in (height, width))
     total = mask.sum((1, 2))
     middle = torch.stack(((mask.sum(1) * columns).sum(1) / total, (mask.sum(2) * rows).sum(1) / total), -1)
@@ -240,7 +251,7 @@ def _windows(masks: Tensor, index: int, scale: float) -> _Windows | None:
     at = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None, :]
 
     def cut(values: Tensor) -> Tensor:
-        return (values.flatten(1).gather(1, at.flatten(1)).view(at.shape) & there).float()
+        return values.float().flatten(1).gather(1, at.flatten(1)).view(at.shape) * there
 
     return _Windows(frames, cut(mask), cut(known), corner)
 
@@ -258,8 +269,8 @@ def _overlap(windows: _Windows, templates: Tensor, areas: Tensor) -> tuple[Tenso
 
 
 def fit(masks: Tensor, index: int, scale: float) -> tuple[str, Fits, Tensor] | None:
-    """The shape that a mask of `masks` [A, F, h, w] shows, where it is, and the rows of the fits that show it best; or
-    None if it is hardly seen."""
+    """The shape that one of `masks` [A, F, h, w], of shares 0..1, shows; where it is, and the rows of the fits that
+    show it best; or None if it is hardly seen. scale: of the masks."""
     windows = _windows(masks, index, scale)
     if windows is None:
         return None
@@ -267,7 +278,7 @@ def fit(masks: Tensor, index: int, scale: float) -> tuple[str, Fits, Tensor] | N
     templates, areas = _templates(size, scale)
     # The least hidden frames, in which few pixels border on what is unknown.
     area = windows.inside.sum((1, 2))
-    contact = (_near(windows.inside > 0, 1) & (windows.known < 0.5)).sum((1, 2))
+    contact = (_near(windows.inside > 0.5, 1) & (windows.known < 0.5)).sum((1, 2))
     clear = area * (1 - contact / (3 * area.sqrt())).clamp(min=0.05)
     best = clear.argsort(descending=True, stable=True)[:SHAPE_FRAMES]
     overlap, visible = _overlap(windows[best], templates, areas)
@@ -282,7 +293,8 @@ def _located(windows: _Windows, templates: Tensor, areas: Tensor, scale: float, 
     which = quality.flatten(2).amax(2).argmax(1)
     rows = torch.arange(count)
     score = quality[rows, which]
-    center = (windows.corner + _peak(score)) / scale
+    # In halves: a pixel lies between two of the pictures'.
+    center = (windows.corner + _peak(score) + 0.25) / scale
     flat = score.flatten(1).argmax(1)
     seen = visible[rows, which].flatten(1)[rows, flat]
     good = overlap[rows, which].flatten(1)[rows, flat] >= MIN_IOU
