@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..optimize.kernels import vae as kernels
+
 # x / max(|x|, tiny) in other words: only a pixel of zeros sees this addend.
 EPS = 1e-24
 
@@ -60,22 +62,21 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(channels, out_channels, kernel, stride=(stride, 1, 1), padding=(0, *self.sides))
         self.history = kernel[0] - stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        taps, step = self.kernel_size[0], self.stride[0]
-        if self.kernel_size[1] == 1 and (taps == 1 or x.device.type == "cpu"):
-            return self._sum(x, taps, step)
-        if x.shape[1] == 1 or x.device.type == "cpu":
-            # PyTorch convolves in 2-D many times faster than in 3-D on a CPU if there are few channels.
-            return self._sum(x, taps, step)
-        x = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
+        """biased: whether the bias is added; whoever leaves it out adds it later."""
+        taps, bias = self.kernel_size[0], self.bias if biased else None
+        # PyTorch convolves in 2-D many times faster than in 3-D on a CPU if there are few channels.
+        if taps == 1 or x.shape[1] == 1 or x.device.type == "cpu":
+            return self._sum(x, taps, self.stride[0], bias)
+        x = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, bias, self.stride, self.padding)
         return x.permute(0, 2, 3, 4, 1)
 
-    def _sum(self, x: Tensor, taps: int, step: int) -> Tensor:
+    def _sum(self, x: Tensor, taps: int, step: int, bias: Tensor | None) -> Tensor:
         """The sum of 2-D convolutions, one for each tap in time. Of a single frame only the last tap sees anything."""
         if x.shape[1] < taps:
-            return self._pictures(x, -1, self.bias)
+            return self._pictures(x, -1, bias)
         end = x.shape[1] - taps + 1
-        total = self._pictures(x[:, taps - 1 : taps - 1 + end : step], taps - 1, self.bias)
+        total = self._pictures(x[:, taps - 1 : taps - 1 + end : step], taps - 1, bias)
         for tap in range(taps - 1):
             total += self._pictures(x[:, tap : tap + end : step], tap, None)
         return total
@@ -95,9 +96,13 @@ def pictures(
     return out.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
-def normed(norm: RMSNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(norm(x)), written into `out` if that is given."""
-    x = norm(x)
+def normed(norm: RMSNorm, x: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """silu(norm(x + bias)), written into `out` if that is given."""
+    if kernels.usable(x):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        kernels.norm_silu(x, norm.gamma, bias, out)
+        return out
+    x = norm(x if bias is None else x + bias)
     if out is None:
         return F.silu(x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -105,14 +110,16 @@ def normed(norm: RMSNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.ops.aten.silu.out(x, out=out)
 
 
-def with_past(conv: CausalConv3d, past: Past, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-    """What `conv` is to see: x, or silu(norm(x)), behind the frames of the part before.
+def with_past(
+    conv: CausalConv3d, past: Past, x: Tensor, norm: RMSNorm | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """What `conv` is to see: x, or silu(norm(x + bias)), behind the frames of the part before.
 
     x is written where it belongs at once, and only `history` frames are copied.
     """
     before, frames, history = past.take(), x.shape[1], conv.history
     if before is None and frames == 1:
-        x = x if norm is None else normed(norm, x)
+        x = x if norm is None else normed(norm, x, bias=bias)
         past.keep(F.pad(x, (0, 0, 0, 0, 0, 0, history - 1, 0)))
         return x
     seen = x.new_empty((x.shape[0], history + frames, *x.shape[2:]))
@@ -123,7 +130,7 @@ def with_past(conv: CausalConv3d, past: Past, x: Tensor, norm: RMSNorm | None = 
     if norm is None:
         seen[:, history:].copy_(x)
     else:
-        normed(norm, x, seen[:, history:])
+        normed(norm, x, seen[:, history:], bias)
     past.keep(seen[:, -history:].clone())
     return seen
 
@@ -141,9 +148,14 @@ class Residual(nn.Module):
         self.conv_shortcut = nn.Identity() if same else CausalConv3d(channels, out_channels, (1, 1, 1))
 
     def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
-        h = self.conv1(with_past(self.conv1, past, x, self.norm1))
-        h = self.conv2(with_past(self.conv2, past, h, self.norm2))
-        return h + self.conv_shortcut(x)
+        # The kernels add the biases.
+        fused = kernels.usable(x)
+        h = self.conv1(with_past(self.conv1, past, x, self.norm1), not fused)
+        h = self.conv2(with_past(self.conv2, past, h, self.norm2, self.conv1.bias if fused else None), not fused)
+        if fused:
+            return kernels.add(h, self.conv2.bias, self.conv_shortcut(x))
+        out: Tensor = h + self.conv_shortcut(x)
+        return out
 
 
 class Attention(nn.Module):
