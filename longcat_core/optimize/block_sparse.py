@@ -247,6 +247,12 @@ class ChunkedLayout(FrameLayout):
     def per_frame(self, temb: Tensor) -> Tensor:
         return temb if temb.shape[1] == 1 else temb[:, self.tokens.slab_frames]
 
+    def mixes(self, timestep: Tensor) -> bool:
+        """Whether a slab has frames of several timesteps. timestep: [B or 1] or [B or 1, T or 1]."""
+        frames, first = timestep.shape[-1], self.tokens.slab_frames.to(timestep.device)
+        slabs = torch.bucketize(torch.arange(frames, device=first.device), first, right=True) - 1
+        return timestep.ndim == 2 and frames > 1 and bool((timestep != timestep[:, first[slabs]]).any())
+
     def leading(self, frames: int) -> int:
         # The layout was made for exactly these conditioning frames.
         return self.tokens.cond_slabs

@@ -34,7 +34,7 @@ from .requirement import Inputs
 from .residual_cache import ResidualCache
 from .sparse.choose import check_sparse, in_use
 from .sparse.layout import SparseLayout
-from .sparse.passes import SparsePass, like_sparse, plan_pass, with_attend
+from .sparse.passes import MIXED, SparsePass, like_sparse, mixed, plan_pass, with_attend
 from .sparse.settings import Sparse
 from .streaming import BlockStream, streamed
 from .switches import Optimizations
@@ -335,15 +335,18 @@ class Execution:
         # Noise frames will follow the frames of a cache that is being filled, so there is more than one frame.
         if self.block_sparse is not None and BlockSparse.applies(start + grid[0] + (fill is not None)):
             chunked = ChunkedLayout.of(grid, self.block_sparse, num_cond, start, x.device)
-            eight_bit = self.optimizations.fp8 and self.eight_bit
-            return chunked, with_block_sparse(kernels, chunked.keys, self.block_sparse, eight_bit), None
+            if torch.compiler.is_compiling() or not chunked.mixes(timestep):
+                eight_bit = self.optimizations.fp8 and self.eight_bit
+                return chunked, with_block_sparse(kernels, chunked.keys, self.block_sparse, eight_bit), None
+            self._say(MIXED)
+            return FrameLayout(), kernels, None
         settings = self.sparse if fill is None and self.block_sparse is None else None
         if settings is None or torch.compiler.is_compiling():
             return FrameLayout(), kernels, None
         inputs = Inputs(x.device, self._active_dtype(x.device), self.config.head_dim, grad)
         sparse = plan_pass(settings, inputs, kernels.attend, progress, grid, num_cond, start, self._say)
-        if sparse is not None and _mixed(timestep, num_cond):
-            self._say("frames without noise stand behind others in this video, so it attends to all tokens")
+        if sparse is not None and mixed(timestep, num_cond):
+            self._say(MIXED)
             sparse = None
         if sparse is None:
             return FrameLayout(), kernels, None
@@ -409,12 +412,6 @@ class Execution:
 
         run: Run = plain if around_block is None else _hooked(plain, around_block)
         return run if self.stream is None else streamed(run, self.stream, texts.need_weights)
-
-
-def _mixed(timestep: Tensor, num_cond: int) -> bool:
-    """Whether frames behind the first `num_cond` ones differ in their timestep [B or 1] or [B or 1, T or 1]."""
-    noise = timestep[:, num_cond:] if timestep.ndim == 2 and timestep.shape[1] > 1 else timestep.view(-1, 1)
-    return noise.shape[1] > 1 and bool((noise != noise[:, :1]).any())
 
 
 def _hooked(run: Run, around_block: AroundBlock) -> Run:

@@ -17,6 +17,7 @@ from longcat_core.optimize import fused
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
 from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.sparse.passes import MIXED
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.sampling.sampler import sample
@@ -132,3 +133,21 @@ def test_gradients(model, data):
         model(x, data["t"], data["context"], data["mask"]).square().sum().backward()
         grads.append(x.grad)
     assert error(*grads) <= 1e-4
+
+
+@pytest.mark.parametrize(("clean", "slabs_hold"), [([0, -1], False), ([-1], False), ([2, 3], True)])
+@torch.no_grad()
+def test_clean_frames_behind_noisy_ones(model, data, clean, slabs_hold):
+    """Masks in ComfyUI give such timesteps. Where a slab would mix them, all tokens are attended to, which is said."""
+    x, text = data["x"][:, :, :4], (data["context"], data["mask"])
+    t = torch.full((len(x), x.shape[2]), 700.0)
+    t[0, clean] = 0
+    said: list[str] = []
+    model.announce = said.append
+    wanted = model(x, t, *text)
+    for settings in (WHOLE, HALF):
+        model.block_sparse = settings
+        for _ in range(2):
+            found = model(x, t, *text)
+        assert (error(found, wanted) <= 2e-5) is (settings is WHOLE or not slabs_hold)
+    assert said == ([] if slabs_hold else [MIXED])

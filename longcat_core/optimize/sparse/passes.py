@@ -21,6 +21,7 @@ from .settings import BLOCK, Sparse, kept
 
 # Of fewer key blocks behind conditioning frames nothing is left out: a dense kernel is as fast.
 MIN_BLOCKS = 16
+MIXED = "frames without noise stand behind others in this video, so it attends to all tokens"
 
 
 def blocks_of(tokens: int, sink_tokens: int) -> tuple[int, int]:
@@ -98,6 +99,12 @@ def plan_pass(
     if backend.name == "plain" != settings.kernel and inputs.device.type == "cuda":
         say("sparse attention runs in plain PyTorch, which is slow; longcat backends says why no kernel runs")
     return SparsePass(settings, backend, dense, progress, keys, given)
+
+
+def mixed(timestep: Tensor, num_cond: int) -> bool:
+    """Whether frames behind the first `num_cond` ones differ in their timestep [B or 1] or [B or 1, T or 1]."""
+    noise = timestep[:, num_cond:] if timestep.ndim == 2 and timestep.shape[1] > 1 else timestep.view(-1, 1)
+    return noise.shape[1] > 1 and bool((noise != noise[:, :1]).any())
 
 
 def with_attend(chosen: Kernels, attend: Attend) -> Kernels:
