@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.nano.mini import recipe as recipes
 from longcat_core.nano.mini.clock import Clock, Paused
-from longcat_core.nano.mini.recipe import LEARNING_RATE, RECIPES, WARM_UP, rate_at, train_mini
+from longcat_core.nano.mini.recipe import LEARNING_RATE, RECIPES, WARM_UP, rate_at
 
 CPU = torch.device("cpu")
 
@@ -55,18 +53,6 @@ def test_mini_is_what_it_is_for():
     assert recipe.config.head_dim == 128
     assert 55e6 < sum(parameter.numel() for parameter in model.parameters()) < 65e6
     assert recipe.latents * (recipe.full.height // 16) * (recipe.full.width // 16) == 3840
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """A tiny model whose runs each end as soon as they may, and the clock's file after every run."""
-    folder, clocks = tmp_path_factory.mktemp("mini"), []
-    for _ in range(12):
-        finished = train_mini(folder, size="mini-tiny", minutes=0.2, stop_after=0.0, device=CPU)
-        clocks.append(json.loads((folder / "state" / "clock.json").read_text()))
-        if finished:
-            return folder, clocks
-    raise AssertionError(f"not finished after {len(clocks)} runs: {clocks[-1]}")
 
 
 def test_every_run_goes_on_where_the_last_one_stopped(trained):

@@ -179,8 +179,8 @@ def sampled_motion(motion: str, camera: str, seed: int, noise: float = 0.2) -> s
 @pytest.mark.parametrize("camera", CHOICES["camera"])
 @pytest.mark.parametrize("motion", CHOICES["motion"])
 def test_motions_are_known_over_a_ground_that_moves(motion, camera):
-    found = [sampled_motion(motion, camera, seed) for seed in range(12)]
-    assert found.count(motion) >= 11, found
+    found = [sampled_motion(motion, camera, seed) for seed in range(6)]
+    assert found.count(motion) >= 5, found
 
 
 def test_jumps_are_no_motion_of_the_world():
