@@ -43,6 +43,8 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     found = {readme: _between_markers(readme.read_text(encoding="utf-8"), _common(options))}
     found[ROOT / "docs" / "options.md"] = _all_options(options)
+    cli = ROOT / "docs" / "cli.md"
+    found[cli] = _between_markers(cli.read_text(encoding="utf-8"), _speeds(load("longcat_core.generate.speeds")))
     for node_id, node in nodes.items():
         path = ROOT / "web" / "docs" / f"{node_id}.md"
         notes = path.read_text(encoding="utf-8").partition(NOTES)[2].strip() if path.exists() else ""
@@ -113,6 +115,20 @@ def _between_markers(text: str, table: str) -> str:
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]
     return f"{before}{START}\n{table}{END}{after}"
+
+
+def _speeds(speeds: ModuleType) -> str:
+    """The sets of the words and their prices, and how the prices were measured."""
+    rows, measured = [], {}
+    for word, kinds in speeds.SETS.items():
+        for kind, found in kinds.items():
+            price = found.price
+            cost = (f"{price.psnr:.3g} dB", f"{price.times:.2g}") if price else ("not measured",) * 2
+            if found.options:
+                rows.append((f"`{word}`", kind, found.in_words(), *cost))
+            measured |= {price.measured(): None} if price else {}
+    table = _table(("word", "sampling", "sets", "PSNR against exact", "times as fast"), rows)
+    return table + "".join(f"\nMeasured: {sentence}.\n" for sentence in measured)
 
 
 def _common(options: ModuleType) -> str:

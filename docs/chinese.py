@@ -170,6 +170,13 @@ INPUTS: dict[str, tuple[str, str]] = {
         "引导截止",
         "从第一步起使用引导的采样步所占的比例；其余的步不用引导，时间减半，有损。",
     ),
+    "speed": (
+        "速度",
+        "exact：精确；near、fast、fastest：测量过的有损选项组合，英文说明中有其代价和加速。只作用于 MODEL 的副本；"
+        "前面已设置相同选项的节点"
+        "（LongCat Sparse Attention、LongCat Step Cache、LongCat Optimizations）和小于 1 的引导截止优先；"
+        "其中的 fp8 需要以 weight_dtype fp8 rowwise 加载的 MODEL。",
+    ),
     "kind": (
         "种类",
         "跳过什么。steps：整步；blocks：除前六分之一的块以外的块，前提是这些块表明其余块的作用可以预测；它有自己的阈值，占用更多内存。",

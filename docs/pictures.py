@@ -1,6 +1,6 @@
 """Draws icon.png and banner.png, by which the registry shows the pack: a long cat whose body is a strip of film.
 
-    python docs/pictures.py        # from the pack's folder; the film is the video of demo.png
+python docs/pictures.py        # from the pack's folder; the film is the video of demo.png
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from comfy_api.latest import io
 
 from ..longcat_core.optimize.block_sparse import BlockSparse
 from .comfy_network import BLOCK_SPARSE_KEY
-from .declarations import CHUNKS
 from .inputs import LongCatNode
 from .models import require_longcat, with_option
+from .widgets import CHUNKS
 
 
 class BlockSparseAttention(LongCatNode):

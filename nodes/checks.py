@@ -16,8 +16,9 @@ from ..longcat_core.generate.options import words
 from ..longcat_core.generate.request import check_frames, check_side
 from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, latent_frames
 from ..longcat_core.sampling.schedules import make_schedule
-from .declarations import CUSTOM, NODES
+from .declarations import NODES
 from .fields import Widget
+from .widgets import CUSTOM
 
 
 def check_ranges(node: str, values: Mapping[str, Any]) -> None:

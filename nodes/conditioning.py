@@ -17,11 +17,11 @@ from ..longcat_core.generate.progress import ENCODING
 from ..longcat_core.sampling.buckets import nearest_bucket
 from ..longcat_core.sampling.conditioning import latent_frames, latent_shape
 from .checks import check_length, check_ranges, check_size
-from .declarations import CUSTOM
 from .images import check_images, to_bytes, to_image
 from .inputs import LongCatNode
 from .progress import working
 from .video import end_of_clip
+from .widgets import CUSTOM
 
 
 def require_wan_vae(vae: comfy.sd.VAE) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.progress import DECODING, Part
+from ..longcat_core.generate.speeds import EXACT
 from ..longcat_core.measure import fidelity as core
 from ..longcat_core.measure.charts import fidelity_plot, side_by_side
 from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
@@ -23,10 +25,20 @@ from .comfy_attention import attention_by_comfyui
 from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY, SPARSE_KEY
 from .conditioning import require_wan_vae, to_bytes, to_image
 from .inputs import LongCatNode
-from .models import compute_dtype, options_of, preferences_of, require_comparable, switches_of, with_option, wrappers_of
+from .models import (
+    compute_dtype,
+    options_of,
+    preferences_of,
+    require_comparable,
+    switches_of,
+    until_notes,
+    with_option,
+    wrappers_of,
+)
 from .previews import clean_frames
 from .progress import NodeProgress
-from .sampling import StepTimer, sample_latent, starting_latents
+from .sampling import StepTimer, latent_tokens, sample_latent, starting_latents
+from .speed import with_speed
 from .step_cache import KIND_KEY, THRESHOLD_KEY
 
 NODE = "LongCat Fidelity"
@@ -49,7 +61,7 @@ def settings_of(model: ModelPatcher) -> dict[str, Any]:
         "step cache": options.get(THRESHOLD_KEY, 0),
         "kind of step cache": options.get(KIND_KEY, "steps") if options.get(THRESHOLD_KEY) else "steps",
         "block-sparse": getattr(options.get(BLOCK_SPARSE_KEY), "sparsity", 0),
-        "sparse": options[SPARSE_KEY].in_words() if SPARSE_KEY in options else "off",
+        "sparse": sparse.in_words() if (sparse := options.get(SPARSE_KEY)) else "off",
         "dtype": str(compute_dtype(model)).removeprefix("torch."),
         "patched weights": len(model.patches),
         "other nodes": ", ".join(sorted({*wrappers_of(model)} - {THRESHOLD_KEY})) or "none",
@@ -75,14 +87,22 @@ class Fidelity(LongCatNode):
     @classmethod
     def execute(
         cls, model, model_b, vae, positive, negative, latent_image, seed, steps, guidance, mode, noise_floor=True,
-        kv_cache="exact",
+        kv_cache="exact", guidance_until=1.0, speed=EXACT,
     ) -> io.NodeOutput:  # fmt: skip
         require_comparable(model, model_b, NODE)
         require_wan_vae(vae)
         shape = starting_latents(model, latent_image).shape
         given = clean_frames(latent_image.get("noise_mask"))
+        model_b, until, notes = with_speed(
+            model_b, speed, mode=mode, guidance=guidance, guidance_until=guidance_until,
+            tokens=latent_tokens(shape, given),
+        )  # fmt: skip
+        for note in (*notes, *until_notes(guidance, guidance_until)):
+            logging.warning("LongCat: %s", note)
         given, frames = given and video_frames(given), video_frames(shape[2])
-        runs, no_floor = {REFERENCE: (model, ""), "B": (model_b, differences(model, model_b))}, "it is switched off"
+        less = [f"guidance until {until:g}"] if until < 1 and guidance != 1 else []
+        changed = ", ".join(filter(None, [differences(model, model_b), *less]))
+        runs, no_floor = {REFERENCE: (model, ""), "B": (model_b, changed)}, "it is switched off"
         if noise_floor:
             try:
                 kernel = floor_kernel(model)
@@ -101,7 +121,7 @@ class Fidelity(LongCatNode):
                 timer = StepTimer(each.load_device)
                 try:
                     samples = sample_latent(
-                        NODE, each, *inputs, timer=timer,
+                        NODE, each, *inputs, until if name == "B" else 1.0, timer=timer,
                         callback=lambda step, x0, x, total: shown.step(step + 1, total),
                     )  # fmt: skip
                     shown.task.phase(DECODING)

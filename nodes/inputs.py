@@ -11,10 +11,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .declarations import LONG_MODES, NODES
+from .declarations import NODES
 from .fields import Node, Socket, Widget
 from .finding import PLACES
 from .former import for_page
+from .widgets import LONG_MODES
 
 KINDS = {"whole": io.Int, "number": io.Float, "switch": io.Boolean, "text": io.String, "choice": io.Combo}
 PAGE = "longcat"

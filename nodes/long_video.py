@@ -17,16 +17,19 @@ from ..longcat_core.generate.options import FPS, LOSSY_CHANGES
 from ..longcat_core.generate.progress import sampled, segments_of
 from ..longcat_core.generate.request import RELEASED, GenerateRequest
 from ..longcat_core.generate.segment_folder import SegmentFolder
-from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR
+from ..longcat_core.generate.speeds import EXACT
+from ..longcat_core.sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from .checks import check_ranges, check_size
-from .declarations import CUSTOM, LONG_MODES
 from .engine import ComfyEngine
 from .folders import FolderNode, check_folder, output_folder, written_out
 from .images import to_image
 from .models import distilled_notes, require_longcat, until_notes
 from .progress import NodeProgress
 from .refine import refined_size
+from .sampling import latent_tokens
+from .speed import with_speed
 from .video import Reel, ReelImages, ReelVideo, check_fits, end_of_clip, footage_of
+from .widgets import CUSTOM, LONG_MODES
 
 LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
 # Frames side by side in a segment's strip, the strip's width in pixels, and the number of strips shown at once.
@@ -108,7 +111,7 @@ class LongVideo(FolderNode):
     def execute(
         cls, model, clip, vae, prompts, negative_prompt, segments, width, height, length, overlap, seed, steps,
         guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=FPS,
-        begin_fps=FPS, lossy_change=LOSSY_CHANGES[0], guidance_until=1.0,
+        begin_fps=FPS, lossy_change=LOSSY_CHANGES[0], guidance_until=1.0, speed=EXACT,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, LONG)
         given = None
@@ -122,12 +125,20 @@ class LongVideo(FolderNode):
             prompts, negative_prompt, segments, width, height, length, overlap, seed, steps, guidance, mode, fps,
             hand_off, kv_cache, given, guidance_until,
         )  # fmt: skip
+        first = request.first
+        shape = latent_shape(first.frames, height, width)
+        notes = [*distilled_notes(model, mode, guidance), *until_notes(guidance, guidance_until)]
+        model, until, found = with_speed(
+            model, speed, mode=first.schedule, guidance=guidance, guidance_until=guidance_until,
+            tokens=latent_tokens((1, *shape), latent_frames(first.cond_frames) if first.cond_frames else 0),
+        )  # fmt: skip
+        request = replace(request, first=replace(first, guidance_until=until))
         check_fits(cls.hidden, 0, request.total_frames, height, width)
         folder = written_out(folder, cls.hidden, width, height)
         kept = long_video.segment_folder(output_folder(folder), lossy_change, say)
         engine = ComfyEngine(LONG, model, clip, vae, [*request.prompts, negative_prompt])
         request = replace(request, model=engine.settings(), lossy=engine.lossy())
-        notes, report = [*distilled_notes(model, mode, guidance), *until_notes(guidance, guidance_until)], []
+        notes, report = [*notes, *found], []
         for note in notes:
             logging.warning("LongCat: %s", note)
         with NodeProgress(segments_of(request), what="segment") as shown:

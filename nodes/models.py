@@ -64,13 +64,6 @@ def with_option(model: ModelPatcher, key: str, value: Any) -> ModelPatcher:
     return model
 
 
-def without_option(model: ModelPatcher, key: str) -> ModelPatcher:
-    """A clone of the MODEL without one of its transformer_options."""
-    model = model.clone()
-    model.model_options.setdefault("transformer_options", {}).pop(key, None)
-    return model
-
-
 def switches_of(model: ModelPatcher) -> Optimizations:
     """The switches that LongCat Optimizations set on the MODEL, or the defaults."""
     return options_of(model).get(OPTIMIZATIONS_KEY, Optimizations())

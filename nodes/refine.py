@@ -13,11 +13,11 @@ from ..longcat_core.generate.refine import Padding, enlarge, size_note, target_s
 from ..longcat_core.generate.request import check_side
 from .checks import check_ranges, check_size
 from .conditioning import put_clean, require_wan_vae
-from .declarations import CUSTOM, TWICE
 from .engine import encode_video
 from .images import check_images, to_bytes
 from .inputs import LongCatNode
 from .progress import working
+from .widgets import CUSTOM, TWICE
 
 
 def refined_size(given: tuple[int, int], resolution: str, width: int, height: int) -> tuple[int, int]:

@@ -8,9 +8,9 @@ from comfy_api.latest import InputImpl, Types, io, ui
 
 from ..longcat_core.generate.options import FPS
 from ..longcat_core.nano.world import render_clip
-from .declarations import SAMPLES
 from .images import to_image
 from .inputs import LongCatNode
+from .widgets import SAMPLES
 
 SIZE = {"frames": 33, "height": 64, "width": 96}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.k_diffusion.sampling
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.progress import LOADING, sampled
 from ..longcat_core.generate.request import MAX_GUIDANCE, check_number
+from ..longcat_core.generate.speeds import EXACT
 from ..longcat_core.measure.clock import reset_peak, synchronize
 from ..longcat_core.model.kv_cache import KVMode, check_mode
 from ..longcat_core.optimize.switches import Optimizations
@@ -34,6 +35,7 @@ from .inputs import LongCatNode
 from .models import distilled_notes, require_longcat, until_notes
 from .previews import clean_frames, preview_callback
 from .progress import NodeProgress, begins
+from .speed import with_speed
 
 
 class Guider(comfy.samplers.CFGGuider):
@@ -105,6 +107,12 @@ def starting_latents(model: ModelPatcher, latent_image: dict[str, Any]) -> Tenso
     # Since ComfyUI 0.33 a latent carries its ratios, and the function takes them.
     known = ratios if any(ratio is not None for ratio in ratios) else ()
     return comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], *known)
+
+
+def latent_tokens(shape: Sequence[int], given: int) -> int:
+    """Tokens to generate in latents [B, C, T, h, w] of which the first `given` frames are conditioning frames."""
+    # A token is 2x2 latents.
+    return (shape[2] - given) * shape[3] * shape[4] // 4
 
 
 class StepTimer:
@@ -193,9 +201,17 @@ class Sampler(LongCatNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache="exact", guidance_until=1.0
-    ) -> io.NodeOutput:
-        for note in (*distilled_notes(model, mode, guidance), *until_notes(guidance, guidance_until)):
+        cls, model, positive, negative, latent_image, seed, steps, guidance, mode, kv_cache="exact",
+        guidance_until=1.0, speed=EXACT,
+    ) -> io.NodeOutput:  # fmt: skip
+        require_longcat(model, "LongCat Sampler")
+        notes = [*distilled_notes(model, mode, guidance), *until_notes(guidance, guidance_until)]
+        given = clean_frames(latent_image.get("noise_mask"))
+        model, guidance_until, found = with_speed(
+            model, speed, mode=mode, guidance=guidance, guidance_until=guidance_until,
+            tokens=latent_tokens(starting_latents(model, latent_image).shape, given),
+        )  # fmt: skip
+        for note in (*notes, *found):
             logging.warning("LongCat: %s", note)
         with NodeProgress([sampled(mode, steps)], closing=False):
             samples = sample_latent(

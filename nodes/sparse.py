@@ -13,7 +13,7 @@ from .checks import check_ranges
 from .comfy_network import SPARSE_KEY
 from .folders import output_folder
 from .inputs import LongCatNode
-from .models import require_longcat, with_option, without_option
+from .models import require_longcat, with_option
 
 NAME = "LongCat Sparse Attention"
 
@@ -38,8 +38,8 @@ class SparseAttention(LongCatNode):
             check_fits(found, model.model.diffusion_model, str(path))
             return io.NodeOutput(with_option(model, SPARSE_KEY, found.sparse(kernel=kernel)))
         if density == 1:
-            # Segment folders store the settings, and nothing where attention is full.
-            return io.NodeOutput(without_option(model, SPARSE_KEY))
+            # Full attention, also under a speed that would have it sparse.
+            return io.NodeOutput(with_option(model, SPARSE_KEY, None))
         settings = Sparse(density, dense_steps=dense_steps, kernel=kernel)
         logging.info("%s: density %g is not calibrated for this model; LongCat Calibrate does that", NAME, density)
         return io.NodeOutput(with_option(model, SPARSE_KEY, settings))

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.patcher_extension
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from ..longcat_core.sampling.flow import estimate_clean, output_of
 from ..longcat_core.sampling.step_cache import StepCache, StepCacheKind, check_kind
 from .comfy_network import RESIDUALS_KEY, step_at
 from .inputs import LongCatNode
-from .models import require_longcat, with_option, without_option
+from .models import require_longcat, with_option
 from .previews import clean_frames
 
 NAME = "LongCat Step Cache"
@@ -142,6 +143,16 @@ _WRAPPERS = {
 }
 
 
+def with_step_cache(model: ModelPatcher, threshold: float, kind: StepCacheKind) -> ModelPatcher:
+    """A clone of the MODEL with a step cache in place of any other; threshold 0: without one, under any speed."""
+    model = with_option(with_option(model, THRESHOLD_KEY, threshold), KIND_KEY, kind)
+    for place, wrapper in _WRAPPERS.items():
+        model.remove_wrappers_with_key(place, THRESHOLD_KEY)
+        if threshold > 0 and (kind == "steps" or wrapper is _sample):
+            model.add_wrapper_with_key(place, THRESHOLD_KEY, wrapper)
+    return model
+
+
 class StepCacheNode(LongCatNode):
     ID = "LongCatStepCache"
 
@@ -149,14 +160,7 @@ class StepCacheNode(LongCatNode):
     def execute(cls, model, threshold: float, kind: StepCacheKind = "steps") -> io.NodeOutput:
         require_longcat(model, NAME)
         check_kind(kind)
-        # Segment folders store the threshold, and nothing where no cache is on.
-        model = with_option(model, THRESHOLD_KEY, threshold) if threshold > 0 else without_option(model, THRESHOLD_KEY)
-        model = with_option(model, KIND_KEY, kind)
-        for place, wrapper in _WRAPPERS.items():
-            model.remove_wrappers_with_key(place, THRESHOLD_KEY)
-            if threshold > 0 and (kind == "steps" or wrapper is _sample):
-                model.add_wrapper_with_key(place, THRESHOLD_KEY, wrapper)
-        return io.NodeOutput(model)
+        return io.NodeOutput(with_step_cache(model, threshold, kind))
 
 
 NODES = [StepCacheNode]

@@ -37,7 +37,7 @@ RENAMED = {"guidance_scale": "guidance", "num_cond_frames": "cond_frames"}
 # What has no row: frames that scripts hand in directly, what filling notes, and positional arguments.
 WITHOUT_ROW = {"given", "source", "prompt", "chosen"}
 # Options of `generate` about the video that no node has: sockets and nodes take their place.
-WITHOUT_INPUT = {"size", "image", "video", "schedule", "distilled", "speed"}
+WITHOUT_INPUT = {"size", "image", "video", "schedule", "distilled"}
 
 
 def load_pages() -> Any:
@@ -271,6 +271,7 @@ def test_notes_of_a_help_page_are_kept(monkeypatch, tmp_path):
     folder = tmp_path / "web" / "docs"
     folder.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "cli.md").write_text(f"above\n{PAGES.START}\n{PAGES.END}\nbelow\n", encoding="utf-8")
     (tmp_path / "README.md").write_text(f"before\n{PAGES.START}\nold\n{PAGES.END}\nafter\n", encoding="utf-8")
     (folder / "LongCatGuider.md").write_text(f"old\n\n{PAGES.NOTES}\n\nby hand\n", encoding="utf-8")
     monkeypatch.setattr(PAGES, "ROOT", tmp_path)
@@ -278,3 +279,5 @@ def test_notes_of_a_help_page_are_kept(monkeypatch, tmp_path):
     page, readme = found[folder / "LongCatGuider.md"], found[tmp_path / "README.md"]
     assert page.startswith("# LongCat Guider\n") and page.endswith("by hand\n") and "old" not in page
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme.splitlines()
+    sets = found[tmp_path / "docs" / "cli.md"]
+    assert sets.startswith("above\n") and sets.endswith("below\n") and "| `fast` | base | fp8" in sets

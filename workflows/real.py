@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from longcat_core.generate.speeds import prices_in_words
+
 from .graph import Graph
 from .parts import decoded, latent, loaders, long_video, prompts, refine_long, report, sampler, saved
 from .weights import BASE, BF16, DISTILL, FP8, OFFICIAL, REFINEMENT, TEXT, VAE, Weight, table
@@ -145,6 +147,46 @@ def chain() -> Graph:
     return saved(graph, "refine", "longcat_long_720p")
 
 
+def fast() -> Graph:
+    text = f"""**speed** on LongCat Sampler stands for a set of lossy options that was measured: {prices_in_words()};
+    exact is the default. The console says what is in force on your machine and what is left out. The loader makes the
+    weights fp8 for it. LongCat Fidelity shows what a word changes in your own video."""
+    shown = ("a red square moves left on a white background",)
+    graph = real(9, "text to video 480p, fast", "480p, fast", shown, text)
+    loaders(graph, FILES, models=MODELS, weight_dtype="fp8 rowwise")
+    prompts(graph, CAT)
+    latent(graph, width=832, height=480, length=93)
+    sampler(graph, "model.MODEL", speed="fast")
+    return decoded(graph, "longcat_fast")
+
+
+def sparse() -> Graph:
+    text = """**LongCat Sparse Attention** computes some blocks exactly, here 15 %, and counts every other block as its
+    mean: faster at this size, and lossy. LongCat Calibrate finds for each head how many blocks it needs: put the name
+    of its file into **calibration**. Videos of less than 1,024 tokens keep full attention."""
+    shown = ("a blue circle moves up on a gray background",)
+    graph = real(10, "text to video 480p, sparse attention", "sparse attention", shown, text)
+    loaders(graph, FILES, models=MODELS)
+    graph.column(340, "2  What to make")
+    graph.add("sparse", "LongCatSparseAttention")
+    graph.link("model.MODEL sparse.model")
+    prompts(graph, CAT, same_column=True)
+    latent(graph, width=832, height=480, length=93)
+    sampler(graph, "sparse.MODEL")
+    return decoded(graph, "longcat_sparse")
+
+
 def graphs() -> Iterator[Graph]:
-    for make in (text_to_video, distilled, image_to_video, continuation, long, interactive, refine, chain):
+    for make in (
+        text_to_video,
+        distilled,
+        image_to_video,
+        continuation,
+        long,
+        interactive,
+        refine,
+        chain,
+        fast,
+        sparse,
+    ):
         yield make()

@@ -38,7 +38,7 @@ KEPT = {
 # The same of a version that named or kept something otherwise, and what it means now; inputs that came later are at the
 # end, with their defaults.
 FORMER = {
-    "LongCatSampler": ([7, "fixed", 50, 3.5, "base", True], [7, "fixed", 50, 3.5, "base", "exact", 1]),
+    "LongCatSampler": ([7, "fixed", 50, 3.5, "base", True], [7, "fixed", 50, 3.5, "base", "exact", 1, "exact"]),
     "LongCatGuider": ([3.5, False], [3.5, "off", 1]),
     # With late_scales before the last one.
     "LongCatOptimizations": (
