@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import LongCatError
 from ..files.places import check_place, check_suffix
 from ..generate.pipeline import Pipeline
+from ..generate.progress import LOADING, sampled
 from ..generate.request import FilledRequest
 from ..measure.clock import clean_up
 from ..measure.fidelity import psnr
@@ -21,7 +22,8 @@ from ..nano.adherence import LESSON_JUDGE, Judge, batch_of, generate_batch, judg
 from ..nano.lesson import write_lesson
 from ..optimize.requirement import Inputs
 from ..optimize.sparse.choose import in_use
-from .console import note, notes_from_warnings
+from ..sampling.sampler import Step
+from .console import Progress, note, notes_from_warnings, progress
 from .generate import print_notes
 from .models import paths_of
 from .versus import Side, by_model, load, sides_of, switch, without_effect_in
@@ -56,32 +58,46 @@ def score(args: argparse.Namespace) -> int:
         inputs = {"world": world.world, "model": str(args.model or ""), "lesson": args.lesson, "prompts": args.prompts}
         inputs |= {"size": f"{first.height}x{first.width}", "frames": first.frames, "batch": batch}
         results = ResultsFile("adherence", args.output.parent, sides[0].device, inputs, name=args.output.stem)
-    with notes_from_warnings():
-        _Scoring(sides, judge, args.prompts, results).run()
+    with notes_from_warnings(), progress() as bar:
+        table = _Scoring(sides, judge, args.prompts, results, bar).run()
+    if len(sides) > 1:
+        print(f"\n{table}")
     return 0
 
 
 class _Scoring:
     """Scores all settings, those that share a loaded model one after the other."""
 
-    def __init__(self, sides: Sequence[Side], judge: Judge, count: int, results: ResultsFile | None) -> None:
-        self.sides, self.judge, self.count, self.results = sides, judge, count, results
+    def __init__(
+        self, sides: Sequence[Side], judge: Judge, count: int, results: ResultsFile | None, bar: Progress
+    ) -> None:
+        self.sides, self.judge, self.count, self.results, self.bar = sides, judge, count, results, bar
         self.batch = min(batch_of([side.request for side in sides]), count)
         # Videos of the first setting, with which those of the others are compared.
         self.videos: dict[int, np.ndarray] = {}
         self.table: dict[str, list[str]] = {}
 
-    def run(self) -> None:
-        for group in by_model(self.sides):
+    def run(self) -> str:
+        """A table with a row for each setting."""
+        groups, batches = by_model(self.sides), math.ceil(self.count / self.batch)
+        order = [side for group in groups for side in group for _ in range(batches)]
+        parts = [sampled(side.request.schedule, side.request.steps, side.name) for side in order]
+        self.bar.plan(parts, what="video" if self.batch == 1 else "round")
+        for group in groups:
+            self.bar.task.phase(LOADING)
             pipeline = load(group, self.batch)
             for side in group:
                 switch(pipeline, side)
                 self._score(pipeline, side)
             del pipeline
             clean_up(group[0].device)
-        if len(self.table) > 1:
-            header = ["setting", *self.judge.attributes, "all", "control", "PSNR", "steps", "seconds"]
-            print(f"\n{aligned(markdown(header, [self.table[side.name] for side in self.sides]))}")
+        header = ["setting", *self.judge.attributes, "all", "control", "PSNR", "steps", "seconds"]
+        return aligned(markdown(header, [self.table[side.name] for side in self.sides]))
+
+    def _stepped(self, step: Step) -> None:
+        self.bar(step)
+        if step.index == step.total - 1:
+            self.bar.task.finish()
 
     def _score(self, pipeline: Pipeline, side: Side) -> None:
         request, network = side.request, pipeline.model
@@ -99,18 +115,18 @@ class _Scoring:
             elif len(self.sides) > 1:
                 self.videos[number] = video
 
-        found = measure(pipeline, self.count, request, self.judge, self.batch, each)
+        found = measure(pipeline, self.count, request, self.judge, self.batch, each, self._stepped)
         title = f"{side.name}: {side.options}" if side.options else side.name
-        print(f"{title}: " if len(self.sides) > 1 else "", end="")
-        print(
-            f"{self.count} fresh prompts, {request.steps} steps of which {found.computed:.1f} are computed, guidance "
-            f"{request.guidance_scale:g}, {found.seconds:.0f} s"
+        first = f"{title}: " if len(self.sides) > 1 else ""
+        self.bar.say(
+            f"{first}{self.count} fresh prompts, {request.steps} steps of which {found.computed:.1f} are computed, "
+            f"guidance {request.guidance_scale:g}, {found.seconds:.0f} s"
         )
         for kind in self.judge.attributes:
             right, total = found.right[kind], found.total[kind]
-            print(f"{kind:12} {right:4d} of {total:4d}  {right / total:6.1%}")
-        print(f"{'all':12} {found.right.total():4d} of {found.total.total():4d}  {found.fraction:6.1%}")
-        print(f"captions shuffled (control)  {found.control:6.1%}", flush=True)
+            self.bar.say(f"{kind:12} {right:4d} of {total:4d}  {right / total:6.1%}")
+        self.bar.say(f"{'all':12} {found.right.total():4d} of {found.total.total():4d}  {found.fraction:6.1%}")
+        self.bar.say(f"captions shuffled (control)  {found.control:6.1%}")
         middle = statistics.median(decibels.values()) if decibels else None
         shares = [found.right[kind] / found.total[kind] for kind in self.judge.attributes]
         cells = [f"{share:.1%}" for share in (*shares, found.fraction, found.control)]

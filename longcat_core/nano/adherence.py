@@ -119,17 +119,16 @@ def tally(
 
 @torch.no_grad()
 def generate_batch(
-    pipeline: Pipeline, prompts: list[str], seeds: list[int], request: FilledRequest, work: list[float] | None = None
+    pipeline: Pipeline,
+    prompts: list[str],
+    seeds: list[int],
+    request: FilledRequest,
+    stepped: Callable[[Step], None] | None = None,
 ) -> np.ndarray:
     """Videos uint8 [N, F, H, W, 3] of a request's size, several prompts in one network call.
 
-    request: for all but prompts and seeds. work: each step's computed share is appended.
+    request: for all but prompts and seeds. stepped: called after every step.
     """
-
-    def after(step: Step) -> None:
-        if work is not None:
-            work.append(step.computed)
-
     network, settings = pipeline.model, request.sparse_settings
     network.check_sparse(settings)
     context, mask = pipeline.text_encoder.encode(prompts)
@@ -149,10 +148,13 @@ def generate_batch(
             guidance_until=request.guidance_until,
             step_cache=request.step_cache,
             step_cache_kind=request.step_cache_kind,
-            callback=after,
+            callback=stepped,
         )
     finally:
         network.sparse = before
+        if network.stream is not None:
+            # The VAE is next and needs the memory.
+            network.stream.rest()
     return np.stack([to_bytes(pipeline.vae.decode(one[None])[0]) for one in latents])
 
 
@@ -186,14 +188,20 @@ def measure(
     judge: Judge = NANO_JUDGE,
     batch: int = BATCH,
     each: Callable[[int, np.ndarray], None] = lambda number, video: None,
+    stepped: Callable[[Step], None] = lambda step: None,
 ) -> Adherence:
     """Generate `count` fresh prompts (seed i for prompt i) and score them; the control averages shuffles by 1 to 5.
 
     request: for all but prompts and seeds. each: called with every video and its number, by several threads.
+    stepped: called after every step of every batch.
     """
     prompts = judge.prompts(count)
     scenes = [scene for _, scene in prompts]
     work: list[float] = []
+
+    def after(step: Step) -> None:
+        work.append(step.computed)
+        stepped(step)
 
     def look(number: int, video: np.ndarray) -> Any:
         each(number, video)
@@ -204,7 +212,7 @@ def measure(
         started, waiting = time.monotonic(), []
         for start in range(0, count, batch):
             seeds = list(range(start, min(start + batch, count)))
-            videos = generate_batch(pipeline, [prompts[i][0] for i in seeds], seeds, request, work)
+            videos = generate_batch(pipeline, [prompts[i][0] for i in seeds], seeds, request, after)
             waiting += [pool.submit(look, i, video) for i, video in zip(seeds, videos, strict=True)]
         seconds = time.monotonic() - started
         observations = [one.result() for one in waiting]
