@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import LongCatError
 from ..files.atomic import name_with, resolved
-from ..files.media import check_output, check_sound, estimate_bytes, write_video
+from ..files.media import VideoBeside, check_output, check_sound, estimate_bytes
 from ..files.regular import read_lines
 from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
 from ..generate.media import contact_sheet
@@ -49,8 +49,9 @@ SAME_NAME = (
     *("guidance_until", "kv_cache", "step_cache", "step_cache_kind", "sparse_kernel", "speed"),
 )
 
-# Frames uint8 [F, H, W, 3], or clips of that shape one after the other.
-Frames = TypeVar("Frames", bound=np.ndarray | Iterable[np.ndarray])
+# Takes the next frames of the video, uint8 [F, H, W, 3].
+Put = Callable[[np.ndarray], None]
+Made = TypeVar("Made")
 
 
 class _Task:
@@ -109,13 +110,24 @@ class _Task:
         pipeline.on_phase = lambda name: bar.task.phase(name)
         return pipeline
 
-    def run(self, make: Callable[[Progress], Frames]) -> Frames:
-        """Write the frames that `make` returns, and return them."""
-        with notes_from_warnings(), progress() as bar:
-            frames = make(bar)
+    def run(self, make: Callable[[Progress, Put], Made]) -> Made:
+        """Write the clips, uint8 [F, H, W, 3], that `make` puts, while it goes on; returns what it returns."""
+
+        def name() -> Path:
             self.output = self.args.outputs.settled(self.output)
-            write_video(self.output, frames, self.fps, self.sound)
-        return frames
+            return self.output
+
+        with notes_from_warnings(), progress() as bar, VideoBeside(name, self.fps, self.sound) as video:
+            return make(bar, video.add)
+
+    def run_parts(self, make: Callable[[Progress], Iterable[np.ndarray]]) -> None:
+        """Write the clips that `make` returns, while later ones are made."""
+
+        def put_all(bar: Progress, put: Put) -> None:
+            for clip in make(bar):
+                put(clip)
+
+        self.run(put_all)
 
     def report(self, details: str = "") -> int:
         """Print what was written; returns the exit code."""
@@ -142,9 +154,10 @@ def generate(args: argparse.Namespace) -> int:
     request = task.fitted(request)
     task.note(request.notes(), *there_in(request))
 
-    def make(bar: Progress) -> np.ndarray:
+    def make(bar: Progress, put: Put) -> np.ndarray:
         bar.plan([sampled(request.schedule, request.steps)])
-        made = task.load(work_of(request), bar, request.sparse_settings).generate(request, bar).frames
+        pipeline = task.load(work_of(request), bar, request.sparse_settings)
+        made = pipeline.generate(request, bar, on_frames=request.beginning(put)).frames
         bar.task.finish()
         bar.task.phase(SAVING)
         return request.begun(made)
@@ -192,7 +205,7 @@ def long(args: argparse.Namespace) -> int:
         whole = new_frames(folder, finished)
         return chain([first.begun(next(whole))], whole)
 
-    task.run(segments)
+    task.run_parts(segments)
     return task.report(f"{len(finished)} segments, ")
 
 
@@ -251,7 +264,7 @@ def refine(args: argparse.Namespace) -> int:
             bar.task.finish()
             yield frames
 
-    task.run(written if folder is None else lambda bar: kept(folder, bar))
+    task.run_parts(written if folder is None else lambda bar: kept(folder, bar))
     return task.report()
 
 

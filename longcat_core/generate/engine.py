@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -92,6 +92,10 @@ class Engine(ABC):
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents [1, C, T, h, w] -> uint8 frames [F, 8h, 8w, 3]."""
 
+    def decode_frames(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """The frames of `decode` part by part, as they leave the decoder, where an engine can give them so."""
+        yield self.decode(latents)
+
     @abstractmethod
     def _denoise(self, noise: Tensor, schedule: Schedule, prompt: str, options: Denoising) -> Tensor:
         """`denoise` with checked arguments, while this thread holds the turn."""
@@ -154,15 +158,22 @@ class Engine(ABC):
             return self._denoise(noise, schedule, prompt, options)
 
     def generate(
-        self, request: GenerateRequest, callback: Callback | None = None, handed: Tensor | None = None
+        self,
+        request: GenerateRequest,
+        callback: Callback | None = None,
+        handed: Tensor | None = None,
+        on_frames: Callable[[np.ndarray], None] | None = None,
     ) -> Generation:
         """Run one request. `callback` is called after each step; what it raises ends the run.
 
         handed: latents [1, C, n, H/8, W/8] of all conditioning frames but the first, used instead of encoding them.
+        on_frames: called with the frames, uint8 [f, H, W, 3], part by part as they leave the decoder, so that a file
+        can be written meanwhile (`VideoBeside`); it must not change them.
         Warns (UserWarning) if a prompt is longer than the model reads. Raises LongCatError for a bad request.
         """
         check_type("the request", request, GenerateRequest, "a GenerateRequest")
         check_callback(callback)
+        check_callback(on_frames, "what takes the frames")
         request = request.filled(self.defaults)
         self._check_sparse(request)
         if handed is not None:
@@ -184,7 +195,12 @@ class Engine(ABC):
                 sparse=request.sparse_settings,
             )
             check_finite(latents)
-            return Generation(self.decode(latents), latents.cpu(), request)
+            parts = []
+            for frames in self.decode_frames(latents):
+                if on_frames is not None:
+                    on_frames(frames)
+                parts.append(frames)
+            return Generation(np.concatenate(parts), latents.cpu(), request)
 
     def turn(self) -> AbstractContextManager[None]:
         """Held while this engine works, so that threads take turns. Engines that one thread uses need none."""

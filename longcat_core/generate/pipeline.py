@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -204,28 +204,49 @@ class Pipeline(Engine):
         check_tensor("the video", pixels, (None, 3, None, None, None))
         with self.turn():
             self.begins(ENCODING)
-            return self._tiled_if_needed(self.vae.encode, pixels)
+            try:
+                return self.vae.encode(pixels)
+            except torch.OutOfMemoryError as error:
+                self._in_tiles(error)
+            return self.vae.encode(pixels)
 
     def decode(self, latents: Tensor) -> np.ndarray:
+        return np.concatenate(list(self.decode_frames(latents)))
+
+    def decode_frames(self, latents: Tensor) -> Iterator[np.ndarray]:
         check_tensor("the latents", latents, (1, self.channels, None, None, None))
+        return self._decoded(latents)
+
+    def _decoded(self, latents: Tensor) -> Iterator[np.ndarray]:
+        # In tiles the decoder begins again, with frames that are out already.
+        done = begun = 0
         with self.turn():
             self.begins(DECODING)
-            frames = self._tiled_if_needed(self.vae.decode, latents)
-        check_finite(frames, "the VAE")
-        return frames[0].mul(255).round().to("cpu", torch.uint8).numpy()
+            parts = self.vae.decode_frames(latents)
+            while True:
+                try:
+                    part = next(parts, None)
+                except torch.OutOfMemoryError as error:
+                    self._in_tiles(error)
+                    parts, begun = self.vae.decode_frames(latents), 0
+                    continue
+                if part is None:
+                    return
+                check_finite(part, "the VAE")
+                new, begun = part[0, max(0, done - begun) :], begun + part.shape[1]
+                if len(new):
+                    done = begun
+                    yield new.mul(255).round().to(torch.uint8).cpu().numpy()
 
-    def _tiled_if_needed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        try:
-            return run(x)
-        except torch.OutOfMemoryError as error:
-            if self.vae.tiling:
-                raise
-            # The traceback's frames hold the tensors that fill the memory.
-            traceback.clear_frames(error.__traceback__)
+    def _in_tiles(self, error: torch.OutOfMemoryError) -> None:
+        """Let the VAE work on tiles after it ran out of memory; raises the error again if it does so already."""
+        if self.vae.tiling:
+            raise error
+        # The traceback's frames hold the tensors that fill the memory.
+        traceback.clear_frames(error.__traceback__)
         _empty_cache()
         warnings.warn("the VAE ran out of memory; it works on tiles from now on", stacklevel=3)
         self.vae.tiling = True
-        return run(x)
 
     def _make_room(self, guided: bool) -> bool:
         """Switch to the next smaller plan after a forward ran out of memory; False if it is the smallest already."""

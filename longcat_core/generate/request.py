@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -284,6 +285,23 @@ class FilledRequest(GenerateRequest):
             return frames
         own = resize_and_crop(self.given[-self.cond_frames :], self.height, self.width)
         return np.concatenate((own, frames[self.cond_frames :]))
+
+    def beginning(self, put: Callable[[np.ndarray], None]) -> Callable[[np.ndarray], None]:
+        """What takes the decoded frames part by part and passes those of `begun` on to `put`."""
+        if self.given is None or self.cond_frames < 2:
+            return put
+        done = 0
+
+        def part(frames: np.ndarray) -> None:
+            nonlocal done
+            if not done:
+                put(self.begun(frames[:0]))
+            new = frames[max(0, self.cond_frames - done) :]
+            done += len(frames)
+            if len(new):
+                put(new)
+
+        return part
 
     def _with_speed(self, defaults: Defaults) -> FilledRequest:
         """With what the speed decides. What an earlier one filled in is decided again, unless it was changed since."""

@@ -153,7 +153,9 @@ class StandIn:
         self.vae, self.plan_note = SimpleNamespace(tiling=False), ""
         self.request: GenerateRequest | None = None
 
-    def generate(self, request: GenerateRequest, callback: Callable[[Step], None]) -> Generation:
+    def generate(
+        self, request: GenerateRequest, callback: Callable[[Step], None], on_frames: Callable[[np.ndarray], None]
+    ) -> Generation:
         self.request = request
         if self.warn:
             warnings.warn_explicit(self.warn, UserWarning, "pipeline.py", 1, module="longcat_core.generate.pipeline")
@@ -162,6 +164,8 @@ class StandIn:
             callback(Step(i, request.steps, 0.0, 0.0, torch.zeros(1), torch.zeros(1)))
         frames = np.zeros((request.frames, request.height, request.width, 3), np.uint8)
         frames[...] = np.arange(request.frames, dtype=np.uint8)[:, None, None, None]
+        for part in (frames[:1], frames[1:]):
+            on_frames(part)
         return Generation(frames, torch.zeros(1), request)
 
 

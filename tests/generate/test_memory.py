@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from longcat_core.cli.main import main
 from longcat_core.errors import LongCatError
@@ -146,6 +148,23 @@ def test_the_vae_goes_on_in_tiles(clip, monkeypatch, part):
     Short(monkeypatch, vaes, f"{part}d", 0)
     with pytest.raises(torch.OutOfMemoryError):
         pipeline.generate(request(given=clip))
+
+
+def test_tiles_go_on_where_the_frames_ended(monkeypatch):
+    """Out of memory after some frames are out: none is missing and none comes twice."""
+    pipeline, latents = Pipeline.load(), seeded_noise((1, 16, 3, 4, 6), 1)
+    whole, plain = pipeline.decode(latents), vaes.decoded
+
+    def short(*args: object) -> Iterator[Tensor]:
+        for number, part in enumerate(plain(*args, most=1)):
+            if number == 4 and not pipeline.vae.tiling:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield part
+
+    monkeypatch.setattr(vaes, "decoded", short)
+    with pytest.warns(UserWarning, match="on tiles from now on"):
+        parts = list(pipeline.decode_frames(latents))
+    assert len(parts) == 9 and np.array_equal(np.concatenate(parts), whole)
 
 
 def test_a_plan_is_made_for_what_is_free(monkeypatch):

@@ -132,6 +132,22 @@ def test_pictures_are_fitted_to_the_size(tiny: Pipeline) -> None:
     assert tiny.generate(request(given=picture, frames=5, width=32)).frames.shape == (5, 64, 32, 3)
 
 
+def test_frames_are_handed_over_as_they_leave_the_decoder(tiny: Pipeline) -> None:
+    parts: list[np.ndarray] = []
+    made = tiny.generate(request(frames=9), on_frames=parts.append)
+    assert [len(part) for part in parts] == [1, 8] and np.array_equal(np.concatenate(parts), made.frames)
+    with pytest.raises(LongCatError, match="what takes the frames cannot be of type str; give a function"):
+        tiny.generate(request(frames=9), on_frames="print")
+    clip = np.random.default_rng(0).integers(0, 256, (5, 64, 96, 3), np.uint8)
+    filled, begun = request(frames=9, given=clip, num_cond_frames=5).filled(tiny.defaults), []
+    assert filled.cond_frames == 5
+    put = filled.beginning(begun.append)
+    for start, stop in ((0, 1), (1, 3), (3, 7), (7, 9)):
+        put(made.frames[start:stop])
+    assert np.array_equal(np.concatenate(begun), filled.begun(made.frames))
+    assert np.array_equal(begun[0], clip) and request(frames=9).filled(tiny.defaults).beginning(put) is put
+
+
 def test_a_prompt_that_is_cut_gives_a_warning(tiny: Pipeline, golden: dict[str, Tensor]) -> None:
     full = {**golden, "pos.mask": torch.ones_like(golden["pos.mask"])}
     tiny.text_encoder = GoldenText(full)

@@ -1,0 +1,86 @@
+"""Write a video in a thread while its frames are still made, so that neither waits for the other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from .writing import write_video
+
+# Clips that may wait for the encoder; whoever makes more waits too, so that memory stays flat.
+WAITING = 4
+
+
+class _GivenUp(Exception):
+    """Ends the writer's work without a file."""
+
+
+class VideoBeside:
+    """A context manager around the making of a video: `add` its clips, and at the end of the block the file is there.
+
+    path: of the file, or what returns it, called with the first clip. fps, sound: see `write_video`. If the block ends
+    with an error, no file appears. `add` and the end of the block raise what `write_video` raises.
+    """
+
+    def __init__(
+        self, path: str | Path | Callable[[], str | Path], fps: float, sound: str | Path | None = None
+    ) -> None:
+        self._path, self._fps, self._sound = path, fps, sound
+        self._clips: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(WAITING)
+        self._failed: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def add(self, clip: np.ndarray) -> None:
+        """The next frames, uint8 [F, H, W, 3], which the caller does not change any more."""
+        self._begin()
+        self._put(clip)
+        if self._failed is not None:
+            raise self._failed
+
+    def __enter__(self) -> VideoBeside:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            # Without any clip the writer says so.
+            self._begin()
+        if self._thread is not None:
+            self._put(None if error is None else _GivenUp())
+            self._thread.join()
+        if error is None and self._failed is not None:
+            raise self._failed
+
+    def _begin(self) -> None:
+        if self._thread is None:
+            path = self._path() if callable(self._path) else self._path
+            self._thread = threading.Thread(target=self._write, args=(path,), name="writing a video", daemon=True)
+            self._thread.start()
+
+    def _put(self, clip: np.ndarray | BaseException | None) -> None:
+        """Hand over a clip, unless the writer has failed and takes none any more."""
+        while self._failed is None:
+            try:
+                return self._clips.put(clip, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _write(self, path: str | Path) -> None:
+        try:
+            write_video(path, self._taken(), self._fps, self._sound)
+        except _GivenUp:
+            pass
+        except BaseException as error:
+            self._failed = error
+
+    def _taken(self) -> Iterator[np.ndarray]:
+        while (clip := self._clips.get()) is not None:
+            if isinstance(clip, BaseException):
+                raise clip
+            yield clip
