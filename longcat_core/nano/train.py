@@ -350,6 +350,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-scale", type=float, default=1.0, help="share of the batch sizes")
     parser.add_argument("--state", type=Path, help="file to keep the transformer's training state in, to go on later")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds of steps after which to stop")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="DIR", help="folder whose text encoder and VAE mini takes over, finished"
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
 
 

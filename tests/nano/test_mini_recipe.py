@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import random
+import shutil
 
 import pytest
 import torch
@@ -45,6 +48,23 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert rate_at(1.0, 10 * WARM_UP) == 0
 
 
+def test_the_course_goes_from_tiny_pictures_to_full_ones():
+    items = recipes.lessons(RECIPES["mini"])
+
+    def drawn(share: float, prepared: tuple = ()) -> set[str]:
+        rng = random.Random(0)
+        return {recipes.draw_lesson(items, share, prepared, rng).bucket for _ in range(400)}
+
+    assert drawn(0.0) == drawn(0.29) == {"tiny"}
+    assert drawn(0.4) == {"tiny", "small"}
+    assert drawn(0.6) == {"small", "full"}
+    assert drawn(0.75) == drawn(1.0) == {"full"}
+    conditions = {recipes.draw_lesson(items, 0.9, (), random.Random(i)).cond for i in range(60)}
+    assert conditions == {0, 1, 4}
+    # A step that is hardly drawn any more is not compiled for it, and goes on where it is there already.
+    assert drawn(0.495) == {"small"} and drawn(0.495, items) == {"tiny", "small"}
+
+
 def test_mini_is_what_it_is_for():
     """Head dim 128, about 60 M parameters, 3,840 tokens: 60 blocks of 64."""
     recipe = RECIPES["mini"]
@@ -61,7 +81,7 @@ def test_every_run_goes_on_where_the_last_one_stopped(trained):
     for before, after in itertools.pairwise(clocks):
         assert before["done"].items() <= after["done"].items()
         assert sum(after["seconds"].values()) > sum(before["seconds"].values())
-    assert list(clocks[-1]["done"]) == ["text", "vae", "small", "full", "transformer"]
+    assert list(clocks[-1]["done"]) == ["text", "vae", "tiny", "small", "full", "transformer"]
 
 
 def test_the_folder_is_a_model_that_generates(trained):
@@ -73,6 +93,47 @@ def test_the_folder_is_a_model_that_generates(trained):
     assert pipeline.model.config == RECIPES["mini-tiny"].config
     result = pipeline.generate(GenerateRequest("a plain red circle moves left on a cloudy gray background", steps=2))
     assert result.frames.shape == (9, 32, 48, 3)
+
+
+def test_text_and_vae_are_taken_from_a_finished_folder(trained, tmp_path, monkeypatch):
+    folder, clocks = trained
+    stages = []
+    monkeypatch.setattr(recipes, "train_transformer", lambda *_: stages.append("transformer") or "done")
+    for name in ("train_text", "train_vae"):
+        monkeypatch.setattr(recipes, name, lambda *_: pytest.fail("a finished stage was trained again"))
+    assert recipes.train_mini(tmp_path, size="mini-tiny", minutes=0.2, start_from=folder, device=CPU)
+    for file in (recipes.TEXT_FILE, recipes.VAE_FILE):
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+    clock = json.loads((tmp_path / "state" / "clock.json").read_text())
+    assert stages == ["transformer"] and clock["done"]["vae"] == f"taken from {folder}"
+    for stage in ("text", "vae"):
+        assert 0 <= clock["seconds"][stage] - clocks[-1]["seconds"][stage] < 2
+    # The same command again changes nothing.
+    assert recipes.train_mini(tmp_path, size="mini-tiny", minutes=0.2, start_from=folder, device=CPU)
+    assert stages == ["transformer"]
+
+
+@pytest.mark.parametrize(
+    ("size", "break_it", "said"),
+    [
+        ("mini", lambda folder: None, "was trained with another --size"),
+        ("mini-tiny", lambda folder: (folder / "vae" / "vae.safetensors").unlink(), "has no finished VAE"),
+        ("mini-tiny", lambda folder: (folder / "world.json").unlink(), "holds no training of mini"),
+        (
+            "mini-tiny",
+            lambda folder: (folder / "state" / "clock.json").write_text('{"seconds": {}, "done": {"text": ""}}'),
+            "has no finished VAE",
+        ),
+    ],
+)
+def test_folders_to_start_from_are_checked(trained, tmp_path, size, break_it, said):
+    other = tmp_path / "other"
+    shutil.copytree(trained[0], other, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part in (recipes.TEXT_FILE, recipes.VAE_FILE):
+        shutil.copyfile(trained[0] / part, other / part)
+    break_it(other)
+    with pytest.raises(LongCatError, match=said):
+        recipes.train_mini(tmp_path / "new", size=size, start_from=other, device=CPU)
 
 
 def test_mini_is_not_written_into_the_pack(capsys):

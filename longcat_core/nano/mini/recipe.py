@@ -1,4 +1,8 @@
-"""How LongCat-mini is trained: text encoder, VAE, clips, transformer, within a number of minutes, over several runs."""
+"""How LongCat-mini is trained: text encoder, VAE, clips, transformer, within a number of minutes, over several runs.
+
+The transformer learns on pictures of a third of the sides first, then of half, then on whole ones: forms, colors and
+motions take tens of thousands of steps, and a small step costs a tenth.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,21 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, autocast
 
 from ...checkpoints.formats import OFFICIAL
 from ...checkpoints.load import official_state
 from ...errors import LongCatError
-from ...files.atomic import atomic_path
+from ...files.atomic import atomic_path, reason
 from ...files.safetensors_io import read_tensors, write_safetensors
 from ...generate.paths import NANO_WEIGHTS, WORLD_FILE
 from ...generate.text import load_text_encoder
@@ -46,42 +52,51 @@ CONFIG = ModelConfig(
 MODEL_FILE = Path("dit", "diffusion_pytorch_model.safetensors")
 VAE_FILE = Path("vae", "vae.safetensors")
 TEXT_FILE = Path("text_encoder", "model.safetensors")
-STATE = "state"
+STATE, CLOCK = "state", "clock.json"
 TOKENS = 96  # of a caption in training, and of the negative prompt
 VOCABULARY = 640
-PARAPHRASES = 4
 LEARNING_RATE = 8e-4
 WARM_UP = 200  # steps
 EMPTY_TEXT, NEGATIVE_TEXT = 0.06, 0.06
 LOG_EVERY = 100  # steps
-CHUNK = 8  # clips drawn and encoded at once
+CHUNK = 8  # full clips drawn and encoded at once, and as many pixels of smaller ones
+# How often steps of each bucket are drawn: pairs of a share of the transformer's time and a weight, with lines between.
+COURSE: dict[str, tuple[tuple[float, float], ...]] = {
+    "tiny": ((0.3, 1.0), (0.5, 0.0)),
+    "small": ((0.3, 0.0), (0.5, 1.0), (0.7, 0.0)),
+    "full": ((0.5, 0.0), (0.7, 1.0)),
+}
+RARE = 0.05  # share of the steps, below which a lesson is not compiled
+# Share of the time for clips at which the drawing of each bucket ends.
+DRAWN = {"tiny": 0.4, "small": 0.65, "full": 1.0}
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Clips of one size: how many there are and how many a step takes."""
+    """Clips of one size: how many there are, how many a step takes, and how many captions each has."""
 
     height: int
     width: int
     clips: int
     batch: int
+    captions: int = 4
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Sizes of one training. vae_until, clips_until: share of the minutes at which the VAE and the drawing of clips
-    end; small_until: share of the transformer's time in which small pictures are trained too."""
+    end."""
 
     config: ModelConfig = CONFIG
     frames: int = FRAMES
-    full: Bucket = Bucket(HEIGHT, WIDTH, 9000, 16)
-    small: Bucket = Bucket(HEIGHT // 2, WIDTH // 2, 9000, 64)
+    tiny: Bucket = Bucket(HEIGHT // 3, 96, 24000, 32, 2)
+    small: Bucket = Bucket(HEIGHT // 2, WIDTH // 2, 6000, 32)
+    full: Bucket = Bucket(HEIGHT, WIDTH, 3000, 16)
     text_steps: int = 900
     corpus: int = 8000
     captions: int = 24000
     vae_until: float = 0.22
     clips_until: float = 0.33
-    small_until: float = 0.6
     vae_shapes: tuple[tuple[int, int, int, int], ...] = ((9, 192, 320, 1), (17, 96, 160, 2), (1, 192, 320, 8))
 
     @property
@@ -95,8 +110,9 @@ RECIPES = {
     "mini-tiny": Recipe(
         config=ModelConfig(hidden_size=128, depth=2, num_heads=1, caption_channels=32, ffn_hidden=128, adaln_dim=32),
         frames=9,
-        full=Bucket(32, 48, 6, 2),
+        tiny=Bucket(16, 16, 6, 2),
         small=Bucket(16, 32, 6, 2),
+        full=Bucket(32, 48, 6, 2),
         text_steps=2,
         corpus=400,
         captions=64,
@@ -153,30 +169,50 @@ def draw_clips(
     placements = place(scenes, seed)
     mean, std = vae.mean.to(device), vae.std.to(device)
     latents: list[Tensor] = []
-    until = recipe.clips_until if name == "full" else recipe.vae_until + 0.35 * (recipe.clips_until - recipe.vae_until)
-    for start in range(0, bucket.clips, CHUNK):
-        part = placements[slice(start, start + CHUNK)].to(device)
+    begin = recipe.vae_until
+    until = begin + DRAWN[name] * (recipe.clips_until - begin)
+    chunk = CHUNK * recipe.full.height * recipe.full.width // (bucket.height * bucket.width)
+    for number, start in enumerate(range(0, bucket.clips, chunk)):
+        part = placements[slice(start, start + chunk)].to(device)
         video = render(part, recipe.frames, bucket.height, bucket.width, compiled=device.type == "cuda")
         with autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mu = encode_whole(vae.model, video * 2 - 1).float()
         latents.append(((mu - mean) / std).to(torch.bfloat16))
-        if start // CHUNK % 16 == 15:
+        if number % 8 == 7:
             latents[-1].sum().item()  # waits, so that the clock sees the time
             clock.tick(name)
             if clock.share > until:
                 break
     drawn = torch.cat(latents)
-    texts = [caption(scene, rng if k else None) for scene in scenes[: len(drawn)] for k in range(PARAPHRASES)]
-    context, mask = (part.unflatten(0, (-1, PARAPHRASES)) for part in nano._embed(encoder, texts, TOKENS))
+    texts = [caption(scene, rng if k else None) for scene in scenes[: len(drawn)] for k in range(bucket.captions)]
+    context, mask = (part.unflatten(0, (-1, bucket.captions)) for part in nano._embed(encoder, texts, TOKENS))
     write_safetensors(folder / STATE / f"{name}.safetensors", {"latents": drawn, "context": context, "mask": mask})
     return f"{len(drawn)} clips, deviation of the latents {drawn.float().std():.3f}"
 
 
 def lessons(recipe: Recipe) -> tuple[Lesson, ...]:
-    """Small pictures, then full ones: from text, from a picture, and from the end of a clip."""
+    """Smaller pictures from text, and full ones from text, from a picture, and from the end of a clip."""
     last = min(4, recipe.latents - 1)
-    full = (Lesson("full", recipe.latents, cond, weight) for cond, weight in ((0, 6), (1, 1.5), (last, 1.5)))
-    return (Lesson("small", recipe.latents, 0, 6), *full)
+    smaller = (Lesson(name, recipe.latents, 0, 1.0) for name in ("tiny", "small"))
+    full = (Lesson("full", recipe.latents, cond, weight) for cond, weight in ((0, 0.7), (1, 0.15), (last, 0.15)))
+    return (*smaller, *full)
+
+
+def weight_at(bucket: str, share: float) -> float:
+    """How often steps of a bucket are drawn after a share of the transformer's time."""
+    shares, weights = zip(*COURSE[bucket], strict=True)
+    return float(np.interp(share, np.array(shares), np.array(weights)))
+
+
+def draw_lesson(items: Sequence[Lesson], share: float, prepared: Collection[Lesson], rng: random.Random) -> Lesson:
+    """One of the lessons that the course has after a share of the time. prepared: those whose steps are compiled; one
+    that is hardly drawn then is not worth the seconds that this takes."""
+    weights = [item.weight * weight_at(item.bucket, share) for item in items]
+    least = RARE * sum(weights)
+    worth = [
+        weight if weight >= least or item in prepared else 0.0 for item, weight in zip(items, weights, strict=True)
+    ]
+    return rng.choices(items, worth)[0]
 
 
 def rate_at(share: float, step: int) -> float:
@@ -199,7 +235,7 @@ class Teacher:
     def __init__(self, folder: Path, recipe: Recipe, seed: int, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         encoder = load_text_encoder(folder / TEXT_FILE, device=device)
-        self.data = {name: read_tensors(folder / STATE / f"{name}.safetensors", device) for name in ("full", "small")}
+        self.data = {name: read_tensors(folder / STATE / f"{name}.safetensors", device) for name in COURSE}
         self.nothing, self.negative = (nano._embed(encoder, [t], TOKENS) for t in ("", DEFAULT_NEGATIVE_PROMPT))
         torch.manual_seed(seed)
         self.model = new_model(recipe, device)
@@ -208,16 +244,13 @@ class Teacher:
         self.counts: dict[Lesson, int] = {}
 
     def lesson(self, share: float, rng: random.Random) -> Lesson:
-        """Small pictures get rarer until none are trained."""
-        left = max(0.0, 1 - share / self.recipe.small_until)
-        weights = [item.weight * (2.5 * left if item.bucket == "small" else 1.0) for item in self.lessons]
-        return rng.choices(self.lessons, weights)[0]
+        return draw_lesson(self.lessons, share, self.trainer.steps, rng)
 
     def step(self, lesson: Lesson, rate: float) -> Tensor:
         """One training step; returns the loss."""
         clips, bucket = self.data[lesson.bucket], getattr(self.recipe, lesson.bucket)
         rows = torch.randint(len(clips["latents"]), (bucket.batch,), device=self.device)
-        version = torch.randint(PARAPHRASES, rows.shape, device=self.device)
+        version = torch.randint(bucket.captions, rows.shape, device=self.device)
         text = clips["context"][rows, version], clips["mask"][rows, version]
         text = drop_text(*drop_text(*text, *self.negative, NEGATIVE_TEXT), *self.nothing, EMPTY_TEXT)
         shifts = zip((len(rows) // 2, (len(rows) + 1) // 2), nano.SIGMA_SHIFTS, strict=True)
@@ -270,17 +303,53 @@ def train_transformer(folder: Path, recipe: Recipe, clock: Clock, seed: int, dev
             clock.pause_if_due()
 
 
+def world_of(recipe: Recipe) -> dict[str, Any]:
+    """What the folder says about its world."""
+    return {"world": "mini", "height": recipe.full.height, "width": recipe.full.width, "frames": recipe.frames}
+
+
 def write_folder(folder: Path, recipe: Recipe) -> None:
     """The folders and what says how the model is used: its config, and the size and the scorer of its videos."""
-    for file in (MODEL_FILE, VAE_FILE, TEXT_FILE, Path(STATE, "clock.json")):
+    for file in (MODEL_FILE, VAE_FILE, TEXT_FILE, Path(STATE, CLOCK)):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
     config = recipe.config.to_dict()
-    world = {"world": "mini", "height": recipe.full.height, "width": recipe.full.width, "frames": recipe.frames}
     vae = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "base_dim": BASE_DIM}
-    written = {MODEL_FILE.parent / "config.json": config, VAE_FILE.parent / "config.json": vae, Path(WORLD_FILE): world}
+    written = {
+        MODEL_FILE.parent / "config.json": config,
+        VAE_FILE.parent / "config.json": vae,
+        Path(WORLD_FILE): world_of(recipe),
+    }
     for name, values in written.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def take_over(folder: Path, other: Path, recipe: Recipe, clock: Clock) -> None:
+    """Copy text encoder and VAE of another training of this size, and mark both stages as done with their seconds.
+
+    Raises LongCatError unless `other` has both and was trained by this recipe. Without its clock, the time of both is
+    not counted.
+    """
+    remedy = "give the folder of a training that has finished these stages, or leave out --start-from"
+    try:
+        config = json.loads((other / MODEL_FILE.parent / "config.json").read_text(encoding="utf-8"))
+        world = json.loads((other / WORLD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LongCatError(f"{other} holds no training of mini ({reason(error)}); {remedy}") from error
+    if config != json.loads(json.dumps(recipe.config.to_dict())) or world != world_of(recipe):
+        raise LongCatError(f"{other} was trained with another --size; {remedy}")
+    before = Clock(other / STATE / CLOCK, clock.budget)
+    files = {"text": (TEXT_FILE, "text encoder"), "vae": (VAE_FILE, "VAE")}
+    for stage, (file, what) in files.items():
+        if not (other / file).is_file() or (before.done and stage not in before.done):
+            raise LongCatError(f"{other} has no finished {what}; {remedy}")
+    for stage, (file, _) in files.items():
+        if stage in clock.done:
+            continue
+        with atomic_path(folder / file) as temporary:
+            shutil.copyfile(other / file, temporary)
+        clock.seconds[stage] = before.seconds.get(stage, 0.0)
+        clock.finish(stage, f"taken from {other}")
 
 
 def train_mini(
@@ -290,17 +359,18 @@ def train_mini(
     minutes: float = 24.0,
     stop_after: float = math.inf,
     seed: int = 0,
+    start_from: Path | None = None,
     device: torch.device,
 ) -> bool:
     """Train LongCat-mini into `folder`, a model's folder of the official form; returns whether it is finished.
 
     minutes: of all runs together. stop_after: seconds after which this run ends, to be continued by another with the
-    same folder. Every stage resumes where it was, with other random numbers than an uninterrupted run. Raises
-    LongCatError if training diverges.
+    same folder. Every stage resumes where it was, with other random numbers than an uninterrupted run. start_from: a
+    folder whose text encoder and VAE are taken over, see `take_over`. Raises LongCatError if training diverges.
     """
     recipe = RECIPES[size]
     write_folder(folder, recipe)
-    clock = Clock(folder / STATE / "clock.json", minutes * 60, stop_after)
+    clock = Clock(folder / STATE / CLOCK, minutes * 60, stop_after)
 
     def stage(name: str, run: Callable[[], str]) -> None:
         if name not in clock.done:
@@ -308,10 +378,12 @@ def train_mini(
 
     shapes: Any = recipe.vae_shapes
     try:
+        if start_from is not None:
+            take_over(folder, start_from, recipe, clock)
         stage("text", lambda: train_text(folder, recipe, seed, device))
         until = recipe.vae_until
         stage("vae", lambda: train_vae(folder / VAE_FILE, folder / STATE, shapes, clock, until, seed, device))
-        for i, name in enumerate(("small", "full")):
+        for i, name in enumerate(COURSE):
             bucket: Bucket = getattr(recipe, name)
             stage(name, partial(draw_clips, folder, name, bucket, recipe, clock, seed + i, device))
         stage("transformer", lambda: train_transformer(folder, recipe, clock, seed, device))
@@ -327,6 +399,6 @@ def run(args: argparse.Namespace) -> int:
         raise LongCatError(f"--size {args.size} does not belong to the pack; give --output with a folder for it")
     if not args.minutes > 0:
         raise LongCatError(f"--minutes {args.minutes:g} must be above 0")
-    arguments = {name: getattr(args, name) for name in ("size", "minutes", "stop_after", "seed")}
+    arguments = {name: getattr(args, name) for name in ("size", "minutes", "stop_after", "seed", "start_from")}
     train_mini(args.output, device=device, **arguments)
     return 0
