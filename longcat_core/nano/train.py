@@ -32,7 +32,7 @@ from ..model.text import fold_padding
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
-from ..training.step import WeightAverage, captured, drop_text, flow_matching_loss, initialize, sample_sigmas
+from ..training.step import WeightAverage, captured, drop_text, flow_matching_errors, initialize, sample_sigmas
 from .autoencoder import encode_whole, train_autoencoder
 from .reading import train_text_encoder
 from .world import caption, corpus, place, render, sample_scene
@@ -182,7 +182,7 @@ class Trainer:
 
     def train(self, lesson: Lesson, rate: float, *inputs: Tensor) -> Tensor:
         """One step on latents [B, C, T, h, w] fp32, sigmas [B], text [B or 1, L, D] and its mask [B or 1, L]; returns
-        the loss."""
+        the loss of each sample [B]."""
         if lesson not in self.steps:
             self.steps[lesson] = self._prepare(lesson, [tensor.clone() for tensor in inputs])
         buffers, step = self.steps[lesson]
@@ -196,12 +196,12 @@ class Trainer:
         cuda = self.device.type == "cuda"
         with autocast(self.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
             text = fold_padding(context, mask != 0, self.model.embed_tokens, TEXT_LENGTH).expand(len(latents))
-            loss = flow_matching_loss(self.model, latents, sigmas, text, num_cond_latents=lesson.cond)
-        loss.backward()
+            losses = flow_matching_errors(self.model, latents, sigmas, text, num_cond_latents=lesson.cond)
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.average.update()
-        return loss.detach()
+        return losses.detach()
 
     def _compile(self, block: Block, lesson: Lesson) -> None:
         # One graph serves every size without conditioning frames. With them the compiler fails on symbolic sizes
@@ -298,9 +298,10 @@ def train_transformer(
         sigmas = torch.cat([sample_sigmas(n, shift, device=device) for n, shift in shifts])
         rate = LEARNING_RATE * min(1.0, (step + 1) / 500) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         latents = clips.latents[rows, :, : lesson.latents].float()
-        loss = trainer.train(lesson, rate, latents, sigmas, context.float(), mask)
+        losses = trainer.train(lesson, rate, latents, sigmas, context.float(), mask)
         if step % 20 == 0 or step == done:
-            smooth = loss.item() if step == done else 0.95 * smooth + 0.05 * loss.item()
+            loss = losses.mean().item()
+            smooth = loss if step == done else 0.95 * smooth + 0.05 * loss
         if step % LOG_EVERY == LOG_EVERY - 1:
             print(f"step {step + 1}/{steps} {time.monotonic() - started:.0f} s: loss {smooth:.4f}", flush=True)
         late = time.monotonic() - started > stop_after

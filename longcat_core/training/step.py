@@ -34,6 +34,21 @@ def flow_matching_loss(
     latents [B, C, T, H, W] fp32, normalized; sigmas [B] in 0..1; context and mask as for the network. The first
     `num_cond_latents` frames stay clean at timestep 0 and have no loss.
     """
+    options: dict[str, Any] = {"num_cond_latents": num_cond_latents, "noise": noise}
+    return flow_matching_errors(model, latents, sigmas, context, mask, **options).mean()
+
+
+def flow_matching_errors(
+    model: OptimizedTransformer,
+    latents: Tensor,
+    sigmas: Tensor,
+    context: Tensor | TextTokens,
+    mask: Tensor | None = None,
+    *,
+    num_cond_latents: int = 0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """`flow_matching_loss` of each sample: [B] fp32."""
     noise = torch.randn_like(latents) if noise is None else noise
     level = sigmas[:, None].repeat(1, latents.shape[2])
     level[:, :num_cond_latents] = 0
@@ -41,7 +56,7 @@ def flow_matching_loss(
     noisy = torch.lerp(latents, noise, weight)
     out = model(noisy, level * NUM_TRAIN_TIMESTEPS, context, mask, num_cond_latents=num_cond_latents)
     error = (out - (latents - noise))[:, :, num_cond_latents:]
-    return error.square().mean()
+    return error.square().flatten(1).mean(1)
 
 
 def drop_text(

@@ -247,7 +247,7 @@ class Teacher:
         return draw_lesson(self.lessons, share, self.trainer.steps, rng)
 
     def step(self, lesson: Lesson, rate: float) -> Tensor:
-        """One training step; returns the loss."""
+        """One training step; returns the loss of each clip [B], those at higher noise first."""
         clips, bucket = self.data[lesson.bucket], getattr(self.recipe, lesson.bucket)
         rows = torch.randint(len(clips["latents"]), (bucket.batch,), device=self.device)
         version = torch.randint(bucket.captions, rows.shape, device=self.device)
@@ -281,13 +281,14 @@ def train_transformer(folder: Path, recipe: Recipe, clock: Clock, seed: int, dev
     while True:
         share = (clock.spent - begin) / max(1.0, clock.budget - begin)
         lesson = teacher.lesson(share, rng)
-        loss = teacher.step(lesson, rate_at(share, step))
+        found = teacher.step(lesson, rate_at(share, step))
         step += 1
         if step % 10 == 0 or step == first + 1:
-            name, value = f"{lesson.bucket} {lesson.cond}", loss.item()
-            losses[name] = value if name not in losses else 0.9 * losses[name] + 0.1 * value
-            if not math.isfinite(value):
-                raise LongCatError(f"training diverged before step {step}; try another --seed")
+            for noise, part in zip(("high", "low"), found.tensor_split(2), strict=True):
+                name, value = f"{lesson.bucket} {lesson.cond} {noise}", part.mean().item()
+                losses[name] = value if name not in losses else 0.9 * losses[name] + 0.1 * value
+                if not math.isfinite(value):
+                    raise LongCatError(f"training diverged before step {step}; try another --seed")
             clock.tick("transformer")
         if step % LOG_EVERY == 0:
             shown = ", ".join(f"{name}: {value:.4f}" for name, value in sorted(losses.items()))
@@ -299,7 +300,7 @@ def train_transformer(folder: Path, recipe: Recipe, clock: Clock, seed: int, dev
             clock.save()
             if ended:
                 counts = ", ".join(f"{n} of {item.bucket} {item.cond}" for item, n in teacher.counts.items())
-                return f"{step} steps (this run {counts}), loss {losses.get('full 0', math.nan):.4f}"
+                return f"{step} steps (this run {counts}), loss {losses.get('full 0 low', math.nan):.4f} at low noise"
             clock.pause_if_due()
 
 
