@@ -123,10 +123,11 @@ def _speeds(speeds: ModuleType) -> str:
     for word, kinds in speeds.SETS.items():
         for kind, found in kinds.items():
             price = found.price
-            cost = (f"{price.psnr:.3g} dB", f"{price.times:.2g}") if price else ("not measured",) * 2
-            if found.options:
+            if price is not None:
+                part = f" by its {price.of} alone" if price.of else ""
+                cost = f"{price.psnr:.3g} dB{part}", f"{price.times:.2g}"
                 rows.append((f"`{word}`", kind, found.in_words(), *cost))
-            measured |= {price.measured(): None} if price else {}
+                measured[price.measured()] = None
     table = _table(("word", "sampling", "sets", "PSNR against exact", "times as fast"), rows)
     return table + "".join(f"\nMeasured: {sentence}.\n" for sentence in measured)
 

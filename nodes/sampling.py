@@ -110,9 +110,10 @@ def starting_latents(model: ModelPatcher, latent_image: dict[str, Any]) -> Tenso
 
 
 def latent_tokens(shape: Sequence[int], given: int) -> int:
-    """Tokens to generate in latents [B, C, T, h, w] of which the first `given` frames are conditioning frames."""
+    """Tokens to generate in latents [B, C, T, h, w] of which the first `given` frames are conditioning frames; 0 for
+    other shapes, which sampling refuses."""
     # A token is 2x2 latents.
-    return (shape[2] - given) * shape[3] * shape[4] // 4
+    return (shape[2] - given) * shape[3] * shape[4] // 4 if len(shape) == 5 else 0
 
 
 class StepTimer:

@@ -66,7 +66,7 @@ SPEED = shared(
     optional=True,
     help=f"exact, or a set of lossy options that was measured: {prices_in_words()}. It works on a copy of the MODEL. "
     "Nodes in front that set the same (LongCat Sparse Attention, LongCat Step Cache, LongCat Optimizations) and a "
-    "guidance_until below 1 take precedence; its fp8 takes a MODEL that was loaded with weight_dtype fp8 rowwise",
+    "guidance_until below 1 take precedence; fp8 of a set takes a MODEL that was loaded with weight_dtype fp8 rowwise",
 )
 WIDTH, HEIGHT = shared("width"), shared("height")
 LENGTH = shared("frames", name="length", least=1 + FRAME_MULTIPLE)

@@ -280,4 +280,4 @@ def test_notes_of_a_help_page_are_kept(monkeypatch, tmp_path):
     assert page.startswith("# LongCat Guider\n") and page.endswith("by hand\n") and "old" not in page
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme.splitlines()
     sets = found[tmp_path / "docs" / "cli.md"]
-    assert sets.startswith("above\n") and sets.endswith("below\n") and "| `fast` | base | fp8" in sets
+    assert sets.startswith("above\n") and sets.endswith("below\n") and "| `fast` | base | step cache" in sets

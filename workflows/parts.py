@@ -17,12 +17,10 @@ def loaders(
     width: float = 300,
     vae: str = "bottom",
     models: Mapping[str, Sequence[dict[str, str]]] = MappingProxyType({}),
-    **model: str,
 ) -> None:
-    """The first column. vae: where its loader is, "top", "bottom" or "" for none. models: per loader, its downloads.
-    model: other widgets of the model's loader."""
+    """The first column. vae: where its loader is, "top", "bottom" or "" for none. models: per loader, its downloads."""
     graph.column(width, "1  Model files")
-    graph.add("model", "LongCatModelLoader", model_name=files["model"], models=models.get("model", ()), **model)
+    graph.add("model", "LongCatModelLoader", model_name=files["model"], models=models.get("model", ()))
     graph.add("text", "LongCatTextEncoderLoader", text_encoder_name=files["text"], models=models.get("text", ()))
     if vae:
         graph.add("vae", "VAELoader", bottom=vae == "bottom", vae_name=files["vae"], models=models.get("vae", ()))

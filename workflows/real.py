@@ -148,12 +148,12 @@ def chain() -> Graph:
 
 
 def fast() -> Graph:
-    text = f"""**speed** on LongCat Sampler stands for a set of lossy options that was measured: {prices_in_words()};
-    exact is the default. The console says what is in force on your machine and what is left out. The loader makes the
-    weights fp8 for it. LongCat Fidelity shows what a word changes in your own video."""
+    text = f"""**speed** on LongCat Sampler stands for a set of lossy options that was measured: {prices_in_words()}.
+    The console says what is in force. For fastest load with weight_dtype fp8 rowwise. LongCat Fidelity shows what a
+    word changes in your own video."""
     shown = ("a red square moves left on a white background",)
     graph = real(9, "text to video 480p, fast", "480p, fast", shown, text)
-    loaders(graph, FILES, models=MODELS, weight_dtype="fp8 rowwise")
+    loaders(graph, FILES, models=MODELS)
     prompts(graph, CAT)
     latent(graph, width=832, height=480, length=93)
     sampler(graph, "model.MODEL", speed="fast")

@@ -133,6 +133,13 @@ class Calibration:
         """Mean over ranges, layers and heads."""
         return torch.tensor(self.densities, dtype=torch.float64).mean().item()
 
+    def price(self) -> str:
+        """What it costs and gains, in words."""
+        if (video := self.video) is None:
+            return f"the calibration is expected to be {self.expected_speed_up:.2g} times as fast"
+        far = "identical to exact" if video.psnr is None else f"{video.psnr:.3g} dB against exact"
+        return f"the calibration was measured at {far}, {video.speed_up:.2g} times as fast"
+
     def sparse(self, **changes: Any) -> Sparse:
         """The settings of sparse attention that were found. changes: other fields, such as the kernel."""
         there = self.settings

@@ -183,7 +183,8 @@ class GenerateRequest:
     def notes(self) -> list[str]:
         """Warnings about a filled request that runs, though perhaps not as the user meant it."""
         notes = [] if self.source is None else list(self.source.notes)
-        notes += [] if self.chosen is None else self.chosen.notes()
+        own = f"; {self.sparse.price()}" if isinstance(self.sparse, Calibration) else ""
+        notes += [] if self.chosen is None else [note + own for note in self.chosen.notes()]
         if self.schedule == "distilled" and self.guidance_scale != 1:
             notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
         if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):

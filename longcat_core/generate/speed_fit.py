@@ -18,7 +18,7 @@ from ..optimize.requirement import Inputs
 from ..optimize.sparse.choose import only_plain
 from ..optimize.sparse.passes import MIN_BLOCKS
 from ..optimize.sparse.settings import BLOCK, Sparse
-from .speeds import SPEEDS, Speed, SpeedSet, joined, set_of
+from .speeds import EXACT, SPEEDS, Speed, SpeedSet, joined, set_of
 
 # Fields of a request that a word decides where they are None, and their exact values.
 EXACT_VALUES: Mapping[str, Any] = MappingProxyType(
@@ -138,12 +138,12 @@ def fit_request(
 
 
 def speed_notes(speed: Speed, wanted: SpeedSet, left: Mapping[str, str], given: Collection[str] = ()) -> list[str]:
-    """One sentence about what of a word's set is in force, and its price; none if the word sets nothing.
+    """One sentence about what of a word's set is in force, and its price; none for exact.
 
     left: options that are left out, and why. given: options of the user's own in place of the set's.
     """
     if not wanted.options:
-        return []
+        return [] if speed == EXACT else [f"speed {speed} sets nothing lossy for this schedule yet"]
     out = joined([f"{_NAMES.get(name, name)} ({reason})" for name, reason in left.items()])
     own = joined([_NAMES.get(name, name) for name in wanted.options if name in given])
     used = wanted.in_words(tuple(name for name in wanted.options if name not in left and name not in given))
@@ -151,9 +151,8 @@ def speed_notes(speed: Speed, wanted: SpeedSet, left: Mapping[str, str], given: 
     parts += [f"it leaves out {out}"] if out else []
     parts += [f"your own {own} {'take' if ' and ' in own else 'takes'} precedence"] if own else []
     price = wanted.price
-    if price is None:
-        parts.append("its price is not measured yet")
-    elif not out and not own:
+    assert price is not None, "a set with options has a price"
+    if not out and not own:
         parts.append(f"{price.in_words()} ({price.measured()})")
     elif used:
         parts.append(f"the whole set is {price.in_words()}")

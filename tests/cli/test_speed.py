@@ -25,7 +25,7 @@ from ..support.clips import numbered, write_clip
 PROMPT = "a red circle moves right on a blue background"
 # 24x32 tokens in each of 5 latent frames.
 SIZE = ("--size", "384x512", "--frames", "17")
-PRICE = Price(33.3, 41.2, "a model", 2.14, "a card", "2026-11-29")
+PRICE = Price(33.3, 41.2, "", "a model", 2.14, "a clock", "2026-11-29")
 WHOLE = SpeedSet(PRICE, True, "cudnn-fp8", 0.15, 0.2, 0.05, "steps", 0.8)
 
 
@@ -70,7 +70,7 @@ def test_a_word_loads_and_samples_by_its_set(machine, capsys, tmp_path, monkeypa
     assert (machine[0]["fp8"], machine[0]["optimizations"].attention) == (True, "cudnn-fp8")
     assert [note for note in notes if note.startswith("speed")] == [
         f"speed fast sets {WHOLE.in_words()}; 33.3 dB against exact, 2.1 times as fast (dB on a model, where two exact "
-        "kernels are 41.2 dB apart; times on a card; 2026-11-29)"
+        "kernels are 41.2 dB apart; times by a clock; 2026-11-29)"
     ]
     assert not [note for note in notes if "not calibrated" in note]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from longcat_core.checkpoints.load import open_checkpoint
 from longcat_core.errors import LongCatError
 from longcat_core.generate import speed_fit
+from longcat_core.generate.calibration import VideoCheck
 from longcat_core.generate.long_video import LongVideoRequest
 from longcat_core.generate.options import of_command, option
+from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest
 from longcat_core.generate.speed_fit import Loaded, fit_loading, loading_notes
@@ -25,8 +29,10 @@ from longcat_core.optimize.requirement import Inputs
 from longcat_core.optimize.sparse.settings import Sparse
 from longcat_core.optimize.switches import Optimizations
 
+from .test_calibration import calibration_of
+
 CPU = Inputs(torch.device("cpu"), torch.float32, 64, False)
-PRICE = Price(33.3, 41.2, "a model", 2.14, "a card", "2026-11-29")
+PRICE = Price(33.3, 41.2, "", "a model", 2.14, "a clock", "2026-11-29")
 # Every option that a set may have.
 WHOLE = SpeedSet(PRICE, True, "cudnn-fp8", 0.15, 0.2, 0.05, "blocks", 0.8)
 EVERY = [(speed, kind) for speed in SPEEDS for kind in SETS[speed]]
@@ -65,6 +71,16 @@ def test_a_set_is_lossy_and_exact_is_not(speed, kind):
     assert found.attention in attention.names()
 
 
+@pytest.mark.parametrize(("speed", "kind"), EVERY)
+def test_a_set_with_options_says_its_price(speed, kind):
+    found = SETS[speed][kind]
+    assert (found.price is not None) == bool(found.options)
+    if (price := found.price) is not None:
+        assert price.psnr > 0 and price.times > 1 and price.model and price.timing and date.fromisoformat(price.date)
+        assert speed != "near" or (price.psnr >= price.floor and not price.of)
+        assert price.of in ("", "sparse attention")
+
+
 def test_all_words_have_all_kinds():
     assert tuple(SETS) == SPEEDS == option("speed").choices
     assert all(set(kinds) == {BASE, DISTILLED, REFINE} for kinds in SETS.values())
@@ -86,6 +102,11 @@ def test_what_is_said_of_a_set(monkeypatch):
     )
     monkeypatch.setitem(SETS, "fast", {BASE: WHOLE})
     assert "fast (33.3 dB against exact, 2.1 times as fast)" in prices_in_words()
+    part = replace(WHOLE, price=replace(PRICE, of="sparse attention"))
+    monkeypatch.setitem(SETS, "fast", {BASE: part})
+    assert "fast (33.3 dB against exact by its sparse attention alone, 2.1 times as fast)" in prices_in_words()
+    monkeypatch.setitem(SETS, "near", {BASE: SpeedSet(None)})
+    assert filled(speed="near").notes() == ["speed near sets nothing lossy for this schedule yet"]
 
 
 # --- which values win ------------------------------------------------------------------------------------------------
@@ -109,7 +130,7 @@ def test_a_word_fills_in_what_is_not_given(whole):
     (note,) = found.notes()
     assert note == (
         f"speed fast sets {WHOLE.in_words()}; 33.3 dB against exact, 2.1 times as fast (dB on a model, where two exact "
-        "kernels are 41.2 dB apart; times on a card; 2026-11-29)"
+        "kernels are 41.2 dB apart; times by a clock; 2026-11-29)"
     )
 
 
@@ -153,6 +174,19 @@ def test_what_the_video_does_not_allow_is_left_out(whole, changes, gone, said):
     assert getattr(found, gone) == speed_fit.EXACT_VALUES[gone] and found.step_cache == 0.05
     (note,) = found.notes()
     assert said in note and note.endswith("; the whole set is 33.3 dB against exact, 2.1 times as fast")
+
+
+def test_a_calibration_says_its_own_price(whole):
+    found = calibration_of(open_checkpoint(NANO_MODEL))
+    video = VideoCheck(35.2, 50.1, "attention cudnn", 0.1, 0.05, 1.8)
+    request = filled(speed="fast", sparse=replace(found, video=video))
+    (note,) = [note for note in request.notes() if note.startswith("speed")]
+    assert request.sparse_settings.densities is not None and request.step_cache == 0.05
+    assert "your own sparse attention takes precedence" in note
+    assert note.endswith("; the calibration was measured at 35.2 dB against exact, 1.8 times as fast")
+    (note,) = [n for n in filled(speed="fast", sparse=replace(found, video=None)).notes() if n.startswith("speed")]
+    assert note.endswith(f"; the calibration is expected to be {found.expected_speed_up:.2g} times as fast")
+    assert not [n for n in filled(sparse=replace(found, video=video)).notes() if "35.2" in n], "exact needs no price"
 
 
 def test_filling_again_changes_nothing_unless_the_word_changes(whole):
