@@ -42,6 +42,11 @@ NODES: dict[str, tuple[str, str]] = {
         "LongCat 示例片段",
         "即时绘制一段短片及其首帧，无需自备文件即可试用 LongCat-nano。",
     ),
+    "LongCatVAEDecode": (
+        "LongCat VAE 解码",
+        "用本插件自己的解码器和 VAE 的权重，每次解码视频 Latent 的若干帧，同时编码其 VIDEO 的文件。"
+        "内存占用不随视频长度增加。",
+    ),
     "LongCatImageToVideo": (
         "LongCat 图生视频",
         "生成以该图像为首帧的 Latent，可用于 LongCat 采样器和自带的采样器。",
@@ -313,6 +318,9 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
         "视频",
         "视频或其全部帧，例如“LongCat 长视频”的视频输出，会逐段读取。",
     ),
+    ("LongCatVAEDecode", "samples"): ("Latent", "视频的 Latent，来自采样器。"),
+    ("LongCatVAEDecode", "vae"): ("VAE", "即 Wan 2.1 VAE。其他 VAE 由 ComfyUI 自带的解码器解码，并给出提示。"),
+    ("LongCatVAEDecode", "fps"): ("帧率", "视频的帧率。"),
     ("LongCatRefineLongVideo", "fps"): ("帧率", "输入为视频帧时的帧率，只影响输出的 fps；视频自带帧率。"),
     ("LongCatRefineLongVideo", "seed"): _FIRST_SEED,
     ("LongCatRefineLongVideo", "steps"): ("步数", "base 调度的步数，精修只执行其中的后期步骤：50 步中的 5 步。"),
@@ -375,6 +383,14 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
     "LongCatScheduler": (("Sigmas", "以 0 结尾的噪声水平。"),),
     "LongCatGuider": (("引导器", "用于“自定义采样器（高级）”。"),),
     "LongCatEmptyLatent": (("Latent", "空的 Latent，连接到 LongCat 采样器的 Latent 输入。"),),
+    "LongCatVAEDecode": (
+        ("图像", "全部视频帧。"),
+        (
+            "视频",
+            "以 VIDEO 形式输出的同样的帧，供“保存视频”使用，后者直接复制已编码好的 H.264 文件。"
+            "此处未连接时不生成文件。",
+        ),
+    ),
     "LongCatSampleClip": (
         ("图像", "首帧，用于 LongCat 图生视频。"),
         ("帧", "全部 33 帧，96x64，用于 LongCat 视频续写和 LongCat 视频精修。"),

@@ -132,6 +132,21 @@ NODES: dict[str, Node] = {
             Socket("video", "Video", "the clip as a VIDEO"),
         ),
     ),
+    "LongCatVAEDecode": Node(
+        "LongCat VAE Decode",
+        "Decodes the latents of a video a few frames at a time, with the pack's own decoder and the VAE's weights, "
+        "and encodes the file of its VIDEO meanwhile. Memory does not grow with the video's length.",
+        (
+            Socket("samples", "Latent", "latents of a video, from a sampler"),
+            replace(VAE, help="the Wan 2.1 VAE. ComfyUI's own decoder decodes with any other, and a note says so"),
+            shared("fps", help="frame rate of the video"),
+        ),
+        (
+            Socket("images", "Image", "all frames"),
+            Socket("video", "Video", "the same frames as a VIDEO for Save Video, which copies the finished H.264 file. "
+                    "With no connection here, no file is made"),
+        ),
+    ),
     "LongCatImageToVideo": Node(
         "LongCat Image to Video",
         "Makes a latent whose first frame is the image, for LongCat Sampler and for stock samplers.",

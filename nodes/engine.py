@@ -25,6 +25,7 @@ from ..longcat_core.sampling.sampler import Step
 from ..longcat_core.sampling.schedules import Schedule
 from . import comfy_fp8
 from .comfy_network import BLOCK_SPARSE_KEY, SPARSE_KEY
+from .comfy_vae import decoded
 from .conditioning import put_clean, require_wan_vae
 from .images import to_bytes
 from .models import compute_dtype, options_of, patches_of, switches_of, wrappers_of
@@ -64,8 +65,7 @@ class ComfyEngine(Engine):
 
     def decode(self, latents: Tensor) -> np.ndarray:
         begins(DECODING)
-        images = self.vae.decode(latents)
-        return to_bytes(images[0] if images.ndim == 5 else images)
+        return np.concatenate([to_bytes(part) for part in decoded(self.vae, latents)])
 
     def _denoise(self, noise: Tensor, schedule: Schedule, prompt: str, options: Denoising) -> Tensor:
         if options.step_cache or options.block_sparse is not None or options.sparse is not None:

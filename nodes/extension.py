@@ -18,6 +18,7 @@ FAMILIES = (
     "sampling",
     "empty_latent",
     "sample",
+    "vae_decode",
     "conditioning",
     "refine",
     "long_video",

@@ -45,6 +45,9 @@ PLACES: dict[str, Place] = {
         GENERATION,
     ),
     "LongCatSampleClip": Place(LATENTS, (*_NANO, "example image", "example clip", "test image", "test clip", "demo")),
+    "LongCatVAEDecode": Place(
+        LATENTS, (*_MAKER, *_NANO, "vae decode", "decode latent", "latent to video", "stream", "low vram"), TOOLS
+    ),
     "LongCatImageToVideo": Place(LATENTS, (*_MAKER, *_NANO, *_IMAGE), GENERATION),
     "LongCatVideoContinuation": Place(
         LATENTS, (*_MAKER, *_NANO, *_EXTEND, "video to video", "last frames"), GENERATION

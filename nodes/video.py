@@ -278,9 +278,14 @@ def check_fits(hidden: Any, slot: int, frames: int, height: int, width: int) -> 
         )
 
 
+def connected(hidden: Any, slot: int) -> bool:
+    """Whether output `slot` of the node that runs goes anywhere."""
+    return any(True for _ in _taking(hidden, slot))
+
+
 def _taking(hidden: Any, slot: int) -> Iterator[str]:
     """The classes of the nodes that an output of this node is connected to."""
-    prompt = hidden.dynprompt
+    prompt = getattr(hidden, "dynprompt", None)
     for name in prompt.all_node_ids() if prompt is not None else ():
         node = prompt.get_node(name)
         if any(isinstance(value, list) and value == [hidden.unique_id, slot] for value in node["inputs"].values()):

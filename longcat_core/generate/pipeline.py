@@ -218,25 +218,11 @@ class Pipeline(Engine):
         return self._decoded(latents)
 
     def _decoded(self, latents: Tensor) -> Iterator[np.ndarray]:
-        # In tiles the decoder begins again, with frames that are out already.
-        done = begun = 0
         with self.turn():
             self.begins(DECODING)
-            parts = self.vae.decode_frames(latents)
-            while True:
-                try:
-                    part = next(parts, None)
-                except torch.OutOfMemoryError as error:
-                    self._in_tiles(error)
-                    parts, begun = self.vae.decode_frames(latents), 0
-                    continue
-                if part is None:
-                    return
+            for part in self.vae.decode_in_any_case(latents, self._in_tiles):
                 check_finite(part, "the VAE")
-                new, begun = part[0, max(0, done - begun) :], begun + part.shape[1]
-                if len(new):
-                    done = begun
-                    yield new.mul(255).round().to(torch.uint8).cpu().numpy()
+                yield part[0].mul(255).round().to(torch.uint8).cpu().numpy()
 
     def _in_tiles(self, error: torch.OutOfMemoryError) -> None:
         """Let the VAE work on tiles after it ran out of memory; raises the error again if it does so already."""
@@ -245,7 +231,7 @@ class Pipeline(Engine):
         # The traceback's frames hold the tensors that fill the memory.
         traceback.clear_frames(error.__traceback__)
         _empty_cache()
-        warnings.warn("the VAE ran out of memory; it works on tiles from now on", stacklevel=3)
+        warnings.warn("the VAE ran out of memory; it works on tiles from now on", stacklevel=4)
         self.vae.tiling = True
 
     def _make_room(self, guided: bool) -> bool:

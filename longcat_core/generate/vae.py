@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -108,6 +108,30 @@ class VideoVAE:
         if latents.ndim != 5 or latents.shape[1] != channels or not latents.shape[2]:
             raise LongCatError(f"the VAE decodes latents [B,{channels},T,h,w], got shape {list(latents.shape)}")
         return self._decoded(latents)
+
+    def decode_in_any_case(
+        self, latents: Tensor, in_tiles: Callable[[torch.OutOfMemoryError], None]
+    ) -> Iterator[Tensor]:
+        """`decode_frames`, which goes on in tiles where memory runs out; no frame comes twice.
+
+        in_tiles: called with the error; turns `tiling` on, or raises.
+        """
+        # In tiles the decoder begins again, with frames that are out already.
+        done = begun = 0
+        parts = self.decode_frames(latents)
+        while True:
+            try:
+                part = next(parts, None)
+            except torch.OutOfMemoryError as error:
+                in_tiles(error)
+                parts, begun = self.decode_frames(latents), 0
+                continue
+            if part is None:
+                return
+            new, begun = part[:, max(0, done - begun) :], begun + part.shape[1]
+            if new.shape[1]:
+                done = begun
+                yield new
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:

@@ -62,6 +62,7 @@ def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
         "LongCatGuider",
         "LongCatEmptyLatent",
         "LongCatSampleClip",
+        "LongCatVAEDecode",
         "LongCatRefine",
         "LongCatLongVideo",
         "LongCatRefineLongVideo",

@@ -22,6 +22,7 @@ IDS = (
     "LongCatGuider",
     "LongCatEmptyLatent",
     "LongCatSampleClip",
+    "LongCatVAEDecode",
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
     "LongCatRefine",

@@ -34,9 +34,9 @@ class ComfyVAE:
         latents = self.vae.encode((video[0].permute(1, 2, 3, 0) + 1) / 2)
         return self.model.model.process_latent_in(latents)
 
-    def decode(self, latents):
+    def decode_in_any_case(self, latents, in_tiles):
         images = self.vae.decode(self.model.model.process_latent_out(latents))
-        return images if images.ndim == 5 else images[None]
+        yield images if images.ndim == 5 else images[None]
 
 
 @pytest.mark.parametrize("doubled", [True, False])

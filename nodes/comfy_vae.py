@@ -1,0 +1,82 @@
+"""ComfyUI's VAE in our own decoder: frames leave it part by part, and memory does not grow with a video's length."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+
+import comfy.ldm.wan.vae
+import comfy.model_management
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ..longcat_core.checkpoints.wan_vae import DIFFUSERS_TO_WAN
+from ..longcat_core.generate.vae import VideoVAE
+from ..longcat_core.vae.network import VAEConfig, WanVAE
+
+
+def decoder_of(vae: comfy.sd.VAE) -> VideoVAE | None:
+    """Our decoder with a VAE's weights, where ComfyUI has loaded them; None if it is not a Wan 2.1 VAE.
+
+    ComfyUI's latents are not normalized, and neither are this decoder's.
+    """
+    theirs = vae.first_stage_model
+    if not isinstance(theirs, comfy.ldm.wan.vae.WanVAE):
+        return None
+    state = theirs.state_dict()
+    config = VAEConfig(
+        theirs.dim,
+        theirs.z_dim,
+        [0.0] * theirs.z_dim,
+        [1.0] * theirs.z_dim,
+        in_channels=state["encoder.conv1.weight"].shape[1],
+        out_channels=state["decoder.head.2.weight"].shape[0],
+        dim_mult=theirs.dim_mult,
+        num_res_blocks=theirs.num_res_blocks,
+        temporal_downsample=theirs.temperal_downsample,
+    )
+    with torch.device("meta"):
+        own = WanVAE(config)
+    wanted = {}
+    for name, parameter in own.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        found = state.get(f"{DIFFUSERS_TO_WAN.get(module, module)}.{kind}")
+        if found is None or found.shape != parameter.shape:
+            return None
+        # Weights that are there already are shared.
+        wanted[name] = found.to(vae.device, vae.vae_dtype)
+    if config.out_channels != 3 or len(wanted) != len(state):
+        return None
+    own.load_state_dict(wanted, assign=True)
+    return VideoVAE(own.requires_grad_(False))
+
+
+def decoded(vae: comfy.sd.VAE, samples: Tensor) -> Iterator[Tensor]:
+    """Frames [f, H, W, 3], fp32 in 0..1, of one video's samples [1, C, T, h, w], as they leave the decoder.
+
+    Raises what ComfyUI raises if the user interrupts it.
+    """
+    # As ComfyUI estimates its own decoder, which takes more.
+    needed = vae.memory_used_decode(samples.shape, vae.vae_dtype)
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
+    decoder = decoder_of(vae)
+    if decoder is None:
+        logging.info("LongCat: the VAE is not a Wan 2.1 VAE; ComfyUI's own decoder decodes it at once")
+        images = vae.decode(samples)
+        yield images.reshape(-1, *images.shape[-3:])
+        return
+
+    def in_tiles(error: Exception) -> None:
+        if decoder.tiling:
+            raise error
+        # Their tensors fill the memory.
+        traceback.clear_frames(error.__traceback__)
+        comfy.model_management.soft_empty_cache()
+        logging.warning("LongCat: the VAE ran out of memory; it works on tiles")
+        decoder.tiling = True
+
+    for part in decoder.decode_in_any_case(samples, in_tiles):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield part[0]
