@@ -56,9 +56,9 @@ class Calibrated:
 class Settings:
     """What was measured.
 
-    budget: error that no head exceeds, |sparse - exact| / |exact| of its output. dense_steps: share of the steps before
-    the first range, which stay dense. given: conditioning frames. tail, query_block: see `Sparse`. lora: names of files
-    that were added to the weights.
+    budget: error of the layers' attention, |sparse - exact| / |exact| behind its output projection, the root mean
+    square of a range. dense_steps: share of the steps before the first range, which stay dense. given: conditioning
+    frames. tail, query_block: see `Sparse`. lora: names of files that were added to the weights.
     """
 
     budget: FiniteFloat
@@ -78,8 +78,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """How large the error of the heads is at one density: the median over ranges, layers and heads, and the 0.9
-    quantile. mass: share of the softmax in the blocks that are taken, mean."""
+    """How large the error of a layer's attention is if all heads have one density: the median over ranges and layers,
+    and the 0.9 quantile. mass: share of the softmax in the blocks that are taken, mean."""
 
     density: FiniteFloat
     median: FiniteFloat

@@ -187,9 +187,9 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         CALIBRATED,
         _CALIBRATE,
-        Option("budget", "number", "largest error that a head may have in any measured pass: how far its sparse output "
-               "is from the exact one, as a share of the exact one", 0.1, least=0.001, most=1.0, step=0.01, digits=3,
-               metavar="X"),
+        Option("budget", "number", "error that the attention of the layers may have: how far its output is from the "
+               "exact one, as a share of the exact one, the root mean square of the layers", 0.1, least=0.001, most=1.0,
+               step=0.01, digits=3, metavar="X"),
         Option("prompt", "text", "prompt of a video to measure; can be repeated", shown="two built-in ones",
                filled=True, repeated=True, metavar="TEXT"),
         _prompts_file,

@@ -1,10 +1,10 @@
 """The search for a calibration: dense videos under a probe, the lowest densities that keep a budget, and a check.
 
 The videos are sampled densely, in fewer steps than usual. In some steps of each range a `Probe` prices a ladder of
-densities in every layer and head. A head gets the lowest density at which its output differed from the exact one by no
-more than the budget in all of these passes: a mean would let one head be wrong at one noise level as long as it is
-right at others, and errors of one step are handed on to all later ones. A layer whose heads need so much that a block
-kernel would not be faster stays dense.
+densities in every layer and head, by what the error of the head adds to the output of the layer's attention. All heads
+of a range share one budget so that their mean density is the lowest: a head whose output counts little, or whose error
+falls slowly, leaves more to others. A layer whose heads need so much that a block kernel would not be faster stays
+dense.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ PROMPTS = (
 BLOCK_COST, TAIL_COST = 1.4, 0.05
 # From this density on, the mean over a layer's heads, dense attention is as fast.
 DENSE_FROM = (1 - TAIL_COST) / BLOCK_COST
+# Powers of ten between which the rate is searched at which error is paid for density, and how often they are halved.
+RATES, ROUNDS = (-14.0, 4.0), 40
 MEASURING, CHECKING, FLOOR = "measuring", "checking, sparse", "noise floor"
 
 
@@ -62,10 +64,10 @@ MEASURING, CHECKING, FLOOR = "measuring", "checking, sparse", "noise floor"
 class Recipe:
     """How to calibrate.
 
-    budget: largest error of a head, |sparse - exact| / |exact|. dense_steps: share of the steps that stays dense.
-    ranges: of the other steps, each with densities of its own. probes: steps of a range that are measured, in each
-    video. samples: queries of a pass, layer and video that are looked at. video: whether a whole video is made with the
-    result.
+    budget: error of the layers' attention, |sparse - exact| / |exact| behind its output projection, the root mean
+    square of a range. dense_steps: share of the steps that stays dense. ranges: of the other steps, each with densities
+    of its own. probes: steps of a range that are measured, in each video. samples: queries of a pass, layer and video
+    that are looked at. video: whether a whole video is made with the result.
     """
 
     budget: float = 0.1
@@ -119,14 +121,25 @@ def default_prompts(world: World | None, seed: int = 0) -> list[str]:
 Densities = tuple[tuple[tuple[float, ...], ...], ...]
 
 
-def choose(worst: Tensor, ladder: Sequence[float], budget: float) -> Densities:
-    """The lowest density of each range, layer and head from which on the error keeps the budget; 1 if none does.
+def choose(squares: Tensor, ladder: Sequence[float], budget: float) -> Densities:
+    """The densities of each range, layer and head: in every range the lowest mean whose error keeps the budget.
 
-    worst [ranges, depth, heads, L]: relative errors. Layers that need DENSE_FROM or more are dense: 1 for every head.
+    squares [ranges, depth, heads, L]: what comes of each head, see `Probe`. The square of a layer's error is the sum of
+    these, and that of a range's the mean over its layers. Layers that need DENSE_FROM or more are dense: 1 for every
+    head.
     """
-    keeps = (worst <= budget).flip(-1).long().cumprod(-1).sum(-1)
     steps = torch.tensor([*ladder, 1.0], dtype=torch.float64)
-    found = steps[len(ladder) - keeps.cpu()]
+    # An error that comes back at a higher density counts at the lower ones too.
+    squares = squares.cpu().double().flip(-1).cummax(-1).values.flip(-1)
+    squares = torch.nn.functional.pad(squares, (0, 1))
+    # All heads pay the same for what a density saves; the highest rate that keeps the budget is searched.
+    low, high = (torch.full((len(squares), 1, 1, 1), power, dtype=torch.float64) for power in RATES)
+    for _ in range(ROUNDS):
+        rate = (low + high) / 2
+        best = (squares + 10**rate * steps).argmin(-1, keepdim=True)
+        keeps = squares.gather(-1, best).sum(2, keepdim=True).mean(1, keepdim=True) <= budget**2
+        low, high = torch.where(keeps, rate, low), torch.where(keeps, high, rate)
+    found = steps[(squares + 10**low * steps).argmin(-1)]
     found[found.mean(-1) >= DENSE_FROM] = 1.0
     rows: list[list[list[float]]] = found.tolist()
     return tuple(tuple(tuple(row) for row in layers) for layers in rows)
@@ -301,7 +314,7 @@ class Search:
         how = recipe.query_block, recipe.tail, recipe.ladder, blocks, self.videos.seed
         self.probe = Probe(len(self.measured.ends), config.depth, config.num_heads, *how, token_order)
         exact, *_ = [self._measure(subject, number) for number in range(self.videos.count)]
-        densities = choose(self.probe.worst, recipe.ladder, recipe.budget)
+        densities = choose(self.probe.mean_squares(), recipe.ladder, recipe.budget)
         head_mass = self._mass(self.probe.mass)
         found = Calibration(
             FORMAT,
@@ -387,7 +400,8 @@ class Search:
         return min(1.0, own / statistics.median(self.dense)) if self.dense else 0.5
 
     def _curve(self) -> Iterator[Point]:
-        flat = self.probe.worst.cpu().double().flatten(0, 2)
+        # Of layers whose heads all have one density.
+        flat = self.probe.mean_squares().sum(2).sqrt().flatten(0, 1)
         mass = self._masses(self.probe.mass).mean((0, 1))
         for i, density in enumerate(self.recipe.ladder):
             median, high = flat[:, i].median().item(), flat[:, i].quantile(0.9).item()
@@ -395,8 +409,7 @@ class Search:
 
     def _masses(self, sums: Tensor) -> Tensor:
         """Means over the prices, [depth, heads, L]. sums: `mass` or `best` of the probe."""
-        counts = torch.tensor(self.probe.count, dtype=torch.float64)
-        return sums.cpu().double() / counts[:, None, None].clamp(min=1)
+        return sums.cpu().double() / self.probe.count.sum(0)[:, None, None].clamp(min=1)
 
     def _mass(self, sums: Tensor) -> tuple[tuple[float, ...], ...]:
         """[layers][heads], at the density nearest to MASS_AT."""

@@ -25,8 +25,8 @@ LAYERS, CURVE = "layers.png", "curve.png"
 HEADS_COLOR = (176, 199, 228)
 ABOUT = """\
 Sparse attention computes a share of the blocks of 64 keys exactly, the density, and counts each other block as one key
-and one value. Videos were sampled densely, and in some of their steps every layer and head was measured. A head gets
-the lowest density that keeps the budget: an error of its output of at most this share of the output."""
+and one value. Videos were sampled densely, and in some of their steps every layer and head was measured. The heads get
+the densities of the lowest mean that keeps the budget: the error of the layers' attention, as a share of its output."""
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def layers_chart(found: Calibration) -> Image.Image:
 
 
 def curve_chart(found: Calibration) -> Image.Image:
-    """The error of the heads and what is held of the softmax, by density."""
+    """The error of the layers and what is held of the softmax, by density."""
     points, budget = found.curve, found.settings.budget
     places = [math.log10(100 * point.density) for point in points]
     ends = places[0], places[-1]
@@ -214,15 +214,15 @@ def curve_chart(found: Calibration) -> Image.Image:
     return line_chart(
         "By density",
         (
-            Panel("error of a head, as a share of its output", 300, even_axis(0.0, most, 5), errors),
+            Panel("error of a layer's attention, as a share of its output", 300, even_axis(0.0, most, 5), errors),
             Panel("share of the softmax in the blocks that are taken", 220, even_axis(0.0, 1.0, 5), masses),
         ),
         Axis(*ends, shown),
         "density (%), logarithmic",
         [_what(found)],
         [
-            ("nine of ten heads are below", ORANGE, False),
-            ("median head", BLUE, False),
+            ("nine of ten layers are below, all heads at this density", ORANGE, False),
+            ("median layer", BLUE, False),
             (f"budget {budget:g}", FAINT, True),
             ("softmax, mean of the heads", GREEN, False),
             ("softmax of even attention", GRAY, True),

@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LongCatError
 from ..model.kv_cache import KVCache
@@ -34,6 +35,7 @@ LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
 # Memory of the keys, values and products that are held at a time, if a quarter of the free memory is as much. At full
 # size, 37,440 tokens of 32 heads, 8 query blocks took 33 ms with it and 63 ms with 512 MiB (H100, 2026-11-28).
 BYTES = 1 << 31
+SCALE = 64.0
 # Order of the noise frames' tokens in the blocks, for a grid (frames, rows, columns): [N] int64; None: as they are.
 Order = Callable[[tuple[int, int, int], torch.device], Tensor | None]
 
@@ -59,12 +61,13 @@ def price(
     query_block: int,
     tail: bool,
     order: Tensor | None = None,
+    roots: Tensor | None = None,
 ) -> Price:
     """What each density of a ladder changes for these queries.
 
     q [n, query_block, H, D]: whole query blocks of one video; k, v [Nk, H, D]: all keys and values. order [Nk]: the key
-    at each place in the order of the blocks; None: they are in order. sink, tail: see `attend_sparse_plain`. Computed
-    in fp32, or in fp64 for such input.
+    at each place in the order of the blocks; None: they are in order. sink, tail: see `attend_sparse_plain`. roots [H,
+    D, D]: error and size are those of roots @ output; see `roots_of`. Computed in fp32, or in fp64 for such input.
     """
     blocks, heads, dim = len(k) // BLOCK, k.shape[1], k.shape[2]
     sink = min(sink, blocks)
@@ -76,11 +79,17 @@ def price(
     groups = [slice(first, first + some) for first in range(0, heads, some)]
     places = slice(None) if order is None else order
     # Only a group's keys are put in order at a time.
-    parts = [_price(q[:, :, h], k[:, h][places], v[:, h][places], keeps, sink, tail, wide) for h in groups]
+    own = [None if roots is None else roots[h].to(wide) for h in groups]
+    parts = [
+        _price(q[:, :, h], k[:, h][places], v[:, h][places], keeps, sink, tail, wide, root)
+        for h, root in zip(groups, own, strict=True)
+    ]
     return Price(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _price(q: Tensor, k: Tensor, v: Tensor, keeps: Tensor, sink: int, tail: bool, wide: torch.dtype) -> Price:
+def _price(
+    q: Tensor, k: Tensor, v: Tensor, keeps: Tensor, sink: int, tail: bool, wide: torch.dtype, roots: Tensor | None
+) -> Price:
     """`price` of a few heads."""
     size, blocks = q.shape[1], len(k) // BLOCK
     edge, levels = blocks * BLOCK, len(keeps)
@@ -88,6 +97,8 @@ def _price(q: Tensor, k: Tensor, v: Tensor, keeps: Tensor, sink: int, tail: bool
     mean_q = pool(q.flatten(0, 1)[None], size)[0].to(wide)
     mean_k, mean_v = (pool(x[None, :edge], BLOCK)[0].to(wide) for x in (k, v))
     keys, values = (x.transpose(0, 1).to(wide).contiguous() for x in (k, v))
+    if roots is not None:
+        mean_v, values = (x @ roots.transpose(-1, -2) for x in (mean_v, values))
     near = values[:, :edge].unflatten(1, (blocks, BLOCK))
     scores = mean_q @ mean_k[:, sink:].transpose(-1, -2)
     ranks = torch.argsort(scores.argsort(dim=-1, descending=True, stable=True), dim=-1)
@@ -131,13 +142,34 @@ def _price(q: Tensor, k: Tensor, v: Tensor, keeps: Tensor, sink: int, tail: bool
     return Price(error, whole, mass, best)
 
 
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) without its bias and, if it can, without 8 bits: [.., C_in] -> [.., C_out]."""
+    options = {"fp8": False} if getattr(layer, "eight_bit", False) else {}
+    out: Tensor = layer(x, **options) - layer(torch.zeros_like(x[:1]), **options)
+    return out
+
+
+def roots_of(layer: nn.Module, heads: int, like: Tensor) -> Tensor:
+    """[heads, D, D] fp32: |root @ output| of a head is the length of what `layer` [.., heads * D] makes of its output.
+
+    The layer is asked, since its weight may be packed, streamed or patched. like: its input's dtype and device.
+    """
+    size = layer.in_features
+    # Scaled, so that rounding to 16 bits is that of the weight and not that of the bias.
+    eye = SCALE * torch.eye(int(size), dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+    weight = (project(layer, eye).double() / SCALE).unflatten(0, (heads, -1))
+    values, vectors = torch.linalg.eigh(weight @ weight.transpose(-1, -2))
+    return (vectors * values.clamp(min=0).sqrt()[:, None]).transpose(-1, -2).float()
+
+
 @dataclass
 class Probe:
     """Collects prices of passes in ranges of steps.
 
-    worst: relative error [ranges, depth, heads, L], |sparse - exact| / |exact|, the largest of all passes and videos of
-    a range; seen: passes [ranges]; mass, best [depth, heads, L], sums over `count` [depth] prices, see `Price`.
-    samples: query blocks of each pass, layer and video. order: see above.
+    squares: error [ranges, depth, heads, L] that comes of each head: |W_h (sparse - exact)|^2 / |W exact|^2, where W is
+    the layer's output projection and W_h the head's part; mass, best: see `Price`, [depth, heads, L]; all these are
+    sums over `count` [ranges, depth] prices. seen: passes [ranges]. roots: by layer, see `roots_of`. samples: query
+    blocks of each pass, layer and video. order: see above.
     """
 
     ranges: int
@@ -152,21 +184,24 @@ class Probe:
 
     def __post_init__(self) -> None:
         self.device = torch.device("cpu")
-        self.worst = torch.zeros(self.ranges, self.depth, self.heads, len(self.ladder))
-        self.mass, self.best = torch.zeros_like(self.worst[0]), torch.zeros_like(self.worst[0])
-        self.count = [0] * self.depth
+        self.squares = torch.zeros(self.ranges, self.depth, self.heads, len(self.ladder))
+        self.mass, self.best = torch.zeros_like(self.squares[0]), torch.zeros_like(self.squares[0])
+        self.count = torch.zeros(self.ranges, self.depth, dtype=torch.int64)
         self.seen = [0] * self.ranges
         # The range and the number of the pass that runs, None while nothing is measured; the block that runs.
         self.range: int | None = None
         self.number = self.layer = self.calls = 0
+        self.roots: dict[int, Tensor] = {}
         # Seconds of dense attention in each pass that was measured.
         self.attention_s: list[float] = []
 
-    def measured(self, attend: Attend, which: int, sink: int, order: Tensor | None, laps: Laps) -> Attend:
+    def measured(
+        self, attend: Attend, which: int, sink: int, order: Tensor | None, laps: Laps, blocks: Sequence[nn.Module]
+    ) -> Attend:
         """Dense attention `attend` that is also measured.
 
         which: the call in a block that is measured; before it conditioning frames may attend to themselves, and after
-        it tokens to the text. sink, order: of this pass; laps: get a lap for each measured call.
+        it tokens to the text. sink, order: of this pass; laps: get a lap for each measured call; blocks: the network's.
         """
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -176,37 +211,43 @@ class Probe:
             laps.mark()
             out = attend(q, k, v)
             laps.mark()
-            self._take(q, k, v, sink, order)
+            self._take(q, k, v, out, sink, order, blocks[self.layer].get_submodule("attn.proj"))
             return out
 
         return call
 
-    def _take(self, q: Tensor, k: Tensor, v: Tensor, sink: int, order: Tensor | None) -> None:
+    def _take(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sink: int, order: Tensor | None, layer: nn.Module
+    ) -> None:
         assert self.range is not None, "a pass is measured"
         noise, given = q.shape[1], k.shape[1] - q.shape[1]
         places = torch.arange(noise, device=q.device) if order is None else order
-        whole = noise // self.query_block
-        if not whole or k.shape[1] // BLOCK <= sink:
+        count = noise // self.query_block
+        if not count or k.shape[1] // BLOCK <= sink:
             raise LongCatError(
                 f"{noise} tokens are too few for blocks of {self.query_block}; calibrate with larger or longer videos"
             )
-        chosen = self._chosen(whole).to(q.device)
-        rows = places[: whole * self.query_block].view(whole, self.query_block)[chosen]
+        chosen = self._chosen(count).to(q.device)
+        rows = places[: count * self.query_block].view(count, self.query_block)[chosen]
         every = torch.cat((torch.arange(given, device=q.device), places + given))
         if self.device != q.device:
-            self.device, self.worst = q.device, self.worst.to(q.device)
+            self.device, self.squares = q.device, self.squares.to(q.device)
             self.mass, self.best = self.mass.to(q.device), self.best.to(q.device)
+        if self.layer not in self.roots:
+            self.roots[self.layer] = roots_of(layer, self.heads, q)
+        look = partial(price, sink=sink, query_block=self.query_block, tail=self.tail, order=every)
         for video in range(len(q)):
-            own, size = q[video, rows], self.query_block
-            found = price(
-                own, k[video], v[video], self.ladder, sink=sink, query_block=size, tail=self.tail, order=every
-            )
-            error = (found.error / found.size[:, None].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-            place = self.worst[self.range, self.layer]
-            torch.maximum(place, error.to(place), out=place)
+            found = look(q[video, rows], k[video], v[video], self.ladder, roots=self.roots[self.layer])
+            whole = project(layer, out[video, rows.flatten()].flatten(1)).float().square().sum()
+            place = self.squares[self.range, self.layer]
+            place += (found.error / whole.clamp(min=torch.finfo(torch.float32).tiny)).to(place)
             self.mass[self.layer] += found.mass.to(place)
             self.best[self.layer] += found.best.to(place)
-            self.count[self.layer] += 1
+            self.count[self.range, self.layer] += 1
+
+    def mean_squares(self) -> Tensor:
+        """`squares` of a price, [ranges, depth, heads, L] fp64 on the CPU."""
+        return self.squares.cpu().double() / self.count[..., None, None].clamp(min=1)
 
     def _chosen(self, whole: int) -> Tensor:
         """Which of the query blocks are measured: others in every pass and layer, the same for a seed."""
@@ -263,7 +304,8 @@ class Probed:
         laps = Laps(x.device)
         chosen: Kernels = options.pop("kernels", None) or self.execution.choose_kernels(x.device)
         sink = math.ceil(given * rows * columns / BLOCK)
-        attend = probe.measured(chosen.attend, 2 if num_cond_latents else 1, sink, order, laps)
+        blocks = self.execution.network.blocks
+        attend = probe.measured(chosen.attend, 2 if num_cond_latents else 1, sink, order, laps, blocks)
         options["kernels"] = chosen._replace(attend=attend, quantized=None)
         options["around_block"] = probe.around(options.pop("around_block", None))
         probe.number += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from longcat_core.measure.calibrate import (
     video_psnr,
 )
 from longcat_core.measure.calibration_report import text
-from longcat_core.measure.probe import LADDER, Probe, price, probing
+from longcat_core.measure.probe import LADDER, Price, Probe, price, probing
 from longcat_core.optimize.sparse.settings import BLOCK, Sparse
 
 from ..support.quick import quick_pipeline
@@ -44,6 +45,17 @@ def request(**changes: object) -> FilledRequest:
     """Of 1,088 tokens: 17 latent frames of 8x8."""
     settings = {"prompt": "a red circle", "height": 128, "width": 128, "frames": 65, "steps": 5} | changes
     return GenerateRequest(**settings).filled(NANO)  # type: ignore[arg-type]
+
+
+SHORT = (0.1, 0.2, 0.4)
+
+
+def chosen(
+    errors: Sequence[Sequence[float]], ladder: Sequence[float] = LADDER, budget: float = 0.1
+) -> tuple[float, ...]:
+    """The densities of one layer whose heads have these errors at the densities of a ladder."""
+    ((row,),) = choose(torch.tensor([[errors]]).square(), ladder, budget)
+    return row
 
 
 # --- structure -------------------------------------------------------------------------------------------------------
@@ -78,11 +90,15 @@ def structured() -> tuple[list[str], Tensor, Tensor, Tensor]:
     return list(heads), q, k, values[:, None].expand_as(k)
 
 
+def alone(found: Price) -> list[float]:
+    """The density of each head as the only one of a layer, at a budget of 0.1."""
+    worst = (found.error / found.size[:, None]).sqrt()
+    return [chosen([row])[0] for row in worst.tolist()]
+
+
 def test_densities_follow_what_heads_look_at() -> None:
     names, q, k, v = structured()
-    found = price(q.unflatten(0, (-1, BLOCK)), k, v, LADDER, sink=0, query_block=BLOCK, tail=True)
-    worst = (found.error / found.size[:, None]).sqrt()[None, None]
-    (((*densities,),),) = choose(worst, LADDER, 0.1)
+    densities = alone(price(q.unflatten(0, (-1, BLOCK)), k, v, LADDER, sink=0, query_block=BLOCK, tail=True))
     dense = dict(zip(names, densities, strict=True))
     # One block of 40 is 0.025; 0.03 is the first step of the ladder that keeps it, and 0.01 keeps one block too.
     assert dense["own block"] <= 0.03 and dense["one far block"] <= 0.03
@@ -93,9 +109,7 @@ def test_densities_follow_what_heads_look_at() -> None:
 
 def test_without_a_tail_a_uniform_head_needs_every_block() -> None:
     names, q, k, v = structured()
-    found = price(q.unflatten(0, (-1, BLOCK)), k, v, LADDER, sink=0, query_block=BLOCK, tail=False)
-    worst = (found.error / found.size[:, None]).sqrt()[None, None]
-    (((*densities,),),) = choose(worst, LADDER, 0.1)
+    densities = alone(price(q.unflatten(0, (-1, BLOCK)), k, v, LADDER, sink=0, query_block=BLOCK, tail=False))
     assert densities[names.index("uniform")] == 1.0
     assert densities[names.index("own block")] <= 0.03
 
@@ -103,21 +117,33 @@ def test_without_a_tail_a_uniform_head_needs_every_block() -> None:
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def chosen(errors: Sequence[Sequence[float]], budget: float = 0.1) -> tuple[float, ...]:
-    """The densities of one layer whose heads have these errors at densities 0.1, 0.2 and 0.4."""
-    ((row,),) = choose(torch.tensor([[errors]]), (0.1, 0.2, 0.4), budget)
-    return row
-
-
 def test_the_lowest_density_that_keeps_the_budget_is_taken() -> None:
-    assert chosen([[0.3, 0.1, 0.01], [0.05, 0.04, 0.0], [0.3, 0.2, 0.1]]) == (0.2, 0.1, 0.4)
-    assert chosen([[0.05, 0.2, 0.01]]) == (0.4,), "an error that comes back does not count as kept"
-    assert chosen([[0.3, 0.1, 0.01]], budget=0.3) == (0.1,)
+    assert chosen([[0.3, 0.09, 0.01]], SHORT) == (0.2,)
+    assert chosen([[0.05, 0.2, 0.01]], SHORT) == (0.4,), "an error that comes back does not count as kept"
+    assert chosen([[0.3, 0.1, 0.01]], SHORT, budget=0.31) == (0.1,)
+    assert chosen([[0.0, 0.0, 0.0]], SHORT) == (0.1,)
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.05, 0.1, 0.2])
+def test_heads_and_layers_share_the_budget(budget: float) -> None:
+    """No other densities have a lower mean and an error as small; a head that counts more gets more."""
+    weights = torch.tensor([[1.0, 0.1], [0.3, 0.3]])
+    errors = torch.rand(1, 2, 2, 4, generator=torch.Generator().manual_seed(0)).cumprod(-1)
+    squares = (errors * weights[..., None]).square()
+    ladder = (0.05, 0.1, 0.2, 0.3)
+    (found,) = choose(squares, ladder, budget)
+    steps, every = torch.tensor([*ladder, 1.0]), torch.nn.functional.pad(squares[0], (0, 1)).flatten(0, 1)
+    at = torch.tensor([[*ladder, 1.0].index(density) for row in found for density in row])
+    spent = every.gather(-1, at[:, None]).sum()
+    assert spent / 2 <= budget**2
+    for other in map(torch.tensor, itertools.product(range(5), repeat=4)):
+        if every.gather(-1, other[:, None]).sum() <= spent:
+            assert steps[other].sum() >= steps[at].sum() - 1e-6
 
 
 def test_a_layer_that_needs_nearly_everything_is_dense() -> None:
-    assert chosen([[0.3, 0.2, 0.2]] * 2 + [[0.0, 0.0, 0.0]]) == (1.0, 1.0, 1.0)
-    assert chosen([[0.3, 0.2, 0.2]] + [[0.0, 0.0, 0.0]] * 2) == (1.0, 0.1, 0.1)
+    assert chosen([[0.3, 0.2, 0.2]] * 2 + [[0.0, 0.0, 0.0]], SHORT) == (1.0, 1.0, 1.0)
+    assert chosen([[0.3, 0.2, 0.2]] + [[0.0, 0.0, 0.0]] * 2, SHORT) == (1.0, 0.1, 0.1)
     assert attention_cost([[DENSE_FROM]]) == pytest.approx(1.0) == attention_cost([[1.0]])
 
 
@@ -182,16 +208,16 @@ def test_a_search_is_deterministic_and_measures_what_it_says() -> None:
     both = [request(), request(prompt="a blue square")]
     runs, found = zip(*(search(both, lora=["step.safetensors"]) for _ in range(2)), strict=True)
     assert found[0].densities == found[1].densities and found[0].curve == found[1].curve
-    assert runs[0].probe.worst.equal(runs[1].probe.worst)
+    assert runs[0].probe.squares.equal(runs[1].probe.squares)
     # Two prompts, two steps in each range, and both halves of guidance in every pass.
-    assert runs[0].probe.seen == [4, 4] and runs[0].probe.count == [16, 16]
+    assert runs[0].probe.seen == [4, 4] and runs[0].probe.count.tolist() == [[8, 8]] * 2
     assert found[0].ends == (0.6, 1.0) and found[0].prompts == ("a red circle", "a blue square")
     assert found[0].settings.lora == ("step.safetensors",) and found[0].video is None
     assert [point.density for point in found[0].curve] == list(runs[0].recipe.ladder)
     medians = [point.median for point in found[0].curve]
     assert medians == sorted(medians, reverse=True) and 0 < medians[-1] < medians[0] < 1
     other, _ = search([replace(both[0], seed=5)])
-    assert not other.probe.worst.equal(runs[0].probe.worst)
+    assert not other.probe.squares.equal(runs[0].probe.squares)
 
 
 def test_measuring_leaves_the_video_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +238,10 @@ def test_conditioning_frames_are_part_of_the_keys(given: int) -> None:
     errors = []
     for kv_cache in ("exact", "off"):
         run, _ = search([replace(one, kv_cache=kv_cache)])
-        errors.append(run.probe.worst)
+        errors.append(run.probe.mean_squares().sqrt())
     torch.testing.assert_close(*errors, rtol=1e-3, atol=1e-4)
-    alone, _ = search([request()])
-    assert (alone.probe.worst[..., 0] - errors[0][..., 0]).abs().max() > 1e-3
+    single, _ = search([request()])
+    assert (single.probe.mean_squares().sqrt()[..., 0] - errors[0][..., 0]).abs().max() > 1e-3
 
 
 def test_halves_of_guidance_may_run_one_after_the_other() -> None:
@@ -224,7 +250,8 @@ def test_halves_of_guidance_may_run_one_after_the_other() -> None:
     (whole, _), (split, _) = search([request()]), search([request()], pipeline=pipeline)
     assert split.probe.seen == [2 * count for count in whole.probe.seen]
     # Other query blocks are measured, so the errors agree about as well as samples do.
-    torch.testing.assert_close(split.probe.worst.mean(), whole.probe.worst.mean(), rtol=0.2, atol=0)
+    both = (run.probe.mean_squares().sqrt().mean() for run in (split, whole))
+    torch.testing.assert_close(*both, rtol=0.2, atol=0)
 
 
 def test_psnr_is_of_generated_frames() -> None:
@@ -248,7 +275,12 @@ def test_prices_are_those_of_a_sparse_pass(cond: int) -> None:
     words, t = torch.randn(1, 5, model.config.caption_channels, generator=generator), torch.full((1, frames), 700.0)
     t[:, :cond] = 0
     inputs: list[Tensor] = []
-    model.blocks[0].attn.proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+
+    def keep(_: object, given: tuple[Tensor]) -> None:
+        # The probe asks the layer about rows of its own.
+        inputs.extend(rows for rows in given if rows.ndim == 3)
+
+    model.blocks[0].attn.proj.register_forward_pre_hook(keep)
     _, recipe = check_calibration(Videos.of([request()]), Recipe())
     probe = Probe(1, depth, heads, BLOCK, True, recipe.ladder, 17, 0, token_order)
     probe.range = 0
@@ -260,8 +292,10 @@ def test_prices_are_those_of_a_sparse_pass(cond: int) -> None:
             model(x, t, words, num_cond_latents=cond)
         dense, sparse = (rows.unflatten(-1, (heads, -1))[0, 64 * cond :] for rows in (inputs[0], inputs.pop()))
         order = token_order((17, 8, 8), torch.device("cpu"))
-        errors = (sparse - dense[order]).square().sum((0, 2)).sqrt() / dense.square().sum((0, 2)).sqrt()
-        torch.testing.assert_close(errors, probe.worst[0, 0, :, at], rtol=1e-3, atol=1e-5)
+        weight = model.blocks[0].attn.proj.weight.unflatten(1, (heads, -1))
+        errors = torch.einsum("nhd,chd->nhc", sparse - dense[order], weight).square().sum((0, 2)).sqrt()
+        errors /= torch.einsum("nhd,chd->nc", dense, weight).square().sum().sqrt()
+        torch.testing.assert_close(errors, probe.squares[0, 0, :, at].sqrt(), rtol=1e-3, atol=1e-5)
         assert errors.min() > 0.02
 
 
