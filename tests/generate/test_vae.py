@@ -16,11 +16,14 @@ from torch import Tensor
 from longcat_core.checkpoints import wan_vae
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_header, read_tensors, write_safetensors
+from longcat_core.generate.paths import NANO_VAE
 from longcat_core.generate.vae import load_vae, save_vae
+from longcat_core.nano.world import Actor, Scene, render_clip
 from longcat_core.vae import parts
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOLERANCE = 2e-5
+SCENE = Scene("gray", (Actor("circle", "red", "right"),))
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -386,6 +389,23 @@ def test_frames_leave_the_decoder_one_by_one(vae, golden, monkeypatch):
     assert error(vae.decode(latents), golden["t2v.video"]) < TOLERANCE
     with pytest.raises(LongCatError, match="B,16,T,h,w"):
         vae.decode_frames(torch.zeros(1, 16, 0, 2, 2))
+
+
+def test_16_bits_round_less_than_8_bits_do():
+    """The bundled VAE on a clip of its world: in steps of 8 bits, of which rounding to them takes half."""
+    clip = pixels(torch.from_numpy(render_clip(SCENE, frames=9, height=64, width=96, seed=1)))
+    plain, half = load_vae(NANO_VAE), load_vae(NANO_VAE, dtype=torch.bfloat16)
+    latents = plain.encode(clip)
+    steps = (half.decode(latents) - plain.decode(latents)).abs() * 255
+    assert 0 < steps.mean() < 0.15 and steps.flatten().quantile(0.98) < 0.8
+
+
+def test_a_vae_runs_without_diffusers():
+    code = (
+        "import sys; sys.modules['diffusers'] = None; from longcat_core.generate.vae import load_vae; import torch; "
+        f"load_vae({str(NANO_VAE)!r}).decode(torch.zeros(1, 16, 1, 2, 2))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=GOLDEN.parents[2], check=True)
 
 
 def test_import_is_cheap():
