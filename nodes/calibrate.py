@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from comfy.model_patcher import ModelPatcher
@@ -14,9 +14,6 @@ from comfy_api.latest import io, ui
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.atomic import free_name
 from ..longcat_core.generate.calibration import check_calibration_place, check_calibration_suffix, write_calibration
-from ..longcat_core.measure.calibrate import Measured, Recipe, Search, Videos, check_calibration
-from ..longcat_core.measure.calibration_report import text
-from ..longcat_core.measure.probe import Probe
 from ..longcat_core.optimize.attention import is_exact
 from ..longcat_core.sampling.conditioning import SPATIAL_FACTOR, video_frames
 from ..longcat_core.sampling.schedules import make_schedule
@@ -30,6 +27,9 @@ from .previews import clean_frames
 from .progress import NodeProgress
 from .sampling import sample_latent, starting_latents
 from .step_cache import THRESHOLD_KEY
+
+if TYPE_CHECKING:
+    from ..longcat_core.measure.probe import Probe
 
 NODE = "LongCat Calibrate"
 
@@ -60,6 +60,8 @@ class Calibrate(LongCatNode):
 
     @classmethod
     def validate_inputs(cls, steps=None, mode=None, budget=None, dense_steps=None, file=None) -> bool:
+        from ..longcat_core.measure.calibrate import Measured, Recipe
+
         check_ranges(cls.ID, {"steps": steps, "mode": mode, "budget": budget, "dense_steps": dense_steps})
         check_steps(steps, mode)
         if None not in (steps, mode, dense_steps):
@@ -73,6 +75,10 @@ class Calibrate(LongCatNode):
         cls, model, positive, negative, latent_image, seed, steps, guidance, mode, budget, dense_steps, file,
         kv_cache="exact",
     ) -> io.NodeOutput:  # fmt: skip
+        # Imported when it runs: with its report and its prompts it would be a fifth of the pack's start.
+        from ..longcat_core.measure.calibrate import Recipe, Search, Videos, check_calibration
+        from ..longcat_core.measure.calibration_report import text
+
         _require_exact(model)
         shape = starting_latents(model, latent_image).shape
         given = clean_frames(latent_image.get("noise_mask"))

@@ -15,7 +15,6 @@ from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.progress import DECODING, Part
 from ..longcat_core.generate.speeds import EXACT
 from ..longcat_core.measure import fidelity as core
-from ..longcat_core.measure.charts import fidelity_plot, side_by_side
 from ..longcat_core.measure.fidelity import FLOOR, REFERENCE, Setting
 from ..longcat_core.optimize.attention import Inputs
 from ..longcat_core.sampling.conditioning import video_frames
@@ -148,6 +147,9 @@ class Fidelity(LongCatNode):
         found = core.Fidelity(
             settings[REFERENCE], [settings["B"]], settings.get(FLOOR), no_floor, f"{what}; seed {seed}", picks, TIMED
         )
+        # Imported when it runs, for a quick start of ComfyUI.
+        from ..longcat_core.measure.charts import fidelity_plot, side_by_side
+
         pictures = [to_image(np.array(picture)[None]) for picture in (fidelity_plot(found), side_by_side(found))]
         preview = ui.PreviewImage(pictures[0], cls=cls)
         # The second picture has another size, so it needs a preview of its own.

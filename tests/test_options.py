@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 
 from longcat_core.checkpoints.convert import TARGETS
-from longcat_core.cli.main import build_parser
+from longcat_core.cli.main import COMMANDS, build_parser
 from longcat_core.cli.options import help_of, without_effect
 from longcat_core.generate import options
 from longcat_core.generate.long_video import HandOff, LongVideoRequest
@@ -136,6 +136,25 @@ def test_rows_are_well_formed(row):
 def test_the_table_needs_no_torch():
     code = "import sys, longcat_core.generate.options; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+HELP = """
+import sys
+from longcat_core.cli.main import COMMANDS, main
+for argv in (["--help"], ["--version"], *([name, "--help"] for name in COMMANDS if name != "train-nano")):
+    try:
+        main(argv)
+    except SystemExit as ended:
+        assert not ended.code, argv
+heavy = {"asyncio", "av", "filelock", "numpy", "PIL", "pydantic", "safetensors", "torch", "tqdm", "transformers"}
+sys.exit(", ".join(sorted(heavy & sys.modules.keys())) or 0)
+"""
+
+
+def test_help_imports_nothing_heavy():
+    run = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+    assert run.stdout.count("usage: ") == len(COMMANDS), "and every page is printed"
 
 
 # --- what runs -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import torch
 
 from ..optimize.attention import BACKENDS
 from ..optimize.switches import Optimizations
-from .charts import COLORS, Bar, Bars, bar_chart
 from .ratio import FEWEST, ratio_of
 from .results import markdown, shown
 
@@ -143,6 +142,8 @@ def _range(side: TimedSetting) -> str:
 
 def draw(sides: Sequence[TimedSetting], heading: str, closing: str) -> Image.Image:
     """A bar for each side and figure, on that of a step the range of the timed steps and a mark for each; RGB."""
+    from .charts import COLORS, Bar, Bars, bar_chart
+
     groups = []
     for name, unit, values in _figures(sides):
         bars = []
