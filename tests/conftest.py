@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# The user's own encodings of prompts stay as they are; commands that tests start inherit this.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="longcat-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 # Each of these takes minutes.

@@ -100,10 +100,10 @@ class _Task:
         there = (*there, A_GPU) if self.device.type == "cuda" else there
         print_notes([*self.args.outputs.notes, *without_effect(self.args, there), *sentences])
 
-    def load(self, work: Work, bar: Progress, sparse: Sparse | None = None) -> Pipeline:
-        """The pipeline. sparse: sparse attention that the request asks for; its kernel is said."""
+    def load(self, work: Work, bar: Progress, prompts: Sequence[str], sparse: Sparse | None = None) -> Pipeline:
+        """The pipeline. prompts: all that it will read. sparse: what the request asks for; its kernel is said."""
         bar.task.phase(LOADING)
-        pipeline = load_models(self.args, self.model, self.device, work)
+        pipeline = load_models(self.args, self.model, self.device, work, prompts)
         if sparse is not None:
             inputs = Inputs(self.device, pipeline.model.compute_dtype, pipeline.model.config.head_dim, False)
             note(f"sparse attention: {in_use(sparse, inputs)}")
@@ -156,7 +156,7 @@ def generate(args: argparse.Namespace) -> int:
 
     def make(bar: Progress, put: Put) -> np.ndarray:
         bar.plan([sampled(request.schedule, request.steps)])
-        pipeline = task.load(work_of(request), bar, request.sparse_settings)
+        pipeline = task.load(work_of(request), bar, read_in(request), request.sparse_settings)
         made = pipeline.generate(request, bar, on_frames=request.beginning(put)).frames
         bar.task.finish()
         bar.task.phase(SAVING)
@@ -190,11 +190,16 @@ def long(args: argparse.Namespace) -> int:
     request = replace(request, first=first, model=model, lossy=lossy)
     task.note(first.notes(), *there_in(first), *(MORE for _ in prompts[1:]))
     work, finished = work_of(first, request.overlap), []
+    read = [*prompts, *read_in(first)]
 
     def segments(bar: Progress) -> Iterator[np.ndarray]:
         bar.plan(segments_of(request), what="segment")
         folder.say = bar.say
-        for segment in long_video(lambda: task.load(work, bar, first.sparse_settings), request, folder, _steps(bar)):
+
+        def load() -> Pipeline:
+            return task.load(work, bar, read, first.sparse_settings)
+
+        for segment in long_video(load, request, folder, _steps(bar)):
             finished.append(segment)
             bar.task.finish(reused=segment.reused)
             bar.say(segment.summary(folder.path))
@@ -239,7 +244,7 @@ def refine(args: argparse.Namespace) -> int:
         note("without --lora the model was not trained to refine; give refinement_lora.safetensors")
 
     def load(bar: Progress) -> Pipeline:
-        return task.load(request.work(video, paths.defaults), bar)
+        return task.load(request.work(video, paths.defaults), bar, [args.prompt])
 
     def planned(bar: Progress) -> Callable[[int, int, Any], None]:
         bar.plan([sampled("refine", request.steps)] * len(request.pieces(video)), what="piece")
@@ -303,6 +308,11 @@ def there_in(request: FilledRequest) -> tuple[str, ...]:
     """What a filled request has that options work on; see `Option.needs`."""
     found = {GUIDANCE: request.guidance_scale != 1, "sparse": request.sparse, "step_cache": request.step_cache}
     return tuple(name for name, there in found.items() if there)
+
+
+def read_in(request: FilledRequest) -> list[str]:
+    """The prompts that the text encoder reads for a filled request."""
+    return [request.prompt, *([request.negative_prompt] if request.guidance_scale != 1 else [])]
 
 
 def print_notes(sentences: Iterable[str]) -> None:

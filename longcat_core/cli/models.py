@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..generate.request import GenerateRequest
 from ..generate.speed_fit import Loaded, fit_loading
 from ..generate.speeds import EXACT
 from ..generate.takes import LORA_MODE, lossy_settings
+from ..generate.text_cache import cache_folder
 from ..optimize import compilation
 from ..optimize.kernels import elementwise
 from ..optimize.plan import GIB, Plan, Work, limit_memory
@@ -123,8 +124,14 @@ def compile_mode(args: argparse.Namespace, device: torch.device, paths: ModelPat
     return mode
 
 
-def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.device, work: Work) -> Pipeline:
-    """Load the opened model as the options ask, with enough memory left for `work`."""
+def load_models(
+    args: argparse.Namespace, model: OpenedModel, device: torch.device, work: Work, prompts: Sequence[str] = ()
+) -> Pipeline:
+    """Load the opened model as the options ask, with enough memory left for `work`.
+
+    prompts: all that are to come, for commands that have --no-text-cache.
+    """
+    cached = not getattr(args, "no_text_cache", True)
     pipeline = load_pipeline(
         model,
         dtype=dtype_of(args.dtype, device),
@@ -141,6 +148,8 @@ def load_models(args: argparse.Namespace, model: OpenedModel, device: torch.devi
             args.stream_text_encoder,
         ),
         memory=None if args.memory is None else int(args.memory * GIB),
+        text_cache=cache_folder() if cached else None,
+        prompts=prompts,
     )
     pipeline.vae.tiling = args.tiled_vae
     if pipeline.plan_note:

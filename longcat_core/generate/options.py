@@ -319,6 +319,9 @@ OPTIONS: tuple[Option, ...] = (
                commands=_WEIGHTS),
         Option("text_encoder", "text", "folder or file of the text encoder", metavar="PATH", commands=_WEIGHTS,
                shown="text_encoder/ and tokenizer/ in the model's folder"),
+        Option("no_text_cache", "switch", "load the text encoder in any case; otherwise encodings of prompts, not the "
+               "prompts, are kept on disk, and a prompt that was used before needs no text encoder",
+               commands=("generate", "long", "refine")),
         Option("lora", "lora", "a LoRA of any form, at strength 1 if not given; can be repeated", repeated=True,
                metavar="FILE[:STRENGTH]", common=True),
         Option("lora_mode", "choice", "merge LoRAs into the weights, or keep them beside the weights at run time, "

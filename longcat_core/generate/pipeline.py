@@ -38,6 +38,7 @@ from .request import RELEASED, Defaults, FilledRequest
 from .speed_fit import check_speed, fit_loading
 from .speeds import BASE, EXACT, Speed
 from .text import TextEncoder, load_text_encoder
+from .text_cache import CachedTextEncoder, TextCache
 from .turns import Turns
 from .vae import VideoVAE, load_vae
 
@@ -78,7 +79,7 @@ class Pipeline(Engine):
 
     model: OptimizedTransformer
     vae: VideoVAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | CachedTextEncoder
     defaults: Defaults = RELEASED
     plan: Plan = field(default_factory=Plan)
     plan_note: str = ""
@@ -102,6 +103,8 @@ class Pipeline(Engine):
         least: Plan | None = None,
         memory: int | None = None,
         speed: Speed = EXACT,
+        text_cache: Path | None = None,
+        prompts: Sequence[str] = (),
     ) -> Pipeline:
         """Load the transformer, the VAE and the text encoder.
 
@@ -112,6 +115,8 @@ class Pipeline(Engine):
         everything goes on the device. least: what the plan must have in any case. memory: bytes it may need at most.
         speed: of requests that name none; it also decides `fp8` where that is None, and the attention where the
         optimizations leave it at auto. What the machine lacks is left out; `notes` of a filled request say so.
+        text_cache: a folder that keeps encodings of prompts under hashes, such as `text_cache.cache_folder()`;
+        they do not change results. prompts: all that are to come; if the folder has them, no text encoder is loaded.
 
         Several threads may use a pipeline: each call waits for those of other threads. Raises LongCatError for files
         that do not fit the network or each other, and for arguments of the wrong type.
@@ -140,7 +145,7 @@ class Pipeline(Engine):
             raise LongCatError(f"{least.streamed} streamed blocks are more than the model's {config.depth}; give fewer")
         check_loras(loras, config)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
-        text_encoder = load_text_encoder(paths.text_encoder, dtype=dtype)
+        text_encoder = _text_encoder(paths.text_encoder, dtype, device, text_cache, prompts)
         if text_encoder.channels != config.caption_channels:
             raise CheckpointError(
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
@@ -300,6 +305,17 @@ class Pipeline(Engine):
         if bool(mask.all()):
             warnings.warn(f"the {name} is longer than {mask.shape[1]} tokens; the rest is ignored", stacklevel=5)
         return context, mask
+
+
+def _text_encoder(
+    path: Path, dtype: torch.dtype, device: torch.device, kept: Path | None, prompts: Sequence[str]
+) -> TextEncoder | CachedTextEncoder:
+    """The text encoder, on the CPU, or what loads it when a prompt is not in the folder `kept`."""
+    if kept is None:
+        return load_text_encoder(path, dtype=dtype)
+    encoder = CachedTextEncoder(path, dtype, device, TextCache(kept, path, dtype, device))
+    encoder.load_unless(prompts)
+    return encoder
 
 
 def _empty_cache() -> None:

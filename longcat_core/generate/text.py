@@ -149,8 +149,7 @@ def load_text_encoder(
     unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and for a tokenizer of another model,
     LongCatError without transformers and sentencepiece.
     """
-    path = Path(path)
-    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    folder = folder_of(Path(path))
     opened = open_umt5(folder)
     settings = _read_config(folder / "config.json", opened) if (folder / "config.json").exists() else FIXED_CONFIG
     tokenizer = tokenizer_of(opened)
@@ -159,6 +158,11 @@ def load_text_encoder(
     model.load_state_dict(state | {TIED_EMBEDDING: state[EMBEDDING]}, assign=True)
     model.encoder.set_input_embeddings(model.shared)
     return TextEncoder(model.requires_grad_(False), tokenizer.encode)
+
+
+def folder_of(path: Path) -> Path:
+    """The text encoder's file, or its own folder where `path` is the parent."""
+    return path / "text_encoder" if (path / "text_encoder").is_dir() else path
 
 
 def _missing(package: str, error: ImportError) -> LongCatError:
@@ -259,20 +263,26 @@ def _check_eos(eos: int | None, source: Path) -> None:
         )
 
 
-def _tokenizer_beside(path: Path) -> Tokenizer:
-    """From `spiece.model`, else `tokenizer.json`, in a folder of the text encoder's file or beside its folder."""
+def _places(path: Path) -> list[Path]:
     folder = path if path.is_dir() else path.parent
     # Where LongCat-Video keeps it, beside the files, and where Wan does.
     places = [folder, folder / "tokenizer", folder / "google" / "umt5-xxl"]
-    if path.is_dir():
-        places.insert(0, folder.parent / "tokenizer")
-    for name, read in (("spiece.model", _spiece_file), ("tokenizer.json", _tokenizer_json)):
-        for place in places:
-            if (place / name).exists():
-                return read(place / name)
+    return [folder.parent / "tokenizer", *places] if path.is_dir() else places
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The tokenizers beside a text encoder's file or in and beside its folder; the first one is used."""
+    files = (place / name for name in ("spiece.model", "tokenizer.json") for place in _places(path))
+    return [file for file in files if file.exists()]
+
+
+def _tokenizer_beside(path: Path) -> Tokenizer:
+    """From `spiece.model`, else `tokenizer.json`, in a folder of the text encoder's file or beside its folder."""
+    for file in tokenizer_files(path):
+        return _spiece_file(file) if file.name == "spiece.model" else _tokenizer_json(file)
     if path.is_dir():
         raise CheckpointError(
-            f"{places[0]} holds neither spiece.model nor tokenizer.json; download the tokenizer folder too"
+            f"{_places(path)[0]} holds neither spiece.model nor tokenizer.json; download the tokenizer folder too"
         )
     raise CheckpointError(
         f"{path} carries no SentencePiece model (tensor '{SPIECE}'), and no spiece.model lies beside it; download the "

@@ -26,6 +26,7 @@ from longcat_core.generate import paths as model_paths
 from longcat_core.generate.engine import Generation
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.request import FilledRequest, GenerateRequest
+from longcat_core.generate.text_cache import cache_folder
 from longcat_core.optimize import compilation
 from longcat_core.optimize.attention import names
 from longcat_core.optimize.plan import Plan
@@ -423,3 +424,23 @@ def test_plan_refuses(refused: Any, options: str, said: str) -> None:
 def test_score_nano_refuses(refused: Any, monkeypatch: pytest.MonkeyPatch, options: str, said: str) -> None:
     monkeypatch.setattr(commands, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded first"))
     assert said in refused("score-nano", *options.split())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_encodings_are_kept_unless_the_option_says_no(tmp_path, monkeypatch, given):
+    """All prompts that are read are named when the model is loaded, so that it can do without its text encoder."""
+    asked = []
+
+    def load(_, **options):
+        asked.append(options)
+        raise LongCatError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "load_pipeline", load)
+    extra = ["--no-text-cache"] if given else []
+    assert cli.main(["generate", "a red circle", "--negative-prompt", "blur", *extra]) == cli.BAD_INPUT
+    assert cli.main(["generate", "a red circle", "--guidance", "1", *extra]) == cli.BAD_INPUT
+    assert cli.main(["long", "one", "two", "--segments", "2", "--negative-prompt", "blur", *extra]) == cli.BAD_INPUT
+    assert [options["text_cache"] for options in asked] == [None if given else cache_folder()] * 3
+    wanted = [{"a red circle", "blur"}, {"a red circle"}, {"one", "two", "blur"}]
+    assert [set(options["prompts"]) for options in asked] == wanted
