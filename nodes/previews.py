@@ -17,11 +17,12 @@ from ..longcat_core.generate.progress import Part
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from .comfy_latents import LongCatLatents
 from .progress import RUNNING, NodeProgress
+from .tiny_decoder import CannotShow, TinyPreviewer, fall_back, find_previewer, plain_previewer
 
 # Frames that play in turn, spread over the video, and the seconds that each is shown.
 FRAMES, SHOWN_FOR = 16, 0.2
-# Share of the time of a step that decoding previews may take, and the seconds it may take at most.
-SHARE, LONGEST = 0.05, 1.0
+# Share of a run's time that decoding previews may take, and the seconds that it may take after one step.
+SHARE, LONGEST = 0.03, 1.0
 
 
 def clean_frames(noise_mask: Tensor | None) -> int:
@@ -33,7 +34,7 @@ class Film:
     """The generated frames of one sampling run, as ComfyUI's preview method shows them.
 
     Both of ComfyUI's renderers show the last picture that they got, and neither plays an animated one: frames are sent
-    one by one. Each step decodes as many as its time allows, the oldest first; a thread sends them in turn.
+    one by one. Each step decodes as many as the run's time allows, the oldest first; a thread sends them in turn.
     """
 
     def __init__(self, previewer: Any, form: LongCatLatents, given: int, shown: NodeProgress) -> None:
@@ -41,33 +42,60 @@ class Film:
         self.previewer, self.form, self.given, self.shown = previewer, form, given, shown
         self.pictures: dict[int, PreviewImageTuple] = {}
         self.next = self.at = 0
-        self.stepped = time.monotonic()
+        self.started, self.spent, self.cost = time.monotonic(), 0.0, 0.0
+        # Not yet: the first step's pictures pay for what happens once, such as choosing kernels.
+        self.warm = False
         self.over, self.thread = threading.Event(), None
 
     def expose(self, x0: Tensor) -> PreviewImageTuple | None:
         """Decode frames of the estimated clean latents [B, C, T, h, w], and return the picture to show now."""
         # LatentCut leaves the noise_mask of the whole latent, so there may be fewer frames than are given.
-        frames, began = self.form.shown(x0.shape[2], self.given), time.monotonic()
+        frames = self.form.shown(x0.shape[2], self.given)
         count = min(FRAMES, len(frames))
         chosen = [frames[i * len(frames) // count] for i in range(count)]
+        # The GPU may still compute the step: its time is not the preview's, and a picture must wait for it.
+        x0[:1, :1, :1, :1, :1].cpu()
+        began, made = time.monotonic(), 0
         for _ in chosen:
-            frame = chosen[self.next % count]
-            latents = x0[:, :, frame : frame + 1]
-            if isinstance(self.previewer, latent_preview.Latent2RGBPreviewer):
-                # ComfyUI reads a picture without waiting until it has been copied from a GPU, and sees an older one.
-                latents = latents.cpu()
-            picture = self.previewer.decode_latent_to_preview_image("JPEG", latents)
-            if picture is not None:
-                with self.shown.lock:
-                    self.pictures[frame] = picture
-            self.next += 1
-            if time.monotonic() - began > min(LONGEST, SHARE * (began - self.stepped)):
+            # Factors cost next to nothing: they show one new picture after each step in any case.
+            due = not self.pictures or not (made or isinstance(self.previewer, TinyPreviewer))
+            if not due and not self._affordable(began):
                 break
-        self.stepped = time.monotonic()
+            self._decode(x0, chosen[self.next % count])
+            self.next, made = self.next + 1, made + 1
+        if self.warm:
+            self.spent += time.monotonic() - began
+        self.warm = True
         if self.thread is None and len(self.pictures) > 1 and self.shown.heard:
             self.thread = threading.Thread(target=self._play, name="longcat preview", daemon=True)
             self.thread.start()
         return self.turn()
+
+    def _affordable(self, began: float) -> bool:
+        """Whether one more picture, as dear as the last one, stays within the time; began: of this step's pictures."""
+        now = time.monotonic()
+        here = now - began + self.cost
+        return here <= LONGEST and self.spent + here <= SHARE * (now - self.started)
+
+    def _decode(self, x0: Tensor, frame: int) -> None:
+        began, before = time.monotonic(), getattr(self.previewer, "before", 0)
+        latents = x0[:, :, max(frame - before, 0) : frame + 1]
+        try:
+            if isinstance(self.previewer, latent_preview.Latent2RGBPreviewer):
+                # ComfyUI reads a picture without waiting until it has been copied from a GPU, and sees an older one.
+                latents = latents.cpu()
+            picture = self.previewer.decode_latent_to_preview_image("JPEG", latents)
+        except CannotShow as error:
+            fall_back(str(error))
+            # Also frees the decoder.
+            self.previewer = plain_previewer(self.form)
+            with self.shown.lock:
+                self.pictures.clear()
+            return self._decode(x0, frame)
+        self.cost = time.monotonic() - began
+        if picture is not None:
+            with self.shown.lock:
+                self.pictures[frame] = picture
 
     def turn(self) -> PreviewImageTuple | None:
         """The picture after the last one that was shown."""
@@ -99,7 +127,7 @@ def preview_callback(model: ModelPatcher, steps: int, noise_mask: Tensor | None)
     """The callback of a sampling run of the running node: its bar, its words and its moving preview."""
     shown = RUNNING.get() or NodeProgress([Part(steps)], closing=False)
     form = model.model.latent_format
-    previewer = latent_preview.get_previewer(model.load_device, form)
+    previewer = find_previewer(model.load_device, form)
     film = None if previewer is None else Film(previewer, form, clean_frames(noise_mask), shown)
     shown.play(film)
 
