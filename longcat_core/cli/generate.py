@@ -1,4 +1,4 @@
-"""The `longcat` commands that make videos: generate, long, refine.
+"""The `longcat` commands that make a video: generate with one prompt, long, refine.
 
 All three check everything before a model is loaded, and their output files appear whole or not at all.
 """
@@ -54,7 +54,7 @@ Put = Callable[[np.ndarray], None]
 Made = TypeVar("Made")
 
 
-class _Task:
+class Task:
     """A checked command that writes one video of `shape`: frames, height and width."""
 
     def __init__(
@@ -72,7 +72,7 @@ class _Task:
 
         sound: a video whose sound the output has too. Raises LongCatError.
         """
-        _check_distinct(output, *sources)
+        check_distinct(output, *sources)
         check_output(output, estimate_bytes(output, *shape))
         args.outputs.hold(output)
         self.args, self.output, self.shape, self.fps, self.seed = args, output, shape, fps, seed
@@ -139,17 +139,19 @@ class _Task:
         return 0
 
 
-def generate(args: argparse.Namespace) -> int:
-    """`longcat generate`."""
+def one(args: argparse.Namespace) -> int:
+    """`longcat generate` with one prompt."""
     paths = paths_of(args)
+    if args.prompt is None:
+        raise LongCatError('a PROMPT is missing; say what the video shows, such as "a red circle moves right"')
     request = request_of(args, args.prompt).filled(paths.defaults)
     if args.contact_sheet is not None:
-        _check_distinct(args.contact_sheet, args.image, args.video, option="--contact-sheet")
+        check_distinct(args.contact_sheet, args.image, args.video, option="--contact-sheet")
         check_output(args.contact_sheet, 1 << 22, sheet=True)
         args.outputs.hold(args.contact_sheet, "--contact-sheet")
     shape = request.frames, request.height, request.width
     output = args.output or args.outputs.default(Path(OUTPUT))
-    task = _Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
+    task = Task(args, paths, output, (args.image, args.video), shape, request.fps, request.seed)
     check_sparse_fits(args, request, task.model)
     request = task.fitted(request)
     task.note(request.notes(), *there_in(request))
@@ -183,7 +185,7 @@ def long(args: argparse.Namespace) -> int:
     _check_folder(output, folder, shape)
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
-    task = _Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
+    task = Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
     check_sparse_fits(args, first, task.model)
     first = task.fitted(first)
     model, lossy = task.settings()
@@ -235,7 +237,7 @@ def refine(args: argparse.Namespace) -> int:
         _check_folder(output, folder, shape)
     # Copied if possible; otherwise a note says that it is left out or coded as AAC.
     sound, said = check_sound(args.video, output.suffix.lower()) if video.has_sound else (None, "")
-    task = _Task(args, paths, output, (args.video,), shape, request.factor * request.fps, request.seed, sound)
+    task = Task(args, paths, output, (args.video,), shape, request.factor * request.fps, request.seed, sound)
     loaded = task.speeded(REFINE)
     notes = [] if loaded is None else loading_notes(args.speed, REFINE, loaded)
     task.note([*request.notes(video, paths.defaults), *filter(None, [said]), *notes], MORE)
@@ -338,6 +340,6 @@ def _check_folder(output: Path, folder: SegmentFolder, shape: tuple[int, int, in
     folder.check_place(2 * math.prod(shape))
 
 
-def _check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:
+def check_distinct(output: Path, *sources: Path | None, option: str = "--output") -> None:
     if any(source is not None and resolved(output) == resolved(source) for source in sources):
         raise LongCatError(f"output {output} is the input itself; give another name to {option}")

@@ -43,8 +43,8 @@ PATH: dict[str, Any] = {"type": Path}
 PROMPTS = {"prompt", "negative_prompt", "prompts"}
 COMMANDS = {
     "generate": Command(
-        "generate.generate", "Generate a video from a prompt, with the bundled model by default.",
-        (("prompt", "PROMPT", PROMPT, {}),),
+        "many.generate", "Generate a video from a prompt, with the bundled model by default.",
+        (("prompt", "PROMPT", PROMPT, {"nargs": "?"}),),
     ),
     "long": Command(
         "generate.long", "Generate a long video segment by segment; run it again to resume.",

@@ -203,6 +203,8 @@ OPTIONS: tuple[Option, ...] = (
         WHAT,
         _SAMPLED,
         replace(_prompts_file, commands=_LONG),
+        replace(_prompts_file, help="text file with one prompt a line: a video for each, from one load of the models; "
+                "the same command again makes those that are missing", commands=("generate",), common=True),
         Option("segments", "whole", "number of segments; the last prompt serves all segments beyond it",
                shown="one for each prompt", filled=True, least=1, most=MAX_SEGMENTS, metavar="N", commands=_LONG),
         Option("negative_prompt", "text", "what the video should avoid; it has no effect at guidance 1",
@@ -359,7 +361,8 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         OUTPUT,
         _VIDEOS,
-        Option("output", "path", f"video to write: {_suffixes}", shown="longcat.mp4, or the next free name",
+        Option("output", "path", f"video to write: {_suffixes}; with --prompts-file a folder, or the name that each "
+               "video has with its number", shown="longcat.mp4, or the next free name; for many FILE-videos/",
                metavar="FILE", short="-o", commands=("generate",), common=True),
         Option("output", "path", f"video to write: {_suffixes}", shown="longcat-long.mp4", metavar="FILE", short="-o",
                commands=_LONG),
