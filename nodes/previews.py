@@ -17,7 +17,7 @@ from ..longcat_core.generate.progress import Part
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from .comfy_latents import LongCatLatents
 from .progress import RUNNING, NodeProgress
-from .tiny_decoder import CannotShow, TinyPreviewer, fall_back, find_previewer, plain_previewer
+from .tiny_decoder import CannotShow, TinyPreviewer, find_previewer, plain_previewer, say_once
 
 # Frames that play in turn, spread over the video, and the seconds that each is shown.
 FRAMES, SHOWN_FOR = 16, 0.2
@@ -86,7 +86,7 @@ class Film:
                 latents = latents.cpu()
             picture = self.previewer.decode_latent_to_preview_image("JPEG", latents)
         except CannotShow as error:
-            fall_back(str(error))
+            say_once(str(error))
             # Also frees the decoder.
             self.previewer = plain_previewer(self.form)
             with self.shown.lock:

@@ -21,7 +21,7 @@ RAW = "lighttaew2_1"
 NAMES = ("taew2_1", RAW)
 # A frame is decoded together with as many before it: it remembers what was there.
 BEFORE = 2
-# Numbers for each pixel of a frame that decoding may hold at a time, as ComfyUI counts for this decoder.
+# Numbers for each pixel of a frame that decoding may hold at a time: 455 as measured, 800 as ComfyUI counts.
 PER_PIXEL = 800
 
 
@@ -59,7 +59,8 @@ class TinyPreviewer:
                 raise ValueError("numbers that are not finite")
         except Exception as error:  # A file can be damaged in any way.
             raise CannotShow(
-                f"{path} is not a TAEHV decoder of Wan 2.1 latents ({error!r}); replace or remove it"
+                f"previews leave out {path}, which is not a TAEHV decoder of Wan 2.1 latents ({error!r}); replace or "
+                "remove it"
             ) from error
         decoder.decoder.load_state_dict(weights, assign=True)
         self.decoder, self.dtype = decoder, dtype
@@ -75,15 +76,17 @@ class TinyPreviewer:
         size = PER_PIXEL * 64 * x0.shape[3] * x0.shape[4] * self.dtype.itemsize
         if management.get_free_memory(self.device) < size:
             raise CannotShow(
-                f"decoding previews needs {size >> 20} MiB of free memory; choose the preview method latent2rgb"
-                " to leave it out"
+                f"previews show rough colors: decoding needs {size >> 20} MiB of free memory; choose the preview method "
+                "latent2rgb to leave it out"
             )
         x0 = (self.form.process_out(x0) if self.raw else x0).to(self.dtype)
         try:
             # To the CPU here: ComfyUI reads a picture without waiting until it has been copied from a GPU.
             frame = self.decoder.decode(x0)[0, :, -1].movedim(0, -1).float().cpu()
         except Exception as error:  # A preview must not end a run that may have taken hours.
-            raise CannotShow(f"decoding previews failed: {error!r}; choose the preview method latent2rgb") from error
+            raise CannotShow(
+                f"previews show rough colors: decoding failed: {error!r}; choose the preview method latent2rgb"
+            ) from error
         image = latent_preview.preview_to_image(frame, do_scale=False)
         return preview_format, image, latent_preview.MAX_PREVIEW_RESOLUTION
 
@@ -99,19 +102,21 @@ def find_previewer(device: torch.device, form: LatentFormat) -> TinyPreviewer | 
     """What ComfyUI's preview method asks for: a tiny decoder where the user has one, RGB factors, or None."""
     if args.preview_method == LatentPreviewMethod.TAESD and form.taesd_decoder_name is not None:
         files = folder_paths.get_filename_list("vae_approx")
-        for name, file in ((name, file) for name in NAMES for file in sorted(files) if file.startswith(name)):
-            path = folder_paths.get_full_path("vae_approx", file)
-            if path is None:
-                continue
+        ours = [(name, file) for name in NAMES for file in sorted(files) if file.startswith(name)]
+        for name, file in ours:
+            # A link that leads nowhere has no path.
+            path = folder_paths.get_full_path("vae_approx", file) or file
             try:
                 return TinyPreviewer(path, form, device, name == RAW)
             except CannotShow as error:
-                fall_back(str(error))
-                return plain_previewer(form)
+                say_once(str(error))
+        if ours:
+            # ComfyUI would stop the run at a file that it cannot read.
+            return plain_previewer(form)
     return latent_preview.get_previewer(device, form)
 
 
 @lru_cache(maxsize=64)
-def fall_back(why: str) -> None:
-    """Say once why previews show RGB factors."""
-    logging.warning("LongCat: previews show rough colors because %s", why)
+def say_once(text: str) -> None:
+    """One note for all runs and segments."""
+    logging.warning("LongCat: %s", text)

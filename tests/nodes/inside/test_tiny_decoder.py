@@ -27,7 +27,7 @@ def folder(comfy, tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae_approx", ([str(tmp_path)], kinds))
     folder_paths.filename_list_cache.pop("vae_approx", None)
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.TAESD)
-    comfy.node("tiny_decoder").fall_back.cache_clear()
+    comfy.node("tiny_decoder").say_once.cache_clear()
     return tmp_path
 
 
@@ -153,6 +153,12 @@ def test_a_file_that_is_no_decoder_falls_back_with_one_note(comfy, folder, caplo
     assert all(isinstance(one, latent_preview.Latent2RGBPreviewer) for one in found)
     notes = [record.getMessage() for record in caplog.records if "previews" in record.getMessage()]
     assert len(notes) == 1 and FIRST in notes[0] and "replace" in notes[0]
+
+
+def test_the_other_file_is_used_where_the_first_is_damaged(comfy, folder):
+    write(folder / OLD, weights(1))
+    (folder / FIRST).write_bytes(b"not a file of tensors")
+    assert previewer(comfy).raw
 
 
 @torch.inference_mode()
