@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class Batch:
 
     def __init__(self, name: Path, prompts: Sequence[str], settings: Settings) -> None:
         self.name, self.record = name, record_of(name)
-        self.files = [name_with(name, f"-{number:03}") for number in range(1, len(prompts) + 1)]
+        self.files = self._files(prompts)
         self._now = _Record(VERSION, settings, list(prompts), {})
 
     def check(self) -> list[int]:
@@ -85,8 +85,9 @@ class Batch:
                 raise LongCatError(
                     f"{file} was changed after it was made; rename it to keep it, or delete it to have it made again"
                 )
-        kept = {name: digest for name, digest in there.finished.items() if self.name.with_name(name).exists()}
         prompts = max(there.prompts, self._now.prompts, key=len)
+        names = [file.name for file in self._files(prompts) if file.exists()]
+        kept = {name: there.finished[name] for name in names if name in there.finished}
         self._now = replace(self._now, prompts=prompts, finished=kept)
         return [number for number, file in enumerate(self.files) if file.name not in kept]
 
@@ -120,7 +121,7 @@ class Batch:
         there = read_record(self.record, _Record, "the record of a run with many prompts", remedy)
         if there.version != VERSION:
             raise LongCatError(f"{self.record} is of another version of this program; {remedy}")
-        if not any(map(os.path.lexists, self._all_of(there))):
+        if not any(map(os.path.lexists, self._files(there.prompts))):
             return nothing
         now, said = self._now, ""
         if not matches(there.settings, now.settings, first=True):
@@ -133,9 +134,8 @@ class Batch:
             raise LongCatError(f"{self.record} is of another run ({said}); {remedy}")
         return there
 
-    def _all_of(self, there: _Record) -> Iterator[Path]:
-        for number in range(1, len(there.prompts) + 1):
-            yield name_with(self.name, f"-{number:03}")
+    def _files(self, prompts: Sequence[str]) -> list[Path]:
+        return [name_with(self.name, f"-{number:03}") for number in range(1, len(prompts) + 1)]
 
 
 def record_of(name: Path) -> Path:
