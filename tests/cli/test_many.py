@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,3 +249,24 @@ def test_one_run_at_a_time(inputs: None, refused_in: Any) -> None:
 def test_a_full_disk_is_refused(inputs: None, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000))
     assert "may take" in refused(*RUN)
+
+
+def test_a_killed_run_of_the_bundled_model_goes_on(tmp_path: Path) -> None:
+    """Real processes: SIGKILL while the second of three videos is made, and the same command again."""
+    (tmp_path / "p.txt").write_text(f"{ONE}\n{TWO}\n{ONE}\n", encoding="utf-8")
+    options = ["--frames", "5", "--steps", "3", "--guidance", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "longcat_core", "generate", "--prompts-file", "p.txt", *options]
+    settings: dict[str, Any] = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **settings) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.kill()
+        process.communicate(timeout=60)
+    assert "video 1 of 3: seed 0, finished and saved in p-videos/longcat-001.mp4" in first
+    made = (tmp_path / "p-videos" / NAMES[0]).stat().st_mtime_ns
+    again = subprocess.run(command, timeout=120, check=True, **settings)
+    assert "video 1 of 3: already in p-videos/longcat-001.mp4" in again.stdout
+    assert (tmp_path / "p-videos" / NAMES[0]).stat().st_mtime_ns == made
+    # Neither locks nor temporary files of the killed run are left.
+    assert sorted(file.name for file in (tmp_path / "p-videos").iterdir()) == NAMES
+    assert len(read_video(tmp_path / "p-videos" / NAMES[2])[0]) == 5
