@@ -139,7 +139,9 @@ class Fidelity(LongCatNode):
                     setting.first_s, *later = timer.seconds
                     setting.seconds = [sum(later)] if later else []
                 if name != REFERENCE:
-                    setting.distances = [core.distance(*both, given) for both in zip(videos, reference, strict=True)]
+                    setting.distances = [
+                        core.distance(*both, given, model.load_device) for both in zip(videos, reference, strict=True)
+                    ]
                 shown.task.finish()
 
         size = (frames, 8 * shape[3], 8 * shape[4])

@@ -206,7 +206,7 @@ class _Run:
         if side is self.sides[0]:
             self.frames.append(frames)
         else:
-            setting.distances.append(distance(frames, self.frames[i], self.given))
+            setting.distances.append(distance(frames, self.frames[i], self.given, side.device))
         self.folder.mkdir(exist_ok=True)
         write_video(self.folder / f"{side.name.replace(' ', '-')}-{i + 1}.mkv", frames, side.args.fps)
         self.bar.task.finish()

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import LongCatError
 from ..optimize import attention as backends
 from ..optimize.attention import Inputs
+from .clock import is_out_of_memory
 from .results import machine, machine_line, markdown, shown
 
 PEAK = 255.0
@@ -29,6 +30,7 @@ PEAK = 255.0
 WINDOW = 11
 # Frames compared at a time.
 CHUNK = 8
+CPU = torch.device("cpu")
 # One run of another kernel is one sample of the noise; twice its square error still counts as noise.
 MARGIN_DB = 3.0
 REFERENCE, FLOOR = "A", "noise floor"
@@ -46,11 +48,12 @@ class Distance:
     given: int = 0
 
 
-def distance(video: np.ndarray, reference: np.ndarray, given: int = 0) -> Distance:
+def distance(video: np.ndarray, reference: np.ndarray, given: int = 0, device: torch.device = CPU) -> Distance:
     """Compare videos, uint8 [F, H, W, 3] of one shape, except their first `given` frames.
 
-    The error is the mean over R, G and B, and so is SSIM. Raises LongCatError for videos of different shapes or too
-    small for SSIM, and if the package kornia is missing.
+    The error is the mean over R, G and B, and so is SSIM. device: where SSIM is computed if it is a CUDA one with
+    memory for it; else on the CPU, where 61 frames of 192x320 take seconds. Raises LongCatError for videos of different
+    shapes or too small for SSIM, and if the package kornia is missing.
     """
     for frames in (video, reference):
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
@@ -65,7 +68,16 @@ def distance(video: np.ndarray, reference: np.ndarray, given: int = 0) -> Distan
     for start in range(given, len(video), CHUNK):
         one, other = (frames[start : start + CHUNK].astype(np.float32) for frames in (video, reference))
         mse.append(np.square(one - other).mean(axis=(1, 2, 3), dtype=np.float64))
-        ssim.append(_ssim(*(torch.from_numpy(frames).movedim(3, 1) / PEAK for frames in (one, other))))
+        pictures = [torch.from_numpy(frames).movedim(3, 1) / PEAK for frames in (one, other)]
+        try:
+            # fp64, which other accelerators lack.
+            found = _ssim(*(part.to(device if device.type == "cuda" else CPU) for part in pictures))
+        except (MemoryError, RuntimeError) as error:
+            if device.type == "cpu" or not is_out_of_memory(error):
+                raise
+            device = CPU
+            found = _ssim(*pictures)
+        ssim.append(found)
     return Distance(np.concatenate(mse), np.concatenate(ssim), given)
 
 
@@ -77,7 +89,7 @@ def _ssim(one: Tensor, other: Tensor) -> np.ndarray:
         raise LongCatError("SSIM needs the package kornia; run: pip install 'longcat-video[headless]'") from error
     # fp64, since flat regions subtract nearly equal numbers; eps=0, since eps takes 1e-5 from identical frames.
     one, other = one.double().contiguous(), other.double().contiguous()
-    return ssim(one, other, WINDOW, max_val=1.0, eps=0.0, padding="valid").mean(dim=(1, 2, 3)).numpy()
+    return ssim(one, other, WINDOW, max_val=1.0, eps=0.0, padding="valid").mean(dim=(1, 2, 3)).cpu().numpy()
 
 
 def psnr(mse: float, peak: float = PEAK) -> float:

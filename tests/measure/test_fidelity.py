@@ -81,6 +81,30 @@ def test_ssim_against_another_calculation():
         assert distance(other, clean).ssim[index] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_ssim_on_a_gpu_is_that_of_the_cpu():
+    clean = video()
+    other = noisy(clean, 5)
+    np.testing.assert_allclose(distance(other, clean, device=torch.device("cuda")).ssim, distance(other, clean).ssim)
+
+
+def test_ssim_without_memory_on_the_gpu_is_computed_on_the_cpu(monkeypatch):
+    """A network may have left no room; a comparison that took minutes must not end there."""
+    clean = video()
+    other = noisy(clean, 5)
+    expected, to, asked = distance(other, clean), torch.Tensor.to, []
+
+    def full(tensor, *args, **options):
+        if any(getattr(one, "type", "") == "cuda" for one in args):
+            asked.append(args)
+            raise torch.OutOfMemoryError("out of memory")
+        return to(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    got = distance(other, clean, device=torch.device("cuda"))
+    assert len(asked) == 1 and (got.ssim == expected.ssim).all()
+
+
 def test_given_frames_do_not_count():
     clean = video()
     other = noisy(clean, 5)
