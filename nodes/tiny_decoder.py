@@ -76,8 +76,8 @@ class TinyPreviewer:
         size = PER_PIXEL * 64 * x0.shape[3] * x0.shape[4] * self.dtype.itemsize
         if management.get_free_memory(self.device) < size:
             raise CannotShow(
-                f"previews show rough colors: decoding needs {size >> 20} MiB of free memory; choose the preview method "
-                "latent2rgb to leave it out"
+                f"previews show rough colors: decoding needs {size >> 20} MiB of free memory; choose the preview "
+                "method latent2rgb to leave it out"
             )
         x0 = (self.form.process_out(x0) if self.raw else x0).to(self.dtype)
         try:
