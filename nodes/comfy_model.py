@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.conds
@@ -24,6 +25,7 @@ from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.text import trim_text
 from ..longcat_core.nano.colors import is_nano
 from ..longcat_core.optimize.memory import text_bytes
+from ..longcat_core.optimize.plan import residual_bytes
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from ..longcat_core.sampling.schedules import SHIFT
 from . import comfy_fp8
@@ -55,6 +57,8 @@ class LongCatVideo(comfy.model_base.BaseModel):
         # ComfyUI may be asked to leave the network out.
         if hasattr(self, "diffusion_model"):
             self.own = Own(self.diffusion_model, tuple(self.diffusion_model.blocks))
+        # While memory is estimated for a run that keeps residuals: the latents' shape and the number of conditionings.
+        self._kept: tuple[Sequence[int], int] | None = None
 
     @property
     def network(self) -> DiffusionModel:
@@ -121,13 +125,30 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return cond_value if cond_key == "c_crossattn" else None
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
-        """Bytes of activations and text keys for one forward on latents of this shape; ComfyUI counts the weights."""
+        """Bytes of activations and text keys for one forward on latents of this shape; ComfyUI counts the weights.
+
+        See also `keeping_residuals`.
+        """
         if len(input_shape) != 5:
             return 0.0  # not a video; `extra_conds` raises an error that says so
         dtype = self.compute_dtype()
         tokens = max((shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())), default=0)
-        text = text_bytes(self.network.config, input_shape[0], tokens + 1, dtype.itemsize)
-        return self.network.forward_bytes(input_shape, dtype) + text
+        needed = text_bytes(self.network.config, input_shape[0], tokens + 1, dtype.itemsize)
+        if self._kept is not None:
+            latents, halves = self._kept
+            at_once = min(halves, input_shape[0] // latents[0])
+            needed += residual_bytes(self.network.config, latents, halves, at_once, dtype.itemsize)
+        return self.network.forward_bytes(input_shape, dtype) + needed
+
+    @contextmanager
+    def keeping_residuals(self, latents: Sequence[int], halves: int) -> Iterator[None]:
+        """Count in `memory_required` what a `ResidualCache` keeps of latents of this shape, for each of `halves`
+        conditionings, whether or not they run at once."""
+        self._kept = latents, halves
+        try:
+            yield
+        finally:
+            self._kept = None
 
 
 def check_latents(latents: Tensor | None, config: ModelConfig) -> None:

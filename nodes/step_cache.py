@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_patcher
@@ -70,8 +71,8 @@ class _Caches:
 class _BlockCaches:
     """The block caches of one run of any sampler, one for each batch of conditionings that the network gets."""
 
-    def __init__(self, threshold: float, sigmas: Tensor) -> None:
-        self.threshold, self.sigmas = threshold, sigmas
+    def __init__(self, threshold: float, sigmas: Tensor, latents: Sequence[int], guided: bool) -> None:
+        self.threshold, self.sigmas, self.latents, self.guided = threshold, sigmas, latents, guided
         self.caches: dict[tuple, ResidualCache] = {}
         self.steps, self.computed = 0, 0.0
 
@@ -122,7 +123,9 @@ def _sample(
     options = guider.model_options["transformer_options"]
     caches: _Caches | _BlockCaches
     if options.get(KIND_KEY) == "blocks":
-        caches = options[RESIDUALS_KEY] = _BlockCaches(options[THRESHOLD_KEY], sigmas)
+        # At guidance 1 ComfyUI leaves the negative prompt out.
+        guided = getattr(guider, "cfg", None) != 1 or bool(guider.model_options.get("disable_cfg1_optimization"))
+        caches = options[RESIDUALS_KEY] = _BlockCaches(options[THRESHOLD_KEY], sigmas, noise.shape, guided)
     else:
         caches = options[CACHE_KEY] = _Caches(options[THRESHOLD_KEY], sigmas, denoise_mask)
     try:
@@ -137,19 +140,28 @@ def _predict(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor
     return options["transformer_options"][CACHE_KEY].predict(executor, model, conds, x, timestep, options)
 
 
-_WRAPPERS = {
-    comfy.patcher_extension.WrappersMP.OUTER_SAMPLE: _sample,
-    comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: _predict,
+def _prepare(executor: Any, model: ModelPatcher, shape: Sequence[int], conds: dict, *args: Any, **kwargs: Any) -> Any:
+    # ComfyUI estimates here how much memory to leave free of weights; with context windows, `shape` is one of them.
+    caches = kwargs["model_options"]["transformer_options"][RESIDUALS_KEY]
+    halves = sum(map(bool, conds.values())) if caches.guided else 1
+    with model.model.keeping_residuals(caches.latents, halves):
+        return executor(model, shape, conds, *args, **kwargs)
+
+
+_PLACES = comfy.patcher_extension.WrappersMP
+_WRAPPERS: dict[StepCacheKind, dict[str, Any]] = {
+    "steps": {_PLACES.OUTER_SAMPLE: _sample, _PLACES.CALC_COND_BATCH: _predict},
+    "blocks": {_PLACES.OUTER_SAMPLE: _sample, _PLACES.PREPARE_SAMPLING: _prepare},
 }
 
 
 def with_step_cache(model: ModelPatcher, threshold: float, kind: StepCacheKind) -> ModelPatcher:
     """A clone of the MODEL with a step cache in place of any other; threshold 0: without one, under any speed."""
     model = with_option(with_option(model, THRESHOLD_KEY, threshold), KIND_KEY, kind)
-    for place, wrapper in _WRAPPERS.items():
+    for place in {place for wrappers in _WRAPPERS.values() for place in wrappers}:
         model.remove_wrappers_with_key(place, THRESHOLD_KEY)
-        if threshold > 0 and (kind == "steps" or wrapper is _sample):
-            model.add_wrapper_with_key(place, THRESHOLD_KEY, wrapper)
+        if threshold > 0 and place in _WRAPPERS[kind]:
+            model.add_wrapper_with_key(place, THRESHOLD_KEY, _WRAPPERS[kind][place])
     return model
 
 

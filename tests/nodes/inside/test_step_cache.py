@@ -71,3 +71,42 @@ def test_zero_takes_it_off_again(comfy, model, latent, sample, calls):
     cached = comfy("LongCatStepCache", model=comfy("LongCatStepCache", model=model, threshold=0.2), threshold=0.0)
     sample(latent, model=cached, steps=STEPS)
     assert len(calls) == STEPS
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_memory_for_kept_residuals_is_left_free(comfy, model, prompts, latent, monkeypatch, halves):
+    from comfy import model_management
+
+    asked = []
+    load = model_management.load_models_gpu
+
+    def loading(models, **settings):
+        asked.append((settings["memory_required"], settings["minimum_memory_required"]))
+        return load(models, **settings)
+
+    monkeypatch.setattr(model_management, "load_models_gpu", loading)
+    kept = []
+    residuals = comfy.core("optimize.residual_cache").ResidualCache
+    keep = residuals.keep
+
+    def keeping(self, first, others):
+        keep(self, first, others)
+        kept.append(others.nbytes)
+
+    monkeypatch.setattr(residuals, "keep", keeping)
+    inputs = {
+        "noise": comfy("RandomNoise", noise_seed=1), "latent_image": latent,
+        "sampler": comfy("KSamplerSelect", sampler_name="euler"),
+        "sigmas": comfy("LongCatScheduler", model=model, mode="base", steps=2),
+    }  # fmt: skip
+    cached = [comfy("LongCatStepCache", model=model, threshold=0.2, kind=kind) for kind in ("steps", "blocks")]
+    for used in (model, *cached, model):
+        guider = comfy("LongCatGuider", model=used, **prompts, guidance=4.0 if halves == 2 else 1.0)
+        comfy("SamplerCustomAdvanced", guider=guider, **inputs)
+    plain, steps, blocks, again = asked
+    assert plain == steps == again
+    # Both halves of guidance ran together.
+    one = kept[0] // halves
+    # Two computed passes of each half are kept. Those that run at once have what they compute besides: all, if there is
+    # room, or one at the least.
+    assert [b - a for a, b in zip(plain, blocks, strict=True)] == [3 * halves * one, (2 * halves + 1) * one]
