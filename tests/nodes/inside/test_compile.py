@@ -195,6 +195,16 @@ def test_our_own_switches(comfy, model, sample, empty):
     assert sparse.graphs == 1
 
 
+def test_one_graph_for_dense_and_sparse_steps(comfy, model, sample):
+    latent = {"samples": torch.zeros(1, 16, 4, 32, 32)}
+    sparse = comfy("LongCatSparseAttention", model=model, density=0.2, dense_steps=0.5)
+    expected = sample(latent, sparse, steps=2)
+    assert error(sample(latent, model, steps=2), expected) > 1e-3
+    compiled = whole(sparse)
+    assert error(expected, sample(latent, compiled.model, steps=2)) <= 1e-3
+    assert compiled.graphs == 1
+
+
 def test_hooks_stay_outside_of_the_graph(comfy, model, ksample):
     """Replaced blocks and step caches, which are other packs' Python."""
     seen = []

@@ -76,14 +76,14 @@ def test_an_override_takes_its_place_and_says_so(comfy, model, latent, sample, s
     calls = []
 
     def override(attend, *args, **kwargs):
-        calls.append(1)
+        calls.append(kwargs["transformer_options"]["block_index"])
         return attend(*args, **kwargs)
 
     sparse = comfy("LongCatSparseAttention", model=model, density=0.3, dense_steps=0.0)
     sparse.model_options["transformer_options"]["optimized_attention_override"] = override
     with caplog.at_level(logging.WARNING):
         sample(latent, model=sparse, steps=2)
-    assert calls and not seen
+    assert calls == [*range(model.model.diffusion_model.config.depth)] * 2 and not seen
     assert caplog.text.count("an attention override set by another node takes the place of sparse attention") == 1
 
 
