@@ -120,7 +120,7 @@ def test_the_kind_can_be_changed_and_taken_off(comfy, model, latent, sample, pas
 
 def test_what_other_nodes_change_has_caches_of_its_own(comfy):
     """Context windows and passes with patched blocks have the prompts of the plain pass."""
-    caches = comfy.node("step_cache")._BlockCaches(0.1, torch.linspace(1, 0, 11))
+    caches = comfy.node("step_cache")._BlockCaches(0.1, torch.linspace(1, 0, 11), (1, 16, 1, 4, 6), True)
     cpu, sigma = torch.device("cpu"), torch.tensor([1.0])
     options = {"uuids": ["a", "b"], "sigmas": sigma}
     plain = caches.of(cpu, options)
