@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from longcat_core.errors import LongCatError
+from longcat_core.files.atomic import atomic_path
 from longcat_core.files.media import VideoBeside, beside, read_video, write_video
 
 CLIPS = [np.full((count, 16, 32, 3), 20 * count, np.uint8) for count in (1, 4, 2)]
@@ -105,3 +109,19 @@ def test_whoever_is_faster_waits(tmp_path, monkeypatch):
     go.set()
     maker.join(20)
     assert len(written) == len(made) == 3 * beside.WAITING
+
+
+def test_an_interrupted_encoder_leaves_nothing(tmp_path, monkeypatch):
+    """Some encoders begin when all frames are there, and take minutes."""
+
+    def slow(path, clips, *_) -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"".join(clip.tobytes() for clip in clips))
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(6000):
+                time.sleep(0.01)
+
+    monkeypatch.setattr(beside, "write_video", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a.webp")
+    assert os.listdir(tmp_path) == []

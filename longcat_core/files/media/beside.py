@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ class VideoBeside:
         self._clips: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(WAITING)
         self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
+        # In place of `Thread.join`, which takes a thread for ended once a signal has interrupted it (CPython 3.11).
+        self._ended = threading.Event()
 
     def add(self, clip: np.ndarray) -> None:
         """The next frames, uint8 [F, H, W, 3], which the caller does not change any more."""
@@ -52,10 +55,21 @@ class VideoBeside:
             # Without any clip the writer says so.
             self._begin()
         if self._thread is not None:
-            self._put(None if error is None else _GivenUp())
-            self._thread.join()
+            try:
+                self._put(None if error is None else _GivenUp())
+                self._ended.wait()
+            except BaseException:
+                self._give_up(self._thread)
+                raise
         if error is None and self._failed is not None:
             raise self._failed
+
+    def _give_up(self, thread: threading.Thread) -> None:
+        """End a writer that encodes what it has, so that it removes its unfinished file before this process ends."""
+        if thread.ident is not None:
+            # Some encoders work only when all frames are there, so the writer cannot ask in between.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_GivenUp))
+        self._ended.wait()
 
     def _begin(self) -> None:
         if self._thread is None:
@@ -78,6 +92,8 @@ class VideoBeside:
             pass
         except BaseException as error:
             self._failed = error
+        finally:
+            self._ended.set()
 
     def _taken(self) -> Iterator[np.ndarray]:
         while (clip := self._clips.get()) is not None:
