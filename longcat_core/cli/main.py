@@ -174,7 +174,11 @@ def _ended_by_signals() -> Iterator[None]:
     names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     caught = [name for name in names if signal.getsignal(name) == signal.SIG_DFL]
 
+    ended = False
+
     def interrupt(name: int, frame: FrameType | None) -> None:
+        nonlocal ended
+        ended = True
         # A shell that ends sends a second one, which must not end the tidying up.
         for other in caught:
             signal.signal(other, signal.SIG_IGN)
@@ -185,7 +189,8 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in caught:
+        # Once one came, the process ends; a second one may still be under way and would change its exit code.
+        for name in () if ended else caught:
             signal.signal(name, signal.SIG_DFL)
 
 
