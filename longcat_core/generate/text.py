@@ -139,18 +139,22 @@ def clean_prompt(text: str) -> str:
 
 
 def load_text_encoder(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    opened: Umt5 | None = None,
 ) -> TextEncoder:
     """A UMT5 encoder from one file, or from the official folders `text_encoder/` and `tokenizer/`.
 
     Names are transformers', Wan's or llama.cpp's, under any prefix; weights may be quantized as a transformer's may
     (`checkpoints.formats`). A single file carries its SentencePiece model as tensor `spiece_model`, or has it beside
-    it. For the folder form, `path` is `text_encoder/` or its parent. Raises CheckpointError for files that are
-    unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and for a tokenizer of another model,
-    LongCatError without transformers and sentencepiece.
+    it. For the folder form, `path` is `text_encoder/` or its parent. opened: what `open_umt5` gave for it. Raises
+    CheckpointError for files that are unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and
+    for a tokenizer of another model, LongCatError without transformers and sentencepiece.
     """
     folder = folder_of(Path(path))
-    opened = open_umt5(folder)
+    opened = open_umt5(folder) if opened is None else opened
     settings = _read_config(folder / "config.json", opened) if (folder / "config.json").exists() else FIXED_CONFIG
     tokenizer = tokenizer_of(opened)
     model = _meta_model(opened.sizes | settings)

@@ -149,7 +149,7 @@ class CachedTextEncoder:
     def loaded(self) -> TextEncoder:
         """The encoder itself."""
         if self._loaded is None:
-            self._loaded = load_text_encoder(self.path, dtype=self.dtype)
+            self._loaded = load_text_encoder(self.path, dtype=self.dtype, opened=self._opened)
             self._place(self._loaded)
         return self._loaded
 
@@ -181,7 +181,7 @@ class CachedTextEncoder:
     def load_unless(self, prompts: Sequence[str]) -> None:
         """Load the encoder now, unless all these prompts are kept: without any, it will be needed."""
         if not prompts or not all(prompt in self.cache for prompt in prompts):
-            self._loaded = load_text_encoder(self.path, dtype=self.dtype)
+            self._loaded = load_text_encoder(self.path, dtype=self.dtype, opened=self._opened)
 
 
 def bytes_of(opened: Umt5, dtype: torch.dtype) -> int:
