@@ -250,6 +250,7 @@ def test_bad_model_is_one_sentence(
     model = make(Path("model.safetensors"))
     before = sorted(os.listdir())
     arguments = ["--model", str(model), "--vae", str(GOLDEN / "vae.safetensors"), "--text-encoder", str(model)]
+    arguments.append("--no-text-cache")
     assert cli.main(["generate", "x", "--size", "64x96", "--frames", "5", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("longcat: error: ") and err.count("\n") == 1

@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -137,7 +137,7 @@ def _read_loras(folder: Path) -> None:
 def _vae(folder: Path) -> None:
     shutil.copy(ModelPaths().vae, folder / "diffusion_pytorch_model.safetensors")
     vae = load_vae(ModelPaths().vae)
-    (folder / "config.json").write_text(json.dumps(dict(vae.model.config), default=str))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", **asdict(vae.model.config)}))
 
 
 def _read_vae(folder: Path) -> None:

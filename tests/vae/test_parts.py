@@ -15,7 +15,7 @@ from longcat_core.vae.parts import decoded, encoded
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Of the values' deviation; cuDNN rounds the products of fp32 to 10 bits.
-TOLERANCE = 1e-4 if DEVICE.type == "cpu" else 2e-2
+TOLERANCE = 3e-4 if DEVICE.type == "cpu" else 2e-2
 
 
 def new_vae(base: int = 4, decoder: int | None = None, **options) -> WanVAE:
