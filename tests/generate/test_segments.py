@@ -318,6 +318,6 @@ def test_a_write_that_fails_leaves_what_was_there(folder, name, share):
 
 
 def test_frames_that_cannot_be_written_say_why(folder):
-    with pytest.raises(LongCatError, match="there are no frames"):
+    with pytest.raises(LongCatError, match="a video without frames"):
         folder.save(0, made(0)[0][:0], made(0)[1], settings=SETTINGS, before="", fps=12, notes={})
     assert folder.is_empty and list(folder.path.iterdir()) == []

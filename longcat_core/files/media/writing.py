@@ -54,7 +54,7 @@ def write_video(
     first = next(clips, np.empty((0, 0, 0, 3), np.uint8))
     check_type("a clip of the frames", first, np.ndarray, WANTED)
     if not first.size:
-        raise LongCatError(f"there are no frames to write to {path.name}")
+        raise LongCatError(f"a video without frames cannot be written to {path.name}; give at least one frame")
     if suffix == ".mp4" and first.ndim == 4 and (first.shape[1] % 2 or first.shape[2] % 2):
         raise LongCatError(f"{path.name}: H.264 needs even sides, not {first.shape[1]}x{first.shape[2]}; use .webp")
     pictures = _pictures(chain([first], clips), first.shape[1:])
