@@ -82,8 +82,10 @@ def train_vae(
     begin = clock.spent - clock.seconds.get("vae", 0.0)
     end = until * clock.budget
     clock.tick("vae")
+    drawn = None
     while clock.spent < end or step == 0:
-        if step % AHEAD == 0:
+        # A run that goes on may begin between two multiples.
+        if drawn is None or step % AHEAD == 0:
             shape, video, train = rng.choices(kinds, WEIGHTS[: len(kinds)])[0]
             drawn = recolor(_draw(pool, shape, len(video) * AHEAD, rng, device)) * 2 - 1
         share = min(1.0, (clock.spent - begin) / max(1.0, end - begin))
