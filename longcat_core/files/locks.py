@@ -19,7 +19,7 @@ def held(lock: Path, refusal: str, *, wait: float = 0) -> Iterator[None]:
 
     Raises Busy with the sentence `refusal` if another process holds it, OSError if it cannot be created.
     """
-    # Imported here: it imports asyncio, a sixth of the time of `longcat --help`.
+    # Imported here: it imports asyncio, which `longcat --help` does not need.
     from filelock import FileLock, Timeout
 
     file = FileLock(lock, timeout=wait)

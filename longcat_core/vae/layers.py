@@ -63,7 +63,7 @@ class CausalConv3d(nn.Conv3d):
         self.history = kernel[0] - stride
 
     def forward(self, x: Tensor, biased: bool = True) -> Tensor:
-        """biased: whether the bias is added; whoever leaves it out adds it later."""
+        """biased: whether the bias is added; a caller that leaves it out adds it later."""
         taps, bias = self.kernel_size[0], self.bias if biased else None
         # PyTorch convolves in 2-D many times faster than in 3-D on a CPU if there are few channels.
         if taps == 1 or x.shape[1] == 1 or x.device.type == "cpu":
