@@ -12,7 +12,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, autocast
 
 from ...checkpoints.formats import OFFICIAL
-from ...checkpoints.load import official_state
+from ...checkpoints.load import official_state, read_config
 from ...errors import LongCatError
-from ...files.atomic import atomic_path, reason
+from ...files.atomic import atomic_path
 from ...files.safetensors_io import read_tensors, write_safetensors
-from ...generate.paths import NANO_WEIGHTS, WORLD_FILE
+from ...generate.paths import NANO_WEIGHTS, WORLD_FILE, ModelPaths, World
 from ...generate.text import load_text_encoder
 from ...generate.vae import load_vae
 from ...model.block import Block
@@ -304,9 +304,9 @@ def train_transformer(folder: Path, recipe: Recipe, clock: Clock, seed: int, dev
             clock.pause_if_due()
 
 
-def world_of(recipe: Recipe) -> dict[str, Any]:
+def world_of(recipe: Recipe) -> World:
     """What the folder says about its world."""
-    return {"world": "mini", "height": recipe.full.height, "width": recipe.full.width, "frames": recipe.frames}
+    return World("mini", recipe.full.height, recipe.full.width, recipe.frames)
 
 
 def write_folder(folder: Path, recipe: Recipe) -> None:
@@ -318,7 +318,7 @@ def write_folder(folder: Path, recipe: Recipe) -> None:
     written = {
         MODEL_FILE.parent / "config.json": config,
         VAE_FILE.parent / "config.json": vae,
-        Path(WORLD_FILE): world_of(recipe),
+        Path(WORLD_FILE): asdict(world_of(recipe)),
     }
     for name, values in written.items():
         with atomic_path(folder / name) as temporary:
@@ -332,12 +332,10 @@ def take_over(folder: Path, other: Path, recipe: Recipe, clock: Clock) -> None:
     not counted.
     """
     remedy = "give the folder of a training that has finished these stages, or leave out --start-from"
-    try:
-        config = json.loads((other / MODEL_FILE.parent / "config.json").read_text(encoding="utf-8"))
-        world = json.loads((other / WORLD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LongCatError(f"{other} holds no training of mini ({reason(error)}); {remedy}") from error
-    if config != json.loads(json.dumps(recipe.config.to_dict())) or world != world_of(recipe):
+    config, world = read_config(other / MODEL_FILE.parent / "config.json"), ModelPaths.of(other).world
+    if world is None:
+        raise LongCatError(f"{other} holds no training of mini; {remedy}")
+    if (config, world) != (recipe.config, world_of(recipe)):
         raise LongCatError(f"{other} was trained with another --size; {remedy}")
     before = Clock(other / STATE / CLOCK, clock.budget)
     files = {"text": (TEXT_FILE, "text encoder"), "vae": (VAE_FILE, "VAE")}
