@@ -24,7 +24,7 @@ from ..longcat_core.checkpoints.quantized import MARKERS, QUANT_METADATA, descri
 from ..longcat_core.errors import CheckpointError, LongCatError
 from ..longcat_core.files.safetensors_io import SafetensorsFile
 from ..longcat_core.files.tensor_files import TensorFile, is_gguf, open_file
-from ..longcat_core.generate.progress import LOADING
+from ..longcat_core.generate.progress import LOADING, LOADING_TEXT
 from ..longcat_core.generate.text import tokenizer_of
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
@@ -189,7 +189,7 @@ class TextEncoderLoader(LongCatNode):
         if device == "cpu":
             cpu = torch.device("cpu")
             options = {"load_device": cpu, "offload_device": cpu}
-        with working(LOADING):
+        with working(LOADING_TEXT):
             if sizes["d_model"] != XXL_WIDTH:
                 return io.NodeOutput(_small_clip(path, options))
             if not _known(opened):

@@ -172,11 +172,13 @@ class Progress:
                 # In a log, an error before the first step is the only line.
                 return
             self.bar = self.make()
-        if self.bar.total != task.total or task.done < self.bar.n:
-            self.bar.reset(total=max(1, task.total))
+        # While weights are loaded the bar is theirs.
+        done, total = (task.done, task.total) if task.loaded is None else task.loaded
         self.bar.set_description_str(printable(task.words), refresh=False)
-        if task.done > self.bar.n:
-            self.bar.update(task.done - self.bar.n)
+        if self.bar.total != max(1, total) or done < self.bar.n:
+            self.bar.reset(total=max(1, total))
+        if done > self.bar.n:
+            self.bar.update(done - self.bar.n)
         else:
             self.bar.refresh()
 

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from .long_video import LongVideoRequest
 
 # What happens while no step runs, and what makes a first step long.
-LOADING, ENCODING, DECODING, SAVING, COMPILING = "loading", "encoding", "decoding", "saving", "compiling, once"
+STARTING, LOADING_TEXT, ENCODING, LOADING = "starting", "loading the text encoder", "encoding", "loading the model"
+DECODING, SAVING, COMPILING = "decoding", "saving", "compiling, once"
 # How many steps tell the share of those that a cache supplied, and how many of the latest tell the seconds.
 SHARE, RECENT = 64, 16
 # Steps that take less than this share of the long ones come from a cache.
 SHORT = 0.25
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 def duration(seconds: float) -> str:
@@ -96,6 +98,8 @@ class Progress:
     ) -> None:
         self.parts, self.what, self.unit, self.closing = list(parts), what, unit, int(closing)
         self.label = self.current = ""
+        # Bytes of weights that are there, and those of all, while they are loaded.
+        self.loaded: tuple[int, int] | None = None
         self._show, self._clock = show, clock
         # The part that runs, the steps that it has done, how many parts were there already, and all steps that ran.
         self.number = self.index = self.reused = self.ran = 0
@@ -113,7 +117,12 @@ class Progress:
     def phase(self, name: str) -> None:
         """Something begins that is not a step. name: what, such as DECODING; "": the steps."""
         self._once = self._once or name == COMPILING
-        self.current = name
+        self._begins(name)
+        self._changed()
+
+    def load(self, name: str, done: int, of: int) -> None:
+        """Weights are loaded. name: LOADING_TEXT or LOADING; done, of: bytes that are there, and of all."""
+        self._begins(name, (done, of))
         self._changed()
 
     def step(self, done: int, steps: int | None = None) -> None:
@@ -130,7 +139,8 @@ class Progress:
         elif not self.index and not self._once and self._times.get(part.kind):
             self._before.append(max(0.0, now - self._part_began - (self.each() or 0.0)))
         self.ran += 1
-        self.index, self._last, self._once, self.current = done, now, False, ""
+        self.index, self._last, self._once = done, now, False
+        self._begins("")
         self._changed()
 
     def finish(self, *, reused: bool = False) -> None:
@@ -142,7 +152,8 @@ class Progress:
             self.reused += 1
         elif self.index:
             self._after.append(now - self._last)
-        self.number, self.index, self.current = self.number + 1, 0, ""
+        self.number, self.index = self.number + 1, 0
+        self._begins("")
         self._part_began = self._last = now
         self._changed()
 
@@ -151,6 +162,9 @@ class Progress:
         rest = [part for part in self.parts[self.number :] if part.kind != kind]
         self.parts[self.number :], self.index = rest, 0
         self._changed()
+
+    def _begins(self, name: str, loaded: tuple[int, int] | None = None) -> None:
+        self.current, self.loaded = name, loaded
 
     def _changed(self) -> None:
         if self._show is not None:
@@ -191,7 +205,7 @@ class Progress:
     def words(self) -> str:
         """What happens and how long it takes: "segment 2 of 10, step 12 of 50, 3.1 s each, about 14 min left"."""
         if self.number == len(self.parts):
-            return ", ".join(filter(None, (self.label, self.current)))
+            return ", ".join(filter(None, (self.label, self.current, self._bytes)))
         return ", ".join(filter(None, (self.label, self.place, *self._figures())))
 
     @property
@@ -202,7 +216,16 @@ class Progress:
         step = f"{self.unit} {min(self.index + 1, steps)} of {steps}" if steps else ""
         if self.current and self.current != COMPILING:
             step = ""
-        return ", ".join(filter(None, (part, step, self.current)))
+        return ", ".join(filter(None, (part, step, self.current, self._bytes)))
+
+    @property
+    def _bytes(self) -> str:
+        """What is loaded: "3.1 of 27.2 GB"."""
+        if self.loaded is None:
+            return ""
+        done, of = self.loaded
+        unit, size = next(((unit, size) for unit, size in UNITS if of >= size), UNITS[-1])
+        return f"{done / size:.1f} of {of / size:.1f} {unit}"
 
     def _figures(self) -> tuple[str, ...]:
         each, left = self.each(), self.left()

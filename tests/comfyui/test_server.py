@@ -78,7 +78,7 @@ def test_a_run_has_one_bar_words_and_a_preview_at_each_step(client):
     assert len(set(run.previews)) >= 6, "every preview is another picture"
     assert all(preview[:2] == b"\xff\xd8" for preview in run.previews), "JPEG"
     words = [text for node, text in run.texts if node == "sampler"]
-    assert words[:2] == ["loading", "step 1 of 6"]
+    assert words[:2] == ["loading the model", "step 1 of 6"]
     assert re.fullmatch(r"6 steps of [\d.]+ s, [\d.]+ s in all", words[-1])
 
 
@@ -105,7 +105,7 @@ def test_a_long_video_has_one_bar_for_all_segments_and_says_where_it_is(client):
     seen = bar(run, "long")
     assert seen[-1] == (15, 15) and {of for _, of in seen} == {15}, "4 steps and what ends a segment, three times"
     words = [text for node, text in run.texts if node == "long"]
-    kinds = ("encoding", "loading", "step 1 of 4", "decoding")
+    kinds = ("encoding", "loading the model", "step 1 of 4", "decoding")
     assert all(any(text.startswith(f"segment 1 of 3, {kind}") for text in words) for kind in kinds), words
     assert any(re.fullmatch(r"segment 3 of 3, step \d of 4, [\d.]+ s each(, about .* left)?", text) for text in words)
     assert re.fullmatch(r"3 segments, 12 steps of [\d.]+ s, .* in all", words[-1])
@@ -125,7 +125,7 @@ def test_a_calibration_says_how_far_it_is_and_lies_in_the_output_folder(client, 
     run = client.run(kept | {"calibrate": node("LongCatCalibrate", **sampled | settings)})
     assert run.status == "success" and bar(run, "calibrate")[-1] == (3, 3)
     words = [text for name, text in run.texts if name == "calibrate"]
-    assert words[0] == "loading" or words[0].startswith("measuring"), words
+    assert words[0] == "loading the model" or words[0].startswith("measuring"), words
     assert any(re.match(r"measuring, step 2 of 3", text) for text in words), words
     (shown,) = run.outputs["calibrate"]["text"]
     assert shown.startswith("mean density 0.") and shown.endswith("nano.json")

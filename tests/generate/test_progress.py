@@ -11,6 +11,7 @@ from longcat_core.generate.progress import (
     DECODING,
     ENCODING,
     LOADING,
+    LOADING_TEXT,
     Part,
     Progress,
     average_step,
@@ -82,7 +83,7 @@ def test_one_bar_and_words_for_segments_and_all_that_happens_in_them():
     task.progress.finish()
     assert task.words == [
         "segment 2 of 4, step 1 of 4",
-        "segment 2 of 4, loading",
+        "segment 2 of 4, loading the model",
         "segment 2 of 4, encoding",
         "segment 2 of 4, step 1 of 4",
         "segment 2 of 4, step 1 of 4, compiling, once",
@@ -145,6 +146,20 @@ def test_another_number_of_steps_than_planned_and_more_than_planned():
     task.progress.step(3)
     task.progress.finish()
     assert task.bars[-1] == (2, 2)
+
+
+def test_weights_are_counted_in_bytes_until_something_else_begins():
+    task = Task(Part(4), Part(4), what="video")
+    task.progress.load(LOADING_TEXT, 0, 11_400_000_000)
+    task.progress.load(LOADING, 300, 2_500)
+    assert task.progress.loaded == (300, 2_500)
+    task.phase(ENCODING, 1)
+    assert task.progress.loaded is None
+    assert task.words == [
+        "video 1 of 2, loading the text encoder, 0.0 of 11.4 GB",
+        "video 1 of 2, loading the model, 0.3 of 2.5 kB",
+        "video 1 of 2, encoding",
+    ]
 
 
 def test_words_of_what_ended():
