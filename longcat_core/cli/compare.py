@@ -25,7 +25,7 @@ from ..measure.fidelity import text as fidelity_text
 from ..measure.results import ResultsFile, written
 from ..optimize import attention as backends
 from ..sampling.sampler import Interrupted, Step
-from .console import Progress, notes_from_warnings, progress
+from .console import Progress, notes_from_warnings
 from .generate import print_notes, prompts_of
 from .models import dtype_of
 from .pages import hold_page, prefix_of, write_page
@@ -60,7 +60,7 @@ def compare(args: argparse.Namespace) -> int:
     notes = [*args.outputs.notes, *without_effect_in(sides)]
     print_notes(dict.fromkeys([*notes, *(sentence for side in sides for sentence in side.request.notes())]))
 
-    with notes_from_warnings(), progress() as bar:
+    with notes_from_warnings(), Progress() as bar:
         fidelity = _Run(sides, [(video.prompt, video.seed) for video in videos], folder, bar).compare()
     _write(fidelity, args, first.device, videos, folder)
     for setting in fidelity.others:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import LongCatError, printable
+from ..errors import printable
 from ..generate import progress as core
 
 if TYPE_CHECKING:
@@ -129,12 +129,27 @@ def standard_streams() -> Iterator[Stream]:
 
 class Progress:
     """A bar on stderr for a whole task, with the words of `generate.progress`; `say` prints sentences above it, on
-    stdout."""
+    stdout. A context manager that leaves the bar with what the task took, or with where an error ended it.
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
+    watch: called with the task whenever it changes. options: tqdm's.
+    """
+
+    def __init__(self, watch: Callable[[core.Progress], None] | None = None, **options: Any) -> None:
+        from tqdm import tqdm
+
+        shown = {"bar_format": "{percentage:3.0f}% |{bar:20}| {desc}", "dynamic_ncols": True, "miniters": 1}
+        # Without a delay tqdm draws a bar before it has words.
+        shown["delay"] = 1e-9
+        self.make = lambda: tqdm(**shown | options)
+        self.watch = watch
         self.bar: Any = None
         self.task = core.Progress(show=self._show)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        self.close(error)
 
     def plan(self, parts: Sequence[core.Part], **options: Any) -> core.Progress:
         """Begin a task of these parts; options: those of `generate.progress.Progress`."""
@@ -156,7 +171,7 @@ class Progress:
         print(sentence, flush=True) if self.bar is None else self.bar.write(printable(sentence))
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the bar with what the task took, or with where `error` ended it."""
+        """End the bar; of a task that has no parts, such as starting, nothing stays."""
         if self.bar is None:
             return
         if self.task.parts:
@@ -164,14 +179,21 @@ class Progress:
             self.bar.set_description_str(
                 printable(self.task.summary() if error is None else self.task.stopped(how)), refresh=False
             )
+        else:
+            self.bar.leave = False
         self.bar.close()
 
     def _show(self, task: core.Progress) -> None:
+        if self.watch is not None:
+            self.watch(task)
         if self.bar is None:
             if not (task.ran or sys.stderr.isatty()):
                 # In a log, an error before the first step is the only line.
                 return
             self.bar = self.make()
+        if task.frames and not sys.stderr.isatty():
+            # In a log, frames would fill lines.
+            return
         # While weights are loaded the bar is theirs.
         done, total = (task.done, task.total) if task.loaded is None else task.loaded
         self.bar.set_description_str(printable(task.words), refresh=False)
@@ -181,24 +203,6 @@ class Progress:
             self.bar.update(done - self.bar.n)
         else:
             self.bar.refresh()
-
-
-@contextlib.contextmanager
-def progress(**options: Any) -> Iterator[Progress]:
-    """A `Progress` that appears with the first step; options: tqdm's. Raises LongCatError without tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise LongCatError("the progress bar needs tqdm; run: pip install 'longcat-video[headless]'") from error
-
-    shown = {"bar_format": "{percentage:3.0f}% |{bar:20}| {desc}", "dynamic_ncols": True, "miniters": 1}
-    bar = Progress(lambda: tqdm(**shown | options))
-    try:
-        yield bar
-    except BaseException as error:
-        bar.close(error)
-        raise
-    bar.close()
 
 
 @contextlib.contextmanager
@@ -212,5 +216,7 @@ def notes_from_warnings() -> Iterator[None]:
 
 
 def note(sentence: str) -> None:
-    """Print a note on stderr."""
-    print(f"longcat: note: {printable(sentence)}", file=sys.stderr)
+    """Print a note on stderr, above a bar that is there."""
+    tqdm = sys.modules.get("tqdm")
+    with contextlib.nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(sys.stderr):
+        print(f"longcat: note: {printable(sentence)}", file=sys.stderr)

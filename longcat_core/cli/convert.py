@@ -11,7 +11,7 @@ from ..checkpoints import convert as conversion
 from ..checkpoints.convert import LayerError
 from ..files.atomic import atomic_path
 from ..files.places import check_place
-from .console import progress
+from .console import Progress
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -22,7 +22,7 @@ def convert(args: argparse.Namespace) -> int:
     check_place(args.destination)
     args.outputs.hold(args.destination, "DST")
     # A small model is done before anyone could read a bar.
-    with progress(delay=1, leave=False) as bar:
+    with Progress(delay=1, leave=False) as bar:
 
         def report(done: int, of: int) -> None:
             bar.count(done, of, "writing" if done <= of // 2 else "checking", "tensor")

@@ -37,7 +37,7 @@ from ..optimize.plan import Work
 from ..optimize.requirement import Inputs
 from ..optimize.sparse.choose import in_use
 from ..optimize.sparse.settings import Sparse
-from .console import Progress, note, notes_from_warnings, progress
+from .console import Progress, note, notes_from_warnings
 from .models import check_sparse_fits, load_models, machine_of, model_settings, paths_of, sparse_of, with_speed
 from .options import given_flags, without_effect
 
@@ -117,7 +117,7 @@ class Task:
             self.output = self.args.outputs.settled(self.output)
             return self.output
 
-        with notes_from_warnings(), progress() as bar, VideoBeside(name, self.fps, self.sound) as video:
+        with notes_from_warnings(), self.args.bar as bar, VideoBeside(name, self.fps, self.sound) as video:
             return make(bar, video.add)
 
     def run_parts(self, make: Callable[[Progress], Iterable[np.ndarray]]) -> None:
@@ -159,7 +159,7 @@ def one(args: argparse.Namespace) -> int:
     def make(bar: Progress, put: Put) -> np.ndarray:
         bar.plan([sampled(request.schedule, request.steps)])
         pipeline = task.load(work_of(request), bar, read_in(request), request.sparse_settings)
-        made = pipeline.generate(request, bar, on_frames=request.beginning(put)).frames
+        made = pipeline.generate(request, bar, on_frames=request.beginning(counted(bar, put))).frames
         bar.task.finish()
         bar.task.phase(SAVING)
         return request.begun(made)
@@ -315,6 +315,16 @@ def there_in(request: FilledRequest) -> tuple[str, ...]:
 def read_in(request: FilledRequest) -> list[str]:
     """The prompts that the text encoder reads for a filled request."""
     return [request.prompt, *([request.negative_prompt] if request.guidance_scale != 1 else [])]
+
+
+def counted(bar: Progress, put: Put) -> Put:
+    """`put`, with what it takes counted by the bar."""
+
+    def add(frames: np.ndarray) -> None:
+        bar.task.decoded(len(frames))
+        put(frames)
+
+    return add
 
 
 def print_notes(sentences: Iterable[str]) -> None:

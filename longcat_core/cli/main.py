@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,9 @@ from .. import __version__
 from ..errors import LongCatError, printable
 from ..files.atomic import reason
 from ..generate.options import DTYPES
-from .console import Stream, number, size, standard_streams, whole, words
+from ..generate.progress import CHECKING, STARTING
+from ..generate.progress import Progress as Task
+from .console import Progress, Stream, number, size, standard_streams, whole, words
 from .options import Parser, add_options
 from .outputs import Outputs
 
@@ -27,7 +29,8 @@ class Command(NamedTuple):
     """One command.
 
     run: module and function that take the parsed arguments and return the exit code. printed: whether what it prints is
-    its result; the others write files, and are right even where their words cannot be read.
+    its result; the others write files, and are right even where their words cannot be read. bar: whether it shows its
+    progress in `args.bar`, which is there before the command's module is imported, since that takes seconds.
     """
 
     run: str
@@ -35,6 +38,7 @@ class Command(NamedTuple):
     # Of each positional argument: its name, the name that --help shows, its help, and more settings of argparse.
     positionals: tuple[tuple[str, str, str, dict[str, Any]], ...] = ()
     printed: bool = False
+    bar: bool = False
 
 
 PROMPT = "what the video shows"
@@ -44,15 +48,16 @@ PROMPTS = {"prompt", "negative_prompt", "prompts"}
 COMMANDS = {
     "generate": Command(
         "many.generate", "Generate a video from a prompt, with the bundled model by default.",
-        (("prompt", "PROMPT", PROMPT, {"nargs": "?"}),),
+        (("prompt", "PROMPT", PROMPT, {"nargs": "?"}),), bar=True,
     ),
     "long": Command(
         "generate.long", "Generate a long video segment by segment; run it again to resume.",
         (("prompts", "PROMPT", f"{PROMPT}: one prompt for all segments, or one for each", {"nargs": "*"}),),
+        bar=True,
     ),
     "refine": Command(
         "generate.refine", "Double a finished video's resolution and frame rate: the second stage.",
-        (("video", "VIDEO", "the finished video", PATH),),
+        (("video", "VIDEO", "the finished video", PATH),), bar=True,
     ),
     "compare": Command(
         "compare.compare", "Show what options cost: PSNR and SSIM at the same seed, and the noise floor.",
@@ -95,19 +100,26 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, watch: Callable[[Task], None] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted) or 141 (broken
-    pipe)."""
+    pipe). watch: called with the progress of a command that has a bar, whenever it changes."""
     argv = joined(sys.argv[1:] if argv is None else argv)
     with standard_streams() as out:
         try:
             with _ended_by_signals(), Outputs() as outputs:
                 args = build_parser(argv).parse_args(argv)
                 args.outputs, args.argv = outputs, argv
+                has_bar = COMMANDS[args.command].bar
+                if has_bar:
+                    args.bar = outputs.enter_context(Progress(watch))
+                    args.bar.task.phase(STARTING)
                 for name in PROMPTS & vars(args).keys():
                     setattr(args, name, words(getattr(args, name)))
                 module, function = args.run.split(".")
-                code: int = getattr(import_module(f".{module}", __package__), function)(args)
+                run = getattr(import_module(f".{module}", __package__), function)
+                if has_bar:
+                    args.bar.task.phase(CHECKING)
+                code: int = run(args)
             return _printed(out, code) if COMMANDS[args.command].printed else code
         except SystemExit as ended:
             # After --help and --version.

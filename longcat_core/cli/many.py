@@ -18,8 +18,8 @@ from ..generate.batch import Batch, record_of, requests_of, settings_of
 from ..generate.pipeline import Pipeline
 from ..generate.progress import SAVING, sampled
 from ..generate.request import FilledRequest, work_of
-from .console import Progress, note, notes_from_warnings, progress
-from .generate import OUTPUT, Task, check_distinct, one, prompts_of, read_in, request_of, there_in
+from .console import Progress, note, notes_from_warnings
+from .generate import OUTPUT, Task, check_distinct, counted, one, prompts_of, read_in, request_of, there_in
 from .models import check_sparse_fits, paths_of
 from .outputs import Outputs
 
@@ -55,7 +55,7 @@ def many(args: argparse.Namespace) -> int:
     check_place(batch.files[-1], len(missing) * estimate_bytes(name, *shape))
     task.note(first.notes(), *there_in(first))
     try:
-        with notes_from_warnings(), progress() as bar:
+        with notes_from_warnings(), args.bar as bar:
             _make(task, requests, batch, missing, bar)
     except BaseException:
         if batch.finished:
@@ -88,7 +88,7 @@ def _make(task: Task, requests: Sequence[FilledRequest], batch: Batch, missing: 
                 batch.begin()
             refusal = f"another run is writing {file}; wait for its end or give another name to --output"
             with claimed(file, refusal), VideoBeside(file, request.fps) as video:
-                pipeline.generate(request, bar, on_frames=request.beginning(video.add))
+                pipeline.generate(request, bar, on_frames=request.beginning(counted(bar, video.add)))
                 bar.task.phase(SAVING)
             batch.finish(number)
         bar.task.finish(reused=reused)

@@ -23,7 +23,7 @@ from ..nano.lesson import write_lesson
 from ..optimize.requirement import Inputs
 from ..optimize.sparse.choose import in_use
 from ..sampling.sampler import Step
-from .console import Progress, note, notes_from_warnings, progress
+from .console import Progress, note, notes_from_warnings
 from .generate import print_notes
 from .models import paths_of
 from .versus import Side, by_model, load, sides_of, switch, without_effect_in
@@ -58,7 +58,7 @@ def score(args: argparse.Namespace) -> int:
         inputs = {"world": world.world, "model": str(args.model or ""), "lesson": args.lesson, "prompts": args.prompts}
         inputs |= {"size": f"{first.height}x{first.width}", "frames": first.frames, "batch": batch}
         results = ResultsFile("adherence", args.output.parent, sides[0].device, inputs, name=args.output.stem)
-    with notes_from_warnings(), progress() as bar:
+    with notes_from_warnings(), Progress() as bar:
         table = _Scoring(sides, judge, args.prompts, results, bar).run()
     if len(sides) > 1:
         print(f"\n{table}")

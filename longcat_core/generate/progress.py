@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from .long_video import LongVideoRequest
 
 # What happens while no step runs, and what makes a first step long.
-STARTING, LOADING_TEXT, ENCODING, LOADING = "starting", "loading the text encoder", "encoding", "loading the model"
+STARTING, CHECKING = "starting", "checking the input"
+LOADING_TEXT, ENCODING, LOADING = "loading the text encoder", "encoding", "loading the model"
 DECODING, SAVING, COMPILING = "decoding", "saving", "compiling, once"
+# What happens while steps run.
+FIRST_STEP, STEPS = "first step", "steps"
 # How many steps tell the share of those that a cache supplied, and how many of the latest tell the seconds.
 SHARE, RECENT = 64, 16
 # Steps that take less than this share of the long ones come from a cache.
@@ -100,6 +103,10 @@ class Progress:
         self.label = self.current = ""
         # Bytes of weights that are there, and those of all, while they are loaded.
         self.loaded: tuple[int, int] | None = None
+        # Frames that left the decoder.
+        self.frames = 0
+        # What other threads did meanwhile, and its seconds.
+        self.beside: dict[str, float] = {}
         self._show, self._clock = show, clock
         # The part that runs, the steps that it has done, how many parts were there already, and all steps that ran.
         self.number = self.index = self.reused = self.ran = 0
@@ -122,8 +129,17 @@ class Progress:
 
     def load(self, name: str, done: int, of: int) -> None:
         """Weights are loaded. name: LOADING_TEXT or LOADING; done, of: bytes that are there, and of all."""
-        self._begins(name, (done, of))
+        self._begins(name, (done, of) if of else None)
         self._changed()
+
+    def decoded(self, frames: int) -> None:
+        """So many more frames left the decoder."""
+        self.frames += frames
+        self._changed()
+
+    def worked_beside(self, name: str, seconds: float) -> None:
+        """Another thread worked so long while this one did something else, or waited for it."""
+        self.beside[name] = self.beside.get(name, 0.0) + seconds
 
     def step(self, done: int, steps: int | None = None) -> None:
         """A step of the current part is finished. done: how many are; steps: how many there are, if that changed."""
@@ -164,7 +180,7 @@ class Progress:
         self._changed()
 
     def _begins(self, name: str, loaded: tuple[int, int] | None = None) -> None:
-        self.current, self.loaded = name, loaded
+        self.current, self.loaded, self.frames = name, loaded, 0
 
     def _changed(self) -> None:
         if self._show is not None:
@@ -205,7 +221,7 @@ class Progress:
     def words(self) -> str:
         """What happens and how long it takes: "segment 2 of 10, step 12 of 50, 3.1 s each, about 14 min left"."""
         if self.number == len(self.parts):
-            return ", ".join(filter(None, (self.label, self.current, self._bytes)))
+            return ", ".join(filter(None, (self.label, self.current, self._count)))
         return ", ".join(filter(None, (self.label, self.place, *self._figures())))
 
     @property
@@ -216,13 +232,22 @@ class Progress:
         step = f"{self.unit} {min(self.index + 1, steps)} of {steps}" if steps else ""
         if self.current and self.current != COMPILING:
             step = ""
-        return ", ".join(filter(None, (part, step, self.current, self._bytes)))
+        return ", ".join(filter(None, (part, step, self.current, self._count)))
 
     @property
-    def _bytes(self) -> str:
-        """What is loaded: "3.1 of 27.2 GB"."""
-        if self.loaded is None:
+    def stage(self) -> str:
+        """A name for what happens now; "" between two."""
+        if self.current and self.current != COMPILING:
+            return self.current
+        if self.number == len(self.parts):
             return ""
+        return STEPS if self.index else FIRST_STEP
+
+    @property
+    def _count(self) -> str:
+        """How much of it is there: "3.1 of 27.2 GB", "45 frames"."""
+        if self.loaded is None:
+            return f"{self.frames} frame{'s' if self.frames > 1 else ''}" if self.frames else ""
         done, of = self.loaded
         unit, size = next(((unit, size) for unit, size in UNITS if of >= size), UNITS[-1])
         return f"{done / size:.1f} of {of / size:.1f} {unit}"

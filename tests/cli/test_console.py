@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from longcat_core.cli import main as cli
-from longcat_core.cli.console import Stream, words
+from longcat_core.cli.console import Progress, Stream, note, words
+from longcat_core.generate.progress import LOADING, Part
 
 from ..support.python_path import python_path
 
@@ -62,6 +64,40 @@ def test_a_stream_that_fails_once_is_left_alone() -> None:
     for _ in range(3):
         print("words", file=stream, flush=True)
     assert gone.tries == 1 and isinstance(stream.lost, OSError)
+
+
+class Terminal(StringIO):
+    """What a terminal was sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands in each line in the end."""
+        return [line.rpartition("\r")[2] for line in self.getvalue().split("\n")]
+
+
+def test_a_command_says_at_once_what_it_does_and_nothing_of_it_stays() -> None:
+    with redirect_stderr(Terminal()) as terminal:
+        assert cli.main(["generate", "a", "--size", "33x48"]) == cli.BAD_INPUT
+    error = "longcat: error: height 33 is not a multiple of 16; the nearest one is 32"
+    places = [terminal.getvalue().index(what) for what in ("| starting", "| checking the input", error)]
+    assert places == sorted(places) and terminal.lines == [error, ""]
+
+
+def test_the_bar_is_that_of_weights_while_they_are_loaded_and_notes_stand_above_it() -> None:
+    with redirect_stderr(Terminal()) as terminal, Progress() as bar:
+        task = bar.plan([Part(4)])
+        task.load(LOADING, 3 * 10**9, 4 * 10**9)
+        assert (bar.bar.n, bar.bar.total) == (3 * 10**9, 4 * 10**9)
+        note("a note")
+        assert terminal.lines[0] == "longcat: note: a note"
+        assert terminal.lines[1].startswith(" 75% |") and terminal.lines[1].endswith(
+            "| loading the model, 3.0 of 4.0 GB"
+        )
+        task.phase("")
+        assert (bar.bar.n, bar.bar.total) == (0, 5)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from longcat_core.generate.progress import (
     COMPILING,
     DECODING,
     ENCODING,
+    FIRST_STEP,
     LOADING,
     LOADING_TEXT,
+    STEPS,
     Part,
     Progress,
     average_step,
@@ -160,6 +162,25 @@ def test_weights_are_counted_in_bytes_until_something_else_begins():
         "video 1 of 2, loading the model, 0.3 of 2.5 kB",
         "video 1 of 2, encoding",
     ]
+
+
+def test_stages_have_names():
+    task = Task(Part(2))
+    stages = []
+    for happens in (
+        lambda: task.phase(ENCODING, 1),
+        lambda: task.progress.phase(""),
+        lambda: task.progress.phase(COMPILING),
+        lambda: task.steps(1.0, 2),
+        lambda: task.phase(DECODING, 1),
+        lambda: task.progress.decoded(1),
+        lambda: task.progress.decoded(44),
+        task.progress.finish,
+    ):
+        happens()
+        stages.append(task.progress.stage)
+    assert stages == [ENCODING, *[FIRST_STEP] * 2, STEPS, *[DECODING] * 3, ""]
+    assert task.words[-3:-1] == ["decoding, 1 frame", "decoding, 45 frames"]
 
 
 def test_words_of_what_ended():
