@@ -1,23 +1,19 @@
 """LoRAs of LongCat-Video through ComfyUI's stock loaders, with a report of what did not match.
 
-Three of ComfyUI's functions are wrapped; the wrappers act on LongCat-Video only, except that the one which reads files
-remembers those of LoRAs, whose alpha may be in the header or in PEFT's config beside it. Plain LoRAs are read by the
-core. All other kinds (LoKr, LoHa, DoRA, diffs) are ComfyUI's to read, under the module names of every checkpoint form.
+`registration` wraps three of ComfyUI's functions; the wrappers act on LongCat-Video only, except that the one which
+reads files remembers those of LoRAs, whose alpha may be in the header or in PEFT's config beside it. Plain LoRAs are
+read by the core. All other kinds (LoKr, LoHa, DoRA, diffs) are ComfyUI's to read, under the module names of every
+checkpoint form.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import comfy.lora
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -25,23 +21,15 @@ from ..longcat_core.checkpoints.formats import targets
 from ..longcat_core.checkpoints.lora import LoraStack, lora_of
 from ..longcat_core.checkpoints.lora_names import PREFIX, first_names, flat, other_kind_modules, split_key
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.files.weight_files import SUFFIXES
 from . import comfy_fp8
 from .comfy_model import LongCatVideo
+from .lora_files import KeyMap, file_of
 
 NETWORK = "diffusion_model."
 # What other trainers write in front of a module's name.
 PREFIXES = (NETWORK, "transformer.", "base_model.model.")
 # Where the name of a part begins, in LoRAs of any kind.
 PARTS = (".lora_", ".alpha", ".diff", ".dora_scale", ".hada_", ".lokr_", ".reshape_weight", ".set_weight")
-# Files of LoRAs by the id of their first tensor, while it lives.
-_FILES: dict[int, tuple[weakref.ref, Path]] = {}
-
-
-class KeyMap(dict):
-    """ComfyUI's map from LoRA names to weights, for LongCat-Video. shapes: of the weights, by the network's names."""
-
-    shapes: dict[str, torch.Size]
 
 
 def add_names(model: LongCatVideo, key_map: dict) -> KeyMap:
@@ -61,29 +49,6 @@ def add_names(model: LongCatVideo, key_map: dict) -> KeyMap:
         for name in (source, *(prefix + source for prefix in PREFIXES), "lora_unet_" + source.replace(".", "_")):
             key_map.setdefault(name, target)
     return key_map
-
-
-def remember(tensors: Any, path: Any) -> None:
-    """Keep in mind which file a LoRA's tensors were read from."""
-    if not isinstance(tensors, dict) or not isinstance(path, str | os.PathLike) or not _is_lora(tensors):
-        return
-    first = next(tensor for tensor in tensors.values() if isinstance(tensor, Tensor))
-    key = id(first)
-    _FILES[key] = weakref.ref(first, lambda gone: _FILES.pop(key, None)), Path(path)
-
-
-def _is_lora(tensors: Mapping[Any, Any]) -> bool:
-    keys = (key for key, tensor in tensors.items() if isinstance(key, str) and isinstance(tensor, Tensor))
-    return any(split_key(key) is not None for key in keys)
-
-
-def file_of(tensors: Iterable[Tensor]) -> Path | None:
-    """The file that these tensors were read from; None if they were made in another way."""
-    for tensor in tensors:
-        reference, path = _FILES.get(id(tensor), (None, None))
-        if reference is not None and reference() is tensor and path is not None and path.suffix.lower() in SUFFIXES:
-            return path if path.is_file() else None
-    return None
 
 
 def convert(lora: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -163,36 +128,3 @@ def check(lora: Mapping[str, Tensor], key_map: KeyMap, loaded: Mapping[Any, Any]
                 f"the LoRA changes {weight} by {[up.shape[0], down.shape[1]]}, the model has "
                 f"{[rows or shape[0], shape[1]]}; choose a LoRA for a model of this size"
             )
-
-
-def register() -> None:
-    """Wrap ComfyUI's LoRA functions; registering again, as a second copy of the pack does, replaces the wrappers."""
-    find_keys, load, read = (
-        getattr(function, "longcat_wraps", function)
-        for function in (comfy.lora.model_lora_keys_unet, comfy.lora.load_lora, comfy.utils.load_torch_file)
-    )
-
-    def model_lora_keys_unet(model, key_map=None):
-        found = find_keys(model, {} if key_map is None else key_map)
-        return add_names(model, found) if isinstance(model, LongCatVideo) else found
-
-    def load_lora(lora, to_load, log_missing=True):
-        if not isinstance(to_load, KeyMap):
-            return load(lora, to_load, log_missing)
-        lora = convert(lora, to_load.shapes)
-        loaded = load(lora, to_load, False)
-        check(lora, to_load, loaded)
-        return loaded
-
-    def load_torch_file(ckpt, *args, **kwargs):
-        found = read(ckpt, *args, **kwargs)
-        remember(found[0] if isinstance(found, tuple) else found, ckpt)
-        return found
-
-    for module, function, original in (
-        (comfy.lora, model_lora_keys_unet, find_keys),
-        (comfy.lora, load_lora, load),
-        (comfy.utils, load_torch_file, read),
-    ):
-        function.longcat_wraps = original
-        setattr(module, function.__name__, function)

@@ -1,4 +1,4 @@
-"""LongCat-Video as a native ComfyUI model: its BaseModel, its config, and how ComfyUI recognizes its files."""
+"""LongCat-Video as a native ComfyUI model: its BaseModel."""
 
 from __future__ import annotations
 
@@ -8,33 +8,20 @@ from typing import Any
 
 import comfy.conds
 import comfy.model_base
-import comfy.model_detection
-import comfy.supported_models
 import comfy.supported_models_base
-import comfy.utils
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import FORMATS
-from ..longcat_core.checkpoints.formats import detect as detect_form
-from ..longcat_core.checkpoints.load import infer_config, with_zero_pad
-from ..longcat_core.errors import CheckpointError, LongCatError
+from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.text import trim_text
-from ..longcat_core.nano.colors import is_nano
 from ..longcat_core.optimize.memory import text_bytes
 from ..longcat_core.optimize.plan import residual_bytes
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
-from ..longcat_core.sampling.schedules import SHIFT
-from . import comfy_fp8
 from .comfy_compile import Own, original, without_compiled_modules
-from .comfy_latents import LongCatLatents, NanoLatents
 from .comfy_network import DiffusionModel
-from .comfy_weights import from_checkpoint, logical_shapes, to_official
-
-IMAGE_MODEL = "longcat_video"
 
 
 class TextCond(comfy.conds.CONDRegular):
@@ -51,7 +38,7 @@ class TextCond(comfy.conds.CONDRegular):
 
 
 class LongCatVideo(comfy.model_base.BaseModel):
-    def __init__(self, model_config: LongCatConfig, device: Any = None) -> None:
+    def __init__(self, model_config: comfy.supported_models_base.BASE, device: Any = None) -> None:
         flow = comfy.model_base.ModelType.FLOW
         super().__init__(model_config, flow, device=device, unet_model=DiffusionModel)
         # ComfyUI may be asked to leave the network out.
@@ -166,87 +153,3 @@ def check_latents(latents: Tensor | None, config: ModelConfig) -> None:
             f"the latent is of a video of {height}x{width} (height x width) pixels; give multiples of "
             f"{8 * rows} and {8 * columns}"
         )
-
-
-class LongCatConfig(comfy.supported_models_base.BASE):
-    unet_config = {"image_model": IMAGE_MODEL}  # noqa: RUF012 - ComfyUI reads these off the class
-    unet_extra_config = {}  # noqa: RUF012
-    sampling_settings = {"shift": SHIFT, "multiplier": 1000}  # noqa: RUF012
-    latent_format = LongCatLatents
-    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]  # noqa: RUF012
-    vae_key_prefix = ["vae."]  # noqa: RUF012
-    text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
-
-    def __init__(self, unet_config: dict[str, Any]) -> None:
-        super().__init__(unet_config)
-        if is_nano(self.model_config()):
-            self.latent_format = NanoLatents()
-
-    def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> LongCatVideo:
-        if self.custom_operations is comfy_fp8.Rowwise:
-            # A request, not a set of operations: the network decides which layers become 8-bit.
-            self.custom_operations = None
-            self.unet_config = {**self.unet_config, "fp8": True}
-        # ComfyUI runs nodes in inference mode, whose tensors cannot have gradients; training nodes need them.
-        with torch.inference_mode(False):
-            return LongCatVideo(self, device=device)
-
-    def inpaint_model(self) -> bool:
-        return False
-
-    def model_config(self) -> ModelConfig:
-        names = ModelConfig.__dataclass_fields__
-        return ModelConfig(**{name: value for name, value in self.unet_config.items() if name in names})
-
-    def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        return from_checkpoint(state_dict, self.model_config(), rowwise=bool(self.unet_config.get("fp8")))
-
-    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        named = to_official(state_dict, self.model_config())
-        return comfy.utils.state_dict_prefix_replace(named, {"": "model.diffusion_model."})
-
-
-def detect(
-    state_dict: Mapping[str, Tensor], prefix: str = "", metadata: Mapping[str, str] | None = None
-) -> dict | None:
-    """The unet_config of a LongCat-Video checkpoint of any form, or None for any other file.
-
-    Since PixArt and Wan share some names, all names of the form's signature must be there, and the patch embedding must
-    be a video's.
-    """
-    form = next((form for form in FORMATS if _is_video(state_dict, f"{prefix}{form.outer['patch_embed'][0]}")), None)
-    if form is None:
-        return None
-    names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-    try:
-        known = detect_form(names, "the checkpoint")
-    except CheckpointError:
-        return None
-    if known != (form, "") or not all(any(name.startswith(mark) for name in names) for mark in form.signature):
-        return None
-    shapes = logical_shapes({name: state_dict[prefix + name] for name in names}, form)
-    config = with_zero_pad(infer_config(form, shapes, "the checkpoint"), metadata or {}, "the checkpoint")
-    return {"image_model": IMAGE_MODEL, **config.to_dict()}
-
-
-def _is_video(state_dict: Mapping[str, Tensor], module: str) -> bool:
-    embedding = state_dict.get(f"{module}.weight")
-    return embedding is not None and embedding.ndim == 5
-
-
-def register() -> None:
-    """Make ComfyUI's own loaders recognize LongCat-Video files; registering again, as a second copy of the pack does,
-    replaces the wrapper."""
-    models = comfy.supported_models.models
-    models[:] = [model for model in models if model.unet_config.get("image_model") != IMAGE_MODEL]
-    models.append(LongCatConfig)
-    current = comfy.model_detection.detect_unet_config
-    others = getattr(current, "longcat_wraps", current)
-
-    def detect_unet_config(state_dict, key_prefix, metadata=None):
-        # Ours first: ComfyUI's own detection takes official LongCat names for another model's.
-        found = detect(state_dict, key_prefix, metadata)
-        return others(state_dict, key_prefix, metadata=metadata) if found is None else found
-
-    detect_unet_config.longcat_wraps = others
-    comfy.model_detection.detect_unet_config = detect_unet_config

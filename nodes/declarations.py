@@ -40,6 +40,8 @@ from .widgets import (
     switches,
 )
 
+# Where a node stands in the prompt that it runs in.
+PLACE = ("unique_id", "dynprompt")
 NODES: dict[str, Node] = {
     "LongCatModelLoader": Node(
         "LongCat Model Loader",
@@ -146,6 +148,7 @@ NODES: dict[str, Node] = {
             Socket("video", "Video", "the same frames as a VIDEO for Save Video, which copies the finished H.264 file. "
                     "With no connection here, no file is made"),
         ),
+        hidden=PLACE,
     ),
     "LongCatImageToVideo": Node(
         "LongCat Image to Video",
@@ -233,6 +236,7 @@ NODES: dict[str, Node] = {
             Socket("video", "Video", "the same frames for Save Video, read from the folder one by one, so that a video "
                    "of any length needs little memory"),
         ),
+        hidden=(*PLACE, "extra_pnginfo"),
     ),
     "LongCatRefineLongVideo": Node(
         "LongCat Refine Long Video",
@@ -264,6 +268,7 @@ NODES: dict[str, Node] = {
             Socket("fps", "Float", "frame rate of the refined video"),
             Socket("video", "Video", "the refined video for Save Video, read from the folder frame by frame"),
         ),
+        hidden=(*PLACE, "extra_pnginfo"),
     ),
     "LongCatBlockSparseAttention": Node(
         "LongCat Block-Sparse Attention",

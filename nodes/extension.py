@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
+from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from ..longcat_core.generate.paths import NANO_WEIGHTS
-from . import comfy_lora, comfy_model, former
+from ..longcat_core import nano
+from . import former, registration
+from .deferred import deferred
 
-# One module for each family of nodes, which lists its classes in NODES.
-FAMILIES = (
-    "loaders",
-    "optimizations",
-    "sampling",
-    "empty_latent",
-    "sample",
-    "vae_decode",
-    "conditioning",
-    "refine",
-    "long_video",
-    "block_sparse",
-    "sparse",
-    "step_cache",
-    "benchmark",
-    "fidelity",
-    "calibrate",
-)
+# Not from generate.paths, which imports what requests need.
+NANO_WEIGHTS = Path(nano.__file__).parent / "weights"
+# One module for each family of nodes -> the nodes in its NODES.
+FAMILIES = {
+    "loaders": ("LongCatModelLoader", "LongCatTextEncoderLoader"),
+    "optimizations": ("LongCatOptimizations",),
+    "sampling": ("LongCatSampler", "LongCatScheduler", "LongCatGuider"),
+    "empty_latent": ("LongCatEmptyLatent",),
+    "sample": ("LongCatSampleClip",),
+    "vae_decode": ("LongCatVAEDecode",),
+    "conditioning": ("LongCatImageToVideo", "LongCatVideoContinuation"),
+    "refine": ("LongCatRefine",),
+    "long_video": ("LongCatLongVideo", "LongCatRefineLongVideo"),
+    "block_sparse": ("LongCatBlockSparseAttention",),
+    "sparse": ("LongCatSparseAttention",),
+    "step_cache": ("LongCatStepCache",),
+    "benchmark": ("LongCatBenchmark",),
+    "fidelity": ("LongCatFidelity",),
+    "calibrate": ("LongCatCalibrate",),
+}
 
 
 class LongCatExtension(ComfyExtension):
@@ -39,16 +41,6 @@ class LongCatExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.8 never calls.
         for kind in ("diffusion_models", "vae", "text_encoders"):
             folder_paths.add_model_folder_path(kind, str(NANO_WEIGHTS / kind))
-        comfy_model.register()
-        comfy_lora.register()
+        registration.register()
         former.renew_prompts(former.RENAMED)
-        nodes: list[type[io.ComfyNode]] = []
-        for family in FAMILIES:
-            try:
-                module = importlib.import_module(f".{family}", __package__)
-            except ImportError as error:
-                # A missing dependency of one family must not hide the others.
-                logging.warning("LongCat: the nodes of %s are left out: %s", family, error)
-                continue
-            nodes += module.NODES
-        return nodes
+        return [deferred(family, node) for family, nodes in FAMILIES.items() for node in nodes]

@@ -67,13 +67,15 @@ class Widget:
 
 @dataclass(frozen=True)
 class Node:
-    """One node. shows: whether it shows a picture itself, so that ComfyUI runs it without connected outputs."""
+    """One node. shows: whether it shows a picture itself, so that ComfyUI runs it without connected outputs. hidden:
+    what it asks of the prompt that it runs in, by the names of `io.Hidden`."""
 
     name: str
     description: str
     inputs: tuple[Socket | Widget, ...]
     outputs: tuple[Socket, ...]
     shows: bool = False
+    hidden: tuple[str, ...] = ()
 
 
 def shared(

@@ -13,7 +13,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
 import folder_paths
-from comfy_api.latest import io
 
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.places import bytes_in_words
@@ -170,25 +169,23 @@ def _state(path: Path) -> tuple[int, int]:
 class FolderNode(LongCatNode):
     """A node that keeps what it made in a folder."""
 
-    HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo)
-
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> int:
-        return Delivered.fingerprint(cls._key(inputs))
+        return Delivered.fingerprint(_key(cls, inputs))
 
     @classmethod
     def remember(cls, files: list[Path]) -> None:
         """Let ComfyUI run this node again as soon as one of the files is gone or changed."""
         prompt = cls.hidden.dynprompt
         if prompt is not None:
-            Delivered.remember(cls._key(prompt.get_node(cls.hidden.unique_id)["inputs"]), files)
+            Delivered.remember(_key(cls, prompt.get_node(cls.hidden.unique_id)["inputs"]), files)
 
-    @classmethod
-    def _key(cls, inputs: Mapping[str, Any]) -> str:
-        """What this node and its widgets are remembered by."""
-        names = [field.name for field in NODES[cls.ID].inputs if isinstance(field, Widget)]
-        widgets = {name: inputs[name] for name in names if name in inputs}
-        return Delivered.key(f"{cls.ID} {cls.hidden.unique_id}", widgets)
+
+def _key(node: type[LongCatNode], inputs: Mapping[str, Any]) -> str:
+    """What a node and its widgets are remembered by."""
+    names = [field.name for field in NODES[node.ID].inputs if isinstance(field, Widget)]
+    widgets = {name: inputs[name] for name in names if name in inputs}
+    return Delivered.key(f"{node.ID} {node.hidden.unique_id}", widgets)
 
 
 def check_folder(folder: str | None, needed: int, open_folder: Callable[[Path], SegmentFolder]) -> None:

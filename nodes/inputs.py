@@ -11,6 +11,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .choices import choices_of
 from .declarations import NODES
 from .fields import Node, Socket, Widget
 from .finding import PLACES
@@ -25,19 +26,10 @@ class LongCatNode(io.ComfyNode):
     """A node that `declarations` declares under ID."""
 
     ID: str
-    # What it asks of the prompt that it runs in.
-    HIDDEN: tuple[io.Hidden, ...] = ()
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        found = schema(cls.ID, cls.choices())
-        found.hidden = list(cls.HIDDEN)
-        return found
-
-    @classmethod
-    def choices(cls) -> dict[str, Sequence[str]]:
-        """Choices of the inputs whose choices depend on the machine."""
-        return {}
+        return schema(cls.ID, choices_of(cls.ID))
 
 
 def schema(node_id: str, choices: dict[str, Sequence[str]]) -> io.Schema:
@@ -59,6 +51,7 @@ def schema(node_id: str, choices: dict[str, Sequence[str]]) -> io.Schema:
             getattr(io, output.kind).Output(display_name=output.name or None, tooltip=output.tooltip or None)
             for output in node.outputs
         ],
+        hidden=[io.Hidden[name] for name in node.hidden],
         is_output_node=node.shows,
     )
 

@@ -28,41 +28,16 @@ from ..longcat_core.generate.progress import LOADING, LOADING_TEXT
 from ..longcat_core.generate.text import tokenizer_of
 from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
+from .choices import FP8_ROWWISE, WEIGHT_DTYPES
 from .comfy_model import LongCatVideo
 from .comfy_weights import as_description, correct, meant, open_for_comfyui, runs
 from .inputs import LongCatNode
 from .progress import working
 
-WEIGHT_DTYPES = {
-    "default": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-}
-FP8_ROWWISE = "fp8 rowwise"
 # Prefixes that ComfyUI's own loader strips from the names in a file.
 COMFYUI_PREFIXES = ("", "model.diffusion_model.")
 # Width of UMT5-XXL, which ComfyUI's own loader knows.
 XXL_WIDTH = 4096
-
-
-def _model_names() -> list[str]:
-    """Names of single files and, in place of shards, of their folders, as ComfyUI lists names."""
-    names = {}
-    gguf = []
-    for root in folder_paths.get_folder_paths("diffusion_models"):
-        # ComfyUI does not list GGUF files, which it cannot load itself.
-        gguf += [name for name in folder_paths.recursive_search(root)[0] if name.lower().endswith(".gguf")]
-    for name in [*folder_paths.get_filename_list("diffusion_models"), *sorted(gguf)]:
-        if name.lower().endswith((".safetensors", ".sft", ".gguf")):
-            names[os.path.dirname(name) if "-of-" in os.path.basename(name) else name] = None
-    return [name for name in names if name]
-
-
-def _text_encoder_names() -> list[str]:
-    names = folder_paths.get_filename_list("text_encoders")
-    return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]
 
 
 def _find(kind: str, name: str) -> Path:
@@ -141,10 +116,6 @@ class ModelLoader(LongCatNode):
     ID = "LongCatModelLoader"
 
     @classmethod
-    def choices(cls) -> dict[str, list[str]]:
-        return {"model_name": _model_names(), "weight_dtype": [*WEIGHT_DTYPES, FP8_ROWWISE]}
-
-    @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = _find("diffusion_models", model_name)
         # Reads headers only, and raises an error that says what the file is if it is not LongCat-Video.
@@ -168,10 +139,6 @@ class ModelLoader(LongCatNode):
 
 class TextEncoderLoader(LongCatNode):
     ID = "LongCatTextEncoderLoader"
-
-    @classmethod
-    def choices(cls) -> dict[str, list[str]]:
-        return {"text_encoder_name": _text_encoder_names()}
 
     @classmethod
     def execute(cls, text_encoder_name: str, device: str) -> io.NodeOutput:

@@ -89,10 +89,6 @@ class OptimizationsNode(LongCatNode):
     ID = "LongCatOptimizations"
 
     @classmethod
-    def choices(cls) -> dict[str, list[str]]:
-        return {"attention": backends.listed()}
-
-    @classmethod
     def execute(cls, model, **switches: Any) -> io.NodeOutput:
         require_longcat(model, "LongCat Optimizations")
         requested = active = Optimizations(**switches)

@@ -28,7 +28,6 @@ VIDEO_SLOT = 1
 
 class VaeDecode(LongCatNode):
     ID = "LongCatVAEDecode"
-    HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt)
 
     @classmethod
     def execute(cls, samples: dict[str, Any], vae: comfy.sd.VAE, fps: float) -> io.NodeOutput:

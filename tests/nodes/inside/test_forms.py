@@ -170,7 +170,7 @@ def test_gguf(comfy, nano, sample, empty, dtype):
 
 
 def test_no_others_are_answered_for(comfy, nano):
-    detect = comfy.node("comfy_model").detect
+    detect = comfy.node("registration").detect
     for form in (comfyui, fastvideo, dict):
         state = form(nano)
         assert detect(state)["image_model"] == "longcat_video"

@@ -165,19 +165,19 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_models_are_not_answered_for(comfy, name):
-    assert comfy.node("comfy_model").detect(FOREIGN[name]) is None
+    assert comfy.node("registration").detect(FOREIGN[name]) is None
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_official_files_are_answered_for(comfy, nano, prefix):
-    found = comfy.node("comfy_model").detect({prefix + key: value for key, value in nano.items()}, prefix)
+    found = comfy.node("registration").detect({prefix + key: value for key, value in nano.items()}, prefix)
     assert found["image_model"] == "longcat_video" and found["patch_size"] == (1, 2, 2)
 
 
 def test_registering_again_replaces(comfy):
     from comfy import model_detection, supported_models
 
-    bridge = comfy.node("comfy_model")
+    bridge = comfy.node("registration")
     before = model_detection.detect_unet_config.longcat_wraps
     bridge.register()
     assert model_detection.detect_unet_config.longcat_wraps is before

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import subprocess
 import sys
+
+import pytest
 
 from ..checkout import PACK
 
@@ -30,9 +31,13 @@ assert asyncio.run(nodes.load_custom_node(sys.argv[1]))
 sys.stdout.write("--- loaded\\n"); sys.stdout.flush(); sys.stderr.write("--- loaded\\n")
 assert state() == before, (state(), before)
 own = {name.split(".longcat_core.")[-1] for name in sys.modules if ".longcat_core." in name}
-print(sorted({"generate.pipeline", "measure.calibrate", "measure.charts", "nano.adherence"} & own))
+print(sorted(name for name in own if name.startswith(("model.", "checkpoints.", "measure.", "vae.", "generate."))))
 print(sorted({name.split(".")[0] for name in set(sys.modules) - modules if not name.startswith(sys.argv[1])}))
 """
+
+
+# What declarations read of the core's larger rooms.
+LIGHT = ["generate.options", "generate.speeds", "model.config", "model.text"]
 
 
 def test_loading_is_quiet_and_light():
@@ -41,9 +46,9 @@ def test_loading_is_quiet_and_light():
     for stream in (run.stdout, run.stderr):
         said = stream.split("--- loading\n")[1].split("--- loaded\n")[0]
         assert not said, f"loading the pack prints {said!r}"
-    measuring, foreign = run.stdout.splitlines()[-2:]
+    heavy, foreign = run.stdout.splitlines()[-2:]
     assert foreign == "[]", f"and imports {foreign}, which ComfyUI does not"
-    assert measuring == "[]", f"and imports {measuring}, which only nodes that run need"
+    assert heavy == str(LIGHT), f"and imports {heavy}; only nodes that run need others than {LIGHT}"
 
 
 def test_errors_are_named_without_the_packs_path(comfy):
@@ -53,28 +58,20 @@ def test_errors_are_named_without_the_packs_path(comfy):
     assert len(errors) >= 3 and {error.__module__ for error in errors} == {"longcat_core.errors"}
 
 
-def test_one_family_that_fails_hides_no_other(comfy, monkeypatch, caplog):
+def test_one_family_that_fails_hides_no_other(comfy, monkeypatch):
+    """Families are imported by nodes that are checked or run: only those of the broken one say what it lacks."""
     monkeypatch.setitem(sys.modules, f"{comfy.pack}.nodes.conditioning", None)
-    with caplog.at_level(logging.WARNING):
-        nodes = asyncio.run(comfy.node("extension").LongCatExtension().get_node_list())
-    assert {node.define_schema().node_id for node in nodes} == {
-        "LongCatModelLoader",
-        "LongCatTextEncoderLoader",
-        "LongCatOptimizations",
-        "LongCatSampler",
-        "LongCatScheduler",
-        "LongCatGuider",
-        "LongCatEmptyLatent",
-        "LongCatSampleClip",
-        "LongCatVAEDecode",
-        "LongCatRefine",
-        "LongCatLongVideo",
-        "LongCatRefineLongVideo",
-        "LongCatBlockSparseAttention",
-        "LongCatSparseAttention",
-        "LongCatStepCache",
-        "LongCatBenchmark",
-        "LongCatFidelity",
-        "LongCatCalibrate",
-    }
-    assert "the nodes of conditioning are left out" in caplog.text
+    nodes = asyncio.run(comfy.node("extension").LongCatExtension().get_node_list())
+    assert [node.GET_SCHEMA().node_id for node in nodes] == [node.ID for node in nodes]
+    broken = next(node for node in nodes if node.ID == "LongCatImageToVideo")
+    with pytest.raises(ImportError, match="conditioning"):
+        broken.execute(vae=None)
+    assert next(node for node in nodes if node.ID == "LongCatEmptyLatent").execute(width=64, height=64, length=5)
+
+
+def test_every_declared_node_is_one_of_a_family(comfy):
+    extension, declared = comfy.node("extension"), comfy.node("declarations").NODES
+    in_families = [node for nodes in extension.FAMILIES.values() for node in nodes]
+    assert sorted(in_families) == sorted(declared)
+    for family, nodes in extension.FAMILIES.items():
+        assert sorted(node.ID for node in comfy.node(family).NODES) == sorted(nodes)
