@@ -121,6 +121,7 @@ def test_the_preview_plays_through_the_generated_frames(comfy, monkeypatch):
 
     # As if each step took long enough to decode all frames.
     monkeypatch.setattr(comfy.node("previews"), "SHARE", 1e9)
+    monkeypatch.setattr(comfy.node("previews"), "LONGEST", 1e9)
     x0 = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(1, 16, 5, 2, 2)
     clip, cut = film(2), film(2)
     assert [clip.expose(x0)[1] for _ in range(7)] == [2, 3, 4, 2, 3, 4, 2]

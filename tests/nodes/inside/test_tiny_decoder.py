@@ -84,6 +84,7 @@ def test_the_decoder_shows_the_generated_frames_with_their_past(comfy, folder, m
     values = weights(0)
     write(folder / name, values)
     monkeypatch.setattr(comfy.node("previews"), "SHARE", 1e9)
+    monkeypatch.setattr(comfy.node("previews"), "LONGEST", 1e9)
     form = comfy.node("comfy_latents").LongCatLatents()
     film = comfy.node("previews").Film(previewer(comfy), form, 1, comfy.node("progress").NodeProgress())
     x0 = torch.randn(1, 16, 5, 4, 6).to(device())
@@ -172,6 +173,7 @@ def test_a_device_without_memory_falls_back_in_the_midst_of_a_run(comfy, folder,
     assert film.expose(x0)[1].size == (48, 32)
     monkeypatch.setattr(model_management, "get_free_memory", lambda device: 1000)
     monkeypatch.setattr(comfy.node("previews"), "SHARE", 1e9)
+    monkeypatch.setattr(comfy.node("previews"), "LONGEST", 1e9)
     with caplog.at_level(logging.WARNING):
         assert film.expose(x0)[1].size == film.expose(x0)[1].size == (6, 4)
     assert sum("memory" in record.getMessage() for record in caplog.records) == 1
