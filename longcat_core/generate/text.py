@@ -1,14 +1,14 @@
-"""Prompts to text embeddings, on transformers' UMT5EncoderModel and SentencePiece."""
+"""Prompts to text embeddings, by a UMT5 encoder and SentencePiece."""
 
 from __future__ import annotations
 
 import contextlib
 import html
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,10 @@ from ..errors import CheckpointError, LongCatError
 from ..files.records import FiniteFloat, read_record
 from ..files.regular import read_bytes, read_text
 from ..optimize.streaming import BlockStream
-
-if TYPE_CHECKING:
-    from transformers import UMT5EncoderModel
+from .umt5 import Umt5Config, Umt5Encoder
 
 PAD, EOS = 0, 1
 MAX_LENGTH = 512
-EMBEDDING, TIED_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 # Rows that an embedding may have beyond its vocabulary; UMT5-XXL has 384.
 SPARE_ROWS = 1024
 MAX_CONFIG_BYTES, MAX_DISTANCE = 1_000_000, 1 << 20
@@ -44,7 +41,7 @@ Tokenize = Callable[[str], list[int]]
 class TextEncoder:
     """A UMT5 encoder with its tokenizer: `tokenize` turns cleaned text into ids, without EOS."""
 
-    def __init__(self, model: UMT5EncoderModel, tokenize: Tokenize) -> None:
+    def __init__(self, model: Umt5Encoder, tokenize: Tokenize) -> None:
         self.model = model.eval()
         self.tokenize = tokenize
         self._stream: BlockStream | None = None
@@ -118,7 +115,7 @@ class TextEncoder:
         used, mask = int(mask.sum(1).max()), mask.to(self.device)
         # Look up where the table is: it holds a fifth of all weights and need not move.
         looked_up = self.model.shared(ids[:, :used].to(self.model.shared.weight.device)).to(self.device)
-        hidden = self.model(inputs_embeds=looked_up, attention_mask=mask[:, :used]).last_hidden_state.float()
+        hidden = self.model(looked_up, mask[:, :used]).float()
         if self._stream is not None:
             self._stream.rest()
         if not hidden[mask[:, :used].bool()].isfinite().all():
@@ -151,16 +148,15 @@ def load_text_encoder(
     (`checkpoints.formats`). A single file carries its SentencePiece model as tensor `spiece_model`, or has it beside
     it. For the folder form, `path` is `text_encoder/` or its parent. opened: what `open_umt5` gave for it. Raises
     CheckpointError for files that are unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and
-    for a tokenizer of another model, LongCatError without transformers and sentencepiece.
+    for a tokenizer of another model, LongCatError without sentencepiece.
     """
     folder = folder_of(Path(path))
     opened = open_umt5(folder) if opened is None else opened
-    settings = _read_config(folder / "config.json", opened) if (folder / "config.json").exists() else FIXED_CONFIG
+    settings = _read_config(folder / "config.json", opened) if (folder / "config.json").exists() else {}
     tokenizer = tokenizer_of(opened)
-    model = _meta_model(opened.sizes | settings)
-    state = opened.state(dtype, device)
-    model.load_state_dict(state | {TIED_EMBEDDING: state[EMBEDDING]}, assign=True)
-    model.encoder.set_input_embeddings(model.shared)
+    with torch.device("meta"):
+        model = Umt5Encoder(Umt5Config(**opened.sizes, **settings))
+    model.load_state_dict(opened.state(dtype, device), assign=True)
     return TextEncoder(model.requires_grad_(False), tokenizer.encode)
 
 
@@ -171,15 +167,6 @@ def folder_of(path: Path) -> Path:
 
 def _missing(package: str, error: ImportError) -> LongCatError:
     return LongCatError(f"text needs the {package} package ({error}); run: pip install 'longcat-video[headless]'")
-
-
-def _meta_model(config: Mapping[str, object]) -> UMT5EncoderModel:
-    try:
-        from transformers import UMT5Config, UMT5EncoderModel
-    except ImportError as error:
-        raise _missing("transformers", error) from error
-    with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config(**config))
 
 
 @dataclass(frozen=True)
@@ -199,8 +186,8 @@ class Config:
     relative_attention_max_distance: int = 128
 
 
-def _read_config(file: Path, opened: Umt5) -> dict[str, object]:
-    """UMT5Config's settings that do not follow from shapes."""
+def _read_config(file: Path, opened: Umt5) -> dict[str, Any]:
+    """`Umt5Config`'s settings that do not follow from shapes."""
     remedy = "download it again"
     config = read_record(file, Config, "a text encoder config", remedy, MAX_CONFIG_BYTES, CheckpointError)
     if config.model_type != "umt5":
@@ -217,8 +204,7 @@ def _read_config(file: Path, opened: Umt5) -> dict[str, object]:
             f"{file} has layer_norm_epsilon {config.layer_norm_epsilon} and relative_attention_max_distance "
             f"{distance}, which no UMT5 encoder has; {remedy}"
         )
-    read = {"layer_norm_epsilon": config.layer_norm_epsilon, "relative_attention_max_distance": distance}
-    return FIXED_CONFIG | read
+    return {"layer_norm_epsilon": config.layer_norm_epsilon, "relative_attention_max_distance": distance}
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ VERSION = 1
 MOST_BYTES = 512 << 20
 NAME = "embeddings"
 # What computes the numbers, beside the weights.
-PACKAGES = ("torch", "transformers", "sentencepiece", "tokenizers", "ftfy")
+PACKAGES = ("torch", "sentencepiece", "tokenizers", "ftfy")
 
 
 def cache_folder() -> Path | None:

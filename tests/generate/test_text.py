@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -123,8 +124,25 @@ def test_a_file_that_the_index_does_not_name_is_left_alone(official, encoder):
 def test_official_folder_equals_from_pretrained(official):
     ours = load_text_encoder(official).model.state_dict()
     theirs = UMT5EncoderModel.from_pretrained(official / "text_encoder", local_files_only=True).state_dict()
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert set(ours) == set(theirs) - {"encoder.embed_tokens.weight"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_network_is_transformers_own_bit_for_bit(file, model, dtype):
+    """Over distances in every bucket, alone and with padding."""
+    encoder = load_text_encoder(file, dtype=dtype)
+    state = encoder.model.state_dict()
+    theirs = copy.deepcopy(model)
+    theirs.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]}, assign=True)
+    for prompts in (PROMPTS[:1], ["a green square " * 90], [*PROMPTS, "a green square " * 20]):
+        ids, mask = encoder.tokens(prompts)
+        used = int(mask.sum(1).max())
+        with torch.no_grad():
+            embedded = encoder.model.shared(ids[:, :used])
+            found = encoder.model(embedded, mask[:, :used])
+            wanted = theirs(inputs_embeds=embedded, attention_mask=mask[:, :used]).last_hidden_state
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
 def test_tokenizer_json_alone(official):
@@ -166,7 +184,6 @@ def test_a_tied_copy_of_the_embedding_is_ignored(tmp_path, file, encoder):
         tmp_path / "x.safetensors", state | {"encoder.embed_tokens.weight": state["shared.weight"].clone()}
     )
     loaded = load_text_encoder(tmp_path / "x.safetensors")
-    assert loaded.model.encoder.embed_tokens.weight is loaded.model.shared.weight
     assert torch.equal(loaded.encode(PROMPTS, 24)[0], encoder.encode(PROMPTS, 24)[0])
 
 
@@ -361,12 +378,10 @@ def test_a_broken_tokenizer_is_named(official, name, content, message):
     assert name in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("package", ["transformers", "sentencepiece"])
-def test_without_a_package(monkeypatch, file, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(LongCatError, match=r"longcat-video\[headless\]") as caught:
+def test_without_sentencepiece(monkeypatch, file):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(LongCatError, match=r"sentencepiece.*longcat-video\[headless\]"):
         load_text_encoder(file)
-    assert package in str(caught.value)
 
 
 def test_import_is_cheap():

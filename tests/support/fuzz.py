@@ -45,6 +45,7 @@ from longcat_core.generate.segment_folder import SegmentFolder
 from longcat_core.generate.text import load_text_encoder
 from longcat_core.generate.vae import load_vae
 from longcat_core.model.transformer import LongCatTransformer
+from longcat_core.nano.vocabulary import new_text_encoder
 from longcat_core.training.saved import PREFIX, LoraFile, state_shapes
 
 from ..checkpoints.written_forms import is_matrix, write_gguf
@@ -156,10 +157,12 @@ def _read_text_encoder(folder: Path) -> None:
 
 def _text_folder(folder: Path) -> None:
     """The official form: a sharded text_encoder/ with index and config, and tokenizer/."""
-    load_text_encoder(ModelPaths().text_encoder).model.save_pretrained(folder / "text_encoder", max_shard_size="300KB")
+    vocabulary = SafetensorsFile(ModelPaths().text_encoder).rows("spiece_model").numpy().tobytes()
+    model = new_text_encoder(vocabulary)
+    model.load_state_dict(load_text_encoder(ModelPaths().text_encoder).model.state_dict(), strict=False)
+    model.save_pretrained(folder / "text_encoder", max_shard_size="300KB")
     (folder / "tokenizer").mkdir()
-    vocabulary = SafetensorsFile(ModelPaths().text_encoder).rows("spiece_model")
-    (folder / "tokenizer" / "spiece.model").write_bytes(vocabulary.numpy().tobytes())
+    (folder / "tokenizer" / "spiece.model").write_bytes(vocabulary)
 
 
 def _picture(folder: Path) -> None:
