@@ -21,7 +21,7 @@ from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from ..optimize.switches import Optimizations
 from .formats import MAX_BLOCKS, Format, detect
 from .lora import Lora, LoraStack, OpenedLora
-from .reader import Reader, require_finite
+from .reader import Reader, Watch, require_finite
 from .stored import Stored, collect, json_metadata, match_parameters, stored_part
 
 CONFIG_KEY = "config"
@@ -150,13 +150,15 @@ def load_transformer(
     fp8: Policy | None = None,
     lora: Sequence[Lora | OpenedLora] = (),
     streamed: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> OptimizedTransformer:
     """A network with the weights of `source`, in eval mode, every parameter in `dtype` on `device`.
 
     source: an opened checkpoint, or the path of one. streamed: blocks whose weights are kept in CPU memory
     (`optimize.streaming`); they are converted on the device. fp8: layers to quantize to 8 bits one by one, so that the
     device never holds the whole network in 16 bits; weights stored as e4m3 keep their numbers and scales. lora: added
-    to each weight before it is quantized.
+    to each weight before it is quantized. watch: called after every piece that is read, with the bytes so far and those
+    of all; what it raises ends the load.
 
     All headers are checked against the network before any weight is read. Raises CheckpointError for a missing, extra
     or wrongly shaped tensor, and for a weight with NaN or infinity. Besides the network, one tensor at a time is held.
@@ -169,7 +171,7 @@ def load_transformer(
         model = OptimizedTransformer(checkpoint.config, optimizations, dtype=dtype)
     parameters = dict(model.named_parameters())
     parts = match_parameters(checkpoint, parameters)
-    reader = Reader(checkpoint)
+    reader = Reader(checkpoint, device)
     import_ahead(device, model.optimizations.attention)
     stack = LoraStack(lora, {name: parameter.shape for name, parameter in parameters.items()})
     eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth))
@@ -177,13 +179,15 @@ def load_transformer(
         check_sizes(*parameters[f"{name}.weight"].shape)
     state, extremes = {}, {}
     waiting = tuple(f"blocks.{i}." for i in streamed)
-    with reader.ahead(part for name in parameters for part in parts[name]):
+    with reader.ahead((part for name in parameters for part in parts[name]), watch):
         for name, parameter in parameters.items():
             layer, _, kind = name.rpartition(".")
             small = kind == "weight" and layer in eight_bit
-            weight = reader.weight(name, parts[name], stack, parameter.dtype, device, small)
-            extremes[name] = weight.extremes()
             home = "cpu" if name.startswith(waiting) else device
+            # What nothing changes need not go there and back.
+            plain = not small and name not in stack and reader.as_it_is(parts[name], parameter.dtype)
+            weight = reader.weight(name, parts[name], stack, parameter.dtype, home if plain else device, small)
+            extremes[name] = weight.extremes().to(device, non_blocking=True)
             state[name] = weight.values.to(home)
             if weight.scale is not None:
                 state[f"{layer}.weight_scale"] = weight.scale.to(home)

@@ -13,13 +13,15 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files.read_ahead import ReadAhead
 from ..optimize.kernels.elementwise import quantize_rows
+from ..optimize.streaming import pinned
 from .formats import times_scale
 from .lora import LoraStack
 from .quantized import WIDE, in_words
 from .stored import Part, Stored
 
-# Numbers that are converted at a time, which a loader holds besides the network and one stored tensor.
-PIECE = 1 << 22
+# Numbers that are converted at a time, which a loader holds besides the network and one stored tensor; more on their
+# way to a GPU, where each piece costs turns of Python's threads, which take milliseconds while another one imports.
+PIECE, PIECE_CUDA = 1 << 22, 1 << 24
 # Pieces that are prefetched.
 AHEAD = 6
 
@@ -39,40 +41,86 @@ class Weight(NamedTuple):
         return torch.stack(self.scale.masked_fill(bad, torch.nan).aminmax())
 
 
-class Reader:
-    """Reads the numbers of a checkpoint. Raises CheckpointError if its files can no longer be read."""
+# Called with the bytes that are read and those of all; what it raises ends the reading.
+Watch = Callable[[int, int], None]
 
-    def __init__(self, checkpoint: Stored) -> None:
+
+class Reader:
+    """Reads the numbers of a checkpoint, most of them for `device`. Raises CheckpointError if its files can no longer
+    be read."""
+
+    def __init__(self, checkpoint: Stored, device: torch.device | str = "cpu") -> None:
         self.checkpoint = checkpoint
+        self._device = torch.device(device)
+        self._piece = PIECE_CUDA if self._device.type == "cuda" else PIECE
         self._ahead: ReadAhead | None = None
+        self._watch: Callable[[int], None] = lambda count: None
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of a stored tensor on the CPU, in its dtype."""
         if self._ahead is not None and (found := self._ahead.take((name, start, stop))) is not None:
+            self._watch(found.nbytes)
             return found
         return self._read(name, start, stop)
 
     @contextmanager
-    def ahead(self, parts: Iterable[Part]) -> Iterator[None]:
+    def ahead(self, parts: Iterable[Part], watch: Watch | None = None) -> Iterator[None]:
         """Inside the `with` block, threads prefetch the `pieces` of these parts, which must be read in this order. A
-        piece is valid until the next one is read."""
+        piece is valid until the next one is read, or for copies to a GPU that have begun by then. watch: called after
+        every piece."""
+        cuts = [(part, cut, self._bytes(part, *cut)) for part in parts for cut in self._cuts(part)]
+        sizes = [size for *_, size in cuts]
+        done, total = 0, sum(sizes)
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if watch is not None:
+                watch(done, total)
 
         def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
             return lambda buffer: self._read(part.name, *cut, buffer)
 
-        jobs = (((part.name, *cut), job(part, cut)) for part in parts for cut in self._cuts(part))
-        self._ahead = ReadAhead(jobs, AHEAD, 4 * PIECE)
+        jobs = (((part.name, *cut), job(part, cut)) for part, cut, _ in cuts)
+        number, size = min(AHEAD, len(cuts)), min(4 * self._piece, max(sizes, default=0))
+        if self._device.type == "cuda":
+            self._ahead = ReadAhead(jobs, [pinned(size) for _ in range(number)], self._sent)
+        else:
+            self._ahead = ReadAhead(jobs, [torch.empty(size, dtype=torch.uint8) for _ in range(number)])
+        self._watch = count
         try:
             yield
         finally:
             self._ahead.close()
-            self._ahead = None
+            self._ahead, self._watch = None, lambda count: None
+
+    def _sent(self) -> Callable[[], object]:
+        """What waits until the GPU has everything that was queued for it until now."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event.synchronize
+
+    def _bytes(self, part: Part, start: int, stop: int) -> int:
+        """Of rows as they are read."""
+        packed, name = self.checkpoint.packed.get(part.name), part.name
+        shape = self.checkpoint.shapes[name] if packed is None else packed.stored
+        dtype = self.checkpoint.dtypes[name] if packed is None else packed.dtype
+        return (stop - start) * math.prod(shape[1:]) * dtype.itemsize
+
+    def as_it_is(self, parts: list[Part], dtype: torch.dtype) -> bool:
+        """Whether the numbers of a parameter in `dtype` are those in the files."""
+        return all(
+            part.scale is None
+            and part.name not in self.checkpoint.packed
+            and self.checkpoint.dtypes[part.name] == dtype
+            for part in parts
+        )
 
     def _cuts(self, part: Part) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of each piece of a stored tensor."""
         shape, packed = self.checkpoint.shapes[part.name], self.checkpoint.packed.get(part.name)
         rows = packed.stored[0] if packed is not None else shape[0] if shape else 1
-        count = max(1, PIECE * rows // max(1, math.prod(shape)))
+        count = max(1, self._piece * rows // max(1, math.prod(shape)))
         return ((start, min(start + count, rows)) for start in range(0, rows, count))
 
     def _read(self, name: str, start: int, stop: int | None, buffer: Tensor | None = None) -> Tensor:
@@ -82,17 +130,20 @@ class Reader:
         return rows if name in self.checkpoint.packed else rows.view(self.checkpoint.dtypes[name])
 
     def pieces(self, part: Part, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device`."""
+        """(first row, rows) of each piece of a part, as stored, or dequantized to fp32 on `device`.
+
+        Copies to a GPU are queued, not waited for: they are from pinned memory, or small.
+        """
         if part.name in self.checkpoint.packed:
             yield from self._unpacked(part, device)
             return
         scale = self.scale(part)
-        scale = None if scale is None else scale.to(device)
+        scale = None if scale is None else scale.to(device, non_blocking=True)
         for start, stop in self._cuts(part):
             rows = self.rows(part.name, start, stop)
             if part.scale is not None and scale is not None:
                 factor = scale if scale.numel() == 1 else scale[start:stop]
-                rows = times_scale(part.name, rows.to(device), {part.scale: factor})
+                rows = times_scale(part.name, rows.to(device, non_blocking=True), {part.scale: factor})
             yield start, rows
 
     def _unpacked(self, part: Part, device: torch.device | str) -> Iterator[tuple[int, Tensor]]:
@@ -103,7 +154,7 @@ class Reader:
         ratio = packed.shape[0] // packed.stored[0]
         for start, stop in self._cuts(part):
             first, last = start * ratio, stop * ratio
-            found = unpack(self.rows(part.name, start, stop).to(device), slice(first, last))
+            found = unpack(self.rows(part.name, start, stop).to(device, non_blocking=True), slice(first, last))
             if first < rows:
                 yield first, found[: rows - first, :columns]
 
@@ -133,7 +184,8 @@ class Reader:
         first = 0
         for part in parts:
             for start, rows in self.pieces(part, target.device):
-                target[first + start : first + start + len(rows)].copy_(rows)
+                # A copy that does not wait also converts on the GPU, not on the CPU.
+                target[first + start : first + start + len(rows)].copy_(rows, non_blocking=True)
                 # Release them before the next rows are read.
                 del rows
             first += self.checkpoint.shapes[part.name][0]
@@ -150,7 +202,7 @@ class Reader:
             scales.append(scale.expand(self.checkpoint.shapes[part.name][0]))
         values = torch.empty(self._shape(parts), dtype=torch.float8_e4m3fn, device=device)
         self.into(values, [Part(part.name) for part in parts])
-        return values, torch.cat(scales)[:, None].to(device)
+        return values, torch.cat(scales)[:, None].to(device, non_blocking=True)
 
     def _shape(self, parts: list[Part]) -> tuple[int, ...]:
         shapes = [self.checkpoint.shapes[part.name] for part in parts]

@@ -14,6 +14,7 @@ from ..files.tensor_files import GgufFile
 from .formats import Format
 from .formats import times_scale as dequantise  # the name by which scripts import it
 from .gguf_vocabulary import spiece_of
+from .reader import Watch
 from .stored import Stored, stored_part
 from .whole import open_whole, read_whole
 
@@ -90,7 +91,9 @@ class Umt5(Stored):
             raise CheckpointError(f"{file} has a SentencePiece model ('{name}') that is not bytes; download it again")
         return values.numpy().tobytes()
 
-    def state(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def state(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", watch: Watch | None = None
+    ) -> dict[str, Tensor]:
         """All weights by transformers' names, without the tied copy of the embedding, as `read_whole` reads them."""
         rows, width, inner = (
             self.sizes["vocab_size"],
@@ -109,7 +112,7 @@ class Umt5(Stored):
             f"{module}.weight": torch.empty(shape, dtype=wide if module.endswith(".wo") else dtype, device="meta")
             for module, shape in shapes.items()
         }
-        return read_whole(self, parameters, device)
+        return read_whole(self, parameters, device, watch)
 
 
 def open_umt5(path: Path) -> Umt5:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..files.weight_files import open_weights
 from .formats import MAX_BLOCKS, Format
 from .quantized import MARKERS, refuse_packed
-from .reader import Reader, Weight, require_finite
+from .reader import Reader, Watch, Weight, require_finite
 from .stored import Stored, collect, match_parameters
 
 
@@ -74,16 +74,20 @@ def _depth(form: Format, names: Iterable[str], source: str) -> int:
 
 
 def read_whole(
-    stored: Stored, parameters: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    stored: Stored,
+    parameters: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
     """The numbers of these parameters, which lie on the meta device, in their dtypes on `device`.
 
-    Raises CheckpointError for tensors that do not make up the model, and for a weight with NaN or infinity.
+    watch: called after every piece that is read. Raises CheckpointError for tensors that do not make up the model, and
+    for a weight with NaN or infinity.
     """
     stored = stored.fitted(parameters)
-    parts, reader = match_parameters(stored, parameters), Reader(stored)
+    parts, reader = match_parameters(stored, parameters), Reader(stored, device)
     state, extremes = {}, {}
-    with reader.ahead(part for name in parameters for part in parts[name]):
+    with reader.ahead((part for name in parameters for part in parts[name]), watch):
         for name, parameter in parameters.items():
             state[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             reader.into(state[name], parts[name])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
 from torch import Tensor
 
 # Enough for a fast disk.
@@ -19,21 +18,33 @@ class ReadAhead:
     Results are in buffers that are reused.
     """
 
-    def __init__(self, jobs: Iterable[tuple[Hashable, Callable[[Tensor], Tensor]]], count: int, size: int) -> None:
-        """jobs: (key, function that reads the result into a buffer). count: number of buffers; size: their bytes; a
-        larger result takes memory of its own."""
-        self._jobs = iter(jobs)
+    def __init__(
+        self,
+        jobs: Iterable[tuple[Hashable, Callable[[Tensor], Tensor]]],
+        buffers: Sequence[Tensor],
+        used: Callable[[], Callable[[], object]] | None = None,
+    ) -> None:
+        """jobs: (key, function that reads the result into a buffer). buffers: [bytes] uint8 each; a larger result takes
+        memory of its own. used: called when the reader has done with a result; returns what waits until its buffer may
+        be written again, as a copy to a GPU may still be under way.
+        """
+        self._jobs, self._used = iter(jobs), used
         self._waiting: deque[tuple[Hashable, Future[Tensor], Tensor]] = deque()
-        self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
         self._pool = ThreadPoolExecutor(THREADS, "longcat-read")
         self._taken: Tensor | None = None
-        for buffer in self._buffers:
+        for buffer in buffers:
             self._begin(buffer)
 
-    def _begin(self, buffer: Tensor) -> None:
+    def _begin(self, buffer: Tensor, free: Callable[[], object] = lambda: None) -> None:
         job = next(self._jobs, None)
         if job is not None:
-            self._waiting.append((job[0], self._pool.submit(job[1], buffer), buffer))
+            key, read = job
+
+            def fill() -> Tensor:
+                free()
+                return read(buffer)
+
+            self._waiting.append((key, self._pool.submit(fill), buffer))
 
     def take(self, wanted: Hashable) -> Tensor | None:
         """The result of the next job if its key is `wanted`, else None; valid until the next call. Raises what the job
@@ -41,7 +52,7 @@ class ReadAhead:
         if not self._waiting or self._waiting[0][0] != wanted:
             return None
         if self._taken is not None:
-            self._begin(self._taken)
+            self._begin(self._taken, *(() if self._used is None else (self._used(),)))
         _, future, self._taken = self._waiting.popleft()
         return future.result()
 

@@ -63,7 +63,7 @@ class TextEncoder:
         """Run on `device` from now on and keep the weights in CPU memory, where they must already be."""
         encoder = self.model.encoder
         encoder.final_layer_norm.to(device)
-        self._stream = stream = BlockStream(encoder.block, device, range(len(encoder.block)))
+        self._stream = stream = BlockStream(list(encoder.block), device, range(len(encoder.block)))
         for i, block in enumerate(encoder.block):
             runs: list[contextlib.AbstractContextManager] = []
 

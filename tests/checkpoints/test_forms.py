@@ -457,7 +457,9 @@ def test_reading_ahead(monkeypatch):
 
         return read
 
-    ahead = read_ahead.ReadAhead(((i, job(i)) for i in range(100)), 2, 8)
+    ahead = read_ahead.ReadAhead(
+        ((i, job(i)) for i in range(100)), [torch.empty(8, dtype=torch.uint8) for _ in range(2)]
+    )
     places = set()
     for i in range(5):
         assert ahead.take("something else") is None
