@@ -26,6 +26,7 @@ def load() -> longcat.Pipeline:
     pipeline = longcat.Pipeline.load(
         paths, dtype="bfloat16", device="cuda", optimizations=optimizations, lora=loras, lora_mode="runtime", work=work
     )
+    longcat.Pipeline.load(prompts=[request.prompt], text_cache=Path("kept"), on_load=lambda stage, done, of: None)
     assert_type(pipeline, longcat.Pipeline)
     assert_type(pipeline.plan, longcat.Plan)
     pipeline.set_loras(loras)

@@ -46,7 +46,7 @@ Watch = Callable[[int, int], None]
 
 
 class Reader:
-    """Reads the numbers of a checkpoint, most of them for `device`. Raises CheckpointError if its files can no longer
+    """Reads the numbers of a checkpoint, mostly for `device`. Raises CheckpointError if its files can no longer
     be read."""
 
     def __init__(self, checkpoint: Stored, device: torch.device | str = "cpu") -> None:

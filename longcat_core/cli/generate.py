@@ -103,7 +103,7 @@ class Task:
     def load(self, work: Work, bar: Progress, prompts: Sequence[str], sparse: Sparse | None = None) -> Pipeline:
         """The pipeline. prompts: all that it will read. sparse: what the request asks for; its kernel is said."""
         bar.task.phase(LOADING)
-        pipeline = load_models(self.args, self.model, self.device, work, prompts)
+        pipeline = load_models(self.args, self.model, self.device, work, prompts, bar.task.load)
         if sparse is not None:
             inputs = Inputs(self.device, pipeline.model.compute_dtype, pipeline.model.config.head_dim, False)
             note(f"sparse attention: {in_use(sparse, inputs)}")

@@ -13,6 +13,7 @@ from ..checkpoints.lora import open_loras
 from ..errors import LongCatError
 from ..generate import inputs
 from ..generate.calibration import Calibration, check_fits, read_calibration
+from ..generate.loading import OnLoad
 from ..generate.opened import OpenedModel, open_model
 from ..generate.options import LORA_MODES
 from ..generate.paths import ModelPaths
@@ -125,11 +126,16 @@ def compile_mode(args: argparse.Namespace, device: torch.device, paths: ModelPat
 
 
 def load_models(
-    args: argparse.Namespace, model: OpenedModel, device: torch.device, work: Work, prompts: Sequence[str] = ()
+    args: argparse.Namespace,
+    model: OpenedModel,
+    device: torch.device,
+    work: Work,
+    prompts: Sequence[str] = (),
+    on_load: OnLoad | None = None,
 ) -> Pipeline:
     """Load the opened model as the options ask, with enough memory left for `work`.
 
-    prompts: all that are to come, for commands that have --no-text-cache.
+    prompts: all that are to come, for commands that have --no-text-cache. on_load: see `Pipeline.load`.
     """
     cached = not getattr(args, "no_text_cache", True)
     pipeline = load_pipeline(
@@ -150,6 +156,7 @@ def load_models(
         memory=None if args.memory is None else int(args.memory * GIB),
         text_cache=cache_folder() if cached else None,
         prompts=prompts,
+        on_load=on_load,
     )
     pipeline.vae.tiling = args.tiled_vae
     if pipeline.plan_note:

@@ -18,6 +18,7 @@ from ..checkpoints.adapted import RuntimeLoras
 from ..checkpoints.load import load_transformer
 from ..checkpoints.lora import Lora, check_loras
 from ..checkpoints.merged import MergedLoras
+from ..checkpoints.reader import Watch
 from ..errors import CheckpointError, LongCatError, check_choice, check_type, is_whole
 from ..optimize.compilation import compiles
 from ..optimize.plan import Plan, Work, apply_plan, smaller
@@ -29,15 +30,15 @@ from ..sampling.sampler import sample
 from ..sampling.schedules import Schedule
 from .calibration import Calibration, check_fits
 from .engine import Denoising, Engine, check_finite
-from .inputs import check_tensor, device_of, dtype_of, loras_of
+from .inputs import check_callback, check_tensor, device_of, dtype_of, loras_of
+from .loading import OnLoad, load_both, overlaps
 from .opened import OpenedModel, open_model
 from .paths import ModelPaths
 from .placement import Placement
-from .progress import COMPILING, DECODING, ENCODING
-from .request import RELEASED, Defaults, FilledRequest
+from .progress import COMPILING, DECODING, ENCODING, LOADING_TEXT
+from .request import RELEASED, Defaults, FilledRequest, check_text
 from .speed_fit import check_speed, fit_loading
 from .speeds import BASE, EXACT, Speed
-from .text import TextEncoder, load_text_encoder
 from .text_cache import CachedTextEncoder, TextCache
 from .turns import Turns
 from .vae import VideoVAE, load_vae
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 # `merged` adds LoRAs to the weights, at no cost while sampling; `runtime` keeps them beside the weights, so that
 # strengths change at once.
 LoraMode = Literal["merged", "runtime"]
+# So many prompts are encoded while the model is loaded: they take up to 8 MB each in CPU memory.
+PREPARED = 128
 
 
 class PipelineLoras(Sequence[Lora]):
@@ -79,7 +82,7 @@ class Pipeline(Engine):
 
     model: OptimizedTransformer
     vae: VideoVAE
-    text_encoder: TextEncoder | CachedTextEncoder
+    text_encoder: CachedTextEncoder
     defaults: Defaults = RELEASED
     plan: Plan = field(default_factory=Plan)
     plan_note: str = ""
@@ -105,6 +108,7 @@ class Pipeline(Engine):
         speed: Speed = EXACT,
         text_cache: Path | None = None,
         prompts: Sequence[str] = (),
+        on_load: OnLoad | None = None,
     ) -> Pipeline:
         """Load the transformer, the VAE and the text encoder.
 
@@ -116,8 +120,12 @@ class Pipeline(Engine):
         speed: of requests that name none; it also decides `fp8` where that is None, and the attention where the
         optimizations leave it at auto. What the machine lacks is left out; `notes` of a filled request say so.
         text_cache: a folder that keeps encodings of prompts under hashes, such as `text_cache.cache_folder()`;
-        they do not change results. prompts: all that are to come; if the folder has them, no text encoder is loaded.
+        they do not change results. prompts: all that are to come, negative ones too. They are encoded now, and on a GPU
+        the text encoder goes then; if the folder has them all, it is not loaded. It is loaded again for another prompt.
+        on_load: called in this thread with what is loaded (a word of `progress`: LOADING_TEXT, ENCODING, LOADING), the
+        bytes that are read and those of all, 0 of 0 for ENCODING; what it raises ends the load.
 
+        On a GPU the transformer is read while the text encoder is loaded and works, if both fit.
         Several threads may use a pipeline: each call waits for those of other threads. Raises LongCatError for files
         that do not fit the network or each other, and for arguments of the wrong type.
         """
@@ -129,6 +137,10 @@ class Pipeline(Engine):
         check_speed(speed)
         for name, value, kind in (("work", work, Work), ("least", least, Plan)):
             check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
+        check_type("prompts", prompts, (list, tuple), "a list of texts")
+        for prompt in prompts:
+            check_text("prompt", prompt)
+        check_callback(on_load, "what takes the progress of loading")
         if memory is not None and not (is_whole(memory) and memory > 0):
             raise LongCatError(f"memory cannot be {memory!r}; give a number of bytes, or None for what is free")
         if isinstance(paths, OpenedModel):
@@ -145,7 +157,7 @@ class Pipeline(Engine):
             raise LongCatError(f"{least.streamed} streamed blocks are more than the model's {config.depth}; give fewer")
         check_loras(loras, config)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
-        text_encoder = _text_encoder(paths.text_encoder, dtype, device, text_cache, prompts)
+        text_encoder = _text_encoder(paths.text_encoder, dtype, device, text_cache)
         if text_encoder.channels != config.caption_channels:
             raise CheckpointError(
                 f"text encoder {paths.text_encoder} gives {text_encoder.channels} channels but the model takes "
@@ -160,20 +172,48 @@ class Pipeline(Engine):
         # LoRAs beside the weights are on the device under every plan.
         others = sum(lora.path.stat().st_size for lora in loras) if runtime else 0
         room = Placement(config, dtype, device, policy, optimizations, work, text_encoder.nbytes, others, memory)
-        plan, plan_note = room.plan(least)
-        model = load_transformer(
-            checkpoint,
-            dtype=dtype,
-            device=device,
-            optimizations=replace(optimizations, split_guidance=plan.split_guidance),
-            fp8=policy,
-            lora=() if runtime else loras,
-            streamed=spread(config.depth, plan.streamed),
-        )
-        if plan.stream_text_encoder:
+        prepared = 0 < len(prompts) <= PREPARED
+        # What is read for the prompts to come is not needed later.
+        text_goes = prepared and device.type == "cuda"
+        plan, plan_note = room.plan(least, text_goes)
+        asked = least is not None and least.stream_text_encoder
+        # Without room beside the network, one that goes has the GPU to itself before.
+        before = plan.stream_text_encoder and text_goes and not asked and room.has_room_before(text_encoder.nbytes)
+        if plan.stream_text_encoder and not before:
             text_encoder.stream(device)
-        else:
-            text_encoder.to(device)
+        tell = on_load or (lambda stage, done, of: None)
+
+        def text(check: Callable[[], None]) -> None:
+            def watch(done: int, of: int) -> None:
+                check()
+                tell(LOADING_TEXT, done, of)
+
+            if not prompts or text_encoder.missing(prompts):
+                text_encoder.load(watch)
+            if prepared:
+                check()
+                tell(ENCODING, 0, 0)
+                text_encoder.prepare(prompts, check)
+            if text_goes:
+                text_encoder.release()
+            if before:
+                text_encoder.stream(device)
+                _empty_cache()
+
+        def transformer(watch: Watch) -> OptimizedTransformer:
+            return load_transformer(
+                checkpoint,
+                dtype=dtype,
+                device=device,
+                optimizations=replace(optimizations, split_guidance=plan.split_guidance),
+                fp8=policy,
+                lora=() if runtime else loras,
+                streamed=spread(config.depth, plan.streamed),
+                watch=watch,
+            )
+
+        at_once = overlaps(device) and not plan.stream_text_encoder
+        model = load_both(text, transformer, tell, device, at_once)
         exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
         active = tuple((lora.path, lora.strength) for lora in loras)
         defaults = replace(paths.defaults, speed=speed, loaded=loaded)
@@ -307,15 +347,10 @@ class Pipeline(Engine):
         return context, mask
 
 
-def _text_encoder(
-    path: Path, dtype: torch.dtype, device: torch.device, kept: Path | None, prompts: Sequence[str]
-) -> TextEncoder | CachedTextEncoder:
-    """The text encoder, on the CPU, or what loads it when a prompt is not in the folder `kept`."""
-    if kept is None:
-        return load_text_encoder(path, dtype=dtype)
-    encoder = CachedTextEncoder(path, dtype, device, TextCache(kept, path, dtype, device))
-    encoder.load_unless(prompts)
-    return encoder
+def _text_encoder(path: Path, dtype: torch.dtype, device: torch.device, kept: Path | None) -> CachedTextEncoder:
+    """The opened text encoder. kept: the folder of encodings."""
+    cache = None if kept is None else TextCache(kept, path, dtype, device)
+    return CachedTextEncoder(path, dtype, device, cache)
 
 
 def _empty_cache() -> None:

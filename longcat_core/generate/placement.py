@@ -11,7 +11,7 @@ import torch
 from ..errors import LongCatError
 from ..model.config import ModelConfig
 from ..optimize.kernels import elementwise
-from ..optimize.plan import GIB, Plan, Weights, Work, choose_plan, free_bytes, needed_bytes
+from ..optimize.plan import GIB, WASTE, WORKSPACE, Plan, Weights, Work, choose_plan, free_bytes, needed_bytes
 from ..optimize.quantization import Policy
 from ..optimize.switches import Optimizations
 from ..sampling.conditioning import SPATIAL_FACTOR, video_frames
@@ -35,9 +35,10 @@ class Placement:
     others: int = 0
     memory: int | None = None
 
-    def plan(self, least: Plan | None) -> tuple[Plan, str]:
+    def plan(self, least: Plan | None, text_goes: bool = False) -> tuple[Plan, str]:
         """The fastest plan that fits and has everything that `least` asks for, and a sentence about it, or "".
 
+        text_goes: the text encoder will have gone when sampling begins, so the sentence leaves it out.
         The VAE must be on the device already. Raises LongCatError if the work needs more than a CPU's memory.
         """
         depth, least = self.config.depth, least or Plan()
@@ -65,8 +66,12 @@ class Placement:
                 f"this needs about {needed / GIB:.1f} GiB of GPU memory and {free / GIB:.1f} are free; it may run out",
                 stacklevel=3,
             )
-        words = plan.describe(depth)
+        words = (replace(plan, stream_text_encoder=False) if text_goes else plan).describe(depth)
         return plan, f"{free / GIB:.1f} GiB of GPU memory are free: {words}" if words else ""
+
+    def has_room_before(self, size: int) -> bool:
+        """Whether a GPU has room for `size` bytes of weights that go before the network is loaded."""
+        return size + WORKSPACE <= (1 - WASTE) * free_bytes(self.device, self.memory)
 
     def _check_host(self, plan: Plan, work: Work) -> None:
         """Raise LongCatError if sampling or decoding takes more than the machine's memory: it would be killed."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.reader import Watch
 from ..checkpoints.umt5 import SPIECE, Umt5, open_umt5
 from ..errors import CheckpointError, LongCatError
 from ..files.records import FiniteFloat, read_record
@@ -141,14 +142,16 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     opened: Umt5 | None = None,
+    watch: Watch | None = None,
 ) -> TextEncoder:
     """A UMT5 encoder from one file, or from the official folders `text_encoder/` and `tokenizer/`.
 
     Names are transformers', Wan's or llama.cpp's, under any prefix; weights may be quantized as a transformer's may
     (`checkpoints.formats`). A single file carries its SentencePiece model as tensor `spiece_model`, or has it beside
-    it. For the folder form, `path` is `text_encoder/` or its parent. opened: what `open_umt5` gave for it. Raises
-    CheckpointError for files that are unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and
-    for a tokenizer of another model, LongCatError without sentencepiece.
+    it. For the folder form, `path` is `text_encoder/` or its parent. opened: what `open_umt5` gave for it. watch:
+    called after every piece that is read, with the bytes so far and those of all. Raises CheckpointError for files that
+    are unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and for a tokenizer of another
+    model, LongCatError without sentencepiece.
     """
     folder = folder_of(Path(path))
     opened = open_umt5(folder) if opened is None else opened
@@ -156,7 +159,7 @@ def load_text_encoder(
     tokenizer = tokenizer_of(opened)
     with torch.device("meta"):
         model = Umt5Encoder(Umt5Config(**opened.sizes, **settings))
-    model.load_state_dict(opened.state(dtype, device), assign=True)
+    model.load_state_dict(opened.state(dtype, device, watch), assign=True)
     return TextEncoder(model.requires_grad_(False), tokenizer.encode)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoints.reader import Watch
 from ..checkpoints.umt5 import Umt5, open_umt5
 from ..errors import LongCatError
 from ..files.fingerprints import fingerprint
@@ -93,9 +94,7 @@ class TextCache:
             return None
         if not kept.isfinite().all():
             return None
-        embeddings, mask = kept.new_zeros(1, MAX_LENGTH, kept.shape[1]), torch.zeros(1, MAX_LENGTH, dtype=torch.int64)
-        embeddings[0, : len(kept)], mask[0, : len(kept)] = kept, 1
-        return embeddings, mask
+        return padded(kept)
 
     def put(self, prompt: str, embeddings: Tensor, mask: Tensor) -> None:
         """Keep what `TextEncoder.encode([prompt])` returned. Does nothing where the disk or its permissions refuse."""
@@ -128,14 +127,17 @@ class TextCache:
 
 
 class CachedTextEncoder:
-    """A text encoder that is loaded when a prompt is not kept. Otherwise as `TextEncoder`, which see."""
+    """A text encoder that is loaded for prompts that are neither prepared nor kept. Otherwise as `TextEncoder`."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, cache: TextCache) -> None:
-        """Raises CheckpointError as `open_umt5`: the files are there, even if they are not read."""
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, cache: TextCache | None = None) -> None:
+        """cache: what keeps encodings on disk. Raises CheckpointError as `open_umt5`: the files are there, even if they
+        are not read."""
         self.path, self.dtype, self.device, self.cache = path, dtype, device, cache
         self._opened = open_umt5(folder_of(path))
-        self._place: Callable[[TextEncoder], object] = lambda encoder: encoder.to(device)
+        self._streams = False
         self._loaded: TextEncoder | None = None
+        # Of prepared prompts, on the CPU: the embeddings of their tokens alone, [tokens, D].
+        self._prepared: dict[str, Tensor] = {}
 
     @property
     def channels(self) -> int:
@@ -148,20 +150,32 @@ class CachedTextEncoder:
     @property
     def loaded(self) -> TextEncoder:
         """The encoder itself."""
+        return self.load()
+
+    def load(self, watch: Watch | None = None) -> TextEncoder:
+        """The encoder itself, loaded now if it is not yet. watch: see `load_text_encoder`."""
         if self._loaded is None:
-            self._loaded = load_text_encoder(self.path, dtype=self.dtype, opened=self._opened)
-            self._place(self._loaded)
+            # Weights that stream lie in CPU memory; others go straight to the device.
+            home = torch.device("cpu") if self._streams else self.device
+            encoder = load_text_encoder(self.path, dtype=self.dtype, device=home, opened=self._opened, watch=watch)
+            if self._streams:
+                encoder.stream(self.device)
+            self._loaded = encoder
         return self._loaded
 
+    def release(self) -> None:
+        """Free the encoder's memory. It is loaded again for a prompt that is neither prepared nor kept."""
+        self._loaded = None
+
     def stream(self, device: str | torch.device) -> None:
-        self._place = lambda encoder: encoder.stream(device)
+        self.device, self._streams = torch.device(device), True
         if self._loaded is not None:
-            self._place(self._loaded)
+            self._loaded.stream(device)
 
     def to(self, device: str | torch.device) -> CachedTextEncoder:
-        self._place = lambda encoder: encoder.to(device)
+        self.device, self._streams = torch.device(device), False
         if self._loaded is not None:
-            self._place(self._loaded)
+            self._loaded.to(device)
         return self
 
     def tokens(self, prompts: list[str], max_length: int = MAX_LENGTH) -> tuple[Tensor, Tensor]:
@@ -171,17 +185,39 @@ class CachedTextEncoder:
         # Several prompts are computed together, which may round otherwise than one.
         if isinstance(prompts, str) or len(prompts) != 1 or max_length != MAX_LENGTH:
             return self.loaded.encode(prompts, max_length)
-        kept = self.cache.get(prompts[0])
-        if kept is not None and kept[0].shape[-1] == self.channels:
+        kept = self._kept(prompts[0])
+        if kept is not None:
             return kept[0].to(self.device), kept[1].to(self.device)
         embeddings, mask = self.loaded.encode(prompts)
-        self.cache.put(prompts[0], embeddings, mask)
+        if self.cache is not None:
+            self.cache.put(prompts[0], embeddings, mask)
         return embeddings, mask
 
-    def load_unless(self, prompts: Sequence[str]) -> None:
-        """Load the encoder now, unless all these prompts are kept: without any, it will be needed."""
-        if not prompts or not all(prompt in self.cache for prompt in prompts):
-            self._loaded = load_text_encoder(self.path, dtype=self.dtype, opened=self._opened)
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that only the encoder itself can encode."""
+        return [prompt for prompt in dict.fromkeys(prompts) if self._kept(prompt) is None]
+
+    def prepare(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
+        """Encode these prompts now, for `encode`. check: called before each."""
+        for prompt in self.missing(prompts):
+            check()
+            embeddings, mask = self.encode([prompt])
+            self._prepared[prompt] = embeddings[0, : int(mask.sum())].cpu()
+
+    def _kept(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        if prompt in self._prepared:
+            return padded(self._prepared[prompt])
+        kept = None if self.cache is None else self.cache.get(prompt)
+        return kept if kept is not None and kept[0].shape[-1] == self.channels else None
+
+
+def padded(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings [tokens, D] as `TextEncoder.encode` returns them: [1, MAX_LENGTH, D], and the mask of tokens."""
+    used = len(embeddings)
+    out = embeddings.new_zeros(1, MAX_LENGTH, embeddings.shape[1])
+    mask = torch.zeros(1, MAX_LENGTH, dtype=torch.int64, device=embeddings.device)
+    out[0, :used], mask[0, :used] = embeddings, 1
+    return out, mask
 
 
 def bytes_of(opened: Umt5, dtype: torch.dtype) -> int:

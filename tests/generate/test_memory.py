@@ -272,7 +272,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch, options, said):
 def test_models_are_found_by_their_parts():
     # What a plan takes from the text encoder.
     encoder = Pipeline.load(ModelPaths()).text_encoder
-    assert encoder.nbytes == sum(p.nbytes for p in encoder.model.parameters()) > 0
+    assert encoder.nbytes == sum(p.nbytes for p in encoder.loaded.model.parameters()) > 0
 
 
 @pytest.mark.parametrize("fp8", [False, True])

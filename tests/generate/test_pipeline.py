@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +246,7 @@ def test_bad_model_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # What is asked of the text encoder needs no real one: only the model is bad here.
-    monkeypatch.setattr(pipeline_module, "load_text_encoder", lambda *_, **__: _Channels())
+    monkeypatch.setattr(pipeline_module, "CachedTextEncoder", lambda *_: _Channels())
     make, said = BAD_MODELS[case]
     model = make(Path("model.safetensors"))
     before = sorted(os.listdir())
@@ -261,6 +262,12 @@ def test_bad_model_is_one_sentence(
 
 class _Channels:
     channels, nbytes = 48, 0
+
+    def missing(self, prompts: Sequence[str]) -> Sequence[str]:
+        return ()
+
+    def prepare(self, prompts: Sequence[str], check: Callable[[], None]) -> None:
+        pass
 
 
 @pytest.mark.parametrize("option", ["--vae", "--text-encoder"])
@@ -278,7 +285,7 @@ def test_bad_vae_and_text_encoder(
 def test_text_encoder_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     other = _Channels()
     other.channels = 64
-    monkeypatch.setattr(pipeline_module, "load_text_encoder", lambda *_, **__: other)
+    monkeypatch.setattr(pipeline_module, "CachedTextEncoder", lambda *_: other)
     paths = ModelPaths(GOLDEN / "dit.safetensors", GOLDEN / "vae.safetensors", GOLDEN)
     with pytest.raises(LongCatError, match="64 channels but the model takes 48"):
         Pipeline.load(paths)

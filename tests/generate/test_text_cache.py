@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from longcat_core.checkpoints.umt5 import open_umt5
-from longcat_core.generate import pipeline as pipelines
 from longcat_core.generate import text_cache
 from longcat_core.generate.paths import NANO_TEXT_ENCODER
 from longcat_core.generate.pipeline import Pipeline
@@ -38,8 +37,7 @@ def fresh():
 @pytest.fixture
 def no_encoder(monkeypatch):
     def forbid() -> None:
-        for module in (text_cache, pipelines):
-            monkeypatch.setattr(module, "load_text_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
+        monkeypatch.setattr(text_cache, "load_text_encoder", lambda *_, **__: pytest.fail("the encoder was loaded"))
 
     return forbid
 

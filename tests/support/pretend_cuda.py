@@ -396,6 +396,8 @@ def pretended() -> Iterator[_Runtime]:
     patch.setattr(torch, "Generator", Generator)
     patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     patch.setattr("longcat_core.optimize.requirement.needs_cuda", lambda capability, exactly=False: "pretended")
+    # The modes below are those of one thread.
+    patch.setattr("longcat_core.generate.pipeline.overlaps", lambda device: False)
     MEMORY.__init__()
     for cached in _caches():
         cached.cache_clear()
