@@ -117,21 +117,9 @@ class Job:
         bench = record.sized(bench)
         size, depth = bench.size, bench.model.config.depth
         bench.report, bench.remake = self.report(kind, bench), lambda: self.bench(size, depth)
+        assert record.run is not None, "a part of PARTS"
         record.run(bench)
-        self.finish(bench.report)
-
-    def finish(self, report: ResultsFile) -> None:
-        """Print the table; write the file and its charts."""
-        record = part(report.content["kind"])
-        report.write()
-        say(f"\n{report.name}\n{aligned(record.table(report.content, None))}")
-        for row in report.rows:
-            for sentence in filter(None, (row.get("reason"), *row.get("notes", ()))):
-                say(f"  {row['name']}: {sentence}")
-        say(str(report.path))
-        for name, data in {} if self.args.no_plots else record.draw(report.content).items():
-            with atomic_path(report.path.with_name(name)) as temporary:
-                temporary.write_bytes(data)
+        finish(bench.report, not self.args.no_plots)
 
     def guarded(self, kind: str, bench: Bench, variant: str = "exact") -> None:
         """`measure`, except that a part that fails as a whole does not end the others."""
@@ -145,6 +133,20 @@ class Job:
         clean_up(self.device)
 
 
+def finish(report: ResultsFile, plots: bool) -> None:
+    """Print the table of results; write the file and, if `plots`, its charts."""
+    record = part(report.content["kind"])
+    report.write()
+    say(f"\n{report.name}\n{aligned(record.table(report.content, None))}")
+    for row in report.rows:
+        for sentence in filter(None, (row.get("reason"), *row.get("notes", ()))):
+            say(f"  {row['name']}: {sentence}")
+    say(str(report.path))
+    for name, data in record.draw(report.content).items() if plots else ():
+        with atomic_path(report.path.with_name(name)) as temporary:
+            temporary.write_bytes(data)
+
+
 def _everything(job: Job, size: Size) -> None:
     """Parts that need the whole model, which is quantized as late as possible; then parts on its first blocks."""
     args = job.args
@@ -156,13 +158,13 @@ def _everything(job: Job, size: Size) -> None:
         if "paths" in wanted:
             # Before all others, so that first calls do not find kernels in a cache.
             paths.exact_paths(bench)
-            job.finish(report)
+            finish(report, not args.no_plots)
         if "profile" in wanted:
             job.guarded("profile", bench)
         if bench.fp8 and "paths" in wanted:
             bench.report = report
             paths.lossy_paths(bench)
-            job.finish(report)
+            finish(report, not args.no_plots)
         ran = {row["name"] for row in report.rows if row["status"] == "ok"}
         for variant in ("fp8", "fp8+8bit"):
             if profile.VARIANTS[variant] in ran and "profile" in wanted:

@@ -25,13 +25,25 @@ PARTS = {
     "load": "Loading a checkpoint, beside reading its file.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, conditioning frames and sizes.",
 }
+# A part that loads no model of its own, and so is not one of `all`.
+RUN = "run"
+RUN_SUMMARY = "Whole runs of longcat generate by stages, cold and warm, with its options."
 FEW_BLOCKS = 4
 
 Parse = Callable[[str], Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, size: Parse, whole: Parse, number: Parse, dtypes: Any) -> None:
-    """Add the options of every part. size, whole, number: how the command parses such values."""
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    size: Parse,
+    whole: Parse,
+    number: Parse,
+    dtypes: Any,
+    generate: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    """Add the options of every part. size, whole, number: how the command parses such values; generate: adds the
+    options of `longcat generate` that RUN has."""
     parts = parser.add_subparsers(metavar="PART", required=True, dest="part")
     for name, summary in (*PARTS.items(), ("all", "All of these on one model, until the budget runs out.")):
         sub = parts.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -61,8 +73,21 @@ def add_arguments(parser: argparse.ArgumentParser, *, size: Parse, whole: Parse,
         option("--no-plots", action="store_true", help="write numbers only; `report` draws the plots later")
         option("--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s")
         option("--budget", type=number, metavar="S", help="start nothing new after this many seconds")
+    sub = parts.add_parser(RUN, help=RUN_SUMMARY, description=RUN_SUMMARY, allow_abbrev=False)
+    add_own_of_run(sub, whole)
+    generate(sub)
     sub = parts.add_parser("report", help="Write the page of performance from results.", allow_abbrev=False)
     sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that bench wrote to (--output)")
     sub.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="the page, for instance docs/performance.md"
+    )
+
+
+def add_own_of_run(parser: argparse.ArgumentParser, whole: Parse) -> None:
+    """The options of RUN that are not those of `longcat generate`."""
+    option = parser.add_argument
+    option("--runs", type=whole, default=1, metavar="N", help="processes of each kind (default: 1)")
+    parser.add_argument("--no-plots", action="store_true", help="write numbers only; `report` draws the plots later")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s"
     )

@@ -35,12 +35,13 @@ class Chart(NamedTuple):
 class Part:
     """One part of `longcat bench`.
 
-    text: heading and introduction of its section on the page; run: measures and adds rows to the bench's report;
+    text: heading and introduction of its section on the page; run: measures and adds rows to the bench's report (None:
+    the part needs no bench and has a command of its own);
     table: the section's table, from results and `Targets` or None; sized: the bench at the size at which the part runs.
     """
 
     text: str
-    run: Callable[[Bench], None]
+    run: Callable[[Bench], None] | None
     table: Callable[[Results, Any], str]
     charts: tuple[Chart, ...] = ()
     sized: Callable[[Bench], Bench] = lambda bench: bench

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
+from ..benchmark.options import RUN, add_own_of_run
 from ..errors import LongCatError
+from ..files.claims import claimed
+from ..files.places import check_new_folder
 from ..generate.request import check_frames, check_side
-from ..measure.results import markdown
+from ..measure.charts import require_pillow
+from ..measure.results import ResultsFile, markdown, say
 from ..measure.verify import run_verify
 from ..model.config import ModelConfig
 from ..optimize.attention import Inputs, report
 from ..optimize.plan import Work, plan_table
 from ..optimize.sparse.choose import report as sparse_report
 from ..sampling.conditioning import latent_frames, latent_shape
-from .models import device_of, dtype_of
+from .console import whole
+from .models import device_of, dtype_of, paths_of
+from .options import Parser
 
 # Memory of common cards, and the size of the released text encoder's weights in 16 bits.
 CARDS_GIB, UMT5_XXL_BYTES = (48, 32, 24, 16, 12, 8), 11_361_820_672
@@ -27,10 +34,47 @@ def bench(args: argparse.Namespace) -> int:
         from ..benchmark.report import write_page
 
         return write_page(args.folders, args.output)
+    if args.part == RUN:
+        return _whole_runs(args)
     from ..benchmark.bench import run
 
     device = device_of(args.device)
     return run(args, device, dtype_of(args.dtype, device))
+
+
+def _whole_runs(args: argparse.Namespace) -> int:
+    """Time whole runs of `longcat generate`; write a file of results and its chart."""
+    if args.runs < 1:
+        raise LongCatError(f"--runs {args.runs} is too small; give at least 1")
+    from ..benchmark.bench import finish
+    from ..benchmark.parts.run import measure
+
+    paths = paths_of(args)
+    paths.check()
+    device = device_of(args.device)
+    check_new_folder(args.output, "results.json")
+    if not args.no_plots:
+        require_pillow(", or give --no-plots and draw them elsewhere with longcat bench report")
+    own = Parser(add_help=False, allow_abbrev=False)
+    add_own_of_run(own, whole)
+    # What follows the words `bench run` and is not for this command itself.
+    words = own.parse_known_args(args.argv[2:])[1]
+    report: ResultsFile | None = None
+
+    def keep(row: dict[str, Any], inputs: dict[str, Any]) -> None:
+        nonlocal report
+        if report is None:
+            # Only now, for it asks the GPU, which the first process should find as it was.
+            report = ResultsFile(RUN, args.output, device, inputs)
+        report.add(row)
+        say(f"{row['name']}: {row['wall_s']:.1f} s, {row['less_sampling_s']:.1f} s less sampling")
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    with claimed(args.output / "results.json", f"another run is writing to {args.output}; give another --output"):
+        measure(words, paths, args.output, args.runs, not args.no_text_cache, keep)
+        assert report is not None, "at least one run"
+        finish(report, not args.no_plots)
+    return 0
 
 
 def verify(args: argparse.Namespace) -> int:

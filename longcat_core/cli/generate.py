@@ -25,7 +25,7 @@ from ..generate.media import contact_sheet
 from ..generate.options import A_GPU, GUIDANCE, MORE, of_command
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
-from ..generate.progress import LOADING, SAVING, sampled, segments_of
+from ..generate.progress import LOADING, SAVING, WRITING, sampled, segments_of
 from ..generate.refine import RefineRequest, footage_of, piece_folder, refine_in_folder
 from ..generate.refine import refine as refined
 from ..generate.request import FilledRequest, GenerateRequest, require_filled, work_of
@@ -117,8 +117,11 @@ class Task:
             self.output = self.args.outputs.settled(self.output)
             return self.output
 
-        with notes_from_warnings(), self.args.bar as bar, VideoBeside(name, self.fps, self.sound) as video:
-            return make(bar, video.add)
+        with notes_from_warnings(), self.args.bar as bar:
+            with VideoBeside(name, self.fps, self.sound) as video:
+                made = make(bar, video.add)
+            bar.task.worked_beside(WRITING, video.seconds)
+        return made
 
     def run_parts(self, make: Callable[[Progress], Iterable[np.ndarray]]) -> None:
         """Write the clips that `make` returns, while later ones are made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
 import sys
@@ -159,7 +160,10 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
         if name == "bench":
             from ..benchmark.options import add_arguments
 
-            add_arguments(sub, size=size, whole=whole, number=number, dtypes=DTYPES)
+            def of_generate(part: argparse.ArgumentParser) -> None:
+                add_options(part, "generate", without=("output", "contact_sheet", "prompts_file"))
+
+            add_arguments(sub, size=size, whole=whole, number=number, dtypes=DTYPES, generate=of_generate)
         if name == "train-nano" and argv[:1] == [name]:
             from ..nano.train import add_arguments as add_training_arguments
 

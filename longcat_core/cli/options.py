@@ -21,10 +21,13 @@ class Parser(argparse.ArgumentParser):
         raise LongCatError(f"{message}; see {self.prog} --help")
 
 
-def add_options(parser: argparse.ArgumentParser, command: str, *headings: str) -> None:
-    """Add a command's options, all or those under these headings, each heading a group of --help."""
+def add_options(parser: argparse.ArgumentParser, command: str, *headings: str, without: Collection[str] = ()) -> None:
+    """Add a command's options, all or those under these headings, each heading a group of --help. without: names of
+    options that are left out."""
     groups: dict[str, Any] = {"": parser}
     for row in of_command(command, *headings):
+        if row.name in without:
+            continue
         if row.heading not in groups:
             groups[row.heading] = parser.add_argument_group(HEADINGS.get(row.heading, row.heading))
         flags = [row.short, row.flag] if row.short else [row.flag]

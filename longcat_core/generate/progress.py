@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 STARTING, CHECKING = "starting", "checking the input"
 LOADING_TEXT, ENCODING, LOADING = "loading the text encoder", "encoding", "loading the model"
 DECODING, SAVING, COMPILING = "decoding", "saving", "compiling, once"
-# What happens while steps run.
-FIRST_STEP, STEPS = "first step", "steps"
+# What happens while steps run, and beside decoding.
+FIRST_STEP, STEPS, WRITING = "first step", "steps", "writing the file"
 # How many steps tell the share of those that a cache supplied, and how many of the latest tell the seconds.
 SHARE, RECENT = 64, 16
 # Steps that take less than this share of the long ones come from a cache.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -133,6 +133,52 @@ def bar_chart(
     for words in below:
         pen.text((MARGIN, y), cut(words, font, WIDTH - 2 * MARGIN), fill=FAINT, font=font)
         y += 24
+    return sheet
+
+
+class Stack(NamedTuple):
+    """A bar of parts one after the other, each with its name and its value. shown: written at its end."""
+
+    label: str
+    parts: Sequence[tuple[str, float]]
+    shown: str
+
+
+def stacked_chart(
+    title: str,
+    stacks: Sequence[Stack],
+    colors: Mapping[str, Color],
+    names: Mapping[str, str],
+    above: Sequence[str] = (),
+) -> Image.Image:
+    """Horizontal stacked bars on one scale, with the value of each part that has room for it, and a legend of the parts
+    that occur, in their order. colors, names: of parts by name."""
+    font, small, thick = _font(15), _font(13), 40
+    found = list(dict.fromkeys(part for stack in stacks for part, _ in stack.parts))
+    left = MARGIN + 12 + min(max(font.getlength(stack.label) for stack in stacks), WIDTH * 0.3)
+    room = WIDTH - MARGIN - left - max(font.getlength(stack.shown) for stack in stacks) - 12
+    scale = room / (max(sum(value for _, value in stack.parts) for stack in stacks) or 1)
+    rows = math.ceil(len(found) / 2)
+    sheet, pen, top = _sheet(title, above, (thick + 10) * len(stacks) + LEGEND * rows + 24 + MARGIN)
+    y = top + 6
+    for stack in stacks:
+        x = left
+        pen.text((left - 12, y + thick / 2), cut(stack.label, font, left - MARGIN - 12), INK, font, anchor="rm")
+        for part, value in stack.parts:
+            end, said = x + scale * value, f"{value:.1f}"
+            pen.rectangle((x, y, max(x, end), y + thick), fill=colors[part])
+            if small.getlength(said) + 6 < end - x:
+                light = sum(colors[part]) > 384
+                pen.text(((x + end) / 2, y + thick / 2), said, INK if light else PAPER, small, anchor="mm")
+            x = end
+        pen.text((x + 10, y + thick / 2), stack.shown, INK, font, anchor="lm")
+        y += thick + 10
+    y += 12
+    for i, part in enumerate(found):
+        column, row = divmod(i, rows)
+        x, line = MARGIN + column * (WIDTH - 2 * MARGIN) // 2, y + LEGEND * row
+        pen.rectangle((x, line + 4, x + 20, line + 14), fill=colors[part])
+        pen.text((x + 32, line), cut(names[part], font, WIDTH / 2 - 80), INK, font)
     return sheet
 
 

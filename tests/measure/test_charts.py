@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from longcat_core.measure import charts
-from longcat_core.measure.charts import BLUE, ORANGE, Axis, Bar, Bars, Line, Panel
+from longcat_core.measure.charts import BLUE, ORANGE, Axis, Bar, Bars, Line, Panel, Stack
 
 
 def columns(picture, color):
@@ -25,6 +25,16 @@ def test_each_group_has_its_own_scale():
     groups = [Bars("ms", [Bar("a", 1000, BLUE, "1000")]), Bars("s", [Bar("a", 1, ORANGE, "1")])]
     picture = charts.bar_chart("title", groups, above=["small " * 60], below=["print " * 60])
     assert columns(picture, BLUE) == columns(picture, ORANGE)
+
+
+def test_parts_of_a_bar_follow_one_another_on_one_scale():
+    stacks = [Stack("a", [("x", 1.0), ("y", 3.0)], "4 s"), Stack("b", [("y", 2.0)], "2 s")]
+    picture = charts.stacked_chart("title", stacks, {"x": BLUE, "y": ORANGE}, {"x": "one", "y": "two"})
+    bars = np.asarray(picture)[66:166]
+    (start, between), (_, end) = columns(bars[:50], BLUE), columns(bars[:50], ORANGE)
+    assert end - start == pytest.approx(4 * (between - start), abs=4)
+    other, last = columns(bars[52:], ORANGE)
+    assert abs(other - start) <= 1 and last - other == pytest.approx((end - start) / 2, abs=3)
 
 
 def test_a_line_rises_from_left_to_right():

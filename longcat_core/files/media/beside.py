@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ class VideoBeside:
 
     path: of the file, or what returns it, called with the first clip. fps, sound: see `write_video`. If the block ends
     with an error, no file appears. `add` and the end of the block raise what `write_video` raises.
+    seconds: after the block, how long the writer worked, without its waiting for clips.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class VideoBeside:
         self._path, self._fps, self._sound = path, fps, sound
         self._clips: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(WAITING)
         self._failed: BaseException | None = None
+        self.seconds = 0.0
         self._thread: threading.Thread | None = None
         # In place of `Thread.join`, which takes a thread for ended once a signal has interrupted it (CPython 3.11).
         self._ended = threading.Event()
@@ -86,6 +89,7 @@ class VideoBeside:
                 continue
 
     def _write(self, path: str | Path) -> None:
+        self.seconds -= time.monotonic()
         try:
             write_video(path, self._taken(), self._fps, self._sound)
         except _GivenUp:
@@ -93,10 +97,17 @@ class VideoBeside:
         except BaseException as error:
             self._failed = error
         finally:
+            self.seconds += time.monotonic()
             self._ended.set()
 
     def _taken(self) -> Iterator[np.ndarray]:
-        while (clip := self._clips.get()) is not None:
+        while (clip := self._next()) is not None:
             if isinstance(clip, BaseException):
                 raise clip
             yield clip
+
+    def _next(self) -> np.ndarray | BaseException | None:
+        began = time.monotonic()
+        clip = self._clips.get()
+        self.seconds -= time.monotonic() - began
+        return clip
