@@ -17,6 +17,9 @@ WEIGHT_DTYPES = {
 }
 FP8_ROWWISE = "fp8 rowwise"
 
+# Folder -> names of the GGUF files in it, and the times of its folders when they were looked for.
+_searched: dict[str, tuple[list[str], dict[str, float]]] = {}
+
 
 def choices_of(node_id: str) -> dict[str, Sequence[str]]:
     """Input -> its choices now, of the inputs of a node whose choices are not declared."""
@@ -34,14 +37,22 @@ def choices_of(node_id: str) -> dict[str, Sequence[str]]:
 def model_names() -> list[str]:
     """Names of single files and, in place of shards, of their folders, as ComfyUI lists names."""
     names = {}
-    gguf = []
-    for root in folder_paths.get_folder_paths("diffusion_models"):
-        # ComfyUI does not list GGUF files, which it cannot load itself.
-        gguf += [name for name in folder_paths.recursive_search(root)[0] if name.lower().endswith(".gguf")]
+    gguf = [name for root in folder_paths.get_folder_paths("diffusion_models") for name in _gguf_names(root)]
     for name in [*folder_paths.get_filename_list("diffusion_models"), *sorted(gguf)]:
         if name.lower().endswith((".safetensors", ".sft", ".gguf")):
             names[os.path.dirname(name) if "-of-" in os.path.basename(name) else name] = None
     return [name for name in names if name]
+
+
+def _gguf_names(root: str) -> list[str]:
+    """Names of the GGUF files in a folder, which ComfyUI cannot load itself and does not list. As its own lists, this
+    one is made again when a folder has changed: ComfyUI asks several times for each prompt."""
+    names, folders = _searched.get(root, ([], {root: -1.0}))
+    if any(not os.path.isdir(folder) or os.path.getmtime(folder) != then for folder, then in folders.items()):
+        found, folders = folder_paths.recursive_search(root)
+        names = [name for name in found if name.lower().endswith(".gguf")]
+        _searched[root] = names, folders
+    return names
 
 
 def text_encoder_names() -> list[str]:

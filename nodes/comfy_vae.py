@@ -1,4 +1,4 @@
-"""ComfyUI's VAE in our own decoder: frames leave it part by part, and memory does not grow with a video's length."""
+"""ComfyUI's VAE in our own network: it works part by part, so that memory does not grow with a video's length."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..longcat_core.generate.vae import VideoVAE
 from ..longcat_core.vae.network import VAEConfig, WanVAE
 
 
-def decoder_of(vae: comfy.sd.VAE) -> VideoVAE | None:
-    """Our decoder with a VAE's weights, where ComfyUI has loaded them; None if it is not a Wan 2.1 VAE.
+def own_vae(vae: comfy.sd.VAE) -> VideoVAE | None:
+    """Our network with a VAE's weights, where ComfyUI has loaded them; None if it is not a Wan 2.1 VAE.
 
-    ComfyUI's latents are not normalized, and neither are this decoder's.
+    ComfyUI's latents are not normalized, and neither are this network's.
     """
     theirs = vae.first_stage_model
     if not isinstance(theirs, comfy.ldm.wan.vae.WanVAE):
@@ -61,22 +61,42 @@ def decoded(vae: comfy.sd.VAE, samples: Tensor) -> Iterator[Tensor]:
     # As ComfyUI estimates its own decoder, which takes more.
     needed = vae.memory_used_decode(samples.shape, vae.vae_dtype)
     comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
-    decoder = decoder_of(vae)
-    if decoder is None:
+    own = own_vae(vae)
+    if own is None:
         logging.info("LongCat: the VAE is not a Wan 2.1 VAE; ComfyUI's own decoder decodes it at once")
         images = vae.decode(samples)
         yield images.reshape(-1, *images.shape[-3:])
         return
-
-    def in_tiles(error: Exception) -> None:
-        if decoder.tiling:
-            raise error
-        # Their tensors fill the memory.
-        traceback.clear_frames(error.__traceback__)
-        comfy.model_management.soft_empty_cache()
-        logging.warning("LongCat: the VAE ran out of memory; it works on tiles")
-        decoder.tiling = True
-
-    for part in decoder.decode_in_any_case(samples, in_tiles):
+    for part in own.decode_in_any_case(samples, lambda error: _in_tiles(own, error)):
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield part[0]
+
+
+def encoded(vae: comfy.sd.VAE, frames: Tensor) -> Tensor:
+    """Samples [1, C, T, H/8, W/8] of frames [F, H, W, 3] in 0..1, on the VAE's output device.
+
+    F is 4k+1, and H and W divide by 8.
+    """
+    needed = vae.memory_used_encode((1, 3, *frames.shape[:3]), vae.vae_dtype)
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
+    own = own_vae(vae)
+    if own is None:
+        return vae.encode(frames)
+    video = frames.movedim(-1, 0)[None].mul(2).sub(1)
+    try:
+        samples = own.encode(video)
+    except torch.OutOfMemoryError as error:
+        _in_tiles(own, error)
+        samples = own.encode(video)
+    return samples.to(vae.output_device)
+
+
+def _in_tiles(own: VideoVAE, error: torch.OutOfMemoryError) -> None:
+    """Let a VAE that ran out of memory go on in tiles. Raises the error if it does that already."""
+    if own.tiling:
+        raise error
+    # Their tensors fill the memory.
+    traceback.clear_frames(error.__traceback__)
+    comfy.model_management.soft_empty_cache()
+    logging.warning("LongCat: the VAE ran out of memory; it works on tiles")
+    own.tiling = True

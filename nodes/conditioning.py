@@ -17,6 +17,7 @@ from ..longcat_core.generate.progress import ENCODING
 from ..longcat_core.sampling.buckets import nearest_bucket
 from ..longcat_core.sampling.conditioning import latent_frames, latent_shape
 from .checks import check_length, check_ranges, check_size
+from .comfy_vae import encoded
 from .images import check_images, to_bytes, to_image
 from .inputs import LongCatNode
 from .progress import working
@@ -58,7 +59,7 @@ def conditioned_latent(
         height, width = nearest_bucket(*frames.shape[1:3], resolution)
     check_size(width, height)
     with working(ENCODING):
-        clean = vae.encode(to_image(resize_and_crop(frames, height, width)))
+        clean = encoded(vae, to_image(resize_and_crop(frames, height, width)))
     shape = latent_shape(length, height, width)
     samples = torch.zeros((batch_size, *shape), device=comfy.model_management.intermediate_device())
     return {"samples": samples, "noise_mask": put_clean(samples, clean)}

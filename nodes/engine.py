@@ -25,7 +25,7 @@ from ..longcat_core.sampling.sampler import Step
 from ..longcat_core.sampling.schedules import Schedule
 from . import comfy_fp8
 from .comfy_network import BLOCK_SPARSE_KEY, SPARSE_KEY
-from .comfy_vae import decoded
+from .comfy_vae import decoded, encoded
 from .conditioning import put_clean, require_wan_vae
 from .images import to_bytes
 from .models import compute_dtype, options_of, patches_of, switches_of, wrappers_of
@@ -139,7 +139,7 @@ class ComfyEngine(Engine):
 
 def encode_video(vae: comfy.sd.VAE, pixels: Tensor) -> Tensor:
     """LATENT samples [1, 16, T, H/8, W/8] of video [1, 3, F, H, W] in -1..1."""
-    return vae.encode((pixels[0].permute(1, 2, 3, 0) + 1) / 2)
+    return encoded(vae, (pixels[0].permute(1, 2, 3, 0) + 1) / 2)
 
 
 def fingerprint(patcher: ModelPatcher) -> str:

@@ -487,9 +487,9 @@ def test_buckets(comfy, vae, monkeypatch, resolution, shape):
     """The nearest trained size, whatever width and height say. The encoder is left out: the size is the matter."""
     shapes = []
     monkeypatch.setattr(
-        vae,
-        "encode",
-        lambda pixels: shapes.append(pixels.shape) or torch.zeros(1, 16, 1, *(s // 8 for s in pixels.shape[1:3])),
+        comfy.node("conditioning"),
+        "encoded",
+        lambda vae, pixels: shapes.append(pixels.shape) or torch.zeros(1, 16, 1, *(s // 8 for s in pixels.shape[1:3])),
     )
     image = torch.rand(1, 900, 1600, 3)
     out = comfy("LongCatImageToVideo", vae=vae, image=image, **SIZE | {"resolution": resolution, "length": 45})

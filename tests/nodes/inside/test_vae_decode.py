@@ -27,6 +27,31 @@ def test_the_frames_are_those_of_vae_decode(comfy, vae, frames, batch):
     assert video.get_dimensions() == (48, 32) and torch.equal(video.get_components().images, images)
 
 
+@pytest.mark.parametrize("frames", [1, 13])
+def test_conditioning_frames_are_those_of_vae_encode(comfy, vae, frames):
+    clip = torch.rand(frames, 32, 48, 3, generator=torch.Generator().manual_seed(frames))
+    with torch.inference_mode():
+        samples = comfy.node("comfy_vae").encoded(vae, clip)
+    wanted = comfy("VAEEncode", pixels=clip, vae=vae)["samples"]
+    assert samples.shape == wanted.shape == (1, 16, 1 + frames // 4, 4, 6)
+    torch.testing.assert_close(samples, wanted, atol=2e-5 * ROUNDING, rtol=0)
+
+
+def test_encoding_goes_on_in_tiles(comfy, vae, caplog, monkeypatch):
+    core, plain, calls = comfy.core("generate.vae"), comfy.core("vae.parts").encoded, []
+
+    def short(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(*args, **options)
+
+    monkeypatch.setattr(core, "encoded", short)
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        comfy.node("comfy_vae").encoded(vae, torch.rand(5, 32, 48, 3))
+    assert "works on tiles" in caplog.text and len(calls) == 2
+
+
 def test_a_connected_video_is_a_finished_file(comfy, vae, monkeypatch):
     import folder_paths
 
@@ -50,17 +75,17 @@ def test_a_connected_video_is_a_finished_file(comfy, vae, monkeypatch):
 def test_weights_are_shared_and_only_a_wan_vae_has_them(comfy, vae, caplog, monkeypatch):
     module = comfy.node("comfy_vae")
     with torch.inference_mode():
-        own, theirs = module.decoder_of(vae), vae.first_stage_model
+        own, theirs = module.own_vae(vae), vae.first_stage_model
         found = own.model.decoder.conv_in.weight.data_ptr()
     assert found == theirs.decoder.conv1.weight.data_ptr()
     wanted = comfy("VAEDecode", samples=latents(), vae=vae)
-    monkeypatch.setattr(module, "decoder_of", lambda vae: None)
+    monkeypatch.setattr(module, "own_vae", lambda vae: None)
     with caplog.at_level(logging.INFO):
         images, _ = comfy("LongCatVAEDecode", samples=latents(), vae=vae)
     assert torch.equal(images, wanted) and caplog.text.count("the VAE is not a Wan 2.1 VAE") == 1
     monkeypatch.undo()
     monkeypatch.setattr(vae, "first_stage_model", torch.nn.Linear(1, 1))
-    assert module.decoder_of(vae) is None
+    assert module.own_vae(vae) is None
 
 
 def test_out_of_memory_goes_on_in_tiles(comfy, vae, caplog, monkeypatch):
