@@ -36,9 +36,7 @@ def text_to_video() -> Blueprint:
     graph.column(290)
     graph.add("sampler", "LongCatSampler")
     graph.column(200)
-    graph.add("decode", "VAEDecode", bottom=True)
-    graph.column(220)
-    graph.add("video", "CreateVideo", bottom=True, fps=15)
+    graph.add("decode", "LongCatVAEDecode", bottom=True, fps=15)
     graph.link(
         "model.MODEL sampler.model",
         "positive.CONDITIONING sampler.positive",
@@ -46,7 +44,6 @@ def text_to_video() -> Blueprint:
         "latent.LATENT sampler.latent_image",
         "sampler.LATENT decode.samples",
         "vae.VAE decode.vae",
-        "decode.IMAGE video.images",
     )
     inputs = {
         "prompt": ("positive.text",),
@@ -61,7 +58,7 @@ def text_to_video() -> Blueprint:
         **NAMES,
     }
     text = "Makes a video from a prompt with LongCat-Video: 832x480, 93 frames at 15 a second, 50 steps."
-    return Blueprint(graph, text, inputs, ("video.VIDEO",))
+    return Blueprint(graph, text, inputs, ("decode.video",))
 
 
 def long_video_refined() -> Blueprint:

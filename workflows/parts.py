@@ -51,19 +51,12 @@ def sampler(graph: Graph, model: str, width: float = 270, **settings: Any) -> No
 
 
 def decoded(graph: Graph, prefix: str, save_width: float = 350) -> Graph:
-    """VAE Decode, Create Video and Save Video behind the sampler."""
+    """LongCat VAE Decode, which writes the file meanwhile, and Save Video behind the sampler."""
     graph.column(160, "4  Decode and save")
-    graph.add("decode", "VAEDecode", bottom=True)
-    graph.column(200)
-    graph.add("video", "CreateVideo", bottom=True, fps=15)
+    graph.add("decode", "LongCatVAEDecode", bottom=True, fps=15)
     graph.column(save_width)
     graph.add("save", "SaveVideo", tall=400, filename_prefix=f"video/{prefix}")
-    graph.link(
-        "sampler.LATENT decode.samples",
-        "vae.VAE decode.vae",
-        "decode.IMAGE video.images",
-        "video.VIDEO save.video",
-    )
+    graph.link("sampler.LATENT decode.samples", "vae.VAE decode.vae", "decode.video save.video")
     return graph
 
 
