@@ -45,7 +45,7 @@ def load_both(
     if not at_once:
         text(lambda: None)
         return transformer(lambda done, of: on_load(LOADING, done, of))
-    stop, place, read = threading.Event(), _same_stream(device), (0, 0)
+    stop, place, read = threading.Event(), same_stream(device), (0, 0)
 
     def watch(done: int, of: int) -> None:
         nonlocal read
@@ -75,6 +75,6 @@ def _raise(future: Future) -> None:
         future.result()
 
 
-def _same_stream(device: torch.device) -> AbstractContextManager:
+def same_stream(device: torch.device) -> AbstractContextManager:
     """What gives another thread the current GPU and stream of this one."""
     return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()

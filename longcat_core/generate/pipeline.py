@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -42,6 +42,7 @@ from .speeds import BASE, EXACT, Speed
 from .text_cache import CachedTextEncoder, TextCache
 from .turns import Turns
 from .vae import VideoVAE, load_vae
+from .warming import warm_bytes, warm_up, warming
 
 if TYPE_CHECKING:
     from ..optimize.execution import OptimizedTransformer
@@ -181,6 +182,7 @@ class Pipeline(Engine):
         before = plan.stream_text_encoder and text_goes and not asked and room.has_room_before(text_encoder.nbytes)
         if plan.stream_text_encoder and not before:
             text_encoder.stream(device)
+        switches = replace(optimizations, split_guidance=plan.split_guidance)
         tell = on_load or (lambda stage, done, of: None)
 
         def text(check: Callable[[], None]) -> None:
@@ -205,15 +207,20 @@ class Pipeline(Engine):
                 checkpoint,
                 dtype=dtype,
                 device=device,
-                optimizations=replace(optimizations, split_guidance=plan.split_guidance),
+                optimizations=switches,
                 fp8=policy,
                 lora=() if runtime else loras,
                 streamed=spread(config.depth, plan.streamed),
                 watch=watch,
             )
 
-        at_once = overlaps(device) and not plan.stream_text_encoder
-        model = load_both(text, transformer, tell, device, at_once)
+        def warm() -> None:
+            whole = work is not None and warm_bytes(config, dtype, work) <= spare
+            warm_up(config, switches, dtype, device, policy, work if whole else None)
+
+        beside, spare = overlaps(device), room.spare(plan)
+        with warming(device, warm) if beside else nullcontext():
+            model = load_both(text, transformer, tell, device, beside and not plan.stream_text_encoder)
         exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
         active = tuple((lora.path, lora.strength) for lora in loras)
         defaults = replace(paths.defaults, speed=speed, loaded=loaded)

@@ -47,8 +47,6 @@ class Placement:
             self._check_host(replace(least, streamed=0), self.work)
         if self.work is None or self.device.type != "cuda":
             return least, least.describe(depth)
-        switches = self.optimizations
-        own = switches.fused_kernels and switches.explicit_fp32 and elementwise.takes(self.dtype)
         free = free_bytes(self.device, self.memory)
         plan, needed = choose_plan(
             self.config,
@@ -56,7 +54,7 @@ class Placement:
             self.work,
             self.dtype.itemsize,
             free=free,
-            own=own,
+            own=self._own,
             others=self.others,
             text_encoder=self.text_encoder,
             least=least,
@@ -69,9 +67,24 @@ class Placement:
         words = (replace(plan, stream_text_encoder=False) if text_goes else plan).describe(depth)
         return plan, f"{free / GIB:.1f} GiB of GPU memory are free: {words}" if words else ""
 
+    def spare(self, plan: Plan) -> int:
+        """Bytes of a GPU that the work leaves free under a plan, the text encoder beside it; 0 without a work."""
+        if self.work is None or self.device.type != "cuda":
+            return 0
+        weights = Weights.of(self.config, self.dtype, self.fp8)
+        own, others = self._own, self.others + (0 if plan.stream_text_encoder else self.text_encoder)
+        needed = needed_bytes(plan, self.config, weights, self.work, self.dtype.itemsize, own=own, others=others)
+        return free_bytes(self.device, self.memory) - needed
+
     def has_room_before(self, size: int) -> bool:
         """Whether a GPU has room for `size` bytes of weights that go before the network is loaded."""
         return size + WORKSPACE <= (1 - WASTE) * free_bytes(self.device, self.memory)
+
+    @property
+    def _own(self) -> bool:
+        """Whether our kernels do the element-wise work."""
+        switches = self.optimizations
+        return switches.fused_kernels and switches.explicit_fp32 and elementwise.takes(self.dtype)
 
     def _check_host(self, plan: Plan, work: Work) -> None:
         """Raise LongCatError if sampling or decoding takes more than the machine's memory: it would be killed."""

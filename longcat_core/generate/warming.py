@@ -1,0 +1,97 @@
+"""Kernels are compiled, or loaded from their caches, while weights are read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import torch
+
+from ..model.config import ModelConfig
+from ..optimize.attention import resolve_kernels
+from ..optimize.execution import OptimizedTransformer
+from ..optimize.plan import TEXT_ROWS, Plan, Weights, Work, needed_bytes
+from ..optimize.quantization import Policy, quantize
+from ..optimize.requirement import Inputs
+from ..optimize.switches import Optimizations
+from ..sampling.sampler import sample
+from ..sampling.schedules import make_schedule
+from .loading import same_stream
+
+# Triton compiles a kernel for sizes that divide by 16 and another one for those that do not.
+DIVISOR = 16
+
+
+@contextmanager
+def warming(device: torch.device, warm: Callable[[], None]) -> Iterator[None]:
+    """Call `warm` in a thread, which is over when the `with` block is left. The first step meets what it raises."""
+    place = same_stream(device)
+
+    def run() -> None:
+        with suppress(Exception), place, torch.no_grad():
+            warm()
+
+    thread = threading.Thread(target=run, name="longcat-warm")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def warm_up(
+    config: ModelConfig,
+    optimizations: Optimizations,
+    dtype: torch.dtype,
+    device: torch.device,
+    fp8: Policy | None,
+    work: Work | None,
+) -> None:
+    """Choose the attention kernels, which tries them, and sample one step of a network of one block at random.
+
+    The network has the sizes of `config`, and the videos those of `work`, except for their number of frames, which is
+    `few`; work None: attention alone. Not warmed: blocks that are compiled by torch, passes with conditioning frames,
+    sparse attention, the VAE, graphs of cuDNN for the video's own length, and kernels for the length of a prompt.
+    """
+    resolve_kernels(optimizations.attention, Inputs(device, dtype, config.head_dim, False))
+    if work is None or optimizations.compile != "off":
+        return
+    with torch.device("meta"):
+        model = OptimizedTransformer(replace(config, depth=1), optimizations, dtype=dtype)
+    # Generators of the device and of PyTorch belong to the user.
+    generator = torch.Generator(device).manual_seed(0)
+    model.to_empty(device=device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02, generator=generator)
+    if fp8 is not None:
+        quantize(model, Policy(fp8.layers))
+    model.announce = lambda sentence: None
+    context = torch.randn(1, TEXT_ROWS, config.caption_channels, generator=generator, device=device)
+    mask = torch.ones(1, TEXT_ROWS, dtype=torch.int64, device=device)
+    mask[:, TEXT_ROWS // 4 :] = 0
+    noise = torch.randn(*few(work.latents), generator=generator, device=device)
+    sample(
+        model,
+        noise,
+        make_schedule("base", 1),
+        context,
+        mask,
+        negative_context=context if work.guided else None,
+        negative_mask=mask if work.guided else None,
+        guidance_scale=4.0 if work.guided else 1.0,
+    )
+
+
+def few(latents: Sequence[int]) -> tuple[int, ...]:
+    """A shape [B, C, T, H, W] with few frames, whose numbers of frames and tokens have the same remainders."""
+    batch, channels, frames, height, width = latents
+    return batch, channels, frames if frames < 2 else 2 + (frames - 2) % DIVISOR, height, width
+
+
+def warm_bytes(config: ModelConfig, dtype: torch.dtype, work: Work) -> int:
+    """GPU memory that `warm_up` takes at most."""
+    config, work = replace(config, depth=1), Work(few(work.latents), work.guided)
+    weights = Weights.of(config, dtype)
+    return needed_bytes(Plan(), config, weights, work, dtype.itemsize, own=False, others=0)

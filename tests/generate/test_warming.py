@@ -1,0 +1,71 @@
+"""What is warmed is what runs, and nothing of it shows."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+from longcat_core.generate import warming
+from longcat_core.generate.warming import DIVISOR, few, warm_up
+from longcat_core.model.block import Block
+from longcat_core.model.config import ModelConfig
+from longcat_core.optimize.plan import Work
+from longcat_core.optimize.quantization import Fp8Linear, Policy
+from longcat_core.optimize.switches import Optimizations
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    hidden_size=64, depth=3, num_heads=2, caption_channels=32, ffn_hidden=128, adaln_dim=16, frequency_dim=16
+)
+WORK = Work((1, 16, 41, 4, 6))
+
+
+@pytest.mark.parametrize("fp8", [None, Policy()])
+@pytest.mark.parametrize("guided", [False, True])
+def test_one_block_runs_on_tokens_of_the_works_own_size(monkeypatch, fp8, guided):
+    seen = []
+    forward = Block.forward
+
+    def watched(self, x, *more):
+        seen.append((tuple(x.shape), isinstance(self.attn.qkv, Fp8Linear)))
+        return forward(self, x, *more)
+
+    monkeypatch.setattr(Block, "forward", watched)
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warm_up(CONFIG, Optimizations(), torch.float32, CPU, fp8, Work(WORK.latents, guided))
+    assert seen == [((2 if guided else 1, 9, 6, 64), fp8 is not None)]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("work", [None, WORK])
+def test_compiled_blocks_and_unknown_work_warm_attention_alone(monkeypatch, work):
+    chosen = []
+    monkeypatch.setattr(warming, "resolve_kernels", lambda *given: chosen.append(given))
+    monkeypatch.setattr(warming, "sample", lambda *_, **__: pytest.fail("a block ran"))
+    compiled = Optimizations(compile="off" if work is None else "blocks")
+    warm_up(CONFIG, compiled, torch.float32, CPU, None, work)
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("frames", [1, 2, 16, 17, 24, 47])
+def test_few_frames_divide_as_all_do(frames):
+    *_, found, height, width = few((1, 16, frames, 60, 104))
+    assert (height, width) == (60, 104) and found <= min(frames, DIVISOR + 1)
+    assert found % DIVISOR == frames % DIVISOR and (found == 1) == (frames == 1)
+
+
+def test_the_thread_is_over_in_the_end_and_its_errors_are_the_first_steps():
+    def warm() -> None:
+        raise RuntimeError("a kernel does not compile")
+
+    before = threading.active_count()
+    with warming.warming(CPU, warm):
+        pass
+    with pytest.raises(KeyboardInterrupt), warming.warming(CPU, lambda: None):
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
