@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from ..generate.progress import FIRST_STEP, STARTING, STEPS, Progress
+from ..generate.progress import FIRST_STEP, STARTING, STEPS, Progress, amount
 
 # What a process does between the end of its command and its own.
 ENDING = "ending"
+# The share of the bytes from which on something was loaded before its stage; the first tensor comes with its begin.
+EARLY = 0.02
 
 
 class StageClock:
@@ -41,7 +43,7 @@ class StageClock:
             self.steps.append(now)
         if begins:
             self.marks.append((stage, now))
-            if task.loaded is not None and task.loaded[0]:
+            if task.loaded is not None and task.loaded[0] >= EARLY * task.loaded[1]:
                 self.early[stage] = task.loaded
         if task.frames and self.first_frames is None:
             self.first_frames = now - self.marks[-1][1]
@@ -52,8 +54,8 @@ class StageClock:
         for (stage, start), (_, end) in pairwise([*self.marks, ("", ended)]):
             seconds[stage] = seconds.get(stage, 0.0) + end - start
         beside = [{"name": name, "s": taken} for name, taken in self.beside.items()]
-        for name, (done, of) in self.early.items():
-            beside.append({"name": name, "s": None, "what": f"{done / 1e9:.2f} of {of / 1e9:.2f} GB came before"})
+        for name, loaded in self.early.items():
+            beside.append({"name": name, "s": None, "what": f"{amount(*loaded)} came before"})
         return row(seconds, [b - a for a, b in pairwise(self.steps)], beside, self.first_frames)
 
 

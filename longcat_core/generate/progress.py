@@ -45,6 +45,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def amount(done: int, of: int) -> str:
+    """Bytes of all in words: "3.1 of 27.2 GB"."""
+    unit, size = next(((unit, size) for unit, size in UNITS if of >= size), UNITS[-1])
+    return f"{done / size:.1f} of {of / size:.1f} {unit}"
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a task that is sampled on its own, such as a segment.
@@ -248,9 +254,7 @@ class Progress:
         """How much of it is there: "3.1 of 27.2 GB", "45 frames"."""
         if self.loaded is None:
             return f"{self.frames} frame{'s' if self.frames > 1 else ''}" if self.frames else ""
-        done, of = self.loaded
-        unit, size = next(((unit, size) for unit, size in UNITS if of >= size), UNITS[-1])
-        return f"{done / size:.1f} of {of / size:.1f} {unit}"
+        return amount(*self.loaded)
 
     def _figures(self) -> tuple[str, ...]:
         each, left = self.each(), self.left()

@@ -65,7 +65,7 @@ def test_what_a_run_waits_for_adds_up_and_the_rest_stands_beside_it(monkeypatch)
     assert (row["steps"], row["step_s"], row["sampling_s"], row["less_sampling_s"]) == (3, 2.0, 6.0, 17.0)
     assert row["beside"] == [
         {"name": WRITING, "s": 1.75},
-        {"name": LOADING, "s": None, "what": "15.00 of 30.00 GB came before"},
+        {"name": LOADING, "s": None, "what": "15.0 of 30.0 GB came before"},
     ]
     assert settled == 10, "once for each stage and each step"
 
