@@ -18,7 +18,7 @@ from ..measure.charts import require_pillow
 from ..measure.results import command, commit, written
 from ..optimize.attention import is_exact
 from .console import Progress, notes_from_warnings
-from .generate import print_notes, prompts_of, request_of, there_in
+from .generate import print_notes, prompts_of, read_in, request_of, there_in
 from .models import load_models, machine_of, paths_of
 from .options import without_effect
 from .pages import hold_page, prefix_of, write_page
@@ -54,7 +54,9 @@ def calibrate(args: argparse.Namespace) -> int:
         task = bar.plan(Search.parts(videos, recipe), what="video")
         search = Search(videos, recipe, task)
         task.phase(LOADING)
-        pipeline = load_models(args, opened, device, work_of(first))
+        pipeline = load_models(
+            args, opened, device, work_of(first), [text for each in requests for text in read_in(each)]
+        )
         pipeline.on_phase = task.phase
         found = search.run(PipelineSubject(pipeline, requests), [lora.path.name for lora in opened.loras])
         output = args.outputs.settled(output)

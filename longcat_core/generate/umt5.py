@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         self.heads, inner = config.num_heads, config.num_heads * config.d_kv
         self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.relative_attention_bias = _table(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, N, D], buckets [N, N], mask [B, 1, 1, N] or None -> [B, N, D]."""
@@ -117,10 +117,15 @@ class Umt5Encoder(nn.Module):
 
     def __init__(self, config: Umt5Config) -> None:
         super().__init__()
-        self.config, self.shared, self.encoder = config, nn.Embedding(config.vocab_size, config.d_model), Stack(config)
+        self.config, self.shared, self.encoder = config, _table(config.vocab_size, config.d_model), Stack(config)
 
     def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
         return self.encoder(embedded, mask)
+
+
+def _table(rows: int, columns: int) -> nn.Embedding:
+    # Drawing numbers on the meta device, as nn.Embedding itself does, imports PyTorch's compiler.
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
 
 
 def _buckets(length: int, config: Umt5Config, device: torch.device) -> Tensor:

@@ -390,3 +390,15 @@ def test_import_is_cheap():
         "sys.exit(any(m in sys.modules for m in ('transformers', 'sentencepiece', 'ftfy', 'diffusers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=GOLDEN.parents[2], check=False).returncode == 0
+
+
+def test_encoding_imports_neither_transformers_nor_the_compiler():
+    """Either takes seconds."""
+    code = (
+        "import sys\n"
+        "from longcat_core.generate.paths import NANO_TEXT_ENCODER\n"
+        "from longcat_core.generate.text import load_text_encoder\n"
+        "load_text_encoder(NANO_TEXT_ENCODER).encode(['a red circle'])\n"
+        "sys.exit(any(m in sys.modules for m in ('transformers', 'torch._dynamo')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=GOLDEN.parents[2], check=False).returncode == 0
