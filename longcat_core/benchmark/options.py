@@ -87,6 +87,11 @@ def add_own_of_run(parser: argparse.ArgumentParser, whole: Parse) -> None:
     """The options of RUN that are not those of `longcat generate`."""
     option = parser.add_argument
     option("--runs", type=whole, default=1, metavar="N", help="processes of each kind (default: 1)")
+    option("--comfyui", type=Path, metavar="DIR", help="measure ComfyUI's server instead, whose source is in this "
+           "folder: its start, and two prompts of the pack's workflow")  # fmt: skip
+    option("--comfyui-python", type=Path, metavar="FILE", help="Python that runs the server (default: that of the "
+           "environment in or beside its folder)")  # fmt: skip
+    option("--port", type=whole, metavar="N", help="port of the server (default: any that is free)")
     parser.add_argument("--no-plots", action="store_true", help="write numbers only; `report` draws the plots later")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from ..benchmark.options import RUN, add_own_of_run
 from ..errors import LongCatError
 from ..files.claims import claimed
 from ..files.places import check_new_folder
+from ..generate.paths import ModelPaths
 from ..generate.request import check_frames, check_side
+from ..generate.speeds import EXACT
 from ..measure.charts import require_pillow
 from ..measure.results import ResultsFile, markdown, say
 from ..measure.verify import run_verify
@@ -43,7 +46,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _whole_runs(args: argparse.Namespace) -> int:
-    """Time whole runs of `longcat generate`; write a file of results and its chart."""
+    """Time whole runs of `longcat generate` or in ComfyUI; write a file of results and its chart."""
     if args.runs < 1:
         raise LongCatError(f"--runs {args.runs} is too small; give at least 1")
     from ..benchmark.bench import finish
@@ -71,10 +74,48 @@ def _whole_runs(args: argparse.Namespace) -> int:
 
     args.output.mkdir(parents=True, exist_ok=True)
     with claimed(args.output / "results.json", f"another run is writing to {args.output}; give another --output"):
-        measure(words, paths, args.output, args.runs, not args.no_text_cache, keep)
+        if args.comfyui is None:
+            measure(words, paths, args.output, args.runs, not args.no_text_cache, keep)
+        else:
+            _in_comfyui(args, paths, device, keep)
         assert report is not None, "at least one run"
         finish(report, not args.no_plots)
     return 0
+
+
+def _in_comfyui(
+    args: argparse.Namespace,
+    paths: ModelPaths,
+    device: torch.device,
+    keep: Callable[[dict[str, Any], dict[str, Any]], None],
+) -> None:
+    """Time the start of ComfyUI's server and two prompts."""
+    from ..benchmark.parts.comfyui_run import rows, wanted_of
+    from ..benchmark.parts.run import PROMPTS
+    from ..benchmark.workload import Size
+    from .generate import request_of
+
+    if args.image is not None or args.video is not None:
+        raise LongCatError("--comfyui measures text to video; leave --image and --video out")
+    loras = args.lora or []
+    if len(loras) > 1:
+        raise LongCatError("--comfyui takes one --lora; leave the others out")
+    request = request_of(args, PROMPTS[0]).filled(paths.defaults)
+    size = Size(request.height, request.width, request.frames, 1 if request.guidance_scale == 1 else 2)
+    inputs = {
+        "model": args.model or "nano",
+        "size": str(size),
+        "batch": size.batch,
+        "steps": request.steps,
+        "dtype": "ComfyUI's dtype",
+        "fp8": args.fp8,
+    }
+    lora = loras[0] if loras else None
+    wanted = wanted_of(request, paths, PROMPTS, lora=lora, fp8=args.fp8, speed=args.speed or EXACT)
+    python, port = args.comfyui_python, args.port
+    # Kept at the end, because describing this machine takes memory of its GPU.
+    for row in list(rows(args.comfyui, wanted, cpu=device.type == "cpu", python=python, port=port, said=say)):
+        keep(row, inputs)
 
 
 def verify(args: argparse.Namespace) -> int:
