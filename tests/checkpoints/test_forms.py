@@ -473,6 +473,25 @@ def test_reading_ahead(monkeypatch):
     assert max(begun) <= 7 and begun == sorted(begun)
 
 
+def test_a_buffer_is_written_again_when_its_copy_is_over(monkeypatch):
+    monkeypatch.setattr(read_ahead, "THREADS", 1)
+    log: list[str] = []
+
+    def job(i: int) -> object:
+        return lambda buffer: log.append(f"read {i}") or buffer[:1]
+
+    def used() -> object:
+        log.append("taken")
+        return lambda: log.append("copied")
+
+    buffers = [torch.empty(8, dtype=torch.uint8) for _ in range(2)]
+    ahead = read_ahead.ReadAhead(((i, job(i)) for i in range(4)), buffers, used)
+    for i in range(4):
+        assert ahead.take(i) is not None
+    ahead.close()
+    assert [event for event in log if event != "taken"] == ["read 0", "read 1", "copied", "read 2", "copied", "read 3"]
+
+
 def test_a_file_that_becomes_shorter_meanwhile(tmp_path, golden, monkeypatch):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, comfyui(golden))

@@ -19,8 +19,11 @@ from longcat_core.generate import loading, pipeline, text_cache
 from longcat_core.generate.loading import load_both
 from longcat_core.generate.paths import NANO_TEXT_ENCODER, ModelPaths
 from longcat_core.generate.pipeline import Pipeline
+from longcat_core.generate.placement import Placement
 from longcat_core.generate.progress import ENCODING, LOADING, LOADING_TEXT
 from longcat_core.optimize.plan import Plan
+
+from ..support.pretend_cuda import pretended
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle moves right", "blur"]
@@ -140,6 +143,34 @@ def test_an_encoder_that_goes_comes_back_for_another_prompt():
     encoder.release()
     assert encoder._loaded is None and encoder.missing([*PROMPTS, "another"]) == ["another"]
     assert torch.equal(encoder.encode(["another"])[0], wanted[0])
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, []])
+def test_without_room_beside_the_network_the_encoder_comes_before_or_streams(monkeypatch, prompts):
+    """Known prompts: it has the GPU to itself, and has gone when the network is loaded."""
+    order: list[str] = []
+    loads, loads_text = load_transformer, text_cache.load_text_encoder
+
+    def load(*args, **kwargs):
+        order.append("network")
+        return loads(*args, **kwargs)
+
+    def load_text(*args, device, **kwargs):
+        order.append(f"text on {device}")
+        return loads_text(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(pipeline, "load_transformer", load)
+    monkeypatch.setattr(text_cache, "load_text_encoder", load_text)
+    monkeypatch.setattr(Placement, "plan", lambda *_: (Plan(stream_text_encoder=True), ""))
+    monkeypatch.setattr(Placement, "has_room_before", lambda *_: True)
+    wanted = Pipeline.load().text_encoder.encode(["another"])[0]
+    order.clear()
+    with pretended() as gpu:
+        encoder = Pipeline.load(device="cuda", prompts=prompts).text_encoder
+        assert order == (["text on cuda", "network"] if prompts else ["text on cpu", "network"])
+        assert (encoder._loaded is None) == bool(prompts)
+        assert torch.equal(encoder.encode(["another"])[0].cpu(), wanted)
+        assert order[2:] == (["text on cpu"] if prompts else []) and not gpu.errors
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
