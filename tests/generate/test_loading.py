@@ -171,6 +171,8 @@ def test_without_room_beside_the_network_the_encoder_comes_before_or_streams(mon
         assert (encoder._loaded is None) == bool(prompts)
         assert torch.equal(encoder.encode(["another"])[0].cpu(), wanted)
         assert order[2:] == (["text on cpu"] if prompts else []) and not gpu.errors
+        # Its memory is unpinned by this GPU.
+        del encoder
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
