@@ -78,7 +78,8 @@ class Placement:
 
     def has_room_before(self, size: int) -> bool:
         """Whether a GPU has room for `size` bytes of weights that go before the network is loaded."""
-        return size + WORKSPACE <= (1 - WASTE) * free_bytes(self.device, self.memory)
+        # Beside libraries, as much again for pieces on their way and for the work: running out would end the load.
+        return size + 2 * WORKSPACE <= (1 - WASTE) * free_bytes(self.device, self.memory)
 
     @property
     def _own(self) -> bool:
