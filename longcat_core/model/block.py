@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CrossAttention, Keep, SelfAttention
+from .attention import CrossAttention, Groups, Keep, SelfAttention
 from .config import ModelConfig
 from .layers import LayerNorm, linear_fp32
 from .ops import Once, Ops, Rope
@@ -46,13 +46,14 @@ class Block(nn.Module):
         rope: Rope,
         cached: tuple[Tensor, Tensor] | None,
         ops: Ops,
-        num_cond_latents: int = 0,
+        groups: Groups = Groups(),  # noqa: B008 (a constant)
         keep: Keep | None = None,
     ) -> Tensor:
         """x [B, T, S, C] -> the same shape.
 
         temb [B or 1, T or 1, adaLN] fp32. text None: no cross-attention (filling a cache). cached: rotated keys and
-        values of clean frames in front of x. num_cond_latents: clean frames at the front of x. keep: see SelfAttention.
+        values of clean frames in front of x. groups: clean frames at the front of x and what sees what. keep: see
+        `SelfAttention`.
         """
         with ops.fp32_region(x.device):
             modulation = self.linear_fp32(self.modulation, F.silu(temb))[:, :, None]
@@ -60,22 +61,36 @@ class Block(nn.Module):
         x, h = ops.norm_modulate(x, None, None, scale_a, shift_a, self.attn.qkv)
         inputs = Once(h)
         del h
-        update = Once(self.attn(inputs, rope, num_cond_latents * x.shape[2], cached, ops, keep).view_as(x))
-        gate = gate_a
+        beside = None if text is None else self._beside(temb, text, groups, ops)
+        look = getattr(beside, "look", None)
+        update = Once(self.attn(inputs, rope, groups, (x.shape[1], x.shape[2]), cached, ops, keep, look).view_as(x))
+        gate: Tensor | None = gate_a
         if text is not None:
-            x, update, gate = *self._cross(x, update, gate_a, text, num_cond_latents, ops), None
+            x, update, gate = self._cross(x, update, gate_a, text, groups.clean, beside, ops)
         x, h = ops.norm_modulate(x, update.take(), gate, scale_f, shift_f, self.ffn.gate_up)
         return ops.feed_forward(x, h, gate_f, self.ffn.gate_up, self.ffn.down)
 
+    def _beside(self, temb: Tensor, text: BlockText, groups: Groups, ops: Ops) -> Any:
+        """What `_cross` of a larger block needs besides; its `look`, if it has one, watches self-attention."""
+        return None
+
     def _cross(
-        self, x: Tensor, update: Once[Tensor], gate: Tensor, text: BlockText, num_cond: int, ops: Ops
-    ) -> tuple[Tensor, Once[Tensor]]:
-        """x + gate * update, and what its noisy frames take from the text; conditioning frames take nothing."""
-        x, h = ops.residual_norm(x, update, gate, self.cross_norm, num_cond, self.cross_attn.q)
+        self, x: Tensor, update: Once[Tensor], gate: Tensor, text: BlockText, clean: int, beside: Any, ops: Ops
+    ) -> tuple[Tensor, Once[Tensor], Tensor | None]:
+        """x + gate * update, and what its noisy frames take from the text, with its gate (None: 1).
+
+        Clean frames take nothing.
+        """
+        x, h = ops.residual_norm(x, update, gate, self.cross_norm, clean, self.cross_attn.q)
         inputs = Once(h)
         del h
-        out = self.cross_attn(inputs, text, ops).view_as(x[:, num_cond:])
-        return x, Once(F.pad(out, (0, 0, 0, 0, num_cond, 0)) if num_cond else out)
+        out = self.cross_attn(inputs, text, ops).view_as(x[:, clean:])
+        return x, Once(behind_clean(out, clean)), None
+
+
+def behind_clean(out: Tensor, clean: int) -> Tensor:
+    """What noisy frames take, [B, T, S, C], with zeros for the clean frames in front."""
+    return F.pad(out, (0, 0, 0, 0, clean, 0)) if clean else out
 
 
 def run_block(block: Block, *args: Any) -> Tensor:

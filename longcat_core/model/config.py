@@ -25,10 +25,63 @@ def swiglu_hidden(hidden_size: int, mlp_ratio: float, multiple_of: int = 256) ->
 
 
 @dataclass(frozen=True)
+class AudioConfig:
+    """Shape of what the avatar network adds to hear audio. The defaults are LongCat-Video-Avatar 1.5.
+
+    Every video frame has a window of embeddings, [window, groups, channels]; `frames` video frames make a latent frame,
+    which hears `tokens` tokens of `width` channels. prenorm: whether blocks norm these tokens. class_range and
+    class_interval: the RoPE positions that tell several speakers apart.
+    """
+
+    window: int = 5
+    groups: int = 5
+    channels: int = 1280
+    hidden: int = 512
+    width: int = 768
+    tokens: int = 32
+    frames: int = 4
+    prenorm: bool = False
+    class_range: int = 24
+    class_interval: int = 4
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (isinstance(value, bool) if field.type == "bool" else _is_size(value, LARGEST)):
+                raise LongCatError(f"model config: audio {field.name} is {value!r}; give the model's own config")
+        if self.window % 2 == 0 or self.frames < 2:
+            raise LongCatError(
+                f"model config: audio windows of {self.window} for {self.frames} frames; the window must be odd, and a "
+                "latent frame has at least 2 frames"
+            )
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Window entries that make up the first latent frame, which is one video frame, and each later one."""
+        return self.window, self.window + self.frames - 1
+
+
+# Our names of the keys of an official config.
+_AUDIO_NAMES = {
+    "audio_window": "window",
+    "audio_block": "groups",
+    "audio_channel": "channels",
+    "intermediate_dim": "hidden",
+    "output_dim": "width",
+    "context_tokens": "tokens",
+    "vae_scale": "frames",
+    "audio_prenorm": "prenorm",
+    "class_range": "class_range",
+    "class_interval": "class_interval",
+}
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a LongCat-Video transformer. The defaults are the released 13.58 B model.
 
-    Channels count features, not bytes; `patch_size` is (frames, rows, columns) of latents per token.
+    Channels count features, not bytes; `patch_size` is (frames, rows, columns) of latents per token. audio: None for a
+    network that hears nothing; LongCat-Video-Avatar has it.
     """
 
     in_channels: int = 16
@@ -42,6 +95,7 @@ class ModelConfig:
     frequency_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     text_tokens_zero_pad: bool = True
+    audio: AudioConfig | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -79,6 +133,12 @@ class ModelConfig:
         if "patch_size" in kwargs:
             size = kwargs["patch_size"]
             kwargs["patch_size"] = tuple(size) if isinstance(size, list) else size
+        # Ours, or the keys of an official config.
+        audio = values.get("audio") or {ours: values[key] for key, ours in _AUDIO_NAMES.items() if key in values}
+        if audio and not isinstance(audio, Mapping):
+            raise LongCatError(f"model config: audio is {audio!r}; give the model's own config")
+        known = {f.name for f in fields(AudioConfig)}
+        kwargs["audio"] = AudioConfig(**{k: v for k, v in audio.items() if k in known}) if audio else None
         if "ffn_hidden" not in kwargs:
             hidden, ratio = kwargs.get("hidden_size", cls.hidden_size), values.get("mlp_ratio", 4)
             if not _is_size(hidden, LARGEST) or not isinstance(ratio, int | float) or not 0 < ratio <= LARGEST:
@@ -92,4 +152,4 @@ class ModelConfig:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}

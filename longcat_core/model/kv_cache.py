@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import LongCatError
 from .config import ModelConfig
-from .rope import apply_rope, rope_table
+from .rope import apply_rope, referenced_table, rope_table
 
 KVMode = Literal["exact", "official", "off"]
 KV_MODES: tuple[KVMode, ...] = get_args(KVMode)
@@ -22,12 +22,25 @@ def check_mode(mode: str) -> None:
         raise LongCatError(f"unknown KV cache mode {mode!r}; choose one of {', '.join(KV_MODES)}")
 
 
+class Reference(NamedTuple):
+    """How a clean frame in front of all others, which shows who the video is about, enters self-attention.
+
+    position: its RoPE position in time, any whole number; the clean frames behind it start at 0. skip: noisy frames
+    whose position is at most this far from it do not see it, unless that range sticks out of the noisy frames: then all
+    do, as in the public code. 0: all do.
+    """
+
+    position: int = 10
+    skip: int = 3
+
+
 class KVCache:
     """Pre-allocated self-attention keys and values of the clean conditioning frames, for every block.
 
     One pass of the network over the conditioning latents fills it; then it is read at every step. Keys arrive after
     k_norm and before RoPE; `rotate` applies RoPE once, in place, since conditioning frames always have positions
-    0..n-1. A batch-1 cache serves any batch (both halves of classifier-free guidance).
+    0..n-1, or with a reference frame in front its position and then 0..n-2. A batch-1 cache serves any batch (all parts
+    of guidance).
 
     k, v: [depth, batch, tokens, heads, head_dim] in the network's dtype. out: the network's output for these frames,
     [batch, C, n, H, W] fp32, which does not depend on step or prompt; guidance sums over all frames need it.
@@ -45,13 +58,17 @@ class KVCache:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        reference: int | None = None,
     ) -> None:
-        """`height` and `width` count tokens, not latents; `num_latents` counts conditioning latent frames."""
+        """`height` and `width` count tokens, not latents; `num_latents` counts conditioning latent frames.
+
+        reference: RoPE position of the first frame, or None: the first frame is like the others.
+        """
         self.grid = (num_latents, height, width)
         self.head_dim = config.head_dim
         shape = (config.depth, batch, num_latents * height * width, config.num_heads, config.head_dim)
         self.k, self.v = (self._empty(shape, dtype, torch.device(device)) for _ in range(2))
-        self.rotated = False
+        self.rotated, self.reference = False, reference
         self.out: Tensor | None = None
 
     @property
@@ -70,7 +87,8 @@ class KVCache:
             return
         self._forget()
         device = device or self.k.device
-        cos, sin = rope_table(self.head_dim, *self.grid, 0, device)
+        table = rope_table if self.reference is None else referenced_table
+        cos, sin = table(self.head_dim, *self.grid, self.reference or 0, device)
         for k in self.k:
             k.copy_(apply_rope(k.to(device), cos, sin))
         self.rotated = True

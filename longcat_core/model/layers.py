@@ -95,16 +95,24 @@ class RMSNorm(Norm):
 
 
 class LayerNorm(Norm):
-    """LayerNorm over C in fp32, back in x's dtype; eps 1e-6. Weight and bias [C]."""
+    """LayerNorm over C in fp32, back in x's dtype. Weight and bias [C]."""
 
-    def __init__(self, dim: int, dtype: torch.dtype | None = None, device: Any = None, operations: Any = nn) -> None:
+    def __init__(
+        self,
+        dim: int,
+        eps: float = EPS,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        operations: Any = nn,
+    ) -> None:
         super().__init__(operations)
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(dim, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.affine(x.device, torch.float32)
-        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, EPS).to(x.dtype)
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
 
 
 class Patches:

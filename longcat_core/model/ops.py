@@ -56,7 +56,13 @@ class PlainOps:
         return self.linear(layer, x).chunk(parts, dim=-1)
 
     def norm_modulate(
-        self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, reader: nn.Module
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        reader: nn.Module | None,
     ) -> tuple[Tensor, Activations]:
         """x + gate * update (no update: x; no gate: 1), and LayerNorm of that, times 1 + scale, plus shift."""
         with self.fp32_region(x.device):
@@ -65,11 +71,11 @@ class PlainOps:
             return x, modulate(x, shift, scale)
 
     def residual_norm(
-        self, x: Tensor, update: Once[Tensor], gate: Tensor, norm: LayerNorm, skip: int, reader: nn.Module
+        self, x: Tensor, update: Once[Tensor], gate: Tensor | None, norm: LayerNorm, skip: int, reader: nn.Module
     ) -> tuple[Tensor, Activations]:
-        """x + gate * update, and `norm` of that without its first `skip` frames."""
+        """x + gate * update (no gate: 1), and `norm` of that without its first `skip` frames."""
         with self.fp32_region(x.device):
-            x = gated(x, update.take(), gate)
+            x = x + update.take() if gate is None else gated(x, update.take(), gate)
         return x, norm(x[:, skip:])
 
     def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
@@ -92,6 +98,28 @@ class PlainOps:
         """Attention of norm(q) [B, N, ..] over a text's keys and values [B, M, ..], with its bias -> [B, N, C]."""
         return attend_with_bias(self.norm_rope(q, norm, None), k, v, text.bias).flatten(-2)
 
+    def attend_frames(
+        self, q: Tensor, norm: RMSNorm, rope: Rope | None, k: Tensor, v: Tensor, reader: nn.Module
+    ) -> Activations:
+        """Attention of each frame to its own keys and values: k, v [B or 1, T, M, ..], q [B, T*S, ..] -> [B*T, S, C].
+
+        q is normed and rotated by tables [T*S, head_dim/2] (None: the norm alone). It may be overwritten.
+        """
+        q = self.norm_rope(q, norm, rope)
+        return attend_with_bias(*by_frames(q, k, v), None).flatten(-2)
+
+    def class_maps(self, q: Tensor, k: Tensor, classes: Tensor) -> Tensor:
+        """How much q [B, N, ..] attends to each class of the tokens of k [B, S, ..] -> [B, N, K] fp32.
+
+        classes [S, K], 0 or 1: the mean weight of a class's tokens, averaged over heads. An attention whose values have
+        a column for each class, so that no weights are stored. It is exact under every `Ops`, because the largest of
+        near numbers is taken.
+        """
+        columns = F.pad(classes.to(q.dtype), (0, max(0, q.shape[-1] - classes.shape[1])))
+        values = columns[None, :, None].expand(k.shape[0], -1, k.shape[2], -1)
+        sums = attend_with_bias(q, k, values, None)[..., : classes.shape[1]].float().mean(2)
+        return sums / classes.float().sum(0)
+
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         """down(silu(gate) * up) with gate and up the halves of gate_up(x) (arXiv 2002.05202)."""
         gate, up = self.linear(gate_up, x).chunk(2, dim=-1)
@@ -106,6 +134,12 @@ class PlainOps:
     def modulated_fp32(self, x: Tensor, scale: Tensor, shift: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
         """project(LayerNorm(x) * (1 + scale) + shift), all in fp32: the final layer. -> [B, T, S, C_out] fp32."""
         return project(modulate(x.float(), shift, scale))
+
+
+def by_frames(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, T*S, ..], k and v [B or 1, T, M, ..] with frames as samples: [B*T, S, ..] and [B*T, M, ..]."""
+    k, v = (x.expand(q.shape[0], *x.shape[1:]).flatten(0, 1) for x in (k, v))
+    return q.unflatten(1, (k.shape[0] // q.shape[0], -1)).flatten(0, 1), k, v
 
 
 Ops = PlainOps

@@ -43,6 +43,25 @@ def rope_table(
     return angles.cos().to(device), angles.sin().to(device)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def referenced_table(
+    head_dim: int, frames: int, height: int, width: int, reference: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tables of a first frame at position `reference`, which may be negative, and of the others at 0, 1, ..."""
+    ahead = rope_table(head_dim, 1, height, width, reference, device)
+    rest = rope_table(head_dim, frames - 1, height, width, 0, device)
+    cos, sin = (torch.cat(pair) for pair in zip(ahead, rest, strict=True))
+    return cos, sin
+
+
+def line_table(head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [N, head_dim/2] fp32 of real positions [N] on one axis."""
+    inverse_frequency = 1.0 / BASE ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = torch.outer(positions.float(), inverse_frequency)
+    return angles.cos(), angles.sin()
+
+
 # fp32 copies of less than this are not worth avoiding; larger ones are cut into parts.
 _WHOLE_BYTES, _PARTS = 1 << 28, 4
 

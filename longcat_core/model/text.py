@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LongCatError
+from .audio_tokens import AudioTokens, BlockAudio
 
 # `exact`: as the checkpoint defines it, with padding folded into one key; `packed`: padding is dropped; `padded`: every
 # position is attended to.
@@ -28,6 +29,7 @@ class TextTokens:
     lengths: real tokens of each sample, which stand first, or None where they do not or were not counted.
     pad_counts: [B] padding tokens that the last row stands for, or None: it is a token like the others.
     length: positions of the text with all that padding, or None.
+    audio: what the avatar network hears with this text, of one video or as many as there are texts.
     cached: keys and values of each block, which `optimize.text_keys` keeps here for the next step.
     """
 
@@ -36,6 +38,7 @@ class TextTokens:
     lengths: list[int] | None = None
     pad_counts: Tensor | None = None
     length: int | None = None
+    audio: AudioTokens | None = None
     cached: Any = field(default=None, compare=False, repr=False)
 
     def expand(self, batch: int) -> TextTokens:
@@ -68,12 +71,14 @@ class BlockText(NamedTuple):
     """What one block attends to; tensors only, since numbers would tie a compiled block to one prompt's length.
 
     tokens [B, M, C], or the block's own keys and values, each [B, M, heads, head_dim]; bias and packing as above.
+    audio: what an avatar's block hears besides.
     """
 
     tokens: Tensor | None
     keys: tuple[Tensor, Tensor] | None
     bias: Tensor | None = None
     packing: Packing | None = None
+    audio: BlockAudio | None = None
 
 
 # Block i's text, or None: that block has no cross-attention (a pass that fills a KV cache).

@@ -15,13 +15,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import LongCatError
-from .attention import Keep
+from .attention import Groups, Keep
+from .audio import AudioEmbed
+from .audio_block import AudioBlock
+from .audio_tokens import AudioTokens
 from .block import Block, FinalLayer, run_block
 from .config import ModelConfig
-from .kv_cache import NoCache
+from .kv_cache import NoCache, Reference
 from .layers import Patches, linear_fp32, timestep_features
 from .ops import PLAIN, Ops, Rope
-from .rope import rope_table
+from .rope import referenced_table, rope_table
 from .text import Texts
 
 
@@ -62,6 +65,10 @@ class FrameLayout:
         """How many of what the blocks see as frames belong to the first `frames` frames."""
         return frames
 
+    def groups(self, num_cond: int, start: int, frames: int) -> Groups:
+        """Which frames see which: `frames` frames, `num_cond` clean ones in front, behind `start` cached ones."""
+        return Groups(self.leading(num_cond))
+
     def sizes(self, grid: tuple[int, ...]) -> tuple[int, int]:
         """T and S of the tokens [B, T, S, C] that the blocks see for a grid (frames, rows, columns)."""
         return grid[0], grid[1] * grid[2]
@@ -75,6 +82,26 @@ class FrameLayout:
         return cache
 
 
+class ReferenceLayout(FrameLayout):
+    """The default order of tokens, with a reference frame in front, cached or not."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+
+    def rope(self, head_dim: int, grid: tuple[int, ...], start: int, device: torch.device) -> Rope:
+        if start:
+            return rope_table(head_dim, *grid, start - 1, device)
+        return referenced_table(head_dim, *grid, self.reference.position, device)
+
+    def groups(self, num_cond: int, start: int, frames: int) -> Groups:
+        position, skip = self.reference
+        # The position of the first noisy frame is one less than the number of clean frames, the reference among them.
+        first = position - skip - (start + num_cond - 1)
+        past = first + 2 * skip + 1
+        hidden = (first, past) if skip > 0 and first >= 0 and past <= frames - num_cond else (0, 0)
+        return Groups(num_cond, 1, hidden)
+
+
 class Shared(NamedTuple):
     """What all blocks of one pass share."""
 
@@ -83,12 +110,12 @@ class Shared(NamedTuple):
     rope: Rope
     cache: BlockCache
     ops: Ops
-    num_cond: int
+    groups: Groups
 
     def of(self, i: int, x: Tensor) -> tuple[Any, ...]:
         """The arguments of block i beside its tokens x; see `Block.forward`."""
         cached, keep = self.cache.read(i, x), self.cache.keep(i)
-        args = (self.temb, self.texts(i), self.rope, cached, self.ops, self.num_cond)
+        args = (self.temb, self.texts(i), self.rope, cached, self.ops, self.groups)
         return args if keep is None else (*args, keep)
 
 
@@ -106,7 +133,7 @@ class LongCatTransformer(nn.Module):
 
     `operations` supplies Linear and Conv3d (default torch.nn), so that an owner can stream, quantize or patch weights;
     it may carry `linear_fp32(layer, x)` and `affine` for weights in another form; see `layers`. `block`: the blocks'
-    class.
+    class; by default as the config has audio or not.
     """
 
     def __init__(
@@ -114,7 +141,7 @@ class LongCatTransformer(nn.Module):
         config: ModelConfig,
         *,
         operations: Any = nn,
-        block: type[Block] = Block,
+        block: type[Block] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -127,6 +154,9 @@ class LongCatTransformer(nn.Module):
         )
         times = [operations.Linear(channels, width, **kwargs) for channels in (config.frequency_dim, width)]
         texts = [operations.Linear(channels, dim, **kwargs) for channels in (wide, dim)]
+        audio = config.audio
+        block = block or (Block if audio is None else AudioBlock)
+        self.audio_embed = None if audio is None else AudioEmbed(audio, operations=operations, **kwargs)
         blocks = [block(config, operations=operations, **kwargs) for _ in range(config.depth)]
         # A module list does not know the type of what it holds.
         self.time_embed = cast("Sequence[nn.Linear]", nn.ModuleList(times))
@@ -146,6 +176,16 @@ class LongCatTransformer(nn.Module):
         """Text encoder's output [..., caption] to the network's width [..., C], token by token."""
         first, second = self.text_embed
         return second(F.gelu(first(context), approximate="tanh"))
+
+    def embed_audio(self, windows: Tensor, classes: Tensor | None = None) -> AudioTokens:
+        """What an avatar network hears, from windows [B, F, window, groups, channels] of its audio encoder's output.
+
+        F = 4(T-1)+1 video frames. classes: [S, K] bool, which tokens of the first frame belong to each of the people
+        and to the background; B then counts the speakers of one video. Raises LongCatError for other shapes.
+        """
+        if self.audio_embed is None:
+            raise LongCatError("LongCat-Video does not hear audio; load LongCat-Video-Avatar")
+        return self.audio_embed.hear(windows.to(self.dtype), classes, self.config.head_dim)
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype, ops: Ops = PLAIN) -> Tensor:
         """Timesteps [B or 1, T or 1] in 0..1000 -> [B or 1, T or 1, adaLN] fp32."""
@@ -186,8 +226,10 @@ class LongCatTransformer(nn.Module):
         tokens = layout.arrange(tokens.view(-1).view(tokens.shape))
         del patches
         # Views, because the compiler marks tensors with what it learns of their sizes, and these tables are shared.
-        cos, sin = layout.rope(self.config.head_dim, grid, cache.num_latents, tokens.device)
-        shared = Shared(layout.per_frame(temb), texts, (cos[:], sin[:]), cache, ops, layout.leading(num_cond_latents))
+        start = cache.num_latents
+        cos, sin = layout.rope(self.config.head_dim, grid, start, tokens.device)
+        groups = layout.groups(num_cond_latents, start, grid[0])
+        shared = Shared(layout.per_frame(temb), texts, (cos[:], sin[:]), cache, ops, groups)
         for i, block in enumerate(self.blocks):
             tokens = run(i, block, tokens, shared)
         out = self.final_layer(layout.restore(tokens), temb, ops)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.attention import Groups
 from ..model.block import Block, run_block
 from ..model.ops import Rope
 from ..model.text import BlockText
@@ -45,19 +46,27 @@ def compiled_call(
         rope: Rope,
         cached: tuple[Tensor, Tensor] | None,
         ops: TorchOps,
-        num_cond: int,
+        groups: Groups,
         *keep: Any,
     ) -> Tensor:
         compiled = compilers(block)
         if compiled is None or (uncompiled is not None and uncompiled(block, x.device)):
-            return run_block(block, x, temb, text, rope, cached, ops, num_cond, *keep)
+            return run_block(block, x, temb, text, rope, cached, ops, groups, *keep)
         frames = temb.shape[1]
-        kind = x.shape[0], temb.shape[0], frames == 1, cached is None, num_cond, x.dtype, x.device, within
+        batches = x.shape[0], temb.shape[0]
+        kind: tuple[Any, ...] = (*batches, frames == 1, cached is None, groups, x.dtype, x.device, within)
         size = grid, None if cached is None else cached[0].shape[1]
         sized = [(x, (1, 2)), *((table, (0,)) for table in rope), *((part, (1,)) for part in cached or ())]
         if frames > 1:
             sized.append((temb, (1,)))
         varying: list[tuple[Tensor, tuple[int, ...]]] = []
+        if text is not None and text.audio is not None:
+            heard = text.audio
+            of_frames = [rows for rows in (heard.tokens, *(heard.keys or ())) if rows is not None]
+            sized += [(rows, (1, 2)) for rows in of_frames]
+            sized += [] if heard.classes is None else [(heard.classes, (0,))]
+            classes = None if heard.classes is None else heard.classes.shape[1]
+            kind = *kind, of_frames[0].shape[0], heard.keys is None, classes
         if text is not None and text.bias is not None:
             read = (text.tokens, *(text.keys or ()))
             varying = [*((rows, (1,)) for rows in read if rows is not None), (text.bias, (3,))]
@@ -65,7 +74,7 @@ def compiled_call(
                 varying.append((text.packing.rows, (0,)))
         with nullcontext() if backend else operators.foreign_kernel(ops.kernels.attend):
             return compiled(
-                *(block, x, temb, text, rope, cached, within, num_cond, *keep),
+                *(block, x, temb, text, rope, cached, within, groups, *keep),
                 kind=kind,
                 size=size,
                 varying=varying,

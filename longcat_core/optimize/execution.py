@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LongCatError
+from ..model.audio_tokens import AudioTokens
 from ..model.block import Block, run_block
 from ..model.config import ModelConfig
-from ..model.kv_cache import Filling, KVCache, NoCache
+from ..model.kv_cache import Filling, KVCache, NoCache, Reference
 from ..model.text import TextTokens, arrange_text
-from ..model.transformer import BlockCache, FrameLayout, LongCatTransformer, Run, Shared
+from ..model.transformer import BlockCache, LongCatTransformer, Run, Shared
 from . import attention
-from .block_sparse import BlockSparse, ChunkedLayout, with_block_sparse
+from .block_sparse import BlockSparse
 from .compilation import Regional
 from .compiled_blocks import COMPILED_BLOCK, Compilers, compiled_call
 from .fused import FusedOps, OpSwitches, TorchOps, ffn_pieces, sliceable
@@ -29,16 +30,16 @@ from .guard import SPARSE, is_spoiled, lossy_switches
 from .kernels import text_attention
 from .kernels.elementwise import usable as kernels_usable
 from .kv_offload import OffloadableKVCache
+from .layouts import check_reference, choose_layout
 from .recomputation import recomputed
 from .requirement import Inputs
 from .residual_cache import ResidualCache
 from .sparse.choose import check_sparse, in_use
-from .sparse.layout import SparseLayout
-from .sparse.passes import MIXED, SparsePass, like_sparse, mixed, plan_pass, with_attend
+from .sparse.passes import SparsePass, like_sparse
 from .sparse.settings import Sparse
 from .streaming import BlockStream, streamed
 from .switches import Optimizations
-from .text_keys import CachedTexts, NoText, TokenTexts
+from .text_keys import CachedTexts, NoText, TokenTexts, check_audio
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -130,8 +131,8 @@ class Execution:
         The network then has no backward pass. All other weights must be on the device.
         """
         if self.stream is None:
-            # Keys and values of the text are computed once per prompt.
-            late = "cross_attn.kv."
+            # Keys and values of the text are computed once per prompt, those of audio once per segment.
+            late = "cross_attn.kv.", "audio_attn.kv."
             self.stream = BlockStream(self.network.blocks, device, streamed, lambda name: name.startswith(late))
         else:
             self.stream.extend(streamed)
@@ -146,16 +147,25 @@ class Execution:
         context = context.to(self.compute_dtype)
         return arrange_text(context, mask, mode, zero_pad, self.network.embed_tokens, length)
 
+    def embed_audio(self, windows: Tensor, classes: Tensor | None = None) -> AudioTokens:
+        """Audio for every block, computed once per segment; see `LongCatTransformer.embed_audio`.
+
+        The result belongs into `TextTokens.audio` of the texts that the network is given.
+        """
+        if self.sparse is not None or self.block_sparse is not None:
+            raise LongCatError("sparse attention does not run with audio; turn it off")
+        return LongCatTransformer.embed_audio(self.network, windows, classes)
+
     def choose_kernels(self, device: torch.device) -> attention.Kernels:
         """The attention kernels that `optimizations` select for tensors on `device`."""
-        inputs = Inputs(device, self._active_dtype(device), self.config.head_dim, self._learns())
+        inputs = Inputs(device, self.active_dtype(device), self.config.head_dim, self._learns())
         return attention.resolve_kernels(self.optimizations.attention, inputs)
 
     def sparse_in_words(self, device: torch.device) -> str:
         """The sparse attention in force and its kernel for tensors on `device`, in words, or "" if it is off."""
         if self.sparse is None or self.block_sparse is not None:
             return ""
-        return in_use(self.sparse, Inputs(device, self._active_dtype(device), self.config.head_dim, False))
+        return in_use(self.sparse, Inputs(device, self.active_dtype(device), self.config.head_dim, False))
 
     def own_kernels(self, x: Tensor) -> bool:
         """Whether element-wise work on activations like x goes through our Triton kernels."""
@@ -168,13 +178,24 @@ class Execution:
         return wanted and not text_attention.refuses(self.config.head_dim, text.tokens.shape[1])
 
     def new_kv_cache(
-        self, num_latents: int, height: int, width: int, batch: int = 1, device: torch.device | str | None = None
+        self,
+        num_latents: int,
+        height: int,
+        width: int,
+        batch: int = 1,
+        device: torch.device | str | None = None,
+        reference: Reference | None = None,
     ) -> KVCache:
-        """An empty cache for `num_latents` conditioning frames of `height` x `width` latents, beside the weights."""
+        """An empty cache for `num_latents` conditioning frames of `height` x `width` latents, beside the weights.
+
+        reference: the first frame is a reference frame.
+        """
         _, ph, pw = self.config.patch_size
         device = self.network.patch_embed.weight.device if device is None else device
         grid = (num_latents, height // ph, width // pw)
-        return OffloadableKVCache(self.config, *grid, batch=batch, dtype=self.compute_dtype, device=device)
+        position = None if reference is None else reference.position
+        options: dict[str, Any] = {"batch": batch, "dtype": self.compute_dtype, "device": device, "reference": position}
+        return OffloadableKVCache(self.config, *grid, **options)
 
     def fill_kv_cache(
         self,
@@ -182,17 +203,19 @@ class Execution:
         device: torch.device | str | None = None,
         kernels: attention.Kernels | None = None,
         around_block: AroundBlock | None = None,
+        reference: Reference | None = None,
     ) -> KVCache:
         """One pass over clean latents [B, C, n, H, W] at timestep 0 and without text; returns the filled cache.
 
         The network's output for these frames is kept in it as `out`. device: where the cache lies; None: beside the
-        latents. kernels, around_block: see `__call__`.
+        latents. kernels, around_block, reference: see `__call__`.
         """
         device = torch.device(device or cond_latents.device)
         batch, _, frames, height, width = cond_latents.shape
-        cache = self.new_kv_cache(frames, height, width, batch, device)
+        cache = self.new_kv_cache(frames, height, width, batch, device, reference)
         timesteps = cond_latents.new_zeros(batch)
-        cache.out = self(cond_latents, timesteps, None, fill=cache, kernels=kernels, around_block=around_block)
+        options: dict[str, Any] = {"kernels": kernels, "around_block": around_block, "reference": reference}
+        cache.out = self(cond_latents, timesteps, None, fill=cache, **options)
         cache.rotate(cond_latents.device)
         return cache
 
@@ -211,6 +234,7 @@ class Execution:
         compilers: Compilers | None = None,
         progress: float | None = None,
         residuals: ResidualCache | None = None,
+        reference: Reference | None = None,
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32; see `LongCatTransformer.forward`.
 
@@ -221,10 +245,13 @@ class Execution:
         with `sparse` they are permuted. compilers: what compiles a block, in place of `compiled_block`. progress: the
         share of the steps that is done, 0 <= progress < 1, or None if unknown; `sparse` attention depends on it.
         residuals: predicts what blocks add to the tokens, so that some are not called; left out under gradients.
+        reference: the first clean frame, of x or of a cache, is a reference frame; its position must be the cache's.
         """
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
         if text is not None and text.tokens.shape[0] not in (1, x.shape[0]):
             raise LongCatError(f"{text.tokens.shape[0]} texts for {x.shape[0]} videos; give one, or one for each")
+        check_audio(text, self.config, x.shape[0])
+        check_reference(fill or kv_cache, reference)
         grad = self._learns(x, *(() if text is None else (text.tokens,)))
         if grad and self.stream is not None:
             raise LongCatError("streamed blocks have no backward pass; train with the whole model on the device")
@@ -234,15 +261,20 @@ class Execution:
             kv_cache.rotate()
             cache = kv_cache
         start = cache.num_latents
-        layout, chosen, sparse = self._layout(x, timestep, num_cond_latents, start, fill, chosen, grad, progress)
+        if reference is not None and fill is not None:
+            # All frames are clean, and see what clean frames see.
+            num_cond_latents = x.shape[2]
+        plan = x, timestep, num_cond_latents, start, fill is not None, chosen, grad, progress, reference
+        layout, chosen, sparse = choose_layout(self, *plan)
         varies = self.sparse is not None and self.block_sparse is None and fill is None and not grad
         if varies and sparse is None and self._compiles(compilers):
             chosen = like_sparse(chosen)
         if fill is not None:
             cache = Filling(fill, layout.restore_rows)
-        sizes = layout.sizes(self._grid(x))
+        sizes = layout.sizes(self.grid(x))
         ops = self._ops(x, text, chosen, sizes, grad)
-        texts = self._texts(text, ops, x.shape[0], reused=context is text and not grad)
+        noisy = x.shape[2] - num_cond_latents
+        texts = self._texts(text, ops, x.shape[0], noisy, reused=context is text and not grad)
         run = self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers, sparse)
         if residuals is not None and fill is None and not grad and not torch.compiler.is_compiling():
             # Around everything else: the weights of a skipped block are not fetched.
@@ -279,6 +311,7 @@ class Execution:
             compilers=compilers,
             progress=progress,
             residuals=residuals,
+            reference=reference,
         )
 
     def _give_up(self, out: Tensor, sparse: bool, trusted: bool) -> bool:
@@ -302,55 +335,19 @@ class Execution:
     def _learns(self, *inputs: Tensor) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.network.parameters()))
 
-    def _active_dtype(self, device: torch.device) -> torch.dtype:
+    def active_dtype(self, device: torch.device) -> torch.dtype:
         autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if autocast else self.compute_dtype
 
-    def _grid(self, x: Tensor) -> tuple[int, int, int]:
+    def grid(self, x: Tensor) -> tuple[int, int, int]:
         frames, rows, columns = (n // step for n, step in zip(x.shape[2:], self.config.patch_size, strict=True))
         return frames, rows, columns
 
-    def _say(self, sentence: str) -> None:
+    def say(self, sentence: str) -> None:
         """Announce it, once."""
         if sentence not in self._said:
             self._said.add(sentence)
             self.announce(sentence)
-
-    def _layout(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        num_cond: int,
-        start: int,
-        fill: KVCache | None,
-        kernels: attention.Kernels,
-        grad: bool,
-        progress: float | None,
-    ) -> tuple[FrameLayout, attention.Kernels, SparsePass | None]:
-        """The order of tokens and the kernels for it, and which layers are sparse, if any.
-
-        start: number of cached frames in front of x.
-        """
-        grid = self._grid(x)
-        # Noise frames will follow the frames of a cache that is being filled, so there is more than one frame.
-        if self.block_sparse is not None and BlockSparse.applies(start + grid[0] + (fill is not None)):
-            chunked = ChunkedLayout.of(grid, self.block_sparse, num_cond, start, x.device)
-            if torch.compiler.is_compiling() or not chunked.mixes(timestep):
-                eight_bit = self.optimizations.fp8 and self.eight_bit
-                return chunked, with_block_sparse(kernels, chunked.keys, self.block_sparse, eight_bit), None
-            self._say(MIXED)
-            return FrameLayout(), kernels, None
-        settings = self.sparse if fill is None and self.block_sparse is None else None
-        if settings is None or torch.compiler.is_compiling():
-            return FrameLayout(), kernels, None
-        inputs = Inputs(x.device, self._active_dtype(x.device), self.config.head_dim, grad)
-        sparse = plan_pass(settings, inputs, kernels.attend, progress, grid, num_cond, start, self._say)
-        if sparse is not None and mixed(timestep, num_cond):
-            self._say(MIXED)
-            sparse = None
-        if sparse is None:
-            return FrameLayout(), kernels, None
-        return SparseLayout(grid, num_cond, x.device), with_attend(kernels, sparse.attend), sparse
 
     def _timesteps(self, timestep: Tensor, x: Tensor) -> Tensor:
         timestep = timestep[:, None] if timestep.ndim == 1 else timestep
@@ -363,7 +360,7 @@ class Execution:
     ) -> TorchOps:
         """The operations of one pass. sizes: number of frames or slabs, and of the tokens in each."""
         chosen = self.optimizations
-        like = x.new_empty(0, dtype=self._active_dtype(x.device))
+        like = x.new_empty(0, dtype=self.active_dtype(x.device))
         own = not grad and self.own_kernels(like)
         pieces = 0 if grad else ffn_pieces(self.config, len(x), *sizes, like.element_size())
         fused_text = own and text is not None and self.own_text_kernel(like, text)
@@ -371,16 +368,16 @@ class Execution:
         return (FusedOps if own else TorchOps)(kernels, OpSwitches(*numerics, pieces, fused_text), self.sliceable)
 
     def _texts(
-        self, text: TextTokens | None, ops: TorchOps, batch: int, reused: bool
+        self, text: TextTokens | None, ops: TorchOps, batch: int, noisy: int, reused: bool
     ) -> NoText | TokenTexts | CachedTexts:
-        """What blocks attend to. reused: `text` will be passed in again at the next step."""
+        """What blocks attend to. noisy: frames that hear audio. reused: `text` will be given again at the next step."""
         if text is None:
             return NoText()
-        form = ops.text_form(text, batch)
+        form, audio = ops.text_form(text, batch), None if text.audio is None else text.audio.block(noisy)
         if not (reused and self.optimizations.reuse_text) or torch.compiler.is_compiling():
-            return TokenTexts(text, form)
+            return TokenTexts(text, form, audio)
         switches = self.optimizations.fused_qkv, self.optimizations.fp8
-        return CachedTexts(text, form, self.network.blocks, ops, switches)
+        return CachedTexts(text, form, self.network.blocks, ops, switches, audio)
 
     def _compiles(self, compilers: Compilers | None) -> bool:
         return compilers is not None or self.optimizations.compile == "blocks"
@@ -471,6 +468,7 @@ class OptimizedTransformer(LongCatTransformer):
     set_optimizations = _method(Execution.set_optimizations)
     stream_blocks = _method(Execution.stream_blocks)
     embed_text = _method(Execution.embed_text)
+    embed_audio = _method(Execution.embed_audio)
     choose_kernels = _method(Execution.choose_kernels)
     own_text_kernel = _method(Execution.own_text_kernel)
     check_sparse = _method(Execution.check_sparse)

@@ -19,11 +19,12 @@ from torch import Tensor, autocast, nn
 
 from ..model.config import ModelConfig
 from ..model.layers import LayerNorm, RMSNorm, gated, modulate
-from ..model.ops import Activations, Once, PlainOps, Rope, attend_with_bias
+from ..model.ops import Activations, Once, PlainOps, Rope, attend_with_bias, by_frames
 from ..model.text import BlockText, Packing, TextForm, TextTokens
 from .attention import Kernels
 from .kernels import elementwise
 from .kernels.elementwise import Quantized
+from .kernels.text_attention import refuses as text_refuses
 from .kernels.text_attention import text_attention
 from .operators import AttendVarlen, Varlen
 
@@ -134,6 +135,12 @@ class TorchOps(PlainOps):
             out = (self.kernels.text or self.kernels.attend)(q, k, v)
         return out.flatten(-2)
 
+    def attend_frames(
+        self, q: Tensor, norm: RMSNorm, rope: Rope | None, k: Tensor, v: Tensor, reader: nn.Module
+    ) -> Activations:
+        q = self.norm_rope(q, norm, rope)
+        return (self.kernels.text or self.kernels.attend)(*by_frames(q, k, v)).flatten(-2)
+
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         if self.switches.fused_ffn or not self.sliceable(gate_up, x):
             return super().swiglu(gate_up, down, x)
@@ -182,13 +189,19 @@ class FusedOps(TorchOps):
         return self.switches.fp8 and reader is not None and takes_quantized(reader)
 
     def norm_modulate(
-        self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, reader: nn.Module
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        reader: nn.Module | None,
     ) -> tuple[Tensor, Activations]:
         fp8 = self._quantized(reader)
         return elementwise.residual_norm(x, update, gate, scale, shift, one_plus=True, fp8=fp8)
 
     def residual_norm(
-        self, x: Tensor, update: Once[Tensor], gate: Tensor, norm: LayerNorm, skip: int, reader: nn.Module
+        self, x: Tensor, update: Once[Tensor], gate: Tensor | None, norm: LayerNorm, skip: int, reader: nn.Module
     ) -> tuple[Tensor, Activations]:
         if skip:
             return super().residual_norm(x, update, gate, norm, skip, reader)
@@ -212,6 +225,15 @@ class FusedOps(TorchOps):
             return super().attend_text(q, norm, k, v, text, reader)
         (weight,) = norm.affine(q.device, q.dtype)
         return text_attention(q, weight, k, v, text.bias, fp8=self._quantized(reader))
+
+    def attend_frames(
+        self, q: Tensor, norm: RMSNorm, rope: Rope | None, k: Tensor, v: Tensor, reader: nn.Module
+    ) -> Activations:
+        if not self.switches.fused_text or rope is not None or text_refuses(q.shape[-1], k.shape[2]):
+            return super().attend_frames(q, norm, rope, k, v, reader)
+        (weight,) = norm.affine(q.device, q.dtype)
+        q, k, v = by_frames(q, k, v)
+        return text_attention(q, weight, k, v, None, fp8=self._quantized(reader))
 
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         if not self.switches.fused_ffn and self.sliceable(gate_up, x):

@@ -25,6 +25,8 @@ from .requirement import Inputs, Requirement, trial
 # The layers of a block that do most of its work. Modulation, embeddings and the final layer are fp32 islands, and the
 # text's keys and values are computed once.
 LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.proj", "ffn.gate_up", "ffn.down")
+# Those that an avatar has besides; they are quantized where their counterparts for text are.
+AUDIO_LAYERS = ("audio_attn.q", "audio_attn.proj")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class Policy:
         if self.keep_first < 0 or self.keep_last < 0:
             raise LongCatError(f"cannot keep {self.keep_first} first and {self.keep_last} last blocks; give 0 or more")
 
-    def names(self, depth: int) -> list[str]:
-        """Full names of the layers in a network of `depth` blocks."""
-        return [f"blocks.{i}.{layer}" for i in range(self.keep_first, depth - self.keep_last) for layer in self.layers]
+    def names(self, depth: int, audio: bool = False) -> list[str]:
+        """Full names of the layers in a network of `depth` blocks. audio: it is an avatar's."""
+        heard = [layer for layer in AUDIO_LAYERS if audio and layer.replace("audio", "cross") in self.layers]
+        blocks = range(self.keep_first, depth - self.keep_last)
+        return [f"blocks.{i}.{layer}" for i in blocks for layer in (*self.layers, *heard)]
 
 
 NEEDS = Requirement((8, 9), dtypes=None, head_dims=None, backward=False)
@@ -216,7 +220,7 @@ def quantize(model: LongCatTransformer, policy: Policy | None = None) -> int:
     Layer by layer, so that at most one layer is held twice. 8-bit layers do not change. Raises LongCatError for layers
     that are not plain linear ones (merge LoRAs first) and for sizes that do not fit; the model does not change then.
     """
-    names = (policy or Policy()).names(len(model.blocks))
+    names = (policy or Policy()).names(len(model.blocks), model.config.audio is not None)
     layers: dict[str, nn.Linear] = {}
     for name in names:
         layer = model.get_submodule(name)

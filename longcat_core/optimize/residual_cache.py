@@ -103,18 +103,18 @@ class ResidualCache:
         self.kept = [*before, _Residuals(self.sigma, first, others)][-ORDER - 1 :]
         self.skipped = 0
 
-    def halves(self) -> list[ResidualCache]:
-        """Two caches for the halves of guidance, from one for both together."""
+    def split(self, parts: int) -> list[ResidualCache]:
+        """A cache for each of the parts of guidance, from one for all together."""
         found = []
-        for half in range(2):
+        for part in range(parts):
             cache = ResidualCache(self.threshold, self.last + 1)
             cache.skipped = self.skipped
             if self.kind is not None:
                 layout, (batch, *sizes), num_cond = self.kind
-                cache.kind = layout, (batch // 2, *sizes), num_cond
+                cache.kind = layout, (batch // parts, *sizes), num_cond
                 cache.kept = [
-                    _Residuals(kept.sigma, kept.first.chunk(2)[half].clone(), kept.others.chunk(2)[half].clone())
-                    for kept in self.kept
+                    _Residuals(sigma, *(residual.chunk(parts)[part].clone() for residual in (first, others)))
+                    for sigma, first, others in self.kept
                 ]
             found.append(cache)
         return found
@@ -151,7 +151,7 @@ class _Pass:
         if i >= self.first and self.skips:
             return x if i < self.depth - 1 else self.cache.add(x)
         if i == 0:
-            self.cache.belongs((self.layout, tuple(x.shape), shared.num_cond))
+            self.cache.belongs((self.layout, tuple(x.shape), shared.groups.clean))
             self.start = _probed(x, shared)
         out = self.run(i, block, x, shared)
         if i == self.first - 1:
@@ -168,26 +168,27 @@ class _Pass:
 
 def _probed(x: Tensor, shared: Any) -> Tensor:
     """Some of the tokens [B, T, S, C] of noisy frames; clean frames hardly change from step to step."""
-    return x[:, shared.num_cond :, :: max(1, x.shape[2] // PROBED)].clone()
+    return x[:, shared.groups.clean :, :: max(1, x.shape[2] // PROBED)].clone()
 
 
 class ResidualCaches:
     """The caches of one sampling run, one for each evaluation of a step."""
 
-    def __init__(self, threshold: float, steps: int) -> None:
-        self.threshold, self.steps = threshold, steps
+    def __init__(self, threshold: float, steps: int, parts: int = 2) -> None:
+        """parts: how many evaluations guidance combines."""
+        self.threshold, self.steps, self.parts = threshold, steps, parts
         self.caches: list[ResidualCache] = []
         self._both = False
 
     def options(self, count: int, both: bool, step: int, sigma: float) -> list[dict[str, ResidualCache]]:
         """What each of the `count` evaluations of this step, at this noise level, is given.
 
-        both: they are two halves of guidance, together or one after the other; otherwise the conditional half alone.
+        both: they are the parts of guidance, together or one after the other; otherwise the conditional part alone.
         """
         if not self.caches:
             self.caches = [ResidualCache(self.threshold, self.steps) for _ in range(count)]
         elif len(self.caches) == 1 and self._both and (count, both) != (1, True):
-            self.caches = self.caches[0].halves()
+            self.caches = self.caches[0].split(self.parts)
         self.caches, self._both = self.caches[-count:], both
         for cache in self.caches:
             cache.begin(step, sigma)

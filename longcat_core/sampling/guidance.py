@@ -12,6 +12,27 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
+def audio_guidance(out: Tensor, text_scale: Tensor, audio_scale: Tensor) -> Tensor:
+    """Guidance of an avatar: u + text_scale * (c - n) + audio_scale * (n - u), without sums over frames.
+
+    out: the network's outputs u, n and c, [3B, C, T, H, W] fp32: for the negative prompt and silence, for the negative
+    prompt, and for the prompt.
+    """
+    silent, negative, cond = out.chunk(3)
+    return silent + text_scale * (cond - negative) + audio_scale * (negative - silent)
+
+
+def guided(out: Tensor, scale: Tensor) -> Tensor:
+    """A step's outputs, the unconditional ones first, combined.
+
+    scale: of `cfg_zero`, [], for outputs [2B, ..]; or the two of `audio_guidance`, [2], for [3B, ..].
+    """
+    if scale.ndim:
+        return audio_guidance(out, *scale.unbind())
+    uncond, cond = out.chunk(2)
+    return cfg_zero(cond, uncond, scale)
+
+
 def guided_steps(until: float, steps: int) -> int:
     """How many of `steps` steps, at the front, run with guidance if it ends after the share `until`."""
     return round(until * steps)

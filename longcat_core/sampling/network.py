@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..model.kv_cache import KVCache
+from ..model.audio_tokens import AudioTokens
+from ..model.kv_cache import KVCache, Reference
 from ..model.text import TextTokens
 from ..optimize.residual_cache import ResidualCache
 from ..optimize.switches import Optimizations
@@ -27,10 +28,19 @@ class Network(Protocol):
     def embed_text(self, context: Tensor, mask: Tensor | None, /) -> TextTokens:
         """Text [B, L, caption] with its mask [B, L] (1: a real token; None: all are), embedded for every step."""
 
-    def fill_kv_cache(self, cond_latents: Tensor, device: str | None, /) -> KVCache:
+    def embed_audio(self, windows: Tensor, classes: Tensor | None, /) -> AudioTokens:
+        """Audio windows [B, F, window, groups, channels], or of the speakers of one video, for every step.
+
+        Asked of networks that hear, only for audio; see `LongCatTransformer.embed_audio`.
+        """
+
+    def fill_kv_cache(
+        self, cond_latents: Tensor, device: str | None, /, *, reference: Reference | None = None
+    ) -> KVCache:
         """Keys and values of clean latents [B, C, n, H, W] fp32, kept on `device` (None: beside the latents).
 
-        The cache's `out` holds the network's output for these frames, [B, C, n, H, W] fp32.
+        The cache's `out` holds the network's output for these frames, [B, C, n, H, W] fp32. reference: the first
+        frame is a reference frame; given only if it is.
         """
 
     def __call__(
@@ -44,6 +54,7 @@ class Network(Protocol):
         kv_cache: KVCache | None,
         progress: float | None,
         residuals: ResidualCache | None = None,
+        reference: Reference | None = None,
     ) -> Tensor:
         """x0 - noise [B, C, T, H, W] fp32 for latents x of the same shape.
 
@@ -51,4 +62,5 @@ class Network(Protocol):
         at the front of x, at timestep 0. kv_cache: of clean frames that stand in front of x and are not part of it.
         progress: the share of the steps that is done, 0 <= progress < 1.
         residuals: predicts what some blocks add to the tokens, so that they need not run; given only if asked for.
+        reference: the first clean frame is a reference frame; given only if it is.
         """

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import LongCatError
+from ..model.audio_tokens import AudioTokens
 from ..model.kv_cache import KVCache, KVMode, check_mode
 from ..model.text import TextTokens
 from ..optimize.residual_cache import ResidualCaches
+from .avatar import Audio, ReferenceFrame
 from .guidance import guided_steps
 from .network import Network
 from .schedules import Schedule
@@ -35,7 +37,7 @@ class Step:
 
     index counts from 0; timestep in 0..1000; latents [B, C, T, H, W] fp32 after the step, conditioning frames
     included; denoised: the estimate of the clean latents, the same shape; reused: whether `StepCache` predicted the
-    output; computed: the share of the step's work that was computed: of the blocks, and of both halves of guidance.
+    output; computed: the share of the step's work that was computed: of the blocks, and of the parts of guidance.
     """
 
     index: int
@@ -70,6 +72,8 @@ def sample(
     step_cache_kind: StepCacheKind = "steps",
     make_room: Callable[[], bool] | None = None,
     callback: Callback | None = None,
+    audio: Audio | None = None,
+    reference: ReferenceFrame | None = None,
 ) -> Tensor:
     """Denoise `noise` [B, C, T, H, W] to latents of the same shape, fp32.
 
@@ -84,11 +88,20 @@ def sample(
     make_room: called when an evaluation runs out of memory, before it is tried again. It may change how the network
     runs, and returns False when nothing more can be freed; the out-of-memory error is then raised, unless a KV cache
     can still move to CPU memory.
+    audio: what an avatar's network hears. Its guidance takes three evaluations: `guidance.audio_guidance`.
+    reference: a clean frame in front of the conditioning frames; neither noise nor result has it.
     Raises LongCatError for shapes that do not fit, and anything that `callback` raises.
     """
     check_mode(kv_cache)
     check_kind(step_cache_kind)
-    guided = guidance_scale != 1.0
+    guided = guidance_scale != 1.0 if audio is None else max(guidance_scale, audio.guidance_scale) > 1.0
+    apart: dict[str, Any] = {}
+    lead = 0
+    if reference is not None:
+        apart, lead = {"reference": reference.at}, 1
+        first = reference.latents.to(noise).expand(len(noise), -1, -1, -1, -1)
+        clean = noise[:, :, :0] if cond_latents is None else cond_latents.to(noise).expand(len(noise), -1, -1, -1, -1)
+        noise, cond_latents = torch.cat((first, noise), dim=2), torch.cat((first, clean), dim=2)
     if guided and negative_context is None:
         raise LongCatError(f"guidance scale {guidance_scale} needs a negative prompt; give one or set guidance to 1")
     num_cond, device = 0 if cond_latents is None else cond_latents.shape[2], model.device
@@ -96,6 +109,8 @@ def sample(
         raise LongCatError(
             f"{num_cond} conditioning latent frames leave nothing to generate of {noise.shape[2]}; ask for more frames"
         )
+    if audio is not None and audio.classes is not None and not num_cond:
+        raise LongCatError("masks say where people are in the first frame, and none is given; give an image")
     latents = noise.to(device=device, dtype=torch.float32, copy=True)
     if cond_latents is not None:
         shape = cond_latents.shape
@@ -106,7 +121,7 @@ def sample(
             )
         latents[:, :, :num_cond] = cond_latents.to(latents)
 
-    texts = _Texts(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask)
+    texts = _Texts(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask, audio)
     cached = num_cond > 0 and kv_cache != "off"
     cache: KVCache | None = None
 
@@ -124,8 +139,8 @@ def sample(
     cond_out: Tensor | None = None
     if cached and cond_latents is not None:
         clean = cond_latents.to(latents)
-        cache = _with_room(lambda: model.fill_kv_cache(clean, "cpu" if offload_kv_cache else None), more_room)
-        if kv_cache == "exact" and guided:
+        cache = _with_room(lambda: model.fill_kv_cache(clean, "cpu" if offload_kv_cache else None, **apart), more_room)
+        if kv_cache == "exact" and guided and audio is None:
             assert cache.out is not None, "filling a cache keeps the network's output"
             # What the network would return for the conditioning frames, at every step and for both halves.
             cond_out = cache.out.repeat(2 * len(latents) // len(cache.out), 1, 1, 1, 1)
@@ -136,29 +151,34 @@ def sample(
     # Differences in double precision, then as tensors: see `euler_step`.
     changes = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
     levels = torch.tensor(changes, dtype=torch.float32, device=device)
-    scale = torch.tensor(guidance_scale, dtype=torch.float32, device=device) if guided else None
+    scales = guidance_scale if audio is None else (guidance_scale, audio.guidance_scale)
+    scale = torch.tensor(scales, dtype=torch.float32, device=device) if guided else None
     with_guidance = guided_steps(guidance_until, len(schedule)) if guided else 0
     steps = StepCache(step_cache if step_cache_kind == "steps" else 0.0, len(schedule), carried)
-    blocks = ResidualCaches(step_cache, len(schedule)) if step_cache_kind == "blocks" and step_cache > 0 else None
+    count = len(texts.parts_of_guidance)
+    residual = step_cache_kind == "blocks" and step_cache > 0
+    blocks = ResidualCaches(step_cache, len(schedule), count) if residual else None
     for i, timestep in enumerate(schedule.timesteps.tolist()):
         # One for all videos, both halves of guidance and all frames, unless some of the frames are clean.
         t = torch.full((1, latents.shape[2] if passed else 1), timestep, device=device)
         t[:, :passed] = 0
         both = i < with_guidance
         if guided and i == with_guidance:
-            steps.keep_half(1)
+            steps.keep_last(count)
         out = steps.find(i, latents, sigmas[i])
         reused = out is not None
         if out is None:
             x = latents if cond_out is None else latents[:, :, carried:]
 
             def evaluate(x: Tensor = x, t: Tensor = t, i: int = i, both: bool = both) -> Tensor:
-                halves = texts.parts(model.optimizations.split_guidance, both)
-                x = torch.cat((x, x)) if both and len(halves) == 1 else x
-                kept = [{}] * len(halves) if blocks is None else blocks.options(len(halves), both, i, sigmas[i])
+                parts = texts.parts(model.optimizations.split_guidance, both)
+                x = torch.cat([x] * count) if both and len(parts) == 1 else x
+                kept: list[dict[str, Any]] = [{}] * len(parts)
+                kept = kept if blocks is None else blocks.options(len(parts), both, i, sigmas[i])
+                progress = i / len(schedule)
                 outs = [
-                    model(x, t, text, num_cond_latents=passed, kv_cache=cache, progress=i / len(schedule), **options)
-                    for text, options in zip(halves, kept, strict=True)
+                    model(x, t, text, num_cond_latents=passed, kv_cache=cache, progress=progress, **apart, **options)
+                    for text, options in zip(parts, kept, strict=True)
                 ]
                 return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -168,10 +188,10 @@ def sample(
         level, change = levels[i]
         latents, denoised = take_step(optimizations, latents, out, level, change, scale if both else None, carried)
         if callback is not None:
-            computed = 0.0 if reused else (1.0 if blocks is None else blocks.ran) / (2 if guided and not both else 1)
-            whole = torch.cat((outside, latents), dim=2), torch.cat((outside, denoised), dim=2)
-            callback(Step(i, len(schedule), timestep, sigmas[i], *whole, reused, computed))
-    return torch.cat((outside, latents), dim=2)
+            computed = 0.0 if reused else (1.0 if blocks is None else blocks.ran) / (1 if both else count)
+            after, estimate = (torch.cat((outside, frames), dim=2)[:, :, lead:] for frames in (latents, denoised))
+            callback(Step(i, len(schedule), timestep, sigmas[i], after, estimate, reused, computed))
+    return torch.cat((outside, latents), dim=2)[:, :, lead:]
 
 
 def _with_room(run: Callable[[], T], make_room: Callable[[], bool] | None) -> T:
@@ -188,7 +208,7 @@ def _with_room(run: Callable[[], T], make_room: Callable[[], bool] | None) -> T:
 
 
 class _Texts:
-    """Text of every evaluation, embedded once for all steps: both halves of guidance together, or one at a time."""
+    """Text, and audio, of every evaluation, embedded once for all steps: all together, or one at a time."""
 
     def __init__(
         self,
@@ -198,37 +218,56 @@ class _Texts:
         mask: Tensor | None,
         negative_context: Tensor | None,
         negative_mask: Tensor | None,
+        audio: Audio | None,
     ) -> None:
-        self.model = model
+        self.model, self.batch = model, batch
         context = context.to(model.device)
         if context.shape[0] == 1:
-            # One prompt for several videos: each half of a guided batch needs it once per video.
+            # One prompt for several videos: each part of a guided batch needs it once per video.
             context = context.expand(batch, -1, -1)
             mask = None if mask is None else mask.expand(batch, -1)
-        self.halves = [(context, mask)]
+        heard = None if audio is None else self._heard(audio, audio.windows)
+        # Those that guidance combines, the unconditional ones first.
+        self.parts_of_guidance = [(context, mask, heard)]
+        # A map of who is where belongs to one evaluation.
+        self.apart = audio is not None and audio.classes is not None
         if negative_context is not None:
             if (mask is None) != (negative_mask is None):
                 raise LongCatError(
                     "one of prompt and negative prompt has a mask and the other has none; give both or neither"
                 )
             negative_mask = None if negative_mask is None or mask is None else negative_mask.expand_as(mask)
-            self.halves.insert(0, (negative_context.to(model.device).expand_as(context), negative_mask))
-        # Whether the halves run one after the other, and whether both run.
+            negative = negative_context.to(model.device).expand_as(context)
+            self.parts_of_guidance.insert(0, (negative, negative_mask, heard))
+            if audio is not None:
+                silence = self._heard(audio, torch.zeros_like(audio.windows))
+                self.parts_of_guidance.insert(0, (negative, negative_mask, silence))
+        # Whether the parts run one after the other, and whether all run.
         self._form: tuple[bool, bool] | None = None
         self._parts: list[TextTokens] = []
 
-    def parts(self, split: bool, both: bool) -> list[TextTokens]:
-        """Texts of the evaluations that make up a step, the unconditional half first.
+    def _heard(self, audio: Audio, windows: Tensor) -> AudioTokens:
+        return self.model.embed_audio(windows.to(self.model.device), audio.classes)
 
-        both: with that half, if there is one.
+    def parts(self, split: bool, both: bool) -> list[TextTokens]:
+        """Texts of the evaluations that make up a step, the unconditional ones first.
+
+        both: with these, if there are any.
         """
         if (split, both) != self._form:
             # Keys and values are kept with a text, so the old texts are dropped.
-            self._form, self._parts = (split, both), [self.model.embed_text(*part) for part in self._of(split, both)]
+            self._form, self._parts = (split, both), [self._embedded(part) for part in self._of(split, both)]
         return self._parts
 
-    def _of(self, split: bool, both: bool) -> list[tuple[Tensor, Tensor | None]]:
-        if split or not both or len(self.halves) == 1:
-            return self.halves if both else self.halves[-1:]
-        contexts, masks = zip(*self.halves, strict=True)
-        return [(torch.cat(contexts), None if masks[0] is None else torch.cat(masks))]
+    def _of(self, split: bool, both: bool) -> list[list[tuple[Tensor, Tensor | None, AudioTokens | None]]]:
+        parts = self.parts_of_guidance if both else self.parts_of_guidance[-1:]
+        return [[part] for part in parts] if split or self.apart else [parts]
+
+    def _embedded(self, parts: list[tuple[Tensor, Tensor | None, AudioTokens | None]]) -> TextTokens:
+        contexts, masks, heard = zip(*parts, strict=True)
+        mask = None if masks[0] is None else torch.cat(masks)
+        text = self.model.embed_text(torch.cat(contexts), mask)
+        if heard[0] is None:
+            return text
+        together = torch.cat([audio.tokens.expand(self.batch, -1, -1, -1) for audio in heard]) if heard[1:] else None
+        return replace(text, audio=heard[0] if together is None else AudioTokens(together))

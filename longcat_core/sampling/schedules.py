@@ -15,6 +15,10 @@ Mode = Literal["base", "distilled", "enhance_hf", "refine"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 SHIFT = 12.0
+# Of LongCat-Video-Avatar 1.5; that of 1.0 is LongCat-Video's.
+AVATAR_SHIFT = 7.0
+# The only number of steps of the LoRA that distils LongCat-Video-Avatar 1.5.
+DMD_STEPS = 8
 # The distilled LoRA was trained on a grid of 50 timesteps: 20, 40 ... 1000.
 DISTILLED_GRID = 50
 # Above this timestep enhance_hf follows the base schedule, below it every 50; refining starts here.
@@ -34,8 +38,8 @@ class Schedule:
         return len(self.timesteps)
 
 
-def _base_timesteps(steps: int) -> Tensor:
-    return shift_sigmas(torch.linspace(1.0, 0.001, steps), SHIFT) * NUM_TRAIN_TIMESTEPS
+def _base_timesteps(steps: int, shift: float) -> Tensor:
+    return shift_sigmas(torch.linspace(1.0, 0.001, steps), shift) * NUM_TRAIN_TIMESTEPS
 
 
 def _distilled_timesteps(steps: int) -> Tensor:
@@ -46,12 +50,12 @@ def _distilled_timesteps(steps: int) -> Tensor:
     return shift_sigmas(grid[index].float() / NUM_TRAIN_TIMESTEPS, SHIFT) * NUM_TRAIN_TIMESTEPS
 
 
-def make_schedule(mode: str, steps: int) -> Schedule:
+def make_schedule(mode: str, steps: int, shift: float = SHIFT) -> Schedule:
     """The schedule of `steps` nominal steps in one of four modes.
 
     base: linspace(1, 0.001, n), shifted. distilled: n of the distilled grid, shifted. enhance_hf: the base
     timesteps above 500, then 500, 450 ... 50. refine: 500, then the base timesteps below 500. In the last two
-    the number of evaluations, `len(schedule)`, differs from `steps`.
+    the number of evaluations, `len(schedule)`, differs from `steps`. shift: of all but distilled.
     """
     if not isinstance(mode, str) or mode not in MODES:
         raise LongCatError(f"unknown schedule {mode!r}; choose one of {', '.join(MODES)}")
@@ -61,11 +65,21 @@ def make_schedule(mode: str, steps: int) -> Schedule:
     if mode == "distilled":
         timesteps = _distilled_timesteps(steps)
     else:
-        timesteps = _base_timesteps(steps)
+        timesteps = _base_timesteps(steps, shift)
     if mode == "enhance_hf":
         tail = torch.arange(TAIL_START, 0, -TAIL_STEP)
         timesteps = torch.cat((timesteps[timesteps > TAIL_START], tail))
     elif mode == "refine":
         timesteps = torch.cat((torch.tensor([TAIL_START]), timesteps[timesteps < TAIL_START]))
-    sigmas = torch.cat((timesteps / NUM_TRAIN_TIMESTEPS, torch.zeros(1)))
-    return Schedule(mode, timesteps, sigmas)
+    return _schedule(mode, timesteps)
+
+
+def dmd_schedule() -> Schedule:
+    """The schedule of LongCat-Video-Avatar 1.5 with the LoRA that distils it: DMD_STEPS steps."""
+    spacing = NUM_TRAIN_TIMESTEPS // DMD_STEPS
+    sigmas = 1 - torch.arange(DMD_STEPS, dtype=torch.float64) * spacing / (NUM_TRAIN_TIMESTEPS - 1)
+    return _schedule("distilled", shift_sigmas(sigmas, AVATAR_SHIFT).float() * NUM_TRAIN_TIMESTEPS)
+
+
+def _schedule(mode: Mode, timesteps: Tensor) -> Schedule:
+    return Schedule(mode, timesteps, torch.cat((timesteps / NUM_TRAIN_TIMESTEPS, torch.zeros(1))))

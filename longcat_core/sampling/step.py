@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optimize.compilation import Regional
 from ..optimize.switches import Optimizations
-from .guidance import cfg_zero
+from .guidance import cfg_zero, guided
 
 
 def euler_step(
@@ -18,13 +18,12 @@ def euler_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of latents [B, C, T, H, W] fp32 along the network's output: (latents after it, estimate of the clean).
 
-    out: x0 - noise, [B, C, T, H, W] fp32, or with guidance [2B, ..], the unconditional half first. sigma, sigma_change
-    (next sigma - sigma) and scale (of guidance; None: no guidance) are tensors without dimensions, since plain numbers
-    would be compiled in. The first num_cond frames are conditioning frames and do not change.
+    out: x0 - noise, [B, C, T, H, W] fp32, or with guidance several outputs, the unconditional ones first. sigma,
+    sigma_change (next sigma - sigma) and scale (of guidance, see `guided`; None: no guidance) are tensors, since plain
+    numbers would be compiled in. The first num_cond frames are conditioning frames and do not change.
     """
     if scale is not None:
-        uncond, cond = out.chunk(2)
-        out = cfg_zero(cond, uncond, scale)
+        out = guided(out, scale)
     clean, noisy, out = latents[:, :, :num_cond], latents[:, :, num_cond:], out[:, :, num_cond:]
     # The network returns x0 - noise; the flow velocity is its negative.
     after, denoised = noisy - sigma_change * out, noisy + sigma * out
@@ -63,7 +62,8 @@ def take_step(
     num_cond: int,
 ) -> tuple[Tensor, Tensor]:
     """`euler_step`, compiled under `fused_step` where blocks are compiled."""
-    return _run(STEP, optimizations, (scale is None, num_cond), latents, out, sigma, sigma_change, scale, num_cond)
+    kind = None if scale is None else scale.ndim, num_cond
+    return _run(STEP, optimizations, kind, latents, out, sigma, sigma_change, scale, num_cond)
 
 
 def guide(optimizations: Optimizations, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

@@ -78,13 +78,13 @@ class StepCache:
         self.computed = self.before = latents
         self.earlier, self.out, self.accumulated = self.out, (out, sigma), 0.0
 
-    def keep_half(self, half: int) -> None:
-        """Go on with the first (0) or second (1) half of the recorded outputs, that of the prompt alone."""
+    def keep_last(self, parts: int) -> None:
+        """Go on with the last of `parts` parts of the recorded outputs, that of the prompt alone."""
         before, out, earlier = self.rate, self.out, self.earlier
-        self.out, self.earlier = (pair and (pair[0].chunk(2)[half].clone(), pair[1]) for pair in (out, earlier))
+        self.out, self.earlier = (pair and (pair[0].chunk(parts)[-1].clone(), pair[1]) for pair in (out, earlier))
         if before is None or out is None or earlier is None or self.out is None or self.earlier is None:
             return
-        # The changes of the latents are the same for both halves.
+        # The changes of the latents are the same for all parts.
         both, one = self._change(out[0], earlier[0]), self._change(self.out[0], self.earlier[0])
         self.rate = before * one / max(both, TINY)
 

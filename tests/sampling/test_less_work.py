@@ -113,12 +113,12 @@ def test_the_step_cache_goes_on_with_the_prompts_half():
     for step, pair in enumerate(pairs):
         cache.keep(torch.full(SHAPE, float(step)), torch.cat(pair), 1 - 0.1 * step)
     assert cache.rate == pytest.approx(51)
-    cache.keep_half(1)
+    cache.keep_last(2)
     assert cache.rate == pytest.approx(2)
     found = cache.find(2, torch.full(SHAPE, 2.0), 0.8)
     assert found.shape == SHAPE and torch.allclose(found, torch.tensor(4.0))
     early = StepCache(1e9, STEPS)
-    early.keep_half(1)
+    early.keep_last(2)
     assert early.out is None
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longcat_core.checkpoints.load import load_transformer
+from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.layers import LayerNorm, RMSNorm, gated, modulate
 from longcat_core.model.rope import apply_rope, rope_table
@@ -25,6 +26,7 @@ from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
 from longcat_core.optimize.quantization import quantize
 from longcat_core.optimize.switches import Optimizations
+from longcat_core.sampling.avatar import class_tokens
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 CONFIG = ModelConfig.from_json(GOLDEN / "config.json")
@@ -313,3 +315,28 @@ def test_they_stand_in_a_graph_as_operators(monkeypatch):
     q = x.flatten(1, 2).unflatten(-1, (heads, 64))
     torch.library.opcheck(kernels._norm_rope_op, (q, weight[:64], None, None), test_utils=checks)
     torch.library.opcheck(kernels._quantize_op, (x,), test_utils=checks)
+
+
+@pytest.mark.parametrize(("people", "clean"), [(0, 0), (0, 1), (2, 1)])
+def test_audio_heard_through_them(people, clean, monkeypatch):
+    monkeypatch.setattr(execution, "kernels_usable", lambda x: x.dtype == torch.float16)
+    folder = GOLDEN.parent / "golden-avatar" / "v1_5"
+    data = {name: t.to(DEVICE) for name, t in read_tensors(folder / "forward.safetensors").items()}
+    config = ModelConfig.from_json(folder / "config.json")
+    model = load_transformer(folder / "dit.safetensors", config=config, dtype=torch.float16, device=DEVICE)
+    windows = data["multi.audio"][:people] if people else data["audio"][:1]
+    classes = class_tokens(data["duo.masks"], 4, 6) if people else None
+    seen: list[int] = []
+    launch = text_attention._launch
+    monkeypatch.setattr(text_attention, "_launch", lambda *args: seen.append(args[1].shape[0]) or launch(*args))
+    outs = []
+    for fused in (False, True):
+        model.set_optimizations(Optimizations(attention="sdpa", fused_kernels=fused))
+        text = model.embed_text(data["context"][:1], data["mask"][:1])
+        text = replace(text, audio=model.embed_audio(windows, classes))
+        with torch.no_grad():
+            outs.append(model(data["x"][:1, :, :7], data["ai2v.t"][:1], text, num_cond_latents=clean))
+    plain, fused = outs
+    assert (fused - plain).norm() / plain.norm() < 3e-3
+    # One text, and where one person speaks, as many frames as hear.
+    assert len(seen) == config.depth * (1 if people else 2)
