@@ -15,7 +15,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 from torch import Tensor
 
 from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, Table, detect
-from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint
+from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint, without_audio
 from ..longcat_core.checkpoints.packings import TILE
 from ..longcat_core.checkpoints.quantized import MARKERS, described_beside
 from ..longcat_core.checkpoints.reader import Reader
@@ -274,7 +274,7 @@ def as_description(settings: Mapping[str, Any]) -> Tensor:
 
 def open_for_comfyui(path: str | Path) -> Checkpoint:
     """`open_checkpoint` of a file that ComfyUI is to load, which runs more quantized formats than we do."""
-    return open_checkpoint(path, left=QUANT_ALGOS)
+    return without_audio(open_checkpoint(path, left=QUANT_ALGOS))
 
 
 def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,13 +16,15 @@ from ..files.places import check_place, check_suffix
 from ..files.safetensors_io import stream_safetensors
 from ..model.transformer import LongCatTransformer
 from ..optimize.kernels.elementwise import E4M3_MAX, TINY
-from ..optimize.quantization import LAYERS
-from .formats import COMFYUI, OFFICIAL, Format, Table
+from ..optimize.quantization import AUDIO_LAYERS, LAYERS
+from .formats import COMFYUI, OFFICIAL, Format, Table, for_network
 from .load import CONFIG_KEY, Checkpoint, open_checkpoint
 from .reader import Reader
 from .stored import Part, match_parameters
 
 INT8_MAX = 127
+# Layers that are computed once for all steps.
+KEYS = "cross_attn.kv", "audio_attn.kv"
 # How the names of a model's files end that lie beside its weights.
 _BESIDE = ("config.json", ".index.json")
 
@@ -69,7 +71,7 @@ class Target:
 
 def _fp8_layer(module: str) -> bool:
     # Embeddings, modulation and the final layer compute in fp32.
-    return module.startswith("blocks.") and module.split(".", 2)[2] in (*LAYERS, "cross_attn.kv")
+    return module.startswith("blocks.") and module.split(".", 2)[2] in (*LAYERS, *AUDIO_LAYERS, *KEYS)
 
 
 def _int8_layer(module: str) -> bool:
@@ -112,6 +114,7 @@ def convert(
     """
     target, destination = TARGETS[to], Path(destination)
     checkpoint = open_checkpoint(source)
+    target = replace(target, form=for_network(target.form, checkpoint.config.audio is not None))
     table = dict(target.form.modules(checkpoint.config.depth))
     with torch.device("meta"):
         model = LongCatTransformer(checkpoint.config)

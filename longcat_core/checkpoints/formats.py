@@ -7,7 +7,7 @@ their rows are stacked in the order listed: weights, biases, quantization scales
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,25 @@ _BLOCK = {
     "cross_attn.proj": ("cross_attn.proj", "cross_attn.o", "cross_attn.to_out"),
     "ffn.gate_up": ("ffn.w1 ffn.w3", "ffn.w1 ffn.w3", "ffn.w1 ffn.w3"),
     "ffn.down": ("ffn.w2", "ffn.w2", "ffn.w2"),
+}
+# What an avatar has besides, in official files and in ComfyUI's. Some of the latter keep an official name outside.
+_AUDIO_OUTER = {
+    "audio_embed.first": ("audio_proj.proj1", "multitalk_audio_proj.proj1"),
+    "audio_embed.later": ("audio_proj.proj1_vf", "multitalk_audio_proj.proj1_vf"),
+    "audio_embed.hidden": ("audio_proj.proj2", "multitalk_audio_proj.proj2"),
+    "audio_embed.out": ("audio_proj.proj3", "multitalk_audio_proj.proj3"),
+    "audio_embed.norm": ("audio_proj.norm", "multitalk_audio_proj.norm"),
+}
+_AUDIO_BLOCK = {
+    "audio_modulation": ("audio_adaLN_modulation.1", "audio_modulation.1"),
+    "audio_norm": ("pre_video_crs_attn_norm", "norm_x"),
+    "audio_attn.q": ("audio_cross_attn.q_linear", "audio_cross_attn.q_linear"),
+    "audio_attn.kv": ("audio_cross_attn.kv_linear", "audio_cross_attn.kv_linear"),
+    "audio_attn.proj": ("audio_cross_attn.proj", "audio_cross_attn.proj"),
+    "audio_attn.q_norm": ("audio_cross_attn.q_norm", "audio_cross_attn.q_norm"),
+    "audio_attn.k_norm": ("audio_cross_attn.k_norm", "audio_cross_attn.k_norm"),
+    # Not in the released models.
+    "audio_attn.source_norm": ("pre_audio_crs_attn_norm", "pre_audio_crs_attn_norm"),
 }
 
 
@@ -102,6 +121,32 @@ FASTVIDEO = _format(
 )  # fmt: skip
 FORMATS: tuple[Format, ...] = (OFFICIAL, COMFYUI, FASTVIDEO)
 
+
+def _avatar(base: Format, outer: int, block: int) -> Format:
+    """The form of an avatar's network: that of `base` with names in columns of the audio's tables."""
+    outers, blocks = (
+        {module: (names[column],) for module, names in table.items()}
+        for table, column in ((_AUDIO_OUTER, outer), (_AUDIO_BLOCK, block))
+    )
+    return replace(
+        base,
+        signature=(*base.signature, f"{outers['audio_embed.first'][0]}.", HEARS),
+        outer={**base.outer, **outers},
+        block={**base.block, **blocks},
+        model="LongCat-Video-Avatar transformer",
+    )
+
+
+# What the first block of every avatar has, in any form.
+HEARS = "blocks.0.audio_cross_attn."
+AVATARS: tuple[Format, ...] = (_avatar(OFFICIAL, 0, 0), _avatar(COMFYUI, 1, 1), _avatar(COMFYUI, 0, 1))
+
+
+def for_network(form: Format, hears: bool) -> Format:
+    """A form of LongCat-Video, or the same of its avatar if the network hears."""
+    return next(avatar for avatar in AVATARS if avatar.name == form.name) if hears else form
+
+
 # Prefixes that files put before the names of a whole network.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.", "_orig_mod.", "dit.")
 
@@ -144,14 +189,12 @@ def is_setting(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return marked and dtype == torch.uint8 and len(shape) == 1
 
 
-# Other models that have all names of LongCat-Video and more.
-LARGER: tuple[tuple[str, tuple[str, ...]], ...] = (("LongCat-Video-Avatar", ("blocks.0.audio_cross_attn.",)),)
-
 # Other models whose files are easily mistaken for LongCat-Video's: (name, prefixes of keys, all of which they have).
 FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LongCat-Image", ("single_transformer_blocks.0.", "transformer_blocks.0.", "x_embedder.")),
     ("LongCat-Image or FLUX", ("single_blocks.0.", "double_blocks.0.")),
     ("PixArt", ("x_embedder.", "blocks.0.cross_attn.kv_linear.", "blocks.0.mlp.")),
+    ("InfiniteTalk, MultiTalk or SkyReels", ("blocks.0.audio_cross_attn.", "blocks.0.ffn.0.")),
     ("Wan", ("patch_embedding.", "blocks.0.self_attn.q.", "blocks.0.ffn.0.")),
     ("Wan (diffusers names)", ("patch_embedding.", "blocks.0.attn1.to_q.", "blocks.0.ffn.net.")),
     ("LoRA", ("lora___lorahyphen___",)),
@@ -160,6 +203,8 @@ FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("VAE", ("decoder.", "encoder.")),
     ("UMT5 text encoder", ("shared.weight", "encoder.block.0.")),
 )
+# The same, for files with so few names that a damaged file of ours has them too.
+FOREIGN_PARTS = (("InfiniteTalk, MultiTalk or SkyReels", ("blocks.0.audio_cross_attn.",)),)
 
 
 def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
@@ -169,9 +214,8 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
     """
     keys = list(keys)
     damaged: tuple[Format, str] | None = None
-    _refuse(keys, LARGER, source)
     for prefix in PREFIXES:
-        for form in FORMATS:
+        for form in AVATARS if _any_starts(keys, prefix + HEARS) else FORMATS:
             missing = sum(not _any_starts(keys, prefix + mark) for mark in form.signature)
             if not missing:
                 return form, prefix
@@ -182,6 +226,7 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, str]:
         raise CheckpointError(f"{source} holds LoRA, {_REMEDY}")
     if damaged is not None:
         return damaged  # the loader names the missing tensor
+    _refuse(keys, FOREIGN_PARTS, source)
     refuse_packed(keys, source)
     sample = ", ".join(keys[:3]) or "no tensors"
     raise CheckpointError(f"{source} is not a known LongCat-Video checkpoint (it holds {sample}); {_GIVE}")

@@ -13,20 +13,22 @@ from torch import Tensor
 from ..errors import CheckpointError, LongCatError
 from ..files.records import read_record
 from ..files.weight_files import open_weights
-from ..model.config import ModelConfig
+from ..model.config import AudioConfig, ModelConfig
 from ..model.transformer import LongCatTransformer
 from ..optimize.attention import import_ahead
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from ..optimize.switches import Optimizations
-from .formats import MAX_BLOCKS, Format, detect
+from .formats import MAX_BLOCKS, Format, detect, for_network
 from .lora import Lora, LoraStack, OpenedLora
 from .reader import Reader, Watch, require_finite
 from .stored import Stored, collect, json_metadata, match_parameters, stored_part
 
 CONFIG_KEY = "config"
-# Folder of the transformer in a folder of all parts: LongCat-Video's own, and that of Diffusers and FastVideo.
-FOLDERS = ("dit", "transformer")
+Shape = tuple[int, ...]
+# Folder of the transformer in a folder of all parts: LongCat-Video's own, that of Diffusers and FastVideo, and those of
+# LongCat-Video-Avatar 1.5 and 1.0.
+FOLDERS = ("dit", "transformer", "base_model", "avatar_single", "avatar_multi")
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ def count_blocks(form: Format, names: Iterable[str]) -> int:
     return 1 + max((number for number in numbers if number < 2 * len(numbers)), default=-1)
 
 
-def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) -> ModelConfig:
+def infer_config(form: Format, shapes: dict[str, Shape], source: str) -> ModelConfig:
     """Sizes from the tensors' shapes; settings that shapes do not show are the released model's.
 
     Raises CheckpointError for a tensor that is missing or cannot be what its name says.
     """
     table = dict(form.modules(1))
 
-    def shape(module: str, sides: int) -> tuple[int, ...]:
+    def shape(module: str, sides: int) -> Shape:
         part = stored_part(shapes, table[module][0], "weight")
         if part is None:
             raise CheckpointError(f"{source} lacks tensor {table[module][0]}.weight; download it again")
@@ -85,6 +87,47 @@ def infer_config(form: Format, shapes: dict[str, tuple[int, ...]], source: str) 
         raise
     except LongCatError as error:
         raise CheckpointError(f"{source} has tensors of shapes that no network has ({error})") from error
+
+
+# Channels of the known audio encoders' states: Whisper large, and wav2vec2 base.
+_ENCODER_CHANNELS = (1280, 768)
+
+
+def infer_audio(form: Format, shapes: Mapping[str, Shape], source: str, hint: AudioConfig | None) -> AudioConfig | None:
+    """Sizes of what an avatar's network hears with, from the tensors' shapes; None for a form without audio.
+
+    hint: supplies what shapes do not show, the encoder's groups of channels and the positions of speakers. Raises
+    CheckpointError for shapes that no such network has.
+    """
+    if "audio_embed.first" not in form.outer:
+        return None
+    known = hint or AudioConfig()
+
+    def shape(module: str) -> Shape:
+        part = stored_part(shapes, form.outer[module][0], "weight")
+        if part is None:
+            raise CheckpointError(f"{source} lacks tensor {form.outer[module][0]}.weight; download it again")
+        return shapes[part.name]
+
+    norm = form.block["audio_attn.source_norm"][0]
+    try:
+        (hidden, first), (_, later), (out, _), (width,) = (
+            shape(f"audio_embed.{name}") for name in ("first", "later", "out", "norm")
+        )
+        entry, odd = divmod(later - first, known.frames - 1)
+        groups, channels = known.groups, known.channels
+        if groups * channels != entry:
+            channels = next((count for count in _ENCODER_CHANNELS if entry % count == 0), 0)
+            groups = entry // max(1, channels)
+        if odd or min(entry, width) < 1 or first % entry or out % width or not channels:
+            raise LongCatError(f"{first} and {later} columns for audio, {out} rows for tokens of {width} channels")
+        sizes = {"window": first // entry, "groups": groups, "channels": channels, "hidden": hidden, "width": width}
+        prenorm = any(f".{norm}." in name for name in shapes)
+        return replace(known, **sizes, tokens=out // width, prenorm=prenorm)
+    except CheckpointError:
+        raise
+    except (LongCatError, ValueError) as error:
+        raise CheckpointError(f"{source} has tensors of shapes that no avatar has ({error})") from error
 
 
 def with_zero_pad(config: ModelConfig, metadata: Mapping[str, str], source: str | Path) -> ModelConfig:
@@ -123,6 +166,9 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None, left: C
     if config is None:
         config = infer_config(form, stored.shapes, str(path))
         config = with_zero_pad(config, metadata, path)
+        audio = json_metadata(metadata, CONFIG_KEY, path).get("audio")
+        config = replace(config, audio=ModelConfig.from_dict({"audio": audio}).audio) if audio else config
+    config = replace(config, audio=infer_audio(form, stored.shapes, str(path), config.audio))
     blocks = count_blocks(form, stored.where)
     if blocks > MAX_BLOCKS:
         raise CheckpointError(f"{path} has {blocks} blocks, more than any {form.model}; give another file")
@@ -132,6 +178,16 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None, left: C
         )
     checkpoint = Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config)
     return checkpoint.fitted(empty_parameters(config)) if checkpoint.packed else checkpoint
+
+
+def without_audio(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself. Raises CheckpointError for an avatar, where videos without audio are generated."""
+    if checkpoint.config.audio is not None:
+        raise CheckpointError(
+            f"{checkpoint.source} holds LongCat-Video-Avatar, not a LongCat-Video transformer; give the dit folder of "
+            "LongCat-Video or a single file of its transformer"
+        )
+    return checkpoint
 
 
 def empty_parameters(config: ModelConfig) -> dict[str, Tensor]:
@@ -174,7 +230,8 @@ def load_transformer(
     reader = Reader(checkpoint, device)
     import_ahead(device, model.optimizations.attention)
     stack = LoraStack(lora, {name: parameter.shape for name, parameter in parameters.items()})
-    eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth))
+    audio = checkpoint.config.audio is not None
+    eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth, audio))
     for name in eight_bit:
         check_sizes(*parameters[f"{name}.weight"].shape)
     state, extremes = {}, {}
@@ -225,6 +282,7 @@ def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def official_state(model: OptimizedTransformer, form: Format) -> dict[str, Tensor]:
     """The network's weights under the names of `form`; fused weights are split as the form stores them."""
+    form = for_network(form, model.config.audio is not None)
     table = dict(form.modules(model.config.depth))
     state = {}
     for name, parameter in model.state_dict().items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..checkpoints.load import Checkpoint, open_checkpoint
+from ..checkpoints.load import Checkpoint, open_checkpoint, without_audio
 from ..checkpoints.lora import Lora, OpenedLora, open_loras
 from ..errors import check_type
 from ..optimize.attention import check as check_attention
@@ -24,8 +24,11 @@ class OpenedModel:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The transformer's checkpoint, opened at first use. Raises CheckpointError as `open_checkpoint`."""
-        return open_checkpoint(self.paths.model)
+        """The transformer's checkpoint, opened at first use.
+
+        Raises CheckpointError as `open_checkpoint` does, and for an avatar.
+        """
+        return without_audio(open_checkpoint(self.paths.model))
 
 
 def open_model(

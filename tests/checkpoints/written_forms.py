@@ -25,10 +25,14 @@ COMFYUI = (
     (r"^final_layer\.adaLN_modulation", "head.modulation"),
     (r"\.adaLN_modulation", ".modulation"),
     (r"\.pre_crs_attn_norm", ".norm3"),
-    (r"\b([qk])_norm", r"norm_\1"),
-    (r"\.proj\b", ".o"),
+    (r"(?<!audio_cross_attn)\.([qk])_norm", r".norm_\1"),
+    (r"(?<!audio_cross_attn)\.proj\b", ".o"),
     (r"\.attn\b", ".self_attn"),
-    (r"\.q_linear", ".q"),
+    (r"(?<!audio_cross_attn)\.q_linear", ".q"),
+    # Of the avatar.
+    (r"^audio_proj", "multitalk_audio_proj"),
+    (r"\.audio_adaLN_modulation", ".audio_modulation"),
+    (r"\.pre_video_crs_attn_norm", ".norm_x"),
 )
 FASTVIDEO = (
     (r"^x_embedder", "patch_embed"),
@@ -57,7 +61,7 @@ def split(state: State) -> State:
     """qkv and kv_linear as q, k, v by themselves."""
     out = {}
     for name, tensor in state.items():
-        match = re.search(r"\.(qkv|kv_linear)\.", name)
+        match = re.search(r"(?<!audio_cross_attn)\.(qkv|kv_linear)\.", name)
         letters = "" if match is None else match[1].removesuffix("_linear")
         for letter, part in zip(letters, tensor.chunk(max(1, len(letters))), strict=False):
             out[name.replace(match[1], letter)] = part
@@ -76,7 +80,7 @@ def fastvideo(state: State) -> State:
 
 def is_matrix(name: str, tensor: Tensor) -> bool:
     """A weight that such files have in 8 bits: of the blocks' projections, not of embeddings, modulation and head."""
-    return tensor.ndim == 2 and re.search(r"blocks\.\d+\.(self_attn|cross_attn|attn|ffn)\.", name) is not None
+    return tensor.ndim == 2 and re.search(r"blocks\.\d+\.(\w*attn|ffn)\.", name) is not None
 
 
 def fp8_scaled(state: State, *, scale: str = "scale_weight", marker: bool = True, rows: bool = False) -> State:
