@@ -7,68 +7,32 @@ arbitrary. A missing case fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache, cached_property, partial
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.load import load_transformer, read_config
 from ..checkpoints.lora import merge_lora
 from ..errors import LongCatError
-from ..files.safetensors_io import read_tensors
 from ..model.kv_cache import KVMode
 from ..optimize.block_sparse import BlockSparse, Kernel, attend_grid
-from ..optimize.execution import OptimizedTransformer
 from ..optimize.kernels.elementwise import missing
 from ..sampling.conditioning import to_pixels
 from ..sampling.guidance import cfg_zero, cfg_zero_scale
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
+from .golden import Case, Golden, Pair, check
+from .verify_avatar import avatar_cases
 
-TOLERANCE = 2e-5
 # For attention in bf16, beyond the rounding of its output.
 BSA_TOLERANCE = 2e-2
 GUIDANCE_SCALE = 4.0
 STEPS, DISTILLED_STEPS = 6, 4
 SCHEDULES = {"base": (12, 50), "distill": (8, 12, 16), "enhance_hf": (6, 50), "refine": (50,)}
 BSA_CASES = "abcd"
-
-
-class Golden:
-    """A folder of golden data; each file is read when a case first needs it. `forward` holds inputs and outputs of the
-    network, `generate` those of the sampler and the VAE. Raises LongCatError without a config.json."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_config(folder / "config.json")
-        self.read = cache(lambda name: read_tensors(folder / f"{name}.safetensors"))
-
-    @cached_property
-    def model(self) -> OptimizedTransformer:
-        return self.load("dit.safetensors")
-
-    @cached_property
-    def vae(self) -> Any:
-        from ..generate.vae import load_vae
-
-        return load_vae(self.folder / "vae.safetensors")
-
-    def load(self, name: str, **changes: Any) -> OptimizedTransformer:
-        return load_transformer(self.folder / name, config=replace(self.config, **changes))
-
-
-# What a case returns: this code's output and the golden one.
-Pair = tuple[Tensor, Tensor]
-
-
-class Case(NamedTuple):
-    name: str
-    run: Callable[[Golden], Pair]
-    tolerance: float = TOLERANCE
 
 
 def _forward(
@@ -172,15 +136,6 @@ def _bsa(golden: Golden, case: str, kernel: Kernel) -> Pair:
     return out.transpose(1, 2).cpu(), data[f"{case}.o"]
 
 
-def half_units(x: Tensor) -> Tensor:
-    """The largest rounding error of each number in x's dtype: half a unit in its last place; 0 for fp32."""
-    if x.dtype.itemsize > 2 or not x.dtype.is_floating_point:
-        return torch.zeros(())
-    # frexp's mantissas lie between a half and one.
-    units = torch.frexp(x.float()).exponent.float().exp2() * torch.finfo(x.dtype).eps / 4
-    return units.masked_fill(x == 0, 0.0)
-
-
 def cases(depth: int) -> Iterator[Case]:
     """Every case of a golden folder whose model has `depth` blocks."""
     yield Case("t2v", partial(_forward, name="t2v"))
@@ -222,33 +177,6 @@ def cases(depth: int) -> Iterator[Case]:
             yield Case(f"bsa {case} triton", partial(_bsa, case=case, kernel="triton"), BSA_TOLERANCE)
 
 
-class Outcome(NamedTuple):
-    """error: largest difference beyond 16-bit rounding, over the expected output's standard deviation; NaN if unknown.
-    verdict: "pass", or "fail" and the reason if there is one besides the error."""
-
-    error: float
-    verdict: str
-
-
-@torch.no_grad()
-def check(case: Case, golden: Golden) -> Outcome:
-    """Run one case. Any error, such as a missing file or tensor, becomes a fail with its reason."""
-    try:
-        given, expected = case.run(golden)
-    except KeyError as error:
-        return Outcome(math.nan, f"fail: no tensor {error.args[0]} in the folder")
-    except (LongCatError, RuntimeError, OSError) as error:
-        return Outcome(math.nan, f"fail: {str(error).splitlines()[0]}")
-    if given.shape != expected.shape:
-        return Outcome(math.nan, f"fail: shape {list(given.shape)} instead of {list(expected.shape)}")
-    # A constant has no deviation; its magnitude serves instead.
-    deviation = expected.float().std(correction=0).item() or expected.float().abs().max().item() or 1.0
-    difference = (given.float() - expected.float()).abs() - half_units(given) - half_units(expected)
-    largest = difference.clamp(min=0).max().item() / deviation
-    # NaN must fail, hence `<=`.
-    return Outcome(largest, "pass" if largest <= case.tolerance else "fail")
-
-
 def run_verify(directory: Path) -> int:
     """Print the table for a golden folder; returns 1 if any case fails or is missing, else 0.
 
@@ -258,11 +186,12 @@ def run_verify(directory: Path) -> int:
         raise LongCatError(f"{directory} is not a folder; give a folder of golden data with its config.json")
     golden = Golden(directory)
     failed = passed = 0
-    print(f"{'case':36} {'max error / std':>16} {'tolerance':>10}  result")
-    for case in cases(golden.config.depth):
+    print(f"{'case':46} {'max error / std':>16} {'tolerance':>10}  result")
+    avatar = golden.config.audio is not None
+    for case in avatar_cases(golden) if avatar else cases(golden.config.depth):
         error, verdict = check(case, golden)
         failed, passed = failed + (verdict != "pass"), passed + (verdict == "pass")
         number = "-" if math.isnan(error) else f"{error:.2e}"
-        print(f"{case.name:36} {number:>16} {case.tolerance:>10.0e}  {verdict}", flush=True)
+        print(f"{case.name:46} {number:>16} {case.tolerance:>10.0e}  {verdict}", flush=True)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0

@@ -10,7 +10,8 @@ import torch
 
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
-from longcat_core.measure.verify import SCHEDULES, Golden, cases, check, half_units, run_verify
+from longcat_core.measure.golden import Golden, check, half_units
+from longcat_core.measure.verify import SCHEDULES, cases, run_verify
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 NAMES = [case.name for case in cases(2)]

@@ -126,3 +126,17 @@ def resize_and_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     box = (*box[:2], min(box[2], frames.shape[1]), min(box[3], frames.shape[0]))
     picture = image.fromarray(np.ascontiguousarray(frames))
     return np.asarray(picture.resize((width, height), image.Resampling.LANCZOS, box=box))
+
+
+def cover(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, 3] as the avatar's public code fits it: resized to whole pixels that cover height x width, cropped.
+
+    `resize_and_crop` keeps the aspect ratio to a fraction of a pixel, and differs from this in the last digits.
+    """
+    image = package("PIL.Image")
+    rows, columns = picture.shape[:2]
+    wide = width * rows > columns * height
+    size = (width, max(height, rows * width // columns)) if wide else (max(width, columns * height // rows), height)
+    resized = np.asarray(image.fromarray(np.ascontiguousarray(picture)).resize(size, image.Resampling.LANCZOS))
+    left, top = size[0] // 2 - width // 2, size[1] // 2 - height // 2
+    return resized[top : top + height, left : left + width]
