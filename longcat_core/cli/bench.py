@@ -12,6 +12,7 @@ from ..benchmark.options import RUN, add_own_of_run
 from ..errors import LongCatError
 from ..files.claims import claimed
 from ..files.places import check_new_folder
+from ..generate.options import of_command
 from ..generate.paths import ModelPaths
 from ..generate.request import check_frames, check_side
 from ..generate.speeds import EXACT
@@ -25,11 +26,16 @@ from ..optimize.sparse.choose import report as sparse_report
 from ..sampling.conditioning import latent_frames, latent_shape
 from .console import whole
 from .models import device_of, dtype_of, paths_of
-from .options import Parser
+from .options import Parser, given_flags
 
 # Memory of common cards, and the size of the released text encoder's weights in 16 bits.
 CARDS_GIB, UMT5_XXL_BYTES = (48, 32, 24, 16, 12, 8), 11_361_820_672
 MOST_GIB = 1_000_000
+# Options of generate that have an input in the workflow which bench run queues in ComfyUI.
+SET_IN_COMFYUI = (
+    *("model", "vae", "text_encoder", "lora", "fp8", "device", "size", "height", "width", "frames", "fps", "output"),
+    *("seed", "steps", "guidance", "schedule", "distilled", "speed"),
+)
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -49,6 +55,8 @@ def _whole_runs(args: argparse.Namespace) -> int:
     """Time whole runs of `longcat generate` or in ComfyUI; write a file of results and its chart."""
     if args.runs < 1:
         raise LongCatError(f"--runs {args.runs} is too small; give at least 1")
+    if args.comfyui is not None:
+        _check_in_comfyui(args)
     from ..benchmark.bench import finish
     from ..benchmark.parts.run import measure
 
@@ -83,6 +91,18 @@ def _whole_runs(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_in_comfyui(args: argparse.Namespace) -> None:
+    """Raise LongCatError for options that say nothing to ComfyUI's server."""
+    given = given_flags(args.argv)
+    others = [row.flag for row in of_command("generate") if row.flag in given and row.name not in SET_IN_COMFYUI]
+    if others:
+        raise LongCatError(f"--comfyui sets nothing of the pack's workflow by {', '.join(others)}; leave it out")
+    if args.runs != 1:
+        raise LongCatError("--comfyui starts one server; leave --runs out")
+    if len(args.lora or []) > 1:
+        raise LongCatError("--comfyui takes one --lora; leave the others out")
+
+
 def _in_comfyui(
     args: argparse.Namespace,
     paths: ModelPaths,
@@ -95,11 +115,6 @@ def _in_comfyui(
     from ..benchmark.workload import Size
     from .generate import request_of
 
-    if args.image is not None or args.video is not None:
-        raise LongCatError("--comfyui measures text to video; leave --image and --video out")
-    loras = args.lora or []
-    if len(loras) > 1:
-        raise LongCatError("--comfyui takes one --lora; leave the others out")
     request = request_of(args, PROMPTS[0]).filled(paths.defaults)
     size = Size(request.height, request.width, request.frames, 1 if request.guidance_scale == 1 else 2)
     inputs = {
@@ -110,7 +125,7 @@ def _in_comfyui(
         "dtype": "ComfyUI's dtype",
         "fp8": args.fp8,
     }
-    lora = loras[0] if loras else None
+    lora = args.lora[0] if args.lora else None
     wanted = wanted_of(request, paths, PROMPTS, lora=lora, fp8=args.fp8, speed=args.speed or EXACT)
     python, port = args.comfyui_python, args.port
     # Kept at the end, because describing this machine takes memory of its GPU.

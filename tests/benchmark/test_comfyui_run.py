@@ -12,6 +12,7 @@ import pytest
 from longcat_core.benchmark import comfyui_server
 from longcat_core.benchmark.comfyui_server import Events, Server, free_port
 from longcat_core.benchmark.parts import comfyui_run
+from longcat_core.cli.main import BAD_INPUT, main
 from longcat_core.errors import LongCatError
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.request import RELEASED, GenerateRequest
@@ -139,3 +140,18 @@ def test_what_a_prompt_fails_of_is_said():
 
 def test_any_port_that_is_free():
     assert free_port(None) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--attention", "sdpa"], "--attention"),
+        (["--image", "a.png", "--no-text-cache"], "--image, --no-text-cache"),
+        (["--runs", "2"], "one server"),
+        (["--lora", "a.safetensors", "--lora", "b.safetensors"], "one --lora"),
+    ],
+)
+def test_options_without_an_input_in_the_workflow_are_refused(tmp_path, capsys, words, said):
+    words = ["bench", "run", "--comfyui", str(tmp_path), "--device", "cpu", *words, "--output", str(tmp_path / "out")]
+    assert main(words) == BAD_INPUT
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
