@@ -14,6 +14,7 @@ from torch import Tensor
 from longcat_core.checkpoints.load import load_transformer
 from longcat_core.errors import BackendUnavailable, LongCatError
 from longcat_core.files.safetensors_io import read_tensors
+from longcat_core.model.attention import Groups
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.rope import rope_table
 from longcat_core.optimize import block_sparse
@@ -253,7 +254,7 @@ class LaidOut:
         text = ops.text_form(text, len(x)).tokens(text.tokens)
         for i, block in enumerate(model.blocks):
             cached = None if cache is None else tuple(map(cache_layout.arrange, cache.read(i, tokens)))
-            tokens = block(tokens, temb, text, rope, cached, ops, layout.cond_slabs)
+            tokens = block(tokens, temb, text, rope, cached, ops, Groups(layout.cond_slabs))
         tokens = layout.restore(tokens.flatten(1, 2)).unflatten(1, (grid[0], -1))
         out = model.final_layer(tokens, model.embed_time(per_frame, x.dtype), ops)
         return rearrange(out, "b t (h w) (p q c) -> b c t (h p) (w q)", h=grid[1], w=grid[2], p=2, q=2)
