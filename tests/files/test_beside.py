@@ -122,6 +122,11 @@ def test_an_interrupted_encoder_leaves_nothing(tmp_path, monkeypatch):
                 time.sleep(0.01)
 
     monkeypatch.setattr(beside, "write_video", slow)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "a.webp")
+    # A shell lets its background jobs ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "a.webp")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert os.listdir(tmp_path) == []
