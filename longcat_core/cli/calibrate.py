@@ -17,7 +17,7 @@ from ..measure.calibration_report import CURVE, LAYERS, TITLE, page, pictures, t
 from ..measure.charts import require_pillow
 from ..measure.results import command, commit, written
 from ..optimize.attention import is_exact
-from .console import Progress, notes_from_warnings
+from .console import notes_from_warnings
 from .generate import print_notes, prompts_of, read_in, request_of, there_in
 from .models import load_models, machine_of, paths_of
 from .options import without_effect
@@ -50,7 +50,7 @@ def calibrate(args: argparse.Namespace) -> int:
     there = (*there_in(first), *((A_GPU,) if device.type == "cuda" else ()))
     print_notes([*args.outputs.notes, *without_effect(args, there), *first.notes()])
 
-    with notes_from_warnings(), Progress() as bar:
+    with notes_from_warnings(), args.bar as bar:
         task = bar.plan(Search.parts(videos, recipe), what="video")
         search = Search(videos, recipe, task)
         task.phase(LOADING)

@@ -60,7 +60,7 @@ def compare(args: argparse.Namespace) -> int:
     notes = [*args.outputs.notes, *without_effect_in(sides)]
     print_notes(dict.fromkeys([*notes, *(sentence for side in sides for sentence in side.request.notes())]))
 
-    with notes_from_warnings(), Progress() as bar:
+    with notes_from_warnings(), args.bar as bar:
         fidelity = _Run(sides, [(video.prompt, video.seed) for video in videos], folder, bar).compare()
     _write(fidelity, args, first.device, videos, folder)
     for setting in fidelity.others:

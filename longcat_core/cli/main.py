@@ -62,16 +62,16 @@ COMMANDS = {
     ),
     "compare": Command(
         "compare.compare", "Show what options cost: PSNR and SSIM at the same seed, and the noise floor.",
-        (("prompts", "PROMPT", f"{PROMPT}; each prompt makes a video", {"nargs": "*"}),),
+        (("prompts", "PROMPT", f"{PROMPT}; each prompt makes a video", {"nargs": "*"}),), bar=True,
     ),
     "calibrate": Command(
         "calibrate.calibrate", "Find how sparse the attention of each head may be, for --sparse.",
         (("model", "MODEL", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form (default: "
-          "LongCat-nano)", {"nargs": "?"}),),
+          "LongCat-nano)", {"nargs": "?"}),), bar=True,
     ),
     "train-lora": Command(
         "train.train_lora", "Train a LoRA on a folder of clips and captions.",
-        (("folder", "FOLDER", "clips and pictures, a .txt caption beside each", PATH),),
+        (("folder", "FOLDER", "clips and pictures, a .txt caption beside each", PATH),), bar=True,
     ),
     "convert": Command(
         "convert.convert", "Write a checkpoint of any form as bf16, ComfyUI fp8 or INT8.",
@@ -89,7 +89,7 @@ COMMANDS = {
     "backends": Command("bench.backends", "List the kernels of attention, dense and sparse, and why one cannot run.",
                         printed=True),
     "score-nano": Command("nano.score", "Measure how well the bundled model follows fresh prompts.",
-                          printed=True),
+                          printed=True, bar=True),
     "lesson-nano": Command(
         "nano.lesson", "Write clips that teach the bundled model pink, for train-lora.",
         (("folder", "DIR", "a new folder", PATH),),

@@ -58,7 +58,7 @@ def score(args: argparse.Namespace) -> int:
         inputs = {"world": world.world, "model": str(args.model or ""), "lesson": args.lesson, "prompts": args.prompts}
         inputs |= {"size": f"{first.height}x{first.width}", "frames": first.frames, "batch": batch}
         results = ResultsFile("adherence", args.output.parent, sides[0].device, inputs, name=args.output.stem)
-    with notes_from_warnings(), Progress() as bar:
+    with notes_from_warnings(), args.bar as bar:
         table = _Scoring(sides, judge, args.prompts, results, bar).run()
     if len(sides) > 1:
         print(f"\n{table}")

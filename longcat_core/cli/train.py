@@ -11,7 +11,7 @@ from ..optimize.compilation import why_not
 from ..optimize.switches import Optimizations
 from ..training import lora as training
 from ..training.clips import find_clips, notes
-from .console import Progress, note, notes_from_warnings
+from .console import note, notes_from_warnings
 from .models import device_of, dtype_of, paths_of
 
 # Options that the recipe takes as they are.
@@ -45,7 +45,7 @@ def train_lora(args: argparse.Namespace) -> int:
         note(sentence)
 
     started, smooth = time.monotonic(), None
-    with notes_from_warnings(), Progress() as bar:
+    with notes_from_warnings(), args.bar as bar:
 
         def report(what: str, done: int, of: int, loss: float | None) -> None:
             nonlocal smooth
