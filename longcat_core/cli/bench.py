@@ -96,7 +96,7 @@ def _check_in_comfyui(args: argparse.Namespace) -> None:
     given = given_flags(args.argv)
     others = [row.flag for row in of_command("generate") if row.flag in given and row.name not in SET_IN_COMFYUI]
     if others:
-        raise LongCatError(f"--comfyui sets nothing of the pack's workflow by {', '.join(others)}; leave it out")
+        raise LongCatError(f"--comfyui cannot pass on {', '.join(others)} to the workflow; leave it out")
     if args.runs != 1:
         raise LongCatError("--comfyui starts one server; leave --runs out")
     if len(args.lora or []) > 1:
