@@ -19,10 +19,11 @@ from ..regular import check_regular
 
 # Pillow's names. Decoders that run programs (EPS) or are rarely tried (FLI, PSD, ...) are left out.
 PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA", "ICO")
-# FFmpeg's names. None of these demuxers opens a second file. The last three hold sound, which is refused by that name.
+# FFmpeg's names. None of these demuxers opens a second file. The last row holds sound alone.
 DEMUXERS = (
     "mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "ogg", "asf", "nut", "ivf", "gif", "apng", "mxf",
-    "dv", "h264", "hevc", "m4v", "yuv4mpegpipe", "obu", "wav", "mp3", "flac",
+    "dv", "h264", "hevc", "m4v", "yuv4mpegpipe", "obu",
+    "wav", "w64", "mp3", "flac", "aac", "ac3", "eac3", "aiff", "au", "caf", "wv", "tta", "amr",
 )  # fmt: skip
 DECODERS = (
     "h264", "hevc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "vvc", "mpeg1video",

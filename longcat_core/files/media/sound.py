@@ -1,4 +1,4 @@
-"""The sound of one video beside the pictures of another: copied where the container can hold it, else coded as AAC."""
+"""Sound beside the pictures of a video: that of a file, copied where the container can hold it, or samples, coded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import LongCatError
 from .opening import decoding, opened, opened_container, package
 from .packets import is_cover
+from .samples import Sound
 
 # FFmpeg's names of what players expect in an .mp4; Matroska holds any sound.
 IN_MP4 = ("aac", "mp3", "ac3", "eac3", "opus", "flac", "alac")
@@ -26,9 +29,12 @@ DECODERS = (
 RATE = 48000
 LAYOUTS = {1: "mono", 6: "5.1"}
 FORMS = {".mp4": "mp4", ".mkv": "matroska"}
+BITS = 96_000  # a second of a channel, as AAC
+# Seconds of samples that are coded at a time.
+PIECE = 0.25
 
 
-class Sound:
+class Tracks:
     """The sound tracks of a container `source`, added to the container `target`; `write` puts their packets there."""
 
     def __init__(self, source: Any, target: Any) -> None:
@@ -100,16 +106,53 @@ class _Coded:
         return [packet for part in self._resampler.resample(frame) for packet in self._out.encode(part)]
 
 
+class Samples:
+    """A track of the samples of `sound` in the container `target`, as AAC in .mp4 and as FLAC of 24 bits in .mkv."""
+
+    def __init__(self, sound: Sound, target: Any) -> None:
+        lossless = target.format.name == "matroska"
+        sound = sound if lossless else sound.resampled(RATE)
+        values = sound.samples.numpy()
+        self._layout = LAYOUTS.get(len(values), "stereo") if len(values) < 3 else "mono"
+        # Several channels whose places are unknown are mixed.
+        self._samples = values if len(values) < 3 else values.mean(0, keepdims=True)
+        self._rate, self._at, self._target = sound.rate, 0, target
+        self._out = target.add_stream("flac" if lossless else "aac", rate=sound.rate, layout=self._layout)
+        form = self._out.codec_context.format = "s32" if lossless else "fltp"
+        self._out.bit_rate = BITS * len(self._samples)
+        self._resampler = package("av.audio.resampler").AudioResampler(form, self._layout, sound.rate)
+
+    def write(self, until: float = math.inf) -> None:
+        """Write what is heard before the moment `until` in seconds, or all that is left."""
+        frames, count = package("av").AudioFrame, round(PIECE * self._rate)
+        while self._at < self._samples.shape[1] and self._at < until * self._rate:
+            piece = np.ascontiguousarray(self._samples[:, self._at : self._at + count])
+            frame = frames.from_ndarray(piece.clip(-1, 1), format="fltp", layout=self._layout)
+            frame.sample_rate, frame.pts = self._rate, self._at
+            self._at += piece.shape[1]
+            self._write(frame)
+        if until == math.inf:
+            self._write(None)
+            self._target.mux(self._out.encode(None))
+
+    def _write(self, frame: Any) -> None:
+        for part in self._resampler.resample(frame):
+            self._target.mux(self._out.encode(part))
+
+
 def codec_of(stream: Any) -> str:
     """FFmpeg's name of a stream's codec, whichever decoder reads it."""
     return str(stream.codec_context.codec.canonical_name)
 
 
 @contextmanager
-def sound_of(path: Path, target: Any) -> Iterator[Sound]:
-    """The sound of a file, to be written into a container by and by."""
-    with opened(path, "video") as file, opened_container(file, DECODERS) as source:
-        yield Sound(source, target)
+def sound_of(sound: Path | Sound, target: Any) -> Iterator[Tracks | Samples]:
+    """The sound of a file, or samples, to be written into a container by and by."""
+    if isinstance(sound, Sound):
+        yield Samples(sound, target)
+        return
+    with opened(sound, "video") as file, opened_container(file, DECODERS) as source:
+        yield Tracks(source, target)
 
 
 class _Nowhere:
@@ -144,6 +187,6 @@ def check_sound(path: Path, suffix: str) -> tuple[Path | None, str]:
             sound.write()
     except LongCatError as error:
         return None, f"the sound is left out: {error}"
-    if not sound.coded:
+    if not isinstance(sound, Tracks) or not sound.coded:
         return path, ""
     return path, f"the sound of {path} is coded as AAC, because {suffix} does not hold {', '.join(sound.coded)}"

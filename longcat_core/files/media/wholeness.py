@@ -16,12 +16,14 @@ LAST_BYTES = "its last bytes are missing"
 _NUT_INDEX = b"NX\xdd\x67\x2f\x23\xe6\x4e"
 # Boxes at the top of an MP4 file. What follows them at the end may be anything, such as notes of a phone.
 _BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"wide", b"free", b"skip", b"styp", b"sidx", b"uuid", b"meta")
+_OGG_PAGE, _OGG_HEAD, _LONGEST_PAGE = b"OggS", 27, 65307
 _MXF_PARTITION = b"\x06\x0e\x2b\x34\x02\x05\x01\x01\x0d\x01\x02\x01\x01"
 _TS_PACKETS = {188: 0, 192: 4, 204: 0}  # bytes of a packet: where its sync byte is
 
 
 def is_cut_short(file: BinaryIO) -> bool:
-    """Whether the end is missing of a Matroska, MP4, AVI, WebP, GIF, PNG, MXF or MPEG-TS file; others seem whole."""
+    """Whether the end is missing of a Matroska, MP4, AVI, WAV, WebP, GIF, PNG, Ogg, MXF or MPEG-TS file; others seem
+    whole."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     head = file.read(4096)
@@ -41,6 +43,8 @@ def is_cut_short(file: BinaryIO) -> bool:
         return tail.rstrip(b"\0\r\n ")[-1:] != b";"
     if head.startswith(b"\x89PNG"):
         return b"IEND" not in tail
+    if head.startswith(_OGG_PAGE):
+        return _ogg_end(file, size) > size
     if head.startswith(_MXF_PARTITION):
         # A footer ends the file (SMPTE ST 377-1, 7); its place is 0 if the writer could not go back.
         _, value = _mxf_length(head)
@@ -53,6 +57,20 @@ def is_cut_short(file: BinaryIO) -> bool:
     if head[4:8] in _BOXES:
         return _boxes_end(file, size) > size
     return False
+
+
+def _ogg_end(file: BinaryIO, size: int) -> int:
+    """Where the last page of an Ogg file ends (RFC 3533, 6)."""
+    begin = max(0, size - _LONGEST_PAGE)
+    file.seek(begin)
+    tail = file.read()
+    file.seek(0)
+    at = max(0, tail.rfind(_OGG_PAGE))
+    # A page begins with the number of its segments and the length of each.
+    head = tail[at : at + _OGG_HEAD]
+    lengths = tail[at + _OGG_HEAD :][: head[-1]]
+    whole = len(head) == _OGG_HEAD and len(lengths) == head[-1]
+    return begin + at + _OGG_HEAD + len(lengths) + sum(lengths) if whole else size + 1
 
 
 def _mxf_length(pack: bytes) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from ...errors import LongCatError, check_path, check_type, is_number
 from ..atomic import atomic_path
 from ..places import check_place, check_suffix
 from .opening import package
+from .samples import Sound
 from .sound import sound_of
 
 Frames = np.ndarray
@@ -31,15 +32,15 @@ WANTED = "uint8 [F, H, W, 3]"
 
 
 def write_video(
-    path: str | Path, frames: Frames | Iterable[Frames], fps: float, sound: str | Path | None = None
+    path: str | Path, frames: Frames | Iterable[Frames], fps: float, sound: str | Path | Sound | None = None
 ) -> None:
     """Write frames as .mp4 (H.264, yuv420p, BT.709), .mkv (FFV1, lossless), .webp (animated, lossless) or .gif (256
     colors per frame).
 
     The suffix selects the format. frames: uint8 [F, H, W, 3], or an iterable of such clips, of which .mp4 and .mkv hold
     one at a time in memory. fps: frames per second; .gif and .webp round the end of each frame to 10 ms and 1 ms.
-    sound: a video whose sound an .mp4 or .mkv has too, from its first frame on; see `check_sound`. Raises LongCatError
-    for an unknown suffix, frames of another shape or dtype, or odd sides in an .mp4.
+    sound: what an .mp4 or .mkv has too, that of a video from its first frame on (see `check_sound`), or samples. Raises
+    LongCatError for an unknown suffix, frames of another shape or dtype, or odd sides in an .mp4.
     """
     check_path("the path of the video", path)
     check_type("frames", frames, (np.ndarray, Iterable), WANTED)
@@ -78,7 +79,7 @@ def _write_stream(
     pictures: Iterable[Frames],
     size: tuple[int, int],
     fps: float,
-    sound: str | Path | None,
+    sound: str | Path | Sound | None,
     *,
     lossless: bool,
 ) -> None:
@@ -99,7 +100,9 @@ def _write_stream(
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED_RANGE
-        heard = nullcontext() if sound is None else sound_of(Path(sound), container)
+        heard = (
+            nullcontext() if sound is None else sound_of(sound if isinstance(sound, Sound) else Path(sound), container)
+        )
         with heard as tracks:
             for number, picture in enumerate(pictures):
                 if tracks is not None:

@@ -1,0 +1,126 @@
+"""Read the sound of a file as samples: what FFmpeg reads, through PyAV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import LongCatError, check_path
+from .opening import decoding, opened, opened_container, package
+from .packets import is_cover
+from .samples import Sound
+from .sound import DECODERS, codec_of
+from .wholeness import LAST_BYTES, is_cut_short
+
+REMEDY = "a .wav, .flac, .mp3 or .mp4"
+MAX_SECONDS = 2 * 3600
+# Seconds by which times may be off before silence is put in between, or before a file counts as cut short.
+TOLERANCE = 0.1
+# Containers that declare no duration, which FFmpeg then guesses by the size of the file; nor do some .mp3.
+_GUESSED = ("aac", "ac3", "eac3", "amr", "mpegts", "mpeg", "mpegvideo")
+_DECLARES = (b"Xing", b"Info", b"VBRI")
+
+
+def read_sound(path: str | Path) -> Sound:
+    """The first sound track of a file of the lists in `opening`, whole; of a video from its first picture on.
+
+    Where a track has gaps, or begins after the first picture, there is silence. Raises LongCatError for a file that
+    cannot be read, has no sound track, is cut short, or lasts more than two hours.
+    """
+    check_path("the path of the sound", path)
+    path = Path(path)
+    with opened(path, "sound") as file, decoding(path, "sound", REMEDY):
+        if is_cut_short(file):
+            raise _cut_short(path, LAST_BYTES)
+        head = file.read(4096)
+        file.seek(0)
+        with opened_container(file, DECODERS) as container:
+            if not container.streams.audio:
+                raise LongCatError(f"{path} has no sound track; give {REMEDY} with sound")
+            stream = container.streams.audio[0]
+            if stream.codec_context.name not in DECODERS:
+                raise LongCatError(f"the sound of {path} is coded as {codec_of(stream)}, which is not read; give AAC")
+            pictures = next((other for other in container.streams.video if not is_cover(other)), None)
+            begin = None if pictures is None else (pictures.start_time or 0) * pictures.time_base
+            guessed = container.format.name in _GUESSED
+            guessed |= container.format.name == "mp3" and not any(mark in head for mark in _DECLARES)
+            declared = None if guessed else _declared(container, stream, alone=pictures is None)
+            if declared is not None and declared > MAX_SECONDS:
+                raise _too_long(path)
+            rate = stream.codec_context.sample_rate
+            parts = list(_placed(path, _frames(path, container, stream), begin, rate))
+            length = sum(part.shape[1] for part in parts)
+            if not length:
+                raise LongCatError(f"{path} holds no sound that can be decoded; give {REMEDY} with sound")
+            if begin is None and declared is not None and length / rate < declared - TOLERANCE:
+                raise _cut_short(path, f"{float(declared) - length / rate:.2f} s are missing")
+            return Sound(torch.cat(parts, dim=1), rate)
+
+
+def _cut_short(path: Path, missing: str) -> LongCatError:
+    return LongCatError(f"{path} is cut short, {missing}; get the whole file")
+
+
+def _too_long(path: Path) -> LongCatError:
+    return LongCatError(f"the sound of {path} lasts more than {MAX_SECONDS // 3600} hours; cut it")
+
+
+def _declared(container: Any, stream: Any, alone: bool) -> Fraction | None:
+    """The seconds that the container says the track lasts, or, of a track `alone`, that it lasts itself; or None."""
+    if stream.duration:
+        return Fraction(stream.duration) * stream.time_base
+    return Fraction(container.duration, 1_000_000) if container.duration and alone else None
+
+
+def _frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Fraction | None, Tensor]]:
+    """What the track decodes to: its time in seconds, or None, and samples [channels, N] fp32."""
+    error, started, damaged = package("av").error, False, False
+    # To floats, at the rate and in the layout that the first frame has.
+    converter = package("av.audio.resampler").AudioResampler("fltp")
+    for packet in container.demux(stream):
+        # The one without content comes last.
+        damaged = packet.is_corrupt if packet.size else damaged
+        try:
+            frames = packet.decode()
+        except (error.InvalidDataError, error.ArgumentError) as fault:
+            # A recording may start within a packet.
+            if not started:
+                continue
+            raise LongCatError(f"{path} is cut short or damaged, it cannot be decoded to its end; get it again") from (
+                fault
+            )
+        for frame in frames:
+            started, time = True, None if frame.pts is None else frame.pts * frame.time_base
+            try:
+                converted = converter.resample(frame)
+            except ValueError as fault:
+                raise LongCatError(f"the sound of {path} changes its rate or its channels; cut it there") from fault
+            for part in converted:
+                yield time, torch.from_numpy(part.to_ndarray())
+    if damaged:
+        raise _cut_short(path, LAST_BYTES)
+
+
+def _placed(
+    path: Path, frames: Iterable[tuple[Fraction | None, Tensor]], begin: Fraction | None, rate: int
+) -> Iterator[Tensor]:
+    """The samples from the moment `begin`, or from the first ones on, one part after another, with silence in gaps."""
+    # Samples from the beginning up to here; fewer than none while the beginning is ahead.
+    filled: int | None = None
+    for time, samples in frames:
+        if filled is None:
+            begin = begin if begin is not None else time or Fraction(0)
+            filled = min(0, round(((time or begin) - begin) * rate))
+        at = filled if time is None or begin is None else round((time - begin) * rate)
+        if at > MAX_SECONDS * rate:
+            raise _too_long(path)
+        if at - filled > (TOLERANCE * rate if filled else 0):
+            yield samples.new_zeros(len(samples), at - max(0, filled))
+            filled = at
+        yield samples[:, max(0, -filled) :]
+        filled += samples.shape[1]
