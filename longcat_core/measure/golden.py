@@ -39,6 +39,14 @@ class Golden:
 
         return load_vae(self.vae_file())
 
+    @cached_property
+    def audio_encoder(self) -> Any:
+        from ..generate.audio.encoder import load_audio_encoder, open_audio_encoder
+
+        name = "whisper" if (self.folder / "whisper_config.json").exists() else "wav2vec2"
+        file, config = (self.folder / f"{name}{suffix}" for suffix in (".safetensors", "_config.json"))
+        return load_audio_encoder(file, opened=open_audio_encoder(file, config))
+
     def vae_file(self) -> Path:
         """The folder's own VAE; that of an avatar's data is in the set of golden data beside its own."""
         own, folder = self.folder / "vae.safetensors", self.folder.resolve()

@@ -1,7 +1,4 @@
-"""The cases of a golden folder of LongCat-Video-Avatar, 1.0 or 1.5.
-
-Not among them is what precedes audio embeddings: loudness, the noise floor and the audio encoders.
-"""
+"""The cases of a golden folder of LongCat-Video-Avatar, 1.0 or 1.5: the network, and whole generations."""
 
 from __future__ import annotations
 
@@ -22,12 +19,13 @@ from ..model.text import TextTokens
 from ..model.transformer import LongCatTransformer, ReferenceLayout
 from ..optimize.execution import OptimizedTransformer
 from ..optimize.text_keys import TokenTexts
-from ..sampling.avatar import Audio, ReferenceFrame, audio_windows, class_tokens, fit_masks
+from ..sampling.avatar import Audio, ReferenceFrame, class_tokens, fit_masks
 from ..sampling.conditioning import SPATIAL_FACTOR, to_pixels
 from ..sampling.guidance import audio_guidance
 from ..sampling.sampler import sample
 from ..sampling.schedules import AVATAR_SHIFT, DMD_STEPS, SHIFT, Schedule, dmd_schedule, make_schedule
 from .golden import Case, Golden, Pair
+from .verify_audio import VOICES, audio_cases, version_of
 
 TEXT_SCALE, AUDIO_SCALE = 3.0, 4.5
 STEPS, DISTILLED_STEPS = 6, 4
@@ -40,11 +38,6 @@ RUNS: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     "1.0": {"ai2v": ((0, 0), (1, 0), (1, 1)), "at2v": ((1, 0),), "duo": ((1, 1),), "at2v_distill": ()},
     "1.5": {"ai2v_distill": ((1, 0),), "duo_distill": ((1, 0),), "at2v": ((1, 1),)},
 }
-
-
-def version_of(golden: Golden) -> str:
-    """The version whose audio encoder the folder holds."""
-    return "1.5" if (golden.folder / "whisper_config.json").exists() else "1.0"
 
 
 # The network
@@ -204,7 +197,7 @@ def _segment(golden: Golden, run: str, mode: str, second: bool, kv_cache: KVMode
     newer, people = version_of(golden) == "1.5", "duo" if run.startswith("duo") else ""
     noise = data[f"noise{int(second)}"]
     height, width = (side * SPATIAL_FACTOR for side in noise.shape[3:])
-    windows = torch.cat([voices[f"{voice}.segment{int(second)}"] for voice in ("one", "two")[: 2 if people else 1]])
+    windows = torch.cat([voices[f"{voice}.segment{int(second)}"] for voice in VOICES[: 2 if people else 1]])
     classes = None
     if people:
         _, ph, pw = golden.config.patch_size
@@ -275,14 +268,6 @@ def _fitted(golden: Golden, name: str) -> Pair:
     return torch.tensor(given), image
 
 
-def _embedded(golden: Golden, voice: str, segment: int) -> Pair:
-    data, newer = golden.read("audio"), version_of(golden) == "1.5"
-    wanted, stride = data[f"{voice}.segment{segment}"], 1 if newer else 2
-    frames = wanted.shape[1]
-    start = segment * stride * (frames - len(golden.read("generate")["at2v.frames"]))
-    return audio_windows(data[f"{voice}.emb"], start, frames, stride), wanted
-
-
 def avatar_cases(golden: Golden) -> Iterator[Case]:
     """Every case of an avatar's golden folder."""
     version = version_of(golden)
@@ -317,9 +302,7 @@ def avatar_cases(golden: Golden) -> Iterator[Case]:
         for kind in ("timesteps", "sigmas"):
             yield Case(f"{name}.{steps}.{kind}", partial(_schedule, name=name, steps=steps, kind=kind))
     yield Case("cfg.velocity", _guidance)
-    for voice in ("one", "two"):
-        for segment in range(2):
-            yield Case(f"{voice}.segment{segment}", partial(_embedded, voice=voice, segment=segment))
+    yield from audio_cases(golden)
     for name in ("wide", "tall"):
         yield Case(f"fit.{name}", partial(_fitted, name=name))
     yield Case("vae encode image", partial(_encoded, frames="image", latents="image.latent"))

@@ -1,0 +1,17 @@
+"""Sound to what a LongCat-Video-Avatar hears: read, leveled, encoded, cut into the windows of segments."""
+
+from .encoder import AudioEncoder, load_audio_encoder
+from .speech import speech
+from .voices import Embeddings, Voices, combine, embed_voices, seconds_of, segments_for
+
+__all__ = [
+    "AudioEncoder",
+    "Embeddings",
+    "Voices",
+    "combine",
+    "embed_voices",
+    "load_audio_encoder",
+    "seconds_of",
+    "segments_for",
+    "speech",
+]
