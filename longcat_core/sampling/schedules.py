@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LongCatError, is_whole
+from ..model.config import AudioConfig
 from .flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 Mode = Literal["base", "distilled", "enhance_hf", "refine"]
@@ -17,6 +18,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 SHIFT = 12.0
 # Of LongCat-Video-Avatar 1.5; that of 1.0 is LongCat-Video's.
 AVATAR_SHIFT = 7.0
+# Groups of states that 1.5 takes from Whisper; 1.0 takes every layer of wav2vec2.
+WHISPER_GROUPS = 5
 # The only number of steps of the LoRA that distils LongCat-Video-Avatar 1.5.
 DMD_STEPS = 8
 # The distilled LoRA was trained on a grid of 50 timesteps: 20, 40 ... 1000.
@@ -79,6 +82,35 @@ def dmd_schedule() -> Schedule:
     spacing = NUM_TRAIN_TIMESTEPS // DMD_STEPS
     sigmas = 1 - torch.arange(DMD_STEPS, dtype=torch.float64) * spacing / (NUM_TRAIN_TIMESTEPS - 1)
     return _schedule("distilled", shift_sigmas(sigmas, AVATAR_SHIFT).float() * NUM_TRAIN_TIMESTEPS)
+
+
+def is_newer(audio: AudioConfig) -> bool:
+    """Whether an avatar's network is of version 1.5, by the audio that it takes; otherwise it is of 1.0."""
+    return audio.groups == WHISPER_GROUPS
+
+
+def shift_of(audio: AudioConfig | None) -> float:
+    """The shift of a network's noise levels."""
+    return AVATAR_SHIFT if audio is not None and is_newer(audio) else SHIFT
+
+
+def schedule_of(audio: AudioConfig | None, mode: str, steps: int) -> Schedule:
+    """`make_schedule` for a network: of LongCat-Video, for which audio is None, or of an avatar.
+
+    Raises LongCatError for other than DMD_STEPS steps of mode distilled in version 1.5, and for mode refine of an
+    avatar, which has no second stage.
+    """
+    if audio is None:
+        return make_schedule(mode, steps)
+    if mode == "refine":
+        raise LongCatError("LongCat-Video-Avatar has no refine stage; choose the base schedule")
+    if mode != "distilled" or not is_newer(audio):
+        return make_schedule(mode, steps, shift_of(audio))
+    if steps != DMD_STEPS:
+        raise LongCatError(
+            f"{steps} steps; the distilled schedule of LongCat-Video-Avatar 1.5 has exactly {DMD_STEPS} steps"
+        )
+    return dmd_schedule()
 
 
 def _schedule(mode: Mode, timesteps: Tensor) -> Schedule:

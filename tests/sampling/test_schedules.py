@@ -9,8 +9,9 @@ import torch
 
 from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_tensors
+from longcat_core.model.config import AudioConfig
 from longcat_core.sampling.flow import shift_sigmas
-from longcat_core.sampling.schedules import MODES, SHIFT, make_schedule
+from longcat_core.sampling.schedules import AVATAR_SHIFT, MODES, SHIFT, dmd_schedule, make_schedule, schedule_of
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = [("base", 12), ("base", 50), *(("distill", n) for n in (8, 12, 16)), *(("enhance_hf", n) for n in (6, 50))]
@@ -80,3 +81,18 @@ def test_shift():
 def test_bad_steps_are_named(mode, steps, said):
     with pytest.raises(LongCatError, match=said):
         make_schedule(mode, steps)
+
+
+def test_an_avatar_has_the_schedules_of_its_version():
+    older, newer = AudioConfig(groups=12, channels=768), AudioConfig()
+    for mode in ("base", "enhance_hf"):
+        for audio, shift in ((None, SHIFT), (older, SHIFT), (newer, AVATAR_SHIFT)):
+            assert torch.equal(schedule_of(audio, mode, 6).sigmas, make_schedule(mode, 6, shift).sigmas)
+    assert torch.equal(schedule_of(older, "distilled", 16).sigmas, make_schedule("distilled", 16).sigmas)
+    assert torch.equal(schedule_of(newer, "distilled", 8).sigmas, dmd_schedule().sigmas)
+    for audio, mode, steps, match in (
+        (newer, "distilled", 16, "has exactly 8 steps"),
+        (older, "refine", 50, "has no refine stage"),
+    ):
+        with pytest.raises(LongCatError, match=match):
+            schedule_of(audio, mode, steps)
