@@ -51,6 +51,11 @@ def kv_cache_bytes(config: ModelConfig, latents: int, height: int, width: int, i
     return 2 * config.depth * tokens * config.hidden_size * itemsize
 
 
+def audio_rows(config: ModelConfig, frames: int, speakers: int) -> int:
+    """Audio tokens of all speakers in `frames` latent frames; 0 for a network that does not hear."""
+    return 0 if config.audio is None else config.audio.tokens * frames * speakers
+
+
 def text_bytes(config: ModelConfig, batch: int, tokens: int, itemsize: int) -> int:
-    """Keys and values of the text in all blocks, which `reuse_text` keeps."""
+    """Keys and values of the tokens of text and audio in all blocks, which `reuse_text` keeps."""
     return 2 * config.depth * batch * tokens * config.hidden_size * itemsize

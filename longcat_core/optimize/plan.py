@@ -12,7 +12,7 @@ from ..errors import LongCatError, is_whole, plain_fields
 from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
 from .execution import OptimizedTransformer
-from .memory import forward_bytes, kv_cache_bytes, text_bytes
+from .memory import audio_rows, forward_bytes, kv_cache_bytes, text_bytes
 from .quantization import Policy
 from .residual_cache import ORDER
 from .streaming import SLOTS, spread
@@ -60,13 +60,16 @@ class Plan:
 class Work:
     """What is sampled: the shape [B, C, T, H, W] of latents, cond_latents conditioning frames included.
 
-    guided: with guidance, in two halves. skips_blocks: with `ResidualCache`, which keeps residuals.
+    guided: with guidance, in two halves, or in the three parts of an avatar's. skips_blocks: with `ResidualCache`,
+    which keeps residuals. speakers: how many voices an avatar hears; several make the parts run one after the other. A
+    reference frame counts as one of the latents and of the conditioning frames.
     """
 
     latents: Sequence[int]
     guided: bool = True
     cond_latents: int = 0
     skips_blocks: bool = False
+    speakers: int = 1
 
     def __post_init__(self) -> None:
         shape = self.latents
@@ -94,7 +97,7 @@ class Weights:
         rest = sum(parameter.nbytes for parameter in one.parameters()) - sum(p.nbytes for p in block.values())
         whole = sum(parameter.nbytes for parameter in block.values())
         small = 0
-        for name in Policy(fp8.layers).names(1) if fp8 else ():
+        for name in Policy(fp8.layers).names(1, config.audio is not None) if fp8 else ():
             weight = block[f"{name}.weight"]
             small += weight.numel() + 4 * weight.shape[0] - weight.nbytes
         share = len(fp8.names(config.depth)) / (len(fp8.layers) * config.depth) if fp8 and fp8.layers else 0.0
@@ -109,14 +112,15 @@ def needed_bytes(
     others: bytes of other models on the device, the text encoder excluded.
     """
     batch, channels, frames, height, width = work.latents
-    halves = 2 if work.guided else 1
+    parts = (2 if config.audio is None else 3) if work.guided else 1
     blocks = config.depth - plan.streamed + min(SLOTS, plan.streamed)
     resident = weights.rest + blocks * weights.block + others
-    at_once = batch * (1 if plan.split_guidance else halves)
+    at_once = batch * (1 if plan.split_guidance or work.speakers > 1 else parts)
     activations = forward_bytes(config, (at_once, channels, frames, height, width), itemsize, own, weights.eight_bit)
-    activations += text_bytes(config, halves * batch, TEXT_ROWS, itemsize)
+    rows = TEXT_ROWS + audio_rows(config, frames, work.speakers)
+    activations += text_bytes(config, parts * batch, rows, itemsize)
     if work.skips_blocks:
-        activations += residual_bytes(config, work.latents, halves, at_once // batch, itemsize)
+        activations += residual_bytes(config, work.latents, parts, at_once // batch, itemsize)
     if work.cond_latents:
         cache = kv_cache_bytes(config, work.cond_latents, height, width, itemsize)
         activations += math.ceil(SLOTS * cache / config.depth) if plan.offload_kv_cache else cache

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longcat_core.model.config import ModelConfig
+from longcat_core.model.config import AudioConfig, ModelConfig
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kv_offload import OffloadableKVCache
 from longcat_core.optimize.memory import kv_cache_bytes
@@ -44,12 +44,14 @@ def chosen(gib: float, work: Work = T2V, fp8: bool = False, **options: object) -
 
 
 @pytest.mark.parametrize("fp8", [None, Policy(), Policy(("ffn.down", "attn.qkv")), Policy(keep_first=2, keep_last=1)])
-def test_weights_are_counted_as_they_lie(fp8):
-    model = OptimizedTransformer(SMALL, dtype=torch.bfloat16).requires_grad_(False)
+@pytest.mark.parametrize("audio", [None, AudioConfig(channels=8, hidden=16, width=48, tokens=4)])
+def test_weights_are_counted_as_they_lie(fp8, audio):
+    config = replace(SMALL, audio=audio)
+    model = OptimizedTransformer(config, dtype=torch.bfloat16).requires_grad_(False)
     if fp8 is not None:
         quantize(model, fp8)
     blocks = sum(p.nbytes for p in model.blocks.parameters())
-    weights = Weights.of(SMALL, torch.bfloat16, fp8)
+    weights = Weights.of(config, torch.bfloat16, fp8)
     assert weights.rest == sum(p.nbytes for p in model.parameters()) - blocks
     assert blocks <= SMALL.depth * weights.block <= blocks + SMALL.depth
 
@@ -146,3 +148,20 @@ def test_smaller_and_smaller_until_there_is_nothing_left():
 def test_what_was_chosen_is_reported():
     said = Plan(12, True, True, True).describe(48)
     assert re.search("12 of 48 blocks", said) and "guidance" in said and "the KV cache" in said and "text" in said
+
+
+def test_an_avatar_hears_in_three_parts():
+    """Keys and values of 24 frames of 32 audio tokens for each part and speaker, beside those of the text."""
+    avatar = replace(FULL, audio=AudioConfig())
+    weights = Weights.of(avatar, torch.bfloat16)
+
+    def needed(work: Work, plan: Plan, config: ModelConfig = avatar) -> float:
+        return (needed_bytes(plan, config, weights, work, 2, own=True, others=0) - 2**29) / 1.04
+
+    split = Plan(split_guidance=True)
+    keys = 2 * 48 * 4096 * 2
+    heard = 24 * 32 * keys
+    assert needed(T2V, split) - needed(T2V, split, FULL) == pytest.approx(3 * heard + 512 * keys, rel=1e-6)
+    # Several speakers run part by part in any plan, with as many more tokens.
+    duo = replace(T2V, speakers=2)
+    assert needed(duo, Plan()) == needed(duo, split) == pytest.approx(needed(T2V, split) + 3 * heard, rel=1e-6)
