@@ -46,24 +46,26 @@ class _Caches:
         self.steps += 1
         out = cache.find(step, x, sigma)
         if out is not None:
-            predicted = dict(zip(present, out.chunk(len(present)), strict=True))
+            predicted = dict(zip(reversed(present), out.chunk(len(present)), strict=True))
             return [
                 estimate_clean(x, predicted[i], sigma) if i in predicted else torch.zeros_like(x)
                 for i in range(len(conds))
             ]
         self.computed += 1
         clean = executor(model, conds, x, timestep, options)
-        cache.keep(x, torch.cat([output_of(x, clean[i], sigma) for i in present]), sigma)
+        # The prompt's part, ComfyUI's first, goes last: see `keep_last`.
+        cache.keep(x, torch.cat([output_of(x, clean[i], sigma) for i in reversed(present)]), sigma)
         return clean
 
     def _new(self, key: tuple) -> StepCache:
         """The cache of these conditionings: where guidance ends, what is known of the prompt's half goes on."""
-        guided = next((other for other in self.caches if key[1:] == (None,) and other[:1] == key[:1]), None)
+        alone = not any(key[1:])
+        guided = next((other for other in self.caches if alone and other[:1] == key[:1]), None)
         if guided is None:
             cache = StepCache(self.threshold, len(self.sigmas) - 1, self.num_cond)
         else:
             cache = self.caches.pop(guided)
-            cache.keep_half(0)
+            cache.keep_last(sum(map(bool, guided)))
         self.caches[key] = cache
         return cache
 
@@ -96,11 +98,11 @@ class _BlockCaches:
         return cache
 
     def _split(self, there: tuple, uuids: tuple[str, ...], step: int) -> None:
-        """Where a batch of two conditionings was one until now, give each its half."""
-        for key in [key for key in self.caches if key[:-1] == there and len(key[-1]) == 2]:
+        """Where a batch of several conditionings was one until now, give each its part."""
+        for key in [key for key in self.caches if key[:-1] == there and len(key[-1]) > 1]:
             if len(uuids) == 1 and uuids[0] in key[-1] and self.caches[key].step != step:
-                for uuid, half in zip(key[-1], self.caches.pop(key).halves(), strict=True):
-                    self.caches[(*there, (uuid,))] = half
+                for uuid, part in zip(key[-1], self.caches.pop(key).split(len(key[-1])), strict=True):
+                    self.caches[(*there, (uuid,))] = part
 
     def count(self, cache: ResidualCache) -> None:
         """Add what the last pass computed to what the log says."""
@@ -124,7 +126,8 @@ def _sample(
     caches: _Caches | _BlockCaches
     if options.get(KIND_KEY) == "blocks":
         # At guidance 1 ComfyUI leaves the negative prompt out.
-        guided = getattr(guider, "cfg", None) != 1 or bool(guider.model_options.get("disable_cfg1_optimization"))
+        guides = getattr(guider, "guides", getattr(guider, "cfg", None) != 1)
+        guided = guides or bool(guider.model_options.get("disable_cfg1_optimization"))
         caches = options[RESIDUALS_KEY] = _BlockCaches(options[THRESHOLD_KEY], sigmas, noise.shape, guided)
     else:
         caches = options[CACHE_KEY] = _Caches(options[THRESHOLD_KEY], sigmas, denoise_mask)
