@@ -22,7 +22,7 @@ from .comfy_attention import attention_by_comfyui
 from .comfy_network import BLOCK_SPARSE_KEY, PROBE_KEY, SPARSE_KEY
 from .folders import output_folder
 from .inputs import LongCatNode
-from .models import options_of, preferences_of, require_longcat, switches_of, with_option
+from .models import options_of, preferences_of, require_soundless, switches_of, with_option
 from .previews import clean_frames
 from .progress import NodeProgress
 from .sampling import sample_latent, starting_latents
@@ -102,7 +102,7 @@ class Calibrate(LongCatNode):
 
 def _require_exact(model: ModelPatcher) -> None:
     """Raise LongCatError for a MODEL that is not LongCat-Video, or whose dense attention is not what it computes."""
-    require_longcat(model, NODE)
+    require_soundless(model, NODE)
     options, attention = options_of(model), switches_of(model).attention
     if options.get(BLOCK_SPARSE_KEY) is not None:
         raise LongCatError(f"{NODE} got a MODEL with block-sparse attention; connect the MODEL before that node")

@@ -209,7 +209,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
 def install(model: torch.nn.Module, config: ModelConfig) -> None:
     """Replace the network's linear layers with 8-bit ones, before weights are loaded."""
-    for name in Policy().names(config.depth):
+    for name in Policy().names(config.depth, config.audio is not None):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Linear(model.get_submodule(name)))
 

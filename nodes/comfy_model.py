@@ -17,9 +17,10 @@ from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.text import trim_text
-from ..longcat_core.optimize.memory import text_bytes
+from ..longcat_core.optimize.memory import audio_rows, text_bytes
 from ..longcat_core.optimize.plan import residual_bytes
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
+from .comfy_avatar import AUDIO, HEARD, REFERENCE, SHOWN, AudioCond, Heard, check_audio, in_window, reference_cond
 from .comfy_compile import Own, original, without_compiled_modules
 from .comfy_network import DiffusionModel
 
@@ -72,7 +73,18 @@ class LongCatVideo(comfy.model_base.BaseModel):
         mask = kwargs.get("denoise_mask")
         if mask is not None:
             conds["denoise_mask"] = comfy.conds.CONDRegular(mask)
+        check_audio(config, kwargs, 0 if mask is None else count_clean(noisy_frames(mask)))
+        return conds | self._avatar_conds(kwargs)
+
+    def _avatar_conds(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        audio, reference = values.get(AUDIO), values.get(REFERENCE)
+        conds: dict[str, Any] = {} if audio is None else {HEARD: AudioCond(Heard(audio))}
+        if reference is not None:
+            conds[SHOWN] = reference_cond(reference, self.process_latent_in(reference.latents))
         return conds
+
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
+        return {name: cond.size() for name, cond in self._avatar_conds(kwargs).items()}
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
         check_latents(latent, self.diffusion_model.config)
@@ -86,6 +98,12 @@ class LongCatVideo(comfy.model_base.BaseModel):
         noisy = None if mask is None else noisy_frames(mask)
         kwargs["num_cond_latents"] = self.latent_format.given = 0 if noisy is None else count_clean(noisy)
         kwargs["shared_timestep"] = bool((t == t[:1]).all()) and (noisy is None or bool((noisy == noisy[:1]).all()))
+        for heard in kwargs.get(HEARD, ()):
+            if heard.length != x.shape[2]:
+                raise LongCatError(
+                    f"the audio is of {heard.length} latent frames and the model was given {x.shape[2]}; context "
+                    "windows of an avatar need a newer ComfyUI (0.33)"
+                )
         options = {} if transformer_options is None else transformer_options
         with without_compiled_modules(self, self.own) as compilers:
             kwargs["prepared"] = self.network.prepare(x.device, self.compute_dtype(), options, compilers)
@@ -108,23 +126,29 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return torch.where(noisy_frames(denoise_mask)[:, None, :, None, None], noised, latent_image)
 
     def resize_cond_for_context_window(self, cond_key: str, cond_value: Any, *args: Any, **kwargs: Any) -> Any:
-        # Text has no time axis, even if one of its sizes equals the number of latent frames.
-        return cond_value if cond_key == "c_crossattn" else None
+        if cond_key == HEARD:
+            return in_window(cond_value, args[0])
+        # These have no time axis, even if one of their sizes equals the number of latent frames.
+        return cond_value if cond_key in ("c_crossattn", SHOWN) else None
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
-        """Bytes of activations and text keys for one forward on latents of this shape; ComfyUI counts the weights.
+        """Bytes of activations and keys for one forward on latents of this shape; ComfyUI counts the weights.
 
         See also `keeping_residuals`.
         """
         if len(input_shape) != 5:
             return 0.0  # not a video; `extra_conds` raises an error that says so
-        dtype = self.compute_dtype()
-        tokens = max((shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())), default=0)
-        needed = text_bytes(self.network.config, input_shape[0], tokens + 1, dtype.itemsize)
+        dtype, shapes, config = self.compute_dtype(), cond_shapes or {}, self.network.config
+        batch, channels, frames, *sides = input_shape
+        if shapes.get(SHOWN):
+            input_shape = [batch, channels, frames + 1, *sides]
+        tokens = 1 + max((shape[1] for shape in shapes.get("c_crossattn", ())), default=0)
+        tokens += max((audio_rows(config, length, voices) for voices, length in shapes.get(HEARD, ())), default=0)
+        needed = text_bytes(config, batch, tokens, dtype.itemsize)
         if self._kept is not None:
             latents, halves = self._kept
-            at_once = min(halves, input_shape[0] // latents[0])
-            needed += residual_bytes(self.network.config, latents, halves, at_once, dtype.itemsize)
+            at_once = min(halves, batch // latents[0])
+            needed += residual_bytes(config, latents, halves, at_once, dtype.itemsize)
         return self.network.forward_bytes(input_shape, dtype) + needed
 
     @contextmanager

@@ -31,8 +31,10 @@ from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
 from ..longcat_core.optimize.sparse.settings import Sparse
 from ..longcat_core.optimize.switches import Optimizations
+from ..longcat_core.sampling.avatar import ReferenceFrame
 from . import comfy_fp8
 from .comfy_attention import OVERRIDE, ComfyAttention, add_preferences, preferences, with_comfyui_attention
+from .comfy_avatar import Heard
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
 from .comfy_fp8 import is_replaced
 from .comfy_prefetch import Prefetch, prefetching
@@ -160,7 +162,7 @@ class DiffusionModel(LongCatTransformer):
         operations = type(
             "Operations", (base,), {"linear_fp32": staticmethod(linear_fp32), "affine": staticmethod(affine)}
         )
-        super().__init__(ModelConfig(**config), operations=operations, dtype=dtype, device=device)
+        super().__init__(ModelConfig.from_dict(config), operations=operations, dtype=dtype, device=device)
         if fp8:
             comfy_fp8.install(self, self.config)
         for layer in self._fp32_layers():
@@ -179,7 +181,8 @@ class DiffusionModel(LongCatTransformer):
 
     def _fp32_layers(self) -> list[torch.nn.Module]:
         final = [self.final_layer.modulation, self.final_layer.linear]
-        return [*self.time_embed, *(block.modulation for block in self.blocks), *final]
+        names = ("modulation",) if self.config.audio is None else ("modulation", "audio_modulation")
+        return [*self.time_embed, *(getattr(block, name) for block in self.blocks for name in names), *final]
 
     def _apply(self, fn: Any, recurse: bool = True) -> DiffusionModel:
         # Keeps `dtype`: ComfyUI reads it as the dtype that it asked for, even if weights have the file's dtype for now.
@@ -248,12 +251,15 @@ class DiffusionModel(LongCatTransformer):
         num_cond_latents: int = 0,
         shared_timestep: bool = False,
         prepared: Prepared | None = None,
+        heard: tuple[Heard, ...] = (),
+        reference: ReferenceFrame | None = None,
         **unused: Any,
     ) -> Tensor:
         """Latents x [B, 16, T, H, W] -> flow velocity (noise - x0), the same shape, fp32.
 
         timestep [B] or [B, T] in 0..1000; context [B, L, caption], padded with zero rows; num_cond_latents: number of
-        conditioning frames at the front of x; shared_timestep: whether all rows of timestep are equal.
+        conditioning frames at the front of x; shared_timestep: whether all rows of timestep are equal. heard: what an
+        avatar hears, in each of as many equal parts of the batch. reference: a clean frame in front of x, not of it.
         """
         options = {} if transformer_options is None else transformer_options
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
@@ -261,7 +267,8 @@ class DiffusionModel(LongCatTransformer):
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
         prepared = self.prepare(x.device, x.dtype, options) if prepared is None else prepared
         # A copy: EasyCache writes into the input, which in fp32 is the sampler's own tensor.
-        return executor.execute(x.clone(), timestep, context, num_cond_latents, shared_timestep, prepared, options)
+        given = num_cond_latents, shared_timestep, prepared, heard, reference
+        return executor.execute(x.clone(), timestep, context, *given, options)
 
     def forward_bytes(self, latents: Sequence[int], dtype: torch.dtype, options: dict[str, Any] | None = None) -> int:
         """Peak bytes of the activations of one forward on latents of this shape in `dtype`."""
@@ -278,16 +285,24 @@ class DiffusionModel(LongCatTransformer):
         num_cond: int,
         shared: bool,
         prepared: Prepared,
+        heard: tuple[Heard, ...],
+        reference: ReferenceFrame | None,
         options: dict[str, Any],
     ) -> Tensor:
         execution, kernels, compilers = prepared
+        lead, apart = 0, {}
+        if reference is not None:
+            lead, num_cond, apart = 1, num_cond + 1, {"reference": reference.at}
+            x = torch.cat((reference.latents.to(x).expand(len(x), -1, -1, -1, -1), x), dim=2)
+            timestep = timestep[:, None].expand(-1, x.shape[2] - 1) if timestep.ndim == 1 else timestep
+            timestep = F.pad(timestep, (1, 0))
         by_comfyui = isinstance(kernels.attend, ComfyAttention)
         if by_comfyui:
             # ComfyUI and its wrappers copy the options on their way here, and an override reads `block_index`.
             kernels.attend.options = options
         texts = options.get(TEXT_CACHE_KEY)
         reuse = texts is not None and execution.optimizations.reuse_text and not torch.compiler.is_compiling()
-        text = texts.get(execution, context) if reuse else read_text(execution, context)
+        text = texts.get(execution, context, heard) if reuse else read_text(execution, context, heard)
         prefetch = prefetching(self.blocks, x.device, x.dtype, options, self._fp32_layers())
         around = self._around_block(x, timestep, context, options, prefetch, always=by_comfyui)
         running = None if torch.compiler.is_compiling() else options.get(RESIDUALS_KEY)
@@ -296,7 +311,7 @@ class DiffusionModel(LongCatTransformer):
         cache, caches = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and caches is not None and not _patched(options):
             activations = self.forward_bytes(x.shape, x.dtype, options)
-            cache = caches.get(execution, x[:, :, :num_cond], activations, kernels, around)
+            cache = caches.get(execution, x[:, :, :num_cond], activations, kernels, around, **apart)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
         run = execution if (probe := options.get(PROBE_KEY)) is None else Probed(execution, probe)
         out = run(
@@ -310,6 +325,7 @@ class DiffusionModel(LongCatTransformer):
             compilers=compilers,
             progress=_progress(options) if execution.sparse is not None else None,
             residuals=residuals,
+            **apart,
         )
         if residuals is not None:
             running.count(residuals)
@@ -318,11 +334,11 @@ class DiffusionModel(LongCatTransformer):
         if not cache:
             if num_cond and caches is not None and not caches.exact:
                 out[:, :, :num_cond] = 0
-            return -out
+            return -out[:, :, lead:]
         # The sampler restores the conditioning frames, but guidance sums over the network's output for them too; with
         # zeros they drop out of the sums.
         clean = cache.out if caches.exact else torch.zeros_like(cache.out)
-        return -torch.cat((clean.to(out).repeat(len(out) // len(clean), 1, 1, 1, 1), out), dim=2)
+        return -torch.cat((clean.to(out).repeat(len(out) // len(clean), 1, 1, 1, 1)[:, :, lead:], out), dim=2)
 
     def _around_block(
         self,

@@ -14,8 +14,8 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 from torch import Tensor
 
-from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, Table, detect
-from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint, without_audio
+from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, Table, detect, for_network
+from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint
 from ..longcat_core.checkpoints.packings import TILE
 from ..longcat_core.checkpoints.quantized import MARKERS, described_beside
 from ..longcat_core.checkpoints.reader import Reader
@@ -82,7 +82,8 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
     parameters = empty_parameters(config)
     checkpoint = Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config).fitted(parameters)
     reader, sources = Reader(checkpoint), dict(form.modules(config.depth))
-    eight_bit = {f"{module}.weight" for module in Policy().names(config.depth)} if rowwise else set()
+    hears = config.audio is not None
+    eight_bit = {f"{module}.weight" for module in Policy().names(config.depth, hears)} if rowwise else set()
     whole = {modules[0]: module for module, modules in sources.items() if len(modules) == 1}
     described = dict(described_beside(file.header, file.rows, SOURCE))
     beside: dict[str, list[str]] = {}
@@ -274,7 +275,7 @@ def as_description(settings: Mapping[str, Any]) -> Tensor:
 
 def open_for_comfyui(path: str | Path) -> Checkpoint:
     """`open_checkpoint` of a file that ComfyUI is to load, which runs more quantized formats than we do."""
-    return without_audio(open_checkpoint(path, left=QUANT_ALGOS))
+    return open_checkpoint(path, left=QUANT_ALGOS)
 
 
 def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -282,7 +283,8 @@ def to_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
 
     8-bit layers with scales of their rows are dequantized to bf16 on the CPU.
     """
-    table, parameters = dict(OFFICIAL.modules(config.depth)), empty_parameters(config)
+    form = for_network(OFFICIAL, config.audio is not None)
+    table, parameters = dict(form.modules(config.depth)), empty_parameters(config)
     kinds = {layer: conf["format"] for layer, conf in described_beside(StateDict(state).header, state.get, SOURCE)}
     # ComfyUI 0.8 would write the bytes of packed weights as wide numbers.
     wide = {layer for layer in kinds if isinstance(state[f"{layer}.weight"], QuantizedTensor)}

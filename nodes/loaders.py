@@ -64,7 +64,9 @@ def load_model(
     state = {name: state[checkpoint.prefix + name] for name in checkpoint.names()}
     # ComfyUI reads descriptions out of metadata only for its own operations.
     state |= {f"{layer}.comfy_quant": as_description(conf) for layer, conf in checkpoint.quantized.items()}
-    metadata = {CONFIG_KEY: json.dumps({"text_tokens_zero_pad": checkpoint.config.text_tokens_zero_pad})}
+    # What shapes do not show.
+    config = {name: checkpoint.config.to_dict().get(name) for name in ("text_tokens_zero_pad", "audio")}
+    metadata = {CONFIG_KEY: json.dumps(config)}
     if checkpoint.quantized:
         metadata[QUANT_METADATA] = json.dumps({"layers": checkpoint.quantized})
     options = {"disable_dynamic": True} if disable_dynamic else {}

@@ -23,7 +23,7 @@ from .checks import check_ranges, check_size
 from .engine import ComfyEngine
 from .folders import FolderNode, check_folder, output_folder, written_out
 from .images import to_image
-from .models import distilled_notes, require_longcat, until_notes
+from .models import distilled_notes, require_soundless, until_notes
 from .progress import NodeProgress
 from .refine import refined_size
 from .sampling import latent_tokens
@@ -113,7 +113,7 @@ class LongVideo(FolderNode):
         guidance, mode, hand_off, folder, kv_cache="exact", begin_with=None, fps=FPS,
         begin_fps=FPS, lossy_change=LOSSY_CHANGES[0], guidance_until=1.0, speed=EXACT,
     ) -> io.NodeOutput:  # fmt: skip
-        require_longcat(model, LONG)
+        require_soundless(model, LONG)
         given = None
         if begin_with is not None:
             begun = footage_of("begin_with", begin_with)
@@ -192,7 +192,7 @@ class RefineLongVideo(FolderNode):
         cls, model, clip, vae, video, prompt, seed, steps, double_rate, resolution, width, height, piece, overlap,
         folder, fps=FPS, lossy_change=LOSSY_CHANGES[0],
     ) -> io.NodeOutput:  # fmt: skip
-        require_longcat(model, REFINE_LONG)
+        require_soundless(model, REFINE_LONG)
         given = footage_of("video", video)
         fps = given.fps or fps
         height, width = refined_size((given.height, given.width), resolution, width, height)

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.optimize.execution import Execution
 from ..longcat_core.optimize.switches import Optimizations
+from ..longcat_core.sampling.schedules import is_newer
 from .comfy_attention import Attention, preferences
 from .comfy_model import LongCatVideo
 from .comfy_network import OPTIMIZATIONS_KEY
@@ -22,6 +23,13 @@ def require_longcat(model: ModelPatcher, node: str) -> None:
             f"{node} got a {type(model.model).__name__} model; connect LongCat-Video, from LongCat Model Loader or "
             "Load Diffusion Model"
         )
+
+
+def require_soundless(model: ModelPatcher, node: str) -> None:
+    """Raise LongCatError in the name of `node` unless the MODEL is LongCat-Video, and not its avatar."""
+    require_longcat(model, node)
+    if model.model.network.config.audio is not None:
+        raise LongCatError(f"{node} has no audio for LongCat-Video-Avatar; connect LongCat-Video")
 
 
 def require_comparable(a: ModelPatcher, b: ModelPatcher, node: str) -> None:
@@ -40,8 +48,10 @@ def distilled_notes(model: ModelPatcher, mode: str, guidance: float) -> list[str
     if guidance != 1:
         notes.append(f"the distilled schedule is made for guidance 1, not {guidance:g}")
     if not model.patches and not model.injections:
+        audio = model.model.network.config.audio
+        name = "DMD" if audio is not None and is_newer(audio) else "cfg_step"
         notes.append(
-            "mode distilled needs the cfg_step LoRA, and the MODEL has no LoRA; connect LoraLoaderModelOnly, unless it "
+            f"mode distilled needs the {name} LoRA, and the MODEL has no LoRA; connect LoraLoaderModelOnly, unless it "
             "is merged into the weights"
         )
     return notes

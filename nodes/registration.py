@@ -19,7 +19,7 @@ from torch import Tensor
 from ..longcat_core.errors import CheckpointError
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.nano.colors import is_nano
-from ..longcat_core.sampling.schedules import SHIFT
+from ..longcat_core.sampling.schedules import SHIFT, shift_of
 from .comfy_latents import LongCatLatents, NanoLatents
 from .lora_files import KeyMap, remember
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .comfy_model import LongCatVideo
 
 IMAGE_MODEL = "longcat_video"
+SOURCE = "the checkpoint"
 
 
 class LongCatConfig(comfy.supported_models_base.BASE):
@@ -40,8 +41,11 @@ class LongCatConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, unet_config: dict[str, Any]) -> None:
         super().__init__(unet_config)
-        if is_nano(self.model_config()):
+        config = self.model_config()
+        if is_nano(config):
             self.latent_format = NanoLatents()
+        if config.audio is not None:
+            self.sampling_settings = {**self.sampling_settings, "shift": shift_of(config.audio)}
 
     def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> LongCatVideo:
         from . import comfy_fp8
@@ -59,8 +63,7 @@ class LongCatConfig(comfy.supported_models_base.BASE):
         return False
 
     def model_config(self) -> ModelConfig:
-        names = ModelConfig.__dataclass_fields__
-        return ModelConfig(**{name: value for name, value in self.unet_config.items() if name in names})
+        return ModelConfig.from_dict(self.unet_config)
 
     def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         from .comfy_weights import from_checkpoint
@@ -85,21 +88,20 @@ def detect(
     from ..longcat_core.checkpoints.formats import FORMATS
     from ..longcat_core.checkpoints.formats import detect as detect_form
 
-    form = next((form for form in FORMATS if _is_video(state_dict, f"{prefix}{form.outer['patch_embed'][0]}")), None)
-    if form is None:
+    if not any(_is_video(state_dict, f"{prefix}{form.outer['patch_embed'][0]}") for form in FORMATS):
         return None
     names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
     try:
-        known = detect_form(names, "the checkpoint")
+        form, lead = detect_form(names, SOURCE)
     except CheckpointError:
         return None
-    if known != (form, "") or not all(any(name.startswith(mark) for name in names) for mark in form.signature):
+    if lead or not all(any(name.startswith(mark) for name in names) for mark in form.signature):
         return None
-    from ..longcat_core.checkpoints.load import infer_config, with_zero_pad
+    from ..longcat_core.checkpoints.load import described_config
     from .comfy_weights import logical_shapes
 
     shapes = logical_shapes({name: state_dict[prefix + name] for name in names}, form)
-    config = with_zero_pad(infer_config(form, shapes, "the checkpoint"), metadata or {}, "the checkpoint")
+    config = described_config(form, shapes, metadata or {}, SOURCE)
     return {"image_model": IMAGE_MODEL, **config.to_dict()}
 
 

@@ -25,10 +25,11 @@ from ..longcat_core.generate.speeds import EXACT
 from ..longcat_core.measure.clock import reset_peak, synchronize
 from ..longcat_core.model.kv_cache import KVMode, check_mode
 from ..longcat_core.optimize.switches import Optimizations
-from ..longcat_core.sampling.guidance import guided_steps
-from ..longcat_core.sampling.schedules import make_schedule
+from ..longcat_core.sampling.guidance import audio_guidance, guided_steps
+from ..longcat_core.sampling.schedules import schedule_of
 from ..longcat_core.sampling.step import guide
 from .checks import check_ranges, check_steps
+from .comfy_avatar import AUDIO, audio_of, silent, strongest_guidance, with_values
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, ConditioningCache, TextCache
 from .comfy_network import OPTIMIZATIONS_KEY, step_at
 from .inputs import LongCatNode
@@ -87,6 +88,48 @@ class Guider(comfy.samplers.CFGGuider):
             self.model_options = shared
 
 
+class AvatarGuider(Guider):
+    """Guidance of an avatar: of text between the two prompts with audio, of audio between it and silence."""
+
+    guides = False
+
+    def set_conds(self, positive: Any, negative: Any) -> None:
+        audio = audio_of(positive, "positive")
+        audio_of(negative, "negative")
+        self.audio_guidance = audio.guidance_scale
+        heard, silence = (with_values(negative, **{AUDIO: sound}) for sound in (audio, silent(audio)))
+        self.inner_set_conds({"positive": positive, "negative": heard, "silent": silence})
+
+    def set_cfg(self, cfg: float) -> None:
+        super().set_cfg(cfg)
+        self.guides = max(cfg, self.audio_guidance) > 1
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
+        options = dict(model_options or {})
+        guides = self.guides and not self._past_guidance(timestep, options)
+        text, sound = (self.cfg, self.audio_guidance) if guides else (1.0, 1.0)
+        # What is multiplied by 0 is not computed: with equal scales the negative prompt with audio drops out.
+        used = {"positive": True, "negative": text != sound, "silent": sound != 1}
+        conds = [self.conds[name] if run else None for name, run in used.items()]
+        batch = options.get("sampler_calc_cond_batch_function")
+        if batch is None:
+            outs = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        else:
+            given = {"conds": conds, "input": x, "sigma": timestep, "model": self.inner_model, "model_options": options}
+            outs = batch(given)
+        cond, negative, silence = outs
+        found = cond
+        if guides:
+            scales = (torch.tensor(scale, device=x.device) for scale in (text, sound))
+            found = audio_guidance(torch.cat((silence, negative, cond)), *scales)
+        options["sampler_cfg_function"] = lambda args: x - found
+        other = "silent" if used["silent"] else "negative"
+        return comfy.samplers.cfg_function(
+            self.inner_model, cond, silence if used["silent"] else negative, text, x, timestep, options,
+            cond=conds[0], uncond=self.conds[other] if guides else None,
+        )  # fmt: skip
+
+
 def make_guider(
     model: Any, positive: Any, negative: Any, guidance: float, kv_cache: KVMode, node: str, guidance_until: float = 1.0
 ) -> Guider:
@@ -95,7 +138,8 @@ def make_guider(
     check_mode(kv_cache)
     check_number("guidance", guidance, 0.0, MAX_GUIDANCE)
     check_number("guidance until", guidance_until, 0.0, 1.0)
-    guider = Guider(model, kv_cache, guidance_until)
+    hears = model.model.network.config.audio is not None
+    guider = (AvatarGuider if hears else Guider)(model, kv_cache, guidance_until)
     guider.set_conds(positive, negative)
     guider.set_cfg(guidance)
     return guider
@@ -163,7 +207,7 @@ def sample_latent(
     schedule to run; None: all.
     """
     guider = make_guider(model, positive, negative, guidance, kv_cache, node, guidance_until)
-    sigmas = make_schedule(mode, steps).sigmas
+    sigmas = schedule_of(model.model.network.config.audio, mode, steps).sigmas
     if first_steps is not None:
         sigmas = sigmas[: first_steps + 1]
     samples = starting_latents(model, latent_image)
@@ -206,10 +250,11 @@ class Sampler(LongCatNode):
         guidance_until=1.0, speed=EXACT,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, "LongCat Sampler")
-        notes = [*distilled_notes(model, mode, guidance), *until_notes(guidance, guidance_until)]
+        strongest = strongest_guidance(positive, guidance)
+        notes = [*distilled_notes(model, mode, strongest), *until_notes(strongest, guidance_until)]
         given = clean_frames(latent_image.get("noise_mask"))
         model, guidance_until, found = with_speed(
-            model, speed, mode=mode, guidance=guidance, guidance_until=guidance_until,
+            model, speed, mode=mode, guidance=strongest, guidance_until=guidance_until,
             tokens=latent_tokens(starting_latents(model, latent_image).shape, given),
         )  # fmt: skip
         for note in (*notes, *found):
@@ -236,7 +281,7 @@ class Scheduler(LongCatNode):
     @classmethod
     def execute(cls, model, mode: str, steps: int) -> io.NodeOutput:
         require_longcat(model, "LongCat Scheduler")
-        return io.NodeOutput(make_schedule(mode, steps).sigmas)
+        return io.NodeOutput(schedule_of(model.model.network.config.audio, mode, steps).sigmas)
 
 
 class GuiderNode(LongCatNode):
@@ -244,7 +289,7 @@ class GuiderNode(LongCatNode):
 
     @classmethod
     def execute(cls, model, positive, negative, guidance, kv_cache="exact", guidance_until=1.0) -> io.NodeOutput:
-        for note in until_notes(guidance, guidance_until):
+        for note in until_notes(strongest_guidance(positive, guidance), guidance_until):
             logging.warning("LongCat: %s", note)
         return io.NodeOutput(
             make_guider(model, positive, negative, guidance, kv_cache, "LongCat Guider", guidance_until)

@@ -138,6 +138,14 @@ def with_zero_pad(config: ModelConfig, metadata: Mapping[str, str], source: str 
     return replace(config, text_tokens_zero_pad=found)
 
 
+def described_config(form: Format, shapes: dict[str, Shape], metadata: Mapping[str, str], source: str) -> ModelConfig:
+    """Sizes from the tensors' shapes, and from a file's metadata what shapes do not show. Raises CheckpointError."""
+    config = with_zero_pad(infer_config(form, shapes, source), metadata, source)
+    audio = json_metadata(metadata, CONFIG_KEY, source).get("audio")
+    hint = ModelConfig.from_dict({"audio": audio}).audio if audio else None
+    return replace(config, audio=infer_audio(form, shapes, source, hint))
+
+
 def read_config(path: Path) -> ModelConfig:
     """Read an official `dit/config.json`. Raises CheckpointError for a file that does not hold such a config."""
     remedy = "give a folder with the model's own config.json"
@@ -164,11 +172,9 @@ def open_checkpoint(path: str | Path, config: ModelConfig | None = None, left: C
     beside = (folder / "config.json" for folder in (*folders, path))
     config = config or next((read_config(file) for file in beside if file.exists()), None)
     if config is None:
-        config = infer_config(form, stored.shapes, str(path))
-        config = with_zero_pad(config, metadata, path)
-        audio = json_metadata(metadata, CONFIG_KEY, path).get("audio")
-        config = replace(config, audio=ModelConfig.from_dict({"audio": audio}).audio) if audio else config
-    config = replace(config, audio=infer_audio(form, stored.shapes, str(path), config.audio))
+        config = described_config(form, stored.shapes, metadata, str(path))
+    else:
+        config = replace(config, audio=infer_audio(form, stored.shapes, str(path), config.audio))
     blocks = count_blocks(form, stored.where)
     if blocks > MAX_BLOCKS:
         raise CheckpointError(f"{path} has {blocks} blocks, more than any {form.model}; give another file")

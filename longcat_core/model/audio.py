@@ -62,28 +62,34 @@ class AudioEmbed(nn.Module):
 
     def hear(self, windows: Tensor, classes: Tensor | None, head_dim: int) -> AudioTokens:
         """Windows as above, of B videos or, with classes [S, K], of the speakers of one video. Raises LongCatError."""
-        config, shape = self.config, tuple(windows.shape)
-        wanted = config.window, config.groups, config.channels
-        if len(shape) != 5 or shape[2:] != wanted or shape[1] % config.frames != 1:
-            raise LongCatError(
-                f"audio windows have shape {list(shape)}; this network hears [speakers, {config.frames}n+1 frames, "
-                f"{', '.join(map(str, wanted))}], so use the audio encoder that belongs to it"
-            )
-        if classes is None:
-            return AudioTokens(self(windows))
-        if shape[0] < PEOPLE or classes.shape[1] < PEOPLE + 1:
-            raise LongCatError(
-                f"{shape[0]} voices and {classes.shape[1]} masks; give at least {PEOPLE} voices and {PEOPLE + 1} masks"
-            )
-        if not classes.any(0).all():
-            raise LongCatError(
-                f"mask {1 + classes.any(0).tolist().index(False)} covers no token; give one that covers its person"
-            )
+        check_heard(self.config, windows, classes)
         tokens = self(windows)
-        at = speaker_positions(config, len(tokens), classes.shape[1])
+        if classes is None:
+            return AudioTokens(tokens)
+        at = speaker_positions(self.config, len(tokens), classes.shape[1])
         positions = torch.tensor(at, device=tokens.device).repeat_interleave(tokens.shape[2])
         joined = tokens.transpose(0, 1).flatten(1, 2)[None]
         return AudioTokens(joined, line_table(head_dim, positions), classes.to(tokens.device))
+
+
+def check_heard(config: AudioConfig, windows: Tensor, classes: Tensor | None) -> None:
+    """Raise LongCatError for windows and classes, as `AudioEmbed.hear` has them, of another network."""
+    shape, wanted = tuple(windows.shape), (config.window, config.groups, config.channels)
+    if len(shape) != 5 or shape[2:] != wanted or shape[1] % config.frames != 1:
+        raise LongCatError(
+            f"audio windows have shape {list(shape)}; this network hears [speakers, {config.frames}n+1 frames, "
+            f"{', '.join(map(str, wanted))}], so use the audio encoder that belongs to it"
+        )
+    if classes is None:
+        return
+    if shape[0] < PEOPLE or classes.shape[1] < PEOPLE + 1:
+        raise LongCatError(
+            f"{shape[0]} voices and {classes.shape[1]} masks; give at least {PEOPLE} voices and {PEOPLE + 1} masks"
+        )
+    if not classes.any(0).all():
+        raise LongCatError(
+            f"mask {1 + classes.any(0).tolist().index(False)} covers no token; give one that covers its person"
+        )
 
 
 def _elsewhere(config: AudioConfig, classes: int) -> float:

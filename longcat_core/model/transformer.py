@@ -177,15 +177,18 @@ class LongCatTransformer(nn.Module):
         first, second = self.text_embed
         return second(F.gelu(first(context), approximate="tanh"))
 
-    def embed_audio(self, windows: Tensor, classes: Tensor | None = None) -> AudioTokens:
+    def embed_audio(
+        self, windows: Tensor, classes: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> AudioTokens:
         """What an avatar network hears, from windows [B, F, window, groups, channels] of its audio encoder's output.
 
         F = 4(T-1)+1 video frames. classes: [S, K] bool, which tokens of the first frame belong to each of the people
-        and to the background; B then counts the speakers of one video. Raises LongCatError for other shapes.
+        and to the background; B then counts the speakers of one video. dtype: of activations; None: the network's.
+        Raises LongCatError for other shapes.
         """
         if self.audio_embed is None:
             raise LongCatError("LongCat-Video does not hear audio; load LongCat-Video-Avatar")
-        return self.audio_embed.hear(windows.to(self.dtype), classes, self.config.head_dim)
+        return self.audio_embed.hear(windows.to(dtype or self.dtype), classes, self.config.head_dim)
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype, ops: Ops = PLAIN) -> Tensor:
         """Timesteps [B or 1, T or 1] in 0..1000 -> [B or 1, T or 1, adaLN] fp32."""

@@ -147,14 +147,16 @@ class Execution:
         context = context.to(self.compute_dtype)
         return arrange_text(context, mask, mode, zero_pad, self.network.embed_tokens, length)
 
-    def embed_audio(self, windows: Tensor, classes: Tensor | None = None) -> AudioTokens:
+    def embed_audio(
+        self, windows: Tensor, classes: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> AudioTokens:
         """Audio for every block, computed once per segment; see `LongCatTransformer.embed_audio`.
 
         The result belongs into `TextTokens.audio` of the texts that the network is given.
         """
         if self.sparse is not None or self.block_sparse is not None:
             raise LongCatError("sparse attention does not run with audio; turn it off")
-        return LongCatTransformer.embed_audio(self.network, windows, classes)
+        return LongCatTransformer.embed_audio(self.network, windows, classes, dtype or self.compute_dtype)
 
     def choose_kernels(self, device: torch.device) -> attention.Kernels:
         """The attention kernels that `optimizations` select for tensors on `device`."""

@@ -1,0 +1,313 @@
+"""LongCat-Video-Avatar as a native MODEL: what ComfyUI samples equals what the core samples."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..checkout import PACK
+from .conftest import ROUNDING, version
+
+GOLDEN = Path(PACK, "tests", "data", "golden-avatar")
+TOLERANCE = 1e-4 * ROUNDING
+SEED, TEXT, AUDIO = 3, 3.0, 4.5
+
+
+class Avatar:
+    """The golden avatar of one version as ComfyUI and as the core load it, and inputs for both."""
+
+    def __init__(self, comfy, version: str) -> None:
+        from safetensors.torch import load_file
+
+        self.comfy, self.version, self.folder = comfy, version, GOLDEN / version
+        self.name = f"golden-avatar-{version}"
+        place = comfy.folder / "models" / "diffusion_models" / self.name
+        place.mkdir(exist_ok=True)
+        for file in ("config.json", "dit.safetensors"):
+            shutil.copy(self.folder / file, place)
+        self.model = comfy("LongCatModelLoader", model_name=self.name, weight_dtype="fp32")
+        self.network = comfy.core("checkpoints.load").load_transformer(place)
+        read = (load_file(self.folder / f"{name}.safetensors") for name in ("generate", "forward", "audio"))
+        self.data, self.forward, self.voices = read
+        data = self.data
+        self.texts = [self._text(data[f"{name}.embeds"], data[f"{name}.mask"]) for name in ("pos", "neg")]
+        self.shape = tuple(data["noise0"].shape)
+
+    @staticmethod
+    def _text(embeds, mask):
+        return torch.nn.functional.pad(embeds * (mask != 0)[..., None], (0, 0, 0, 512 - embeds.shape[1]))
+
+    def audio(self, people: int = 1, scale: float = AUDIO):
+        """The audio of a first segment."""
+        avatar = self.comfy.core("sampling.avatar")
+        windows = torch.cat([self.voices[f"{voice}.segment0"] for voice in ("one", "two")[:people]])
+        classes = None
+        if people > 1:
+            _, _, _, rows, columns = self.shape
+            masks = avatar.fit_masks(self.forward["duo.masks.source"], 8 * rows, 8 * columns)
+            classes = avatar.class_tokens(masks, rows // 2, columns // 2)
+        return avatar.Audio(windows, classes, scale)
+
+    def reference(self, position: int = 10, skip: int = 3):
+        avatar, cache = self.comfy.core("sampling.avatar"), self.comfy.core("model.kv_cache")
+        latents = self.model.model.process_latent_out(
+            self.data["ai2v.latents" if self.version == "v1_0" else "ai2v_distill.latents"][:, :, :1]
+        )
+        return avatar.ReferenceFrame(latents, cache.Reference(position, skip))
+
+    def conds(self, audio, reference=None):
+        values = {"longcat_audio": audio} | ({} if reference is None else {"longcat_reference": reference})
+        return {name: [[text, dict(values)]] for name, text in zip(("positive", "negative"), self.texts, strict=True)}
+
+    def latent(self, clean=None, batch: int = 1):
+        samples = torch.zeros(batch, *self.shape[1:])
+        if clean is None:
+            return {"samples": samples}
+        mask = torch.ones(1, 1, *self.shape[2:])
+        count = clean.shape[2]
+        samples[:, :, :count], mask[:, :, :count] = self.model.model.process_latent_out(clean), 0
+        return {"samples": samples, "noise_mask": mask}
+
+    def sampled(self, conds, latent, model=None, **values):
+        """LongCat Sampler's latents, normalized."""
+        given = {"seed": SEED, "steps": 4, "guidance": TEXT, "mode": "base"} | values
+        node = self.comfy("LongCatSampler", model=model or self.model, latent_image=latent, **conds, **given)
+        return self.model.model.process_latent_in(node["samples"])
+
+    def expected(self, audio, clean=None, reference=None, network=None, steps=4, mode="base", guidance=TEXT):
+        core, network = self.comfy.core, network or self.network
+        if reference is not None:
+            latents = self.model.model.process_latent_in(reference.latents)
+            reference = core("sampling.avatar").ReferenceFrame(latents, reference.at)
+        noise = core("sampling.conditioning").seeded_noise(self.shape, SEED)
+        schedule = core("sampling.schedules").schedule_of(network.config.audio, mode, steps)
+        masks = [(text != 0).any(-1) for text in self.texts]
+        return core("sampling.sampler").sample(
+            network, noise, schedule, self.texts[0], masks[0], negative_context=self.texts[1], negative_mask=masks[1],
+            guidance_scale=guidance, cond_latents=clean, audio=audio, reference=reference,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["v1_0", "v1_5"])
+def avatar(comfy, request) -> Avatar:
+    return Avatar(comfy, request.param)
+
+
+@pytest.fixture(scope="module")
+def newer(comfy) -> Avatar:
+    return Avatar(comfy, "v1_5")
+
+
+def close(one, other) -> bool:
+    assert one.std() > 0.3
+    return float((one - other).abs().max()) <= TOLERANCE
+
+
+def test_text_and_image(avatar):
+    audio = avatar.audio()
+    assert close(avatar.sampled(avatar.conds(audio), avatar.latent()), avatar.expected(audio))
+    image = avatar.data["image.latent"]
+    got = avatar.sampled(avatar.conds(audio), avatar.latent(image), mode="enhance_hf")
+    assert close(got, avatar.expected(audio, image, mode="enhance_hf"))
+
+
+@pytest.mark.parametrize("kv_cache", ["exact", "off"])
+def test_continuation_with_a_reference(avatar, kv_cache):
+    audio, clean = avatar.audio(), avatar.data["at2v.tail.latents"]
+    for reference in (avatar.reference(4, 1), avatar.reference(-3, 1)):
+        got = avatar.sampled(avatar.conds(audio, reference), avatar.latent(clean), kv_cache=kv_cache)
+        assert close(got, avatar.expected(audio, clean, reference))
+        assert (got[:, :, : clean.shape[2]] - clean).abs().max() < 1e-5
+
+
+def test_two_people_by_masks(avatar, forwards):
+    audio, image = avatar.audio(2), avatar.data["image.latent"]
+    got = avatar.sampled(avatar.conds(audio), avatar.latent(image), steps=2)
+    # One pass over the image, and three of a batch of 1 a step.
+    assert [shape[0] for shape in forwards] == [1] * 7
+    assert close(got, avatar.expected(audio, image, steps=2))
+    reference = avatar.reference(4, 1)
+    got = avatar.sampled(avatar.conds(audio, reference), avatar.latent(image), steps=2)
+    assert close(got, avatar.expected(audio, image, reference, steps=2))
+
+
+def test_parts_of_guidance_that_do_not_count_are_not_computed(newer, forwards):
+    for text, sound, parts in ((4.0, 4.0, 2), (3.0, 1.0, 2), (1.0, 3.0, 3), (1.0, 1.0, 1), (3.0, 4.0, 3)):
+        forwards.clear()
+        audio = newer.audio(scale=sound)
+        got = newer.sampled(newer.conds(audio), newer.latent(), steps=2, guidance=text)
+        assert [shape[0] for shape in forwards] == [parts] * 2
+        assert close(got, newer.expected(audio, steps=2, guidance=text))
+    forwards.clear()
+    newer.sampled(newer.conds(newer.audio()), newer.latent(), guidance_until=0.5)
+    assert [shape[0] for shape in forwards] == [3, 3, 1, 1]
+
+
+def test_stock_samplers_guide_from_silence(newer, comfy):
+    """With a negative that hears silence, plain guidance is that of an avatar with two equal scales."""
+    audio = newer.audio(scale=4.0)
+    conds = newer.conds(audio)
+    conds["negative"][0][1]["longcat_audio"] = comfy.node("comfy_avatar").silent(audio)
+    inputs = {"model": newer.model, "seed": SEED, "steps": 4, "cfg": 4.0, "latent_image": newer.latent()}
+    out = comfy("KSampler", sampler_name="euler", scheduler="simple", denoise=1.0, **inputs, **conds)["samples"]
+    guider = comfy("LongCatGuider", model=newer.model, guidance=4.0, **conds)
+    sigmas = comfy("BasicScheduler", model=newer.model, scheduler="simple", steps=4, denoise=1.0)
+    assert float(sigmas[1]) == pytest.approx(7 * 0.75 / (1 + 6 * 0.75), abs=1e-3)
+    own, _ = comfy(
+        "SamplerCustomAdvanced", noise=comfy("RandomNoise", noise_seed=SEED), guider=guider,
+        sampler=comfy("KSamplerSelect", sampler_name="euler"), sigmas=sigmas, latent_image=newer.latent(),
+    )  # fmt: skip
+    assert (out - own["samples"]).abs().max() <= TOLERANCE
+
+
+def comfyui_names(official):
+    """A LoRA of official names as single files for ComfyUI have it: every part of a stacked weight by itself."""
+    stacked = {"attn.qkv": ("q", "k", "v"), "cross_attn.kv_linear": ("k", "v")}
+    single = {"attn.proj": "o", "cross_attn.q_linear": "q"}
+    found = {}
+    for key in official:
+        module, _, kind = (
+            key.removeprefix("lora___lorahyphen___").replace("___lorahyphen___", ".").partition(".lora_down")
+        )
+        if kind != ".weight":
+            continue
+        name = key.removesuffix(".lora_down.weight")
+        block, layer = module[: module.index(".", 7)], module[module.index(".", 7) + 1 :]
+        kinds = stacked.get(layer)
+        ups = (
+            [official[f"{name}.lora_up.blocks.{i}.weight"] for i in range(len(kinds))]
+            if kinds
+            else [official[f"{name}.lora_up.weight"]]
+        )
+        attention = "cross_attn" if layer.startswith("cross") else "self_attn"
+        layers = [f"{attention}.{part}" for part in kinds or ()] or [
+            f"{attention}.{single[layer]}" if layer in single else layer
+        ]
+        for part, up, down in zip(layers, ups, official[key].chunk(len(ups)), strict=True):
+            target = f"diffusion_model.{block}.{part}"
+            found[f"{target}.lora_up.weight"], found[f"{target}.lora_down.weight"] = up.contiguous(), down.contiguous()
+            found[f"{target}.alpha"] = official[f"{name}.alpha_scale"] * len(down)
+    return found
+
+
+@pytest.mark.parametrize("form", ["official", "ComfyUI"])
+def test_the_distilled_schedule_and_its_lora(newer, comfy, form):
+    from safetensors.torch import load_file
+
+    lora = load_file(newer.folder / "lora.safetensors")
+    name = comfy.save("loras", "dmd_lora.safetensors", comfyui_names(lora) if form == "ComfyUI" else lora)
+    model = comfy("LoraLoaderModelOnly", model=newer.model, lora_name=name, strength_model=0.5)
+    network = comfy.core("checkpoints.load").load_transformer(comfy.folder / "models" / "diffusion_models" / newer.name)
+    comfy.core("checkpoints.lora").merge_lora(network, newer.folder / "lora.safetensors", 0.5)
+    audio, image = newer.audio(scale=1.0), newer.data["image.latent"]
+    given = {"steps": 8, "mode": "distilled", "guidance": 1.0}
+    got = newer.sampled(newer.conds(audio), newer.latent(image), model=model, **given)
+    assert close(got, newer.expected(audio, image, network=network, **given))
+    assert not torch.allclose(got, newer.sampled(newer.conds(audio), newer.latent(image), **given), atol=1e-2)
+
+
+def test_batches_share_the_audio(newer):
+    audio = newer.audio()
+    two = newer.sampled(newer.conds(audio), newer.latent(batch=2), steps=2)
+    one = newer.sampled(newer.conds(audio), newer.latent(), steps=2)
+    assert close(two[:1], one) and not torch.allclose(two[0], two[1], atol=0.1)
+
+
+@pytest.mark.parametrize("form", ["official", "ComfyUI", "weight_dtype", "int8"])
+def test_single_files_in_stock_and_own_loader(newer, comfy, form):
+    """config.json is not beside a single file; what shapes do not show stands in its metadata."""
+    import json
+
+    from safetensors.torch import load_file
+
+    formats, load = comfy.core("checkpoints.formats"), comfy.core("checkpoints.load")
+    metadata = {"config": json.dumps({"audio": newer.network.config.to_dict()["audio"]})}
+    if form == "int8":
+        state = load_file(newer.folder / "dit_int8.safetensors")
+    else:
+        state = load.official_state(newer.network, formats.COMFYUI if form == "ComfyUI" else formats.OFFICIAL)
+    name = comfy.save("diffusion_models", f"avatar-{form}.safetensors", state, metadata)
+    dtype = "fp8_e4m3fn" if form == "weight_dtype" else "default"
+    own = comfy("LongCatModelLoader", model_name=name, weight_dtype=dtype)
+    stock = comfy("UNETLoader", unet_name=name, weight_dtype=dtype)
+    audio = newer.audio()
+    one, other = (newer.sampled(newer.conds(audio), newer.latent(), model, steps=2) for model in (own, stock))
+    assert torch.equal(one, other)
+    wanted = newer.expected(audio, steps=2)
+    assert (one - wanted).norm() <= (0.3 if form in ("weight_dtype", "int8") else 0.05) * wanted.norm()
+
+
+def test_8_bits_row_by_row(newer, comfy):
+    model = comfy("LongCatModelLoader", model_name=newer.name, weight_dtype="fp8 rowwise")
+    layers = comfy.node("comfy_fp8").layers(model.model.diffusion_model)
+    assert {"blocks.0.audio_attn.q", "blocks.1.audio_attn.proj", "blocks.1.ffn.down"} <= set(layers)
+    policy = comfy.core("optimize.quantization").Policy()
+    load = comfy.core("checkpoints.load").load_transformer
+    network = load(comfy.folder / "models" / "diffusion_models" / newer.name, fp8=policy)
+    audio = newer.audio()
+    got = newer.sampled(newer.conds(audio), newer.latent(), model, steps=2)
+    wanted = newer.expected(audio, network=network, steps=2)
+    assert (got - wanted).norm() <= 0.1 * wanted.norm()
+
+
+def test_other_nodes_on_an_avatar(newer, comfy):
+    """Compiling, a step cache of either kind, and context windows."""
+    audio, image = newer.audio(), newer.data["image.latent"]
+    given = newer.conds(audio), newer.latent(image)
+    plain = newer.sampled(*given, steps=8)
+    for kind in ("steps", "blocks"):
+        cached = comfy("LongCatStepCache", model=newer.model, threshold=0.3, kind=kind)
+        out = newer.sampled(*given, cached, steps=8, guidance_until=0.6)
+        whole = newer.sampled(*given, steps=8, guidance_until=0.6)
+        assert 0 < (out - whole).norm() < 0.3 * whole.norm(), kind
+    windows = comfy(
+        "ContextWindowsManual", model=newer.model, context_length=5, context_overlap=2, context_stride=1,
+        context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False,
+    )  # fmt: skip
+    if hasattr(windows.model, "resize_cond_for_context_window") and version() >= (0, 9):
+        out = newer.sampled(*given, windows, steps=2)
+        assert out.isfinite().all() and out.shape == plain.shape
+    else:
+        with pytest.raises(comfy.core("errors").LongCatError, match="need a newer ComfyUI"):
+            newer.sampled(*given, windows, steps=2)
+
+
+def test_memory_counts_the_audio(newer):
+    model, shape = newer.model.model, [2, 16, 7, 8, 12]
+    plain = model.memory_required(shape, {"c_crossattn": [[1, 16, 48]]})
+    heard = model.memory_required(shape, {"c_crossattn": [[1, 16, 48]], "heard": [[1, 7]]})
+    # Keys and values of 6 tokens of 64 numbers for each of 7 frames in 2 blocks, of 2 videos.
+    assert heard - plain == 2 * 2 * 2 * 6 * 7 * 64 * 4
+    shapes = {"c_crossattn": [[1, 16, 48]], "heard": [[2, 7]], "reference": [[1, 16, 1, 8, 12]]}
+    two = model.memory_required(shape, shapes)
+    assert two - heard > heard - plain
+
+
+def test_refusals(newer, model, comfy, prompts, empty, avatar):
+    audio, image = newer.audio(), newer.data["image.latent"]
+    people, core = newer.audio(2), comfy.core("sampling.avatar")
+    bare = [[newer.texts[0], {}]]
+
+    def refused(match, conds, latent, **values):
+        with pytest.raises(comfy.core("errors").LongCatError, match=match):
+            newer.sampled(conds, latent, **values)
+
+    refused("positive has no audio", {**newer.conds(audio), "positive": bare}, newer.latent())
+    refused("negative has no audio", {**newer.conds(audio), "negative": bare}, newer.latent())
+    other = core.Audio(torch.zeros(1, 25, 5, 12, 768))
+    refused("use the audio encoder that belongs to it", newer.conds(other), newer.latent())
+    short = core.Audio(audio.windows[:, :21])
+    refused("the audio is of 21 frames and the latent of 25", newer.conds(short), newer.latent())
+    refused("masks say where people are in the first frame", newer.conds(people), newer.latent())
+    refused("one video at a time", newer.conds(people), newer.latent(image, batch=2))
+    refused("several voices need a mask", newer.conds(core.Audio(people.windows)), newer.latent())
+    refused("has exactly 8 steps", newer.conds(audio), newer.latent(), mode="distilled", guidance=1.0)
+    refused("no refine stage", newer.conds(audio), newer.latent(), mode="refine")
+    with pytest.raises(comfy.core("errors").LongCatError, match="does not hear audio"):
+        conds = {name: [[cond[0][0], {"longcat_audio": audio}]] for name, cond in prompts.items()}
+        comfy("LongCatSampler", model=model, latent_image=empty, seed=1, steps=2, guidance=4.0, mode="base", **conds)
+    with pytest.raises(comfy.core("errors").LongCatError, match="LongCat Calibrate has no audio"):
+        comfy.node("models").require_soundless(newer.model, "LongCat Calibrate")
