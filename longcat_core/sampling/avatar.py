@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,40 @@ def audio_windows(embeddings: Tensor, start: int, frames: int, stride: int) -> T
         raise LongCatError("the audio has no embeddings; give longer audio")
     at = start + stride * torch.arange(frames)[:, None] + torch.arange(-AROUND, AROUND + 1)
     return embeddings[at.clamp(0, len(embeddings) - 1)][None]
+
+
+# Where the first and the second person are unless somebody says so, as (top, left, bottom, right) shares of an image.
+LEFT, RIGHT = (0.1, 0.05, 0.9, 0.45), (0.1, 0.55, 0.9, 0.95)
+Box = tuple[float, float, float, float]
+
+
+def box_mask(box: Box, height: int, width: int, name: str = "the box") -> Tensor:
+    """A mask [height, width] fp32, 1 inside a box of (top, left, bottom, right) shares of an image, 0..1.
+
+    name: of the box, for the LongCatError that is raised for one without a pixel of the image.
+    """
+    top, left, bottom, right = box
+    # Shares such as 0.55 are a little less than that in floating point.
+    rows, columns = (
+        slice(*(int(share * side + 1e-6) for share in shares))
+        for shares, side in (((top, bottom), height), ((left, right), width))
+    )
+    mask = torch.zeros(height, width)
+    if min(box) < 0 or max(box) > 1 or not mask[rows, columns].numel():
+        raise LongCatError(
+            f"{name} reaches from {left:.0%} to {right:.0%} of the width and from {top:.0%} to {bottom:.0%} of the "
+            "height; give a box that covers its person"
+        )
+    mask[rows, columns] = 1
+    return mask
+
+
+def with_background(people: Sequence[Tensor]) -> Tensor:
+    """Masks [h, w] of two people and any further ones -> [K, h, w] in the order of `Audio.classes`: the background,
+    which is neither of the first two, comes third."""
+    first, second, *others = ((mask > 0).float() for mask in people)
+    background = 1 - torch.maximum(first, second)
+    return torch.stack((first, second, background, *others))
 
 
 def fit_masks(masks: Tensor, height: int, width: int) -> Tensor:

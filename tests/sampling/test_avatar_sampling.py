@@ -16,7 +16,17 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KV_MODES, Reference
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
-from longcat_core.sampling.avatar import Audio, ReferenceFrame, audio_windows, class_tokens, fit_masks
+from longcat_core.sampling.avatar import (
+    LEFT,
+    RIGHT,
+    Audio,
+    ReferenceFrame,
+    audio_windows,
+    box_mask,
+    class_tokens,
+    fit_masks,
+    with_background,
+)
 from longcat_core.sampling.sampler import Step, sample
 from longcat_core.sampling.schedules import make_schedule
 
@@ -160,3 +170,18 @@ def test_a_mask_without_a_token_is_named():
     masks[0, :8], masks[2, 20:] = 1, 1
     with pytest.raises(LongCatError, match="mask 2 of 3 covers no token"):
         class_tokens(masks, 4, 6)
+
+
+def test_boxes_and_the_background():
+    """The public demo's default boxes, and masks in its order."""
+    left, right = (box_mask(box, 70, 110) for box in (LEFT, RIGHT))
+    for mask, columns in ((left, (5, 49)), (right, (60, 104))):
+        expected = torch.zeros(70, 110)
+        expected[7:63, slice(*columns)] = 1
+        assert torch.equal(mask, expected)
+    third = box_mask((0.0, 0.0, 0.5, 1.0), 70, 110)
+    masks = with_background([left, right, third])
+    assert torch.equal(masks[2], 1 - left - right) and torch.equal(masks[3], third)
+    for box in ((0.5, 0.0, 0.5, 1.0), (0.0, 0.0, 1.1, 1.0), (0.0, 0.9, 1.0, 0.2)):
+        with pytest.raises(LongCatError, match="the box of Ann reaches from"):
+            box_mask(box, 70, 110, "the box of Ann")
