@@ -6,6 +6,8 @@ INPUTS_OF names the node. Defaults of LongCat-nano are added by `build.py`, from
 
 from __future__ import annotations
 
+from . import chinese_avatar
+
 # Node -> name and description.
 NODES: dict[str, tuple[str, str]] = {
     "LongCatModelLoader": (
@@ -97,6 +99,7 @@ NODES: dict[str, tuple[str, str]] = {
         "LongCat 校准",
         "以稠密注意力生成一个视频，并在其中几步测量，找出在该模型的权重上每个注意力头可以有多稀疏，写成稀疏注意力的校准文件。",
     ),
+    **chinese_avatar.NODES,
 }
 
 _CHOOSE_MODE = (
@@ -271,6 +274,7 @@ INPUTS: dict[str, tuple[str, str]] = {
         "在 Ada、Hopper 和 Blackwell 上更快，有损。fp8_e4m3fn：显存减半，16 位矩阵乘法，有损。fp32：用于对比。",
     ),
     "width": ("宽度", "宽度，单位为像素，须为 16 的倍数。"),
+    **chinese_avatar.INPUTS,
 }
 
 _ONLY_CUSTOM = "；仅在分辨率为 custom 时使用。"
@@ -285,7 +289,10 @@ _EACH_TEXT = "；不连接时使用典型长度的随机文本。"
 
 # Node and input -> name and text where they differ from those in INPUTS.
 INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
-    ("LongCatScheduler", "model"): ("模型", "LongCat-Video 模型；shift 始终为 12，即使使用了“采样算法（SD3）”。"),
+    ("LongCatScheduler", "model"): (
+        "模型",
+        "LongCat-Video 模型；shift 始终为 12，数字人 1.5 为 7，即使使用了“采样算法（SD3）”。",
+    ),
     **{
         (node, name): text
         for node in ("LongCatImageToVideo", "LongCatVideoContinuation", "LongCatRefine", "LongCatRefineLongVideo")
@@ -369,6 +376,7 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
         "与 LongCat 采样器相同，尺寸取你要生成的尺寸；条件帧始终精确计算。",
     ),
     ("LongCatCalibrate", "steps"): ("步数", "去噪步数：一般为 10，distilled 模式为 16；可以比生成视频时少。"),
+    **chinese_avatar.INPUTS_OF,
 }
 
 # What a node puts out: name and text of each output in order.
@@ -430,6 +438,7 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("校准文件", "文件的路径。"),
         ("报告", "各处的密度和预计的加速；“LongCat 保真度对比”会显示它们给视频带来的变化。"),
     ),
+    **chinese_avatar.OUTPUTS,
 }
 
 # Last parts of the categories in nodes/finding.py.
@@ -437,6 +446,7 @@ CATEGORIES = {
     "loaders": "加载器",
     "sampling": "采样",
     "latents": "Latent",
+    "avatar": "数字人",
     "long video": "长视频",
     "speed and memory": "速度与显存",
     "measuring": "测量",

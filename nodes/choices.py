@@ -27,6 +27,8 @@ def choices_of(node_id: str) -> dict[str, Sequence[str]]:
         return {"model_name": model_names(), "weight_dtype": [*WEIGHT_DTYPES, FP8_ROWWISE]}
     if node_id == "LongCatTextEncoderLoader":
         return {"text_encoder_name": text_encoder_names()}
+    if node_id == "LongCatAudioEncoderLoader":
+        return {"audio_encoder_name": audio_encoder_names()}
     if node_id == "LongCatOptimizations":
         from ..longcat_core.optimize.attention import listed
 
@@ -56,5 +58,13 @@ def _gguf_names(root: str) -> list[str]:
 
 
 def text_encoder_names() -> list[str]:
-    names = folder_paths.get_filename_list("text_encoders")
+    return _safetensors("text_encoders")
+
+
+def audio_encoder_names() -> list[str]:
+    return _safetensors("audio_encoders")
+
+
+def _safetensors(kind: str) -> list[str]:
+    names = folder_paths.get_filename_list(kind)
     return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ..longcat_core.generate.options import FRAME_MULTIPLE
 from ..longcat_core.sampling.guidance import DEFAULT_NEGATIVE_PROMPT
+from .avatar_declarations import AVATAR_NODES
 from .fields import Node, Socket, long_text, own, shared
 from .widgets import (
     BATCH_SIZE,
@@ -102,7 +103,8 @@ NODES: dict[str, Node] = {
         "LongCat Scheduler",
         "Computes the noise levels of LongCat-Video's own schedules, for SamplerCustomAdvanced.",
         (
-            replace(MODEL, help="LongCat-Video; the shift is always 12, even after ModelSamplingSD3"),
+            replace(MODEL, help="LongCat-Video; the shift is always 12, or 7 for an avatar 1.5, even after "
+                    "ModelSamplingSD3"),
             MODE,
             STEPS,
         ),
@@ -399,4 +401,5 @@ NODES: dict[str, Node] = {
         ),
         shows=True,
     ),
+    **AVATAR_NODES,
 }  # fmt: skip

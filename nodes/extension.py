@@ -23,6 +23,8 @@ FAMILIES = {
     "vae_decode": ("LongCatVAEDecode",),
     "conditioning": ("LongCatImageToVideo", "LongCatVideoContinuation"),
     "refine": ("LongCatRefine",),
+    "audio": ("LongCatAudioEncoderLoader", "LongCatEncodeAudio"),
+    "avatar": ("LongCatAvatar", "LongCatAvatarBoxes"),
     "long_video": ("LongCatLongVideo", "LongCatRefineLongVideo"),
     "block_sparse": ("LongCatBlockSparseAttention",),
     "sparse": ("LongCatSparseAttention",),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 ROOT = "LongCat"
 LOADERS, SAMPLING, LATENTS = f"{ROOT}/loaders", f"{ROOT}/sampling", f"{ROOT}/latents"
-LONG, SPEED, MEASURING = f"{ROOT}/long video", f"{ROOT}/speed and memory", f"{ROOT}/measuring"
+AVATAR, LONG, SPEED, MEASURING = f"{ROOT}/avatar", f"{ROOT}/long video", f"{ROOT}/speed and memory", f"{ROOT}/measuring"
 # Groups of the Essentials tab, by the names that stock nodes use.
 GENERATION, TOOLS = "Video Generation", "Video Tools"
 
@@ -27,6 +27,7 @@ _EXTEND = ("v2v", "video extend", "extend video", "video continuation", "continu
 _UPSCALE = ("upscale video", "video upscale", "super resolution", "enhance video", "720p")
 _RATE = ("frame interpolation", "double fps", "30 fps")
 _MAKER = ("meituan",)
+_TALKING = ("longcat avatar", "talking head", "lip sync", "lipsync", "audio driven")
 _NANO = ("longcat nano", "longcat-nano")
 
 PLACES: dict[str, Place] = {
@@ -71,6 +72,18 @@ PLACES: dict[str, Place] = {
     "LongCatRefineLongVideo": Place(
         LONG, (*_MAKER, *_NANO, *_UPSCALE, *_RATE, "v2v", "refine video", "second stage", "resume"), TOOLS
     ),
+    "LongCatAudioEncoderLoader": Place(
+        LOADERS, (*_MAKER, *_TALKING, "load audio encoder", "whisper", "wav2vec2"), GENERATION
+    ),
+    "LongCatEncodeAudio": Place(
+        AVATAR, (*_MAKER, *_TALKING, "audio encoder encode", "whisper", "wav2vec2", "speech", "voice"), GENERATION
+    ),
+    "LongCatAvatar": Place(
+        AVATAR,
+        (*_MAKER, *_TALKING, "infinitetalk", "multitalk", "s2v", "speech to video", "audio to video"),
+        GENERATION,
+    ),
+    "LongCatAvatarBoxes": Place(AVATAR, (*_MAKER, *_TALKING, "bbox", "bounding box", "two people", "mask")),
     "LongCatOptimizations": Place(
         SPEED,
         (*_MAKER, "speed up", "faster", "torch compile", "sage attention", "flash attention", "triton", "fp8",

@@ -40,7 +40,7 @@ COMFYUI_PREFIXES = ("", "model.diffusion_model.")
 XXL_WIDTH = 4096
 
 
-def _find(kind: str, name: str) -> Path:
+def find(kind: str, name: str) -> Path:
     """The file or folder `name` inside one of ComfyUI's folders of a kind."""
     for root in map(os.path.abspath, folder_paths.get_folder_paths(kind)):
         path = os.path.abspath(os.path.join(root, name))
@@ -119,7 +119,7 @@ class ModelLoader(LongCatNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        path = _find("diffusion_models", model_name)
+        path = find("diffusion_models", model_name)
         # Reads headers only, and raises an error that says what the file is if it is not LongCat-Video.
         checkpoint = open_for_comfyui(path)
         import_ahead(comfy.model_management.get_torch_device())
@@ -144,7 +144,7 @@ class TextEncoderLoader(LongCatNode):
 
     @classmethod
     def execute(cls, text_encoder_name: str, device: str) -> io.NodeOutput:
-        path = _find("text_encoders", text_encoder_name)
+        path = find("text_encoders", text_encoder_name)
         opened = umt5.open_umt5(path)
         sizes = opened.sizes
         if opened.spiece is None:

@@ -138,7 +138,7 @@ def _load(folder: Path) -> Comfy:
     import folder_paths
     import utils.extra_config  # noqa: F401
 
-    for kind in ("diffusion_models", "text_encoders", "loras", "vae"):
+    for kind in ("diffusion_models", "text_encoders", "loras", "vae", "audio_encoders"):
         (folder / "models" / kind).mkdir(parents=True)
         folder_paths.folder_names_and_paths[kind] = ([str(folder / "models" / kind)], {".safetensors"})
     # A checkout of ComfyUI has it.

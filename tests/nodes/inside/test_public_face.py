@@ -14,6 +14,7 @@ FLAGS = ("is_output_node", "is_input_list", "is_deprecated", "is_experimental", 
 OF_THE_MACHINE = (
     ("LongCatModelLoader", "model_name"),
     ("LongCatTextEncoderLoader", "text_encoder_name"),
+    ("LongCatAudioEncoderLoader", "audio_encoder_name"),
     ("LongCatOptimizations", "attention"),
 )
 
