@@ -37,7 +37,7 @@ print(sorted({name.split(".")[0] for name in set(sys.modules) - modules if not n
 
 
 # What declarations read of the core's larger rooms.
-LIGHT = ["generate.options", "generate.speeds", "model.config", "model.text"]
+LIGHT = ["generate.options", "generate.speeds", "model.audio_tokens", "model.config", "model.text"]
 
 
 def test_loading_is_quiet_and_light():
