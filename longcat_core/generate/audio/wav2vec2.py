@@ -6,9 +6,12 @@ network resamples the features of its convolutions in time before its layers see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +21,11 @@ from torch.nn import Conv1d, GroupNorm, LayerNorm, Linear
 from .attention import SelfAttention
 
 KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+# Samples from one feature to the next, and those that one feature hears.
+HOP = math.prod(STRIDES)
+FIELD = 1 + sum((kernel - 1) * math.prod(STRIDES[:i]) for i, kernel in enumerate(KERNELS))
+# Features that are computed at a time: those of 10 s.
+PIECE = 500
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Convolution(nn.Module):
         self.layer_norm = GroupNorm(width, width) if normed else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.layer_norm(self.conv(x)))
+        return F.gelu(self.conv(x))
 
 
 class FeedForward(nn.Module):
@@ -74,11 +82,38 @@ class Convolutions(nn.Module):
         self.conv_layers = nn.ModuleList(Convolution(*part, normed=not i) for i, part in enumerate(parts))
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Sounds [B, N] -> features [B, C, about N / 320]."""
-        x = wave[:, None]
-        for layer in self.conv_layers:
-            x = layer(x)
-        return x
+        """A sound [1, N] -> features [1, C, about N / 320]. PIECE at a time, as the first outputs fill GiB a minute."""
+        layers: list[Any] = list(self.conv_layers)
+        weight, bias = _normed(layers[0].conv, layers[0].layer_norm, wave)
+        features = []
+        for piece in _pieces(wave, FIELD, HOP):
+            x = F.gelu(F.conv1d(piece, weight, bias, STRIDES[0]))
+            for layer in layers[1:]:
+                x = layer(x)
+            features.append(x)
+        return torch.cat(features, dim=2)
+
+
+def _normed(conv: Conv1d, norm: GroupNorm, wave: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution whose output is normed too, each channel by mean and variance over all time."""
+    count = (wave.shape[1] - KERNELS[0]) // STRIDES[0] + 1
+    # Means of the outputs and of their squares.
+    mean, square = torch.zeros(2, norm.num_channels, dtype=torch.float64, device=wave.device)
+    for piece in _pieces(wave, KERNELS[0], STRIDES[0]):
+        x = conv(piece)[0]
+        mean += x.sum(1, dtype=torch.float64) / count
+        square += x.square().sum(1, dtype=torch.float64) / count
+    scale = norm.weight / (square - mean.square() + norm.eps).sqrt()
+    return (conv.weight * scale[:, None, None]).float(), (norm.bias - mean * scale).float()
+
+
+def _pieces(wave: Tensor, field: int, hop: int) -> Iterator[Tensor]:
+    """Parts [1, 1, n] of a sound [1, N] that make about PIECE outputs of a convolution which sees `field` samples for
+    each output and moves by `hop`."""
+    outputs, size = (wave.shape[1] - field) // hop + 1, max(1, PIECE * HOP // hop)
+    for start in range(0, outputs, size):
+        stop = min(start + size, outputs)
+        yield wave[:, None, start * hop : (stop - 1) * hop + field]
 
 
 class Projection(nn.Module):
@@ -125,7 +160,7 @@ class Wav2Vec2(nn.Module):
         self.encoder = Layers(config)
 
     def forward(self, wave: Tensor, frames: int) -> Iterator[Tensor]:
-        """Sounds [B, N] at 16 kHz, of mean 0 and variance 1 -> the output of each layer, [B, frames, D]."""
+        """A sound [1, N] at 16 kHz, of mean 0 and variance 1 -> the output of each layer, [1, frames, D]."""
         x = F.interpolate(self.feature_extractor(wave), frames, mode="linear", align_corners=True)
         return self.encoder(self.feature_projection(x.transpose(1, 2)))
 
