@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, is_whole
 from ..files.records import read_record
+from ..files.tensor_files import HeldTensors
 from .formats import Format, Table
 from .reader import Watch
 from .stored import Stored, json_metadata
@@ -128,16 +129,19 @@ class AudioEncoderFiles(Stored):
         return state
 
 
-def open_audio_encoder(path: Path, config: Path | None = None) -> AudioEncoderFiles:
+def open_audio_encoder(
+    path: Path, config: Path | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> AudioEncoderFiles:
     """Parse the headers of an audio encoder: a file, its folder, or the official root that holds the folder.
 
-    config: its config.json where that is not in the folder. Raises CheckpointError for anything but a wav2vec2 of base
-    form or a Whisper.
+    config: its config.json where that is not in the folder. tensors: what another program has read of it; then `path`
+    is what sentences name. Raises CheckpointError for anything but a wav2vec2 of base form or a Whisper.
     """
     path = next((path / name for name in FOLDERS if (path / name).is_dir()), path)
     config = config or (path / "config.json" if (path / "config.json").exists() else None)
     weights = path / MODEL_FILE if (path / MODEL_FILE).exists() else path
-    stored = open_whole(weights, _FORMS, REMEDY, BESIDE)
+    files = None if tensors is None else {weights: HeldTensors(tensors)}
+    stored = open_whole(weights, _FORMS, REMEDY, BESIDE, files)
     kind = stored.form.name
     opened = AudioEncoderFiles(**vars(stored), kind=kind, heads=0)
     width = opened.shape("encoder.layer_norm.weight" if kind == WAV2VEC2 else "layer_norm.weight", 1)[0]

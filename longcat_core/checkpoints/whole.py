@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.tensor_files import TensorFile
 from ..files.weight_files import open_weights
 from .formats import MAX_BLOCKS, Format
 from .quantized import MARKERS, refuse_packed
@@ -17,13 +18,20 @@ from .reader import Reader, Watch, Weight, require_finite
 from .stored import Stored, collect, match_parameters
 
 
-def open_whole(path: Path, forms: Sequence[Format], remedy: str, beside: Collection[str] = ()) -> Stored:
+def open_whole(
+    path: Path,
+    forms: Sequence[Format],
+    remedy: str,
+    beside: Collection[str] = (),
+    files: Mapping[Path, TensorFile] | None = None,
+) -> Stored:
     """Parse the headers of the model at `path`, a file or a folder: its form, the prefix of its names, its tensors.
 
     A file may hold other models too, under other prefixes. beside: names that are not parameters. remedy: the end of
-    the sentence for another model. Raises CheckpointError.
+    the sentence for another model. files: the opened files, unless they are to be found at `path`. Raises
+    CheckpointError.
     """
-    files = open_weights(path, remedy)
+    files = open_weights(path, remedy) if files is None else files
     names = [name for opened in files.values() for name in opened.header]
     found = list(_recognized(names, forms))
     if not found:

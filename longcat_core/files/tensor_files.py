@@ -6,6 +6,7 @@ The first bytes of a file decide its format, never its name. GGUF needs the `ggu
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,19 @@ def is_gguf(path: Path) -> bool:
             return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
     except OSError:
         return False
+
+
+class HeldTensors:
+    """Tensors that another program has in memory, as if they lay in a file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.header: Header = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.metadata: dict[str, str] = {}
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
+        tensor = self._tensors[name].detach()
+        return (tensor[start:stop] if tensor.ndim else tensor).cpu()
 
 
 class GgufFile:

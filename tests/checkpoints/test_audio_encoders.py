@@ -14,7 +14,7 @@ from torch import Tensor
 from longcat_core.checkpoints.audio_encoders import open_audio_encoder
 from longcat_core.errors import CheckpointError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
-from longcat_core.generate.audio import load_audio_encoder
+from longcat_core.generate.audio import audio_encoder_of, load_audio_encoder
 
 DATA = Path(__file__).parents[1] / "data" / "golden-avatar"
 FOLDERS = {"wav2vec2": DATA / "v1_0", "whisper": DATA / "v1_5"}
@@ -82,6 +82,17 @@ def test_every_form_is_the_same_encoder(tmp_path: Path, form: str) -> None:
     write_safetensors(tmp_path / "a.safetensors", change(state))
     wanted = embed(FOLDERS[kind] / f"{kind}.safetensors", config)
     assert torch.allclose(embed(tmp_path / "a.safetensors", config), wanted, atol=1e-5)
+
+
+def test_tensors_that_another_program_has_read() -> None:
+    state, config = golden("whisper")
+    # ComfyUI's encoder has its filters among the tensors.
+    state |= {"feature_extractor.mel_spectrogram.spectrogram.window": torch.zeros(400)}
+    opened = open_audio_encoder(Path("the audio encoder"), config, state)
+    found = load_audio_encoder("", opened=opened)
+    assert torch.equal(found.embed(WAVE), embed(FOLDERS["whisper"] / "whisper.safetensors", config))
+    with pytest.raises(CheckpointError, match="the audio encoder has 16 channels, which 0 heads do not divide"):
+        audio_encoder_of(state)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

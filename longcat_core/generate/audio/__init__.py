@@ -1,6 +1,6 @@
 """Sound to what a LongCat-Video-Avatar hears: read, leveled, encoded, cut into the windows of segments."""
 
-from .encoder import AudioEncoder, load_audio_encoder
+from .encoder import AudioEncoder, audio_encoder_of, load_audio_encoder
 from .speech import speech
 from .voices import Embeddings, Voices, combine, embed_voices, seconds_of, segments_for
 
@@ -8,6 +8,7 @@ __all__ = [
     "AudioEncoder",
     "Embeddings",
     "Voices",
+    "audio_encoder_of",
     "combine",
     "embed_voices",
     "load_audio_encoder",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -167,6 +168,11 @@ def load_audio_encoder(
         model = network(opened)
     model.load_state_dict(opened.state(model.state_dict(), device, watch), assign=True)
     return kind(model, opened.source)
+
+
+def audio_encoder_of(tensors: Mapping[str, Tensor], source: str = "the audio encoder") -> AudioEncoder:
+    """An audio encoder from the tensors that another program has read, in a copy of its own. Raises as the loader."""
+    return load_audio_encoder("", opened=open_audio_encoder(Path(source), tensors=tensors))
 
 
 def _wav2vec2(opened: AudioEncoderFiles) -> nn.Module:
