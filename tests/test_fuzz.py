@@ -22,6 +22,8 @@ CASES = {
     "prompts": 100,
     "picture": 60,
     "video": 25,
+    "sound": 40,
+    "audio_encoder": 25,
     "training": 100,
     "segments": 60,
     "calibration": 200,

@@ -14,9 +14,10 @@ import torch
 from longcat_core.errors import LongCatError
 from longcat_core.files.media import Sound, read_sound, write_video
 
+from ..support.clips import SOUND_RATE as RATE
 from ..support.clips import numbered, write_clip
+from ..support.sounds import sweep, write_sound
 
-RATE = 48000
 # Name, codec, and whether nothing is lost.
 FILES = {
     "a.wav": ("pcm_s16le", True), "b.wav": ("pcm_f32le", True), "a.w64": ("pcm_s16le", True), "a.flac": ("flac", True),
@@ -24,25 +25,6 @@ FILES = {
     "a.mp3": ("libmp3lame", False), "a.ogg": ("libopus", False), "a.m4a": ("aac", False), "a.webm": ("libopus", False),
     "a.aac": ("aac", False), "a.ts": ("aac", False),
 }  # fmt: skip
-
-
-def sweep(seconds: float = 1.5, channels: int = 2, rate: int = RATE) -> Sound:
-    time = torch.arange(round(seconds * rate), dtype=torch.float64) / rate
-    tones = [0.3 * torch.sin(2 * math.pi * (300 + 200 * i + 100 * time) * time) for i in range(channels)]
-    return Sound(torch.stack(tones), rate)
-
-
-def write_sound(path: Path, sound: Sound, codec: str) -> Path:
-    layout = "stereo" if len(sound.samples) == 2 else "mono"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=sound.rate, layout=layout)
-        converter = av.AudioResampler(stream.codec_context.format.name, layout, sound.rate)
-        frame = av.AudioFrame.from_ndarray(sound.samples.numpy(), format="fltp", layout=layout)
-        frame.sample_rate, frame.pts = sound.rate, 0
-        for part in (*converter.resample(frame), *converter.resample(None)):
-            container.mux(stream.encode(part))
-        container.mux(stream.encode())
-    return path
 
 
 def distance(found: Sound, wanted: Sound) -> float:

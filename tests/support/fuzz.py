@@ -36,9 +36,10 @@ from longcat_core.checkpoints.convert import convert
 from longcat_core.checkpoints.formats import OFFICIAL
 from longcat_core.checkpoints.load import load_transformer, official_state, open_checkpoint
 from longcat_core.errors import LongCatError
-from longcat_core.files.media import read_image, read_video, write_video
+from longcat_core.files.media import read_image, read_sound, read_video, write_video
 from longcat_core.files.regular import read_lines
 from longcat_core.files.safetensors_io import SafetensorsFile, write_safetensors
+from longcat_core.generate.audio import load_audio_encoder
 from longcat_core.generate.calibration import read_calibration, write_calibration
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.segment_folder import SegmentFolder
@@ -51,6 +52,7 @@ from longcat_core.training.saved import PREFIX, LoraFile, state_shapes
 from ..checkpoints.written_forms import is_matrix, write_gguf
 from .calibrations import calibration_of
 from .mutations import mutated
+from .sounds import sweep, write_sound
 from .tiny import GOLDEN, moving_clip, tiny_config
 
 SECONDS = 10
@@ -185,6 +187,28 @@ def _read_videos(folder: Path) -> None:
     _each(sorted(folder.iterdir()), read_video)
 
 
+def _sound(folder: Path) -> None:
+    for name, codec in {"a.wav": "pcm_s16le", "a.flac": "flac", "a.mp3": "libmp3lame", "a.m4a": "aac"}.items():
+        write_sound(folder / name, sweep(0.5), codec)
+    write_video(folder / "a.mp4", moving_clip(9, 32, 48), 15, sweep(0.5))
+
+
+def _read_sounds(folder: Path) -> None:
+    _each(sorted(folder.iterdir()), read_sound)
+
+
+def _audio_encoders(folder: Path) -> None:
+    for version, name in (("v1_0", "wav2vec2"), ("v1_5", "whisper")):
+        (folder / name).mkdir()
+        golden = GOLDEN.with_name("golden-avatar") / version
+        shutil.copy(golden / f"{name}_config.json", folder / name / "config.json")
+        shutil.copy(golden / f"{name}.safetensors", folder / name / "model.safetensors")
+
+
+def _read_audio_encoders(folder: Path) -> None:
+    _each(sorted(folder.iterdir()), load_audio_encoder)
+
+
 def _segments(folder: Path) -> None:
     _fill(folder)
 
@@ -248,6 +272,8 @@ READERS = {
     ),
     "picture": Reader(_picture, ("*",), _read_pictures),
     "video": Reader(_video, ("*",), _read_videos),
+    "sound": Reader(_sound, ("*",), _read_sounds),
+    "audio_encoder": Reader(_audio_encoders, ("*/*.json", "*/*"), _read_audio_encoders),
     "training": Reader(_training_state, ("*.state.safetensors", "*"), _read_training_state),
     "calibration": Reader(
         lambda folder: write_calibration(
