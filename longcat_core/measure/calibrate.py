@@ -77,7 +77,7 @@ class Recipe:
     samples: int = 512
     video: bool = True
     tail: bool = True
-    query_block: int = Sparse().queries
+    query_block: int = BLOCK
     ladder: tuple[float, ...] = LADDER
 
 
