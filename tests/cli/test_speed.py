@@ -25,7 +25,7 @@ from ..support.clips import numbered, write_clip
 PROMPT = "a red circle moves right on a blue background"
 # 24x32 tokens in each of 5 latent frames.
 SIZE = ("--size", "384x512", "--frames", "17")
-PRICE = Price(33.3, 41.2, "", "a model", 2.14, "a clock", "2026-11-29")
+PRICE = Price(33.3, 41.2, "a model", 2.14, "a clock", "2026-11-29")
 WHOLE = SpeedSet(PRICE, True, "cudnn-fp8", 0.15, 0.2, 0.05, "steps", 0.8)
 
 

@@ -32,7 +32,7 @@ from longcat_core.optimize.switches import Optimizations
 from .test_calibration import calibration_of
 
 CPU = Inputs(torch.device("cpu"), torch.float32, 64, False)
-PRICE = Price(33.3, 41.2, "", "a model", 2.14, "a clock", "2026-11-29")
+PRICE = Price(33.3, 41.2, "a model", 2.14, "a clock", "2026-11-29")
 # Every option that a set may have.
 WHOLE = SpeedSet(PRICE, True, "cudnn-fp8", 0.15, 0.2, 0.05, "blocks", 0.8)
 EVERY = [(speed, kind) for speed in SPEEDS for kind in SETS[speed]]
@@ -77,8 +77,7 @@ def test_a_set_with_options_says_its_price(speed, kind):
     assert (found.price is not None) == bool(found.options)
     if (price := found.price) is not None:
         assert price.psnr > 0 and price.times > 1 and price.model and price.timing and date.fromisoformat(price.date)
-        assert speed != "near" or (price.psnr >= price.floor and not price.of)
-        assert price.of in ("", "sparse attention")
+        assert speed != "near" or price.psnr >= price.floor
 
 
 def test_all_words_have_all_kinds():
@@ -102,9 +101,6 @@ def test_what_is_said_of_a_set(monkeypatch):
     )
     monkeypatch.setitem(SETS, "fast", {BASE: WHOLE})
     assert "fast (33.3 dB against exact, 2.1 times as fast)" in prices_in_words()
-    part = replace(WHOLE, price=replace(PRICE, of="sparse attention"))
-    monkeypatch.setitem(SETS, "fast", {BASE: part})
-    assert "fast (33.3 dB against exact by its sparse attention alone, 2.1 times as fast)" in prices_in_words()
     monkeypatch.setitem(SETS, "near", {BASE: SpeedSet(None)})
     assert filled(speed="near").notes() == ["speed near sets nothing lossy for this schedule yet"]
 

@@ -22,7 +22,7 @@ SIZE = {"width": 256, "height": 256, "length": 17}
 def speeds(comfy, monkeypatch) -> Any:
     """The core's speeds; `fast` stands for everything, and sparse attention runs anywhere."""
     core, fit = comfy.core("generate.speeds"), comfy.core("generate.speed_fit")
-    price = core.Price(33.3, 41.2, "", "a model", 2.14, "a clock", "2026-11-29")
+    price = core.Price(33.3, 41.2, "a model", 2.14, "a clock", "2026-11-29")
     whole = core.SpeedSet(price, fp8=True, sparse=0.3, dense_steps=0.25, step_cache=0.1, guidance_until=0.75)
     monkeypatch.setitem(core.SETS, "fast", dict.fromkeys(core.SETS["fast"], whole))
     monkeypatch.setattr(fit, "only_plain", lambda inputs: "")
