@@ -49,7 +49,7 @@ def read_sound(path: str | Path) -> Sound:
             begin = None if pictures is None else (pictures.start_time or 0) * pictures.time_base
             guessed = container.format.name in _GUESSED
             guessed |= container.format.name == "mp3" and not any(mark in head for mark in _DECLARES)
-            declared = None if guessed else _declared(container, stream, alone=pictures is None)
+            declared = None if guessed else _declared(container, stream, begin)
             if declared is not None and declared > MAX_SECONDS:
                 raise _too_long(path)
             rate = stream.codec_context.sample_rate
@@ -59,7 +59,9 @@ def read_sound(path: str | Path) -> Sound:
                 raise LongCatError(f"{path} holds no sound that can be decoded; give {REMEDY} with sound")
             if begin is None and declared is not None and length / rate < declared - TOLERANCE:
                 raise _cut_short(path, f"{float(declared) - length / rate:.2f} s are missing")
-            return Sound(torch.cat(parts, dim=1), rate)
+            # Codecs that work in blocks fill up the last one.
+            filled = declared is not None and 0 < length / rate - declared < TOLERANCE
+            return Sound(torch.cat(parts, dim=1)[:, : round(declared * rate) if filled and declared else length], rate)
 
 
 def _cut_short(path: Path, missing: str) -> LongCatError:
@@ -70,11 +72,15 @@ def _too_long(path: Path) -> LongCatError:
     return LongCatError(f"the sound of {path} lasts more than {MAX_SECONDS // 3600} hours; cut it")
 
 
-def _declared(container: Any, stream: Any, alone: bool) -> Fraction | None:
-    """The seconds that the container says the track lasts, or, of a track `alone`, that it lasts itself; or None."""
+def _declared(container: Any, stream: Any, begin: Fraction | None) -> Fraction | None:
+    """The seconds from `begin`, or from its start, on after which the track ends by what the container says, or None.
+
+    Of a track without pictures the container may say it instead.
+    """
     if stream.duration:
-        return Fraction(stream.duration) * stream.time_base
-    return Fraction(container.duration, 1_000_000) if container.duration and alone else None
+        start = (stream.start_time or 0) * stream.time_base
+        return start - (start if begin is None else begin) + stream.duration * stream.time_base
+    return Fraction(container.duration, 1_000_000) if container.duration and begin is None else None
 
 
 def _frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Fraction | None, Tensor]]:
