@@ -16,6 +16,7 @@ from ..files.media import resize_and_crop
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.sparse.settings import Sparse
+from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import last_frames, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback
 from ..sampling.schedules import Schedule, make_schedule
@@ -60,6 +61,15 @@ class Denoising:
     guidance_until: float = 1.0
     step_cache_kind: StepCacheKind = "steps"
     sparse: Sparse | None = None
+    audio: Audio | None = None
+    reference: ReferenceFrame | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether sampling reads the negative prompt."""
+        if self.audio is None:
+            return self.guidance_scale != 1
+        return max(self.guidance_scale, self.audio.guidance_scale) > 1
 
 
 class Engine(ABC):
@@ -89,12 +99,15 @@ class Engine(ABC):
         """Video [1, 3, F, H, W] in -1..1 -> latents [1, C, T, H/8, W/8]."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents [1, C, T, h, w] -> uint8 frames [F, 8h, 8w, 3]."""
+    def decode(self, latents: Tensor, truncated: bool = False) -> np.ndarray:
+        """Latents [1, C, T, h, w] -> uint8 frames [F, 8h, 8w, 3].
 
-    def decode_frames(self, latents: Tensor) -> Iterator[np.ndarray]:
+        truncated: levels are cut to whole numbers instead of rounded, as an avatar's next segment wants its beginning.
+        """
+
+    def decode_frames(self, latents: Tensor, truncated: bool = False) -> Iterator[np.ndarray]:
         """The frames of `decode` part by part, as they leave the decoder, where an engine can give them so."""
-        yield self.decode(latents)
+        yield self.decode(latents, truncated) if truncated else self.decode(latents)
 
     @abstractmethod
     def _denoise(self, noise: Tensor, schedule: Schedule, prompt: str, options: Denoising) -> Tensor:
@@ -117,13 +130,16 @@ class Engine(ABC):
         guidance_until: float = 1.0,
         step_cache_kind: StepCacheKind = "steps",
         sparse: Sparse | None = None,
+        audio: Audio | None = None,
+        reference: ReferenceFrame | None = None,
     ) -> Tensor:
         """Standard normal noise [1, C, T, h, w] -> clean latents of the same shape.
 
         clean: latents of that shape, mixed with the noise as the schedule's first timestep says; None: noise only.
         block_sparse: settings of block-sparse attention; None: full attention. sparse: settings of sparse attention,
-        without effect beside block_sparse; None: full attention. For the other options see
-        `sampling.sampler.sample`. Raises LongCatError for tensors that do not fit.
+        without effect beside block_sparse; None: full attention. audio, reference: what an avatar hears, and the clean
+        frame in front of its continuations. For the other options see `sampling.sampler.sample`. Raises LongCatError
+        for tensors that do not fit.
         """
         check_callback(callback)
         check_type("the schedule", schedule, Schedule, "what make_schedule returns")
@@ -136,6 +152,8 @@ class Engine(ABC):
         check_mode(kv_cache)
         check_type("block_sparse", block_sparse, (BlockSparse, type(None)), "a BlockSparse or None")
         check_type("sparse", sparse, (Sparse, type(None)), "a Sparse or None")
+        check_type("audio", audio, (Audio, type(None)), "an Audio or None")
+        check_type("reference", reference, (ReferenceFrame, type(None)), "a ReferenceFrame or None")
         check_tensor("the noise", noise, (None, self.channels, None, None, None))
         if clean is not None:
             check_tensor("the clean latents", clean, tuple(noise.shape))
@@ -153,6 +171,8 @@ class Engine(ABC):
             guidance_until,
             step_cache_kind,
             sparse,
+            audio,
+            reference,
         )
         with self.turn():
             return self._denoise(noise, schedule, prompt, options)

@@ -23,8 +23,8 @@ from ..sampling.sampler import Step
 from .engine import Engine
 from .inputs import check_callback, check_json, check_whole
 from .options import HAND_OFFS, LOSSY_CHANGES, MAX_SEED, MAX_SEGMENTS
-from .request import Defaults, GenerateRequest, check_text, require_filled
-from .segment_folder import SegmentFolder, in_words
+from .request import Defaults, FilledRequest, GenerateRequest, check_text, require_filled
+from .segment_folder import Make, SegmentFolder, in_words
 from .segments import FRAMES, Record, Segment, check_there, checksum, seed_settings
 from .takes import LOSSY, Settings, lossy_settings
 
@@ -241,19 +241,29 @@ def long_video(
                 callback(number, count, step)
 
         result = engine().generate(request.segment(number, given), after, _handed(request, before))
-        if before is None:
-            return result.frames, result.latents, {}
-        join = measure_join(before.frames, result.frames, request.overlap)
-        return result.frames, result.latents, {"join": asdict(join)}
+        return result.frames, result.latents, join_notes(before, result.frames, request.overlap)
 
     settings = [request.settings(number) for number in range(count)]
+    yield from finished_segments(folder, settings, make, first, request.overlap)
+
+
+def join_notes(before: Segment | None, frames: np.ndarray, overlap: int) -> Settings:
+    """What the record of a segment with these frames, uint8 [F, H, W, 3], says about its join."""
+    return {} if before is None else {"join": asdict(measure_join(before.frames, frames, overlap))}
+
+
+def finished_segments(
+    folder: SegmentFolder, settings: Sequence[Settings], make: Make, first: FilledRequest, overlap: int
+) -> Iterator[Finished]:
+    """Make the missing segments; each is in the folder when it is yielded. settings: of every segment. make: see
+    `SegmentFolder.fill`; its notes are `join_notes`. first: the request of the first segment."""
     # As if frames could not be compressed; latents take less than a tenth of that.
-    room = [4 * first.frames * first.height * first.width] * count
+    room = [4 * first.frames * first.height * first.width] * len(settings)
     for number, record, reused in folder.fill(settings, make, fps=first.fps, room=room):
         join = record.notes.get("join")
         join = None if join is None else Join(tuple(join["color"]), join["brightness"], join["usual"])
-        skip = request.overlap if number else 0
-        yield Finished(number, count, record, skip, reused, join, folder.place(number))
+        skip = overlap if number else 0
+        yield Finished(number, len(settings), record, skip, reused, join, folder.place(number))
 
 
 def _handed(request: LongVideoRequest, before: Segment | None) -> Tensor | None:

@@ -223,7 +223,7 @@ class Pipeline(Engine):
             model = load_both(text, transformer, tell, device, beside and not plan.stream_text_encoder)
         exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
         active = tuple((lora.path, lora.strength) for lora in loras)
-        defaults = replace(paths.defaults, speed=speed, loaded=loaded)
+        defaults = replace(paths.defaults, speed=speed, loaded=loaded, audio=config.audio)
         return cls(model, vae, text_encoder, defaults, plan, plan_note, exchange, active)
 
     @property
@@ -262,19 +262,20 @@ class Pipeline(Engine):
                 self._in_tiles(error)
             return self.vae.encode(pixels)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        return np.concatenate(list(self.decode_frames(latents)))
+    def decode(self, latents: Tensor, truncated: bool = False) -> np.ndarray:
+        return np.concatenate(list(self.decode_frames(latents, truncated)))
 
-    def decode_frames(self, latents: Tensor) -> Iterator[np.ndarray]:
+    def decode_frames(self, latents: Tensor, truncated: bool = False) -> Iterator[np.ndarray]:
         check_tensor("the latents", latents, (1, self.channels, None, None, None))
-        return self._decoded(latents)
+        return self._decoded(latents, truncated)
 
-    def _decoded(self, latents: Tensor) -> Iterator[np.ndarray]:
+    def _decoded(self, latents: Tensor, truncated: bool) -> Iterator[np.ndarray]:
         with self.turn():
             self.begins(DECODING)
             for part in self.vae.decode_in_any_case(latents, self._in_tiles):
                 check_finite(part, "the VAE")
-                yield part[0].mul(255).round().to(torch.uint8).cpu().numpy()
+                levels = part[0].mul(255)
+                yield (levels if truncated else levels.round()).to(torch.uint8).cpu().numpy()
 
     def _in_tiles(self, error: torch.OutOfMemoryError) -> None:
         """Let the VAE work on tiles after it ran out of memory; raises the error again if it does so already."""
@@ -307,7 +308,7 @@ class Pipeline(Engine):
         if options.clean is not None:
             share = schedule.timesteps[0] / 1000
             start = (1 - share) * options.clean + share * noise.to(options.clean)
-        guided = options.guidance_scale != 1
+        guided = options.guided
         self.model.check_sparse(options.sparse)
         self.begins(ENCODING)
         context, mask = self._text("prompt", prompt)
@@ -335,6 +336,8 @@ class Pipeline(Engine):
                 offload_kv_cache=self.plan.offload_kv_cache,
                 make_room=lambda: self._make_room(guided),
                 callback=self._turns.guard(options.callback),
+                audio=options.audio,
+                reference=options.reference,
             )
         finally:
             (self.model.block_sparse, self.model.sparse), self.model.announce = before, announce

@@ -13,12 +13,13 @@ import numpy as np
 from ..errors import LongCatError, check_choice, check_path, check_type, is_number, is_whole, plain_fields
 from ..files.media import count_pictures, open_video, read_image, resize_and_crop
 from ..files.regular import says_something
+from ..model.config import AudioConfig
 from ..model.kv_cache import KVMode, check_mode
 from ..optimize.plan import Work
 from ..optimize.sparse.settings import SPARSE_KERNELS, Sparse, SparseKernel
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
-from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT, guided_steps
+from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT, NEGATIVE_PROMPTS, guided_steps
 from ..sampling.schedules import DISTILLED_GRID
 from ..sampling.step_cache import StepCacheKind, check_kind
 from . import calibration
@@ -46,7 +47,8 @@ class Defaults:
     """What a model was trained for, and how it is loaded.
 
     height, width: pixels. bucketed: the size follows the shape of a given picture. clip_schedule: for continuing clips.
-    speed: of requests that name none. loaded: what decides which options of a speed can run; None: all can.
+    speed: of requests that name none. loaded: what decides which options of a speed can run; None: all can. audio: what
+    an avatar's network hears.
     """
 
     height: int
@@ -56,6 +58,7 @@ class Defaults:
     clip_schedule: str
     speed: Speed = EXACT
     loaded: Loaded | None = None
+    audio: AudioConfig | None = None
 
 
 RELEASED = Defaults(480, 832, 93, bucketed=True, clip_schedule="enhance_hf")
@@ -187,7 +190,7 @@ class GenerateRequest:
         notes += [] if self.chosen is None else [note + own for note in self.chosen.notes()]
         if self.schedule == "distilled" and self.guidance_scale != 1:
             notes.append(f"the distilled schedule is made for guidance 1, not {self.guidance_scale:g}")
-        if self.guidance_scale == 1 and self.negative_prompt not in ("", DEFAULT_NEGATIVE_PROMPT):
+        if self.guidance_scale == 1 and self.negative_prompt not in ("", *NEGATIVE_PROMPTS):
             notes.append("the negative prompt has no effect at guidance 1")
         until, steps = self.guidance_until, self.steps
         if self.guidance_scale != 1 and until is not None and steps is not None and not guided_steps(until, steps):
@@ -326,6 +329,7 @@ class FilledRequest(GenerateRequest):
             tokens=frames * height * width // 4,
             kernel=self.sparse_kernel,
             loaded=defaults.loaded,
+            hears=defaults.audio is not None,
         )
         return replace(self, speed=speed, chosen=chosen, **chosen.values)
 

@@ -10,6 +10,9 @@ DEFAULT_NEGATIVE_PROMPT = (
     "poorly drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, "
     "messy background, three legs, many people in the background, walking backwards"
 )
+# Of LongCat-Video-Avatar.
+AVATAR_NEGATIVE_PROMPT = f"Close-up, {DEFAULT_NEGATIVE_PROMPT}"
+NEGATIVE_PROMPTS = DEFAULT_NEGATIVE_PROMPT, AVATAR_NEGATIVE_PROMPT
 
 
 def audio_guidance(out: Tensor, text_scale: Tensor, audio_scale: Tensor) -> Tensor:

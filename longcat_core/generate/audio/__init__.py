@@ -1,6 +1,6 @@
 """Sound to what a LongCat-Video-Avatar hears: read, leveled, encoded, cut into the windows of segments."""
 
-from .encoder import AudioEncoder, audio_encoder_of, load_audio_encoder
+from .encoder import AudioEncoder, audio_encoder_of, empty_audio_encoder, load_audio_encoder
 from .speech import speech
 from .voices import Embeddings, Voices, combine, embed_voices, seconds_of, segments_for
 
@@ -11,6 +11,7 @@ __all__ = [
     "audio_encoder_of",
     "combine",
     "embed_voices",
+    "empty_audio_encoder",
     "load_audio_encoder",
     "seconds_of",
     "segments_for",

@@ -163,11 +163,16 @@ def load_audio_encoder(
     incomplete, and for other models.
     """
     opened = open_audio_encoder(Path(path)) if opened is None else opened
+    encoder = empty_audio_encoder(opened)
+    encoder.model.load_state_dict(opened.state(encoder.model.state_dict(), device, watch), assign=True)
+    return encoder
+
+
+def empty_audio_encoder(opened: AudioEncoderFiles) -> AudioEncoder:
+    """An opened audio encoder without its weights, on the meta device: its sizes, for checks."""
     kind, network = (Wav2Vec2Encoder, _wav2vec2) if opened.kind == WAV2VEC2 else (WhisperAudioEncoder, _whisper)
     with torch.device("meta"):
-        model = network(opened)
-    model.load_state_dict(opened.state(model.state_dict(), device, watch), assign=True)
-    return kind(model, opened.source)
+        return kind(network(opened), opened.source)
 
 
 def audio_encoder_of(tensors: Mapping[str, Tensor], source: str = "the audio encoder") -> AudioEncoder:
