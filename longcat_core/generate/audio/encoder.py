@@ -24,6 +24,7 @@ from .whisper import WhisperConfig, WhisperEncoder, log_mel
 NOISE, HIGHEST = -45.0, 3000.0
 # Version 1.5 hears groups of states: the mean of each quarter, and the last state.
 QUARTERS = 4
+SEEDS = 1 << 63  # that a generator tells apart
 NAMES = {"1.0": "wav2vec2", "1.5": "Whisper"}
 
 
@@ -85,10 +86,13 @@ class AudioEncoder(ABC):
         if frames < 1:
             raise LongCatError(f"the sound lasts {len(wave) / RATE:.3f} s, too short for an embedding; give more")
         if noise is None:
-            noise = torch.randn(len(wave), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            generator = torch.Generator().manual_seed(seed % SEEDS)
+            noise = torch.randn(len(wave), generator=generator, dtype=torch.float64)
         embeddings = self._embed(wave.double().cpu(), frames, noise).float().cpu()
         if not embeddings.isfinite().all():
-            raise LongCatError(f"{self.source} makes embeddings that are not finite; check the sound and download it")
+            raise LongCatError(
+                f"{self.source} makes embeddings that are not finite; check the sound, or download the encoder again"
+            )
         return embeddings
 
     @abstractmethod
