@@ -17,6 +17,11 @@ NODES: dict[str, tuple[str, str]] = {
         "把人物在视频某一段中说的话加到提示词上，并生成供 LongCat 采样器使用的 Latent："
         "可以只用文本，也可以用一个或两个人的图像，或者接着上一段继续。",
     ),
+    "LongCatAvatarLongVideo": (
+        "LongCat 数字人长视频",
+        "由整段声音分段生成一个或两个人说话的视频，每一段都从上一段的结尾开始。"
+        "每段完成后立即保存，中断后可以接着生成；视频与声音同时结束。",
+    ),
     "LongCatAvatarBoxes": (
         "LongCat 数字人方框",
         "为两个人各画一个方框，作为“LongCat 数字人”的遮罩，并显示在图像上。",
@@ -28,7 +33,10 @@ INPUTS: dict[str, tuple[str, str]] = {
         "音频编码器名称",
         "ComfyUI 的 audio_encoders 目录中的文件：数字人 1.5 用 Whisper-large-v3，1.0 用 chinese-wav2vec2-base。",
     ),
-    "audio_encoder": ("音频编码器", "来自“LongCat 音频编码器加载器”。"),
+    "audio_encoder": (
+        "音频编码器",
+        "来自“LongCat 音频编码器加载器”；完整的 Whisper-large-v3 和 wav2vec2-base 也可以用自带的“加载音频编码器”。",
+    ),
     "audio": ("音频", "第一个人（或唯一的人）说的话；有音乐时嘴会跟着音乐动，请先去掉音乐。"),
     "audio_2": ("音频 2", "第二个人说的话。"),
     "order": ("顺序", "有两段声音时。together：同时开始。in turn：第一段结束后第二段才开始。"),
@@ -68,8 +76,28 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
     ),
     ("LongCatAvatar", "overlap"): ("重叠帧数", "一段与上一段共有的帧数。"),
     ("LongCatAvatarBoxes", "image"): ("图像", "两个人的图像。"),
+    ("LongCatAvatarLongVideo", "model"): ("模型", "LongCat-Video-Avatar；1.5 版的 distilled 模式需加载 DMD LoRA。"),
+    ("LongCatAvatarLongVideo", "prompts"): (
+        "提示词列表",
+        "每行一个提示词，对应一段；多出的段使用最后一行。请写明人物在说话或唱歌。",
+    ),
+    ("LongCatAvatarLongVideo", "segments"): ("段数", "最多生成多少段；0 表示由声音的长度决定。"),
+    ("LongCatAvatarLongVideo", "seed"): ("种子", "第一段噪声的种子，之后各段依次加一。"),
+    ("LongCatAvatarLongVideo", "length"): ("每段帧数", "每一段的帧数，须为 4k+1。"),
+    ("LongCatAvatarLongVideo", "steps"): (
+        "步数",
+        "去噪步数：一般为 50；distilled 模式下 1.5 版为 8，1.0 版为 16。",
+    ),
+    ("LongCatAvatarLongVideo", "guidance"): ("引导强度", "文本的强度：一般为 4，distilled 模式为 1。"),
+    ("LongCatAvatarLongVideo", "mode"): (
+        "模式",
+        "第一段和其余各段的噪声调度。distilled：引导强度 1，1.5 版需要 DMD LoRA，1.0 版需要 cfg_step LoRA。",
+    ),
+    ("LongCatAvatarLongVideo", "image"): ("图像", "人物的单张图像，成为首帧。"),
+    ("LongCatAvatarLongVideo", "others"): ("其他人", "其他不说话的人，每人一个遮罩。"),
     **{
-        ("LongCatAvatar", name): (text, f"{text}，单位为像素，须为 16 的倍数；仅在分辨率为 custom 时使用。")
+        (node, name): (text, f"{text}，单位为像素，须为 16 的倍数；仅在分辨率为 custom 时使用。")
+        for node in ("LongCatAvatar", "LongCatAvatarLongVideo")
         for name, text in (("width", "宽度"), ("height", "高度"))
     },
 }
@@ -90,6 +118,11 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Latent", "连接到 LongCat 采样器的 Latent 输入。"),
         ("音频", "这一段的声音，用于“创建视频”；续写时只含新帧的声音。"),
         ("帧率", "视频的每秒帧数。"),
+    ),
+    "LongCatAvatarLongVideo": (
+        ("图像", "全部帧。仅在连接时生成：长视频可能超出内存。"),
+        ("报告", "各段的信息，以及衔接处的颜色变化。"),
+        ("视频", "同样的帧和声音，供“保存视频”使用，从文件夹中逐帧读取。"),
     ),
     "LongCatAvatarBoxes": (("人物 1", "用于“LongCat 数字人”。"), ("人物 2", "用于“LongCat 数字人”。")),
 }

@@ -16,6 +16,8 @@ from ..longcat_core.files.media import Sound
 from ..longcat_core.generate.audio import (
     AudioEncoder,
     Embeddings,
+    Voices,
+    audio_encoder_of,
     combine,
     embed_voices,
     load_audio_encoder,
@@ -26,6 +28,7 @@ from .checks import check_length, check_ranges
 from .inputs import LongCatNode
 from .loaders import find
 from .progress import working
+from .sounds import sound_of
 
 HEARING, LOADING = "listening", "loading the audio encoder"
 # Mode of `combine` for each order of two sounds.
@@ -53,25 +56,13 @@ class Spoken:
     track: Sound
 
 
-def sound_of(name: str, audio: Mapping[str, Any]) -> Sound:
-    """An AUDIO. name: of the input. Raises LongCatError for a batch of sounds and for samples that are not finite."""
-    waveform = audio["waveform"]
-    if len(waveform) != 1:
-        raise LongCatError(f"{name} holds {len(waveform)} sounds; connect one at a time")
-    return Sound(waveform[0], audio["sample_rate"])
-
-
-def audio_of(sound: Sound) -> dict[str, Any]:
-    """A Sound as AUDIO."""
-    return {"waveform": sound.samples[None], "sample_rate": sound.rate}
-
-
 def encoder_of(audio_encoder: Any) -> AudioEncoder:
-    """The core's audio encoder of an AUDIO_ENCODER. Raises LongCatError for the stock loader's, whose numbers may be
-    rounded to 16 bits."""
+    """The core's audio encoder of an AUDIO_ENCODER, ours or the stock loader's. Raises LongCatError for others."""
     if isinstance(audio_encoder, LoadedEncoder):
         return audio_encoder.encoder
-    raise LongCatError("audio_encoder is from another loader; connect LongCat Audio Encoder Loader")
+    if not hasattr(audio_encoder, "get_sd"):
+        raise LongCatError("audio_encoder is from another loader; connect LongCat Audio Encoder Loader")
+    return audio_encoder_of(audio_encoder.get_sd())
 
 
 @contextmanager
@@ -83,6 +74,14 @@ def on_device(encoder: AudioEncoder) -> Iterator[AudioEncoder]:
         yield encoder.to(device)
     finally:
         encoder.to(home)
+
+
+def combined(audio: Mapping[str, Any], audio_2: Mapping[str, Any] | None, order: str) -> Voices:
+    """What one or two people say. Raises what `combine` raises."""
+    sounds = [sound_of("audio", audio)]
+    if audio_2 is not None:
+        sounds.append(sound_of("audio_2", audio_2))
+    return combine(sounds, ORDERS[order])
 
 
 def spoken(voices: Any) -> Spoken:
@@ -116,12 +115,9 @@ class EncodeAudio(LongCatNode):
     def execute(
         cls, audio_encoder, audio, audio_2=None, order="together", others=False, seed=0, length=93, overlap=13
     ) -> io.NodeOutput:
-        sounds = [sound_of("audio", audio)]
-        if audio_2 is not None:
-            sounds.append(sound_of("audio_2", audio_2))
-        elif others:
+        if audio_2 is None and others:
             raise LongCatError("others is on, but only one person speaks; connect audio_2 or turn it off")
-        voices = combine(sounds, ORDERS[order])
+        voices = combined(audio, audio_2, order)
         for note in voices.notes:
             logging.warning("LongCat: %s", note)
         encoder = encoder_of(audio_encoder)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.files.media import Sound, cover
+from ..longcat_core.files.media import cover
 from ..longcat_core.generate.audio import Embeddings
 from ..longcat_core.generate.progress import ENCODING
 from ..longcat_core.model.audio import PEOPLE
@@ -31,7 +31,7 @@ from ..longcat_core.sampling.avatar import (
 )
 from ..longcat_core.sampling.buckets import nearest_bucket
 from ..longcat_core.sampling.conditioning import SPATIAL_FACTOR, latent_frames, latent_shape
-from .audio import audio_of, spoken
+from .audio import spoken
 from .checks import check_length, check_ranges, check_size
 from .comfy_avatar import AUDIO, REFERENCE, silent, with_values
 from .comfy_vae import encoded
@@ -39,6 +39,7 @@ from .conditioning import put_clean, require_wan_vae
 from .images import check_images, to_bytes, to_image
 from .inputs import LongCatNode
 from .progress import working
+from .sounds import audio_of, part_of
 from .video import footage_of
 from .widgets import CUSTOM
 
@@ -99,13 +100,6 @@ def windows_of(embeddings: Embeddings, segment: int, length: int, overlap: int) 
             f"segment {segment} begins after the sound, which ends at {seconds:.1f} s; choose an earlier"
         )
     return embeddings.windows(first, length), first
-
-
-def part_of(track: Sound, start: float, seconds: float) -> Sound:
-    """`seconds` of a sound from `start` on, with silence where it has ended."""
-    skipped = round(start * track.rate)
-    rest = track.samples[:, skipped:]
-    return Sound(rest if rest.shape[1] else track.samples[:, :1] * 0, track.rate).cut(seconds)
 
 
 class Avatar(LongCatNode):

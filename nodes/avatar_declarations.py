@@ -5,10 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..longcat_core.generate.options import FRAME_MULTIPLE
-from .fields import Node, Socket, own, shared
-from .widgets import GIVEN_SIZES, NEGATIVE, POSITIVE, VAE
+from ..longcat_core.sampling.guidance import AVATAR_NEGATIVE_PROMPT
+from .fields import Node, Socket, long_text, own, shared
+from .widgets import (
+    CLIP,
+    CONTINUATION,
+    FIRST_SEED,
+    GIVEN_SIZES,
+    GUIDANCE,
+    GUIDANCE_UNTIL,
+    KV_CACHE,
+    LONG_MODES,
+    LOSSY_CHANGE,
+    MODEL,
+    NEGATIVE,
+    POSITIVE,
+    SPEED,
+    VAE,
+    folder,
+)
 
 _VOICES = Socket("voices", "AudioEncoderOutput", "from LongCat Encode Audio")
+_ENCODER = Socket("audio_encoder", "AudioEncoder", "from LongCat Audio Encoder Loader; the stock Load Audio Encoder "
+                  "does for a whole Whisper-large-v3 and for wav2vec2-base")  # fmt: skip
+_AUDIO = Socket("audio", "Audio", "what the first person says, or the only one; music makes the mouth follow the "
+                "music, so remove it first")  # fmt: skip
+_AUDIO_2 = Socket("audio_2", "Audio", "what a second person says", optional=True)
+_ORDER = own("order", "choice", "with two sounds. together: both begin at once. in turn: the second begins when the "
+             "first has ended", "together", choices=("together", "in turn"), optional=True)  # fmt: skip
 _PERSON_1 = Socket("person_1", "Mask", "where the person of the first voice is in the image; with two voices and no "
                    "masks, one half of the image", optional=True)  # fmt: skip
 _PERSON_2 = replace(_PERSON_1, name="person_2", help="where the person of the second voice is in the image")
@@ -58,12 +82,10 @@ AVATAR_NODES: dict[str, Node] = {
         "Turns speech into what LongCat-Video-Avatar hears: loudness as in training, and the states of the audio "
         "encoder. The stock AudioEncoderEncode computes something else.",
         (
-            Socket("audio_encoder", "AudioEncoder", "from LongCat Audio Encoder Loader"),
-            Socket("audio", "Audio", "what the first person says, or the only one; music makes the mouth follow the "
-                   "music, so remove it first"),
-            Socket("audio_2", "Audio", "what a second person says", optional=True),
-            own("order", "choice", "with two sounds. together: both begin at once. in turn: the second begins when the "
-                "first has ended", "together", choices=("together", "in turn"), optional=True),
+            _ENCODER,
+            _AUDIO,
+            _AUDIO_2,
+            _ORDER,
             own("others", "switch", "with two sounds: further people are in the image, who are silent", False,
                 optional=True, advanced=True),
             own("seed", "whole", "seed of the faint noise that avatars 1.0 add to the sound; 1.5 has none", 0, least=0,
@@ -112,6 +134,53 @@ AVATAR_NODES: dict[str, Node] = {
                    "frames"),
             Socket("fps", "Float", "frames a second of the video"),
         ),
+    ),
+    "LongCatAvatarLongVideo": Node(
+        "LongCat Avatar Long Video",
+        "Generates a video of one or two people who say a whole sound, in segments, each of which starts from the end "
+        "of the previous one. Every finished segment is saved, and an interrupted run resumes from there. The video "
+        "ends with the sound.",
+        (
+            replace(MODEL, help="LongCat-Video-Avatar, with the DMD LoRA for mode distilled of version 1.5"),
+            CLIP,
+            VAE,
+            _ENCODER,
+            _AUDIO,
+            long_text(own("prompts", "text", "one prompt per line, one line per segment; further segments use the last "
+                          "line. Say that the person talks or sings", "")),
+            long_text(shared("negative_prompt", default=AVATAR_NEGATIVE_PROMPT)),
+            *_SIZES,
+            own("segments", "whole", "number of segments at most; 0: as many as the sound takes", 0, least=0,
+                most=9999),
+            FIRST_SEED,
+            own("steps", "whole", "number of denoising steps: 50, or for distilled 8 of version 1.5 and 16 of 1.0", 50,
+                least=1, most=1000, schedules={"distilled": (8, 50)}),
+            replace(GUIDANCE, row=replace(GUIDANCE.row, help="scale of the text: 4, or 1 for distilled")),
+            replace(_AUDIO_GUIDANCE, row=replace(_AUDIO_GUIDANCE.row, schedules={"distilled": (1.0, 1.0)})),
+            own("mode", "choice", "schedule of the first segment and of the others. distilled: guidance 1, with the "
+                "DMD LoRA of version 1.5, or the cfg_step LoRA on 1.0", CONTINUATION, choices=tuple(LONG_MODES)),
+            folder("longcat/avatar"),
+            Socket("image", "Image", "a single image of the people, which becomes the first frame", optional=True),
+            _AUDIO_2,
+            _ORDER,
+            _PERSON_1,
+            _PERSON_2,
+            replace(_OTHERS, help="further people who do not speak, one mask each"),
+            _FIRST_VOICE,
+            _REFERENCE_POSITION,
+            _SKIP,
+            _OVERLAP,
+            KV_CACHE,
+            LOSSY_CHANGE,
+            GUIDANCE_UNTIL,
+            SPEED,
+        ),
+        (
+            Socket("images", "Image", "all frames. Built only if connected: a long video may not fit into memory"),
+            Socket("report", "String", "the segments, and how the color changes at the joins"),
+            Socket("video", "Video", "the same frames with the sound for Save Video, read from the folder one by one"),
+        ),
+        hidden=("unique_id", "dynprompt", "extra_pnginfo"),
     ),
     "LongCatAvatarBoxes": Node(
         "LongCat Avatar Boxes",

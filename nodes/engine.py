@@ -24,6 +24,7 @@ from ..longcat_core.generate.takes import lossy_settings
 from ..longcat_core.sampling.sampler import Step
 from ..longcat_core.sampling.schedules import Schedule
 from . import comfy_fp8
+from .comfy_avatar import AUDIO, REFERENCE, with_values
 from .comfy_network import BLOCK_SPARSE_KEY, SPARSE_KEY
 from .comfy_vae import decoded, encoded
 from .conditioning import put_clean, require_wan_vae
@@ -63,9 +64,9 @@ class ComfyEngine(Engine):
         begins(ENCODING)
         return encode_video(self.vae, pixels)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def decode(self, latents: Tensor, truncated: bool = False) -> np.ndarray:
         begins(DECODING)
-        return np.concatenate([to_bytes(part) for part in decoded(self.vae, latents)])
+        return np.concatenate([to_bytes(part, truncated) for part in decoded(self.vae, latents)])
 
     def _denoise(self, noise: Tensor, schedule: Schedule, prompt: str, options: Denoising) -> Tensor:
         if options.step_cache or options.block_sparse is not None or options.sparse is not None:
@@ -74,6 +75,9 @@ class ComfyEngine(Engine):
                 "Step Cache, LongCat Block-Sparse Attention or LongCat Sparse Attention to it"
             )
         texts = self._text(prompt), self._text(options.negative_prompt)
+        if options.audio is not None:
+            values = {AUDIO: options.audio} | ({} if options.reference is None else {REFERENCE: options.reference})
+            texts = tuple(with_values(text, **values) for text in texts)
         guider = make_guider(
             self.model, *texts, options.guidance_scale, options.kv_cache, self.node, options.guidance_until
         )
@@ -140,6 +144,14 @@ class ComfyEngine(Engine):
 def encode_video(vae: comfy.sd.VAE, pixels: Tensor) -> Tensor:
     """LATENT samples [1, 16, T, H/8, W/8] of video [1, 3, F, H, W] in -1..1."""
     return encoded(vae, (pixels[0].permute(1, 2, 3, 0) + 1) / 2)
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """A hash of the name, the shape and some numbers of every weight of a module that ComfyUI does not manage."""
+    total = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        _add(total, name, weight, False)
+    return total.hexdigest()[:16]
 
 
 def fingerprint(patcher: ModelPatcher) -> str:

@@ -25,6 +25,7 @@ FAMILIES = {
     "refine": ("LongCatRefine",),
     "audio": ("LongCatAudioEncoderLoader", "LongCatEncodeAudio"),
     "avatar": ("LongCatAvatar", "LongCatAvatarBoxes"),
+    "avatar_video": ("LongCatAvatarLongVideo",),
     "long_video": ("LongCatLongVideo", "LongCatRefineLongVideo"),
     "block_sparse": ("LongCatBlockSparseAttention",),
     "sparse": ("LongCatSparseAttention",),

@@ -83,6 +83,11 @@ PLACES: dict[str, Place] = {
         (*_MAKER, *_TALKING, "infinitetalk", "multitalk", "s2v", "speech to video", "audio to video"),
         GENERATION,
     ),
+    "LongCatAvatarLongVideo": Place(
+        AVATAR,
+        (*_MAKER, *_TALKING, "infinitetalk", "multitalk", "s2v", "audio to video", "long video", "resume"),
+        GENERATION,
+    ),
     "LongCatAvatarBoxes": Place(AVATAR, (*_MAKER, *_TALKING, "bbox", "bounding box", "two people", "mask")),
     "LongCatOptimizations": Place(
         SPEED,

@@ -9,9 +9,10 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 
 
-def to_bytes(images: Tensor) -> np.ndarray:
-    """IMAGE [F, H, W, C] in 0..1 -> uint8 [F, H, W, 3]."""
-    return images[..., :3].mul(255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+def to_bytes(images: Tensor, truncated: bool = False) -> np.ndarray:
+    """IMAGE [F, H, W, C] in 0..1 -> uint8 [F, H, W, 3]. truncated: levels are cut to whole numbers, not rounded."""
+    levels = images[..., :3].mul(255)
+    return (levels if truncated else levels.round()).clamp(0, 255).to("cpu", torch.uint8).numpy()
 
 
 def to_image(frames: np.ndarray) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from comfy_api.latest import io, ui
 from PIL import Image
 
+from ..longcat_core.files.media import Sound
 from ..longcat_core.files.regular import lines_of
 from ..longcat_core.generate import long_video, refine
 from ..longcat_core.generate.footage import Footage
@@ -47,8 +48,9 @@ def make_strip(frames: np.ndarray) -> Image.Image:
 class Gathered:
     """Collects where the frames of the segments lie, and shows strips of the finished ones meanwhile."""
 
-    def __init__(self, shown: NodeProgress, fps: float) -> None:
-        self.shown, self.fps = shown, fps
+    def __init__(self, shown: NodeProgress, fps: float, total: int | None = None, sound: Sound | None = None) -> None:
+        """total: frames of the video, if it ends before its last segment. sound: of the video."""
+        self.shown, self.fps, self.total, self.sound = shown, fps, total, sound
         self.parts: list[Footage] = []
         self.files: list[Path] = []
         self.strips: list[Image.Image] = []
@@ -68,8 +70,8 @@ class Gathered:
     def output(self, node: type, value: str | float) -> io.NodeOutput:
         """All frames as IMAGE, `value`, and the frames as VIDEO, with the strips shown on the node."""
         preview = ui.PreviewImage(to_image(np.array(self.picture())[None]), cls=node)
-        reel = Reel(self.parts)
-        return io.NodeOutput(ReelImages(reel), value, ReelVideo(reel, self.fps), ui=preview)
+        reel = Reel(self.parts, 0, self.total)
+        return io.NodeOutput(ReelImages(reel), value, ReelVideo(reel, self.fps, self.sound), ui=preview)
 
 
 def say(sentence: str) -> None:

@@ -24,11 +24,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..longcat_core.errors import LongCatError
+from ..longcat_core.files.media import Sound
 from ..longcat_core.files.media.timing import even_picks
 from ..longcat_core.files.places import bytes_in_words
 from ..longcat_core.generate.footage import Footage
 from ..longcat_core.generate.request import check_number
 from .images import check_images, to_bytes, to_image
+from .sounds import audio_of, part_of
 
 # Bytes of a pixel of an IMAGE.
 PIXEL_BYTES = 3 * 4
@@ -160,12 +162,12 @@ def _read(value: Any) -> Any:
 
 
 class ReelVideo(InputImpl.VideoFromComponents):
-    """A VIDEO of a reel, without sound. ComfyUI's own code saves it, and takes frame after frame for that."""
+    """A VIDEO of a reel. ComfyUI's own code saves it, and takes frame after frame for that. sound: from its start."""
 
-    def __init__(self, reel: Reel, fps: float) -> None:
-        self.reel, self.fps = reel, fps
-        rate = Fraction(fps).limit_denominator(1001)
-        super().__init__(Types.VideoComponents(images=ReelImages(reel), frame_rate=rate))
+    def __init__(self, reel: Reel, fps: float, sound: Sound | None = None) -> None:
+        self.reel, self.fps, self.sound = reel, fps, sound
+        rate, audio = Fraction(fps).limit_denominator(1001), None if sound is None else audio_of(sound)
+        super().__init__(Types.VideoComponents(images=ReelImages(reel), frame_rate=rate, audio=audio))
 
     def as_trimmed(
         self, start_time: float | None = None, duration: float | None = None, strict_duration: bool = True
@@ -181,7 +183,9 @@ class ReelVideo(InputImpl.VideoFromComponents):
         short = duration and strict_duration and begin + duration > total + 0.5 / self.fps
         if short or first >= min(last, len(self.reel)):
             return None
-        return ReelVideo(self.reel.cut(first, min(last, len(self.reel))), self.fps)
+        last = min(last, len(self.reel))
+        sound = self.sound and part_of(self.sound, first / self.fps, (last - first) / self.fps)
+        return ReelVideo(self.reel.cut(first, last), self.fps, sound)
 
     def _from(self, seconds: float) -> int:
         """The first frame that begins at this time or later."""

@@ -76,12 +76,12 @@ class Avatar:
         node = self.comfy("LongCatSampler", model=model or self.model, latent_image=latent, **conds, **given)
         return self.model.model.process_latent_in(node["samples"])
 
-    def expected(self, audio, clean=None, reference=None, network=None, steps=4, mode="base", guidance=TEXT):
+    def expected(self, audio, clean=None, reference=None, network=None, steps=4, mode="base", guidance=TEXT, seed=SEED):
         core, network = self.comfy.core, network or self.network
         if reference is not None:
             latents = self.model.model.process_latent_in(reference.latents)
             reference = core("sampling.avatar").ReferenceFrame(latents, reference.at)
-        noise = core("sampling.conditioning").seeded_noise(self.shape, SEED)
+        noise = core("sampling.conditioning").seeded_noise(self.shape, seed)
         schedule = core("sampling.schedules").schedule_of(network.config.audio, mode, steps)
         masks = [(text != 0).any(-1) for text in self.texts]
         return core("sampling.sampler").sample(

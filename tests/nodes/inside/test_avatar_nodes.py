@@ -1,14 +1,15 @@
-"""The nodes that make an avatar's conditioning: what they give equals the golden numbers, and can be sampled."""
+"""An avatar's nodes: the conditioning equals the golden numbers, can be sampled, and makes long videos that resume."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from .golden_avatar import Avatar, close
+from .golden_avatar import AUDIO, SEED, TEXT, Avatar, close
 
 # Of the golden segments.
 LENGTH, OVERLAP = 25, 5
+PROMPT = "a person talks"
 SIZE = {"resolution": "custom", "width": 96, "height": 64, "length": LENGTH, "overlap": OVERLAP}
 
 
@@ -119,6 +120,20 @@ def test_in_turn(newer, voices):
     assert both["audio_samples"] == sum(lengths) and alone["audio_samples"] == lengths[0] and segments > 2
 
 
+def test_the_stock_loaders_encoder(comfy, newer, voices):
+    """Its weights are right, and our network runs them."""
+
+    class Stock:
+        def get_sd(self):
+            whisper = comfy.core("generate.audio.whisper")
+            torch.manual_seed(0)
+            model = whisper.WhisperEncoder(whisper.WhisperConfig(80, 64, 4, 1, 64, 50))
+            return {f"encoder.{name}": tensor for name, tensor in model.state_dict().items()}
+
+    found, _, fps = voices("one", audio_encoder=Stock())
+    assert found["longcat_voices"].embeddings.values.shape[2:] == (5, 64) and fps == 25
+
+
 def test_sizes(voices, avatar):
     found, *_ = voices("one")
     for resolution, size in (("480p", (60, 104)), ("720p", (96, 160))):
@@ -158,3 +173,107 @@ def test_refusals(comfy, voices, avatar, picture, encoder):
         encoder.encode_audio(sound["waveform"], 16000)
     with pytest.raises(error, match="the box of person 2 reaches from 90% to 50%"):
         comfy("LongCatAvatarBoxes", image=picture, left_2=90, right_2=50)
+
+
+# --- long videos -----------------------------------------------------------------------------------------------------
+
+
+class Clip:
+    """A text encoder of the golden avatar: its two texts."""
+
+    def __init__(self, avatar: Avatar) -> None:
+        self.texts, self.patcher = avatar.texts, avatar.model
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens, **options):
+        return [[self.texts[0 if tokens == PROMPT else 1], {}]]
+
+
+@pytest.fixture
+def run(comfy, newer, encoder, vae, picture):
+    def make(folder="avatar", voices=("one",), **values):
+        given = {"model": newer.model, "clip": Clip(newer), "vae": vae, "audio_encoder": encoder, "prompts": PROMPT}
+        given |= {"segments": 0, "seed": 5, "steps": 2, "guidance": 3.0, "audio_guidance": 3.0, "mode": "base"}
+        given |= {"image": picture, "negative_prompt": "", "folder": folder}
+        return comfy("LongCatAvatarLongVideo", **spoken(newer, *voices), **SIZE, **given | values)
+
+    return make
+
+
+def test_the_whole_sound_becomes_a_video_that_ends_with_it(comfy, newer, run, tmp_path, forwards):
+    from comfy_api.latest import InputImpl
+
+    images, report, video = run()
+    samples = newer.voices["one.wave"].shape[-1]
+    total = -(-samples * 25 // 16000)
+    assert len(images) == total > LENGTH and len(report.splitlines()) >= 2
+    parts = video.get_components()
+    assert parts.frame_rate == 25 and abs(parts.audio["waveform"].shape[-1] - total * 640) <= 1
+    path = tmp_path / "spoken.mp4"
+    video.save_to(str(path))
+    back = InputImpl.VideoFromFile(str(path)).get_components()
+    assert len(back.images) == total and back.audio["waveform"].shape[-1] / back.audio["sample_rate"] == pytest.approx(
+        total / 25, abs=0.1
+    )
+    half = video.as_trimmed(0.4, 0.4)
+    assert len(half.reel) == 10 and half.get_components().audio["waveform"].shape[-1] == 6400
+    # Queued again it reads what is there; with another sound it begins another take.
+    count = len(forwards)
+    again = run()
+    assert len(forwards) == count and torch.equal(again[0].dense(), images.dense())
+    run(voices=("two",))
+    assert len(forwards) > count
+
+
+def test_a_lost_segment_is_made_again_as_it_was(comfy, run, forwards):
+    first = run(folder="lost")[0].dense()
+    (comfy.folder / "output" / "lost" / "segment-002" / "frames.mkv").unlink()
+    forwards.clear()
+    assert torch.equal(run(folder="lost")[0].dense(), first) and forwards
+
+
+def test_segments_equal_the_core(comfy, newer, run):
+    """Segment 0 from the image, segment 1 from the end of it, encoded again, with its first latent as reference."""
+    from safetensors.torch import load_file
+
+    run(folder="equal", seed=SEED, guidance=TEXT, audio_guidance=AUDIO, reference_position=4, skip=1)
+    normalized = newer.model.model.process_latent_in
+    first, second = (
+        normalized(
+            load_file(comfy.folder / "output" / "equal" / f"segment-00{i}" / "latents.safetensors")["latents"].float()
+        )
+        for i in (1, 2)
+    )
+    avatar, cache = comfy.core("sampling.avatar"), comfy.core("model.kv_cache")
+    image, clean = first[:, :, :1], second[:, :, :2]
+    assert close(first, newer.expected(newer.audio(), image, steps=2))
+    given = newer.model.model.process_latent_out(image)
+    reference = avatar.ReferenceFrame(given, cache.Reference(4, 1))
+    heard = avatar.Audio(newer.voices["one.segment1"], None, AUDIO)
+    assert close(second, newer.expected(heard, clean, reference, steps=2, seed=SEED + 1))
+
+
+def test_two_people_and_one_segment(comfy, run, picture):
+    boxes = comfy("LongCatAvatarBoxes", image=picture)
+    given = {"voices": ("one", "two"), "segments": 1}
+    plain = run(folder="two", **given)[0].dense()
+    drawn = run(folder="drawn", person_1=boxes[0], person_2=boxes[1], **given)[0].dense()
+    other = run(folder="other", first_voice="right", **given)[0].dense()
+    assert torch.equal(plain, drawn) and not torch.equal(plain, other) and len(plain) == LENGTH
+
+
+def test_refusals_of_long_videos(comfy, run, model, picture):
+    error, mask = comfy.core("errors").LongCatError, torch.ones(1, 64, 96)
+    for match, values in (
+        ("the model does not hear audio", {"model": model}),
+        ("who is where among several people", {"voices": ("one", "two"), "image": None}),
+        ("connect both or neither", {"voices": ("one", "two"), "person_1": mask}),
+        ("holds 2 images", {"image": picture.repeat(2, 1, 1, 1)}),
+        ("has exactly 8 steps", {"mode": "distilled", "guidance": 1.0, "audio_guidance": 1.0}),
+        ("is not inside ComfyUI's output folder", {"folder": "../away"}),
+    ):
+        with pytest.raises(error, match=match):
+            run(**{"folder": "refused"} | values)
+    assert not (comfy.folder / "output" / "refused").exists()

@@ -1,0 +1,28 @@
+"""ComfyUI's AUDIO and the core's sounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..longcat_core.errors import LongCatError
+from ..longcat_core.files.media import Sound
+
+
+def sound_of(name: str, audio: Mapping[str, Any]) -> Sound:
+    """An AUDIO. name: of the input. Raises LongCatError for a batch of sounds and for samples that are not finite."""
+    waveform = audio["waveform"]
+    if len(waveform) != 1:
+        raise LongCatError(f"{name} holds {len(waveform)} sounds; connect one at a time")
+    return Sound(waveform[0], audio["sample_rate"])
+
+
+def audio_of(sound: Sound) -> dict[str, Any]:
+    """A Sound as AUDIO."""
+    return {"waveform": sound.samples[None], "sample_rate": sound.rate}
+
+
+def part_of(sound: Sound, start: float, seconds: float) -> Sound:
+    """`seconds` of a sound from `start` on, with silence where it has ended."""
+    rest = sound.samples[:, round(start * sound.rate) :]
+    return Sound(rest if rest.shape[1] else sound.samples[:, :1] * 0, sound.rate).cut(seconds)
