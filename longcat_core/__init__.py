@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import BackendUnavailable, CheckpointError, LongCatError
-    from .files.media import read_image, read_video, write_video
+    from .files.media import Sound, read_image, read_sound, read_video, write_video
+    from .generate.audio import AudioEncoder, Embeddings, Voices, combine, load_audio_encoder
     from .generate.calibration import read_calibration
     from .generate.engine import Generation
     from .generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AudioEncoder",
     "BackendUnavailable",
     "BlockSparse",
     "CheckpointError",
     "Densities",
+    "Embeddings",
     "GenerateRequest",
     "Generation",
     "Interrupted",
@@ -44,16 +47,21 @@ __all__ = [
     "Plan",
     "RefineRequest",
     "Schedule",
+    "Sound",
     "Sparse",
     "Step",
+    "Voices",
     "Work",
     "__version__",
+    "combine",
+    "load_audio_encoder",
     "long_video",
     "make_schedule",
     "new_frames",
     "piece_folder",
     "read_calibration",
     "read_image",
+    "read_sound",
     "read_video",
     "refine",
     "refine_in_folder",
@@ -66,7 +74,8 @@ __all__ = [
 # Where each name lives, for `__getattr__`; the imports above say the same to type checkers.
 _HOMES = {
     "errors": ("BackendUnavailable", "CheckpointError", "LongCatError"),
-    "files.media": ("read_image", "read_video", "write_video"),
+    "files.media": ("Sound", "read_image", "read_sound", "read_video", "write_video"),
+    "generate.audio": ("AudioEncoder", "Embeddings", "Voices", "combine", "load_audio_encoder"),
     "generate.calibration": ("read_calibration",),
     "generate.engine": ("Generation",),
     "generate.long_video": ("LongVideoRequest", "long_video", "new_frames", "segment_folder", "spread_prompts"),

@@ -131,6 +131,10 @@ WRONG = {
     "rate 0": (lambda _: longcat.write_video("a.gif", FRAMES, 0), "0 frames per second; give a number above 0"),
     "rate NaN": (lambda _: longcat.write_video("a.mkv", FRAMES, float("nan")), "nan frames per second"),
     "piece": (lambda _: longcat.RefineRequest(piece=93.0).check(), r"piece cannot be 93\.0; give a whole number"),
+    "path of a sound": (lambda _: longcat.read_sound(3), "the path of the sound cannot be of type int"),
+    "sounds": (lambda _: longcat.combine(longcat.Sound(torch.ones(1, 9), 8000)), "sounds cannot be of type Sound"),
+    "a sound": (lambda _: longcat.combine(["a.wav"]), "a sound cannot be of type str; give a Sound"),
+    "audio encoder": (lambda _: longcat.load_audio_encoder(3), "the path of the audio encoder cannot be of type int"),
 }
 
 

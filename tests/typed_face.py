@@ -51,6 +51,20 @@ def generate(pipeline: longcat.Pipeline, request: longcat.GenerateRequest) -> No
     assert_type(longcat.read_image("first.png"), np.ndarray)
 
 
+def hear(path: Path) -> longcat.Embeddings:
+    sound = longcat.read_sound("speech.wav")
+    assert_type(sound, longcat.Sound)
+    assert_type(sound.cut(3.5).samples, torch.Tensor)
+    voices = longcat.combine([sound, None], "add")
+    assert_type(voices, longcat.Voices)
+    assert_type(voices.track, longcat.Sound)
+    encoder = longcat.load_audio_encoder(path, device="cuda")
+    assert_type(encoder, longcat.AudioEncoder)
+    embeddings = longcat.Embeddings(encoder.embed(voices.speakers[0])[None], encoder.fps, encoder.stride)
+    assert_type(embeddings.windows(0, 93), torch.Tensor)
+    return embeddings
+
+
 def sparse() -> longcat.Sparse:
     densities = longcat.Densities(ends=(0.5, 1.0), values=(((0.1, 0.2),), ((0.3, 0.4),)))
     assert_type(densities.at(0.2), tuple[tuple[float, ...], ...])

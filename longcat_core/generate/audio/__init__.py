@@ -2,7 +2,7 @@
 
 from .encoder import AudioEncoder, audio_encoder_of, empty_audio_encoder, load_audio_encoder
 from .speech import speech
-from .voices import Embeddings, Voices, combine, embed_voices, seconds_of, segments_for
+from .voices import Embeddings, Voices, combine, embed_voices, frames_for, seconds_of, segments_for
 
 __all__ = [
     "AudioEncoder",
@@ -12,6 +12,7 @@ __all__ = [
     "combine",
     "embed_voices",
     "empty_audio_encoder",
+    "frames_for",
     "load_audio_encoder",
     "seconds_of",
     "segments_for",

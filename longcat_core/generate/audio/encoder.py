@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.audio_encoders import CONVOLUTIONS, WAV2VEC2, AudioEncoderFiles, open_audio_encoder
 from ...checkpoints.reader import Watch
-from ...errors import CheckpointError, LongCatError
+from ...errors import CheckpointError, LongCatError, check_path, check_type
 from ...model.config import AudioConfig
 from .filters import butterworth_low_pass, filtered
 from .speech import RATE
@@ -81,6 +81,7 @@ class AudioEncoder(ABC):
         seed: of the noise floor that version 1.0 hears; noise [N]: that noise instead, of mean 0 and variance 1.
         Raises LongCatError for a sound too short for an embedding, and for embeddings that are not finite.
         """
+        check_type("a sound", wave, Tensor, "a tensor [N] at 16 kHz, as Voices.speakers has them")
         # In the order of the public code, whose products may fall just under a whole number.
         frames = int(len(wave) / RATE * self.rate)
         if frames < 1:
@@ -166,6 +167,7 @@ def load_audio_encoder(
     that is read, with the bytes so far and those of all. Raises CheckpointError for files that are unreadable or
     incomplete, and for other models.
     """
+    check_path("the path of the audio encoder", path)
     opened = open_audio_encoder(Path(path)) if opened is None else opened
     encoder = empty_audio_encoder(opened)
     encoder.model.load_state_dict(opened.state(encoder.model.state_dict(), device, watch), assign=True)

@@ -21,6 +21,8 @@ from .speech import BLOCK, RATE, leveled, loudness, mono, padded
 Mode = Literal["para", "add"]
 # Video frames of a segment, and of those that it has in common with the one before.
 FRAMES, OVERLAP = 93, 13
+# Frames by which a sound may be longer than a video: containers round its length to a millisecond.
+ROUNDED = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,14 @@ def seconds_of(segments: int, fps: int, frames: int = FRAMES, overlap: int = OVE
     return frames / fps + (segments - 1) * (frames - overlap) / fps
 
 
+def frames_for(seconds: float, fps: float) -> int:
+    """How many frames a video needs to last as long as a sound."""
+    return max(1, math.ceil(seconds * fps - ROUNDED))
+
+
 def segments_for(seconds: float, fps: int, frames: int = FRAMES, overlap: int = OVERLAP) -> int:
     """How many segments a video needs to last as long as a sound."""
-    # A sound may end a fraction of a sample behind a frame.
-    return 1 + max(0, math.ceil((seconds * fps - 1e-3 - frames) / (frames - overlap)))
+    return 1 + max(0, math.ceil((frames_for(seconds, fps) - frames) / (frames - overlap)))
 
 
 def combine(sounds: Sequence[Sound | None], mode: Mode = "para") -> Voices:
@@ -75,6 +81,7 @@ def combine(sounds: Sequence[Sound | None], mode: Mode = "para") -> Voices:
     shorter than 0.4 s.
     """
     check_choice("the mode of several sounds", mode, get_args(Mode))
+    check_type("sounds", sounds, (list, tuple), "a list with a Sound, or None, for each person")
     for sound in sounds:
         check_type("a sound", sound, (Sound, type(None)), "a Sound, or None for silence")
     given = [sound for sound in sounds if sound is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from longcat_core.generate.audio import (
     AudioEncoder,
     combine,
     embed_voices,
+    frames_for,
     load_audio_encoder,
     seconds_of,
     segments_for,
@@ -107,3 +109,6 @@ def test_segments_last_as_long_as_the_sound(fps: int, segments: int, seconds: fl
     assert seconds_of(segments, fps) == pytest.approx(seconds)
     assert segments_for(seconds, fps) == segments_for(seconds - 0.01, fps) == segments
     assert segments_for(seconds + 0.01, fps) == segments + 1 and segments_for(0.5, fps) == 1
+    # As an .mp4 of that many frames says it.
+    assert segments_for(math.ceil(1000 * seconds) / 1000, fps) == segments
+    assert frames_for(seconds, fps) == 93 + 80 * (segments - 1) and frames_for(0.01, fps) == 1
