@@ -191,7 +191,17 @@ def without_audio(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.config.audio is not None:
         raise CheckpointError(
             f"{checkpoint.source} holds LongCat-Video-Avatar, not a LongCat-Video transformer; give the dit folder of "
-            "LongCat-Video or a single file of its transformer"
+            "LongCat-Video or a single file of its transformer, or use longcat avatar"
+        )
+    return checkpoint
+
+
+def with_audio(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself. Raises CheckpointError unless it is an avatar's."""
+    if checkpoint.config.audio is None:
+        raise CheckpointError(
+            f"{checkpoint.source} holds LongCat-Video, which does not hear audio; give LongCat-Video-Avatar, or use "
+            "longcat generate"
         )
     return checkpoint
 

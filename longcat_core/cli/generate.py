@@ -18,10 +18,11 @@ import numpy as np
 
 from ..errors import LongCatError
 from ..files.atomic import name_with, resolved
-from ..files.media import VideoBeside, check_output, check_sound, estimate_bytes
+from ..files.media import Sound, VideoBeside, check_output, check_sound, estimate_bytes
 from ..files.regular import read_lines
-from ..generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
+from ..generate.long_video import Finished, LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
 from ..generate.media import contact_sheet
+from ..generate.opened import OpenedModel
 from ..generate.options import A_GPU, GUIDANCE, MORE, of_command
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
@@ -60,17 +61,18 @@ class Task:
     def __init__(
         self,
         args: argparse.Namespace,
-        paths: ModelPaths,
+        paths: ModelPaths | OpenedModel,
         output: Path,
         sources: Sequence[Path | None],
         shape: tuple[int, int, int],
         fps: float,
         seed: int,
-        sound: Path | None = None,
+        sound: Path | Sound | None = None,
     ) -> None:
         """Check and hold the output file, which must not be one of `sources`; check models and machine.
 
-        sound: a video whose sound the output has too. Raises LongCatError.
+        paths: of the model, or the opened one. sound: what the output has too, that of a video or samples. Raises
+        LongCatError.
         """
         check_distinct(output, *sources)
         check_output(output, estimate_bytes(output, *shape))
@@ -89,7 +91,7 @@ class Task:
     def fitted(self, request: FilledRequest) -> FilledRequest:
         """The request with what --speed can do on this machine."""
         loaded = self.speeded(request.schedule)
-        defaults = self.model.paths.defaults
+        defaults = self.model.defaults
         return request if loaded is None else request.filled(replace(defaults, loaded=loaded))
 
     def settings(self) -> tuple[dict[str, Any], dict[str, str]]:
@@ -109,6 +111,12 @@ class Task:
             note(f"sparse attention: {in_use(sparse, inputs)}")
         pipeline.on_phase = lambda name: bar.task.phase(name)
         return pipeline
+
+    def name_take(self, folder: SegmentFolder) -> None:
+        """Give the output the name of the take, unless the user named it or the take is the first one."""
+        if self.args.output is None and folder.take.path != folder.path:
+            name = name_with(self.output, f"-{folder.take.path.name}")
+            self.output = self.args.outputs.default(name, new=False)
 
     def run(self, make: Callable[[Progress, Put], Made]) -> Made:
         """Write the clips, uint8 [F, H, W, 3], that `make` puts, while it goes on; returns what it returns."""
@@ -178,23 +186,19 @@ def long(args: argparse.Namespace) -> int:
     paths = paths_of(args)
     prompts = spread_prompts(prompts_of(args), args.segments)
     request = LongVideoRequest(
-        request_of(args, prompts[0]), prompts, args.overlap, _schedule(args), args.hand_off
+        request_of(args, prompts[0]), prompts, args.overlap, schedule_of(args), args.hand_off
     ).filled(paths.defaults)
-    # The same command again goes on, so the default name may be there already.
-    output = args.output or args.outputs.default(Path(LONG_OUTPUT), new=False)
-    folder = segment_folder(args.folder or name_with(output, "-segments", ""), args.lossy_change)
     first = require_filled(request.first)
     shape = request.total_frames, first.height, first.width
-    _check_folder(output, folder, shape)
-    if args.output is None and output.exists() and not folder.path.exists():
-        raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
+    output, folder = kept(args, LONG_OUTPUT, shape)
     task = Task(args, paths, output, (args.image, args.video), shape, first.fps, first.seed)
     check_sparse_fits(args, first, task.model)
     first = task.fitted(first)
     model, lossy = task.settings()
     request = replace(request, first=first, model=model, lossy=lossy)
     task.note(first.notes(), *there_in(first), *(MORE for _ in prompts[1:]))
-    work, finished = work_of(first, request.overlap), []
+    work = work_of(first, request.overlap)
+    finished: list[Finished] = []
     read = [*prompts, *read_in(first)]
 
     def segments(bar: Progress) -> Iterator[np.ndarray]:
@@ -204,19 +208,33 @@ def long(args: argparse.Namespace) -> int:
         def load() -> Pipeline:
             return task.load(work, bar, read, first.sparse_settings)
 
-        for segment in long_video(load, request, folder, _steps(bar)):
-            finished.append(segment)
-            bar.task.finish(reused=segment.reused)
-            bar.say(segment.summary(folder.path))
-        bar.task.phase(SAVING)
-        if args.output is None and folder.take.path != folder.path:
-            # The default name is that of the first take's video.
-            task.output = args.outputs.default(name_with(output, f"-{folder.take.path.name}"), new=False)
+        finished.extend(told(long_video(load, request, folder, steps_of(bar)), folder, bar))
+        task.name_take(folder)
         whole = new_frames(folder, finished)
         return chain([first.begun(next(whole))], whole)
 
     task.run_parts(segments)
     return task.report(f"{len(finished)} segments, ")
+
+
+def kept(args: argparse.Namespace, name: str, shape: tuple[int, int, int]) -> tuple[Path, SegmentFolder]:
+    """The output of a video in segments, and their folder, checked. name: of the output by default."""
+    # The same command again goes on, so the default name may be there already.
+    output = args.output or args.outputs.default(Path(name), new=False)
+    folder = segment_folder(args.folder or name_with(output, "-segments", ""), args.lossy_change)
+    _check_folder(output, folder, shape)
+    if args.output is None and output.exists() and not folder.path.exists():
+        raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
+    return output, folder
+
+
+def told(segments: Iterable[Finished], folder: SegmentFolder, bar: Progress) -> Iterator[Finished]:
+    """The segments, each said and counted once it is finished; then the file is saved."""
+    for segment in segments:
+        yield segment
+        bar.task.finish(reused=segment.reused)
+        bar.say(segment.summary(folder.path))
+    bar.task.phase(SAVING)
 
 
 def refine(args: argparse.Namespace) -> int:
@@ -253,9 +271,9 @@ def refine(args: argparse.Namespace) -> int:
 
     def planned(bar: Progress) -> Callable[[int, int, Any], None]:
         bar.plan([sampled("refine", request.steps)] * len(request.pieces(video)), what="piece")
-        return _steps(bar)
+        return steps_of(bar)
 
-    def kept(folder: SegmentFolder, bar: Progress) -> Iterator[np.ndarray]:
+    def in_folder(folder: SegmentFolder, bar: Progress) -> Iterator[np.ndarray]:
         # All pieces first: one that fails must not leave an encoder waiting.
         done = []
         callback, (model, lossy), folder.say = planned(bar), task.settings(), bar.say
@@ -274,7 +292,7 @@ def refine(args: argparse.Namespace) -> int:
             bar.task.finish()
             yield frames
 
-    task.run_parts(written if folder is None else lambda bar: kept(folder, bar))
+    task.run_parts(written if folder is None else lambda bar: in_folder(folder, bar))
     return task.report()
 
 
@@ -290,7 +308,7 @@ def request_of(args: argparse.Namespace, prompt: str) -> GenerateRequest:
         height=height,
         width=width,
         guidance_scale=args.guidance,
-        schedule=_schedule(args),
+        schedule=schedule_of(args),
         num_cond_frames=args.cond_frames,
         sparse=sparse_of(args),
         **{name: getattr(args, name) for name in SAME_NAME},
@@ -335,12 +353,12 @@ def print_notes(sentences: Iterable[str]) -> None:
         note(sentence)
 
 
-def _steps(bar: Progress) -> Callable[[int, int, Any], None]:
+def steps_of(bar: Progress) -> Callable[[int, int, Any], None]:
     """A callback of a task in parts."""
     return lambda number, total, step: bar(step)
 
 
-def _schedule(args: argparse.Namespace) -> str | None:
+def schedule_of(args: argparse.Namespace) -> str | None:
     if args.distilled and args.schedule not in (None, "distilled"):
         raise LongCatError(f"--distilled and --schedule {args.schedule} exclude each other; give one of them")
     return "distilled" if args.distilled else args.schedule

@@ -56,6 +56,11 @@ COMMANDS = {
         (("prompts", "PROMPT", f"{PROMPT}: one prompt for all segments, or one for each", {"nargs": "*"}),),
         bar=True,
     ),
+    "avatar": Command(
+        "avatar.avatar", "Generate a person who speaks, segment by segment; run it again to resume.",
+        (("prompts", "PROMPT", f"{PROMPT}: one prompt for all segments, or one for each", {"nargs": "*"}),),
+        bar=True,
+    ),
     "refine": Command(
         "generate.refine", "Double a finished video's resolution and frame rate: the second stage.",
         (("video", "VIDEO", "the finished video", PATH),), bar=True,

@@ -52,9 +52,20 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return inputs.dtype_of(name)
 
 
-def machine_of(args: argparse.Namespace, paths: ModelPaths) -> tuple[torch.device, OpenedModel]:
-    """The device and the opened model, once its files, its LoRAs and what the machine has to offer are checked."""
+def avatar_of(args: argparse.Namespace, people: int) -> OpenedModel:
+    """The opened avatar that the options name, its LoRAs and its audio encoder checked. people: in the video."""
+    if args.model is None:
+        raise LongCatError("no model is given; name the folder of LongCat-Video-Avatar with --model")
+    paths = ModelPaths.of_avatar(args.model, args.vae, args.text_encoder, args.audio_encoder, args.base, people)
     model = open_model(paths, args.lora, args.attention)
+    _ = model.audio_encoder
+    return model
+
+
+def machine_of(args: argparse.Namespace, paths: ModelPaths | OpenedModel) -> tuple[torch.device, OpenedModel]:
+    """The device and the opened model, once its files, its LoRAs and what the machine has to offer are checked."""
+    model = paths if isinstance(paths, OpenedModel) else open_model(paths, args.lora, args.attention)
+    paths = model.paths
     check_sparse(getattr(args, "sparse_kernel", "auto"))
     device = device_of(args.device)
     check_memory(args, device)

@@ -142,7 +142,8 @@ class AvatarRequest:
     # --- of a filled request -----------------------------------------------------------------------------------------
 
     @property
-    def _filled(self) -> FilledRequest:
+    def filled_first(self) -> FilledRequest:
+        """The first segment. Raises LongCatError for a request that is not filled."""
         if self.audio is None:
             raise LongCatError("the request is not filled; give request.filled(pipeline.defaults)")
         return require_filled(self.first)
@@ -154,12 +155,12 @@ class AvatarRequest:
 
     @property
     def fps(self) -> float:
-        return self._filled.fps
+        return self.filled_first.fps
 
     @property
     def total_frames(self) -> int:
         """Frames of the whole video, which ends with the sound."""
-        frames = self._filled.frames
+        frames = self.filled_first.frames
         made = frames + (self.count - 1) * (frames - self.overlap)
         # A sound may end a fraction of a sample behind a frame.
         return min(made, max(1, math.ceil(self.voices.seconds * self.fps - 1e-3)))
@@ -172,12 +173,12 @@ class AvatarRequest:
     @property
     def guided(self) -> bool:
         """Whether sampling reads the negative prompt."""
-        return max(self._filled.guidance_scale, self.audio_guidance or 0.0) > 1
+        return max(self.filled_first.guidance_scale, self.audio_guidance or 0.0) > 1
 
     @property
     def seconds(self) -> float:
         """How long the sound is for the audio encoder: as long as all segments that it needs."""
-        first = self._filled
+        first = self.filled_first
         needed = segments_for(self.voices.seconds, int(first.fps), first.frames, self.overlap)
         return seconds_of(needed, int(first.fps), first.frames, self.overlap)
 
@@ -188,22 +189,22 @@ class AvatarRequest:
 
     def classes(self) -> Tensor | None:
         """Which of a frame's tokens belong to whom, [S, K] bool, as `Audio` has them; None for one person."""
-        return None if self.masks is None else classes_of(self.masks, self._filled.height, self._filled.width)
+        return None if self.masks is None else classes_of(self.masks, self.filled_first.height, self.filled_first.width)
 
     def schedule_of(self, number: int) -> Schedule:
         """The noise schedule of a segment."""
-        mode = self.schedule if number else self._filled.schedule
+        mode = self.schedule if number else self.filled_first.schedule
         assert mode is not None, "filled in"
-        return schedule_of(self.audio, mode, self._filled.steps)
+        return schedule_of(self.audio, mode, self.filled_first.steps)
 
     def embed(self, encoder: AudioEncoder) -> Embeddings:
         """What the network hears, of the whole sound. Raises LongCatError for the audio encoder of another version."""
         encoder.check(self.audio)
-        return embed_voices(encoder, self.voices, self.seconds, others=self.others, seed=self._filled.seed)
+        return embed_voices(encoder, self.voices, self.seconds, others=self.others, seed=self.filled_first.seed)
 
     def work(self) -> Work:
         """The memory-relevant sizes of sampling the largest segment."""
-        first = self._filled
+        first = self.filled_first
         channels, frames, height, width = latent_shape(first.frames, first.height, first.width)
         later = self.count > 1
         cond = 1 + latent_frames(self.overlap) if later else first.cond_frames
@@ -216,18 +217,18 @@ class AvatarRequest:
 
     def reads(self) -> list[str]:
         """All prompts that the text encoder reads."""
-        return [*self.prompts, *([self._filled.negative_prompt] if self.guided else [])]
+        return [*self.prompts, *([self.filled_first.negative_prompt] if self.guided else [])]
 
     def notes(self) -> list[str]:
         """Warnings about a request that runs, though perhaps not as the user meant it."""
-        first, audio = self._filled, self.audio_guidance or 1.0
+        first, audio = self.filled_first, self.audio_guidance or 1.0
         # The negative prompt has an effect where one of the two has.
         notes = [*replace(first, guidance_scale=max(1.0, first.guidance_scale, audio)).notes(), *self.voices.notes]
         return notes if self.masks is None else notes + people_notes(self.masks)
 
     def settings(self, number: int) -> Settings:
         """Everything that decides a segment's frames, except the previous segment."""
-        first = self._filled
+        first = self.filled_first
         names = ("height", "width", "frames", "steps", "guidance_scale")
         settings = {name: getattr(first, name) for name in names}
         settings |= {
@@ -253,7 +254,7 @@ class AvatarRequest:
 
     def seed(self, number: int) -> int:
         """The seed of a segment's noise."""
-        return (self._filled.seed + number) % (MAX_SEED + 1)
+        return (self.filled_first.seed + number) % (MAX_SEED + 1)
 
 
 def make_segment(
@@ -270,7 +271,7 @@ def make_segment(
     before: the previous segment, None for the first. reference: the first latent frame of the first segment,
     [1, C, 1, H/8, W/8]; later segments need it.
     """
-    first, audio = request._filled, request.audio
+    first, audio = request.filled_first, request.audio
     assert audio is not None and request.audio_guidance is not None, "filled in"
     tail: Tensor | None = None
     clean: Tensor | None = None
@@ -332,7 +333,7 @@ def avatar_video(
     check_callback(load, "what loads the model")
     check_callback(hear, "what embeds the sound")
     check_callback(callback)
-    first, count = request._filled, request.count
+    first, count = request.filled_first, request.count
     engine, embeddings = cache(load), cache(hear)
     begun: list[Tensor] = []
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..checkpoints.load import Checkpoint, open_checkpoint, without_audio
+from ..checkpoints.audio_encoders import AudioEncoderFiles, open_audio_encoder
+from ..checkpoints.load import Checkpoint, open_checkpoint, with_audio, without_audio
 from ..checkpoints.lora import Lora, OpenedLora, open_loras
-from ..errors import check_type
+from ..errors import LongCatError, check_type
 from ..optimize.attention import check as check_attention
+from .audio import empty_audio_encoder
 from .inputs import loras_of
 from .paths import ModelPaths
+from .request import Defaults
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,25 @@ class OpenedModel:
     def checkpoint(self) -> Checkpoint:
         """The transformer's checkpoint, opened at first use.
 
-        Raises CheckpointError as `open_checkpoint` does, and for an avatar.
+        Raises CheckpointError as `open_checkpoint` does, and for an avatar where no audio encoder is named, and for
+        LongCat-Video where one is.
         """
-        return without_audio(open_checkpoint(self.paths.model))
+        checkpoint = open_checkpoint(self.paths.model)
+        return without_audio(checkpoint) if self.paths.audio_encoder is None else with_audio(checkpoint)
+
+    @cached_property
+    def audio_encoder(self) -> AudioEncoderFiles:
+        """An avatar's audio encoder, opened at first use. Raises LongCatError if it is not that of its version."""
+        if self.paths.audio_encoder is None:
+            raise LongCatError("the model has no audio encoder; name it with ModelPaths.of_avatar")
+        opened = open_audio_encoder(self.paths.audio_encoder)
+        empty_audio_encoder(opened).check(self.checkpoint.config.audio)
+        return opened
+
+    @property
+    def defaults(self) -> Defaults:
+        """What the model was trained for, and what it hears."""
+        return replace(self.paths.defaults, audio=self.checkpoint.config.audio)
 
 
 def open_model(

@@ -31,6 +31,7 @@ MAX_SEGMENTS = 999
 SCHEDULES = ("base", "distilled", "enhance_hf")
 KV_CACHE = ("exact", "official", "off")
 HAND_OFFS = ("frames", "latents")
+VOICE_MODES = ("para", "add")
 LORA_MODES = ("merged", "runtime")
 LOSSY_CHANGES = ("new take", "go on")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -158,7 +159,7 @@ _seed = Option("seed", "whole", "seed of the noise; the same seed gives the same
 _prompts_file = Option("prompts_file", "path", "text file with one prompt a line", metavar="FILE")
 _lossy_change = Option("lossy_change", "choice", "what to do where a take in the folder differs in lossy settings "
                        "alone, such as 8-bit attention: begin a new take, or go on in that one", LOSSY_CHANGES[0],
-                       choices=LOSSY_CHANGES, commands=("long",))  # fmt: skip
+                       choices=LOSSY_CHANGES, commands=("long", "avatar"))  # fmt: skip
 
 _versus = Option("versus", "text", "options of another setting, on top of the options outside --versus, such as "
                  '"--step-cache 0.05"; can be repeated', metavar="OPTIONS", repeated=True)  # fmt: skip
@@ -166,8 +167,11 @@ _versus = Option("versus", "text", "options of another setting, on top of the op
 _VIDEOS = ("generate", "long", "compare")
 _SAMPLED = (*_VIDEOS, "calibrate")
 _SCORE = ("score-nano",)
+_SHOWN = (*_SAMPLED, "avatar")
 _SKIPPED = (*_VIDEOS, *_SCORE)
-_MODELS = (*_SAMPLED, "refine", *_SCORE)
+_BASE = (*_SAMPLED, "refine", *_SCORE)
+_AVATAR = ("avatar",)
+_MODELS = (*_BASE, *_AVATAR)
 _WEIGHTS = (*_MODELS, "train-lora")
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
 _CALIBRATE = ("calibrate",)
@@ -202,27 +206,48 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         WHAT,
         _SAMPLED,
-        replace(_prompts_file, commands=_LONG),
+        Option("audio", "path", "sound that is spoken, of any audio or video file; give it twice for two people",
+               metavar="FILE", repeated=True, required=True, commands=_AVATAR),
+        Option("mode", "choice", "when two people speak: para, both from the beginning, or add, the second one after "
+               "the first", VOICE_MODES[0], choices=VOICE_MODES, commands=_AVATAR),
+        Option("who", "choice", "who of the two people in the two halves of the image says the first --audio; with one "
+               "--audio the other one stays silent", "left", filled=True, choices=("left", "right"),
+               shown="left; with one --audio, a single person", needs=("image",), commands=_AVATAR),
+        Option("box", "text", "where a person is, in pixels of the image from its top left corner, in the order of "
+               "--audio; give it twice or more often, and those without an --audio stay silent",
+               metavar="Y0,X0,Y1,X1", repeated=True, needs=("image",), commands=_AVATAR),
+        Option("mask", "path", "picture of the image's size that is white where a person is, in place of --box",
+               metavar="FILE", repeated=True, needs=("image",), commands=_AVATAR),
+        replace(_prompts_file, commands=(*_LONG, *_AVATAR)),
+        Option("segments", "whole", "number of segments, at most as many as the sound needs; the last prompt serves "
+               "all segments beyond it", shown="as many as the sound needs", filled=True, least=1, most=MAX_SEGMENTS,
+               metavar="N", commands=_AVATAR),
         replace(_prompts_file, help="text file with one prompt a line: a video for each, from one load of the models; "
                 "the same command again makes those that are missing", commands=("generate",), common=True),
         Option("segments", "whole", "number of segments; the last prompt serves all segments beyond it",
                shown="one for each prompt", filled=True, least=1, most=MAX_SEGMENTS, metavar="N", commands=_LONG),
         Option("negative_prompt", "text", "what the video should avoid; it has no effect at guidance 1",
-               shown="the model card's list", filled=True, metavar="TEXT", common=True),
+               shown="the model card's list", filled=True, metavar="TEXT", common=True, commands=_SHOWN),
         Option("size", "size", "height x width in pixels, multiples of 16; with an image or a clip the real model "
-               "takes the 480p size nearest in shape", filled=True, common=True, **_size),
-        Option("height", "whole", "height in pixels, a multiple of 16", 480, 64, **_side),
-        Option("width", "whole", "width in pixels, a multiple of 16", 832, 96, **_side),
+               "takes the 480p size nearest in shape", filled=True, common=True, commands=_SHOWN, **_size),
+        Option("height", "whole", "height in pixels, a multiple of 16", 480, 64, commands=_SHOWN, **_side),
+        Option("width", "whole", "width in pixels, a multiple of 16", 832, 96, commands=_SHOWN, **_side),
         Option("frames", "whole", "number of frames, 4k+1, including those of an image or a clip",
                commands=("generate", "compare", "calibrate"), common=True, **_frames),
-        Option("frames", "whole", "number of frames in a segment, 4k+1", commands=_LONG, **_frames),
+        Option("frames", "whole", "number of frames in a segment, 4k+1", commands=(*_LONG, *_AVATAR), **_frames),
         Option("overlap", "whole", "number of frames, 4k+1, that a segment shares with the previous one; the real "
-               "model was trained with 13", commands=_LONG, needs=(MORE,), **_given),
+               "model was trained with 13", commands=(*_LONG, *_AVATAR), needs=(MORE,), **_given),
         Option("hand_off", "choice", "what the next segment starts from: frames, decoded and encoded again as in the "
                "public code, or the latents themselves, which saves the loss at each join", HAND_OFFS[0],
                choices=HAND_OFFS, commands=_LONG, needs=(MORE,)),
-        _seed,
-        Option("image", "path", "image that the video starts from", metavar="FILE"),
+        Option("reference", "whole", "latent frame at which later segments place the first frame of the video, which "
+               "they all see; 30 or -10 helps where movements repeat", 10, least=-MAX_FRAMES, most=MAX_FRAMES,
+               metavar="N", needs=(MORE,), commands=_AVATAR),
+        Option("skip", "whole", "number of latent frames on each side of --reference that do not see that frame, so "
+               "that the video does not return to it; 0: all see it", 3, least=0, most=MAX_FRAMES, metavar="N",
+               needs=(MORE,), commands=_AVATAR),
+        replace(_seed, commands=_SHOWN),
+        Option("image", "path", "image that the video starts from", metavar="FILE", commands=_SHOWN),
         Option("video", "path", "clip to continue", metavar="FILE"),
         Option("cond_frames", "whole", "number of frames at the clip's end to continue from, 4k+1; the real model was "
                "trained with 13", common=True, needs=("video",), **_given),
@@ -277,21 +302,33 @@ OPTIONS: tuple[Option, ...] = (
         _VIDEOS,
         Option("speed", "choice", "exact, or a set of lossy options that was measured: " + prices_in_words() + "; an "
                "option that is given takes precedence over the set's, and what this machine lacks is left out", EXACT,
-               filled=True, choices=SPEEDS, common=True, commands=(*_VIDEOS, "refine", *_SCORE)),
+               filled=True, choices=SPEEDS, common=True, commands=(*_VIDEOS, "refine", *_SCORE, *_AVATAR)),
         Option("steps", "whole", "number of denoising steps", filled=True, shown="50; distilled 16", common=True,
                schedules={"distilled": (16, 50)}, **_steps),
+        Option("steps", "whole", "number of denoising steps; distilled, version 1.5 takes exactly 8", filled=True,
+               shown="50; distilled 16, or 8 for version 1.5", commands=_AVATAR, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off and takes half the time", filled=True,
                commands=_SAMPLED,
                shown="4; distilled 1", common=True, schedules=dict.fromkeys(("distilled", "refine"), (1.0, 1.0)),
                **_guidance),
+        Option("guidance", "number", "scale of the guidance by the text", filled=True, shown="4; distilled 1",
+               commands=_AVATAR, **_guidance),
+        Option("audio_guidance", "number", "scale of the guidance by the sound; 3 to 5 is good for lips. With 1 for "
+               "this and --guidance a step takes a third of the time", filled=True, shown="4; distilled 1",
+               commands=_AVATAR, **_guidance),
         Option("steps", "whole", "number of denoising steps", commands=_SCORE, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off", commands=_SCORE, **_guidance),
         Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
                "half the time without it, which is lossy", 1.0, filled=True, step=0.05, digits=2, common=True,
-               needs=(GUIDANCE,), commands=_SKIPPED, **_share),
+               needs=(GUIDANCE,), commands=(*_SKIPPED, *_AVATAR), **_share),
         Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
                filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True,
-               commands=_SAMPLED),
+               commands=_SHOWN),
+        Option("distilled", "switch", "the distilled schedule with guidance 1: 8 steps for version 1.5, whose "
+               "dmd_lora.safetensors it needs, or 16 for 1.0 with the step LoRA of LongCat-Video", commands=_AVATAR),
+        Option("kv_cache", "choice", "how to compute the frames that later segments are given: once, or at every step "
+               "(off), with the same result", KV_CACHE[0], choices=(KV_CACHE[0], KV_CACHE[-1]),
+               needs=(f"image or {MORE}",), commands=_AVATAR),
         Option("distilled", "switch", "the distilled schedule with 16 steps and guidance 1; it needs the step LoRA",
                common=True, commands=_SAMPLED),
         Option("kv_cache", "choice", "how to compute the frames of an image or a clip: once, with the same result "
@@ -300,7 +337,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
                "conservative, 0.05 skips about half (PSNR of 12 nano videos: median 43 dB, farthest 21 dB), 0.12 "
                "is aggressive, 0 skips none", 0.0, filled=True, least=0.0,
-               most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True, commands=_SKIPPED),
+               most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True, commands=(*_SKIPPED, *_AVATAR)),
         Option("step_cache_kind", "choice", "what --step-cache skips: steps, whole; or blocks, all but the first sixth "
                "of the network's, if those show that what the others add can be predicted", STEP_CACHE_KINDS[0],
                filled=True, choices=STEP_CACHE_KINDS, needs=("step_cache",), commands=_SKIPPED),
@@ -317,15 +354,24 @@ OPTIONS: tuple[Option, ...] = (
         _MODELS,
         Option("model", "text", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form",
                metavar="PATH", commands=(*_VIDEOS, "refine", "train-lora", *_SCORE), shown="LongCat-nano"),
+        Option("model", "text", "folder of LongCat-Video-Avatar 1.5 or 1.0, or a checkpoint of its transformer of any "
+               "published form", metavar="PATH", commands=_AVATAR, required=True),
+        Option("base", "text", "LongCat-Video's folder, for VAE and text encoder", metavar="PATH", commands=_AVATAR,
+               shown="LongCat-Video beside the model's folder"),
+        Option("audio_encoder", "text", "folder or file of the audio encoder: whisper-large-v3 (1.5) or "
+               "chinese-wav2vec2-base (1.0)", metavar="PATH", commands=_AVATAR, shown="in the model's folder"),
         Option("vae", "text", "folder or file of the VAE", shown="vae/ in the model's folder", metavar="PATH",
                commands=_WEIGHTS),
         Option("text_encoder", "text", "folder or file of the text encoder", metavar="PATH", commands=_WEIGHTS,
                shown="text_encoder/ and tokenizer/ in the model's folder"),
         Option("no_text_cache", "switch", "load the text encoder in any case; otherwise encodings of prompts, not the "
                "prompts, are kept on disk, and a prompt that was used before needs no text encoder",
-               commands=("generate", "long", "refine")),
+               commands=("generate", "long", "refine", *_AVATAR)),
         Option("lora", "lora", "a LoRA of any form, at strength 1 if not given; can be repeated", repeated=True,
-               metavar="FILE[:STRENGTH]", common=True),
+               metavar="FILE[:STRENGTH]", common=True, commands=_BASE),
+        Option("lora", "lora", "a LoRA of any form, at strength 1 if not given; can be repeated. Where "
+               "dmd_lora.safetensors makes lips too red, 0.3 helps", repeated=True, metavar="FILE[:STRENGTH]",
+               commands=_AVATAR),
         Option("lora_mode", "choice", "merge LoRAs into the weights, or keep them beside the weights at run time, "
                "which is slower and leaves the base's --fp8 weights as they are", LORA_MODES[0], choices=LORA_MODES,
                common=True, needs=("lora",)),
@@ -356,6 +402,8 @@ OPTIONS: tuple[Option, ...] = (
                "for activations", needs=(GUIDANCE,)),
         Option("offload_kv_cache", "switch", "keep the KV cache of the conditioning frames in CPU memory",
                needs=(A_GPU, _GIVEN), commands=(*_SAMPLED, "refine")),
+        Option("offload_kv_cache", "switch", "keep the KV cache of the frames that a segment is given in CPU memory",
+               needs=(A_GPU, f"image or {MORE}"), commands=_AVATAR),
         Option("tiled_vae", "switch", "run the VAE on tiles; seams may be visible"),
     ),
     *_group(
@@ -366,6 +414,8 @@ OPTIONS: tuple[Option, ...] = (
                metavar="FILE", short="-o", commands=("generate",), common=True),
         Option("output", "path", f"video to write: {_suffixes}", shown="longcat-long.mp4", metavar="FILE", short="-o",
                commands=_LONG),
+        Option("output", "path", "video to write, with the sound: .mp4 or .mkv (lossless); .webp and .gif hold none",
+               shown="longcat-avatar.mp4", metavar="FILE", short="-o", commands=_AVATAR),
         Option("output", "path", f"video to write: {_suffixes}", shown="VIDEO-refined.mp4", metavar="FILE", short="-o",
                commands=_REFINE),
         Option("output", "path", "a new or empty folder for report, pictures and videos", metavar="DIR", short="-o",
@@ -379,7 +429,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("contact_sheet", "path", "also write a .png with frames and prompt", metavar="FILE",
                commands=("generate",), common=True),
         Option("folder", "path", "folder that keeps finished segments; run the same command again to resume",
-               metavar="DIR", shown="the name of FILE and -segments", commands=_LONG),
+               metavar="DIR", shown="the name of FILE and -segments", commands=(*_LONG, *_AVATAR)),
         Option("folder", "path", "folder that keeps finished pieces; run the same command again to resume",
                metavar="DIR", shown="none", commands=_REFINE),
         _lossy_change,

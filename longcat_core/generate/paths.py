@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..checkpoints.audio_encoders import FOLDERS as ENCODER_FOLDERS
 from ..errors import CheckpointError, check_path, check_type
 from ..files.fingerprints import fingerprint
 from ..files.records import read_record
@@ -17,6 +18,10 @@ NANO_VAE = NANO_WEIGHTS / "vae" / "longcat_nano_vae_bf16.safetensors"
 NANO_TEXT_ENCODER = NANO_WEIGHTS / "text_encoders" / "longcat_nano_umt5_bf16.safetensors"
 
 WORLD_FILE = "world.json"
+# LongCat-Video's folder, which a folder of LongCat-Video-Avatar needs beside it.
+BASE = "LongCat-Video"
+# Folders of the transformer in that of LongCat-Video-Avatar: of 1.5, and those of 1.0 for one person and for several.
+ONE, SEVERAL = ("base_model", "avatar_single"), ("base_model", "avatar_multi")
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,15 @@ class World:
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """Where the three parts lie: each a safetensors file or a folder of the official form. Defaults: the nano model."""
+    """Where the three parts lie: each a safetensors file or a folder of the official form. Defaults: the nano model.
+
+    audio_encoder: of an avatar; None for LongCat-Video.
+    """
 
     model: Path = NANO_MODEL
     vae: Path = NANO_VAE
     text_encoder: Path = NANO_TEXT_ENCODER
+    audio_encoder: Path | None = None
 
     @classmethod
     def of(
@@ -65,9 +74,59 @@ class ModelPaths:
             paths = cls(root, Path(vae or root / "vae"), Path(text_encoder or root))
         return paths
 
+    @classmethod
+    def of_avatar(
+        cls,
+        model: str | Path,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        audio_encoder: str | Path | None = None,
+        base: str | Path | None = None,
+        people: int = 1,
+    ) -> ModelPaths:
+        """Fill in what is not named, for LongCat-Video-Avatar.
+
+        model: its folder, or the file or folder of its transformer. The audio encoder is found in that folder, VAE and
+        text encoder too, or in `base`, LongCat-Video's folder, by default the folder of that name beside it. people:
+        how many are in the video; 1.0 has a transformer for one and one for several. Raises CheckpointError for a part
+        that is neither named nor found.
+        """
+        named = {"model": model, "VAE": vae, "text encoder": text_encoder, "audio encoder": audio_encoder, "base": base}
+        for name, given in named.items():
+            if given is not None:
+                check_path(f"the path of the {name}", given)
+        root = Path(model)
+        places = [root, root.absolute().parent / BASE] if base is None else [Path(base)]
+        found = {}
+        for name, given in (("vae", vae), ("text_encoder", text_encoder)):
+            found[name] = next((place for place in places if (place / name).is_dir()), places[-1])
+            if given is None and root.exists() and not (found[name] / name).is_dir():
+                option = f"--{name.replace('_', '-')}"
+                raise CheckpointError(
+                    f"{places[-1]} has no folder {name}; give LongCat-Video's folder as --base, or use {option}"
+                )
+        if audio_encoder is None and root.exists() and not any((root / name).is_dir() for name in ENCODER_FOLDERS):
+            raise CheckpointError(
+                f"{root} has no audio encoder ({' or '.join(ENCODER_FOLDERS)}); give LongCat-Video-Avatar's folder or "
+                "use --audio-encoder"
+            )
+        inner = (root / name for name in (ONE if people == 1 else SEVERAL))
+        return cls(
+            next((folder for folder in inner if folder.is_dir()), root),
+            Path(vae or found["vae"] / "vae"),
+            Path(text_encoder or found["text_encoder"]),
+            Path(audio_encoder or root),
+        )
+
+    @property
+    def _parts(self) -> dict[str, Path]:
+        """Each part by its name in words."""
+        found = {"model": self.model, "VAE": self.vae, "text encoder": self.text_encoder}
+        return found if self.audio_encoder is None else found | {"audio encoder": self.audio_encoder}
+
     def check(self) -> None:
-        """Raise CheckpointError unless all three exist."""
-        for what, path in (("model", self.model), ("VAE", self.vae), ("text encoder", self.text_encoder)):
+        """Raise CheckpointError unless all parts exist."""
+        for what, path in self._parts.items():
             check_type(f"the path of the {what}", path, Path, "a pathlib.Path, or use ModelPaths.of")
             if path.exists():
                 continue
@@ -76,10 +135,12 @@ class ModelPaths:
 
     def fingerprints(self) -> dict[str, str]:
         """What tells these models from others, by part."""
-        folders = {"model": ("dit",), "vae": (), "text_encoder": ("text_encoder",)}
+        folders = {"model": ("dit",), "vae": (), "text_encoder": ("text_encoder",), "audio_encoder": ENCODER_FOLDERS}
         found = {}
         for part, names in folders.items():
             path = getattr(self, part)
+            if path is None:
+                continue
             # The official root stands for more than one part.
             inner = next((path / name for name in names if (path / name).is_dir()), path)
             found[part] = fingerprint(inner)

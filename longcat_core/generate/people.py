@@ -38,7 +38,10 @@ def masks_of(people: Sequence[Person], voices: int, given: np.ndarray | None) ->
     if len(people) < VOICES:
         raise LongCatError("two people speak and one is named; give a box or a mask for each, or none")
     height, width = given.shape[1:3]
-    return with_background([_mask(one, number, height, width) for number, one in enumerate(people, 1)])
+    masks = with_background([_mask(one, number, height, width) for number, one in enumerate(people, 1)])
+    if not masks[2].any():
+        raise LongCatError("the people cover the whole image; give boxes or masks that leave some of it as background")
+    return masks
 
 
 def _mask(person: Person, number: int, height: int, width: int) -> Tensor:

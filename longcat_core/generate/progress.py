@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # What happens while no step runs, and what makes a first step long.
 STARTING, CHECKING = "starting", "checking the input"
 LOADING_TEXT, ENCODING, LOADING = "loading the text encoder", "encoding", "loading the model"
+LOADING_AUDIO = "loading the audio encoder"
 DECODING, SAVING, COMPILING = "decoding", "saving", "compiling, once"
 # What happens while steps run, and beside decoding.
 FIRST_STEP, STEPS, WRITING = "first step", "steps", "writing the file"
@@ -134,7 +135,7 @@ class Progress:
         self._changed()
 
     def load(self, name: str, done: int, of: int) -> None:
-        """Weights are loaded. name: LOADING_TEXT or LOADING; done, of: bytes that are there, and of all."""
+        """Weights are loaded. name: LOADING_TEXT, LOADING_AUDIO or LOADING; done, of: bytes that are there and all."""
         self._begins(name, (done, of) if of else None)
         self._changed()
 

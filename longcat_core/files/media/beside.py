@@ -12,6 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
+from .samples import Sound
 from .writing import write_video
 
 # Clips that may wait for the encoder; whoever makes more waits too, so that memory stays flat.
@@ -31,7 +32,7 @@ class VideoBeside:
     """
 
     def __init__(
-        self, path: str | Path | Callable[[], str | Path], fps: float, sound: str | Path | None = None
+        self, path: str | Path | Callable[[], str | Path], fps: float, sound: str | Path | Sound | None = None
     ) -> None:
         self._path, self._fps, self._sound = path, fps, sound
         self._clips: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(WAITING)

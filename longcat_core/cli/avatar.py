@@ -1,0 +1,135 @@
+"""`longcat avatar`: a person who speaks, segment by segment, each kept in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import LongCatError
+from ..files.media import read_image, read_sound
+from ..generate.audio import Embeddings, combine, load_audio_encoder
+from ..generate.avatar import AvatarRequest, avatar_video, spoken_frames
+from ..generate.long_video import Finished
+from ..generate.options import GUIDANCE, MORE
+from ..generate.people import LEFT, RIGHT, Person, box_of_pixels
+from ..generate.pipeline import Pipeline
+from ..generate.progress import ENCODING, LOADING_AUDIO, Part
+from .console import Progress
+from .generate import Task, kept, prompts_of, request_of, schedule_of, steps_of, there_in, told
+from .models import avatar_of
+
+OUTPUT = "longcat-avatar.mp4"
+# Videos that hold sound.
+WITH_SOUND = (".mp4", ".mkv")
+BOX = re.compile(r"(\d+),(\d+),(\d+),(\d+)")
+
+
+def avatar(args: argparse.Namespace) -> int:
+    """`longcat avatar`."""
+    people = people_of(args)
+    prompts = tuple(prompts_of(args))
+    first = request_of(args, prompts[0] if prompts else "")
+    opened = avatar_of(args, max(len(args.audio), len(people)))
+    sounds = [read_sound(path) for path in args.audio]
+    # A person who is named and has no sound listens.
+    voices = combine([*sounds, *([None] if len(sounds) == 1 and people else [])], args.mode)
+    request = AvatarRequest(
+        first,
+        voices,
+        prompts,
+        people,
+        args.segments,
+        args.audio_guidance,
+        args.overlap,
+        schedule_of(args),
+        args.reference,
+        args.skip,
+    ).filled(opened.defaults)
+    first = request.filled_first
+    output, folder = kept(args, OUTPUT, (request.total_frames, first.height, first.width))
+    heard = output.suffix.lower() in WITH_SOUND
+    task = Task(
+        args,
+        opened,
+        output,
+        (args.image, *args.audio, *(args.mask or ())),
+        (request.total_frames, first.height, first.width),
+        first.fps,
+        first.seed,
+        request.track if heard else None,
+    )
+    first = task.fitted(first)
+    model, lossy = task.settings()
+    request = replace(request, first=first, model=model, lossy=lossy)
+    left_out = [] if heard else [f"the sound is left out, because {output.suffix} holds none; write .mp4 or .mkv"]
+    there = [name for name in there_in(first) if name != GUIDANCE] + [GUIDANCE] * request.guided
+    task.note([*request.notes(), *left_out], *there, *[MORE] * (request.count - 1))
+    finished: list[Finished] = []
+
+    def segments(bar: Progress) -> Iterator[np.ndarray]:
+        parts = [Part(len(request.schedule_of(i)), "later" if i else "") for i in range(request.count)]
+        bar.plan(parts, what="segment")
+        folder.say = bar.say
+
+        def load() -> Pipeline:
+            return task.load(request.work(), bar, request.reads())
+
+        def hear() -> Embeddings:
+            encoder = load_audio_encoder(
+                "",
+                opened=opened.audio_encoder,
+                device=task.device,
+                watch=lambda done, of: bar.task.load(LOADING_AUDIO, done, of),
+            )
+            bar.task.phase(ENCODING)
+            embeddings = request.embed(encoder)
+            # The model is loaded next and needs the memory.
+            del encoder
+            if task.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return embeddings
+
+        finished.extend(told(avatar_video(load, hear, request, folder, steps_of(bar)), folder, bar))
+        task.name_take(folder)
+        return spoken_frames(folder, finished, request)
+
+    task.run_parts(segments)
+    return task.report(f"{request.voices.seconds:.2f} s of sound, {len(finished)} segments, ")
+
+
+def people_of(args: argparse.Namespace) -> tuple[Person, ...]:
+    """Who is where in the image, as --who, --box or --mask say; () for one person, or for the two halves of the image.
+
+    Raises LongCatError for options that exclude each other, and for what does not fit the image.
+    """
+    named = [f"--{name}" for name in ("who", "box", "mask") if getattr(args, name)]
+    if not named:
+        return ()
+    if len(named) > 1:
+        raise LongCatError(f"{' and '.join(named)} exclude each other; give one of them")
+    if args.image is None:
+        raise LongCatError(f"{named[0]} says who is where in an image, and none is given; give --image")
+    if args.who:
+        return (LEFT, RIGHT) if args.who == "left" else (RIGHT, LEFT)
+    if args.mask:
+        return tuple(_mask(path) for path in args.mask)
+    height, width = read_image(args.image).shape[:2]
+    return tuple(box_of_pixels(_box(text), height, width, "--box") for text in args.box)
+
+
+def _box(text: str) -> tuple[int, ...]:
+    found = BOX.fullmatch(text.replace(" ", ""))
+    if found is None:
+        raise LongCatError(f"--box {text} is not a box; give y0,x0,y1,x1 in pixels, such as 48,40,430,370")
+    return tuple(map(int, found.groups()))
+
+
+def _mask(path: Path) -> np.ndarray:
+    """A mask [h, w] of a picture, where it is rather white than black."""
+    return (read_image(path).max(axis=2) > 127).astype(np.uint8)
