@@ -110,7 +110,10 @@ def test_files_without_sound_are_refused(tmp_path: Path) -> None:
     empty.write_bytes(header)
     broken = write_sound(tmp_path / "e.wav", sweep(0.1), "pcm_f32le")
     broken.write_bytes(broken.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+    joined = write_sound(tmp_path / "f.aac", sweep(0.5), "aac")
+    joined.write_bytes(joined.read_bytes() + write_sound(tmp_path / "g.aac", sweep(0.5, 1, 16000), "aac").read_bytes())
     for path, sentence in (
+        (joined, "changes its rate or its channels; cut it there"),
         (silent, "has no sound track; give a .wav"),
         (tmp_path / "b.wav", "is not a readable sound"),
         (tmp_path / "c.wav", "is not a readable sound"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +53,16 @@ def read_sound(path: str | Path) -> Sound:
             declared = None if guessed else _declared(container, stream, begin)
             if declared is not None and declared > MAX_SECONDS:
                 raise _too_long(path)
-            rate = stream.codec_context.sample_rate
-            parts = list(_placed(path, _frames(path, container, stream), begin, rate))
+            frames = _frames(path, container, stream)
+            first = next(frames, None)
+            if first is None:
+                raise LongCatError(f"{path} holds no sound that can be decoded; give {REMEDY} with sound")
+            # The track may declare half of it, as some in HE-AAC do.
+            rate = first.rate
+            parts = list(_placed(path, chain([first], frames), begin))
             length = sum(part.shape[1] for part in parts)
             if not length:
-                raise LongCatError(f"{path} holds no sound that can be decoded; give {REMEDY} with sound")
+                raise LongCatError(f"the sound of {path} ends before its first picture; give {REMEDY} with sound")
             if begin is None and declared is not None and length / rate < declared - TOLERANCE:
                 raise _cut_short(path, f"{float(declared) - length / rate:.2f} s are missing")
             # Codecs that work in blocks fill up the last one.
@@ -83,10 +89,18 @@ def _declared(container: Any, stream: Any, begin: Fraction | None) -> Fraction |
     return Fraction(container.duration, 1_000_000) if container.duration and begin is None else None
 
 
-def _frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Fraction | None, Tensor]]:
-    """What the track decodes to: its time in seconds, or None, and samples [channels, N] fp32."""
+class _Frame(NamedTuple):
+    """time: in seconds, or None where the file has none. samples: [channels, N] fp32."""
+
+    time: Fraction | None
+    samples: Tensor
+    rate: int
+
+
+def _frames(path: Path, container: Any, stream: Any) -> Iterator[_Frame]:
+    """What the track decodes to."""
     error, started, damaged = package("av").error, False, False
-    # To floats, at the rate and in the layout that the first frame has.
+    kind: tuple[int, int] | None = None
     converter = package("av.audio.resampler").AudioResampler("fltp")
     for packet in container.demux(stream):
         # The one without content comes last.
@@ -102,23 +116,20 @@ def _frames(path: Path, container: Any, stream: Any) -> Iterator[tuple[Fraction 
             )
         for frame in frames:
             started, time = True, None if frame.pts is None else frame.pts * frame.time_base
-            try:
-                converted = converter.resample(frame)
-            except ValueError as fault:
-                raise LongCatError(f"the sound of {path} changes its rate or its channels; cut it there") from fault
-            for part in converted:
-                yield time, torch.from_numpy(part.to_ndarray())
+            kind = kind or (frame.sample_rate, frame.layout.nb_channels)
+            if kind != (frame.sample_rate, frame.layout.nb_channels):
+                raise LongCatError(f"the sound of {path} changes its rate or its channels; cut it there")
+            for part in converter.resample(frame):
+                yield _Frame(time, torch.from_numpy(part.to_ndarray()), part.sample_rate)
     if damaged:
         raise _cut_short(path, LAST_BYTES)
 
 
-def _placed(
-    path: Path, frames: Iterable[tuple[Fraction | None, Tensor]], begin: Fraction | None, rate: int
-) -> Iterator[Tensor]:
+def _placed(path: Path, frames: Iterable[_Frame], begin: Fraction | None) -> Iterator[Tensor]:
     """The samples from the moment `begin`, or from the first ones on, one part after another, with silence in gaps."""
     # Samples from the beginning up to here; fewer than none while the beginning is ahead.
     filled: int | None = None
-    for time, samples in frames:
+    for time, samples, rate in frames:
         if filled is None:
             begin = begin if begin is not None else time or Fraction(0)
             filled = min(0, round(((time or begin) - begin) * rate))
