@@ -224,3 +224,49 @@ def test_refusals(newer, model, comfy, prompts, empty, avatar):
         comfy("LongCatSampler", model=model, latent_image=empty, seed=1, steps=2, guidance=4.0, mode="base", **conds)
     with pytest.raises(comfy.core("errors").LongCatError, match="LongCat Calibrate has no audio"):
         comfy.node("models").require_soundless(newer.model, "LongCat Calibrate")
+
+
+def test_keys_of_audio_are_computed_once(newer, comfy, monkeypatch):
+    attention, calls = comfy.core("model.audio_block").AudioAttention, []
+    original = attention.frame_keys
+    monkeypatch.setattr(attention, "frame_keys", lambda self, *args: calls.append(self) or original(self, *args))
+    newer.sampled(newer.conds(newer.audio()), newer.latent(), steps=4)
+    assert len(calls) == len(set(calls)) == newer.network.config.depth
+
+
+def test_saved_under_official_names(newer, comfy):
+    from safetensors.torch import load_file
+
+    state = newer.model.model.diffusion_model.state_dict()
+    saved = comfy.node("comfy_weights").to_official(state, newer.network.config)
+    official = load_file(newer.folder / "dit.safetensors")
+    assert saved.keys() == official.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in official.items())
+
+
+def test_weights_that_stay_in_ram_are_cast_at_use(newer, comfy, monkeypatch):
+    """Audio layers and norms too; forced here on the CPU, as in test_lora."""
+    from comfy import model_management
+    from safetensors.torch import load_file
+
+    name = comfy.save("loras", "dmd_lora.safetensors", load_file(newer.folder / "lora.safetensors"))
+    patched = comfy("LoraLoaderModelOnly", model=newer.model, lora_name=name, strength_model=1.0)
+    audio, image = newer.audio(), newer.data["image.latent"]
+    given = newer.conds(audio), newer.latent(image), patched.clone()
+    whole, loading, lowered = newer.sampled(*given, steps=2), type(patched).load, []
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        if type(self.model).__name__ != "LongCatVideo":
+            return loading(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+        out = loading(self, device_to, 1024, force_patch_weights, False)
+        lowered.append(
+            {name for name, module in self.model.named_modules() if getattr(module, "comfy_cast_weights", 0)}
+        )
+        return out
+
+    monkeypatch.setattr(type(patched), "load", load)
+    model_management.unload_all_models()
+    out = newer.sampled(*given[:2], patched.clone(), steps=2)
+    model_management.unload_all_models()
+    assert {f"diffusion_model.blocks.0.audio_attn.{layer}" for layer in ("q", "kv", "proj")} <= lowered[-1]
+    assert close(out, whole)
