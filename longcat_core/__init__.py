@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import BackendUnavailable, CheckpointError, LongCatError
     from .files.media import Sound, read_image, read_sound, read_video, write_video
     from .generate.audio import AudioEncoder, Embeddings, Voices, combine, load_audio_encoder
+    from .generate.avatar import AvatarRequest, avatar_video, spoken_frames
     from .generate.calibration import read_calibration
     from .generate.engine import Generation
     from .generate.long_video import LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AudioEncoder",
+    "AvatarRequest",
     "BackendUnavailable",
     "BlockSparse",
     "CheckpointError",
@@ -53,6 +55,7 @@ __all__ = [
     "Voices",
     "Work",
     "__version__",
+    "avatar_video",
     "combine",
     "load_audio_encoder",
     "long_video",
@@ -66,6 +69,7 @@ __all__ = [
     "refine",
     "refine_in_folder",
     "segment_folder",
+    "spoken_frames",
     "spread_prompts",
     "work_of",
     "write_video",
@@ -76,6 +80,7 @@ _HOMES = {
     "errors": ("BackendUnavailable", "CheckpointError", "LongCatError"),
     "files.media": ("Sound", "read_image", "read_sound", "read_video", "write_video"),
     "generate.audio": ("AudioEncoder", "Embeddings", "Voices", "combine", "load_audio_encoder"),
+    "generate.avatar": ("AvatarRequest", "avatar_video", "spoken_frames"),
     "generate.calibration": ("read_calibration",),
     "generate.engine": ("Generation",),
     "generate.long_video": ("LongVideoRequest", "long_video", "new_frames", "segment_folder", "spread_prompts"),

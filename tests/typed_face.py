@@ -91,6 +91,21 @@ def go_on(pipeline: longcat.Pipeline, request: longcat.GenerateRequest, video: n
         assert_type((number, skip, reused), tuple[int, int, bool])
 
 
+def speak(request: longcat.GenerateRequest, voices: longcat.Voices, encoder: longcat.AudioEncoder) -> None:
+    paths = longcat.ModelPaths.of_avatar("LongCat-Video-Avatar-1.5", base="LongCat-Video")
+    assert_type(paths, longcat.ModelPaths)
+    pipeline = longcat.Pipeline.load(paths, lora="dmd_lora.safetensors")
+    boxes = ((0.1, 0.05, 0.9, 0.45), (0.1, 0.55, 0.9, 0.95))
+    spoken = longcat.AvatarRequest(request, voices, (request.prompt,), boxes).filled(pipeline.defaults)
+    assert_type(spoken, longcat.AvatarRequest)
+    assert_type(spoken.track, longcat.Sound)
+    folder = longcat.segment_folder("spoken")
+    finished = list(longcat.avatar_video(lambda: pipeline, lambda: spoken.embed(encoder), spoken, folder))
+    clips = longcat.spoken_frames(folder, finished, spoken)
+    assert_type(clips, Iterator[np.ndarray])
+    longcat.write_video("spoken.mp4", clips, spoken.fps, spoken.track)
+
+
 def own_latents(pipeline: longcat.Pipeline, pixels: torch.Tensor) -> np.ndarray:
     schedule = longcat.make_schedule("base", 4)
     assert_type(schedule, longcat.Schedule)

@@ -6,7 +6,6 @@ person the same. The public code decides the details: how a segment begins diffe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -25,7 +24,7 @@ from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape
 from ..sampling.guidance import AVATAR_NEGATIVE_PROMPT
 from ..sampling.sampler import Callback, Step
 from ..sampling.schedules import DMD_STEPS, Schedule, is_newer, schedule_of
-from .audio import AudioEncoder, Embeddings, Voices, embed_voices, seconds_of, segments_for
+from .audio import AudioEncoder, Embeddings, Voices, embed_voices, frames_for, seconds_of, segments_for
 from .engine import Engine, check_finite
 from .inputs import check_callback, check_json, check_whole
 from .long_video import Finished, finished_segments, join_notes, new_frames, spread_prompts
@@ -162,8 +161,7 @@ class AvatarRequest:
         """Frames of the whole video, which ends with the sound."""
         frames = self.filled_first.frames
         made = frames + (self.count - 1) * (frames - self.overlap)
-        # A sound may end a fraction of a sample behind a frame.
-        return min(made, max(1, math.ceil(self.voices.seconds * self.fps - 1e-3)))
+        return min(made, frames_for(self.voices.seconds, self.fps))
 
     @property
     def track(self) -> Sound:
