@@ -84,7 +84,7 @@ NODES: dict[str, tuple[str, str]] = {
     "LongCatStepCache": (
         "LongCat 步缓存",
         "跳过可以由前两步预测出输出的采样步。阈值为 0.05 时速度约为两倍。多数视频只有细微变化，少数变化明显："
-        "在 12 个 LongCat-nano 视频中，与完整计算相比，PSNR 的中位数为 43 dB，最低为 21 dB。",
+        "在 8 个 LongCat-mini 视频中，与完整计算相比，PSNR 的中位数为 43 dB，最低为 33 dB。",
     ),
     "LongCatBenchmark": (
         "LongCat 性能测试",
@@ -185,10 +185,6 @@ INPUTS: dict[str, tuple[str, str]] = {
         "（LongCat Sparse Attention、LongCat Step Cache、LongCat Optimizations）和小于 1 的引导截止优先；"
         "其中的 fp8 需要以 weight_dtype fp8 rowwise 加载的 MODEL。",
     ),
-    "kind": (
-        "种类",
-        "跳过什么。steps：整步；blocks：除前六分之一的块以外的块，前提是这些块表明其余块的作用可以预测；它有自己的阈值，占用更多内存。",
-    ),
     "kv_cache": (
         "KV 缓存",
         "如何计算图像或片段的条件帧。exact：只算一次，结果不变；official：只算一次，但与公开代码一样不计入引导的求和；off：每一步都算。",
@@ -263,8 +259,9 @@ INPUTS: dict[str, tuple[str, str]] = {
     ),
     "threshold": (
         "阈值",
-        "输出累计的相对变化达到多少时才重新计算一步：0.03 较保守（12 个 nano 视频：中位数 47 dB，最低 21 dB），"
-        "0.05 适中（43 和 21 dB），0.12 较激进（33 和 23 dB），0 表示每一步都计算。",
+        "输出累计的相对变化达到多少时才重新计算一步：0.03 较保守，"
+        "0.05 适中（8 个 LongCat-mini 视频：中位数 43 dB，最低 33 dB），"
+        "0.1 较激进（34 和 26 dB），0 表示每一步都计算。",
     ),
     "vae": ("VAE", "即 Wan 2.1 VAE。"),
     "video": ("视频", "要处理的视频帧，例如来自“获取视频组件”。"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.conds
@@ -18,7 +17,6 @@ from ..longcat_core.generate.text import MAX_LENGTH
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.model.text import trim_text
 from ..longcat_core.optimize.memory import audio_rows, text_bytes
-from ..longcat_core.optimize.plan import residual_bytes
 from ..longcat_core.sampling.frames import count_clean, noisy_frames
 from .comfy_avatar import AUDIO, HEARD, REFERENCE, SHOWN, AudioCond, Heard, check_audio, in_window, reference_cond
 from .comfy_compile import Own, original, without_compiled_modules
@@ -45,8 +43,6 @@ class LongCatVideo(comfy.model_base.BaseModel):
         # ComfyUI may be asked to leave the network out.
         if hasattr(self, "diffusion_model"):
             self.own = Own(self.diffusion_model, tuple(self.diffusion_model.blocks))
-        # While memory is estimated for a run that keeps residuals: the latents' shape and the number of conditionings.
-        self._kept: tuple[Sequence[int], int] | None = None
 
     @property
     def network(self) -> DiffusionModel:
@@ -132,10 +128,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
         return cond_value if cond_key in ("c_crossattn", SHOWN) else None
 
     def memory_required(self, input_shape: list[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
-        """Bytes of activations and keys for one forward on latents of this shape; ComfyUI counts the weights.
-
-        See also `keeping_residuals`.
-        """
+        """Bytes of activations and keys for one forward on latents of this shape; ComfyUI counts the weights."""
         if len(input_shape) != 5:
             return 0.0  # not a video; `extra_conds` raises an error that says so
         dtype, shapes, config = self.compute_dtype(), cond_shapes or {}, self.network.config
@@ -145,21 +138,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
         tokens = 1 + max((shape[1] for shape in shapes.get("c_crossattn", ())), default=0)
         tokens += max((audio_rows(config, length, voices) for voices, length in shapes.get(HEARD, ())), default=0)
         needed = text_bytes(config, batch, tokens, dtype.itemsize)
-        if self._kept is not None:
-            latents, halves = self._kept
-            at_once = min(halves, batch // latents[0])
-            needed += residual_bytes(config, latents, halves, at_once, dtype.itemsize)
         return self.network.forward_bytes(input_shape, dtype) + needed
-
-    @contextmanager
-    def keeping_residuals(self, latents: Sequence[int], halves: int) -> Iterator[None]:
-        """Count in `memory_required` what a `ResidualCache` keeps of latents of this shape, for each of `halves`
-        conditionings, whether or not they run at once."""
-        self._kept = latents, halves
-        try:
-            yield
-        finally:
-            self._kept = None
 
 
 def check_latents(latents: Tensor | None, config: ModelConfig) -> None:

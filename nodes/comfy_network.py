@@ -44,8 +44,6 @@ from .progress import begins
 OPTIMIZATIONS_KEY = "longcat_optimizations"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
 SPARSE_KEY = "longcat_sparse"
-# During a sampling run, what has a `ResidualCache` for each pass: LongCat Step Cache's.
-RESIDUALS_KEY = "longcat_residual_caches"
 # The probe of a calibration that passes go through.
 PROBE_KEY = "longcat_probe"
 # Number of executions that a network keeps, one for each set of switches on clones of its MODEL.
@@ -305,8 +303,6 @@ class DiffusionModel(LongCatTransformer):
         text = texts.get(execution, context, heard) if reuse else read_text(execution, context, heard)
         prefetch = prefetching(self.blocks, x.device, x.dtype, options, self._fp32_layers())
         around = self._around_block(x, timestep, context, options, prefetch, always=by_comfyui)
-        running = None if torch.compiler.is_compiling() else options.get(RESIDUALS_KEY)
-        residuals = None if running is None else running.of(x.device, options)
         timestep = timestep[:1] if shared else timestep
         cache, caches = None, options.get(CONDITIONING_CACHE_KEY)
         if num_cond and caches is not None and not _patched(options):
@@ -324,13 +320,8 @@ class DiffusionModel(LongCatTransformer):
             around_block=around,
             compilers=compilers,
             progress=_progress(options) if execution.sparse is not None else None,
-            residuals=residuals,
             **apart,
         )
-        if residuals is not None:
-            running.count(residuals)
-            if prefetch is not None and residuals.ran < 1:
-                prefetch.leave()
         if not cache:
             if num_cond and caches is not None and not caches.exact:
                 out[:, :, :num_cond] = 0

@@ -41,12 +41,8 @@ class Prefetch:
         for layer in patched:
             layer._v_weight = layer._v_bias = None
         if i == len(self.blocks) - 1:
-            self.leave()
-
-    def leave(self) -> None:
-        """No further block of this pass runs."""
-        self.queue[1:] = [None]
-        model_prefetch.prefetch_queue_pop(self.queue, self.device, None)
+            self.queue[1:] = [None]
+            model_prefetch.prefetch_queue_pop(self.queue, self.device, None)
 
 
 def prefetching(

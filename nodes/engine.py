@@ -33,7 +33,7 @@ from .models import compute_dtype, options_of, patches_of, switches_of, wrappers
 from .previews import preview_callback
 from .progress import begins
 from .sampling import make_guider
-from .step_cache import KIND_KEY, THRESHOLD_KEY
+from .step_cache import THRESHOLD_KEY
 
 # Numbers of each tensor that a fingerprint hashes.
 SAMPLES = 64
@@ -131,7 +131,6 @@ class ComfyEngine(Engine):
             precision=str(compute_dtype(self.model)).removeprefix("torch."),
             switches=switches,
             step_cache=options.get(THRESHOLD_KEY) or 0.0,
-            step_cache_kind=options.get(KIND_KEY) or "steps",
             block_sparse=options.get(BLOCK_SPARSE_KEY),
             sparse=options.get(SPARSE_KEY),
         )

@@ -38,7 +38,7 @@ from .previews import clean_frames
 from .progress import NodeProgress
 from .sampling import StepTimer, latent_tokens, sample_latent, starting_latents
 from .speed import with_speed
-from .step_cache import KIND_KEY, THRESHOLD_KEY
+from .step_cache import THRESHOLD_KEY
 
 NODE = "LongCat Fidelity"
 TIMED = "steps after the first"
@@ -58,7 +58,6 @@ def settings_of(model: ModelPatcher) -> dict[str, Any]:
     options = options_of(model)
     return asdict(switches_of(model)) | {
         "step cache": options.get(THRESHOLD_KEY, 0),
-        "kind of step cache": options.get(KIND_KEY, "steps") if options.get(THRESHOLD_KEY) else "steps",
         "block-sparse": getattr(options.get(BLOCK_SPARSE_KEY), "sparsity", 0),
         "sparse": sparse.in_words() if (sparse := options.get(SPARSE_KEY)) else "off",
         "dtype": str(compute_dtype(model)).removeprefix("torch."),

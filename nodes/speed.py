@@ -51,7 +51,7 @@ def with_speed(
     if values.get("sparse") is not None:
         model = with_option(model, SPARSE_KEY, values["sparse"])
     if values.get("step_cache"):
-        model = with_step_cache(model, values["step_cache"], values["step_cache_kind"])
+        model = with_step_cache(model, values["step_cache"])
     return model, values.get("guidance_until", guidance_until), chosen.notes()
 
 

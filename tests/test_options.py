@@ -87,7 +87,6 @@ GIVEN = {"lora": None, "video": None, "image": None, "command": "generate"}
         ("--stream-blocks 2", {}, (), ["--stream-blocks has no effect without a GPU"]),
         ("--split-guidance", {}, (), ["--split-guidance has no effect without guidance"]),
         ("--guidance-until 0.5", {}, (), ["--guidance-until has no effect without guidance"]),
-        ("--step-cache-kind blocks", {"step_cache": 0.0}, (), ["--step-cache-kind has no effect without --step-cache"]),
         ("--split-guidance", {}, (options.GUIDANCE,), []),
         ("", {}, (), []),
     ],
@@ -248,7 +247,6 @@ def test_options_of_a_video_are_inputs_of_a_node():
         "sparse": "density",
         "sparse_kernel": "kernel",
         "step_cache": "threshold",
-        "step_cache_kind": "kind",
     }
     rows = of_command("generate", options.WHAT, options.SAMPLING)
     assert {renamed.get(row.name, row.name) for row in rows if row.name not in WITHOUT_INPUT} <= names

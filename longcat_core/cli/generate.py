@@ -47,7 +47,7 @@ LONG_OUTPUT = "longcat-long.mp4"
 # Options that a request takes under the same name.
 SAME_NAME = (
     *("negative_prompt", "frames", "steps", "seed", "image", "video", "fps"),
-    *("guidance_until", "kv_cache", "step_cache", "step_cache_kind", "sparse_kernel", "speed"),
+    *("guidance_until", "kv_cache", "step_cache", "sparse_kernel", "speed"),
 )
 
 # Takes the next frames of the video, uint8 [F, H, W, 3].

@@ -129,7 +129,7 @@ def load(group: Sequence[Side], batch: int = 1) -> Pipeline:
     side = group[0]
     work = max(
         (work_of(other.request) for other in group),
-        key=lambda work: (work.guided, work.skips_blocks, work.cond_latents),
+        key=lambda work: (work.guided, work.cond_latents),
     )
     return load_models(side.args, side.opened, side.device, replace(work, latents=(batch, *work.latents[1:])))
 

@@ -20,7 +20,6 @@ from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import last_frames, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.sampler import Callback
 from ..sampling.schedules import Schedule, make_schedule
-from ..sampling.step_cache import StepCacheKind, check_kind
 from .inputs import check_callback, check_tensor
 from .options import MAX_GUIDANCE, MAX_STEP_CACHE
 from .request import Defaults, FilledRequest, GenerateRequest, check_number, check_text
@@ -59,7 +58,6 @@ class Denoising:
     block_sparse: BlockSparse | None = None
     callback: Callback | None = None
     guidance_until: float = 1.0
-    step_cache_kind: StepCacheKind = "steps"
     sparse: Sparse | None = None
     audio: Audio | None = None
     reference: ReferenceFrame | None = None
@@ -128,7 +126,6 @@ class Engine(ABC):
         block_sparse: BlockSparse | None = None,
         callback: Callback | None = None,
         guidance_until: float = 1.0,
-        step_cache_kind: StepCacheKind = "steps",
         sparse: Sparse | None = None,
         audio: Audio | None = None,
         reference: ReferenceFrame | None = None,
@@ -148,7 +145,6 @@ class Engine(ABC):
         check_number("guidance", guidance_scale, 0.0, MAX_GUIDANCE)
         check_number("guidance until", guidance_until, 0.0, 1.0)
         check_number("step cache", step_cache, 0.0, MAX_STEP_CACHE)
-        check_kind(step_cache_kind)
         check_mode(kv_cache)
         check_type("block_sparse", block_sparse, (BlockSparse, type(None)), "a BlockSparse or None")
         check_type("sparse", sparse, (Sparse, type(None)), "a Sparse or None")
@@ -169,7 +165,6 @@ class Engine(ABC):
             block_sparse,
             callback,
             guidance_until,
-            step_cache_kind,
             sparse,
             audio,
             reference,
@@ -211,7 +206,6 @@ class Engine(ABC):
                 step_cache=request.step_cache,
                 callback=callback,
                 guidance_until=request.guidance_until,
-                step_cache_kind=request.step_cache_kind,
                 sparse=request.sparse_settings,
             )
             check_finite(latents)

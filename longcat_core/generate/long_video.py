@@ -110,7 +110,6 @@ class LongVideoRequest:
         until = 1.0 if request.guidance_scale == 1 else request.guidance_until
         lossy = lossy_settings(
             step_cache=request.step_cache or 0.0,
-            step_cache_kind=request.step_cache_kind or "steps",
             guidance_until=1.0 if until is None else until,
             sparse=request.sparse_settings,
         )

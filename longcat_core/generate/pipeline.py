@@ -332,7 +332,6 @@ class Pipeline(Engine):
                 cond_latents=options.cond_latents,
                 kv_cache=options.kv_cache,
                 step_cache=options.step_cache,
-                step_cache_kind=options.step_cache_kind,
                 offload_kv_cache=self.plan.offload_kv_cache,
                 make_room=lambda: self._make_room(guided),
                 callback=self._turns.guard(options.callback),

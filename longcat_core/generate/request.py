@@ -21,7 +21,6 @@ from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, nearest_frame_counts
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT, NEGATIVE_PROMPTS, guided_steps
 from ..sampling.schedules import DISTILLED_GRID
-from ..sampling.step_cache import StepCacheKind, check_kind
 from . import calibration
 from .calibration import Calibration
 from .inputs import check_whole
@@ -85,12 +84,12 @@ class GenerateRequest:
     guidance off. image: the first frame. video: a clip of which the last `num_cond_frames` frames (4k+1) are continued.
     given: the frames of the image or the clip, uint8 [F, H, W, 3]; `filled` reads them from the file, or they are given
     instead of a file: one frame is an image, more are a clip. kv_cache: how conditioning frames are computed.
-    step_cache: the threshold for skipping steps, 0 for none; step_cache_kind: what is skipped; guidance_until: the
-    share of the steps that have guidance; see `sample` for all three. fps: of the output file; the frames of a
+    step_cache: the threshold for skipping steps, 0 for none; guidance_until: the share of the steps that have
+    guidance; see `sample` for both. fps: of the output file; the frames of a
     clip are taken by their time at this rate, and given frames have it. source: set by `filled`, which reads again
     where a filled request names another file. sparse: sparse attention of one density, or of what a calibration found,
-    which must be of this model. sparse_kernel: what computes it. speed: what decides of sparse, step_cache,
-    step_cache_kind and guidance_until those that are None: `exact`, or a set of lossy options of `generate.speeds`;
+    which must be of this model. sparse_kernel: what computes it. speed: what decides of sparse, step_cache
+    and guidance_until those that are None: `exact`, or a set of lossy options of `generate.speeds`;
     None: the speed that the pipeline was loaded with, or exact. A density of 1 is full attention under any speed, and
     step_cache 0 skips nothing. chosen: set by `filled`, which decides again where a filled request names another speed.
     """
@@ -113,7 +112,6 @@ class GenerateRequest:
     given: np.ndarray | None = field(default=None, repr=False, compare=False)
     source: Source | None = field(default=None, repr=False, compare=False)
     guidance_until: float | None = None
-    step_cache_kind: StepCacheKind | None = None
     sparse: Sparse | Calibration | None = None
     sparse_kernel: SparseKernel = "auto"
     speed: Speed | None = None
@@ -197,7 +195,7 @@ class GenerateRequest:
             notes.append(f"guidance until {until:g} leaves guidance out of every step, as guidance 1 does")
         if self.step_cache is not None and self.step_cache > USEFUL_STEP_CACHE:
             notes.append(
-                f"a step cache of {self.step_cache:g} skips nearly all {self.step_cache_kind} that it may; thresholds "
+                f"a step cache of {self.step_cache:g} skips nearly all steps that it may; thresholds "
                 f"from 0.03 to {USEFUL_STEP_CACHE:g} are useful"
             )
         by_word = self.chosen is not None and "sparse" in self.chosen.values
@@ -276,7 +274,6 @@ class FilledRequest(GenerateRequest):
     guidance_scale: float
     schedule: str
     step_cache: float
-    step_cache_kind: StepCacheKind
     guidance_until: float
     speed: Speed
 
@@ -346,7 +343,6 @@ class FilledRequest(GenerateRequest):
             raise LongCatError(f"{self.steps} steps are out of range; the {self.schedule} schedule takes 1 to {most}")
         check_mode(self.kv_cache)
         check_number("step cache", self.step_cache, 0.0, MAX_STEP_CACHE)
-        check_kind(self.step_cache_kind)
         check_number("guidance", self.guidance_scale, 0.0, MAX_GUIDANCE)
         check_number("guidance until", self.guidance_until, 0.0, 1.0)
         kinds = (Sparse, Calibration, type(None))
@@ -383,8 +379,7 @@ def work_of(request: GenerateRequest, overlap: int | None = None) -> Work:
     given = max(request.cond_frames, overlap or 0)
     shape = latent_shape(request.frames, request.height, request.width)
     cond = latent_frames(given) if given and request.kv_cache != "off" else 0
-    skips_blocks = request.step_cache > 0 and request.step_cache_kind == "blocks"
-    return Work((1, *shape), request.guidance_scale != 1, cond, skips_blocks)
+    return Work((1, *shape), request.guidance_scale != 1, cond)
 
 
 def check_side(name: str, pixels: int) -> None:

@@ -21,9 +21,7 @@ from ..optimize.sparse.settings import BLOCK, Sparse
 from .speeds import EXACT, SPEEDS, Speed, SpeedSet, joined, set_of
 
 # Fields of a request that a word decides where they are None, and their exact values.
-EXACT_VALUES: Mapping[str, Any] = MappingProxyType(
-    {"sparse": None, "step_cache": 0.0, "step_cache_kind": "steps", "guidance_until": 1.0}
-)
+EXACT_VALUES: Mapping[str, Any] = MappingProxyType({"sparse": None, "step_cache": 0.0, "guidance_until": 1.0})
 # Options of a set that are decided as a model is loaded.
 OF_LOADING = ("fp8", "attention")
 _NAMES = {"sparse": "sparse attention", "step_cache": "step cache", "guidance_until": "guidance until"}
@@ -133,9 +131,6 @@ def fit_request(
     values = dict(EXACT_VALUES) | {name: value for name, value in wanted.options.items() if name in EXACT_VALUES}
     if "sparse" in wanted.options:
         values["sparse"] = Sparse(wanted.options["sparse"], dense_steps=wanted.dense_steps)
-    if "step_cache" in wanted.options and "step_cache" not in given:
-        # A threshold of the user's own is of the default kind.
-        values["step_cache_kind"] = wanted.step_cache_kind
     values |= {name: EXACT_VALUES[name] for name in left if name in EXACT_VALUES}
     values = {name: value for name, value in values.items() if name not in given}
     return Chosen(speed, wanted, values, left, tuple(name for name in wanted.options if name in given))

@@ -55,13 +55,12 @@ class SpeedSet:
     sparse: float | None = None
     dense_steps: float = 0.2
     step_cache: float = 0.0
-    step_cache_kind: Literal["steps", "blocks"] = "steps"
     guidance_until: float = 1.0
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it sets, by name; `dense_steps` and `step_cache_kind` belong to `sparse` and `step_cache`."""
-        rest = ("price", "dense_steps", "step_cache_kind")
+        """What it sets, by name; `dense_steps` belongs to `sparse`."""
+        rest = ("price", "dense_steps")
         found = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in found.items() if name not in rest and value != default}
 
@@ -71,7 +70,7 @@ class SpeedSet:
             "fp8": "fp8",
             "attention": f"attention {self.attention}",
             "sparse": f"sparse attention {self.sparse or 0:g} after {self.dense_steps:.0%} of the steps",
-            "step_cache": f"step cache {'blocks ' * (self.step_cache_kind == 'blocks')}{self.step_cache:g}",
+            "step_cache": f"step cache {self.step_cache:g}",
             "guidance_until": f"guidance until {self.guidance_until:g}",
         }
         return joined([words[name] for name in (self.options if names is None else names)])

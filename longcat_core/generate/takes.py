@@ -18,7 +18,6 @@ from ..optimize.attention import is_exact
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
-from ..sampling.step_cache import StepCacheKind
 from .options import words
 
 Settings = dict[str, Any]
@@ -40,7 +39,6 @@ def lossy_settings(
     precision: str = EXACT_PRECISION,
     switches: Optimizations | None = None,
     step_cache: float = 0.0,
-    step_cache_kind: StepCacheKind = "steps",
     guidance_until: float = 1.0,
     block_sparse: BlockSparse | None = None,
     sparse: Sparse | None = None,
@@ -59,7 +57,7 @@ def lossy_settings(
     if eight_bit and switches.fp8:
         found["fp8"] = "on"
     if step_cache > 0:
-        found["step cache"] = ("" if step_cache_kind == "steps" else f"{step_cache_kind} ") + words(float(step_cache))
+        found["step cache"] = words(float(step_cache))
     if guidance_until < 1:
         found["guidance until"] = words(float(guidance_until))
     if block_sparse is not None:

@@ -89,7 +89,7 @@ def prompts_of_world(name: str, count: int, seed: int) -> list[str] | None:
 class Adherence:
     """right, total: number of correct and of all attributes by kind (background, color, ...). control: share correct
     with captions shuffled among videos. seconds: time for sampling and decoding. computed: steps of a video that were
-    computed, a step without guidance or with skipped blocks by its share.
+    computed, a step without guidance by its share.
     """
 
     right: Counter[str]
@@ -147,7 +147,6 @@ def generate_batch(
             guidance_scale=request.guidance_scale,
             guidance_until=request.guidance_until,
             step_cache=request.step_cache,
-            step_cache_kind=request.step_cache_kind,
             callback=stepped,
         )
     finally:

@@ -33,7 +33,6 @@ from .kv_offload import OffloadableKVCache
 from .layouts import check_reference, choose_layout
 from .recomputation import recomputed
 from .requirement import Inputs
-from .residual_cache import ResidualCache
 from .sparse.choose import check_sparse, in_use
 from .sparse.passes import SparsePass, like_sparse
 from .sparse.settings import Sparse
@@ -235,7 +234,6 @@ class Execution:
         around_block: AroundBlock | None = None,
         compilers: Compilers | None = None,
         progress: float | None = None,
-        residuals: ResidualCache | None = None,
         reference: Reference | None = None,
     ) -> Tensor:
         """Latents x [B, C_in, T, H, W] -> x0 - noise [B, C_out, T, H, W] fp32; see `LongCatTransformer.forward`.
@@ -246,7 +244,6 @@ class Execution:
         around_block: called in place of every block; with `block_sparse` the tokens are chunk after chunk, in slabs,
         with `sparse` they are permuted. compilers: what compiles a block, in place of `compiled_block`. progress: the
         share of the steps that is done, 0 <= progress < 1, or None if unknown; `sparse` attention depends on it.
-        residuals: predicts what blocks add to the tokens, so that some are not called; left out under gradients.
         reference: the first clean frame, of x or of a cache, is a reference frame; its position must be the cache's.
         """
         text = context if context is None or isinstance(context, TextTokens) else self.embed_text(context, mask)
@@ -278,9 +275,6 @@ class Execution:
         noisy = x.shape[2] - num_cond_latents
         texts = self._texts(text, ops, x.shape[0], noisy, reused=context is text and not grad)
         run = self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers, sparse)
-        if residuals is not None and fill is None and not grad and not torch.compiler.is_compiling():
-            # Around everything else: the weights of a skipped block are not fetched.
-            run = residuals.around(run, self.config.depth, type(layout))
         out = LongCatTransformer.forward(
             self.network,
             x.to(self.compute_dtype),
@@ -312,7 +306,6 @@ class Execution:
             around_block=around_block,
             compilers=compilers,
             progress=progress,
-            residuals=residuals,
             reference=reference,
         )
 

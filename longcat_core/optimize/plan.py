@@ -14,7 +14,6 @@ from ..model.transformer import LongCatTransformer
 from .execution import OptimizedTransformer
 from .memory import audio_rows, forward_bytes, kv_cache_bytes, text_bytes
 from .quantization import Policy
-from .residual_cache import ORDER
 from .streaming import SLOTS, spread
 
 GIB = 1 << 30
@@ -60,15 +59,14 @@ class Plan:
 class Work:
     """What is sampled: the shape [B, C, T, H, W] of latents, cond_latents conditioning frames included.
 
-    guided: with guidance, in two halves, or in the three parts of an avatar's. skips_blocks: with `ResidualCache`,
-    which keeps residuals. speakers: how many voices an avatar hears; several make the parts run one after the other. A
-    reference frame counts as one of the latents and of the conditioning frames.
+    guided: with guidance, in two halves, or in the three parts of an avatar's. speakers: how many
+    voices an avatar hears; several make the parts run one after the other. A reference frame counts as one of the
+    latents and of the conditioning frames.
     """
 
     latents: Sequence[int]
     guided: bool = True
     cond_latents: int = 0
-    skips_blocks: bool = False
     speakers: int = 1
 
     def __post_init__(self) -> None:
@@ -119,19 +117,10 @@ def needed_bytes(
     activations = forward_bytes(config, (at_once, channels, frames, height, width), itemsize, own, weights.eight_bit)
     rows = TEXT_ROWS + audio_rows(config, frames, work.speakers)
     activations += text_bytes(config, parts * batch, rows, itemsize)
-    if work.skips_blocks:
-        activations += residual_bytes(config, work.latents, parts, at_once // batch, itemsize)
     if work.cond_latents:
         cache = kv_cache_bytes(config, work.cond_latents, height, width, itemsize)
         activations += math.ceil(SLOTS * cache / config.depth) if plan.offload_kv_cache else cache
     return math.ceil((resident + activations) * (1 + WASTE)) + WORKSPACE
-
-
-def residual_bytes(config: ModelConfig, latents: Sequence[int], halves: int, at_once: int, itemsize: int) -> int:
-    """What `ResidualCache` keeps between passes, for each half, and during one, for those halves that run at once."""
-    batch, _, frames, height, width = latents
-    tokens = batch * frames * math.ceil(height / config.patch_size[1]) * math.ceil(width / config.patch_size[2])
-    return ((ORDER + 1) * halves + at_once) * tokens * config.hidden_size * itemsize
 
 
 def plans(depth: int, work: Work, least: Plan) -> Iterator[Plan]:

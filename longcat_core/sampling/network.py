@@ -10,7 +10,6 @@ from torch import Tensor
 from ..model.audio_tokens import AudioTokens
 from ..model.kv_cache import KVCache, Reference
 from ..model.text import TextTokens
-from ..optimize.residual_cache import ResidualCache
 from ..optimize.switches import Optimizations
 
 
@@ -53,7 +52,6 @@ class Network(Protocol):
         num_cond_latents: int,
         kv_cache: KVCache | None,
         progress: float | None,
-        residuals: ResidualCache | None = None,
         reference: Reference | None = None,
     ) -> Tensor:
         """x0 - noise [B, C, T, H, W] fp32 for latents x of the same shape.
@@ -61,6 +59,5 @@ class Network(Protocol):
         timestep: [1, 1] for all frames or [1, T], in 0..1000. text: of 1 or B samples. num_cond_latents: clean frames
         at the front of x, at timestep 0. kv_cache: of clean frames that stand in front of x and are not part of it.
         progress: the share of the steps that is done, 0 <= progress < 1.
-        residuals: predicts what some blocks add to the tokens, so that they need not run; given only if asked for.
         reference: the first clean frame is a reference frame; given only if it is.
         """

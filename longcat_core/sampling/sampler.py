@@ -15,13 +15,12 @@ from ..errors import LongCatError
 from ..model.audio_tokens import AudioTokens
 from ..model.kv_cache import KVCache, KVMode, check_mode
 from ..model.text import TextTokens
-from ..optimize.residual_cache import ResidualCaches
 from .avatar import Audio, ReferenceFrame
 from .guidance import guided_steps
 from .network import Network
 from .schedules import Schedule
 from .step import take_step
-from .step_cache import StepCache, StepCacheKind, check_kind
+from .step_cache import StepCache
 
 T = TypeVar("T")
 NO_ROOM = "out of memory; ask for a smaller size or fewer frames, or load with fp8"
@@ -69,7 +68,6 @@ def sample(
     kv_cache: KVMode = "exact",
     offload_kv_cache: bool = False,
     step_cache: float = 0.0,
-    step_cache_kind: StepCacheKind = "steps",
     make_room: Callable[[], bool] | None = None,
     callback: Callback | None = None,
     audio: Audio | None = None,
@@ -83,8 +81,7 @@ def sample(
     kv_cache: `exact` computes their keys and values once instead of at every step; `official` does too, but leaves
     them out of the guidance sums, as the public cached path does, which changes the result; `off` computes them at
     every step. Without guidance all three agree. offload_kv_cache keeps the cache in CPU memory.
-    step_cache: threshold of `StepCache`, or of `ResidualCache` for the step_cache_kind "blocks"; 0 computes every
-    step. Faster, and changes the result.
+    step_cache: threshold of `StepCache`; 0 computes every step. Faster, and changes the result.
     make_room: called when an evaluation runs out of memory, before it is tried again. It may change how the network
     runs, and returns False when nothing more can be freed; the out-of-memory error is then raised, unless a KV cache
     can still move to CPU memory.
@@ -93,7 +90,6 @@ def sample(
     Raises LongCatError for shapes that do not fit, and anything that `callback` raises.
     """
     check_mode(kv_cache)
-    check_kind(step_cache_kind)
     guided = guidance_scale != 1.0 if audio is None else max(guidance_scale, audio.guidance_scale) > 1.0
     apart: dict[str, Any] = {}
     lead = 0
@@ -154,10 +150,8 @@ def sample(
     scales = guidance_scale if audio is None else (guidance_scale, audio.guidance_scale)
     scale = torch.tensor(scales, dtype=torch.float32, device=device) if guided else None
     with_guidance = guided_steps(guidance_until, len(schedule)) if guided else 0
-    steps = StepCache(step_cache if step_cache_kind == "steps" else 0.0, len(schedule), carried)
+    steps = StepCache(step_cache, len(schedule), carried)
     count = len(texts.parts_of_guidance)
-    residual = step_cache_kind == "blocks" and step_cache > 0
-    blocks = ResidualCaches(step_cache, len(schedule), count) if residual else None
     for i, timestep in enumerate(schedule.timesteps.tolist()):
         # One for all videos, both halves of guidance and all frames, unless some of the frames are clean.
         t = torch.full((1, latents.shape[2] if passed else 1), timestep, device=device)
@@ -173,12 +167,10 @@ def sample(
             def evaluate(x: Tensor = x, t: Tensor = t, i: int = i, both: bool = both) -> Tensor:
                 parts = texts.parts(model.optimizations.split_guidance, both)
                 x = torch.cat([x] * count) if both and len(parts) == 1 else x
-                kept: list[dict[str, Any]] = [{}] * len(parts)
-                kept = kept if blocks is None else blocks.options(len(parts), both, i, sigmas[i])
                 progress = i / len(schedule)
                 outs = [
-                    model(x, t, text, num_cond_latents=passed, kv_cache=cache, progress=progress, **apart, **options)
-                    for text, options in zip(parts, kept, strict=True)
+                    model(x, t, text, num_cond_latents=passed, kv_cache=cache, progress=progress, **apart)
+                    for text in parts
                 ]
                 return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -188,7 +180,7 @@ def sample(
         level, change = levels[i]
         latents, denoised = take_step(optimizations, latents, out, level, change, scale if both else None, carried)
         if callback is not None:
-            computed = 0.0 if reused else (1.0 if blocks is None else blocks.ran) / (1 if both else count)
+            computed = 0.0 if reused else 1.0 if both else 1 / count
             after, estimate = (torch.cat((outside, frames), dim=2)[:, :, lead:] for frames in (latents, denoised))
             callback(Step(i, len(schedule), timestep, sigmas[i], after, estimate, reused, computed))
     return torch.cat((outside, latents), dim=2)[:, :, lead:]

@@ -12,26 +12,13 @@ alone equals a longer Euler step and is no better than taking fewer steps; the f
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from torch import Tensor
 
-from ..errors import LongCatError
-
-# What is skipped: whole steps, by `StepCache`, or all but the first blocks of a step, by `ResidualCache`.
-StepCacheKind = Literal["steps", "blocks"]
-STEP_CACHE_KINDS: tuple[StepCacheKind, ...] = get_args(StepCacheKind)
 # Share of the steps, at the front, that are always computed: the scene is decided there. The last step is too.
 WARM_UP = 0.1
 # How much of the line through the last two outputs is added. Chosen between 0 and 1 on the embedded model.
 SLOPE = 0.5
 TINY = 1e-12
-
-
-def check_kind(kind: str) -> None:
-    """Raise LongCatError for a kind that is not one of STEP_CACHE_KINDS."""
-    if kind not in STEP_CACHE_KINDS:
-        raise LongCatError(f"unknown kind of step cache {kind!r}; choose one of {', '.join(STEP_CACHE_KINDS)}")
 
 
 class StepCache:

@@ -211,7 +211,7 @@ def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch
     media.write_video("clip.webp", clip, 25)
     line = "--video clip.webp --cond-frames 5 --size 32x48 --frames 9 --steps 2 --guidance 3.5 --seed 4 --fps 12.5"
     options = [*line.split(), "--kv-cache", "official", "--schedule", "enhance_hf", "--negative-prompt", "fog"]
-    line = "--step-cache 0.1 --step-cache-kind blocks --guidance-until 0.9 --speed near"
+    line = "--step-cache 0.1 --guidance-until 0.9 --speed near"
     options += line.split()
     assert cli.main(["generate", PROMPT, "-o", "a.mp4", *options]) == 0
     wanted = FilledRequest(
@@ -220,7 +220,6 @@ def test_options_reach_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch
         kv_cache="official",
         fps=12.5,
         step_cache=0.1,
-        step_cache_kind="blocks",
         guidance_until=0.9,
         speed="near",
     )

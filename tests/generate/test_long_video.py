@@ -238,7 +238,6 @@ OTHER = {
     "guidance": ({}, {"guidance_scale": 3.0}, "guidance_scale 4.0 there, 3.0 now"),
     "negative prompt": ({}, {"negative_prompt": "fog"}, "negative_prompt"),
     "step cache": ({}, {"step_cache": 0.1}, "step cache none there, 0.1 now"),
-    "kind": ({}, {"step_cache": 0.1, "step_cache_kind": "blocks"}, "step cache none there, blocks 0.1 now"),
     "until": ({}, {"guidance_until": 0.6}, "guidance until none there, 0.6 now"),
     "sparse attention": ({}, {"sparse": Sparse(0.3, dense_steps=1.0)}, "sparse none there, density 0.3"),
     "model": ({"model": {"model": "f00"}}, {}, "model none there, f00 now"),

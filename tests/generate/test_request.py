@@ -43,7 +43,7 @@ def test_text_to_video_defaults() -> None:
 def test_what_is_given_stays() -> None:
     given = GenerateRequest(
         "x", "", 32, 48, 5, 7, 1.5, seed=MAX_SEED, schedule="enhance_hf", num_cond_frames=5, kv_cache="off", fps=24,
-        step_cache=0.1, step_cache_kind="blocks", guidance_until=0.9, sparse=Sparse(), speed="exact",
+        step_cache=0.1, guidance_until=0.9, sparse=Sparse(), speed="exact",
     )  # fmt: skip
     found = (given.filled(NANO), given.filled(RELEASED), given)
     nano, released, own = (vars(request) | {"chosen": None} for request in found)

@@ -34,7 +34,7 @@ from .test_calibration import calibration_of
 CPU = Inputs(torch.device("cpu"), torch.float32, 64, False)
 PRICE = Price(33.3, 41.2, "a model", 2.14, "a clock", "2026-11-29")
 # Every option that a set may have.
-WHOLE = SpeedSet(PRICE, True, "cudnn-fp8", 0.15, 0.2, 0.05, "blocks", 0.8)
+WHOLE = SpeedSet(PRICE, True, "cudnn-fp8", 0.15, 0.2, 0.05, 0.8)
 EVERY = [(speed, kind) for speed in SPEEDS for kind in SETS[speed]]
 REQUEST = GenerateRequest("x", steps=4)
 
@@ -56,13 +56,13 @@ def test_a_set_has_options_of_the_table_in_their_range(speed, kind):
         assert rows, f"{name} is not an option of the commands that {kind} is for"
         assert rows[0].least is None or rows[0].least < value < rows[0].most
     assert 0 < found.dense_steps < 1
-    assert not set(found.options) & {"dense_steps", "step_cache_kind", "price"}
+    assert not set(found.options) & {"dense_steps", "price"}
 
 
 @pytest.mark.parametrize(("speed", "kind"), EVERY)
 def test_a_set_is_lossy_and_exact_is_not(speed, kind):
     found = SETS[speed][kind]
-    values = {name: getattr(found, name) for name in ("step_cache", "step_cache_kind", "guidance_until")}
+    values = {name: getattr(found, name) for name in ("step_cache", "guidance_until")}
     sparse = None if found.sparse is None else Sparse(found.sparse, dense_steps=found.dense_steps)
     switches = Optimizations(attention=found.attention)
     lossy = lossy_settings(**values, sparse=sparse, switches=switches, eight_bit=found.fp8)
@@ -96,8 +96,7 @@ def test_faster_words_have_more():
 
 def test_what_is_said_of_a_set(monkeypatch):
     assert WHOLE.in_words() == (
-        "fp8, attention cudnn-fp8, sparse attention 0.15 after 20% of the steps, step cache blocks 0.05 and guidance "
-        "until 0.8"
+        "fp8, attention cudnn-fp8, sparse attention 0.15 after 20% of the steps, step cache 0.05 and guidance until 0.8"
     )
     monkeypatch.setitem(SETS, "fast", {BASE: WHOLE})
     assert "fast (33.3 dB against exact, 2.1 times as fast)" in prices_in_words()
@@ -114,7 +113,7 @@ def filled(defaults=RELEASED, **changes: Any):
 
 def test_exact_is_the_default_and_sets_nothing():
     found = filled()
-    assert (found.speed, found.sparse, found.step_cache, found.step_cache_kind) == ("exact", None, 0.0, "steps")
+    assert (found.speed, found.sparse, found.step_cache) == ("exact", None, 0.0)
     assert found.guidance_until == 1.0 and found.notes() == []
     assert filled(speed="exact", step_cache=0.05).step_cache == 0.05, "explicit options still work"
 
@@ -122,7 +121,7 @@ def test_exact_is_the_default_and_sets_nothing():
 def test_a_word_fills_in_what_is_not_given(whole):
     found = filled(speed="fast")
     assert found.sparse == Sparse(0.15, dense_steps=0.2)
-    assert (found.step_cache, found.step_cache_kind, found.guidance_until) == (0.05, "blocks", 0.8)
+    assert (found.step_cache, found.guidance_until) == (0.05, 0.8)
     (note,) = found.notes()
     assert note == (
         f"speed fast sets {WHOLE.in_words()}; 33.3 dB against exact, 2.1 times as fast (dB on a model, where two exact "
@@ -133,9 +132,8 @@ def test_a_word_fills_in_what_is_not_given(whole):
 @pytest.mark.parametrize(
     ("given", "kept", "said"),
     [
-        ({"step_cache": 0.0}, {"step_cache_kind": "steps"}, "your own step cache takes precedence"),
-        ({"step_cache": 0.1}, {"step_cache_kind": "steps"}, "your own step cache takes precedence"),
-        ({"step_cache_kind": "steps"}, {"step_cache": 0.05}, ""),
+        ({"step_cache": 0.0}, {"guidance_until": 0.8}, "your own step cache takes precedence"),
+        ({"step_cache": 0.1}, {"guidance_until": 0.8}, "your own step cache takes precedence"),
         ({"guidance_until": 1.0}, {"step_cache": 0.05}, "your own guidance until takes precedence"),
         ({"sparse": Sparse(1.0)}, {"guidance_until": 0.8}, "your own sparse attention takes precedence"),
         ({"sparse": Sparse(0.3), "guidance_until": 0.5}, {}, "sparse attention and guidance until take precedence"),
@@ -206,7 +204,7 @@ def test_an_unknown_word_is_refused():
 
 def test_later_segments_record_what_is_in_force(whole):
     request = LongVideoRequest(replace(REQUEST, speed="fast", guidance_until=0.9), ("x", "y")).filled(RELEASED)
-    same = replace(REQUEST, sparse=Sparse(0.15), step_cache=0.05, step_cache_kind="blocks", guidance_until=0.9)
+    same = replace(REQUEST, sparse=Sparse(0.15), step_cache=0.05, guidance_until=0.9)
     spelled = LongVideoRequest(same, ("x", "y")).filled(RELEASED)
     for number in (0, 1):
         assert request.settings(number) == spelled.settings(number)
@@ -266,7 +264,7 @@ def test_a_model_that_was_loaded_without_the_word_says_so(whole, monkeypatch):
 
 def test_a_pipeline_under_a_word(monkeypatch):
     """Nano on a CPU: everything is left out but the step cache, and exact is bit-equal to no word."""
-    monkeypatch.setitem(SETS, "fast", dict.fromkeys((BASE, DISTILLED, REFINE), replace(WHOLE, step_cache_kind="steps")))
+    monkeypatch.setitem(SETS, "fast", dict.fromkeys((BASE, DISTILLED, REFINE), WHOLE))
     request = GenerateRequest("a red circle moves right on a blue background", frames=9, steps=6, seed=1)
     pipeline = Pipeline.load(speed="fast")
     assert not pipeline.model.eight_bit and pipeline.model.optimizations == Optimizations()

@@ -109,9 +109,8 @@ def test_words_of_lossy_settings():
         "block-sparse": "sparsity 0.9375, chunk 4x4x4",
     }
     assert lossy_settings(switches=Optimizations(fp8=False), eight_bit=True) == {}
-    skipping = lossy_settings(step_cache=0.1, step_cache_kind="blocks", guidance_until=0.6)
-    assert skipping == {"step cache": "blocks 0.1", "guidance until": "0.6"}
-    assert lossy_settings(step_cache_kind="blocks", guidance_until=1.0) == {}
+    assert lossy_settings(guidance_until=0.6) == {"guidance until": "0.6"}
+    assert lossy_settings(guidance_until=1.0) == {}
 
 
 def test_words_of_sparse_attention():

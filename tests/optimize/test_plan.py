@@ -20,11 +20,9 @@ from longcat_core.optimize.plan import (
     choose_plan,
     needed_bytes,
     plans,
-    residual_bytes,
     smaller,
 )
 from longcat_core.optimize.quantization import Policy, quantize
-from longcat_core.optimize.residual_cache import ResidualCache
 
 from ..support.tiny import tiny_config
 
@@ -59,21 +57,6 @@ def test_weights_are_counted_as_they_lie(fp8, audio):
 def test_a_cache_is_counted_as_it_lies():
     cache = OffloadableKVCache(SMALL, 3, 4, 6, dtype=torch.bfloat16)
     assert kv_cache_bytes(SMALL, 3, 8, 12, 2) == cache.nbytes
-
-
-def test_residuals_are_counted_as_they_lie():
-    """Two computed passes are kept, and the tokens after the first blocks during a pass."""
-    model = OptimizedTransformer(SMALL, dtype=torch.float32)
-    text = model.embed_text(torch.zeros(1, 3, SMALL.caption_channels), None)
-    cache, latents = ResidualCache(1e-9, 9), (2, SMALL.in_channels, 3, 8, 12)
-    for step in range(3):
-        cache.begin(step, 1 - step / 9)
-        with torch.no_grad():
-            model(torch.randn(latents), torch.full((1, 1), 500.0), text, residuals=cache)
-    kept = sum(residuals.others.nbytes for residuals in cache.kept)
-    # Both halves of one video.
-    assert residual_bytes(SMALL, (1, *latents[1:]), 2, 2, 4) == kept + 2 * cache.kept[0].others[:1].nbytes
-    assert chosen(80, replace(T2V, skips_blocks=True))[1] - chosen(80)[1] == pytest.approx(1.8, abs=0.1)
 
 
 def test_with_room_for_all_nothing_is_done():

@@ -36,7 +36,6 @@ class Case:
     until: float = 1.0
     lora: Literal["", "merged", "runtime"] = ""
     split: bool = False
-    kind: Literal["steps", "blocks"] = "blocks"
 
 
 CASES = {
@@ -45,8 +44,8 @@ CASES = {
     "one after the other": Case(Sparse(0.2, dense_layers=(0,), tail=False), given=1, split=True, until=0.7),
     "image": Case(given=1, lora="merged"),
     "clip, official": Case(given=3, kv_cache="official", lora="runtime", until=0.5),
-    "clip, no cache": Case(given=3, kv_cache="off", batch=2, kind="steps"),
-    "without guidance": Case(Sparse(0.1, dense_steps=0.0), given=3, guidance=1.0, lora="runtime", kind="steps"),
+    "clip, no cache": Case(given=3, kv_cache="off", batch=2),
+    "without guidance": Case(Sparse(0.1, dense_steps=0.0), given=3, guidance=1.0, lora="runtime"),
 }
 
 
@@ -86,7 +85,7 @@ class Setting:
         out = sample(
             self.model, self.noise, self.schedule, self.texts[0], None, negative_context=self.texts[1],
             guidance_scale=self.case.guidance, guidance_until=self.case.until, cond_latents=self.given,
-            kv_cache=self.case.kv_cache, step_cache=cache, step_cache_kind=self.case.kind, callback=steps.append,
+            kv_cache=self.case.kv_cache, step_cache=cache, callback=steps.append,
         )  # fmt: skip
         return out, steps
 

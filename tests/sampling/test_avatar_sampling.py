@@ -112,8 +112,7 @@ def test_either_scale_asks_for_all_three(model, data):
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("kind", ["steps", "blocks"])
-def test_guidance_that_ends_and_step_caches(model, data, kind, split):
+def test_guidance_that_ends_and_a_step_cache(model, data, split):
     """A threshold that skips nothing changes nothing, also where the parts are cut at the end of guidance."""
     model.set_optimizations(replace(model.optimizations, split_guidance=split))
     seen = batches(model)
@@ -121,12 +120,12 @@ def test_guidance_that_ends_and_step_caches(model, data, kind, split):
     assert seen == ([1, 1, 1] if split else [3]) * 3 + [1] * 3
     shares: list[float] = []
     cached = run(
-        model, data, 6, guidance_until=0.5, step_cache=1e-9, step_cache_kind=kind,
+        model, data, 6, guidance_until=0.5, step_cache=1e-9,
         callback=lambda step: shares.append(step.computed),
     )  # fmt: skip
     assert error(cached, plain) < 1e-5
     assert shares == pytest.approx([1.0] * 3 + [1 / 3] * 3)
-    assert error(run(model, data, 12, step_cache=0.5, step_cache_kind=kind), run(model, data, 12)) > 1e-6
+    assert error(run(model, data, 12, step_cache=0.5), run(model, data, 12)) > 1e-6
 
 
 @pytest.mark.parametrize("cache", KV_MODES)

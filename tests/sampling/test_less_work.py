@@ -1,4 +1,4 @@
-"""Steps without guidance, and steps that skip blocks: for every way in which given frames and guidance are computed."""
+"""Steps without guidance: for every way in which given frames and guidance are computed."""
 
 from __future__ import annotations
 
@@ -122,63 +122,23 @@ def test_the_step_cache_goes_on_with_the_prompts_half():
     assert early.out is None
 
 
-@pytest.mark.parametrize("kind", ["steps", "blocks"])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("given, kv_cache", GIVEN)
-def test_both_caches_work_where_guidance_ends(setting, given, kv_cache, split, kind):
+def test_the_step_cache_works_where_guidance_ends(setting, given, kv_cache, split):
     options = {"kv_cache": kv_cache, "guidance_until": 0.6, "split": split}
     every = Run(setting, given, **options)
-    cached = Run(setting, given, step_cache=0.1, step_cache_kind=kind, **options)
+    cached = Run(setting, given, step_cache=0.1, **options)
     assert sum(cached.computed) < sum(every.computed) and distance(cached.out, every.out) < 0.3
     assert all(torch.isfinite(latents).all() for latents in cached.latents)
     if given:
         assert torch.equal(cached.out[:, :, :1], every.out[:, :, :1])
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("given, kv_cache", GIVEN)
-def test_sampling_skips_blocks(setting, given, kv_cache, split):
-    options = {"kv_cache": kv_cache, "split": split, "step_cache_kind": "blocks"}
-    every = Run(setting, given, kv_cache=kv_cache, split=split)
-    some = Run(setting, given, step_cache=0.1, **options)
-    fewer = Run(setting, given, step_cache=0.6, **options)
-    assert some.computed[:2] == [1.0, 1.0] and some.computed[-1] == 1.0
-    assert sum(fewer.computed) < sum(some.computed) < STEPS and len(some.rows) == len(every.rows)
-    assert 0 < distance(some.out, every.out) < distance(fewer.out, every.out) < 0.5
-    assert not any(step.reused for step in some.steps)
-
-
-def test_making_room_in_between_keeps_what_is_known(setting, monkeypatch):
-    """Guidance is split after a step ran out of memory: each half goes on with its part."""
-    model, _ = setting
-    before, calls = model.requested, []
-
-    def make_room() -> bool:
-        model.set_optimizations(replace(before, split_guidance=True))
-        return True
-
-    cached = {"step_cache": 0.3, "step_cache_kind": "blocks"}
-    expected = Run(setting, **cached)
-    run = model.network.final_layer.forward
-
-    def fails_once(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise torch.OutOfMemoryError
-        return run(*args)
-
-    monkeypatch.setattr(model.network.final_layer, "forward", fails_once)
-    found = Run(setting, make_room=make_room, **cached)
-    assert len(calls) > STEPS + 5 and distance(found.out, expected.out) < 0.1
-
-
 def test_what_a_request_may_ask_for():
-    assert GenerateRequest("x", guidance_until=0.5, step_cache_kind="blocks").filled(NANO).guidance_until == 0.5
+    assert GenerateRequest("x", guidance_until=0.5).filled(NANO).guidance_until == 0.5
     for value in (-0.1, 1.5, float("nan"), "half"):
         with pytest.raises(LongCatError, match=r"guidance until .* is out of range"):
             GenerateRequest("x", guidance_until=value).filled(NANO)
-    with pytest.raises(LongCatError, match="unknown kind of step cache 'layers'; choose one of steps, blocks"):
-        GenerateRequest("x", step_cache_kind="layers").filled(NANO)
     (note,) = GenerateRequest("x", guidance_until=0.001).filled(NANO).notes()
     assert "out of every step" in note
     assert not GenerateRequest("x", guidance_until=0.001, guidance_scale=1.0).filled(NANO).notes()
