@@ -277,10 +277,8 @@ def make_segment(
     with engine.turn():
         if before is not None:
             assert reference is not None, "later segments need the first one"
-            # Encoded again in both versions; the result begins with these latents, and its frames are decoded so.
             tail = _encoded(engine, before.frames[-request.overlap :])
-            # Only 1.5 also starts from them; 1.0 starts from the latents themselves.
-            clean = tail if is_newer(audio) else before.latents[:, :, -tail.shape[2] :]
+            clean = start_of(audio, before.latents, tail)
             apart = ReferenceFrame(reference, Reference(request.reference, request.skip))
         elif first.given is not None:
             clean = _encoded(engine, cover(first.given[0], first.height, first.width)[None])
@@ -301,10 +299,23 @@ def make_segment(
             reference=apart,
         )
         check_finite(latents)
-        if tail is not None:
-            latents = torch.cat((tail.to(latents), latents[:, :, tail.shape[2] :]), dim=2)
+        latents = latents if tail is None else begun_with(tail, latents)
         # Cut, not rounded, as those that the public code encodes again.
         return np.concatenate(list(engine.decode_frames(latents, truncated=True))), latents.cpu()
+
+
+def start_of(audio: AudioConfig, before: Tensor, tail: Tensor) -> Tensor:
+    """The clean latents that a later segment is sampled from.
+
+    before: the latents of the previous segment; tail: its last frames, encoded again. 1.5 was trained on these, 1.0 on
+    the latents themselves.
+    """
+    return tail if is_newer(audio) else before[:, :, -tail.shape[2] :]
+
+
+def begun_with(tail: Tensor, latents: Tensor) -> Tensor:
+    """The latents of a later segment, which begin with those encoded again in both versions, and are decoded so."""
+    return torch.cat((tail.to(latents), latents[:, :, tail.shape[2] :]), dim=2)
 
 
 def _encoded(engine: Engine, frames: np.ndarray) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..checkpoints.lora import merge_lora
 from ..files.media import cover
+from ..generate.avatar import begun_with, start_of
+from ..generate.people import classes_of
 from ..model.audio import latent_windows
 from ..model.kv_cache import KVMode, Reference
 from ..model.ops import PlainOps
@@ -198,11 +200,7 @@ def _segment(golden: Golden, run: str, mode: str, second: bool, kv_cache: KVMode
     noise = data[f"noise{int(second)}"]
     height, width = (side * SPATIAL_FACTOR for side in noise.shape[3:])
     windows = torch.cat([voices[f"{voice}.segment{int(second)}"] for voice in VOICES[: 2 if people else 1]])
-    classes = None
-    if people:
-        _, ph, pw = golden.config.patch_size
-        masks = fit_masks(golden.read("forward")[f"{people}.masks.source"], height, width)
-        classes = class_tokens(masks, noise.shape[3] // ph, noise.shape[4] // pw)
+    classes = classes_of(golden.read("forward")[f"{people}.masks.source"], height, width) if people else None
     steps = (DMD_STEPS if newer else DISTILLED_STEPS) if distilled else STEPS
     return sample(
         _lora(golden) if distilled and newer else golden.model,
@@ -228,14 +226,13 @@ def _first(golden: Golden, run: str, kv_cache: KVMode = "off") -> Pair:
 def _next(golden: Golden, run: str, name: str, hf: int, kv_cache: KVMode) -> Pair:
     data = golden.read("generate")
     before, tail = data[f"{run}.latents"], data[f"{run}.tail.latents"]
-    frames = tail.shape[2]
+    assert golden.config.audio is not None, "an avatar's folder"
     conditions = {
-        # Version 1.5 conditions on the last frames, encoded again; both return those in the place of the first latents.
-        "cond_latents": tail if version_of(golden) == "1.5" else before[:, :, -frames:],
+        "cond_latents": start_of(golden.config.audio, before, tail),
         "reference": ReferenceFrame(before[:, :, :1], _reference(golden, "skip")),
     }
     found = _segment(golden, run, "enhance_hf" if hf else "base", True, kv_cache, conditions)
-    return torch.cat((tail, found[:, :, frames:]), dim=2), data[f"{name}.latents"]
+    return begun_with(tail, found), data[f"{name}.latents"]
 
 
 def _guidance(golden: Golden) -> Pair:
