@@ -333,8 +333,15 @@ def train_reader(weights: Path, *, steps: int, seed: int, device: torch.device) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `longcat train-nano`."""
-    parser.add_argument("--size", choices=("nano", "mini", "mini-tiny"), default="nano", help="which model to train")
-    parser.add_argument("--minutes", type=float, default=24.0, help="time for mini's training, of all runs together")
+    parser.add_argument(
+        "--size",
+        choices=("nano", "mini", "mini-tiny", "avatar", "avatar-tiny"),
+        default="nano",
+        help="which model to train",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=24.0, help="time for the training of mini or avatar, of all runs together"
+    )
     parser.add_argument(
         "--output", type=Path, default=NANO_WEIGHTS, help="folder for the weights (default: the pack's own)"
     )

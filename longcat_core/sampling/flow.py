@@ -17,6 +17,6 @@ def output_of(latents: Tensor, clean: Tensor, sigma: float | Tensor) -> Tensor:
     return (clean - latents) / sigma
 
 
-def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+def shift_sigmas(sigmas: Tensor, shift: float | Tensor) -> Tensor:
     """Resolution shift of noise levels in 0..1 (arXiv 2403.03206, eq. 23)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ WEIGHTS = (5, 3, 1)
 AHEAD = 8  # steps whose clips are drawn at once
 TICK, LOG_EVERY = 50, 500  # steps
 FOLDED, MEASURED = 24, 8  # clips
+UNSEEN = 12345  # the seed of the clips that are measured
 
 
 def _draw(pool: Placements, shape: Sequence[int], clips: int, rng: random.Random, device: torch.device) -> Tensor:
@@ -47,6 +48,17 @@ def _draw(pool: Placements, shape: Sequence[int], clips: int, rng: random.Random
     return video
 
 
+# Draws clips [clips, F, H, W, 3] in 0..1 of a shape (F, H, W): draw(shape, clips, rng).
+Draw = Callable[[Sequence[int], int, random.Random], Tensor]
+
+
+def mini_clips(seed: int, device: torch.device) -> Draw:
+    """Clips of mini's world, of scenes that depend on the seed."""
+    rng = random.Random(f"mini vae {seed}")
+    pool = place([sample_scene(rng) for _ in range(POOL)], seed).to(device)
+    return lambda shape, clips, rng: _draw(pool, shape, clips, rng, device)
+
+
 def train_vae(
     path: Path,
     state: Path,
@@ -55,10 +67,12 @@ def train_vae(
     until: float,
     seed: int,
     device: torch.device,
+    clips_of: Callable[[int, torch.device], Draw] = mini_clips,
 ) -> str:
     """Train until `until` of the clock's budget is spent, write `path` (bf16); returns the PSNR of clips it never saw.
 
     shapes: frames, height, width and clips of the kinds of steps. state: folder of what a run leaves for the next.
+    clips_of: what draws clips of a world, by seed.
     """
     torch.manual_seed(seed)
     vae = load_vae(NANO_VAE, device=device).model.requires_grad_(True).train()
@@ -71,12 +85,12 @@ def train_vae(
         step = _load(read_tensors(saved), parameters, optimizer, device)
         print(f"vae: resuming after step {step}", flush=True)
     rng = random.Random(f"mini vae {seed} {step}")
-    pool = place([sample_scene(rng) for _ in range(POOL)], seed + step).to(device)
+    draw = clips_of(seed + step, device)
     statistics = moments(vae, device)
     graphs = torch.cuda.graph_pool_handle() if cuda else None
     kinds = []
     for *shape, clips in shapes:
-        video = _draw(pool, shape, clips, rng, device) * 2 - 1
+        video = draw(shape, clips, rng) * 2 - 1
         run = partial(training_step, vae, optimizer, statistics, video)
         kinds.append((shape, video, captured(run, optimizer, rate, device, graphs)))
     begin = clock.spent - clock.seconds.get("vae", 0.0)
@@ -87,7 +101,7 @@ def train_vae(
         # A run that goes on may begin between two multiples.
         if drawn is None or step % AHEAD == 0:
             shape, video, train = rng.choices(kinds, WEIGHTS[: len(kinds)])[0]
-            drawn = recolor(_draw(pool, shape, len(video) * AHEAD, rng, device)) * 2 - 1
+            drawn = recolor(draw(shape, len(video) * AHEAD, rng)) * 2 - 1
         share = min(1.0, (clock.spent - begin) / max(1.0, end - begin))
         rate.fill_(LEARNING_RATE * min(1.0, (step + 1) / 200) * (0.505 + 0.495 * math.cos(math.pi * share)))
         video.copy_(drawn[step % AHEAD :: AHEAD])
@@ -105,22 +119,21 @@ def train_vae(
                 write_safetensors(saved, _state(parameters, optimizer, step))
                 clock.save()
                 clock.pause_if_due()
-    sample = partial(_draw, pool, shapes[0][:3], 1, rng, device)
+    sample = partial(draw, shapes[0][:3], 1, rng)
     fold_latents(vae, moments(vae, device), [sample() * 2 - 1 for _ in range(FOLDED)])
     save_vae(path, vae)
-    values = reconstruction(path, shapes[0][:3], device)
+    values = reconstruction(path, shapes[0][:3], device, clips_of(UNSEEN, device))
     return f"{step} steps, PSNR {min(values):.1f} to {max(values):.1f}, mean {sum(values) / len(values):.1f} dB"
 
 
 @torch.no_grad()
-def reconstruction(path: Path, shape: Sequence[int], device: torch.device) -> list[float]:
-    """PSNR in dB of clips (F, H, W) of the world, each decoded from its own latents."""
+def reconstruction(path: Path, shape: Sequence[int], device: torch.device, draw: Draw) -> list[float]:
+    """PSNR in dB of clips (F, H, W), each decoded from its own latents."""
     vae = load_vae(path, device=device).model
-    rng = random.Random("mini pictures unseen")
-    pool = place([sample_scene(rng) for _ in range(MEASURED)], 12345).to(device)
+    rng = random.Random("pictures unseen")
     values = []
-    for i in range(MEASURED):
-        video = render(pool[slice(i, i + 1)], *shape)
+    for _ in range(MEASURED):
+        video = draw(shape, 1, rng)
         back = (decode_whole(vae, encode_whole(vae, video * 2 - 1)) + 1) / 2
         values.append(-10 * math.log10((back.clamp(0, 1) - video).square().mean().item()))
     return values
