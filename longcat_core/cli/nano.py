@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from ..optimize.sparse.choose import in_use
 from ..sampling.sampler import Step
 from .console import Progress, note, notes_from_warnings
 from .generate import print_notes
-from .models import paths_of
+from .models import device_of, paths_of
 from .versus import Side, by_model, load, sides_of, switch, without_effect_in
 
 
@@ -33,6 +35,8 @@ def score(args: argparse.Namespace) -> int:
     """`longcat score-nano`: everything is checked before a model is loaded."""
     if args.prompts < 2:
         raise LongCatError(f"{args.prompts} prompts cannot be shuffled for the control; ask for at least 2")
+    if args.avatar:
+        return score_avatar(args)
     paths = paths_of(args)
     paths.check()
     world = paths.world
@@ -157,6 +161,40 @@ class _Scoring:
         generate_batch(pipeline, prompts, list(range(self.batch)), few)
 
 
+def score_avatar(args: argparse.Namespace) -> int:
+    """`longcat score-nano --avatar`."""
+    from ..nano.avatar.measure import AVATAR_STEPS, Scores, load_avatar, measure
+
+    if args.lesson or args.versus:
+        raise LongCatError("--avatar scores one model at its own settings; leave out --lesson and --versus")
+    device, folder = device_of(args.device), None if args.model is None else Path(args.model)
+    if args.output is not None:
+        check_suffix(args.output, (".json",))
+        check_place(args.output, 1 << 16)
+        args.outputs.hold(args.output)
+    steps = AVATAR_STEPS if args.steps is None else args.steps
+    with notes_from_warnings(), args.bar as bar:
+        engine, encoder = load_avatar(folder, device)
+        done = itertools.count(1)
+        scores: Scores = measure(
+            engine,
+            encoder,
+            args.prompts,
+            steps,
+            lambda spoken: bar.count(next(done), 2 * args.prompts, "", "video"),
+        )
+    print(f"{args.prompts} videos of one face and as many of two, {steps} steps, without guidance")
+    print(f"mouth with its sound         {scores.correlation:6.3f}, at least {min(scores.correlations):.3f}")
+    print(f"sounds shuffled (control)    {scores.shuffled:6.3f}")
+    rows = {"face kept": scores.kept, "face as in the prompt": scores.named, "right mouth of two": scores.pairs}
+    for name, (right, total) in rows.items():
+        print(f"{name:22} {right:4d} of {total:4d}  {right / total:6.1%}")
+    if args.output is not None:
+        inputs = {"world": "avatar", "model": str(folder or ""), "prompts": args.prompts, "steps": steps}
+        ResultsFile("avatar", args.output.parent, device, inputs, name=args.output.stem).add(asdict(scores))
+    return 0
+
+
 def lesson(args: argparse.Namespace) -> int:
     """`longcat lesson-nano`."""
     write_lesson(args.folder, args.clips)
@@ -168,6 +206,8 @@ def train(args: argparse.Namespace) -> int:
     """`longcat train-nano`."""
     if args.size == "nano":
         from ..nano.train import run
+    elif args.size.startswith("avatar"):
+        from ..nano.avatar.recipe import run
     else:
         from ..nano.mini.recipe import run
 

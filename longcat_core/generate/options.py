@@ -452,6 +452,8 @@ OPTIONS: tuple[Option, ...] = (
                commands=("plan",)),
         Option("prompts", "whole", "number of prompts", 64, least=2, metavar="N", commands=_SCORE),
         Option("lesson", "switch", "use prompts of the lesson that lesson-nano writes", commands=_SCORE),
+        Option("avatar", "switch", "score an avatar that train-nano --size avatar wrote: mouths against sounds; takes "
+               "--model, --prompts, --steps, --device and -o", commands=_SCORE),
         Option("clips", "whole", "number of clips to write", 96, least=1, metavar="N", commands=("lesson-nano",)),
     ),
 )  # fmt: skip
