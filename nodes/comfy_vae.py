@@ -15,6 +15,7 @@ from torch import Tensor
 from ..longcat_core.checkpoints.wan_vae import DIFFUSERS_TO_WAN
 from ..longcat_core.generate.vae import VideoVAE
 from ..longcat_core.vae.network import VAEConfig, WanVAE
+from ..longcat_core.vae.parts import needed_bytes
 
 
 def own_vae(vae: comfy.sd.VAE) -> VideoVAE | None:
@@ -53,15 +54,19 @@ def own_vae(vae: comfy.sd.VAE) -> VideoVAE | None:
     return VideoVAE(own.requires_grad_(False))
 
 
+def _loaded(vae: comfy.sd.VAE, height: int, width: int) -> VideoVAE | None:
+    """`own_vae`, on its device, with room for pictures of this size."""
+    needed = needed_bytes(height, width, vae.vae_dtype, vae.device)
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
+    return own_vae(vae)
+
+
 def decoded(vae: comfy.sd.VAE, samples: Tensor) -> Iterator[Tensor]:
     """Frames [f, H, W, 3], fp32 in 0..1, of one video's samples [1, C, T, h, w], as they leave the decoder.
 
     Raises what ComfyUI raises if the user interrupts it.
     """
-    # As ComfyUI estimates its own decoder, which takes more.
-    needed = vae.memory_used_decode(samples.shape, vae.vae_dtype)
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
-    own = own_vae(vae)
+    own = _loaded(vae, 8 * samples.shape[-2], 8 * samples.shape[-1])
     if own is None:
         logging.info("LongCat: the VAE is not a Wan 2.1 VAE; ComfyUI's own decoder decodes it at once")
         images = vae.decode(samples)
@@ -77,9 +82,7 @@ def encoded(vae: comfy.sd.VAE, frames: Tensor) -> Tensor:
 
     F is 4k+1, and H and W divide by 8.
     """
-    needed = vae.memory_used_encode((1, 3, *frames.shape[:3]), vae.vae_dtype)
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
-    own = own_vae(vae)
+    own = _loaded(vae, *frames.shape[1:3])
     if own is None:
         return vae.encode(frames)
     video = frames.movedim(-1, 0)[None].mul(2).sub(1)

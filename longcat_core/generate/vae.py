@@ -19,9 +19,8 @@ from ..files.records import FiniteFloat, read_record
 from ..files.safetensors_io import write_safetensors
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, video_frames
 from ..vae import tiles
-from ..vae.compiled import compiled_stage
-from ..vae.network import VAEConfig, WanVAE, channels_last, run_stage
-from ..vae.parts import Run, decoded, encoded
+from ..vae.network import VAEConfig, WanVAE, channels_last
+from ..vae.parts import decoded, encoded
 
 MAX_CONFIG_BYTES = 1_000_000
 REMEDY = "give another config"
@@ -33,15 +32,15 @@ class VideoVAE:
     """The Wan 2.1 VAE with the latent normalization z = (mu - mean) / std built in.
 
     tiling: work on overlapping tiles of 256x256 pixels. This bounds memory on large frames and changes the result
-    slightly where tiles meet. compiled: compile the stages of encoder and decoder, which takes a while at first.
+    slightly where tiles meet.
     """
 
-    def __init__(self, model: WanVAE, *, tiling: bool = False, compiled: bool = False) -> None:
+    def __init__(self, model: WanVAE, *, tiling: bool = False) -> None:
         self.model = model.eval()
         # Small and precision-critical, so kept in fp32 on the CPU and moved per call.
         self.mean = torch.tensor(model.config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(model.config.latents_std, dtype=torch.float32).view(1, -1, 1, 1, 1)
-        self.tiling, self.compiled = tiling, compiled
+        self.tiling = tiling
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,24 +140,20 @@ class VideoVAE:
         if self.tiling and tiles.exceeds(z.shape[3] * SPATIAL_FACTOR, z.shape[4] * SPATIAL_FACTOR):
             parts = iter([tiles.tiled(z, self._decode, SPATIAL_FACTOR, 1).permute(0, 2, 3, 4, 1)])
         else:
-            parts = decoded(self.model, z, self._run)
+            parts = decoded(self.model, z)
         for part in parts:
             yield part.to(self.device, torch.float32).add(1).div(2).clamp(0, 1)
 
     def _encode(self, video: Tensor) -> Tensor:
-        return encoded(self.model, video.to(self.device, self.dtype), self._run)
+        return encoded(self.model, video.to(self.device, self.dtype))
 
     def _decode(self, z: Tensor) -> Tensor:
         """Pictures [B,3,F,H,W] on the CPU, of one tile."""
-        return torch.cat([part.cpu() for part in decoded(self.model, z, self._run)], dim=1).permute(0, 4, 1, 2, 3)
+        return torch.cat([part.cpu() for part in decoded(self.model, z)], dim=1).permute(0, 4, 1, 2, 3)
 
     def _prepare(self) -> None:
         if self.device.type == "cuda":
             channels_last(self.model)
-
-    @property
-    def _run(self) -> Run:
-        return compiled_stage if self.compiled else run_stage
 
 
 def load_vae(

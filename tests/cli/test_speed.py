@@ -60,7 +60,7 @@ def run(capsys, *argv: str) -> list[str]:
 
 def test_which_commands_have_it():
     names = [name for name in cli.COMMANDS if any(row.name == "speed" for row in of_command(name))]
-    assert names == ["generate", "long", "refine", "compare", "score-nano"]
+    assert names == ["generate", "long", "avatar", "refine", "compare", "score-nano"]
 
 
 @pytest.mark.parametrize("command", ["generate", "long"])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.optimize.compilation import Regional
-from longcat_core.vae import compiled, tiles
+from longcat_core.vae import parts, tiles
 from longcat_core.vae.network import VAEConfig, WanVAE, channels_last, run_stage
 from longcat_core.vae.parts import decoded, encoded
 
@@ -94,7 +91,7 @@ def test_a_frame_depends_on_earlier_ones_alone():
     assert ((decode(vae, changed) - whole).abs().amax((0, 1, 3, 4)) > 1e-4).all()
 
 
-def test_what_is_kept_does_not_grow_with_the_clip():
+def test_what_is_kept_does_not_grow_with_the_clip(monkeypatch):
     vae, held = new_vae(), []
 
     def run(coder, number, x, kept, first):
@@ -102,7 +99,8 @@ def test_what_is_kept_does_not_grow_with_the_clip():
         held.append((number, first, sum(frames.numel() for frames in after if frames is not None), x.shape[1]))
         return out, after
 
-    list(decoded(vae, randn(1, 16, 9, 2, 3), run, most=1))
+    monkeypatch.setattr(parts, "run_stage", run)
+    list(decoded(vae, randn(1, 16, 9, 2, 3), most=1))
     for number in range(vae.decoder.stages):
         kept = {count for stage, first, count, _ in held if stage == number and not first}
         assert len(kept) == 1
@@ -124,18 +122,3 @@ def test_weights_in_another_order_are_the_same_weights():
     assert all(torch.equal(weight, before[name]) for name, weight in vae.state_dict().items())
     assert vae.decoder.conv_in.weight.stride(1) == 1
     close(decode(vae, latents), video)
-
-
-def test_compiled_stages_give_the_same_frames(monkeypatch):
-    # Two stages, which have everything that the others have.
-    vae = new_vae(dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,))
-    latents = randn(1, 16, 3, 2, 3)
-    stage = Regional(run_stage, "a stage", "eager" if DEVICE.type == "cpu" else "inductor", slow=False)
-    monkeypatch.setattr(compiled, "STAGE", stage)
-    torch._dynamo.reset()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        close(decode(vae, latents, run=compiled.compiled_stage), decode(vae, latents))
-        # Another size, whose graphs take half a minute of a CPU.
-        if DEVICE.type == "cuda":
-            close(decode(vae, latents[..., :2], run=compiled.compiled_stage), decode(vae, latents[..., :2]))
