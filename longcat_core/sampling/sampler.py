@@ -16,7 +16,7 @@ from ..model.audio_tokens import AudioTokens
 from ..model.kv_cache import KVCache, KVMode, check_mode
 from ..model.text import TextTokens
 from .avatar import Audio, ReferenceFrame
-from .guidance import guided_steps
+from .guidance import audio_parts, guided_steps
 from .network import Network
 from .schedules import Schedule
 from .step import take_step
@@ -117,7 +117,11 @@ def sample(
             )
         latents[:, :, :num_cond] = cond_latents.to(latents)
 
-    texts = _Texts(model, noise.shape[0], context, mask, negative_context if guided else None, negative_mask, audio)
+    needed, scales = (
+        ((False, True), guidance_scale) if audio is None else audio_parts(guidance_scale, audio.guidance_scale)
+    )
+    needed = needed if guided else (False, False)
+    texts = _Texts(model, noise.shape[0], context, mask, negative_context, negative_mask, audio, needed)
     cached = num_cond > 0 and kv_cache != "off"
     cache: KVCache | None = None
 
@@ -147,7 +151,6 @@ def sample(
     # Differences in double precision, then as tensors: see `euler_step`.
     changes = [(sigma, after - sigma) for sigma, after in pairwise(sigmas)]
     levels = torch.tensor(changes, dtype=torch.float32, device=device)
-    scales = guidance_scale if audio is None else (guidance_scale, audio.guidance_scale)
     scale = torch.tensor(scales, dtype=torch.float32, device=device) if guided else None
     with_guidance = guided_steps(guidance_until, len(schedule)) if guided else 0
     steps = StepCache(step_cache, len(schedule), carried)
@@ -211,7 +214,9 @@ class _Texts:
         negative_context: Tensor | None,
         negative_mask: Tensor | None,
         audio: Audio | None,
+        needed: tuple[bool, bool],
     ) -> None:
+        """needed: whether guidance evaluates the negative text with silence, and without it, beside the prompt."""
         self.model, self.batch = model, batch
         context = context.to(model.device)
         if context.shape[0] == 1:
@@ -223,15 +228,17 @@ class _Texts:
         self.parts_of_guidance = [(context, mask, heard)]
         # A map of who is where belongs to one evaluation.
         self.apart = audio is not None and audio.classes is not None
-        if negative_context is not None:
+        if any(needed):
+            assert negative_context is not None, "checked"
             if (mask is None) != (negative_mask is None):
                 raise LongCatError(
                     "one of prompt and negative prompt has a mask and the other has none; give both or neither"
                 )
             negative_mask = None if negative_mask is None or mask is None else negative_mask.expand_as(mask)
             negative = negative_context.to(model.device).expand_as(context)
-            self.parts_of_guidance.insert(0, (negative, negative_mask, heard))
-            if audio is not None:
+            if needed[1]:
+                self.parts_of_guidance.insert(0, (negative, negative_mask, heard))
+            if needed[0] and audio is not None:
                 silence = self._heard(audio, torch.zeros_like(audio.windows))
                 self.parts_of_guidance.insert(0, (negative, negative_mask, silence))
         # Whether the parts run one after the other, and whether all run.

@@ -62,7 +62,7 @@ def take_step(
     num_cond: int,
 ) -> tuple[Tensor, Tensor]:
     """`euler_step`, compiled under `fused_step` where blocks are compiled."""
-    kind = None if scale is None else scale.ndim, num_cond
+    kind = None if scale is None else tuple(scale.shape), num_cond
     return _run(STEP, optimizations, kind, latents, out, sigma, sigma_change, scale, num_cond)
 
 

@@ -16,6 +16,7 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KV_MODES, Reference
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
+from longcat_core.sampling import sampler
 from longcat_core.sampling.avatar import (
     LEFT,
     RIGHT,
@@ -102,11 +103,19 @@ def test_without_guidance_only_the_prompt_is_evaluated(model, data, people):
     assert seen == [1] * STEPS
 
 
-def test_either_scale_asks_for_all_three(model, data):
-    seen, audio = batches(model), Audio(data["one.segment0"], None, 1.0)
-    run(model, data, audio=audio, guidance_scale=2.0)
-    run(model, data, audio=replace(audio, guidance_scale=2.0), guidance_scale=1.0)
-    assert seen == [3] * 2 * STEPS
+def test_outputs_without_a_weight_are_not_evaluated(model, data, monkeypatch):
+    """Scales -> which of silence, negative text and prompt run; the result is that of all three."""
+    seen, audio = batches(model), Audio(data["one.segment0"])
+    scales = {(2.0, 1.0): 2, (1.0, 2.0): 3, (3.0, 3.0): 2, (0.0, 2.0): 3}
+
+    def runs() -> list[Tensor]:
+        return [run(model, data, audio=replace(audio, guidance_scale=a), guidance_scale=t) for t, a in scales]
+
+    found = runs()
+    assert seen == [count for count in scales.values() for _ in range(STEPS)]
+    monkeypatch.setattr(sampler, "audio_parts", lambda *scales: ((True, True), scales))
+    for one, other in zip(found, runs(), strict=True):
+        assert error(one, other) < 1e-5
     with pytest.raises(LongCatError, match="needs a negative prompt"):
         run(model, data, negative_context=None, negative_mask=None, guidance_scale=1.0)
 
