@@ -210,8 +210,8 @@ class Server:
                 node, words = message[8 : 8 + length], message[8 + length :]
                 events.words.append((at, node.decode(), words.decode()))
             return
-        told = json.loads(message)
-        kind, data = told["type"], told.get("data", {})
+        event = json.loads(message)
+        kind, data = event["type"], event.get("data", {})
         if data.get("prompt_id") != number:
             return
         if kind == "executing" and data.get("node"):

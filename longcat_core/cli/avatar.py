@@ -21,7 +21,7 @@ from ..generate.people import LEFT, RIGHT, Person, box_of_pixels
 from ..generate.pipeline import Pipeline
 from ..generate.progress import ENCODING, LOADING_AUDIO, Part
 from .console import Progress
-from .generate import Task, kept, prompts_of, request_of, schedule_of, steps_of, there_in, told
+from .generate import Task, kept, prompts_of, reported, request_of, schedule_of, steps_of, there_in
 from .models import avatar_of
 
 OUTPUT = "longcat-avatar.mp4"
@@ -95,7 +95,7 @@ def avatar(args: argparse.Namespace) -> int:
                 torch.cuda.empty_cache()
             return embeddings
 
-        finished.extend(told(avatar_video(load, hear, request, folder, steps_of(bar)), folder, bar))
+        finished.extend(reported(avatar_video(load, hear, request, folder, steps_of(bar)), folder, bar))
         task.name_take(folder)
         return spoken_frames(folder, finished, request)
 

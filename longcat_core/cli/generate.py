@@ -208,7 +208,7 @@ def long(args: argparse.Namespace) -> int:
         def load() -> Pipeline:
             return task.load(work, bar, read, first.sparse_settings)
 
-        finished.extend(told(long_video(load, request, folder, steps_of(bar)), folder, bar))
+        finished.extend(reported(long_video(load, request, folder, steps_of(bar)), folder, bar))
         task.name_take(folder)
         whole = new_frames(folder, finished)
         return chain([first.begun(next(whole))], whole)
@@ -228,7 +228,7 @@ def kept(args: argparse.Namespace, name: str, shape: tuple[int, int, int]) -> tu
     return output, folder
 
 
-def told(segments: Iterable[Finished], folder: SegmentFolder, bar: Progress) -> Iterator[Finished]:
+def reported(segments: Iterable[Finished], folder: SegmentFolder, bar: Progress) -> Iterator[Finished]:
     """The segments, each said and counted once it is finished; then the file is saved."""
     for segment in segments:
         yield segment

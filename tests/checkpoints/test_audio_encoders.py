@@ -1,4 +1,4 @@
-"""Audio encoders in every form that is in use, told apart by their tensors."""
+"""Audio encoders in every form that is in use, recognized by their tensors."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ A line is JSON: folder; prompts; refine (what is kept is pieces of a refined vid
 line each; die_at, the number of the event before which the run sends itself SIGKILL, or null. The answer, a line each,
 is how the run ended: a signal as a negative number, or its exit code.
 
-Events are all that Python does to files in the folder, told by its audit hook; every flush to the disk; every picture
-that goes to the encoder, which writes by itself; and every step of sampling.
+Events are all that Python does to files in the folder, reported by its audit hook; every flush to the disk; every
+picture that goes to the encoder, which writes by itself; and every step of sampling.
 """
 
 from __future__ import annotations

@@ -107,16 +107,16 @@ def test_the_transformer_is_read_while_the_text_encoder_works(monkeypatch, at_on
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_stages_come_in_order_with_their_bytes(monkeypatch, overlapped):
     monkeypatch.setattr(pipeline, "overlaps", lambda device: overlapped)
-    told: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int]] = []
 
-    def on_load(*told_now) -> None:
+    def on_load(*seen_now) -> None:
         assert threading.current_thread() is threading.main_thread()
-        told.append(told_now)
+        seen.append(seen_now)
 
     Pipeline.load(prompts=PROMPTS, on_load=on_load)
-    assert list(dict.fromkeys(stage for stage, *_ in told)) == [LOADING_TEXT, ENCODING, LOADING]
+    assert list(dict.fromkeys(stage for stage, *_ in seen)) == [LOADING_TEXT, ENCODING, LOADING]
     for stage, file in ((LOADING_TEXT, NANO_TEXT_ENCODER), (LOADING, ModelPaths().model)):
-        counts = [(done, of) for name, done, of in told if name == stage]
+        counts = [(done, of) for name, done, of in seen if name == stage]
         assert counts == sorted(counts) and counts[-1][0] == counts[-1][1]
         # Of the text encoder's file, the vocabulary is not among the weights.
         assert 0.5 * file.stat().st_size < counts[-1][1] <= file.stat().st_size
@@ -226,7 +226,7 @@ def test_an_error_or_ctrl_c_here_ends_the_transformer(error, where):
         if where == "text":
             raise error
 
-    def on_load(*told):
+    def on_load(*seen):
         raise error
 
     def transformer(watch):

@@ -303,7 +303,7 @@ class _Runtime:
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
         self.errors: list[str] = []
-        # Of a call that failed, told by the next kernel.
+        # Of a call that failed, reported by the next kernel.
         self.pending = ""
         self.refuses = False
         # Of memory that this process may have, as it was limited.

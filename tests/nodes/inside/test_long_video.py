@@ -148,7 +148,7 @@ def test_another_model_or_lora_begins_a_take_of_its_own(comfy, model, long, made
     other, report = long("models", model=patched)
     assert "a new take begins in" in report and "(another model)" in report and "in models/take-002" in report
     assert made == [3, 4, 3, 4] and not torch.equal(plain, other)
-    # In force or not, a patch is told by itself and the weights by what was loaded.
+    # A patch stands by itself whether in force or not, and the weights are those that were loaded.
     assert torch.equal(long("models", model=patched)[0], other)
     assert torch.equal(long("models")[0], plain) and len(made) == 4
 
