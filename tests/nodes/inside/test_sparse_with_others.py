@@ -100,8 +100,8 @@ def attended(comfy, monkeypatch) -> list[int]:
 @pytest.fixture
 def in_frame_order(comfy, monkeypatch):
     """Called, it lets only the attention itself see permuted tokens from then on."""
-    execution, layouts = comfy.core("optimize.execution"), comfy.core("optimize.sparse.layout")
-    with_attend = execution.with_attend
+    choice, layouts = comfy.core("optimize.layouts"), comfy.core("optimize.sparse.layout")
+    with_attend = choice.with_attend
     orders: list[torch.Tensor] = []
 
     class Kept(comfy.core("model.transformer").FrameLayout):
@@ -124,8 +124,8 @@ def in_frame_order(comfy, monkeypatch):
         return with_attend(kernels, permuted)
 
     def switch() -> None:
-        monkeypatch.setattr(execution, "SparseLayout", Kept)
-        monkeypatch.setattr(execution, "with_attend", around)
+        monkeypatch.setattr(choice, "SparseLayout", Kept)
+        monkeypatch.setattr(choice, "with_attend", around)
 
     return switch
 
