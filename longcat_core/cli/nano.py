@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import LongCatError
 from ..files.places import check_place, check_suffix
+from ..generate.paths import NANO_WEIGHTS
 from ..generate.pipeline import Pipeline
 from ..generate.progress import LOADING, sampled
 from ..generate.request import FilledRequest
@@ -204,11 +205,22 @@ def lesson(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """`longcat train-nano`."""
-    if args.size == "nano":
-        from ..nano.train import run
-    elif args.size.startswith("avatar"):
-        from ..nano.avatar.recipe import run
-    else:
-        from ..nano.mini.recipe import run
+    from ..nano import train as nano
 
-    return run(args) or 0
+    if args.size == "nano":
+        return nano.run(args) or 0
+    device = nano.training_device(args.device)
+    if args.output == NANO_WEIGHTS:
+        raise LongCatError(f"--size {args.size} needs a folder of its own; give one with --output")
+    if not args.minutes > 0:
+        raise LongCatError(f"--minutes {args.minutes:g} must be above 0")
+    options = {name: getattr(args, name) for name in ("size", "minutes", "stop_after", "seed")}
+    if args.size.startswith("avatar"):
+        from ..nano.avatar.recipe import train_avatar
+
+        train_avatar(args.output, device=device, **options)
+    else:
+        from ..nano.mini.recipe import train_mini
+
+        train_mini(args.output, device=device, start_from=args.start_from, **options)
+    return 0

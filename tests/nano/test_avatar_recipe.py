@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from longcat_core.checkpoints.load import load_transformer, open_checkpoint
-from longcat_core.errors import LongCatError
 from longcat_core.generate.paths import NANO_MODEL, NANO_VAE
 from longcat_core.nano.avatar import recipe
 from longcat_core.nano.avatar.recipe import BLOCKS, CONFIG, MODEL_FILE, TAIL, VAE_FILE, Lesson, Recipe, Teacher
@@ -70,15 +69,3 @@ def test_what_is_saved_can_be_loaded_and_trained_on(folder, teacher):
 def test_each_token_of_a_pair_belongs_to_one(teacher):
     classes = teacher.data["duo"].classes
     assert classes.shape == (2, 24, 3) and (classes.sum(2) == 1).all() and classes.any(1).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({"minutes": 0}, "--minutes 0 must be above 0"), ({"output": recipe.NANO_WEIGHTS}, "--output")],
-)
-def test_refuses(tmp_path, options, said):
-    import argparse
-
-    args = argparse.Namespace(**{"device": "cpu", "output": tmp_path, "size": "avatar-tiny", "minutes": 1.0} | options)
-    with pytest.raises(LongCatError, match=said):
-        recipe.run(args)

@@ -138,7 +138,7 @@ def test_folders_to_start_from_are_checked(trained, tmp_path, size, break_it, sa
 
 def test_mini_is_not_written_into_the_pack(capsys):
     assert main(["train-nano", "--size", "mini", "--device", "cpu"]) == 2
-    assert "--size mini does not belong to the pack; give --output" in capsys.readouterr().err
+    assert "--size mini needs a folder of its own; give one with --output" in capsys.readouterr().err
 
 
 def test_minutes_must_be_above_zero(tmp_path, capsys):

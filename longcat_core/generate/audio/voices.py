@@ -86,7 +86,7 @@ def combine(sounds: Sequence[Sound | None], mode: Mode = "para") -> Voices:
         check_type("a sound", sound, (Sound, type(None)), "a Sound, or None for silence")
     given = [sound for sound in sounds if sound is not None]
     if not given:
-        raise LongCatError("there is no sound; give one for at least one person")
+        raise LongCatError("no sound is given; give one for at least one person")
     for number, sound in enumerate(sounds, 1):
         if sound is not None and sound.seconds < BLOCK:
             raise LongCatError(f"{_which(number, sounds)} lasts {sound.seconds:.2f} s; give at least {BLOCK} s")

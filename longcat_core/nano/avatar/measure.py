@@ -152,7 +152,7 @@ def pair_is_right(faces: Sequence[Seen | None], loudness: Sequence[np.ndarray]) 
 def load_avatar(folder: Path | None, device: torch.device) -> tuple[Pipeline, AudioEncoder]:
     """The avatar that `recipe.train_avatar` wrote into a folder, in fp32, or the bundled one.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError without one.
     """
     files = BUNDLED if folder is None else tuple(folder / file for file in (MODEL_FILE, VAE_FILE, TEXT_FILE, EAR_FILE))
     for file in files:

@@ -5,7 +5,6 @@ Within a number of minutes, over several runs, as LongCat-mini is. The text enco
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -25,7 +24,7 @@ from ...errors import LongCatError
 from ...files.atomic import atomic_path
 from ...files.safetensors_io import read_tensors, write_safetensors
 from ...generate.audio import load_audio_encoder
-from ...generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, NANO_WEIGHTS, WORLD_FILE, World
+from ...generate.paths import NANO_MODEL, NANO_TEXT_ENCODER, WORLD_FILE, World
 from ...generate.text import load_text_encoder
 from ...generate.vae import load_vae
 from ...model.audio import speaker_positions
@@ -42,7 +41,7 @@ from ...sampling.guidance import AVATAR_NEGATIVE_PROMPT
 from ...training.step import WeightAverage, captured, initialize
 from .. import train as nano
 from ..autoencoder import BASE_DIM
-from ..mini.clock import Clock, Paused
+from ..mini.clock import Clock
 from ..mini.pictures import train_vae
 from .clips import KINDS, Clips, draw_clips, face_clips, sounds
 from .ear import EAR, save_ear
@@ -383,23 +382,7 @@ def train_avatar(
     write_folder(folder)
     clock = Clock(folder / STATE / CLOCK, minutes * 60, stop_after)
     vae = partial(train_vae, folder / VAE_FILE, folder / STATE, VAE_SHAPES, clock, recipe.vae_until)
-    try:
-        if "vae" not in clock.done:
-            clock.finish("vae", vae(seed, device, face_clips))
-        if "transformer" not in clock.done:
-            clock.finish("transformer", train_transformer(folder, recipe, clock, seed, device))
-    except Paused:
-        print(f"paused after {clock.spent:.0f} of {clock.budget:.0f} s; run the same command to go on", flush=True)
+    with clock.pausing():
+        clock.stage("vae", lambda: vae(seed, device, face_clips))
+        clock.stage("transformer", lambda: train_transformer(folder, recipe, clock, seed, device))
     return "transformer" in clock.done
-
-
-def run(args: argparse.Namespace) -> int:
-    """`longcat train-nano --size avatar`; returns the exit code."""
-    device = nano.training_device(args.device)
-    if args.output == NANO_WEIGHTS:
-        raise LongCatError(f"give --output with a folder for --size {args.size}; its parts lie beside nano's")
-    if not args.minutes > 0:
-        raise LongCatError(f"--minutes {args.minutes:g} must be above 0")
-    arguments = {name: getattr(args, name) for name in ("size", "minutes", "stop_after", "seed")}
-    train_avatar(args.output, device=device, **arguments)
-    return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ...files.atomic import atomic_path
@@ -77,6 +78,19 @@ class Clock:
         print(f"{stage}: {sentence}; {self.seconds[stage]:.0f} s of {self.spent:.0f} s", flush=True)
         self.save()
         self.pause_if_due()
+
+    def stage(self, name: str, run: Callable[[], str]) -> None:
+        """Run a stage that is not done yet, and mark it as done."""
+        if name not in self.done:
+            self.finish(name, run())
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around the stages: says where a run stopped that goes on later."""
+        try:
+            yield
+        except Paused:
+            print(f"paused after {self.spent:.0f} of {self.budget:.0f} s; run the same command to go on", flush=True)
 
     def pause_if_due(self) -> None:
         """Raise Paused if this run must stop. Everything must be saved."""

@@ -6,7 +6,6 @@ motions take tens of thousands of steps, and a small step costs a tenth.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -26,7 +25,7 @@ from ...checkpoints.load import official_state, read_config
 from ...errors import LongCatError
 from ...files.atomic import atomic_path
 from ...files.safetensors_io import read_tensors, write_safetensors
-from ...generate.paths import NANO_WEIGHTS, WORLD_FILE, ModelPaths, World
+from ...generate.paths import WORLD_FILE, ModelPaths, World
 from ...generate.text import load_text_encoder
 from ...generate.vae import load_vae
 from ...model.block import Block
@@ -41,7 +40,7 @@ from ..autoencoder import BASE_DIM, encode_whole
 from ..reading import labels, teach
 from ..train import Lesson, Trainer, prefer_text
 from ..vocabulary import new_text_encoder, save_text_encoder, train_vocabulary
-from .clock import Clock, Paused
+from .clock import Clock
 from .drawing import FRAMES, HEIGHT, WIDTH, place, render
 from .pictures import train_vae
 from .scenes import QUESTIONS, caption, corpus, labeled, sample_scene
@@ -371,33 +370,15 @@ def train_mini(
     write_folder(folder, recipe)
     clock = Clock(folder / STATE / CLOCK, minutes * 60, stop_after)
 
-    def stage(name: str, run: Callable[[], str]) -> None:
-        if name not in clock.done:
-            clock.finish(name, run())
-
     shapes: Any = recipe.vae_shapes
-    try:
+    with clock.pausing():
         if start_from is not None:
             take_over(folder, start_from, recipe, clock)
-        stage("text", lambda: train_text(folder, recipe, seed, device))
+        clock.stage("text", lambda: train_text(folder, recipe, seed, device))
         until = recipe.vae_until
-        stage("vae", lambda: train_vae(folder / VAE_FILE, folder / STATE, shapes, clock, until, seed, device))
+        clock.stage("vae", lambda: train_vae(folder / VAE_FILE, folder / STATE, shapes, clock, until, seed, device))
         for i, name in enumerate(COURSE):
             bucket: Bucket = getattr(recipe, name)
-            stage(name, partial(draw_clips, folder, name, bucket, recipe, clock, seed + i, device))
-        stage("transformer", lambda: train_transformer(folder, recipe, clock, seed, device))
-    except Paused:
-        print(f"paused after {clock.spent:.0f} of {clock.budget:.0f} s; run the same command to go on", flush=True)
+            clock.stage(name, partial(draw_clips, folder, name, bucket, recipe, clock, seed + i, device))
+        clock.stage("transformer", lambda: train_transformer(folder, recipe, clock, seed, device))
     return "transformer" in clock.done
-
-
-def run(args: argparse.Namespace) -> int:
-    """`longcat train-nano` with another --size than nano's; returns the exit code."""
-    device = nano.training_device(args.device)
-    if args.output == NANO_WEIGHTS:
-        raise LongCatError(f"--size {args.size} does not belong to the pack; give --output with a folder for it")
-    if not args.minutes > 0:
-        raise LongCatError(f"--minutes {args.minutes:g} must be above 0")
-    arguments = {name: getattr(args, name) for name in ("size", "minutes", "stop_after", "seed", "start_from")}
-    train_mini(args.output, device=device, **arguments)
-    return 0

@@ -75,8 +75,8 @@ def test_the_track_keeps_the_best_rate_and_all_channels() -> None:
 def test_silence_and_scraps_are_refused() -> None:
     quiet = Sound(torch.zeros(1, RATE), RATE)
     for sounds, sentence in (
-        ([], "there is no sound"),
-        ([None, None], "there is no sound"),
+        ([], "no sound is given"),
+        ([None, None], "no sound is given"),
         ([quiet], "the sound is silent, below -70 LUFS throughout"),
         ([quiet, None], "the sound is silent"),
         ([noise(0.3)], r"the sound lasts 0\.30 s; give at least 0\.4 s"),
