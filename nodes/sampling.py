@@ -25,7 +25,7 @@ from ..longcat_core.generate.speeds import EXACT
 from ..longcat_core.measure.clock import reset_peak, synchronize
 from ..longcat_core.model.kv_cache import KVMode, check_mode
 from ..longcat_core.optimize.switches import Optimizations
-from ..longcat_core.sampling.guidance import audio_guidance, guided_steps
+from ..longcat_core.sampling.guidance import audio_guidance, audio_parts, guided_steps, is_guided
 from ..longcat_core.sampling.schedules import schedule_of
 from ..longcat_core.sampling.step import guide
 from .checks import check_ranges, check_steps
@@ -102,14 +102,15 @@ class AvatarGuider(Guider):
 
     def set_cfg(self, cfg: float) -> None:
         super().set_cfg(cfg)
-        self.guides = max(cfg, self.audio_guidance) > 1
+        self.guides = is_guided(cfg, self.audio_guidance)
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
         options = dict(model_options or {})
         guides = self.guides and not self._past_guidance(timestep, options)
         text, sound = (self.cfg, self.audio_guidance) if guides else (1.0, 1.0)
-        # What is multiplied by 0 is not computed: with equal scales the negative prompt with audio drops out.
-        used = {"positive": True, "negative": text != sound, "silent": sound != 1}
+        # What is multiplied by 0 is not computed.
+        (silence_used, negative_used), _ = audio_parts(text, sound)
+        used = {"positive": True, "negative": negative_used, "silent": silence_used}
         conds = [self.conds[name] if run else None for name, run in used.items()]
         batch = options.get("sampler_calc_cond_batch_function")
         if batch is None:

@@ -21,7 +21,7 @@ from ..model.kv_cache import Reference
 from ..optimize.plan import Work
 from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels
-from ..sampling.guidance import AVATAR_NEGATIVE_PROMPT
+from ..sampling.guidance import AVATAR_NEGATIVE_PROMPT, is_guided
 from ..sampling.sampler import Callback, Step
 from ..sampling.schedules import DMD_STEPS, Schedule, is_newer, schedule_of
 from .audio import AudioEncoder, Embeddings, Voices, embed_voices, frames_for, seconds_of, segments_for
@@ -171,7 +171,7 @@ class AvatarRequest:
     @property
     def guided(self) -> bool:
         """Whether sampling reads the negative prompt."""
-        return max(self.filled_first.guidance_scale, self.audio_guidance or 0.0) > 1
+        return is_guided(self.filled_first.guidance_scale, self.audio_guidance or 0.0)
 
     @property
     def seconds(self) -> float:

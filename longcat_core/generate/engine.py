@@ -18,6 +18,7 @@ from ..optimize.block_sparse import BlockSparse
 from ..optimize.sparse.settings import Sparse
 from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import last_frames, latent_frames, latent_shape, seeded_noise, to_pixels
+from ..sampling.guidance import is_guided
 from ..sampling.sampler import Callback
 from ..sampling.schedules import Schedule, make_schedule
 from .inputs import check_callback, check_tensor
@@ -65,9 +66,7 @@ class Denoising:
     @property
     def guided(self) -> bool:
         """Whether sampling reads the negative prompt."""
-        if self.audio is None:
-            return self.guidance_scale != 1
-        return max(self.guidance_scale, self.audio.guidance_scale) > 1
+        return is_guided(self.guidance_scale, None if self.audio is None else self.audio.guidance_scale)
 
 
 class Engine(ABC):

@@ -25,12 +25,17 @@ def audio_guidance(out: Tensor, text_scale: Tensor, audio_scale: Tensor) -> Tens
     return silent + text_scale * (cond - negative) + audio_scale * (negative - silent)
 
 
+def is_guided(text_scale: float, audio_scale: float | None = None) -> bool:
+    """Whether a step evaluates more than the prompt. audio_scale: of an avatar, where both scales must be 1 or less."""
+    return text_scale != 1 if audio_scale is None else max(text_scale, audio_scale) > 1
+
+
 def audio_parts(text_scale: float, audio_scale: float) -> tuple[tuple[bool, bool], tuple[float, ...]]:
-    """Whether `audio_guidance` needs u and n beside c, and the scales that `guided` takes then.
+    """Whether `audio_guidance` needs u and n beside c, and the scales that `guided` takes then; see `is_guided`.
 
     The weights of u, n and c are 1 - audio_scale, audio_scale - text_scale and text_scale, so equal scales need no n.
     """
-    needed = audio_scale != 1, audio_scale != text_scale or text_scale == 0
+    needed = audio_scale != 1, audio_scale != text_scale
     # The weights add up to 1, so those of two outputs are one number.
     return needed, (text_scale, audio_scale) if all(needed) else (text_scale,)
 
@@ -39,8 +44,7 @@ def guided(out: Tensor, scale: Tensor) -> Tensor:
     """A step's outputs, the unconditional ones first, combined.
 
     scale: of `cfg_zero`, [], for outputs [2B, ..]; or of `audio_parts`: two, [2], for the outputs [3B, ..] of
-    `audio_guidance`, or one, [1], for c and one of the others,
-    [2B, ..].
+    `audio_guidance`, or one, [1], for c and one of the others, [2B, ..].
     """
     if scale.ndim and len(scale) == 2:
         return audio_guidance(out, *scale.unbind())

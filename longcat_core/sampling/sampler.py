@@ -16,7 +16,7 @@ from ..model.audio_tokens import AudioTokens
 from ..model.kv_cache import KVCache, KVMode, check_mode
 from ..model.text import TextTokens
 from .avatar import Audio, ReferenceFrame
-from .guidance import audio_parts, guided_steps
+from .guidance import audio_parts, guided_steps, is_guided
 from .network import Network
 from .schedules import Schedule
 from .step import take_step
@@ -90,7 +90,7 @@ def sample(
     Raises LongCatError for shapes that do not fit, and anything that `callback` raises.
     """
     check_mode(kv_cache)
-    guided = guidance_scale != 1.0 if audio is None else max(guidance_scale, audio.guidance_scale) > 1.0
+    guided = is_guided(guidance_scale, None if audio is None else audio.guidance_scale)
     apart: dict[str, Any] = {}
     lead = 0
     if reference is not None:
@@ -117,10 +117,10 @@ def sample(
             )
         latents[:, :, :num_cond] = cond_latents.to(latents)
 
-    needed, scales = (
-        ((False, True), guidance_scale) if audio is None else audio_parts(guidance_scale, audio.guidance_scale)
-    )
-    needed = needed if guided else (False, False)
+    needed: tuple[bool, bool] = (False, guided)
+    scales: float | tuple[float, ...] = guidance_scale
+    if guided and audio is not None:
+        needed, scales = audio_parts(guidance_scale, audio.guidance_scale)
     texts = _Texts(model, noise.shape[0], context, mask, negative_context, negative_mask, audio, needed)
     cached = num_cond > 0 and kv_cache != "off"
     cache: KVCache | None = None
