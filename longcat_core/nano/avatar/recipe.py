@@ -20,7 +20,6 @@ from torch import Tensor, autocast
 
 from ...checkpoints.formats import OFFICIAL
 from ...checkpoints.load import load_transformer, official_state
-from ...errors import LongCatError
 from ...files.atomic import atomic_path
 from ...files.safetensors_io import read_tensors, write_safetensors
 from ...generate.audio import load_audio_encoder
@@ -62,7 +61,6 @@ LEARNING_RATE, WARM_UP, DECAY = 8e-4, 100, 0.998
 SIGMA_SHIFTS = (7.0, 2.0)
 EMPTY, SILENT = 0.05, 0.02  # shares of the samples without a text, and of those without a sound
 ROUGH = 0.1  # noise on clean latents at most, as decoding and encoding again leaves it
-LOG_EVERY = 100  # steps
 CAPTURED = True  # a step on a GPU is one CUDA graph; False: kernel by kernel, five times slower
 
 
@@ -321,30 +319,14 @@ def train_transformer(folder: Path, recipe: Recipe, clock: Clock, seed: int, dev
     step = teacher.load(folder)
     torch.manual_seed(seed + step)
     rng = random.Random(f"avatar {seed} {step}")
-    begin = clock.spent - clock.seconds.get("transformer", 0.0)
-    losses: dict[str, float] = {}
-    while True:
-        share = (clock.spent - begin) / max(1.0, clock.budget - begin)
+
+    def take(share: float, number: int) -> Callable[[], dict[str, float]]:
         lesson = rng.choices(LESSONS, [one.weight for one in LESSONS])[0]
-        loss = teacher.step(lesson, rate_at(share, step))
-        step += 1
-        if step % 10 == 0:
-            name, value = f"{lesson.kind} {lesson.clean}{' negative' * lesson.negative}", float(loss)
-            if not math.isfinite(value):
-                raise LongCatError(f"training diverged before step {step}; try another --seed")
-            losses[name] = value if name not in losses else 0.9 * losses[name] + 0.1 * value
-            clock.tick("transformer")
-        if step % LOG_EVERY == 0:
-            shown = ", ".join(f"{name}: {value:.4f}" for name, value in sorted(losses.items()))
-            print(f"step {step}, {clock.spent:.0f} of {clock.budget:.0f} s: {shown}", flush=True)
-        ended = clock.share >= 1
-        if ended or (step % 10 == 0 and (clock.due or clock.used_up)):
-            teacher.save(folder, step)
-            clock.tick("transformer")
-            clock.save()
-            if ended:
-                return f"{step} steps, loss {sum(losses.values()) / max(1, len(losses)):.4f}"
-            clock.pause_if_due()
+        loss = teacher.step(lesson, rate_at(share, number))
+        return lambda: {f"{lesson.kind} {lesson.clean}{' negative' * lesson.negative}": float(loss)}
+
+    step, losses = clock.steps("transformer", step, take, partial(teacher.save, folder))
+    return f"{step} steps, loss {sum(losses.values()) / max(1, len(losses)):.4f}"
 
 
 def write_folder(folder: Path) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...errors import LongCatError
 from ...files.atomic import atomic_path
 from ...files.records import read_record
 
 REMEDY = "remove the folder to begin again"
 SAVE_EVERY = 120.0  # seconds
+READ_EVERY, LOG_EVERY = 10, 100  # steps
 
 
 class Paused(Exception):
@@ -83,6 +85,40 @@ class Clock:
         """Run a stage that is not done yet, and mark it as done."""
         if name not in self.done:
             self.finish(name, run())
+
+    def steps(
+        self, name: str, done: int, take: Callable[[float, int], Callable[[], dict[str, float]]],
+        save: Callable[[int], None],
+    ) -> tuple[int, dict[str, float]]:  # fmt: skip
+        """Training steps until the budget is used up; returns how many there are and the last losses, smoothed.
+
+        name: of the stage. done: steps of earlier runs. take: makes a step from the share of the stage's time that is
+        gone and the number of the step, from 0, and returns what reads its losses by name, which waits for the device.
+        save: keeps the state after a number of steps. Raises LongCatError if a loss is not finite, and Paused when this
+        run must end.
+        """
+        begin, first, step = self.spent - self.seconds.get(name, 0.0), done, done
+        losses: dict[str, float] = {}
+        while True:
+            read = take((self.spent - begin) / max(1.0, self.budget - begin), step)
+            step += 1
+            if step % READ_EVERY == 0 or step == first + 1:
+                for which, value in read().items():
+                    losses[which] = value if which not in losses else 0.9 * losses[which] + 0.1 * value
+                    if not math.isfinite(value):
+                        raise LongCatError(f"training diverged before step {step}; try another --seed")
+                self.tick(name)
+            if step % LOG_EVERY == 0:
+                shown = ", ".join(f"{which}: {value:.4f}" for which, value in sorted(losses.items()))
+                print(f"step {step}, {self.spent:.0f} of {self.budget:.0f} s: {shown}", flush=True)
+            ended = self.share >= 1
+            if ended or (step % READ_EVERY == 0 and (self.due or self.used_up)):
+                save(step)
+                self.tick(name)
+                self.save()
+                if ended:
+                    return step, losses
+                self.pause_if_due()
 
     @contextmanager
     def pausing(self) -> Iterator[None]:

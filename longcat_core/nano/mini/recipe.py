@@ -57,7 +57,6 @@ VOCABULARY = 640
 LEARNING_RATE = 8e-4
 WARM_UP = 200  # steps
 EMPTY_TEXT, NEGATIVE_TEXT = 0.06, 0.06
-LOG_EVERY = 100  # steps
 CHUNK = 8  # full clips drawn and encoded at once, and as many pixels of smaller ones
 # How often steps of each bucket are drawn: pairs of a share of the transformer's time and a weight, with lines between.
 COURSE: dict[str, tuple[tuple[float, float], ...]] = {
@@ -274,33 +273,20 @@ def train_transformer(folder: Path, recipe: Recipe, clock: Clock, seed: int, dev
         torch.manual_seed(seed + step)
         print(f"resuming after step {step}", flush=True)
     rng = seeded(seed, step)
-    begin = clock.spent - clock.seconds.get("transformer", 0.0)
-    losses: dict[str, float] = {}
-    first = step
-    while True:
-        share = (clock.spent - begin) / max(1.0, clock.budget - begin)
+
+    def take(share: float, number: int) -> Callable[[], dict[str, float]]:
         lesson = teacher.lesson(share, rng)
-        found = teacher.step(lesson, rate_at(share, step))
-        step += 1
-        if step % 10 == 0 or step == first + 1:
-            for noise, part in zip(("high", "low"), found.tensor_split(2), strict=True):
-                name, value = f"{lesson.bucket} {lesson.cond} {noise}", part.mean().item()
-                losses[name] = value if name not in losses else 0.9 * losses[name] + 0.1 * value
-                if not math.isfinite(value):
-                    raise LongCatError(f"training diverged before step {step}; try another --seed")
-            clock.tick("transformer")
-        if step % LOG_EVERY == 0:
-            shown = ", ".join(f"{name}: {value:.4f}" for name, value in sorted(losses.items()))
-            print(f"step {step}, {clock.spent:.0f} of {clock.budget:.0f} s: {shown}", flush=True)
-        ended = clock.share >= 1
-        if ended or (step % 10 == 0 and (clock.due or clock.used_up)):
-            teacher.save(folder, step)
-            clock.tick("transformer")
-            clock.save()
-            if ended:
-                counts = ", ".join(f"{n} of {item.bucket} {item.cond}" for item, n in teacher.counts.items())
-                return f"{step} steps (this run {counts}), loss {losses.get('full 0 low', math.nan):.4f} at low noise"
-            clock.pause_if_due()
+        found = teacher.step(lesson, rate_at(share, number))
+
+        def read() -> dict[str, float]:
+            halves = zip(("high", "low"), found.tensor_split(2), strict=True)
+            return {f"{lesson.bucket} {lesson.cond} {noise}": part.mean().item() for noise, part in halves}
+
+        return read
+
+    step, losses = clock.steps("transformer", step, take, partial(teacher.save, folder))
+    counts = ", ".join(f"{n} of {item.bucket} {item.cond}" for item, n in teacher.counts.items())
+    return f"{step} steps (this run {counts}), loss {losses.get('full 0 low', math.nan):.4f} at low noise"
 
 
 def world_of(recipe: Recipe) -> World:
