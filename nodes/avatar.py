@@ -16,6 +16,7 @@ from torch import Tensor
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.media import cover
 from ..longcat_core.generate.audio import Embeddings
+from ..longcat_core.generate.people import Person, classes_of
 from ..longcat_core.generate.progress import ENCODING
 from ..longcat_core.model.audio import PEOPLE
 from ..longcat_core.model.kv_cache import Reference
@@ -25,8 +26,6 @@ from ..longcat_core.sampling.avatar import (
     Audio,
     ReferenceFrame,
     box_mask,
-    class_tokens,
-    fit_masks,
     with_background,
 )
 from ..longcat_core.sampling.buckets import nearest_bucket
@@ -36,7 +35,7 @@ from .checks import check_length, check_ranges, check_size
 from .comfy_avatar import AUDIO, REFERENCE, silent, with_values
 from .comfy_vae import encoded
 from .conditioning import put_clean, require_wan_vae
-from .images import check_images, to_bytes, to_image
+from .images import check_images, one_image, to_bytes, to_image
 from .inputs import LongCatNode
 from .progress import working
 from .sounds import audio_of, part_of
@@ -46,8 +45,6 @@ from .widgets import CUSTOM
 # (height, width) of a video from text alone.
 TEXT_SIZES = {"480p": (480, 832), "720p": (768, 1280)}
 COLORS = ((255, 80, 60), (70, 150, 255))
-# Pixels of a token's side.
-TOKEN = 16
 
 
 def size_of(
@@ -65,30 +62,42 @@ def size_of(
     return height, width
 
 
+def people_of(
+    person_1: Tensor | None, person_2: Tensor | None, others: Tensor | None, first_voice: str
+) -> tuple[Person, ...]:
+    """Where people are, as `AvatarRequest.people` has it: masks [h, w], or the half in which the first voice is.
+
+    Raises LongCatError for one mask of two.
+    """
+    given = [mask for mask in (person_1, person_2) if mask is not None]
+    if len(given) == 1:
+        raise LongCatError("one of person_1 and person_2 has a mask; connect both or neither")
+    masks = [mask[0] if mask.ndim == 3 else mask for mask in given]
+    if others is None:
+        return tuple(masks) or (() if first_voice == "left" else (RIGHT, LEFT))
+    return *(masks or ((LEFT, RIGHT) if first_voice == "left" else (RIGHT, LEFT))), *others
+
+
 def person_masks(
     speakers: int, given: Sequence[Tensor | None], others: Tensor | None, first_voice: str, source: tuple[int, int]
 ) -> Tensor | None:
     """Masks [K, h, w] in the order of `Audio.classes`; None for one speaker. given: MASKs of the two people; by default
     the boxes of the public demo in an image of the size `source`. Raises LongCatError for masks that do not fit."""
-    people = [mask for mask in given if mask is not None]
     if speakers == 1:
-        if people or others is not None:
+        if any(mask is not None for mask in (*given, others)):
             raise LongCatError("masks tell several voices apart, and voices has one; connect audio_2 of Encode Audio")
         return None
-    if len(people) == 1:
-        raise LongCatError("one of person_1 and person_2 has a mask; connect both or neither")
+    people = people_of(*given, others, first_voice) or (LEFT, RIGHT)
     if others is not None and speakers == PEOPLE:
         raise LongCatError("others has masks, but voices has no silence for them; turn others of Encode Audio on")
     if others is None and speakers > PEOPLE:
-        raise LongCatError("voices has silence for others, but there is no mask; connect others or turn it off")
-    if not people:
-        boxes = (LEFT, RIGHT) if first_voice == "left" else (RIGHT, LEFT)
-        people = [box_mask(box, *source) for box in boxes]
-    people = [mask[0] if mask.ndim == 3 else mask for mask in people]
-    people += [] if others is None else list(others)
-    if len({tuple(mask.shape) for mask in people}) > 1:
+        raise LongCatError(
+            "voices has silence for others, which has no masks; connect them, or turn others of Encode Audio off"
+        )
+    masks = [box_mask(person, *source) if isinstance(person, tuple) else person for person in people]
+    if len({tuple(mask.shape) for mask in masks}) > 1:
         raise LongCatError("the masks are of different sizes; give all of them the size of the image")
-    return with_background(people)
+    return with_background(masks)
 
 
 def windows_of(embeddings: Embeddings, segment: int, length: int, overlap: int) -> tuple[Tensor, int]:
@@ -97,7 +106,7 @@ def windows_of(embeddings: Embeddings, segment: int, length: int, overlap: int) 
     if first * embeddings.stride >= embeddings.values.shape[1]:
         seconds = embeddings.values.shape[1] / embeddings.stride / embeddings.fps
         raise LongCatError(
-            f"segment {segment} begins after the sound, which ends at {seconds:.1f} s; choose an earlier"
+            f"segment {segment} begins after the sound, which ends at {seconds:.1f} s; choose an earlier one"
         )
     return embeddings.windows(first, length), first
 
@@ -132,10 +141,7 @@ class Avatar(LongCatNode):
             raise LongCatError("image begins a first segment and previous a later one; connect one of them")
         start, end = None, None
         if image is not None:
-            check_images("image", image)
-            if len(image) > 1:
-                raise LongCatError(f"image holds {len(image)} images, but a video starts with one; take one of them")
-            start = to_bytes(image)
+            start = one_image(image)
         elif previous is not None:
             end = last_of(previous, overlap)
         given = start if end is None else end
@@ -149,7 +155,7 @@ class Avatar(LongCatNode):
             raise LongCatError("masks say where people are in the first frame, and none is given; connect image")
         classes = None
         if masks is not None:
-            classes = class_tokens(fit_masks(masks, height, width), height // TOKEN, width // TOKEN)
+            classes = classes_of(masks, height, width)
         latent = {"samples": torch.zeros((1, *latent_shape(length, height, width)))}
         latent["samples"] = latent["samples"].to(comfy.model_management.intermediate_device())
         if given is not None:

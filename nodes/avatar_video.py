@@ -6,9 +6,7 @@ import logging
 from dataclasses import replace
 
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.regular import lines_of
 from ..longcat_core.generate import long_video
 from ..longcat_core.generate.audio import Embeddings, segments_for
@@ -17,14 +15,13 @@ from ..longcat_core.generate.options import LOSSY_CHANGES
 from ..longcat_core.generate.progress import sampled
 from ..longcat_core.generate.request import RELEASED, GenerateRequest
 from ..longcat_core.generate.speeds import EXACT
-from ..longcat_core.sampling.avatar import LEFT, RIGHT
 from ..longcat_core.sampling.conditioning import latent_frames, latent_shape
 from .audio import HEARING, combined, encoder_of, on_device
-from .avatar import size_of
+from .avatar import people_of, size_of
 from .checks import check_length, check_ranges, check_size
 from .engine import ComfyEngine, weights_hash
 from .folders import FolderNode, check_folder, output_folder, written_out
-from .images import check_images, to_bytes
+from .images import one_image
 from .long_video import Gathered, say
 from .models import distilled_notes, require_longcat, until_notes
 from .progress import NodeProgress, begins
@@ -34,20 +31,6 @@ from .video import check_fits
 from .widgets import CUSTOM, LONG_MODES
 
 NAME = "LongCat Avatar Long Video"
-
-
-def people_of(person_1: Tensor | None, person_2: Tensor | None, others: Tensor | None, first_voice: str) -> tuple:
-    """Where people are, as `AvatarRequest.people` has it: masks [h, w], or the half in which the first voice is.
-
-    Raises LongCatError for one mask of two.
-    """
-    given = [mask for mask in (person_1, person_2) if mask is not None]
-    if len(given) == 1:
-        raise LongCatError("one of person_1 and person_2 has a mask; connect both or neither")
-    masks = [mask[0] if mask.ndim == 3 else mask for mask in given]
-    if others is None:
-        return tuple(masks) or (() if first_voice == "left" else (RIGHT, LEFT))
-    return *(masks or ((LEFT, RIGHT) if first_voice == "left" else (RIGHT, LEFT))), *others
 
 
 class AvatarLongVideo(FolderNode):
@@ -77,12 +60,7 @@ class AvatarLongVideo(FolderNode):
         encoder, voices = encoder_of(audio_encoder), combined(audio, audio_2, order)
         defaults = replace(RELEASED, audio=model.model.network.config.audio)
         encoder.check(defaults.audio)
-        given = None
-        if image is not None:
-            check_images("image", image)
-            if len(image) > 1:
-                raise LongCatError(f"image holds {len(image)} images, but a video starts with one; take one of them")
-            given = to_bytes(image)
+        given = None if image is None else one_image(image)
         height, width = size_of(resolution, width, height, given, None)
         schedule, later = LONG_MODES[mode]
         strongest = max(1.0, guidance, audio_guidance)

@@ -18,7 +18,7 @@ from ..longcat_core.sampling.buckets import nearest_bucket
 from ..longcat_core.sampling.conditioning import latent_frames, latent_shape
 from .checks import check_length, check_ranges, check_size
 from .comfy_vae import encoded
-from .images import check_images, to_bytes, to_image
+from .images import one_image, to_image
 from .inputs import LongCatNode
 from .progress import working
 from .video import end_of_clip
@@ -77,13 +77,8 @@ class ImageToVideo(LongCatNode):
 
     @classmethod
     def execute(cls, vae, image, resolution, width, height, length, batch_size=1) -> io.NodeOutput:
-        check_images("image", image)
-        if len(image) > 1:
-            raise LongCatError(
-                f"image holds {len(image)} images, but a video starts with one; take one out of the batch "
-                "(ImageFromBatch), or connect the frames of a clip to LongCat Video Continuation"
-            )
-        return io.NodeOutput(conditioned_latent(vae, to_bytes(image), resolution, width, height, length, batch_size))
+        start = one_image(image, ", or connect the frames of a clip to LongCat Video Continuation")
+        return io.NodeOutput(conditioned_latent(vae, start, resolution, width, height, length, batch_size))
 
 
 class VideoContinuation(LongCatNode):

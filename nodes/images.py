@@ -24,3 +24,17 @@ def check_images(name: str, images: Tensor) -> None:
     """Raise LongCatError unless `images` is an IMAGE [F, H, W, C] with frames and at least three channels."""
     if images.ndim != 4 or images.shape[-1] < 3 or not len(images):
         raise LongCatError(f"{name} is {list(images.shape)}; connect an IMAGE with three channels [frames, H, W, 3]")
+
+
+def one_image(image: Tensor, otherwise: str = "") -> np.ndarray:
+    """The picture that a video starts with, uint8 [1, H, W, 3], of the input `image`.
+
+    otherwise: what else to do with several, for the LongCatError that is raised for these.
+    """
+    check_images("image", image)
+    if len(image) > 1:
+        raise LongCatError(
+            f"image holds {len(image)} images, but a video starts with one; take one out of the batch "
+            f"(ImageFromBatch){otherwise}"
+        )
+    return to_bytes(image)
