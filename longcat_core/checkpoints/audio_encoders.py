@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ CONVOLUTIONS = 7
 BESIDE = ("masked_spec_embed",)
 
 
-def _same(modules: Iterator[str] | tuple[str, ...]) -> Table:
+def _same(modules: tuple[str, ...]) -> Table:
     return {module: (module,) for module in modules}
 
 

@@ -39,11 +39,16 @@ class Golden:
 
         return load_vae(self.vae_file())
 
+    @property
+    def version(self) -> str:
+        """The version of LongCat-Video-Avatar whose audio encoder the folder holds."""
+        return "1.5" if (self.folder / "whisper_config.json").exists() else "1.0"
+
     @cached_property
     def audio_encoder(self) -> Any:
         from ..generate.audio.encoder import load_audio_encoder, open_audio_encoder
 
-        name = "whisper" if (self.folder / "whisper_config.json").exists() else "wav2vec2"
+        name = "whisper" if self.version == "1.5" else "wav2vec2"
         file, config = (self.folder / f"{name}{suffix}" for suffix in (".safetensors", "_config.json"))
         return load_audio_encoder(file, opened=open_audio_encoder(file, config))
 

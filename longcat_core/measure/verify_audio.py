@@ -24,11 +24,6 @@ MEL_TOLERANCE = 1e-4
 LONG_SECONDS, LONG_FROM = 31.3, 720
 
 
-def version_of(golden: Golden) -> str:
-    """The version whose audio encoder the folder holds."""
-    return "1.5" if (golden.folder / "whisper_config.json").exists() else "1.0"
-
-
 def _frames(golden: Golden) -> tuple[int, int]:
     """Video frames of a segment, and of those that it has in common with the one before."""
     return golden.read("audio")["one.segment0"].shape[1], len(golden.read("generate")["at2v.frames"])
@@ -86,7 +81,7 @@ def audio_cases(golden: Golden) -> Iterator[Case]:
     for voice in VOICES:
         yield Case(f"{voice}.samples", partial(_samples, voice=voice))
     yield Case("one.loud", lambda g: (_heard(g, "one"), g.read("audio")["one.loud"]))
-    if version_of(golden) == "1.0":
+    if golden.version == "1.0":
         yield Case("one.pre", lambda g: (_noisy(g), g.read("audio")["one.pre"]))
         yield Case("one.input", lambda g: (normalized(_noisy(g)), g.read("audio")["one.input"]))
     else:

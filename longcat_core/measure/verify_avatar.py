@@ -27,7 +27,7 @@ from ..sampling.guidance import audio_guidance
 from ..sampling.sampler import sample
 from ..sampling.schedules import AVATAR_SHIFT, DMD_STEPS, SHIFT, Schedule, dmd_schedule, make_schedule
 from .golden import Case, Golden, Pair
-from .verify_audio import VOICES, audio_cases, version_of
+from .verify_audio import VOICES, audio_cases
 
 TEXT_SCALE, AUDIO_SCALE = 3.0, 4.5
 STEPS, DISTILLED_STEPS = 6, 4
@@ -182,7 +182,7 @@ def _prenorm(golden: Golden) -> Pair:
 
 
 def _make_schedule(golden: Golden, name: str, steps: int) -> Schedule:
-    newer = version_of(golden) == "1.5"
+    newer = golden.version == "1.5"
     if name == "distill":
         return dmd_schedule() if newer else make_schedule("distilled", steps)
     return make_schedule(name, steps, AVATAR_SHIFT if newer else SHIFT)
@@ -196,7 +196,7 @@ def _schedule(golden: Golden, name: str, steps: int, kind: str) -> Pair:
 def _segment(golden: Golden, run: str, mode: str, second: bool, kv_cache: KVMode, conditions: dict[str, Any]) -> Tensor:
     """One segment. second: the continuation."""
     data, voices, distilled = golden.read("generate"), golden.read("audio"), run.endswith("_distill")
-    newer, people = version_of(golden) == "1.5", "duo" if run.startswith("duo") else ""
+    newer, people = golden.version == "1.5", "duo" if run.startswith("duo") else ""
     noise = data[f"noise{int(second)}"]
     height, width = (side * SPATIAL_FACTOR for side in noise.shape[3:])
     windows = torch.cat([voices[f"{voice}.segment{int(second)}"] for voice in VOICES[: 2 if people else 1]])
@@ -267,7 +267,7 @@ def _fitted(golden: Golden, name: str) -> Pair:
 
 def avatar_cases(golden: Golden) -> Iterator[Case]:
     """Every case of an avatar's golden folder."""
-    version = version_of(golden)
+    version = golden.version
     yield Case("audio.first", partial(_windows, part=0))
     yield Case("audio.rest", partial(_windows, part=1))
     yield Case("audio.tokens", _tokens)

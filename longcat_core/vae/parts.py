@@ -34,7 +34,7 @@ def room(device: torch.device) -> int:
 def needed_bytes(height: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
     """About what decoding pictures of this size takes at most beside the weights; encoding takes less.
 
-    At 480x832 and 704x1280 in bf16 and fp32, with rooms of 0.5 to 3 GiB, an H200 took 80 to 100 % of it (2026-11-29).
+    At 480x832 and 704x1280 in bf16 and fp32, with rooms of 0.5 to 3 GiB, an H200 took 64 to 98 % of it (2026-11-29).
     """
     return 2 * room(device) + KEPT * height * width * dtype.itemsize
 

@@ -10,7 +10,6 @@ import pytest
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.measure.golden import Case, Golden, check
 from longcat_core.measure.verify import run_verify
-from longcat_core.measure.verify_audio import version_of
 from longcat_core.measure.verify_avatar import SCHEDULES, avatar_cases
 
 DATA = Path(__file__).parents[1] / "data" / "golden-avatar"
@@ -28,7 +27,7 @@ def test_golden_case(version, case):
 @pytest.mark.parametrize("version", GOLDEN)
 def test_every_tensor_of_the_folder_is_a_case_or_an_input(version):
     folder, names = DATA / f"v{version.replace('.', '_')}", {case.name for case in avatar_cases(GOLDEN[version])}
-    assert version_of(GOLDEN[version]) == version
+    assert GOLDEN[version].version == version
     outputs = {k.removesuffix(".out") for k in read_tensors(folder / "forward.safetensors") if k.endswith(".out")}
     maps = {k for k in read_tensors(folder / "forward.safetensors") if k.endswith((".maps", ".masks"))}
     assert outputs - {"kv.cond_out"} | maps <= names and "kv.cond_out" in names
