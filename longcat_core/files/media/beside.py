@@ -61,7 +61,9 @@ class VideoBeside:
         if self._thread is not None:
             try:
                 self._put(None if error is None else _GivenUp())
-                self._ended.wait()
+                # A signal that arrives as a wait begins is seen only when that wait ends.
+                while not self._ended.wait(0.1):
+                    pass
             except BaseException:
                 self._give_up(self._thread)
                 raise
