@@ -18,6 +18,7 @@ FLOORS = (
     ("model",),
     ("optimize",),
     ("checkpoints", "sampling", "vae"),
+    ("parallel",),
     ("generate",),
     ("training",),
     ("nano",),

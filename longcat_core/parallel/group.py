@@ -1,0 +1,210 @@
+"""A group of processes that work on one video: rank 0 is the process of the command, the others serve it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from ..errors import LongCatError
+from .lifeline import Failure, Hub, Line
+from .messages import packed, unpacked
+
+# Of collectives: compiling in one rank takes minutes. A rank that dies is noticed without it.
+TIMEOUT = timedelta(minutes=30)
+# Seconds, for a worker to leave, and to learn which rank failed where communication did.
+LEAVING, VERDICT = 5.0, 3.0
+# Without these, PyTorch ends the whole process, ComfyUI included, when a rank is gone or late.
+SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+_current: Group | None = None
+
+
+class Group:
+    """This process's place in a group of `size` processes; `start` and `join` make it.
+
+    rank: 0 for the process that everything starts from. devices: of all ranks; device: of this one. Tensors go through
+    `torch.distributed`, whose default group this is: NCCL between GPUs, gloo for tensors in CPU memory. Everything but
+    `send`, `end` and `working`, which are rank 0's, and `receive`, which is the workers', is a collective: all ranks
+    call it in the same order.
+
+    As a context manager it ends the group.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        devices: Sequence[torch.device],
+        store: dist.Store,
+        *,
+        hub: Hub | None = None,
+        line: Line | None = None,
+        server: dist.Store | None = None,
+    ) -> None:
+        self.rank, self.devices = rank, tuple(devices)
+        self._hub, self._line, self._store, self._server = hub, line, store, server
+        self._ending = threading.Lock()
+        if hub is not None:
+            hub.watch(self._abort)
+
+    @property
+    def size(self) -> int:
+        return len(self.devices)
+
+    @property
+    def device(self) -> torch.device:
+        return self.devices[self.rank]
+
+    def send(self, message: object) -> None:
+        """From rank 0 to every worker: Python's own types, and objects of this package and of PyTorch; no tensors.
+
+        Returns at once. Raises LongCatError if the group has failed.
+        """
+        assert self._hub is not None
+        data = packed(message)
+        self.check()
+        try:
+            self._hub.send(data)
+        except OSError as error:
+            raise self._failed(self._hub.failure(VERDICT)) from error
+
+    def receive(self) -> Any:
+        """In a worker: the next message, however long it takes. None is the last one."""
+        assert self._line is not None
+        return unpacked(self._line.receive())
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Fill `tensor`, contiguous and of one shape and dtype everywhere, with that of rank 0; returns it."""
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    def check(self) -> None:
+        """In rank 0: raise LongCatError with the failing rank's own sentence if the group has failed."""
+        if self._hub is not None and self._hub.failed:
+            raise self._failed(self._hub.failure())
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """In rank 0, around everything that needs the other ranks, from the message to the last collective.
+
+        If a rank fails, LongCatError with its own sentence takes the place of what that causes here. Another exception
+        leaves the ranks out of step, so it ends the workers and with them the group.
+        """
+        self.check()
+        try:
+            yield
+        except BaseException as error:
+            if self._hub is None:
+                raise
+            # What failed here may be communication with a rank whose end is not yet noticed.
+            failure = self._hub.failure(VERDICT if is_communication(error) else 0.0)
+            self._hub.kill()
+            if failure is None or not isinstance(error, Exception):
+                raise
+            raise self._failed(failure) from error
+        # Aborted communication leaves garbage and raises nothing.
+        self.check()
+
+    def end(self) -> None:
+        """In rank 0: end the workers and leave the group, also after a failure. A second call does nothing."""
+        global _current
+        if _current is not self:
+            return
+        _current = None
+        if self._hub is None:
+            dist.destroy_process_group()
+            return
+        orderly = not self._hub.failed
+        if orderly:
+            self._hub.leave()
+            try:
+                self._hub.send(packed(None))
+            except OSError:
+                orderly = False
+        if not orderly:
+            self._hub.kill()
+        self._leave(orderly)
+        self._hub.wait(LEAVING if orderly else 0.0)
+
+    def connect(self) -> None:
+        """Make the default group of `torch.distributed`; for `start` and `join`. All ranks wait for each other."""
+        global _current
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        gpu = self.device.type == "cuda"
+        if gpu:
+            torch.cuda.set_device(self.device)
+        _current = self
+        dist.init_process_group(
+            backend_of(self.devices),
+            store=self._store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=TIMEOUT,
+            device_id=self.device if gpu else None,
+        )
+
+    def _abort(self) -> None:
+        # Rank 0 may be waiting in the store for a rank that is gone.
+        self._server = None
+        # gloo notices by itself, but on a GPU the kernel of a collective waits for ever.
+        if self.device.type == "cuda":
+            self._leave(orderly=False)
+
+    def _leave(self, orderly: bool) -> None:
+        with self._ending:
+            if not dist.is_initialized():
+                return
+            if orderly:
+                dist.destroy_process_group()
+            else:
+                distributed_c10d._abort_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._hub is not None:
+            self._hub.kill()
+        self.end()
+
+    def _failed(self, failure: Failure | None) -> LongCatError:
+        if failure is None:
+            return LongCatError("the processes on the other GPUs were ended; run it again")
+        return LongCatError(f"{named(failure.rank, self.devices[failure.rank])}: {failure.sentence}")
+
+
+def named(rank: int, device: torch.device) -> str:
+    """A rank for a user: `GPU 1 (rank 1)`."""
+    return f"{'GPU' if device.type == 'cuda' else device.type} {device.index or 0} (rank {rank})"
+
+
+def is_communication(error: BaseException) -> bool:
+    """Whether an exception may be of communication with another rank, which is gone then."""
+    words = ("gloo", "nccl", "connection", "process group")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def backend_of(devices: Sequence[torch.device]) -> str:
+    """What `torch.distributed` communicates by: NCCL between GPUs where PyTorch has it, and gloo."""
+    return "cpu:gloo,cuda:nccl" if devices[0].type == "cuda" and dist.is_nccl_available() else "gloo"
+
+
+def check_none() -> None:
+    """Raise LongCatError if this process belongs to a group of `torch.distributed` already."""
+    if not dist.is_available():
+        raise LongCatError("this PyTorch cannot use several GPUs, because it was built without torch.distributed")
+    if _current is not None:
+        raise LongCatError(f"a group of {_current.size} processes is at work already; end it first")
+    if dist.is_initialized():
+        raise LongCatError("torch.distributed is in use by other code in this process; use one GPU, or another process")

@@ -1,0 +1,56 @@
+"""A group of real processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from longcat_core.errors import LongCatError
+from longcat_core.optimize.plan import Plan
+from longcat_core.parallel.group import Group
+from longcat_core.parallel.messages import packed, unpacked
+from longcat_core.parallel.start import start
+
+from ..support.ranks import SERVE
+from .work import described, do, sum_of_shares
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Group]:
+    with start([CPU, CPU], SERVE) as group:
+        yield group
+
+
+def test_ranks_exchange_messages_and_tensors(group):
+    assert (group.rank, group.size, group.device) == (0, 2, CPU)
+    message = (Plan(3), torch.bfloat16, {"a": [1.5, None]})
+    texts = do(group, described, message)
+    assert [text.rpartition(" ")[0] for text in texts] == [repr(message)] * 2
+    assert do(group, sum_of_shares, [1.0, -2.0]).tolist() == [3.0, -6.0]
+
+
+def test_workers_share_the_cores(group):
+    assert do(group, described, 0)[1] == f"0 {max(1, os.cpu_count() // 2)}"
+
+
+def test_a_second_group_is_refused(group):
+    with pytest.raises(LongCatError, match="a group of 2 processes is at work already; end it first"):
+        start([CPU, CPU])
+
+
+def test_messages_keep_their_classes_under_another_name_of_the_package():
+    """Inside ComfyUI the pack is `custom_nodes.X`, and rank 0 sends what it calls so."""
+    data = pickle.dumps(Plan, protocol=0).replace(b"longcat_core", b"custom_nodes.X.longcat_core")
+    assert unpacked(data) is Plan
+
+
+@pytest.mark.parametrize("thing", [os.system, eval, pickle.loads])
+def test_messages_hold_no_other_classes(thing):
+    with pytest.raises(pickle.UnpicklingError, match="cannot hold"):
+        unpacked(packed(thing))
