@@ -64,22 +64,33 @@ class Group:
         return self.devices[self.rank]
 
     def send(self, message: object) -> None:
-        """From rank 0 to every worker: Python's own types, and objects of this package and of PyTorch; no tensors.
+        """From rank 0 to every worker: objects of this package, of PyTorch and of Python's own types, modules included.
 
-        Returns at once. Raises LongCatError if the group has failed.
+        Tensors of any dtype arrive contiguous on the worker's device and without gradients, each once, even if the
+        message has it in several places. Returns when the message is on its way. Raises LongCatError if the group has
+        failed.
         """
         assert self._hub is not None
-        data = packed(message)
-        self.check()
-        try:
-            self._hub.send(data)
-        except OSError as error:
-            raise self._failed(self._hub.failure(VERDICT)) from error
+        data, tensors = packed(message)
+        with self.working():
+            shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+            self._hub.send(packed((data, shapes))[0])
+            for tensor in tensors:
+                self._broadcast_bytes(tensor.detach().to(self.device).contiguous())
 
     def receive(self) -> Any:
         """In a worker: the next message, however long it takes. None is the last one."""
         assert self._line is not None
-        return unpacked(self._line.receive())
+        data, shapes = unpacked(self._line.receive())
+        tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
+        for tensor in tensors:
+            self._broadcast_bytes(tensor)
+        return unpacked(data, tensors)
+
+    def _broadcast_bytes(self, tensor: Tensor) -> None:
+        # NCCL and gloo do not know all dtypes.
+        if tensor.numel():
+            self.broadcast(tensor.view(-1).view(torch.uint8))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Fill `tensor`, contiguous and of one shape and dtype everywhere, with that of rank 0; returns it."""
@@ -126,8 +137,8 @@ class Group:
         if orderly:
             self._hub.leave()
             try:
-                self._hub.send(packed(None))
-            except OSError:
+                self.send(None)
+            except LongCatError:
                 orderly = False
         if not orderly:
             self._hub.kill()
@@ -192,7 +203,7 @@ def named(rank: int, device: torch.device) -> str:
 def is_communication(error: BaseException) -> bool:
     """Whether an exception may be of communication with another rank, which is gone then."""
     words = ("gloo", "nccl", "connection", "process group")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    return isinstance(error, dist.DistError | OSError) or any(word in str(error).lower() for word in words)
 
 
 def backend_of(devices: Sequence[torch.device]) -> str:

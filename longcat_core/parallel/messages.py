@@ -1,36 +1,75 @@
-"""Small Python objects on their way from rank 0 to the workers.
+"""Python objects on their way from rank 0 to the workers.
 
 They are pickled, by a process that the user started for one that it started itself, over an authenticated connection.
-Files are never read this way.
+Tensors are taken out and travel by themselves. Files are never read this way.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor, nn
 
 CORE = "longcat_core"
 # What this process calls the package: inside ComfyUI the pack has a name of its own.
 OWN = __name__.removesuffix(".parallel.messages")
+# Of other packages; a message may hold anything of this package and of PyTorch.
+OTHERS = {
+    "builtins": ("complex", "frozenset", "range", "set", "slice"),
+    "collections": ("OrderedDict", "defaultdict", "deque"),
+    "functools": ("partial",),
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"),
+}
 
 
-def packed(message: object) -> bytes:
-    """The message as bytes. It may hold Python's own types, and classes of this package and of PyTorch."""
-    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+def packed(message: object) -> tuple[bytes, list[Tensor]]:
+    """The message as bytes and its tensors, each once. It may hold objects of this package, of PyTorch and of Python's
+    own types."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(message)
+    return file.getvalue(), pickler.tensors
 
 
-def unpacked(data: bytes) -> Any:
-    """The message that `packed` turned into bytes, perhaps where this package has another name."""
-    return _Unpickler(io.BytesIO(data)).load()
+def unpacked(data: bytes, tensors: Sequence[Tensor] = ()) -> Any:
+    """What `packed` turned into bytes, with `tensors` for its own, perhaps where this package has another name."""
+    return _Unpickler(data, tensors).load()
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, thing: object) -> tuple[int, bool] | None:
+        if not isinstance(thing, Tensor):
+            return None
+        if id(thing) not in self._places:
+            self._places[id(thing)] = len(self.tensors)
+            self.tensors.append(thing)
+        return self._places[id(thing)], isinstance(thing, nn.Parameter)
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, tensors: Sequence[Tensor]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._tensors = tensors
+        self._parameters: dict[int, nn.Parameter] = {}
+
+    def persistent_load(self, place: tuple[int, bool]) -> Tensor:
+        at, is_parameter = place
+        if not is_parameter:
+            return self._tensors[at]
+        return self._parameters.setdefault(at, nn.Parameter(self._tensors[at], requires_grad=False))
+
     def find_class(self, module: str, name: str) -> Any:
         parts = module.split(".")
         if CORE in parts:
-            return super().find_class(".".join((OWN, *parts[parts.index(CORE) + 1 :])), name)
-        found = super().find_class(module, name) if parts[0] in ("torch", "builtins", "pathlib") else None
-        if found is None or (parts[0] == "builtins" and not isinstance(found, type)):
+            module = ".".join((OWN, *parts[parts.index(CORE) + 1 :]))
+        elif parts[0] != "torch" and name not in OTHERS.get(module, ()):
             raise pickle.UnpicklingError(f"a message between ranks cannot hold {module}.{name}")
-        return found
+        return super().find_class(module, name)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from longcat_core.errors import LongCatError
 from longcat_core.optimize.plan import Plan
@@ -16,7 +17,7 @@ from longcat_core.parallel.messages import packed, unpacked
 from longcat_core.parallel.start import start
 
 from ..support.ranks import SERVE
-from .work import described, do, sum_of_shares
+from .work import described, do, sum_of_shares, tensors_of
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,15 @@ def test_ranks_exchange_messages_and_tensors(group):
     texts = do(group, described, message)
     assert [text.rpartition(" ")[0] for text in texts] == [repr(message)] * 2
     assert do(group, sum_of_shares, [1.0, -2.0]).tolist() == [3.0, -6.0]
+
+
+def test_messages_hold_modules_and_tensors(group):
+    layer = nn.Linear(2, 3)
+    half = torch.arange(6).reshape(2, 3).T.to(torch.float8_e4m3fn)
+    message = {"layer": layer, "again": layer.weight, "half": half, "flags": torch.tensor(True), "none": torch.zeros(0)}
+    described = do(group, tensors_of, message)
+    assert described[0] == described[1]
+    assert "same" in described[1]
 
 
 def test_workers_share_the_cores(group):
@@ -53,4 +63,4 @@ def test_messages_keep_their_classes_under_another_name_of_the_package():
 @pytest.mark.parametrize("thing", [os.system, eval, pickle.loads])
 def test_messages_hold_no_other_classes(thing):
     with pytest.raises(pickle.UnpicklingError, match="cannot hold"):
-        unpacked(packed(thing))
+        unpacked(packed(thing)[0])

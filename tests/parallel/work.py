@@ -31,3 +31,13 @@ def described(group: Group, message: object) -> list[str]:
     texts: list[Any] = [None] * group.size
     dist.all_gather_object(texts, f"{message!r} {torch.get_num_threads()}")
     return texts
+
+
+def tensors_of(group: Group, message: dict[str, Any]) -> list[str]:
+    """The tensors that each rank received, as text, and whether the message's layer has its weight once."""
+    texts: list[Any] = [None] * group.size
+    same = "same" if message["layer"].weight is message["again"] else "another"
+    values = [*message["layer"].state_dict().values(), *(v for v in message.values() if isinstance(v, Tensor))]
+    text = ", ".join(f"{value.dtype} {list(value.shape)} {value.detach().float().tolist()}" for value in values)
+    dist.all_gather_object(texts, f"{same} {type(message['again']).__name__} {text}")
+    return texts
