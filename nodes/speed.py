@@ -42,7 +42,6 @@ def with_speed(
         tokens=tokens,
         kernel="auto",
         loaded=loaded,
-        hears=model.model.network.config.audio is not None,
     )
     values = chosen.values
     switches = switches_of(model)

@@ -22,7 +22,7 @@ from ..generate.pipeline import Pipeline
 from ..generate.progress import ENCODING, LOADING_AUDIO, Part
 from .console import Progress
 from .generate import Task, kept, prompts_of, reported, request_of, schedule_of, steps_of, there_in
-from .models import avatar_of
+from .models import avatar_of, check_sparse_fits
 
 OUTPUT = "longcat-avatar.mp4"
 # Videos that hold sound.
@@ -64,6 +64,7 @@ def avatar(args: argparse.Namespace) -> int:
         first.seed,
         request.track if heard else None,
     )
+    check_sparse_fits(args, first, task.model)
     first = task.fitted(first)
     model, lossy = task.settings()
     request = replace(request, first=first, model=model, lossy=lossy)
@@ -78,7 +79,7 @@ def avatar(args: argparse.Namespace) -> int:
         folder.say = bar.say
 
         def load() -> Pipeline:
-            return task.load(request.work(), bar, request.reads())
+            return task.load(request.work(), bar, request.reads(), first.sparse_settings)
 
         def hear() -> Embeddings:
             encoder = load_audio_encoder(

@@ -19,6 +19,7 @@ from ..files.media import Sound, cover
 from ..model.config import AudioConfig
 from ..model.kv_cache import Reference
 from ..optimize.plan import Work
+from ..optimize.sparse.settings import Sparse
 from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.guidance import AVATAR_NEGATIVE_PROMPT, is_guided
@@ -99,8 +100,6 @@ class AvatarRequest:
             )
         if first.given is not None and len(first.given) > 1:
             raise LongCatError("an avatar starts from one image, not from a clip; give an image or only a prompt")
-        if first.sparse is not None:
-            raise LongCatError("sparse attention does not run with audio; leave it out")
         needed = segments_for(self.voices.seconds, int(first.fps), first.frames, self.overlap)
         if self.segments is not None:
             check_whole("the number of segments", self.segments)
@@ -219,9 +218,13 @@ class AvatarRequest:
 
     def notes(self) -> list[str]:
         """Warnings about a request that runs, though perhaps not as the user meant it."""
-        first, audio = self.filled_first, self.audio_guidance or 1.0
+        first, audio, density = self.filled_first, self.audio_guidance or 1.0, []
+        if isinstance(first.sparse, Sparse):
+            density = [f"the density of sparse attention, {first.sparse.density:g}, was not measured on an avatar"]
+            first = replace(first, sparse=None)
         # The negative prompt has an effect where one of the two has.
-        notes = [*replace(first, guidance_scale=max(1.0, first.guidance_scale, audio)).notes(), *self.voices.notes]
+        first = replace(first, guidance_scale=max(1.0, first.guidance_scale, audio))
+        notes = [*first.notes(), *density, *self.voices.notes]
         return notes if self.masks is None else notes + people_notes(self.masks)
 
     def settings(self, number: int) -> Settings:
@@ -246,6 +249,7 @@ class AvatarRequest:
         lossy = lossy_settings(
             step_cache=first.step_cache,
             guidance_until=first.guidance_until if self.guided else 1.0,
+            sparse=first.sparse_settings,
         )
         lossy |= self.lossy
         return settings | seed_settings(self.seed(number)) | self.model | ({LOSSY: lossy} if lossy else {})
@@ -295,6 +299,7 @@ def make_segment(
             step_cache=first.step_cache,
             callback=callback,
             guidance_until=first.guidance_until,
+            sparse=first.sparse_settings,
             audio=Audio(windows, request.classes(), request.audio_guidance),
             reference=apart,
         )

@@ -340,10 +340,10 @@ OPTIONS: tuple[Option, ...] = (
         Option("sparse", "text", "sparse attention, which is lossy: the share of the blocks that are computed exactly, "
                "such as 0.15, or the file that longcat calibrate wrote for this model; the first fifth of the "
                "steps and videos of less than 1024 tokens keep full attention", shown="full attention",
-               metavar="X|FILE", common=True, commands=_SKIPPED),
+               metavar="X|FILE", common=True, commands=(*_SKIPPED, *_AVATAR)),
         Option("sparse_kernel", "choice", "kernel of sparse attention; cudnn-fp8 and sol compute in 8 bits, plain is "
                "slow and runs anywhere", SPARSE_KERNELS[0], choices=SPARSE_KERNELS, needs=("sparse",),
-               commands=_SKIPPED),
+               commands=(*_SKIPPED, *_AVATAR)),
     ),
     *_group(
         MODEL,

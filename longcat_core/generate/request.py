@@ -326,7 +326,6 @@ class FilledRequest(GenerateRequest):
             tokens=frames * height * width // 4,
             kernel=self.sparse_kernel,
             loaded=defaults.loaded,
-            hears=defaults.audio is not None,
         )
         return replace(self, speed=speed, chosen=chosen, **chosen.values)
 

@@ -111,18 +111,14 @@ def fit_request(
     tokens: int,
     kernel: str,
     loaded: Loaded | None,
-    hears: bool = False,
 ) -> Chosen:
     """What a word makes of a request. given: its fields that the user set. tokens: to generate. kernel: of sparse
-    attention. loaded: how the model is loaded; None: unknown, as if the machine had everything. hears: the network is
-    an avatar's."""
+    attention. loaded: how the model is loaded; None: unknown, as if the machine had everything."""
     wanted = set_of(speed, schedule)
     left, own = ({}, set()) if loaded is None else _of_loading(wanted, loaded)
     given = {*given, *own}
     if "sparse" in wanted.options and "sparse" not in given:
-        if hears:
-            left["sparse"] = "sparse attention does not run with audio"
-        elif tokens < MIN_BLOCKS * BLOCK:
+        if tokens < MIN_BLOCKS * BLOCK:
             left["sparse"] = f"the video has {tokens} tokens to generate, fewer than {MIN_BLOCKS * BLOCK}"
         elif loaded is not None and kernel == "auto" and (reason := only_plain(loaded.inputs)):
             left["sparse"] = reason

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..errors import BackendUnavailable
 from .kernels import cudnn_fp8
 from .kernels.elementwise import Quantized
-from .operators import Attend, AttendVarlen, Varlen, attend_foreign, opaque, opaque_varlen
+from .operators import Attend, AttendFrames, AttendVarlen, Varlen, attend_foreign, opaque, opaque_varlen
 from .requirement import HALF, Inputs, Requirement, load, trial
 
 AttendQuantized = Callable[[Tensor, Tensor, Tensor], Quantized]
@@ -224,13 +224,15 @@ class Kernels(NamedTuple):
 
     attend: self-attention. varlen: texts of different lengths in one batch; None: SDPA with a bias. text: text with all
     its padding written out, which is `exact` without a bias; None: padding stays folded, under a bias. quantized:
-    self-attention with an 8-bit output, where the backend has it.
+    self-attention with an 8-bit output, where the backend has it. frames: of frames to keys of their own, where tokens
+    may be in another order than that of frames; None: they are not.
     """
 
     attend: Attend
     varlen: AttendVarlen | None
     text: Attend | None = None
     quantized: AttendQuantized | None = None
+    frames: AttendFrames | None = None
 
 
 # Tokens of a trial, and the relative error that is accepted: of 16-bit kernels, and of 8-bit ones.

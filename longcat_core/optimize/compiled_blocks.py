@@ -36,7 +36,8 @@ def compiled_call(
     uncompiled: see `Execution`.
     """
     backend = attention.is_known(ops.kernels.attend)
-    within = ops if backend else ops.with_kernels(attend=operators.attend_foreign, quantized=None)
+    frames = None if ops.kernels.frames is None else operators.attend_foreign_frames
+    within = ops if backend else ops.with_kernels(attend=operators.attend_foreign, quantized=None, frames=frames)
 
     def call(
         block: Block,
@@ -72,7 +73,7 @@ def compiled_call(
             varying = [*((rows, (1,)) for rows in read if rows is not None), (text.bias, (3,))]
             if text.packing is not None:
                 varying.append((text.packing.rows, (0,)))
-        with nullcontext() if backend else operators.foreign_kernel(ops.kernels.attend):
+        with nullcontext() if backend else operators.foreign_kernel(ops.kernels.attend, ops.kernels.frames):
             return compiled(
                 *(block, x, temb, text, rope, cached, within, groups, *keep),
                 kind=kind,

@@ -153,8 +153,8 @@ class Execution:
 
         The result belongs into `TextTokens.audio` of the texts that the network is given.
         """
-        if self.sparse is not None or self.block_sparse is not None:
-            raise LongCatError("sparse attention does not run with audio; turn it off")
+        if self.block_sparse is not None:
+            raise LongCatError("block-sparse attention does not run with audio; turn it off, or take sparse attention")
         return LongCatTransformer.embed_audio(self.network, windows, classes, dtype or self.compute_dtype)
 
     def choose_kernels(self, device: torch.device) -> attention.Kernels:

@@ -138,8 +138,9 @@ class TorchOps(PlainOps):
     def attend_frames(
         self, q: Tensor, norm: RMSNorm, rope: Rope | None, k: Tensor, v: Tensor, reader: nn.Module
     ) -> Activations:
-        q = self.norm_rope(q, norm, rope)
-        return (self.kernels.text or self.kernels.attend)(*by_frames(q, k, v)).flatten(-2)
+        q, frames = self.norm_rope(q, norm, rope), self.kernels.frames
+        out = attend_by_frames(self.kernels, q, k, v) if frames is None else frames(q, k, v)
+        return out.view(-1, q.shape[1] // k.shape[1], q.shape[-2] * q.shape[-1])
 
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         if self.switches.fused_ffn or not self.sliceable(gate_up, x):
@@ -176,6 +177,11 @@ class TorchOps(PlainOps):
             h = modulate(part(x, *piece).float(), part(shift, *piece), part(scale, *piece))
             outs.append(project(h).flatten(0, 2))
         return torch.cat(outs).view(*x.shape[:3], -1)
+
+
+def attend_by_frames(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of frames to keys of their own: q [B, T*S, ..], k and v [B or 1, T, M, ..] -> as q, contiguous."""
+    return (kernels.text or kernels.attend)(*by_frames(q, k, v)).reshape(q.shape)
 
 
 class FusedOps(TorchOps):
@@ -229,7 +235,8 @@ class FusedOps(TorchOps):
     def attend_frames(
         self, q: Tensor, norm: RMSNorm, rope: Rope | None, k: Tensor, v: Tensor, reader: nn.Module
     ) -> Activations:
-        if not self.switches.fused_text or rope is not None or text_refuses(q.shape[-1], k.shape[2]):
+        arranged = self.kernels.frames is not None
+        if arranged or not self.switches.fused_text or rope is not None or text_refuses(q.shape[-1], k.shape[2]):
             return super().attend_frames(q, norm, rope, k, v, reader)
         (weight,) = norm.affine(q.device, q.dtype)
         q, k, v = by_frames(q, k, v)

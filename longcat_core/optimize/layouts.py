@@ -31,31 +31,31 @@ def choose_layout(
 ) -> tuple[FrameLayout, attention.Kernels, SparsePass | None]:
     """The order of tokens and the kernels for it, and which layers of an `Execution` are sparse, if any.
 
-    start: number of cached frames in front of x. Frames are as `Execution.__call__` has them; with a reference frame
-    attention is dense.
+    start: number of cached frames in front of x. Frames are as `Execution.__call__` has them.
     """
-    if reference is not None:
-        return ReferenceLayout(reference), kernels, None
+    dense = FrameLayout() if reference is None else ReferenceLayout(reference)
     grid = execution.grid(x)
     # Noise frames will follow the frames of a cache that is being filled, so there is more than one frame.
-    if execution.block_sparse is not None and BlockSparse.applies(start + grid[0] + filling):
+    if execution.block_sparse is not None and reference is None and BlockSparse.applies(start + grid[0] + filling):
         chunked = ChunkedLayout.of(grid, execution.block_sparse, num_cond, start, x.device)
         if torch.compiler.is_compiling() or not chunked.mixes(timestep):
             eight_bit = execution.optimizations.fp8 and execution.eight_bit
             return chunked, with_block_sparse(kernels, chunked.keys, execution.block_sparse, eight_bit), None
         execution.say(MIXED)
-        return FrameLayout(), kernels, None
+        return dense, kernels, None
     settings = None if filling or execution.block_sparse is not None else execution.sparse
     if settings is None or torch.compiler.is_compiling():
-        return FrameLayout(), kernels, None
+        return dense, kernels, None
     inputs = Inputs(x.device, execution.active_dtype(x.device), execution.config.head_dim, grad)
-    sparse = plan_pass(settings, inputs, kernels.attend, progress, grid, num_cond, start, execution.say)
+    apart = int(reference is not None)
+    sparse = plan_pass(settings, inputs, kernels.attend, progress, grid, num_cond, start, execution.say, apart)
     if sparse is not None and mixed(timestep, num_cond):
         execution.say(MIXED)
         sparse = None
     if sparse is None:
-        return FrameLayout(), kernels, None
-    return SparseLayout(grid, num_cond, x.device), with_attend(kernels, sparse.attend), sparse
+        return dense, kernels, None
+    layout = SparseLayout(grid, num_cond, x.device, start, reference)
+    return layout, with_attend(kernels, sparse.attend, layout), sparse
 
 
 def check_reference(cache: KVCache | None, reference: Reference | None) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Any])
 # q [B, Nq, H, D], k and v [B, Nk, H, D] -> [B, Nq, H, D].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of frames to their own keys: q [B, T*S, H, D], k and v [B or 1, T, M, H, D] -> as q.
+AttendFrames = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Varlen(NamedTuple):
@@ -117,12 +119,22 @@ def attend_foreign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attend_foreign(q, k, v) if _within_graph(q, k, v) else _foreign.attend(q, k, v)
 
 
+@operator("attend_foreign_frames", lambda q, *_: q.new_empty(q.shape), changes=True)
+def _attend_foreign_frames(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _foreign.frames(q, k, v).contiguous()
+
+
+def attend_foreign_frames(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for attention of frames to keys of their own."""
+    return _attend_foreign_frames(q, k, v) if _within_graph(q, k, v) else _foreign.frames(q, k, v)
+
+
 @contextmanager
-def foreign_kernel(attend: Attend) -> Iterator[None]:
-    """`attend_foreign` is `attend` inside the `with` block, in this thread."""
-    before = getattr(_foreign, "attend", None)
-    _foreign.attend = attend
+def foreign_kernel(attend: Attend, frames: AttendFrames | None = None) -> Iterator[None]:
+    """`attend_foreign` is `attend`, and `attend_foreign_frames` `frames`, inside the `with` block, in this thread."""
+    before = getattr(_foreign, "attend", None), getattr(_foreign, "frames", None)
+    _foreign.attend, _foreign.frames = attend, frames
     try:
         yield
     finally:
-        _foreign.attend = before
+        _foreign.attend, _foreign.frames = before

@@ -95,6 +95,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [PROMPT, *MODEL, "--audio-encoder", "older", *ONE],
         ("(wav2vec2)", "give the audio encoder of its version, whisper-large-v3"),
     ),
+    "no calibration": ([PROMPT, *MODEL, *ONE, "--sparse", "none.json"], ("--sparse none.json is neither",)),
     "no audio encoder": ([PROMPT, "--model", "avatar/base_model", *PARTS, *ONE], ("has no audio encoder",)),
     "no base": ([PROMPT, "--model", "avatar", *ONE], ("has no folder vae", "--base")),
 }
@@ -164,6 +165,15 @@ def test_a_run_ends_with_the_sound_and_goes_on(loads: list, capsys: Any) -> None
 def test_two_people(loads: list, capsys: Any, options: list[str], speakers: int) -> None:
     assert cli.main(["avatar", PROMPT, *MODEL, *ONE, *IMAGE, *options, *QUICK, "--segments", "1", "-o", "a.mp4"]) == 0
     assert "a.mp4: 25 frames" in capsys.readouterr().out and loads[0]["work"].speakers == speakers
+
+
+def test_lossy_options_make_a_take_of_their_own(loads: list, capsys: Any) -> None:
+    arguments = ["avatar", PROMPT, *MODEL, *ONE, *QUICK, "--segments", "1", "-o", "a.mp4"]
+    assert cli.main([*arguments, "--sparse", "0.3", "--sparse-kernel", "plain", "--step-cache", "0.05"]) == 0
+    said = capsys.readouterr().err
+    assert "sparse attention: density 0.3, kernel plain" in said
+    assert cli.main(arguments) == 0
+    assert "a-segments/take-002" in "".join(capsys.readouterr())
 
 
 def test_a_format_without_sound_is_named(loads: list, capsys: Any) -> None:

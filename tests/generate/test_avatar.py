@@ -18,11 +18,13 @@ from longcat_core.errors import LongCatError
 from longcat_core.files.media import Sound
 from longcat_core.generate import avatar
 from longcat_core.generate.audio import Embeddings, combine
-from longcat_core.generate.avatar import AvatarRequest, avatar_video, spoken_frames
+from longcat_core.generate.avatar import AvatarRequest, avatar_video, make_segment, spoken_frames
 from longcat_core.generate.long_video import segment_folder
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest
+from longcat_core.generate.takes import LOSSY
 from longcat_core.measure.golden import TOLERANCE, Golden
+from longcat_core.optimize.sparse.settings import Sparse
 from longcat_core.sampling.avatar import LEFT, RIGHT
 
 DATA = Path(__file__).parents[1] / "data" / "golden-avatar"
@@ -192,6 +194,27 @@ def test_the_work_of_a_later_segment_has_a_reference_frame():
     # The reference is one latent and one of the conditioning frames, which 5 frames make two more of.
     assert (work.latents, work.cond_latents, work.speakers) == ((1, 16, 8, 8, 12), 3, 2)
     assert request(segments=1).filled(defaults).work().cond_latents == 1
+
+
+def test_lossy_options_reach_the_network_and_are_recorded(monkeypatch):
+    engine, seen = pipeline("1.5"), []
+    asked = request(steps=1, sparse=Sparse(0.3), step_cache=0.05).filled(engine.defaults)
+    monkeypatch.setattr(engine, "denoise", lambda *_, **options: seen.append(options) or torch.zeros(1, 16, 7, 8, 12))
+    make_segment(engine, asked, 0, hear("1.5", 1))
+    assert (seen[0]["sparse"], seen[0]["step_cache"]) == (Sparse(0.3), 0.05)
+    assert asked.settings(1)[LOSSY].keys() == {"sparse", "step cache"}
+    assert "0.3, was not measured on an avatar" in asked.notes()[0] and len(asked.notes()) == 1
+
+
+def test_a_word_chooses_by_the_schedule():
+    image = np.zeros((1, 300, 200, 3), np.uint8)
+    first = GenerateRequest(PROMPT, given=image, schedule="distilled", speed="fastest")
+    defaults = replace(RELEASED, audio=GOLDEN["1.5"].config.audio)
+    asked = AvatarRequest(first, combine(sounds("1.5", 1)), (PROMPT,)).filled(defaults)
+    assert (asked.first.sparse_settings, asked.first.step_cache) == (Sparse(0.15), 0.0)
+    assert asked.notes()[0].startswith("speed fastest sets fp8 and sparse attention 0.15")
+    asked = replace(asked, first=replace(first, schedule="base"), schedule=None).filled(defaults)
+    assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.05)
 
 
 def test_notes_say_what_masks_share_and_who_is_silent():

@@ -24,10 +24,10 @@ from longcat_core.model.config import AudioConfig, ModelConfig
 from longcat_core.model.kv_cache import Reference
 from longcat_core.model.text import TextTokens
 from longcat_core.model.transformer import LongCatTransformer, ReferenceLayout
+from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
 from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, Policy
-from longcat_core.optimize.sparse.settings import Sparse
 from longcat_core.optimize.streaming import BlockStream
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.avatar import class_tokens
@@ -321,7 +321,7 @@ def test_a_cache_belongs_to_its_reference(model, data):
             model(data["x"][:, :, 3:], data["t"], heard(model, data), kv_cache=cache, reference=other)
 
 
-def test_sparse_attention_is_refused(model, data):
-    model.sparse = Sparse(density=0.5)
-    with pytest.raises(LongCatError, match="sparse attention does not run with audio"):
+def test_block_sparse_attention_is_refused(model, data):
+    model.block_sparse = BlockSparse(0.5)
+    with pytest.raises(LongCatError, match="block-sparse attention does not run with audio"):
         heard(model, data)

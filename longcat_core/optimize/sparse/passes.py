@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from ..attention import Kernels
+from ..fused import attend_by_frames
 from ..operators import Attend
 from ..requirement import Inputs
 from .choose import SparseBackend, choose_sparse
+from .layout import SparseLayout
 from .settings import BLOCK, Sparse, kept
 
 # Of fewer key blocks behind conditioning frames nothing is left out: a dense kernel is as fast.
@@ -46,25 +48,33 @@ class SparsePass:
     """
 
     def __init__(
-        self, settings: Sparse, backend: SparseBackend, dense: Attend, progress: float | None, keys: int, sink: int
+        self,
+        settings: Sparse,
+        backend: SparseBackend,
+        dense: Attend,
+        progress: float | None,
+        keys: int,
+        sink: int,
+        apart: int = 0,
     ) -> None:
         """dense: the kernel of dense layers and of all other attention. progress: share of the steps that is done.
-        keys: number of tokens, cached ones included; sink: of conditioning frames, at the front."""
+        keys: number of tokens, cached ones included; sink: of conditioning frames, at the front; apart: of a reference
+        frame in front of these, which some queries do not see."""
         self.settings, self.backend, self.dense = settings, backend, dense
         self.progress, self.keys, self.layer = progress, keys, 0
-        self.sink, self.others = blocks_of(keys, sink)
+        # Of an attention over all keys, and of one without the reference frame: sink blocks and others.
+        self.blocks = {keys - hidden: blocks_of(keys - hidden, sink - hidden) for hidden in (0, apart)}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, Nq, H, D], k and v [B, Nk, H, D] of block `layer` -> as q."""
         # Conditioning frames attend to each other alone, and a text may come this way too.
-        if k.shape[1] != self.keys:
+        if k.shape[1] not in self.blocks:
             return self.dense(q, k, v)
-        settings = self.settings
-        keep = kept_blocks(settings.of(self.progress, self.layer, q.shape[2]), self.others)
+        settings, (sink, others) = self.settings, self.blocks[k.shape[1]]
+        keep = kept_blocks(settings.of(self.progress, self.layer, q.shape[2]), others)
         if keep is None:
             return self.dense(q, k, v)
-        block, tail = settings.queries, settings.tail
-        return self.backend.attend(q, k, v, keep, sink=self.sink, query_block=block, tail=tail)
+        return self.backend.attend(q, k, v, keep, sink=sink, query_block=settings.queries, tail=settings.tail)
 
 
 def plan_pass(
@@ -76,11 +86,13 @@ def plan_pass(
     cond: int,
     start: int,
     say: Callable[[str], None],
+    apart: int = 0,
 ) -> SparsePass | None:
     """The self-attention of a pass over a grid of tokens (frames, rows, columns), or None: it is dense.
 
-    cond: conditioning frames at the front of the grid; start: cached frames in front of it. say: receives the reason
-    for a dense pass where users would not expect one. Raises BackendUnavailable if a kernel chosen by name cannot run.
+    cond: conditioning frames at the front of the grid; start: cached frames in front of it; apart: how many of these
+    are reference frames. say: receives the reason for a dense pass where users would not expect one. Raises
+    BackendUnavailable if a kernel chosen by name cannot run.
     """
     if settings.dense_at(progress) or cond >= grid[0]:
         return None
@@ -98,7 +110,7 @@ def plan_pass(
     backend = choose_sparse(settings.kernel, inputs, settings.queries, settings.tail)
     if backend.name == "plain" != settings.kernel and inputs.device.type == "cuda":
         say("sparse attention runs in plain PyTorch, which is slow; longcat backends says why no kernel runs")
-    return SparsePass(settings, backend, dense, progress, keys, given)
+    return SparsePass(settings, backend, dense, progress, keys, given, apart * spatial)
 
 
 def mixed(timestep: Tensor, num_cond: int) -> bool:
@@ -107,9 +119,10 @@ def mixed(timestep: Tensor, num_cond: int) -> bool:
     return noise.shape[1] > 1 and bool((noise != noise[:, :1]).any())
 
 
-def with_attend(chosen: Kernels, attend: Attend) -> Kernels:
-    """The kernels of a pass whose self-attention is `attend`."""
-    return chosen._replace(attend=attend, quantized=None)
+def with_attend(chosen: Kernels, attend: Attend, layout: SparseLayout | None = None) -> Kernels:
+    """The kernels of a pass whose self-attention is `attend`. layout: of its tokens; None: the order of frames."""
+    frames = partial(attend_by_frames, chosen)
+    return chosen._replace(attend=attend, quantized=None, frames=frames if layout is None else layout.by_frames(frames))
 
 
 def like_sparse(chosen: Kernels) -> Kernels:

@@ -105,10 +105,10 @@ def in_frame_order(comfy, monkeypatch):
     orders: list[torch.Tensor] = []
 
     class Kept(comfy.core("model.transformer").FrameLayout):
-        def __init__(self, grid, cond_frames, device) -> None:
+        def __init__(self, grid, cond_frames, device, *_) -> None:
             orders.append(layouts.sparse_order(grid, cond_frames, device)[0])
 
-    def around(kernels, attend):
+    def around(kernels, attend, layout):
         # The layout is made first.
         order, keys = orders[-1], attend.__self__.keys
         before = keys - len(order)
