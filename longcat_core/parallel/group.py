@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ..errors import LongCatError
+from .interrupts import watch_interrupts
 from .lifeline import Failure, Hub, Line
 from .messages import packed, unpacked
 
@@ -52,12 +54,21 @@ class Group:
         self.rank, self.devices = rank, tuple(devices)
         self._hub, self._line, self._store, self._server = hub, line, store, server
         self._ending = threading.Lock()
+        # What rank 0 does together with the others, if anything.
+        self._stage: object | None = None
+        self._threads = torch.get_num_threads()
         if hub is not None:
             hub.watch(self._abort)
+            self._unwatch = watch_interrupts(lambda: self._stage, self._break)
 
     @property
     def size(self) -> int:
         return len(self.devices)
+
+    @property
+    def failed(self) -> bool:
+        """In rank 0: whether the group has failed. It only needs to be ended; `start` does that."""
+        return self._hub is not None and self._hub.failed
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +121,7 @@ class Group:
         leaves the ranks out of step, so it ends the workers and with them the group.
         """
         self.check()
+        outer, self._stage = self._stage, self._stage or object()
         try:
             yield
         except BaseException as error:
@@ -117,10 +129,12 @@ class Group:
                 raise
             # What failed here may be communication with a rank whose end is not yet noticed.
             failure = self._hub.failure(VERDICT if is_communication(error) else 0.0)
-            self._hub.kill()
+            self._break()
             if failure is None or not isinstance(error, Exception):
                 raise
             raise self._failed(failure) from error
+        finally:
+            self._stage = outer
         # Aborted communication leaves garbage and raises nothing.
         self.check()
 
@@ -144,6 +158,9 @@ class Group:
             self._hub.kill()
         self._leave(orderly)
         self._hub.wait(LEAVING if orderly else 0.0)
+        self._unwatch()
+        torch.set_num_threads(self._threads)
+        atexit.unregister(self.end)
 
     def connect(self) -> None:
         """Make the default group of `torch.distributed`; for `start` and `join`. All ranks wait for each other."""
@@ -154,6 +171,11 @@ class Group:
         if gpu:
             torch.cuda.set_device(self.device)
         _current = self
+        if self._hub is not None:
+            atexit.register(self.end)
+            if not gpu:
+                # All ranks share the cores.
+                torch.set_num_threads(max(1, self._threads // self.size))
         dist.init_process_group(
             backend_of(self.devices),
             store=self._store,
@@ -162,6 +184,12 @@ class Group:
             timeout=TIMEOUT,
             device_id=self.device if gpu else None,
         )
+
+    def _break(self) -> None:
+        """End the workers and all communication with them, now."""
+        if self._hub is not None:
+            self._hub.kill()
+        self._abort()
 
     def _abort(self) -> None:
         # Rank 0 may be waiting in the store for a rank that is gone.
@@ -185,8 +213,8 @@ class Group:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._hub is not None:
-            self._hub.kill()
+        if error is not None:
+            self._break()
         self.end()
 
     def _failed(self, failure: Failure | None) -> LongCatError:
@@ -197,7 +225,7 @@ class Group:
 
 def named(rank: int, device: torch.device) -> str:
     """A rank for a user: `GPU 1 (rank 1)`."""
-    return f"{'GPU' if device.type == 'cuda' else device.type} {device.index or 0} (rank {rank})"
+    return f"GPU {device.index or 0} (rank {rank})" if device.type == "cuda" else f"rank {rank}"
 
 
 def is_communication(error: BaseException) -> bool:
@@ -212,9 +240,11 @@ def backend_of(devices: Sequence[torch.device]) -> str:
 
 
 def check_none() -> None:
-    """Raise LongCatError if this process belongs to a group of `torch.distributed` already."""
+    """Raise LongCatError if this process belongs to a group of `torch.distributed` already, unless that has failed."""
     if not dist.is_available():
         raise LongCatError("this PyTorch cannot use several GPUs, because it was built without torch.distributed")
+    if _current is not None and _current.failed:
+        _current.end()
     if _current is not None:
         raise LongCatError(f"a group of {_current.size} processes is at work already; end it first")
     if dist.is_initialized():

@@ -19,7 +19,6 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
 from typing import Any, NamedTuple, NoReturn
 
-_MESSAGE, _LEAVE = b"m", b"l"
 # Seconds after the first failure in which its cause may come: a rank that dies makes others fail.
 GRACE = 0.4
 
@@ -30,6 +29,13 @@ class Address(NamedTuple):
     host: str
     port: int
     key: bytes
+
+
+class Peer(NamedTuple):
+    """A worker that has connected: the connection, and its socket for closing one direction."""
+
+    connection: Connection
+    socket: socket.socket
 
 
 class Failure(NamedTuple):
@@ -47,20 +53,21 @@ class Listener:
         self._socket = socket.create_server((host, 0), backlog=64)
         self.address = Address(host, self._socket.getsockname()[1], os.urandom(32))
 
-    def accept(self, timeout: float) -> tuple[int, Connection] | None:
-        """A worker's rank and its connection; None if nobody who knows the key connects within `timeout` seconds."""
+    def accept(self, timeout: float) -> tuple[int, Peer] | None:
+        """The rank of a worker that connects; None if nobody who knows the key does within `timeout` seconds."""
         if not wait([self._socket], timeout):
             return None
         accepted, _ = self._socket.accept()
         # Messages are small and must not wait until earlier ones are acknowledged.
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(accepted.detach())
+        connection = Connection(accepted.dup().detach())
         try:
             deliver_challenge(connection, self.address.key)
             answer_challenge(connection, self.address.key)
-            return int(json.loads(connection.recv_bytes())["rank"]), connection
+            return int(json.loads(connection.recv_bytes())["rank"]), Peer(connection, accepted)
         except (AuthenticationError, EOFError, OSError, ValueError):
             connection.close()
+            accepted.close()
             return None
 
     def close(self) -> None:
@@ -70,8 +77,8 @@ class Listener:
 class Hub:
     """Rank 0's side of all connections. processes: those workers that this process started."""
 
-    def __init__(self, connections: Mapping[int, Connection], processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
-        self._connections, self._processes = dict(connections), dict(processes)
+    def __init__(self, peers: Mapping[int, Peer], processes: Mapping[int, subprocess.Popen[bytes]]) -> None:
+        self._peers, self._processes = dict(peers), dict(processes)
         self._failures: list[Failure] = []
         self._leaving = self._killed = False
         self._known = threading.Event()
@@ -97,8 +104,8 @@ class Hub:
 
     def send(self, data: bytes) -> None:
         """Send a message to every worker. Raises OSError if one is gone."""
-        for connection in self._connections.values():
-            connection.send_bytes(_MESSAGE + data)
+        for peer in self._peers.values():
+            peer.connection.send_bytes(data)
 
     def leave(self) -> None:
         """From now on it is right that workers end."""
@@ -110,20 +117,26 @@ class Hub:
         self.kill()
         for process in self._processes.values():
             process.wait()
+        # Not even its end comes from a machine that is gone.
+        self._thread.join(1 + 2 * GRACE)
+        if self._thread.is_alive():
+            return
+        for peer in self._peers.values():
+            peer.connection.close()
+            peer.socket.close()
 
     def kill(self) -> None:
         """End all workers at once, in the middle of their work."""
         self._leaving = self._killed = True
-        for connection in self._connections.values():
-            try:
-                connection.send_bytes(_LEAVE)
-            except OSError:
-                continue
+        for peer in self._peers.values():
+            # Its reader sees the end, wherever it runs; what it says last still arrives.
+            with suppress(OSError):
+                peer.socket.shutdown(socket.SHUT_WR)
         for process in self._processes.values():
             process.kill()
 
     def _watch(self, on_failure: Callable[[], None]) -> None:
-        ranks = {connection: rank for rank, connection in self._connections.items()}
+        ranks = {peer.connection: rank for rank, peer in self._peers.items()}
         until: float | None = None
         while ranks and (until is None or time.monotonic() < until):
             for ready in wait(list(ranks), None if until is None else until - time.monotonic()):
@@ -174,9 +187,7 @@ class Line:
                 data = self._connection.recv_bytes()
             except (EOFError, OSError):
                 leave()
-            if data[:1] == _LEAVE:
-                leave()
-            self._messages.put(data[1:])
+            self._messages.put(data)
 
 
 def leave(code: int = 0) -> NoReturn:

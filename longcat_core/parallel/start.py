@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from ..errors import LongCatError
 from .group import TIMEOUT, Group, check_none, named
-from .lifeline import Hub, Line, Listener, ended, to_json
+from .lifeline import Hub, Line, Listener, Peer, ended, to_json
 from .messages import CORE
 
 # Seconds: importing PyTorch from a cold disk takes a minute.
@@ -64,7 +63,7 @@ def start(devices: Sequence[torch.device], serve: str = ".mirror") -> Group:
                 "serve": serve,
             }
             processes[rank] = _worker(setup, threads)
-        connections = _joined(listener, processes, devices)
+        peers = _joined(listener, processes, devices)
     except BaseException:
         for process in processes.values():
             process.kill()
@@ -73,7 +72,7 @@ def start(devices: Sequence[torch.device], serve: str = ".mirror") -> Group:
     finally:
         listener.close()
     store = dist.TCPStore(HOME, port, None, False, TIMEOUT, False)
-    return _connected(Group(0, devices, store, hub=Hub(connections, processes), server=server))
+    return _connected(Group(0, devices, store, hub=Hub(peers, processes), server=server))
 
 
 def _worker(setup: Mapping[str, Any], threads: int) -> subprocess.Popen[bytes]:
@@ -90,22 +89,22 @@ def _worker(setup: Mapping[str, Any], threads: int) -> subprocess.Popen[bytes]:
 
 def _joined(
     listener: Listener, processes: Mapping[int, subprocess.Popen[bytes]], devices: Sequence[torch.device]
-) -> dict[int, Connection]:
-    """The connection of each rank but 0. Raises LongCatError if a process ends before, or does not come."""
-    connections: dict[int, Connection] = {}
+) -> dict[int, Peer]:
+    """Each rank but 0. Raises LongCatError if a process ends before, or does not come."""
+    peers: dict[int, Peer] = {}
     until = time.monotonic() + JOINING
-    while len(connections) < len(devices) - 1:
+    while len(peers) < len(devices) - 1:
         if arrived := listener.accept(0.2):
-            connections[arrived[0]] = arrived[1]
+            peers[arrived[0]] = arrived[1]
         for rank, process in processes.items():
-            if rank not in connections and process.poll() is not None:
+            if rank not in peers and process.poll() is not None:
                 raise LongCatError(
                     f"{named(rank, devices[rank])}: {ended(process.returncode)} before it joined; see its words above"
                 )
         if time.monotonic() > until:
-            missing = ", ".join(str(rank) for rank in range(1, len(devices)) if rank not in connections)
+            missing = ", ".join(str(rank) for rank in range(1, len(devices)) if rank not in peers)
             raise LongCatError(f"rank {missing} did not join within {JOINING:g} seconds; use fewer GPUs")
-    return connections
+    return peers
 
 
 def _connected(group: Group) -> Group:

@@ -21,8 +21,9 @@ def main(setup: Mapping[str, Any]) -> None:
     """Serve rank 0, which describes the group in `setup`, until it has enough; then end this process."""
     line = Line(from_json(setup["address"]), setup["rank"])
     try:
-        with join_as(setup["rank"], line, setup) as group:
-            import_module(setup["serve"], __package__).serve(group)
+        group = join_as(setup["rank"], line, setup)
+        import_module(setup["serve"], __package__).serve(group)
+        group.end()
     except BaseException as error:
         if not isinstance(error, LongCatError | torch.OutOfMemoryError) and not is_communication(error):
             traceback.print_exc()

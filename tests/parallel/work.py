@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longcat_core.errors import LongCatError
 from longcat_core.parallel.group import Group
 
 
@@ -41,3 +45,27 @@ def tensors_of(group: Group, message: dict[str, Any]) -> list[str]:
     text = ", ".join(f"{value.dtype} {list(value.shape)} {value.detach().float().tolist()}" for value in values)
     dist.all_gather_object(texts, f"{same} {type(message['again']).__name__} {text}")
     return texts
+
+
+def fails(group: Group, rank: int, how: str) -> None:
+    """All ranks wait for each other, but `rank` fails."""
+    if group.rank == rank:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise LongCatError("the model does not fit; give --fp8")
+    dist.barrier()
+
+
+def waits(group: Group) -> None:
+    """Rank 0 waits for the others, which wait for nothing."""
+    if group.rank == 0:
+        print("waiting", flush=True)
+        dist.barrier()
+    time.sleep(600)
+
+
+def process_of(group: Group) -> list[int]:
+    """The id of each rank's process."""
+    processes: list[Any] = [None] * group.size
+    dist.all_gather_object(processes, os.getpid())
+    return processes
