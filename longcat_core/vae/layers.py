@@ -22,14 +22,37 @@ from ..optimize.kernels import vae as kernels
 EPS = 1e-24
 
 
-class Past:
-    """The last frames of what each causal convolution has seen, in the order in which they run.
+class Rows:
+    """Which rows of the pictures a process has: all of them. What lies around them is the zeros of convolutions.
 
-    kept: those of the part before, as `after` held them at its end; none for the first part.
+    around: rows of other processes, 0 or 1, that stand above and below the pictures a padded convolution sees. It does
+    not pad them then.
     """
 
-    def __init__(self, kept: Sequence[Tensor | None] = ()) -> None:
+    around = 0
+
+    def fill(self, x: Tensor, above: int) -> None:
+        """Write the row below those of this process into the last of x [B, T, H, W, C], and with `above` = 1 the row
+        above them into the first. What lies outside the picture is zero."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of these rows, [pictures, 1, H W, C], to those of the whole picture."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+WHOLE = Rows()
+
+
+class Past:
+    """What a part of a clip does not hold: the last frames that each causal convolution has seen, and other rows.
+
+    kept: those of the part before, as `after` held them at its end, in the order in which convolutions run; none for
+    the first part. rows: which rows of the pictures the part has.
+    """
+
+    def __init__(self, kept: Sequence[Tensor | None] = (), rows: Rows = WHOLE) -> None:
         self._kept = kept
+        self.rows = rows
         self.after: list[Tensor | None] = []
 
     def take(self) -> Tensor | None:
@@ -65,30 +88,37 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(channels, out_channels, kernel, stride=(stride, 1, 1), padding=(0, *self.sides))
         self.history = kernel[0] - stride
 
-    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
-        """biased: whether the bias is added; a caller that leaves it out adds it later."""
-        taps, bias = self.kernel_size[0], self.bias if biased else None
+    def around(self, rows: Rows) -> int:
+        """Rows of other processes that this convolution is to see above and below; one in time alone sees none."""
+        return min(rows.around, self.sides[0])
+
+    def forward(self, x: Tensor, biased: bool = True, around: int = 0) -> Tensor:
+        """biased: whether the bias is added; a caller that leaves it out adds it later.
+
+        around: rows above and below that x has already and the convolution need not pad.
+        """
+        taps, bias, sides = self.kernel_size[0], self.bias if biased else None, (self.sides[0] - around, self.sides[1])
         # PyTorch convolves in 2-D many times faster than in 3-D on a CPU if there are few channels.
         if taps == 1 or x.shape[1] == 1 or x.device.type == "cpu":
-            return self._sum(x, taps, self.stride[0], bias)
-        x = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, bias, self.stride, self.padding)
+            return self._sum(x, taps, self.stride[0], bias, sides)
+        x = F.conv3d(x.permute(0, 4, 1, 2, 3), self.weight, bias, self.stride, (0, *sides))
         return x.permute(0, 2, 3, 4, 1)
 
-    def _sum(self, x: Tensor, taps: int, step: int, bias: Tensor | None) -> Tensor:
+    def _sum(self, x: Tensor, taps: int, step: int, bias: Tensor | None, sides: Sequence[int]) -> Tensor:
         """The sum of 2-D convolutions, one for each tap in time. Of a single frame only the last tap sees anything."""
         if x.shape[1] < taps:
-            return self._pictures(x, -1, bias)
+            return self._pictures(x, -1, bias, sides)
         end = x.shape[1] - taps + 1
-        total = self._pictures(x[:, taps - 1 : taps - 1 + end : step], taps - 1, bias)
+        total = self._pictures(x[:, taps - 1 : taps - 1 + end : step], taps - 1, bias, sides)
         for tap in range(taps - 1):
-            total += self._pictures(x[:, tap : tap + end : step], tap, None)
+            total += self._pictures(x[:, tap : tap + end : step], tap, None, sides)
         return total
 
-    def _pictures(self, x: Tensor, tap: int, bias: Tensor | None) -> Tensor:
+    def _pictures(self, x: Tensor, tap: int, bias: Tensor | None, sides: Sequence[int]) -> Tensor:
         weight = self.weight[:, :, tap]
         if self.kernel_size[1] == 1:
             return F.linear(x, weight.flatten(1), bias)
-        return pictures(x, weight, bias, padding=self.sides)
+        return pictures(x, weight, bias, padding=sides)
 
 
 def pictures(
@@ -99,43 +129,51 @@ def pictures(
     return out.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
-def normed(norm: RMSNorm, x: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """silu(norm(x + bias)), written into `out` if that is given."""
+def normed(norm: RMSNorm, x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write silu(norm(x + bias)) into `out`."""
     if kernels.usable(x):
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         kernels.norm_silu(x, norm.gamma, bias, out)
-        return out
+        return
     x = norm(x if bias is None else x + bias)
-    if out is None:
-        return F.silu(x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return out.copy_(F.silu(x))
-    return torch.ops.aten.silu.out(x, out=out)
+        out.copy_(F.silu(x))
+    else:
+        torch.ops.aten.silu.out(x, out=out)
 
 
-def with_past(
-    conv: CausalConv3d, past: Past, x: Tensor, norm: RMSNorm | None = None, bias: Tensor | None = None
+def convolved(
+    conv: CausalConv3d,
+    past: Past,
+    x: Tensor,
+    norm: RMSNorm | None = None,
+    bias: Tensor | None = None,
+    biased: bool = True,
 ) -> Tensor:
-    """What `conv` is to see: x, or silu(norm(x + bias)), behind the frames of the part before.
+    """`conv` of x, or of silu(norm(x + bias)), behind the frames of the part before and between rows around it.
 
-    x is written where it belongs at once, and only `history` frames are copied.
+    x is written where it belongs at once, and only `history` frames are copied. biased: see CausalConv3d.
     """
-    before, frames, history = past.take(), x.shape[1], conv.history
-    if before is None and frames == 1:
-        x = x if norm is None else normed(norm, x, bias=bias)
-        past.keep(F.pad(x, (0, 0, 0, 0, 0, 0, history - 1, 0)))
-        return x
-    seen = x.new_empty((x.shape[0], history + frames, *x.shape[2:]))
+    before, (batch, frames, height, width, channels) = past.take(), x.shape
+    around = conv.around(past.rows)
+    # A clip's single frame is convolved without the zeros before it.
+    history = 0 if before is None and frames == 1 else conv.history
+    seen = x.new_empty((batch, history + frames, height + 2 * around, width, channels))
     if before is None:
         seen[:, :history].zero_()
     else:
         seen[:, :history].copy_(before)
+    new = seen[:, history:]
+    own = new.narrow(2, around, height)
     if norm is None:
-        seen[:, history:].copy_(x)
+        own.copy_(x)
     else:
-        normed(norm, x, seen[:, history:], bias)
-    past.keep(seen[:, -history:].clone())
-    return seen
+        normed(norm, x, own, bias)
+    if around:
+        past.rows.fill(new, above=around)
+    # The last frames, behind zeros if there are fewer; never a view, which would hold the whole part in memory.
+    past.keep(F.pad(seen, (0, 0, 0, 0, 0, 0, conv.history - seen.shape[1], 0)))
+    out: Tensor = conv(seen, biased, around)
+    return out
 
 
 class Residual(nn.Module):
@@ -153,8 +191,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
         # The kernels add the biases.
         fused = kernels.usable(x)
-        h = self.conv1(with_past(self.conv1, past, x, self.norm1), not fused)
-        h = self.conv2(with_past(self.conv2, past, h, self.norm2, self.conv1.bias if fused else None), not fused)
+        h = convolved(self.conv1, past, x, self.norm1, biased=not fused)
+        h = convolved(self.conv2, past, h, self.norm2, self.conv1.bias if fused else None, biased=not fused)
         if fused:
             return kernels.add(h, self.conv2.bias, self.conv_shortcut(x))
         out: Tensor = h + self.conv_shortcut(x)
@@ -170,11 +208,11 @@ class Attention(nn.Module):
         self.to_qkv = Conv2d(channels, channels * 3, 1)
         self.proj = Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
         qkv = F.linear(self.norm(x), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
         # [B T, 1 head, H W, C] each.
         q, k, v = qkv.flatten(2, 3).flatten(0, 1)[:, None].chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v).reshape(x.shape)
+        out = rows.attend(q, k, v).reshape(x.shape)
         return x + F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -185,7 +223,7 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList([Residual(channels, channels) for _ in range(2)])
 
     def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, past, first))
+        x = self.attentions[0](self.resnets[0](x, past, first), past.rows)
         out: Tensor = self.resnets[1](x, past, first)
         return out
 
@@ -201,14 +239,15 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, past: Past, first: bool) -> Tensor:
         spatial: Any = self.resample[1]
-        x = pictures(F.pad(x, (0, 0, 0, 1, 0, 1)), spatial.weight, spatial.bias, stride=2)
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        past.rows.fill(x, above=0)
+        x = pictures(x, spatial.weight, spatial.bias, stride=2)
         if self.time_conv is None:
             return x
         if first:
             past.keep(x)
             return x
-        out: Tensor = self.time_conv(with_past(self.time_conv, past, x))
-        return out
+        return convolved(self.time_conv, past, x)
 
 
 class Upsample(nn.Module):
@@ -227,10 +266,14 @@ class Upsample(nn.Module):
             past.keep(None)
         elif self.time_conv is not None:
             # Each frame's channels are those of two frames, one after the other.
-            x = self.time_conv(with_past(self.time_conv, past, x[..., 0, :])).unflatten(-1, (2, -1))
+            x = convolved(self.time_conv, past, x[..., 0, :]).unflatten(-1, (2, -1))
         batch, frames, height, width, copies, channels = x.shape
-        x = x.permute(0, 1, 4, 2, 3, 5)[:, :, :, :, None, :, None]
-        x = x.expand(batch, frames, copies, height, 2, width, 2, channels)
-        x = x.reshape(batch, frames * copies, 2 * height, 2 * width, channels)
+        around = past.rows.around
+        seen = x.new_empty((batch, frames * copies, 2 * (height + around), 2 * width, channels))
+        own = seen.narrow(2, around, 2 * height).unflatten(1, (frames, copies))
+        own = own.unflatten(3, (height, 2)).unflatten(5, (width, 2))
+        own.copy_(x.permute(0, 1, 4, 2, 3, 5)[:, :, :, :, None, :, None])
+        if around:
+            past.rows.fill(seen, above=around)
         spatial: Any = self.resample[1]
-        return pictures(x, spatial.weight, spatial.bias, padding=(1, 1))
+        return pictures(seen, spatial.weight, spatial.bias, padding=(1 - around, 1))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import CausalConv3d, Downsample, Middle, Past, Residual, RMSNorm, Upsample, with_past
+from .layers import WHOLE, CausalConv3d, Downsample, Middle, Past, Residual, RMSNorm, Rows, Upsample, convolved
 
 # Of a residual block: its input, what the convolution sees, and what it gives.
 LIVE = 3
@@ -67,13 +67,13 @@ class Encoder(nn.Module):
     def stage(self, number: int, x: Tensor, past: Past, first: bool) -> Tensor:
         """Stage `number` of a part of a clip. first: whether the part is the clip's first frame."""
         if number == 0:
-            x = self.conv_in(with_past(self.conv_in, past, x))
+            x = convolved(self.conv_in, past, x)
         begin = self._ends[number - 1] if number else 0
         for layer in self.down_blocks[begin : self._ends[number]]:
             x = layer(x, past, first)
         if number == self.stages - 1:
             x = self.mid_block(x, past, first)
-            x = self.conv_out(with_past(self.conv_out, past, x, self.norm_out))
+            x = convolved(self.conv_out, past, x, self.norm_out)
         return x
 
 
@@ -125,10 +125,10 @@ class Decoder(nn.Module):
     def stage(self, number: int, x: Tensor, past: Past, first: bool) -> Tensor:
         """Stage `number` of a part of a clip. first: whether the part is the clip's first latent frame."""
         if number == 0:
-            x = self.mid_block(self.conv_in(with_past(self.conv_in, past, x)), past, first)
+            x = self.mid_block(convolved(self.conv_in, past, x), past, first)
         x = self.up_blocks[number](x, past, first)
         if number == self.stages - 1:
-            x = self.conv_out(with_past(self.conv_out, past, x, self.norm_out))
+            x = convolved(self.conv_out, past, x, self.norm_out)
         return x
 
 
@@ -145,10 +145,15 @@ class WanVAE(nn.Module):
 
 
 def run_stage(
-    coder: Encoder | Decoder, number: int, x: Tensor, kept: Sequence[Tensor | None], first: bool
+    coder: Encoder | Decoder,
+    number: int,
+    x: Tensor,
+    kept: Sequence[Tensor | None],
+    first: bool,
+    rows: Rows = WHOLE,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """A stage as a function over tensors, which can be compiled: its output and what it keeps for the next part."""
-    past = Past(kept)
+    past = Past(kept, rows)
     return coder.stage(number, x, past, first), past.after
 
 

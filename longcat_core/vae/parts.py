@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .layers import WHOLE, Rows
 from .network import WanVAE, run_stage
 
 # What a stage may need for its activations: at most this, and at most this share of a GPU's memory. It does not depend
@@ -39,10 +40,10 @@ def needed_bytes(height: int, width: int, dtype: torch.dtype, device: torch.devi
     return 2 * room(device) + KEPT * height * width * dtype.itemsize
 
 
-def decoded(vae: WanVAE, latents: Tensor, most: int | None = None) -> Iterator[Tensor]:
+def decoded(vae: WanVAE, latents: Tensor, most: int | None = None, rows: Rows = WHOLE) -> Iterator[Tensor]:
     """Pictures [B, f, 8h, 8w, 3] in about -1..1 of latents [B, z_dim, T, h, w], as they leave the decoder.
 
-    The first f is 1. most: bytes of a stage's activations; None: `room`.
+    The first f is 1. most: bytes of a stage's activations; None: `room`. rows: which rows the latents are.
     """
     x = vae.post_quant_conv(latents.permute(0, 2, 3, 4, 1))
     decoder, most = vae.decoder, room(x.device) if most is None else most
@@ -57,7 +58,7 @@ def decoded(vae: WanVAE, latents: Tensor, most: int | None = None) -> Iterator[T
             yield x
             return
         for part in x.split(per[number], dim=1):
-            out, kept[number] = run_stage(decoder, number, part, kept[number], first)
+            out, kept[number] = run_stage(decoder, number, part, kept[number], first, rows)
             yield from through(number + 1, out, first)
 
     yield from through(0, x[:, :1], True)
@@ -65,8 +66,11 @@ def decoded(vae: WanVAE, latents: Tensor, most: int | None = None) -> Iterator[T
         yield from through(0, x[:, 1:], False)
 
 
-def encoded(vae: WanVAE, video: Tensor, most: int | None = None) -> Tensor:
-    """Mean latents [B, z_dim, T, H/8, W/8] of video [B, 3, F, H, W] in -1..1; F is 4k+1. most: see `decoded`."""
+def encoded(vae: WanVAE, video: Tensor, most: int | None = None, rows: Rows = WHOLE) -> Tensor:
+    """Mean latents [B, z_dim, T, H/8, W/8] of video [B, 3, F, H, W] in -1..1; F is 4k+1.
+
+    most, rows: see `decoded`.
+    """
     x = video.permute(0, 2, 3, 4, 1)
     encoder, most = vae.encoder, room(x.device) if most is None else most
     live = max(encoder.live(i, x.shape[2] >> i, x.shape[3] >> i) for i in range(encoder.stages))
@@ -76,6 +80,6 @@ def encoded(vae: WanVAE, video: Tensor, most: int | None = None) -> Tensor:
     for part in (x[:, :1], *(x[:, 1:].split(per, dim=1) if x.shape[1] > 1 else ())):
         first = not parts
         for number in range(encoder.stages):
-            part, kept[number] = run_stage(encoder, number, part, kept[number], first)
+            part, kept[number] = run_stage(encoder, number, part, kept[number], first, rows)
         parts.append(vae.quant_conv(part)[..., : vae.config.z_dim])
     return torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)

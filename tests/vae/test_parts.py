@@ -94,8 +94,8 @@ def test_a_frame_depends_on_earlier_ones_alone():
 def test_what_is_kept_does_not_grow_with_the_clip(monkeypatch):
     vae, held = new_vae(), []
 
-    def run(coder, number, x, kept, first):
-        out, after = run_stage(coder, number, x, kept, first)
+    def run(coder, number, x, kept, first, rows):
+        out, after = run_stage(coder, number, x, kept, first, rows)
         held.append((number, first, sum(frames.numel() for frames in after if frames is not None), x.shape[1]))
         return out, after
 

@@ -27,7 +27,7 @@ def usable(x: Tensor) -> bool:
 
 @jit
 def _norm_silu(
-    x, bias, gamma, out, pixels, per_sample, out_stride, width, eps,
+    x, bias, gamma, out, pixels, frames, per_frame, sample_stride, frame_stride, width, eps,
     BIAS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -41,7 +41,8 @@ def _norm_silu(
     scale = tl.load(gamma + column, mask=column < width, other=0.0).to(tl.float32)
     value = value * tl.rsqrt(square + eps)[:, None] * scale[None, :]
     value = value / (1 + tl.exp(-value))
-    at = (row // per_sample) * out_stride + (row % per_sample) * width
+    frame = row // per_frame
+    at = (frame // frames) * sample_stride + (frame % frames) * frame_stride + (row % per_frame) * width
     tl.store(out + at[:, None] + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -57,14 +58,14 @@ def _add(x, bias, more, out, count, width, BIAS: tl.constexpr, BLOCK: tl.constex
 
 
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write silu(rms_norm(x + bias) * gamma) of x [B, T, H, W, C] into `out`, whose samples are contiguous."""
+    """Write silu(rms_norm(x + bias) * gamma) of x [B, T, H, W, C] into `out`, whose frames are contiguous."""
     x = x.contiguous()
     width = x.shape[-1]
     size = 1 << (width - 1).bit_length()
     rows = max(1, BLOCK // size)
-    pixels = x.numel() // width
+    pixels, per_frame = x.numel() // width, x.shape[2] * x.shape[3]
     _norm_silu[(triton.cdiv(pixels, rows),)](
-        *(x, bias, gamma, out, pixels, pixels // len(x), out.stride(0), width, EPS),
+        *(x, bias, gamma, out, pixels, x.shape[1], per_frame, out.stride(0), out.stride(1), width, EPS),
         BIAS=bias is not None,
         ROWS=rows,
         WIDTH=size,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longcat_core.optimize.kernels import vae as kernels
 from longcat_core.optimize.requirement import Requirement
+from longcat_core.parallel.vae import Strip
 from longcat_core.vae import layers
 from longcat_core.vae.layers import Past, Residual, RMSNorm
 
@@ -26,14 +27,16 @@ def close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("width", [8, 96, 130])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_norm_and_silu_go_behind_the_frames_before(width, with_bias):
+def test_norm_and_silu_go_behind_frames_and_between_rows(width, with_bias):
     x, gamma = randn(2, 3, 5, 7, width), randn(width, 1, 1, 1)
     bias = randn(width) if with_bias else None
-    room = torch.full((2, 5, 5, 7, width), 9.0, device=DEVICE, dtype=torch.float16)
-    kernels.norm_silu(x, gamma, bias, room[:, 2:])
-    assert (room[:, :2] == 9).all()
+    room = torch.full((2, 5, 7, 7, width), 9.0, device=DEVICE, dtype=torch.float16)
+    out = room[:, 2:, 1:-1]
+    kernels.norm_silu(x, gamma, bias, out)
     shifted = x.float() if bias is None else x.float() + bias.float()
-    close(room[:, 2:], F.silu(F.rms_norm(shifted, (width,), gamma.flatten().float(), kernels.EPS)))
+    close(out, F.silu(F.rms_norm(shifted, (width,), gamma.flatten().float(), kernels.EPS)))
+    out.fill_(9)
+    assert (room == 9).all()
 
 
 def test_a_pixel_of_zeros_stays_zero():
@@ -51,8 +54,9 @@ def test_a_sum_with_a_bias(with_bias):
     assert got.data_ptr() == x.data_ptr()
 
 
+@pytest.mark.parametrize("rows", [layers.WHOLE, Strip((4,), 0, None)], ids=["whole", "strip"])
 @pytest.mark.parametrize("widths", [(8, 8), (8, 12)])
-def test_a_residual_block_gives_the_same_with_and_without_kernels(monkeypatch, widths):
+def test_a_residual_block_gives_the_same_with_and_without_kernels(monkeypatch, widths, rows):
     torch.manual_seed(0)
     block = Residual(*widths).to(DEVICE, torch.float16).requires_grad_(False)
     parts, found = randn(2, 5, 4, 6, widths[0]).split((1, 4), dim=1), {}
@@ -63,7 +67,7 @@ def test_a_residual_block_gives_the_same_with_and_without_kernels(monkeypatch, w
             monkeypatch.setattr(layers.kernels, "usable", lambda x: False)
         kept, outs = [], []
         for number, part in enumerate(parts):
-            past = Past(kept)
+            past = Past(kept, rows if name == "kernels" else layers.WHOLE)
             with torch.no_grad():
                 assert layers.kernels.usable(part) == (name == "kernels")
                 outs.append(block(part, past, number == 0))
@@ -78,5 +82,7 @@ def test_they_stay_out_where_gradients_flow():
     with torch.no_grad():
         assert kernels.usable(randn(1, 1, 2, 2, 8)) == (DEVICE.type == "cuda")
         assert not kernels.usable(randn(1, 1, 2, 2, 8).float())
-    layers.normed(norm, randn(1, 1, 2, 2, 8)).sum().backward()
+    out = torch.empty(1, 1, 2, 2, 8, device=DEVICE, dtype=torch.float16)
+    layers.normed(norm, randn(1, 1, 2, 2, 8), out)
+    out.sum().backward()
     assert norm.gamma.grad is not None
