@@ -17,6 +17,7 @@ from ..checkpoints.whole import read_whole
 from ..errors import CheckpointError, LongCatError
 from ..files.records import FiniteFloat, read_record
 from ..files.safetensors_io import write_safetensors
+from ..parallel.vae import SpreadVAE
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, video_frames
 from ..vae import tiles
 from ..vae.network import VAEConfig, WanVAE, channels_last
@@ -33,6 +34,7 @@ class VideoVAE:
 
     tiling: work on overlapping tiles of 256x256 pixels. This bounds memory on large frames and changes the result
     slightly where tiles meet.
+    spread: None, or what shares the work with other GPUs, as long as it is not done in tiles.
     """
 
     def __init__(self, model: WanVAE, *, tiling: bool = False) -> None:
@@ -41,6 +43,7 @@ class VideoVAE:
         self.mean = torch.tensor(model.config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(model.config.latents_std, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.tiling = tiling
+        self.spread: SpreadVAE | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +82,8 @@ class VideoVAE:
         self._prepare()
         if self.tiling and tiles.exceeds(height, width):
             mode = tiles.tiled(video, self._encode, 1, SPATIAL_FACTOR)
+        elif self.spread is not None:
+            mode = self.spread.encode(video.to(self.device, self.dtype))
         else:
             mode = self._encode(video)
         mode = mode.to(self.device, torch.float32)
@@ -139,6 +144,8 @@ class VideoVAE:
         z = (z * self.std.to(z.device) + self.mean.to(z.device)).to(self.dtype)
         if self.tiling and tiles.exceeds(z.shape[3] * SPATIAL_FACTOR, z.shape[4] * SPATIAL_FACTOR):
             parts = iter([tiles.tiled(z, self._decode, SPATIAL_FACTOR, 1).permute(0, 2, 3, 4, 1)])
+        elif self.spread is not None:
+            parts = self.spread.decode(z)
         else:
             parts = decoded(self.model, z)
         for part in parts:

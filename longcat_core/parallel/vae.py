@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..vae.layers import Rows
-from ..vae.network import WanVAE
+from ..vae.network import WanVAE, channels_last
 from ..vae.parts import decoded, encoded, room
 from ..vae.tiles import FACTOR
 
@@ -22,8 +22,8 @@ from ..vae.tiles import FACTOR
 class SpreadVAE:
     """A VAE of which all ranks of a group have the weights; every rank calls the same method with the same tensor.
 
-    Rank 0 gets the result. Ranks beyond the rows of the latents have nothing to do and return at once. A rank that
-    fails in between leaves the others waiting.
+    Rank 0 gets the result. Ranks beyond the rows of the latents have nothing to do. A rank that fails in between leaves
+    the others waiting.
 
     group: None is the default one. It must also take tensors in CPU memory, as groups without a named backend do.
     """
@@ -57,17 +57,19 @@ class SpreadVAE:
                 return
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor | None:
-        """In rank 0 what `vae.parts.encoded` gives for video [B, 3, F, H, W]; None in the others."""
+    def encode(self, video: Tensor) -> Tensor:
+        """In rank 0 what `vae.parts.encoded` gives for video [B, 3, F, H, W]; an empty tensor in the others."""
         strip, most = self._strip(video.shape[3] // FACTOR, video.device)
         if strip is None:
-            return None
+            return video.new_empty(0)
         latents = encoded(self._vae, strip.cut(video, 3), most, strip)
         whole = strip.gathered(latents, 3, ranks=(0,))
-        return whole if strip.rank == 0 else None
+        return whole if strip.rank == 0 else whole.new_empty(0)
 
     def _strip(self, rows: int, device: torch.device) -> tuple[Strip | None, int]:
         """This rank's strip of pictures with `rows` rows of latents, and the bytes that its stages may take."""
+        if device.type == "cuda":
+            channels_last(self._vae)
         size, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         # All ranks must cut a clip into the same parts, and NCCL wants all of them to communicate before two alone do.
         most = torch.tensor([room(device)], device=device)

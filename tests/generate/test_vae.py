@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,23 @@ def test_tiling_is_an_option(vae):
     assert with_tiles.shape == whole.shape and not torch.equal(with_tiles, whole)
     tiled.tiling = False
     assert torch.equal(tiled.decode(large), whole)
+
+
+def test_other_gpus_share_what_is_not_done_in_tiles(vae, golden):
+    spread, calls = load_vae(GOLDEN / "vae.safetensors"), []
+
+    def called(run):
+        return lambda x: calls.append((run.__name__, x.dtype)) or run(spread.model, x)
+
+    spread.spread = SimpleNamespace(decode=called(parts.decoded), encode=called(parts.encoded))
+    latents, video = golden["t2v.latents"], golden["t2v.video"].permute(0, 4, 1, 2, 3) * 2 - 1
+    assert torch.equal(spread.decode(latents), vae.decode(latents))
+    assert torch.equal(spread.encode(video), vae.encode(video))
+    assert calls == [("decoded", torch.float32), ("encoded", torch.float32)]
+    spread.tiling = True
+    spread.decode(torch.zeros(1, 16, 1, 4, 36))
+    spread.encode(torch.zeros(1, 3, 1, 16, 264))
+    assert len(calls) == 2
 
 
 def test_the_loaded_vae_does_not_hang_on_its_file(tmp_path, state):

@@ -59,7 +59,7 @@ def serve(rank: int, store: str, messages: Connection) -> None:
         method, size, parts.MOST_ON_CPU, shape = message
         if rank in members(size):
             spread, x = SpreadVAE(vae, groups[size]), randn(*shape)
-            assert not (list(spread.decode(x)) if method == "decode" else spread.encode(x))
+            assert not len(list(spread.decode(x)) if method == "decode" else spread.encode(x))
     dist.destroy_process_group()
 
 
