@@ -22,7 +22,7 @@ from ..optimize.plan import Work
 from ..optimize.sparse.settings import Sparse
 from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels
-from ..sampling.guidance import AVATAR_NEGATIVE_PROMPT, is_guided
+from ..sampling.guidance import AVATAR_NEGATIVE_PROMPT, audio_parts, is_guided
 from ..sampling.sampler import Callback, Step
 from ..sampling.schedules import DMD_STEPS, Schedule, is_newer, schedule_of
 from .audio import AudioEncoder, Embeddings, Voices, embed_voices, frames_for, seconds_of, segments_for
@@ -210,6 +210,7 @@ class AvatarRequest:
             self.guided,
             cond if first.kv_cache != "off" else 0,
             speakers=len(self.voices.speakers) + self.others,
+            parts=1 + sum(audio_parts(first.guidance_scale, self.audio_guidance or 0.0)[0]),
         )
 
     def reads(self) -> list[str]:

@@ -92,6 +92,6 @@ def few(latents: Sequence[int]) -> tuple[int, ...]:
 
 def warm_bytes(config: ModelConfig, dtype: torch.dtype, work: Work) -> int:
     """GPU memory that `warm_up` takes at most."""
-    config, work = replace(config, depth=1), Work(few(work.latents), work.guided)
+    config, work = replace(config, depth=1), replace(work, latents=few(work.latents), cond_latents=0)
     weights = Weights.of(config, dtype)
     return needed_bytes(Plan(), config, weights, work, dtype.itemsize, own=False, others=0)

@@ -59,15 +59,17 @@ class Plan:
 class Work:
     """What is sampled: the shape [B, C, T, H, W] of latents, cond_latents conditioning frames included.
 
-    guided: with guidance, in two halves, or in the three parts of an avatar's. speakers: how many
-    voices an avatar hears; several make the parts run one after the other. A reference frame counts as one of the
-    latents and of the conditioning frames.
+    guided: with guidance, in two halves, or in the parts of an avatar's. speakers: how many voices an avatar hears;
+    several make the parts run one after the other. parts: how many evaluations a guided step takes; None: as many as
+    guidance has, which are three of an avatar. A reference frame counts as one of the latents and of the conditioning
+    frames.
     """
 
     latents: Sequence[int]
     guided: bool = True
     cond_latents: int = 0
     speakers: int = 1
+    parts: int | None = None
 
     def __post_init__(self) -> None:
         shape = self.latents
@@ -110,7 +112,7 @@ def needed_bytes(
     others: bytes of other models on the device, the text encoder excluded.
     """
     batch, channels, frames, height, width = work.latents
-    parts = (2 if config.audio is None else 3) if work.guided else 1
+    parts = (work.parts or (2 if config.audio is None else 3)) if work.guided else 1
     blocks = config.depth - plan.streamed + min(SLOTS, plan.streamed)
     resident = weights.rest + blocks * weights.block + others
     at_once = batch * (1 if plan.split_guidance or work.speakers > 1 else parts)

@@ -217,6 +217,13 @@ def test_a_word_chooses_by_the_schedule():
     assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.05)
 
 
+@pytest.mark.parametrize(("text", "sound", "parts"), [(4.0, 4.0, 2), (3.0, 1.0, 2), (1.0, 3.0, 3), (3.0, 4.0, 3)])
+def test_the_work_has_as_many_parts_as_the_sampler_evaluates(text, sound, parts):
+    asked = request(audio_guidance=sound)
+    asked = replace(asked, first=replace(asked.first, guidance_scale=text))
+    assert asked.filled(pipeline("1.5").defaults).work().parts == parts
+
+
 def test_notes_say_what_masks_share_and_who_is_silent():
     asked = request(voices=2)
     wide = (0.0, 0.0, 1.0, 0.7)

@@ -145,6 +145,8 @@ def test_an_avatar_hears_in_three_parts():
     keys = 2 * 48 * 4096 * 2
     heard = 24 * 32 * keys
     assert needed(T2V, split) - needed(T2V, split, FULL) == pytest.approx(3 * heard + 512 * keys, rel=1e-6)
+    # Guidance with two equal scales evaluates two parts.
+    assert needed(T2V, split) - needed(replace(T2V, parts=2), split) == pytest.approx(heard + 512 * keys, rel=1e-6)
     # Several speakers run part by part in any plan, with as many more tokens.
     duo = replace(T2V, speakers=2)
     assert needed(duo, Plan()) == needed(duo, split) == pytest.approx(needed(T2V, split) + 3 * heard, rel=1e-6)
