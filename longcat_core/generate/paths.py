@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoints.audio_encoders import FOLDERS as ENCODER_FOLDERS
+from ..checkpoints.load import Checkpoint, open_checkpoint, with_audio, without_audio
 from ..errors import CheckpointError, check_path, check_type
 from ..files.fingerprints import fingerprint
 from ..files.records import read_record
@@ -69,7 +71,8 @@ class ModelPaths:
             for name, given in (("vae", vae), ("text_encoder", text_encoder)):
                 if given is None and root.exists() and not (root / name).is_dir():
                     option = f"--{name.replace('_', '-')}"
-                    raise CheckpointError(f"{root} has no folder {name}; give LongCat-Video's folder or use {option}")
+                    sentence = f"{root} has no folder {name}; give LongCat-Video's folder or use {option}"
+                    raise _lacking(_transformer(root), without_audio, sentence)
             # The official root holds tokenizer/ beside text_encoder/, so the root itself stands for both.
             paths = cls(root, Path(vae or root / "vae"), Path(text_encoder or root))
         return paths
@@ -96,23 +99,23 @@ class ModelPaths:
             if given is not None:
                 check_path(f"the path of the {name}", given)
         root = Path(model)
+        transformer = _transformer(root, people)
         places = [root, root.absolute().parent / BASE] if base is None else [Path(base)]
         found = {}
         for name, given in (("vae", vae), ("text_encoder", text_encoder)):
             found[name] = next((place for place in places if (place / name).is_dir()), places[-1])
             if given is None and root.exists() and not (found[name] / name).is_dir():
                 option = f"--{name.replace('_', '-')}"
-                raise CheckpointError(
-                    f"{places[-1]} has no folder {name}; give LongCat-Video's folder as --base, or use {option}"
-                )
+                sentence = f"{places[-1]} has no folder {name}; give LongCat-Video's folder as --base, or use {option}"
+                raise _lacking(transformer, with_audio, sentence)
         if audio_encoder is None and root.exists() and not any((root / name).is_dir() for name in ENCODER_FOLDERS):
-            raise CheckpointError(
+            sentence = (
                 f"{root} has no audio encoder ({' or '.join(ENCODER_FOLDERS)}); give LongCat-Video-Avatar's folder or "
                 "use --audio-encoder"
             )
-        inner = (root / name for name in (ONE if people == 1 else SEVERAL))
+            raise _lacking(transformer, with_audio, sentence)
         return cls(
-            next((folder for folder in inner if folder.is_dir()), root),
+            transformer,
             Path(vae or found["vae"] / "vae"),
             Path(text_encoder or found["text_encoder"]),
             Path(audio_encoder or root),
@@ -170,3 +173,23 @@ class ModelPaths:
         if world is None:
             return RELEASED
         return replace(NANO, height=world.height, width=world.width, frames=world.frames)
+
+
+def _transformer(root: Path, people: int = 1) -> Path:
+    """The folder of the transformer in that of LongCat-Video-Avatar; `root` where it has none."""
+    inner = (root / name for name in (ONE if people == 1 else SEVERAL))
+    return next((folder for folder in inner if folder.is_dir()), root)
+
+
+def _lacking(transformer: Path, suits: Callable[[Checkpoint], Checkpoint], sentence: str) -> CheckpointError:
+    """The error of a part that is missing; for the transformer of the other model, which is the reason, what `suits`
+    says of it."""
+    try:
+        opened = open_checkpoint(transformer)
+    except CheckpointError:
+        return CheckpointError(sentence)
+    try:
+        suits(opened)
+    except CheckpointError as error:
+        return error
+    return CheckpointError(sentence)

@@ -91,6 +91,8 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [PROMPT, "--model", "base", *PARTS, "--audio-encoder", "avatar", *ONE],
         ("does not hear audio", "longcat generate"),
     ),
+    "LongCat-Video's model alone": ([PROMPT, "--model", "base", *ONE], ("does not hear audio", "longcat generate")),
+    "LongCat-Video's model with its parts": ([PROMPT, "--model", "base", *PARTS, *ONE], ("does not hear audio",)),
     "audio encoder of another version": (
         [PROMPT, *MODEL, "--audio-encoder", "older", *ONE],
         ("(wav2vec2)", "give the audio encoder of its version, whisper-large-v3"),
@@ -122,7 +124,8 @@ def test_bad_input_of_avatar(refused: Any, name: str) -> None:
 
 @pytest.mark.usefixtures("inputs")
 def test_other_commands_name_this_one(refused: Any) -> None:
-    assert "or use longcat avatar" in refused("generate", PROMPT, "--model", "avatar/base_model", *PARTS)
+    for model in (["avatar/base_model", *PARTS], ["avatar/base_model"], ["avatar"]):
+        assert "or use longcat avatar" in refused("generate", PROMPT, "--model", *model)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
