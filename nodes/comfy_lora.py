@@ -39,10 +39,13 @@ def add_names(model: LongCatVideo, key_map: dict) -> KeyMap:
     """
     key_map = KeyMap(key_map)
     key_map.shapes = {}
+    layers = dict(model.diffusion_model.named_modules())
     for source, (module, i, count) in targets(model.diffusion_model.config.depth).items():
         weight = f"{module}.weight"
         if weight not in key_map.shapes:
-            layer = model.diffusion_model.get_submodule(module)
+            layer = layers.get(module)
+            if layer is None or isinstance(layer, torch.nn.Identity):
+                continue  # of an avatar, or of another avatar
             key_map.shapes[weight] = layer.shape if isinstance(layer, comfy_fp8.Linear) else layer.weight.shape
         rows = key_map.shapes[weight][0] // count
         target = NETWORK + weight if count == 1 else (NETWORK + weight, (0, i * rows, rows))

@@ -250,10 +250,10 @@ def _any_starts(keys: list[str], beginning: str) -> bool:
 def targets(depth: int) -> dict[str, tuple[str, int, int]]:
     """Module by its name in any form or in the network -> (module of the network, index of its part, number of parts).
 
-    For files that name single modules, such as LoRAs.
+    For files that name single modules, such as LoRAs. Those of an avatar are among them, which other networks lack.
     """
     found = {}
-    for form in FORMATS:
+    for form in (*FORMATS, *AVATARS):
         for canonical, sources in form.modules(depth):
             found[canonical] = canonical, 0, 1
             found |= {source: (canonical, i, len(sources)) for i, source in enumerate(sources) if source != canonical}

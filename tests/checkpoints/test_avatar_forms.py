@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,45 @@ def test_the_distilled_lora_in_both_forms(tmp_path, version, form):
     merge_lora(models[1], saved(tmp_path, tensors, "lora.safetensors"))
     for (name, one), (_, two) in zip(models[0].state_dict().items(), models[1].state_dict().items(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5, msg=name)
+
+
+AUDIO_LORAS = {
+    "official": "blocks.1.{}.",
+    "comfyui": "diffusion_model.blocks.1.{}.",
+    "kohya": "lora_unet_blocks_1_{}.",
+}
+AUDIO_LAYERS = ("audio_cross_attn.q_linear", "audio_cross_attn.kv_linear", "audio_cross_attn.proj",
+                "audio_adaLN_modulation.1")  # fmt: skip
+
+
+def audio_lora(form: str, state: State) -> State:
+    """A LoRA of audio layers of the second block."""
+    lora, generator = {}, torch.Generator().manual_seed(0)
+    for layer in AUDIO_LAYERS:
+        rows, columns = state[f"blocks.1.{layer}.weight"].shape
+        name = layer.replace("audio_adaLN_modulation", "audio_modulation") if form == "comfyui" else layer
+        name = AUDIO_LORAS[form].format(name.replace(".", "_") if form == "kohya" else name)
+        lora[f"{name}lora_down.weight"] = torch.randn(2, columns, generator=generator)
+        lora[f"{name}lora_up.weight"] = torch.randn(rows, 2, generator=generator)
+    return lora
+
+
+@pytest.mark.parametrize("form", AUDIO_LORAS)
+def test_a_lora_of_audio_layers(tmp_path, version, state, wanted, form):
+    lora = audio_lora(form, state)
+    model = load_transformer(DATA / version / "dit.safetensors", config=CONFIGS[version])
+    path = saved(tmp_path, lora, "lora.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_lora(model, path)
+    ups, downs = ([t for name, t in lora.items() if part in name] for part in ("lora_up", "lora_down"))
+    layers = "audio_attn.q", "audio_attn.kv", "audio_attn.proj", "audio_modulation"
+    for layer, up, down in zip(layers, ups, downs, strict=True):
+        name = f"blocks.1.{layer}.weight"
+        torch.testing.assert_close(model.get_parameter(name), wanted[name] + up @ down)
+    base = load_transformer(DATA.parent / "golden" / "dit.safetensors")
+    with pytest.raises(CheckpointError, match="matches nothing in LongCat-Video: 0 of its 4 modules"):
+        merge_lora(base, path)
 
 
 def test_a_missing_tensor_is_named(tmp_path, version, state):
