@@ -89,8 +89,8 @@ def infer_config(form: Format, shapes: dict[str, Shape], source: str) -> ModelCo
         raise CheckpointError(f"{source} has tensors of shapes that no network has ({error})") from error
 
 
-# Channels of the known audio encoders' states: Whisper large, and wav2vec2 base.
-_ENCODER_CHANNELS = (1280, 768)
+# What an avatar of version 1.5 hears has this many groups of any Whisper's channels; 1.0 hears layers of wav2vec2 base.
+_WHISPER_GROUPS, _WAV2VEC2_CHANNELS = AudioConfig.groups, 768
 
 
 def infer_audio(form: Format, shapes: Mapping[str, Shape], source: str, hint: AudioConfig | None) -> AudioConfig | None:
@@ -117,9 +117,9 @@ def infer_audio(form: Format, shapes: Mapping[str, Shape], source: str, hint: Au
         entry, odd = divmod(later - first, known.frames - 1)
         groups, channels = known.groups, known.channels
         if groups * channels != entry:
-            channels = next((count for count in _ENCODER_CHANNELS if entry % count == 0), 0)
-            groups = entry // max(1, channels)
-        if odd or min(entry, width) < 1 or first % entry or out % width or not channels:
+            channels = _WAV2VEC2_CHANNELS if entry % _WHISPER_GROUPS else entry // _WHISPER_GROUPS
+            groups = 0 if entry % channels else entry // channels
+        if odd or min(entry, width) < 1 or first % entry or out % width or not groups:
             raise LongCatError(f"{first} and {later} columns for audio, {out} rows for tokens of {width} channels")
         sizes = {"window": first // entry, "groups": groups, "channels": channels, "hidden": hidden, "width": width}
         prenorm = any(f".{norm}." in name for name in shapes)

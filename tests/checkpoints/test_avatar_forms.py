@@ -110,15 +110,19 @@ def test_a_folder_of_shards(tmp_path, version, state, wanted, config):
     else:
         values = {name: value for name, value in values.items() if not name.startswith(("audio", "class", "context"))}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    if config:
-        assert_same(load_transformer(tmp_path).state_dict(), wanted)
+    if config or version == "v1_5":
+        model = load_transformer(tmp_path)
+        assert_same(model.state_dict(), wanted)
+        assert model.config.audio == CONFIGS[version].audio
     else:
         with pytest.raises(CheckpointError, match="shapes that no avatar has"):
-            # Tiny models have channels that no encoder has.
+            # A tiny 1.0 hears channels that no wav2vec2 has.
             load_transformer(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "groups", "channels"), [("v1_0", 12, 768), ("v1_5", 5, 1280)])
+@pytest.mark.parametrize(
+    ("name", "groups", "channels"), [("v1_0", 12, 768), ("v1_5", 5, 1280), ("v1_5", 5, 256), ("v1_5", 5, 768)]
+)
 def test_the_version_is_read_from_the_columns(tmp_path, name, groups, channels):
     state = read_tensors(DATA / name / "dit.safetensors")
     for module, entries in (("proj1", 5), ("proj1_vf", 8)):

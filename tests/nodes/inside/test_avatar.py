@@ -243,6 +243,56 @@ def test_saved_under_official_names(newer, comfy):
     assert all(torch.equal(saved[name], tensor) for name, tensor in official.items())
 
 
+def test_a_saved_avatar_loads_again(newer, comfy):
+    """ModelSave keeps no metadata; what the avatar hears is read off its weights."""
+    from pathlib import Path
+
+    import folder_paths
+
+    lora = comfy.save("loras", "audio_lora.safetensors", audio_lora())
+    model = comfy("LoraLoaderModelOnly", model=newer.model, lora_name=lora, strength_model=0.5)
+    comfy("ModelSave", model=model, filename_prefix="diffusion_models/avatar")
+    (path,) = Path(folder_paths.get_output_directory(), "diffusion_models").glob("avatar*.safetensors")
+    (comfy.folder / "models" / "diffusion_models" / path.name).symlink_to(path)
+    audio = newer.audio()
+    wanted = newer.sampled(newer.conds(audio), newer.latent(), model, steps=2)
+    for node, name in (("UNETLoader", "unet_name"), ("LongCatModelLoader", "model_name")):
+        again = comfy(node, **{name: path.name}, weight_dtype="default")
+        assert again.model.network.config == newer.network.config
+        assert close(newer.sampled(newer.conds(audio), newer.latent(), again, steps=2), wanted)
+    assert comfy.core("checkpoints.load").open_checkpoint(path).config == newer.network.config
+
+
+def audio_lora():
+    """A LoRA of audio layers under official names."""
+    generator, sizes = torch.Generator().manual_seed(0), {"q_linear": (64, 64), "kv_linear": (128, 40)}
+    return {
+        f"diffusion_model.blocks.{i}.audio_cross_attn.{layer}.lora_{half}.weight": torch.randn(
+            (rows, 2) if half == "up" else (2, columns), generator=generator
+        )
+        for i in range(2)
+        for layer, (rows, columns) in sizes.items()
+        for half in ("up", "down")
+    }
+
+
+@pytest.mark.parametrize("node", ["LoraLoaderModelOnly", "LoraLoaderBypassModelOnly"])
+def test_a_lora_of_audio_layers(newer, model, comfy, caplog, node):
+    import nodes
+
+    if node not in nodes.NODE_CLASS_MAPPINGS:
+        pytest.skip("this ComfyUI has no such node")
+    name = comfy.save("loras", "audio_lora.safetensors", audio_lora())
+    patched = comfy(node, model=newer.model, lora_name=name, strength_model=0.5)
+    network = comfy.core("checkpoints.load").load_transformer(comfy.folder / "models" / "diffusion_models" / newer.name)
+    comfy.core("checkpoints.lora").merge_lora(network, comfy.folder / "models" / "loras" / name, 0.5)
+    audio = newer.audio()
+    got = newer.sampled(newer.conds(audio), newer.latent(), model=patched, steps=2)
+    assert close(got, newer.expected(audio, network=network, steps=2)) and "not matched" not in caplog.text
+    with pytest.raises(comfy.core("errors").LongCatError, match=r"matches nothing .*audio_cross_attn"):
+        comfy(node, model=model, lora_name=name, strength_model=0.5)
+
+
 def test_weights_that_stay_in_ram_are_cast_at_use(newer, comfy, monkeypatch):
     """Audio layers and norms too; forced here on the CPU, as in test_lora."""
     from comfy import model_management
