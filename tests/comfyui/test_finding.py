@@ -84,10 +84,12 @@ TYPE = """([name, value]) => {
 
 
 @pytest.fixture(params=["canvas", "Nodes 2.0"])
-def renderer(request, page) -> str:
+def renderer(request, page) -> Iterator[str]:
     """Draws nodes on the canvas or as elements of the page."""
     page.renderer(request.param == "Nodes 2.0")
-    return request.param
+    yield request.param
+    # The server keeps the setting, and later pages would open with it.
+    page.renderer(False)
 
 
 def workflow(widgets: dict[str, list[Any]]) -> dict[str, Any]:
