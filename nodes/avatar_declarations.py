@@ -10,6 +10,8 @@ from .fields import Node, Socket, long_text, own, shared
 from .widgets import (
     CLIP,
     CONTINUATION,
+    DISTILLED_NEWER,
+    DISTILLED_OLDER,
     FIRST_SEED,
     GIVEN_SIZES,
     GUIDANCE,
@@ -154,7 +156,7 @@ AVATAR_NODES: dict[str, Node] = {
                 most=9999),
             FIRST_SEED,
             own("steps", "whole", "number of denoising steps: 50, or for distilled 8 of version 1.5 and 16 of 1.0", 50,
-                least=1, most=1000, schedules={"distilled": (8, 50)}),
+                least=1, most=1000, schedules={"distilled": (8, 50), **DISTILLED_NEWER, **DISTILLED_OLDER}),
             replace(GUIDANCE, row=replace(GUIDANCE.row, help="scale of the text: 4, or 1 for distilled")),
             replace(_AUDIO_GUIDANCE, row=replace(_AUDIO_GUIDANCE.row, schedules={"distilled": (1.0, 1.0)})),
             own("mode", "choice", "schedule of the first segment and of the others. distilled: guidance 1, with the "

@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..longcat_core import nano
-from . import former, registration
+from . import former, registration, versions
 from .deferred import deferred
 
 # Not from generate.paths, which imports what requests need.
@@ -46,4 +46,5 @@ class LongCatExtension(ComfyExtension):
             folder_paths.add_model_folder_path(kind, str(NANO_WEIGHTS / kind))
         registration.register()
         former.renew_prompts(former.RENAMED)
+        versions.answer_page()
         return [deferred(family, node) for family, nodes in FAMILIES.items() for node in nodes]

@@ -16,7 +16,7 @@ from .declarations import NODES
 from .fields import Node, Socket, Widget
 from .finding import PLACES
 from .former import for_page
-from .widgets import LONG_MODES
+from .widgets import LONG_MODES, VERSIONS
 
 KINDS = {"whole": io.Int, "number": io.Float, "switch": io.Boolean, "text": io.String, "choice": io.Combo}
 PAGE = "longcat"
@@ -95,14 +95,21 @@ def _for_page(node_id: str, field: Widget) -> dict[str, Any]:
     return found
 
 
-def mode_defaults(node: Node, field: Widget) -> dict[str, dict[str, dict[str, float]]]:
-    """For an input that chooses a schedule: choice -> another input -> its default then, and the most that fits."""
+def mode_defaults(node: Node, field: Widget) -> dict[str, dict[str, dict[str, Any]]]:
+    """For an input that chooses a schedule: choice -> another input -> its default then, and the most that fits; where
+    an avatar has others, these by its version under "of"."""
     if field.name != "mode":
         return {}
     rows = [other.row for other in node.inputs if isinstance(other, Widget) and other.row.schedules]
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for choice in field.row.choices:
         schedule = LONG_MODES.get(choice, (choice,))[0]
-        values = {row.name: row.schedules.get(schedule, (row.default, row.most)) for row in rows}
-        found[choice] = {name: {"default": default, "most": most} for name, (default, most) in values.items()}
+        found[choice] = {}
+        for row in rows:
+            default, most = row.schedules.get(schedule, (row.default, row.most))
+            rule: dict[str, Any] = {"default": default, "most": most}
+            for version in VERSIONS:
+                if values := row.schedules.get(f"{schedule} {version}"):
+                    rule.setdefault("of", {})[version] = dict(zip(("default", "most"), values, strict=True))
+            found[choice][row.name] = rule
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import get_args, get_type_hints
 
-from ..longcat_core.generate.options import FRAME_MULTIPLE, SCHEDULES
+from ..longcat_core.generate.options import FRAME_MULTIPLE, SCHEDULES, option
 from ..longcat_core.generate.speeds import prices_in_words
 from ..longcat_core.nano.world import Actor, Scene, caption
 from ..longcat_core.optimize.switches import Optimizations
@@ -29,6 +29,8 @@ SAMPLES = {
     )
 }
 
+# Of LongCat-Video-Avatar.
+VERSIONS = ("1.0", "1.5")
 MODEL = Socket("model", "Model", "LongCat-Video")
 VAE = Socket("vae", "Vae", "the Wan 2.1 VAE")
 CLIP = Socket("clip", "Clip", "UMT5, from LongCat Text Encoder Loader or from Load CLIP of type wan")
@@ -48,11 +50,14 @@ SEED = replace(shared("seed", most=2**64 - 1), new_seed=True)
 # Not drawn again after each run: with a new seed, a run would not resume the saved segments.
 FIRST_SEED = replace(shared("seed", "refine", help="seed of the first piece's noise; later pieces count up from it. "
                           "Another seed begins another take"), new_seed=False)  # fmt: skip
+# The schedule "distilled" of an avatar of one version, beside that of any model; 1.5 has no other number of steps.
+DISTILLED_OLDER, DISTILLED_NEWER = {f"distilled {VERSIONS[0]}": (16, 50)}, {f"distilled {VERSIONS[1]}": (8, 8)}
 STEPS = shared(
     "steps",
-    help="number of denoising steps: 50, or 16 for distilled. For 50 steps, enhance_hf evaluates the model 56 times "
-    "and refine 5 times",
+    help="number of denoising steps: 50, or 16 for distilled, which is exactly 8 of an avatar 1.5. For 50 steps, "
+    "enhance_hf evaluates the model 56 times and refine 5 times",
     shown="",
+    schedules=option("steps").schedules | DISTILLED_NEWER,
 )
 GUIDANCE = shared(
     "guidance",

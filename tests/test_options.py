@@ -17,6 +17,7 @@ from longcat_core.checkpoints.convert import TARGETS
 from longcat_core.cli.main import COMMANDS, build_parser
 from longcat_core.cli.options import help_of, without_effect
 from longcat_core.generate import options
+from longcat_core.generate.avatar import FPS
 from longcat_core.generate.long_video import HandOff, LongVideoRequest
 from longcat_core.generate.options import OPTIONS, Option, of_command, option
 from longcat_core.generate.refine import RefineRequest
@@ -25,7 +26,7 @@ from longcat_core.model.kv_cache import KV_MODES
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.switches import CompileMode, Optimizations
 from longcat_core.sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from longcat_core.sampling.schedules import DISTILLED_GRID, MODES
+from longcat_core.sampling.schedules import DISTILLED_GRID, DMD_STEPS, MODES
 from longcat_core.training.lora import Recipe
 
 from .public_face import DATA, ROOT
@@ -188,6 +189,15 @@ def test_defaults_of_schedules_are_those_of_requests():
     steps, guidance = (option(name).schedules["distilled"] for name in ("steps", "guidance"))
     assert (steps[0], guidance[0]) == (distilled.steps, distilled.guidance_scale)
     assert steps[1] == DISTILLED_GRID
+
+
+def test_the_page_knows_the_steps_of_a_distilled_avatar():
+    declared = PAGES.load("nodes.widgets")
+    assert set(declared.VERSIONS) == FPS.keys()
+    assert declared.DISTILLED_NEWER == {"distilled 1.5": (DMD_STEPS, DMD_STEPS)}
+    for node in ("LongCatSampler", "LongCatScheduler", "LongCatAvatarLongVideo"):
+        (steps,) = (field.row for field in DECLARED[node].inputs if field.name == "steps")
+        assert declared.DISTILLED_NEWER.items() <= steps.schedules.items()
 
 
 @pytest.mark.parametrize(

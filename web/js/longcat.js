@@ -1,6 +1,6 @@
 // What the page adds to LongCat's nodes: it hides inputs that another input's choice leaves unused, gives steps and
-// guidance their defaults when the mode is changed by hand, and reads the values of workflows that earlier versions
-// saved. Choices and values come with the schema (nodes/inputs.py).
+// guidance their defaults when the mode or the model is changed by hand, and reads the values of workflows that earlier
+// versions saved. Choices and values come with the schema (nodes/inputs.py).
 import { app } from "../../../scripts/app.js";
 
 const KEY = "longcat";
@@ -21,8 +21,9 @@ function whileLoading(method) {
   };
 }
 
-// The rules of a node's inputs: sets[mode input][choice][input] = {default, most}, onlyFor[input] = {other: choice},
-// was[input] = {old value: new value}, removed[input] = how many inputs before it are gone.
+// The rules of a node's inputs: sets[mode input][choice][input] = {default, most, of: {avatar's version: {default,
+// most}}}, onlyFor[input] = {other: choice}, was[input] = {old value: new value}, removed[input] = how many inputs before
+// it are gone.
 function rulesOf(definition) {
   const rules = { sets: {}, onlyFor: {}, was: {}, removed: {} };
   for (const group of Object.values(definition.input ?? {}))
@@ -66,12 +67,41 @@ function fit(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-// A value that was the old mode's default, or that does not fit the new mode, becomes the new mode's default.
+// The file of a node's MODEL: the choice of the loader in front of it, past nodes that take a MODEL themselves.
+function fileOf(node) {
+  for (let at = node, steps = 0; at && steps < 100; steps += 1) {
+    const slot = at.inputs?.find((input) => (input.type === "MODEL" || input.type === "*") && input.link != null);
+    if (!slot) return (widgetOf(at, "model_name") ?? widgetOf(at, "unet_name"))?.value ?? "";
+    at = at.graph?.getNodeById(at.graph.links.get(slot.link)?.origin_id);
+  }
+  return "";
+}
+
+// Questions to the server that it has not answered yet.
+const asked = {};
+
+// The version of the avatar in a file, "" for LongCat-Video; the server reads it off the weights.
+async function versionOf(file) {
+  if (!file) return "";
+  asked[file] ??= app.api
+    .fetchApi(`/longcat/model?name=${encodeURIComponent(file)}`)
+    .then(async (answer) => (answer.ok ? (await answer.json()).avatar : ""))
+    .catch(() => "")
+    .finally(() => delete asked[file]);
+  return asked[file];
+}
+
+const ruleOf = (sets, { choice, version }, name) => sets[choice]?.[name]?.of?.[version] ?? sets[choice]?.[name];
+
+// A value that was the old default, or that does not fit the new mode or model, becomes the new default.
 function follow(node, sets, before, after) {
-  for (const [name, { default: value, most }] of Object.entries(sets[after] ?? {})) {
+  for (const name of Object.keys(sets[after.choice] ?? {})) {
+    const { default: value, most } = ruleOf(sets, after, name);
     const widget = widgetOf(node, name);
     if (!widget || isLinked(node, name)) continue;
-    if (widget.value !== sets[before]?.[name]?.default && widget.value <= most) continue;
+    // Where the default is also the most, no other value fits.
+    const fits = value === most ? widget.value === value : widget.value <= most;
+    if (widget.value !== ruleOf(sets, before, name)?.default && fits) continue;
     widget.value = value;
     widget.callback?.(value, app.canvas, node);
   }
@@ -80,8 +110,19 @@ function follow(node, sets, before, after) {
 
 function watch(node, rules) {
   const before = {};
+  let version = "";
   const remember = () => {
-    for (const name of Object.keys(rules.sets)) before[name] = widgetOf(node, name)?.value;
+    for (const name of Object.keys(rules.sets)) before[name] = { choice: widgetOf(node, name)?.value, version };
+  };
+  // Which model is in front of the node; one that was connected or chosen by hand brings its defaults.
+  const look = async () => {
+    const quiet = Boolean(loading);
+    const found = Object.keys(rules.sets).length ? await versionOf(fileOf(node)) : "";
+    if (found === version) return;
+    version = found;
+    for (const [name, sets] of Object.entries(rules.sets))
+      if (!quiet && before[name]) follow(node, sets, before[name], { choice: before[name].choice, version });
+    remember();
   };
   const deciding = new Set(Object.keys(rules.sets));
   for (const others of Object.values(rules.onlyFor)) for (const other of Object.keys(others)) deciding.add(other);
@@ -91,15 +132,35 @@ function watch(node, rules) {
     const original = widget.callback;
     widget.callback = function (value, ...rest) {
       const result = original?.call(this, value, ...rest);
-      if (!loading && name in rules.sets) follow(node, rules.sets[name], before[name], widget.value);
+      if (!loading && name in rules.sets)
+        follow(node, rules.sets[name], before[name], { choice: widget.value, version });
       remember();
+      look();
       if (refresh(node, rules) && !loading) fit(node);
       return result;
     };
   }
   return () => {
     remember();
+    look();
     return refresh(node, rules);
+  };
+}
+
+// A loader's other file changes the model of the nodes behind it.
+function watchLoader(nodeType) {
+  const { onNodeCreated } = nodeType.prototype;
+  nodeType.prototype.onNodeCreated = function (...given) {
+    const result = onNodeCreated?.apply(this, given);
+    const widget = widgetOf(this, "model_name");
+    const original = widget?.callback;
+    if (!widget) return result;
+    widget.callback = function (...values) {
+      const changed = original?.apply(this, values);
+      if (!loading) for (const node of app.graph?.nodes ?? []) node.longcatSettle?.();
+      return changed;
+    };
+    return result;
   };
 }
 
@@ -124,6 +185,7 @@ app.registerExtension({
     whileLoading("loadApiJson");
   },
   beforeRegisterNodeDef(nodeType, definition) {
+    if (definition.name === "LongCatModelLoader") watchLoader(nodeType);
     const rules = rulesOf(definition);
     if (!rules) return;
     const prototype = nodeType.prototype;
