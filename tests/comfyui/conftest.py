@@ -11,6 +11,7 @@ import pytest
 
 from longcat_core.files.media import read_video
 
+from ..support.talking import write_avatar
 from .browser import Page, find_chromium, open_page
 from .client import Client
 from .server import PACK, Installation, Server
@@ -92,6 +93,12 @@ def another_server(installation, tmp_path) -> Iterator:
 def client(server) -> Iterator[Client]:
     with Client(server.url) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def talking(server) -> None:
+    """The tiny avatar, its audio encoder, two sounds and an image are in the shared server's folders."""
+    write_avatar(server.base / "models", server.base / "input")
 
 
 @pytest.fixture(scope="session")

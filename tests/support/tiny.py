@@ -28,7 +28,7 @@ GAIN = 100
 SEED = 7
 
 
-def tiny_config(**changes: int) -> ModelConfig:
+def tiny_config(**changes: Any) -> ModelConfig:
     """A network of a few thousand weights, with `changes` in its shape."""
     shape = {"hidden_size": 64, "depth": 2, "num_heads": 2, "caption_channels": 32, "ffn_hidden": 96, "adaln_dim": 32}
     return ModelConfig(**shape | changes)
