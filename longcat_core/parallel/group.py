@@ -239,6 +239,17 @@ def backend_of(devices: Sequence[torch.device]) -> str:
     return "cpu:gloo,cuda:nccl" if devices[0].type == "cuda" and dist.is_nccl_available() else "gloo"
 
 
+def current() -> Group | None:
+    """The group that this process belongs to."""
+    return _current
+
+
+def end_current() -> None:
+    """End the group that this process belongs to, if it does."""
+    if _current is not None:
+        _current.end()
+
+
 def check_none() -> None:
     """Raise LongCatError if this process belongs to a group of `torch.distributed` already, unless that has failed."""
     if not dist.is_available():

@@ -1,4 +1,4 @@
-"""Starting a group on this machine, and joining one that torchrun started."""
+"""Making a group: of processes that this one starts, or of those that torchrun started."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +20,138 @@ import torch
 import torch.distributed as dist
 
 from ..errors import LongCatError
-from .group import TIMEOUT, Group, check_none, named
+from .devices import torchrun_size
+from .group import TIMEOUT, Group, check_none, current, named
 from .lifeline import Hub, Line, Listener, Peer, ended, to_json
 from .messages import CORE
 
 # Seconds: importing PyTorch from a cold disk takes a minute.
 JOINING = 300.0
-HOME = "127.0.0.1"
+HOME, ANYWHERE = "127.0.0.1", "0.0.0.0"
+# In the store of torchrun: what rank 0 tells the others, and the part that belongs to the group.
+SETUP, RANKS = "longcat setup", "longcat ranks"
+# Rank 0 may check and load for long before it needs the others.
+UNTIL_NEEDED = timedelta(days=1)
 # The folder that holds this package, under the name that a worker gives it.
 FOLDER = Path(__file__).parents[2]
 # In place of the main script, which another process must not run. sys.path[0] is the working folder, which may hold
-# anything.
+# anything. Only rank 0 listens to signals, and ends the others.
 BOOT = f"""import json, signal, sys
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     if hasattr(signal, name):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 setup = json.loads(sys.stdin.readline())
 sys.path[:1] = setup["path"]
-from {CORE}.parallel.worker import main
-main(setup)"""
+from {CORE}.parallel.worker import work
+work(setup)"""
 
 
 def start(devices: Sequence[torch.device], serve: str = ".mirror") -> Group:
-    """A group of this process, rank 0, and a new process on this machine for each further device.
+    """The group of `started` at once."""
+    with started(devices, serve) as group:
+        return group()
 
-    devices: of all ranks, GPUs or CPUs; this process works on the first one. serve: module with the function `serve`
-    that workers call with their group. Takes as long as importing PyTorch does. Raises LongCatError if a process
-    cannot join.
+
+@contextmanager
+def started(devices: Sequence[torch.device], serve: str = ".mirror") -> Iterator[Callable[[], Group]]:
+    """Start a group with this process as rank 0, and meanwhile do other things: a worker needs seconds to begin.
+
+    Yields a function that waits for the workers and returns the group; if it is not called, the workers are ended. A
+    group of the same devices that is there already is the one that it returns.
+    devices: of all ranks, GPUs or CPUs; this process works on the first one. The others are new processes on this
+    machine, or those that torchrun started. serve: module with the function `serve` that workers call with their group.
+    Raises LongCatError if a process cannot join.
     """
+    there = current()
+    if there is not None and there.devices == tuple(devices) and not there.failed:
+        yield lambda: there
+        return
     check_none()
-    # Listening on this machine alone.
-    bound = socket.create_server((HOME, 0))
-    port = bound.getsockname()[1]
-    server = dist.TCPStore(HOME, port, None, True, TIMEOUT, False, master_listen_fd=bound.detach())
-    listener = Listener()
-    threads = max(1, (os.cpu_count() or 1) // len(devices))
-    processes: dict[int, subprocess.Popen[bytes]] = {}
+    if devices[0].type == "cuda" and not dist.is_nccl_available():
+        warnings.warn(
+            "this PyTorch has no NCCL, so the GPUs exchange data through CPU memory, which is slow", stacklevel=4
+        )
+    launch = _Joined(devices, serve) if torchrun_size() else _Launch(devices, serve)
     try:
-        for rank in range(1, len(devices)):
-            setup = {
-                "path": [str(FOLDER), *sys.path],
-                "rank": rank,
-                "devices": [str(device) for device in devices],
-                "store": [HOME, port],
-                "address": to_json(listener.address),
-                "serve": serve,
-            }
-            processes[rank] = _worker(setup, threads)
-        peers = _joined(listener, processes, devices)
-    except BaseException:
-        for process in processes.values():
+        yield launch.group
+    finally:
+        launch.end()
+
+
+class _Launch:
+    """New processes on this machine."""
+
+    def __init__(self, devices: Sequence[torch.device], serve: str) -> None:
+        self.devices = devices
+        # Listening on this machine alone.
+        bound = socket.create_server((HOME, 0))
+        self.port = bound.getsockname()[1]
+        self._server = dist.TCPStore(HOME, self.port, None, True, TIMEOUT, False, master_listen_fd=bound.detach())
+        self._listener = Listener(HOME)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        setup = {
+            "path": [str(FOLDER), *sys.path],
+            "devices": [str(device) for device in devices],
+            "store": [HOME, self.port],
+            "address": to_json(self._listener.address),
+            "serve": serve,
+        }
+        threads = max(1, (os.cpu_count() or 1) // len(devices))
+        try:
+            for rank in range(1, len(devices)):
+                self._processes[rank] = _worker(setup | {"rank": rank}, threads)
+        except BaseException:
+            self.end()
+            raise
+
+    def group(self) -> Group:
+        peers = joined(self._listener, self._processes, self.devices)
+        store = dist.TCPStore(HOME, self.port, None, False, TIMEOUT, False)
+        group = Group(0, self.devices, store, hub=Hub(peers, self._processes), server=self._server)
+        # From here on it ends them.
+        self._processes = {}
+        del self._server
+        return connected(group)
+
+    def end(self) -> None:
+        self._listener.close()
+        for process in self._processes.values():
             process.kill()
             process.wait()
-        raise
-    finally:
-        listener.close()
-    store = dist.TCPStore(HOME, port, None, False, TIMEOUT, False)
-    return _connected(Group(0, devices, store, hub=Hub(peers, processes), server=server))
+
+
+class _Joined:
+    """The processes of torchrun, perhaps on several hosts."""
+
+    def __init__(self, devices: Sequence[torch.device], serve: str) -> None:
+        self.devices = devices
+        if torchrun_store().check([SETUP]):
+            raise LongCatError("the processes of torchrun have served and ended already; run it again")
+        one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        self._listener = Listener(HOME if one_host else ANYWHERE)
+        address = self._listener.address._replace(host=HOME if one_host else os.environ["MASTER_ADDR"])
+        setup = {"devices": [str(device) for device in devices], "address": to_json(address), "serve": serve}
+        torchrun_store().set(SETUP, json.dumps(setup))
+
+    def group(self) -> Group:
+        peers = joined(self._listener, {}, self.devices)
+        return connected(Group(0, self.devices, dist.PrefixStore(RANKS, torchrun_store()), hub=Hub(peers, {})))
+
+    def end(self) -> None:
+        self._listener.close()
+
+
+@cache
+def torchrun_store() -> dist.Store:
+    """What all processes of torchrun can read and write."""
+    store: dist.Store = next(iter(dist.rendezvous("env://", timeout=UNTIL_NEEDED)))[0]
+    return store
+
+
+def release() -> None:
+    """At the end of rank 0: let the other processes of torchrun go, if they still wait for a group."""
+    if torchrun_size() and not torchrun_store().check([SETUP]):
+        torchrun_store().set(SETUP, "null")
 
 
 def _worker(setup: Mapping[str, Any], threads: int) -> subprocess.Popen[bytes]:
@@ -87,7 +166,7 @@ def _worker(setup: Mapping[str, Any], threads: int) -> subprocess.Popen[bytes]:
     return process
 
 
-def _joined(
+def joined(
     listener: Listener, processes: Mapping[int, subprocess.Popen[bytes]], devices: Sequence[torch.device]
 ) -> dict[int, Peer]:
     """Each rank but 0. Raises LongCatError if a process ends before, or does not come."""
@@ -107,7 +186,8 @@ def _joined(
     return peers
 
 
-def _connected(group: Group) -> Group:
+def connected(group: Group) -> Group:
+    """The group, once all ranks have found each other; without workers if that fails."""
     try:
         with group.working():
             group.connect()
@@ -117,10 +197,8 @@ def _connected(group: Group) -> Group:
     return group
 
 
-def join_as(rank: int, line: Line, setup: Mapping[str, Any]) -> Group:
+def joins(rank: int, line: Line, setup: Mapping[str, Any], store: dist.Store) -> Group:
     """The group that rank 0 describes, in a worker."""
-    devices = [torch.device(name) for name in setup["devices"]]
-    host, port = setup["store"]
-    group = Group(rank, devices, dist.TCPStore(host, port, None, False, TIMEOUT, False), line=line)
+    group = Group(rank, [torch.device(name) for name in setup["devices"]], store, line=line)
     group.connect()
     return group

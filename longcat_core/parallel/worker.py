@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import traceback
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..errors import LongCatError
-from .group import is_communication
+from .group import TIMEOUT, is_communication
 from .lifeline import Line, from_json, leave
-from .start import join_as
+from .start import RANKS, SETUP, UNTIL_NEEDED, joins, torchrun_store
 
 OUT_OF_MEMORY = "out of memory; use more GPUs, give a smaller size or fewer frames, or free the memory of this one"
 
 
-def main(setup: Mapping[str, Any]) -> None:
-    """Serve rank 0, which describes the group in `setup`, until it has enough; then end this process."""
+def work(setup: Mapping[str, Any]) -> None:
+    """Serve the rank 0 that started this process and describes the group in `setup`; then end this process."""
     line = Line(from_json(setup["address"]), setup["rank"])
+    host, port = setup["store"]
+    _serve(line, setup["rank"], setup, dist.TCPStore(host, port, None, False, TIMEOUT, False))
+
+
+def join() -> None:
+    """Serve rank 0 as a process of torchrun, once it needs a group; then end this process."""
+    store = torchrun_store()
+    store.wait([SETUP], UNTIL_NEEDED)
+    setup = json.loads(store.get(SETUP))
+    if setup is None:
+        return
+    rank = int(os.environ["RANK"])
+    line = Line(from_json(setup["address"]), rank)
+    # From now on rank 0 ends this process, also if a signal came to all.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    _serve(line, rank, setup, dist.PrefixStore(RANKS, store))
+
+
+def _serve(line: Line, rank: int, setup: Mapping[str, Any], store: dist.Store) -> None:
     try:
-        group = join_as(setup["rank"], line, setup)
+        group = joins(rank, line, setup, store)
         import_module(setup["serve"], __package__).serve(group)
         group.end()
     except BaseException as error:
