@@ -19,6 +19,7 @@ from ..files.atomic import reason
 from ..generate.options import DTYPES
 from ..generate.progress import CHECKING, STARTING
 from ..generate.progress import Progress as Task
+from ..parallel.torchrun import torchrun_rank, torchrun_size
 from .console import Progress, Stream, number, size, standard_streams, whole, words
 from .options import Parser, add_options
 from .outputs import Outputs
@@ -108,7 +109,29 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None, watch: Callable[[Task], None] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (a check failed), 2 (bad input), 130 (interrupted) or 141 (broken
-    pipe). watch: called with the progress of a command that has a bar, whenever it changes."""
+    pipe). watch: called with the progress of a command that has a bar, whenever it changes.
+
+    Of the processes of torchrun, the one of rank 0 runs the command, and the others serve it.
+    """
+    if torchrun_rank():
+        return _serve()
+    try:
+        return _main(argv, watch)
+    finally:
+        if torchrun_size():
+            from ..parallel.start import release
+
+            release()
+
+
+def _serve() -> int:
+    from ..parallel.worker import join
+
+    join()
+    return 0
+
+
+def _main(argv: Sequence[str] | None, watch: Callable[[Task], None] | None) -> int:
     argv = joined(sys.argv[1:] if argv is None else argv)
     with standard_streams() as out:
         try:

@@ -8,17 +8,12 @@ from typing import Literal
 import torch
 
 from ..errors import LongCatError, is_whole
+from .torchrun import torchrun_size
 
 # More processes on one CPU than this are a mistake.
 MOST = 64
 AUTO = "auto"
 Gpus = int | Literal["auto"] | None
-
-
-def torchrun_size() -> int:
-    """The number of processes that torchrun started together with this one; 0 without torchrun."""
-    size = os.environ.get("WORLD_SIZE", "") if {"RANK", "LOCAL_RANK"} <= os.environ.keys() else ""
-    return int(size) if size.isdigit() and int(size) > 1 else 0
 
 
 def devices_of(gpus: Gpus, device: torch.device) -> tuple[torch.device, ...]:
@@ -30,13 +25,15 @@ def devices_of(gpus: Gpus, device: torch.device) -> tuple[torch.device, ...]:
     """
     if gpus is not None and gpus != AUTO and not (is_whole(gpus) and 1 <= int(gpus) <= MOST):
         raise LongCatError(f"gpus cannot be {gpus!r}; give a number from 1 to {MOST}, or auto")
+    if gpus == 1:
+        return (device,)
     if size := torchrun_size():
         if gpus not in (None, AUTO, size):
             raise LongCatError(f"{gpus} GPUs were asked for, but torchrun started {size} processes; leave --gpus out")
         return _of_torchrun(size, device)
     if device.type == "cpu":
         return (device,) * (1 if gpus in (None, AUTO) else int(gpus))
-    if gpus in (None, 1):
+    if gpus is None:
         return (device,)
     if device.type != "cuda":
         raise LongCatError(f"several GPUs must be those of CUDA or ROCm, not {device.type}; leave out --gpus")

@@ -67,7 +67,7 @@ class Group:
 
     @property
     def failed(self) -> bool:
-        """In rank 0: whether the group has failed. It only needs to be ended; `start` does that."""
+        """In rank 0: whether the group has failed. `start` ends it and makes another one."""
         return self._hub is not None and self._hub.failed
 
     @property
@@ -250,13 +250,9 @@ def end_current() -> None:
         _current.end()
 
 
-def check_none() -> None:
-    """Raise LongCatError if this process belongs to a group of `torch.distributed` already, unless that has failed."""
+def check_free() -> None:
+    """Raise LongCatError if this process belongs to a group of `torch.distributed` that other code made."""
     if not dist.is_available():
         raise LongCatError("this PyTorch cannot use several GPUs, because it was built without torch.distributed")
-    if _current is not None and _current.failed:
-        _current.end()
-    if _current is not None:
-        raise LongCatError(f"a group of {_current.size} processes is at work already; end it first")
     if dist.is_initialized():
         raise LongCatError("torch.distributed is in use by other code in this process; use one GPU, or another process")

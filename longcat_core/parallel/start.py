@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from ..errors import LongCatError
-from .devices import torchrun_size
-from .group import TIMEOUT, Group, check_none, current, named
+from .group import TIMEOUT, Group, check_free, current, named
 from .lifeline import Hub, Line, Listener, Peer, ended, to_json
 from .messages import CORE
+from .torchrun import torchrun_size
 
 # Seconds: importing PyTorch from a cold disk takes a minute.
 JOINING = 300.0
@@ -48,25 +48,32 @@ work(setup)"""
 
 def start(devices: Sequence[torch.device], serve: str = ".mirror") -> Group:
     """The group of `started` at once."""
-    with started(devices, serve) as group:
-        return group()
+    with started(devices, serve) as ready:
+        group = ready()
+    assert group is not None, "more than one device"
+    return group
 
 
 @contextmanager
-def started(devices: Sequence[torch.device], serve: str = ".mirror") -> Iterator[Callable[[], Group]]:
+def started(devices: Sequence[torch.device], serve: str = ".mirror") -> Iterator[Callable[[], Group | None]]:
     """Start a group with this process as rank 0, and meanwhile do other things: a worker needs seconds to begin.
 
-    Yields a function that waits for the workers and returns the group; if it is not called, the workers are ended. A
-    group of the same devices that is there already is the one that it returns.
+    Yields a function that waits for the workers and returns the group; if it is not called, the workers are ended. For
+    one device it returns None, and where a group of the same devices is there already, that one; another one is ended.
     devices: of all ranks, GPUs or CPUs; this process works on the first one. The others are new processes on this
     machine, or those that torchrun started. serve: module with the function `serve` that workers call with their group.
     Raises LongCatError if a process cannot join.
     """
+    if len(devices) == 1:
+        yield lambda: None
+        return
     there = current()
     if there is not None and there.devices == tuple(devices) and not there.failed:
         yield lambda: there
         return
-    check_none()
+    if there is not None:
+        there.end()
+    check_free()
     if devices[0].type == "cuda" and not dist.is_nccl_available():
         warnings.warn(
             "this PyTorch has no NCCL, so the GPUs exchange data through CPU memory, which is slow", stacklevel=4

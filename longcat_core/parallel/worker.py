@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import traceback
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from ..errors import LongCatError
 from .group import TIMEOUT, is_communication
 from .lifeline import Line, from_json, leave
 from .start import RANKS, SETUP, UNTIL_NEEDED, joins, torchrun_store
+from .torchrun import torchrun_rank
 
 OUT_OF_MEMORY = "out of memory; use more GPUs, give a smaller size or fewer frames, or free the memory of this one"
 
@@ -35,7 +35,7 @@ def join() -> None:
     setup = json.loads(store.get(SETUP))
     if setup is None:
         return
-    rank = int(os.environ["RANK"])
+    rank = torchrun_rank()
     line = Line(from_json(setup["address"]), rank)
     # From now on rank 0 ends this process, also if a signal came to all.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from longcat_core.errors import LongCatError
+from longcat_core.parallel import start as launching
+from longcat_core.parallel import worker
 from longcat_core.parallel.start import start
 from longcat_core.parallel.worker import in_words
 
@@ -53,9 +55,9 @@ def test_a_killed_rank_ends_all_and_rank_0_goes_on():
         # The failed group need not be ended first.
         with start([CPU] * 2, SERVE) as again:
             assert do(again, sum_of_shares, [1.0]).tolist() == [3.0]
-            worker = do(again, process_of)[1]
-            os.kill(worker, signal.SIGKILL)
-            assert gone(worker)
+            other = do(again, process_of)[1]
+            os.kill(other, signal.SIGKILL)
+            assert gone(other)
             # It was idle.
             with pytest.raises(LongCatError, match="rank 1: its process was ended by signal 9"):
                 do(again, sum_of_shares, [1.0])
@@ -117,8 +119,28 @@ def test_nothing_is_left_when_rank_0_is_interrupted(commands, how):
 
 def test_an_exception_of_rank_0_ends_the_workers():
     with pytest.raises(ZeroDivisionError), start([CPU] * 2, SERVE) as group:
-        worker = do(group, process_of)[1]
+        other = do(group, process_of)[1]
         with group.working():
             group.send((f"{waits.__module__}.{waits.__name__}",))
             raise ZeroDivisionError
-    assert gone(worker)
+    assert gone(other)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+
+
+def test_torchrun_starts_the_ranks():
+    command = [*TORCHRUN, "tests.parallel.ends", "sum"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout) == (0, "[3.0]\n")
+
+
+def test_processes_of_torchrun_may_end_without_a_group(monkeypatch):
+    """Such as where all videos of a command are there already."""
+    store = dist.HashStore()
+    for module in (worker, launching):
+        monkeypatch.setattr(module, "torchrun_store", lambda: store)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    launching.release()
+    worker.join()

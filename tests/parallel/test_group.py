@@ -49,8 +49,13 @@ def test_workers_share_the_cores(group):
     assert do(group, described, 0)[1] == f"0 {max(1, os.cpu_count() // 2)}"
 
 
-def test_a_second_group_is_refused(group):
-    with pytest.raises(LongCatError, match="a group of 2 processes is at work already; end it first"):
+def test_a_group_of_the_same_devices_is_used_again(group):
+    assert start([CPU, CPU]) is group
+
+
+def test_a_group_of_other_code_is_refused(group, monkeypatch):
+    monkeypatch.setattr("longcat_core.parallel.start.current", lambda: None)
+    with pytest.raises(LongCatError, match=r"torch.distributed is in use by other code in this process; use one GPU"):
         start([CPU, CPU])
 
 
