@@ -27,14 +27,19 @@ the weights; for a first call, one step."""
 NO_PROFILE = "no profile of this path"
 
 
+# Fields of rows that a target limits as they are.
+_FIELDS = {"peak": "peak_gib", "first": "first_s", "weights": "weights_gib"}
+
+
 class Target(NamedTuple):
     """name: of a row; limit: in `unit`. kind: the row's step, first call, peak, or steps of a distilled video, which
     must stay below the limit, or its speedup over the row `over`, which must reach it. mixed: all steps of a video that
-    must stay below the limit; `steps` says how many go as in the row `over`, and how many there are in all."""
+    must stay below the limit; `steps` says how many go as in the row `over`, and how many there are in all. times: the
+    row's step over that of `over`, which must stay below the limit. weights: their size."""
 
     name: str
     what: str
-    kind: Literal["step", "ratio", "peak", "first", "whole", "mixed"]
+    kind: Literal["step", "ratio", "peak", "first", "whole", "mixed", "times", "weights"]
     limit: float
     unit: str
     over: str = ""
@@ -50,8 +55,10 @@ class Target(NamedTuple):
         if self.kind == "mixed":
             others, steps = self.steps
             return (others * other["ms"] + (steps - others) * row["ms"]) / 1000
-        if self.kind in ("peak", "first"):
-            return row["peak_gib" if self.kind == "peak" else "first_s"]
+        if self.kind == "times":
+            return row["ms"] / other["ms"]
+        if self.kind in _FIELDS:
+            return row[_FIELDS[self.kind]]
         return (DISTILLED_STEPS if self.kind == "whole" else 1) * row["ms"] / 1000
 
     def is_met(self, value: float) -> bool:
@@ -95,8 +102,17 @@ class Targets:
             raise LongCatError(f"cannot read {path} as targets ({error}); restore or remove it") from error
 
     def of(self, kind: str) -> list[Target]:
-        """Targets of results of the kind `paths`, `refine` or `sparse`."""
+        """Targets of results of the kind `paths`, `refine`, `sparse` or `avatar`."""
         return [Target(**target) for target in self.content[kind]["targets"]]
+
+    def verdicts(self, results: Results) -> str:
+        """A table of the targets of comparable results, each met, missed or not measured."""
+        lines, rows = [], by_name(results)
+        for target in self.of(results["kind"]):
+            value = target.value(rows)
+            verdict = "not measured" if value is None else met_or_missed(target.is_met(value))
+            lines.append((target.name, target.what, target.bound, value, verdict))
+        return markdown(("path", "what", "target", "measured", ""), lines)
 
     @property
     def guesses(self) -> dict[str, float]:

@@ -97,6 +97,7 @@ def test_every_part_leaves_a_file_that_says_where_it_comes_from(everything, kind
     sizes = {"recompiles": (32, 48, 13), "continuation": (32, 48, 17), "refine": (64, 96, 29)}
     # Room for key blocks to be left out.
     sizes["sparse"] = (32, 48, 725)
+    sizes["avatar"] = (32, 48, 17)
     size = workload.Size(*sizes.get(kind, (32, 48, 5)))
     assert content["inputs"]["size"] == str(size) and content["inputs"]["blocks"] == 1
     assert content["inputs"]["tokens"] == size.tokens(ModelConfig())
@@ -196,6 +197,22 @@ def test_a_kv_cache_does_not_change_the_output(everything):
         assert exact["difference"] < 1e-5 and offloaded["difference"] < 1e-5
         # Its guidance sums lack the given frames.
         assert 1e-4 < official["difference"] < 1
+
+
+def test_an_avatar_has_rows_of_every_case(everything):
+    rows = rows_of(everything, "avatar")
+    cases = ("from an image", "continuation")
+    for name in (f"{case}{speakers}, exact" for case in cases for speakers in ("", ", two speakers")):
+        row = rows[name]
+        assert row["status"] == "ok" and row["speakers"] == 1 + ("two" in name) and row["weights_gib"] > 0
+        assert ("once_ms" in row) == ("cache_gib" in row) == ("continuation" in name)
+    limits = [row for row in rows.values() if row["phase"] == "card"]
+    assert [row["status"] for row in limits] == ["ok"] * 4
+    assert "ratio" not in limits[0] and all(row["ratio"] > 0 for row in limits[1:])
+    assert limits[0]["weights_gib"] < rows["continuation, exact"]["weights_gib"]
+    sparse = rows["continuation, fp8, sparse 0.15"]
+    assert sparse["status"] == "ok" and "too few for sparse attention" in sparse["notes"][0]
+    assert "cudnn-fp8" in rows["continuation, fp8 and 8-bit attention"]["reason"]
 
 
 def test_sparse_attention_beside_dense(everything):

@@ -183,6 +183,33 @@ def test_targets_of_sparse_attention():
     assert "floor allows" not in small and "<= 3.6 s" not in small
 
 
+def test_targets_of_avatars():
+    fp8, limit = "continuation, fp8 and 8-bit attention", "continuation, fp8, "
+    rows = [
+        path("from an image, exact", 3_400.0) | {"peak_gib": 36.0},
+        path("from an image, two speakers, exact", 3_500.0),
+        path(fp8, 2_200.0) | {"weights_gib": 16.0},
+        path(f"{limit}no limit", 2_500.0),
+        path(f"{limit}24 GiB", 2_700.0),
+        path(f"{limit}16 GiB", 3_000.0),
+    ]
+    text = report.page({"avatar": made_up("avatar", rows, batch=1)}, {}, targets=TARGETS)
+    section = text.split("## Avatars")[1]
+    judged = {}
+    for line in section.splitlines():
+        name, *cells = line.strip("| ").split(" | ")
+        if len(cells) == 4 and "<=" in cells[1]:
+            judged[name, cells[0]] = cells[1:]
+    assert judged["from an image, exact", "one evaluation"] == ["<= 3.5 s", "3.40", "met"]
+    assert judged["from an image, exact", "peak memory"][1:] == ["36.00", "missed"]
+    assert judged["from an image, two speakers, exact", "time over one speaker"] == ["<= 1.05 x", "1.03", "met"]
+    assert judged[fp8, "weights"] == ["<= 17 GiB", "16.00", "met"]
+    assert judged[f"{limit}24 GiB", "time over no limit"][1:] == ["1.08", "met"]
+    assert judged[f"{limit}16 GiB", "time over no limit"][2] == "missed"
+    assert judged["continuation, exact", "one evaluation"][1:] == ["-", "not measured"]
+    assert "The public code takes 6.47 s (from an image) and 6.31 s (continuation)" in section
+
+
 def test_profiles_of_several_paths_are_sections_of_their_own(found):
     rows = [{"name": "GEMM", "phase": "family", "ms": 1.0, "calls": 2, "share": 1.0}]
     found["profile-fp8"] = made_up("profile", rows, "profile-fp8", variant=variants.FP8)

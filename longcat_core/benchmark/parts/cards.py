@@ -63,17 +63,18 @@ def within(device: torch.device, size: int | None) -> Iterator[None]:
 
 def limits(config: ModelConfig, device: torch.device, needed: int) -> list[Limit]:
     """No limit, then cards for the released model on a GPU, or shares of the bytes that another model needs."""
-    if device.type == "cuda" and config == ModelConfig():
+    if device.type == "cuda" and replace(config, audio=None) == ModelConfig():
         return [Limit("no limit"), *(Limit(f"{gib:g} GiB", int(gib * GIB), gib) for gib in LIMITS_GIB)]
     sizes = {share: WORKSPACE + int(share * (needed - WORKSPACE)) for share in SHARES}
     return [Limit("no limit"), *(Limit(f"{100 * share:.0f} % of the need", size) for share, size in sizes.items())]
 
 
-def plans(bench: Bench, fp8: bool) -> list[tuple[Limit, Plan]]:
-    """Every limit with the plan that `longcat` chooses within it, counted for the bench's model."""
+def plans(bench: Bench, fp8: bool, work: Work | None = None) -> list[tuple[Limit, Plan]]:
+    """Every limit with the plan that `longcat` chooses within it, counted for the bench's model. work: what is sampled;
+    None: a video of the bench's size."""
     config, device, dtype = bench.model.config, bench.device, bench.model.dtype
     weights = Weights.of(config, dtype, Policy() if fp8 else None)
-    work = Work((1, *bench.size.latents(config.in_channels)[1:]), bench.size.batch == 2)
+    work = work or Work((1, *bench.size.latents(config.in_channels)[1:]), bench.size.batch == 2)
     own, others = elementwise.takes(dtype), 0
     if device.type == "cuda":
         here = sum(p.nbytes for p in bench.model.parameters() if p.device.type == "cuda")

@@ -22,7 +22,7 @@ from ...optimize.sparse.plain import attend_sparse_plain
 from ...optimize.sparse.settings import BLOCK, QUERY_BLOCKS, Sparse, kept
 from ...sampling.conditioning import video_frames
 from .. import workload
-from ..part import STEPS, Part, Results, measured_rows, met_or_missed, preparation, spread
+from ..part import STEPS, Part, Results, measured_rows, preparation, spread
 from ..variants import DISTILLED, EXACT, FP8, Bench, Row, compare_with
 
 DENSITIES = (0.15, 0.3, 0.0625)
@@ -150,13 +150,7 @@ def table(results: Results, targets: Any) -> str:
     text = markdown(head, kernels) + "\n\n"
     text += markdown(("", "ms a step", "from, to", "x dense", "peak GiB", "first call s", ""), steps)
     if targets is not None and targets.comparable(results):
-        found = {row["name"]: row for row in results["rows"]}
-        lines = []
-        for target in targets.of("sparse"):
-            value = target.value(found)
-            verdict = "not measured" if value is None else met_or_missed(target.is_met(value))
-            lines.append((target.name, target.what, target.bound, value, verdict))
-        text += "\n\n" + markdown(("path", "what", "target", "measured, s", ""), lines)
+        text += f"\n\n{targets.verdicts(results)}"
     return text + preparation(results)
 
 
