@@ -17,7 +17,7 @@ from longcat_core.parallel.messages import packed, unpacked
 from longcat_core.parallel.start import start
 
 from ..support.ranks import SERVE
-from .work import described, do, sum_of_shares, tensors_of
+from .work import bandwidths, described, do, sum_of_shares, tensors_of
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,11 @@ def test_messages_hold_modules_and_tensors(group):
     described = do(group, tensors_of, message)
     assert described[0] == described[1]
     assert "same" in described[1]
+
+
+def test_all_ranks_know_the_same_bandwidth(group):
+    first, second = do(group, bandwidths)
+    assert first == second == group.bandwidth() and min(first) > 0
 
 
 def test_workers_share_the_cores(group):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longcat_core.errors import LongCatError
+from longcat_core.parallel.bandwidth import Bandwidth
 from longcat_core.parallel.group import Group
 
 
@@ -69,3 +70,10 @@ def process_of(group: Group) -> list[int]:
     processes: list[Any] = [None] * group.size
     dist.all_gather_object(processes, os.getpid())
     return processes
+
+
+def bandwidths(group: Group) -> list[Bandwidth]:
+    """What each rank takes for the bandwidth."""
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, group.bandwidth())
+    return found
