@@ -103,13 +103,13 @@ def speaker_positions(config: AudioConfig, speakers: int, classes: int) -> Seque
     return [half, config.class_range - half, *[_elsewhere(config, classes)] * (speakers - PEOPLE)]
 
 
-def class_positions(config: AudioConfig, maps: Tensor) -> Tensor:
-    """RoPE positions [N] fp32 of video tokens, from class maps [N, K] fp32 of all noisy tokens of a video.
+def class_positions(config: AudioConfig, maps: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE positions [N] fp32 of video tokens, from their class maps [N, K] fp32.
 
-    The first class lies in the first interval of the range, the second in its last: each token as far in as it attends
-    to its class, between the least and the most of all tokens.
+    bounds: the least and the most [K] of all noisy tokens of the video. The first class lies in the first interval of
+    the range, the second in its last: each token as far in as it attends to its class, between these bounds.
     """
-    low, high = maps.amin(0), maps.amax(0)
+    low, high = bounds
     share = config.class_interval * (maps - low) / (high - low + TINY)
     own = maps.argmax(1)
     last = share[:, 1] + (config.class_range - config.class_interval)

@@ -55,7 +55,8 @@ class _Hearing:
 
     def _look(self, q: Tensor, k: Tensor) -> None:
         maps = self.ops.class_maps(q, k, cast(Tensor, self.audio.classes))
-        self.rope = line_table(q.shape[-1], class_positions(self.config, maps[0]))
+        positions = class_positions(self.config, maps[0], self.ops.class_bounds(maps[0]))
+        self.rope = line_table(q.shape[-1], positions)
 
 
 class AudioBlock(Block):

@@ -120,6 +120,10 @@ class PlainOps:
         sums = attend_with_bias(q, k, values, None)[..., : classes.shape[1]].float().mean(2)
         return sums / classes.float().sum(0)
 
+    def class_bounds(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the most [K] of class maps [N, K] of all noisy tokens."""
+        return maps.amin(0), maps.amax(0)
+
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         """down(silu(gate) * up) with gate and up the halves of gate_up(x) (arXiv 2002.05202)."""
         gate, up = self.linear(gate_up, x).chunk(2, dim=-1)

@@ -235,7 +235,8 @@ class LongCatTransformer(nn.Module):
         shared = Shared(layout.per_frame(temb), texts, (cos[:], sin[:]), cache, ops, groups)
         for i, block in enumerate(self.blocks):
             tokens = run(i, block, tokens, shared)
-        out = self.final_layer(layout.restore(tokens), temb, ops)
+        # Restored last, because the output has far fewer channels.
+        out = layout.restore(self.final_layer(tokens, shared.temb, ops))
         _, ph, pw = self.config.patch_size
         pattern = "b t (h w) (ph pw c) -> b c t (h ph) (w pw)"
         return rearrange(out, pattern, h=grid[1], w=grid[2], ph=ph, pw=pw)

@@ -225,7 +225,8 @@ class Kernels(NamedTuple):
     attend: self-attention. varlen: texts of different lengths in one batch; None: SDPA with a bias. text: text with all
     its padding written out, which is `exact` without a bias; None: padding stays folded, under a bias. quantized:
     self-attention with an 8-bit output, where the backend has it. frames: of frames to keys of their own, where tokens
-    may be in another order than that of frames; None: they are not.
+    may be in another order than that of frames; None: they are not. whole: brings rows [B, N, ..] of frames, of
+    which this rank has shares, together; None: it has them all.
     """
 
     attend: Attend
@@ -233,6 +234,7 @@ class Kernels(NamedTuple):
     text: Attend | None = None
     quantized: AttendQuantized | None = None
     frames: AttendFrames | None = None
+    whole: Callable[[Tensor], Tensor] | None = None
 
 
 # Tokens of a trial, and the relative error that is accepted: of 16-bit kernels, and of 8-bit ones.

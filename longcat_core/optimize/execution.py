@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from .kv_offload import OffloadableKVCache
 from .layouts import check_reference, choose_layout
 from .recomputation import recomputed
 from .requirement import Inputs
+from .sharing import Ranks, Sharing
 from .sparse.choose import check_sparse, in_use
 from .sparse.passes import SparsePass, like_sparse
 from .sparse.settings import Sparse
@@ -56,7 +57,8 @@ class Execution:
     optimizations: the switches in force. requested: the switches that were set, which differ after a lossy one was
     turned off. block_sparse: settings of block-sparse self-attention, which changes the output; None: full attention.
     sparse: settings of sparse self-attention, which changes the output, or None; `block_sparse` takes precedence.
-    stream: holds the blocks whose weights wait in CPU memory, or None. announce: receives sentences for the user, when
+    stream: holds the blocks whose weights wait in CPU memory, or None. ranks: runs each pass on several devices, or
+    None. announce: receives sentences for the user, when
     compiling begins or a lossy switch is turned off.
     """
 
@@ -80,6 +82,7 @@ class Execution:
         self.network, self.block_sparse, self.sliceable = network, block_sparse, sliceable
         self.uncompiled, self.announce, self._dtype = uncompiled, announce, dtype
         self.stream: BlockStream | None = None
+        self.ranks: Ranks | None = None
         self._said: set[str] = set()
         self.sparse = sparse
         self.set_optimizations(optimizations or Optimizations())
@@ -254,44 +257,28 @@ class Execution:
         grad = self._learns(x, *(() if text is None else (text.tokens,)))
         if grad and self.stream is not None:
             raise LongCatError("streamed blocks have no backward pass; train with the whole model on the device")
-        chosen = kernels or self.choose_kernels(x.device)
-        cache: BlockCache = NoCache()
-        if kv_cache is not None:
-            kv_cache.rotate()
-            cache = kv_cache
-        start = cache.num_latents
-        if reference is not None and fill is not None:
-            # All frames are clean, and see what clean frames see.
-            num_cond_latents = x.shape[2]
-        plan = x, timestep, num_cond_latents, start, fill is not None, chosen, grad, progress, reference
-        layout, chosen, sparse = choose_layout(self, *plan)
-        varies = self.sparse is not None and self.block_sparse is None and fill is None and not grad
-        if varies and sparse is None and self._compiles(compilers):
-            chosen = like_sparse(chosen)
-        if fill is not None:
-            cache = Filling(fill, layout.restore_rows)
-        sizes = layout.sizes(self.grid(x))
-        ops = self._ops(x, text, chosen, sizes, grad)
-        noisy = x.shape[2] - num_cond_latents
-        texts = self._texts(text, ops, x.shape[0], noisy, reused=context is text and not grad)
-        run = self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers, sparse)
-        out = LongCatTransformer.forward(
-            self.network,
-            x.to(self.compute_dtype),
-            self._timesteps(timestep, x),
-            texts,
-            ops,
+        evaluate = self.evaluate if self.ranks is None or grad else partial(self.ranks.evaluate, self)
+        switches = self.optimizations
+        out, sparse = evaluate(
+            x,
+            timestep,
+            text,
+            reused=context is text,
             num_cond_latents=num_cond_latents,
-            cache=layout.cached(cache),
-            layout=layout,
-            run=run,
+            kv_cache=kv_cache,
+            fill=fill,
+            kernels=kernels,
+            around_block=around_block,
+            compilers=compilers,
+            progress=progress,
+            reference=reference,
         )
-        if (self._trusted if sparse is None else self._sparse_trusted) or grad or torch.compiler.is_compiling():
+        if (self._sparse_trusted if sparse else self._trusted) or grad or torch.compiler.is_compiling():
             return out
-        before, switches = self._trusted, self.optimizations
+        before = self._trusted
         # The output of filling a cache is checked too, but does not count as the first step.
-        self._trusted, self._sparse_trusted = fill is None, sparse is not None
-        if not self._give_up(out, sparse is not None, before):
+        self._trusted, self._sparse_trusted = fill is None, sparse
+        if not self._give_up(out, sparse, before):
             return out
         del out
         return self(
@@ -308,6 +295,65 @@ class Execution:
             progress=progress,
             reference=reference,
         )
+
+    def evaluate(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: TextTokens | None,
+        *,
+        reused: bool = True,
+        num_cond_latents: int = 0,
+        kv_cache: KVCache | None = None,
+        fill: KVCache | None = None,
+        kernels: attention.Kernels | None = None,
+        around_block: AroundBlock | None = None,
+        compilers: Compilers | None = None,
+        progress: float | None = None,
+        reference: Reference | None = None,
+        sharing: Sharing | None = None,
+    ) -> tuple[Tensor, bool]:
+        """One pass of `__call__` on this device, with checked arguments: the output, and whether attention was sparse.
+
+        reused: `text` will be given again at the next step. sharing: other devices have the rest of the tokens.
+        """
+        grad = self._learns(x, *(() if text is None else (text.tokens,)))
+        chosen = kernels or self.choose_kernels(x.device)
+        cache: BlockCache = NoCache()
+        if kv_cache is not None:
+            kv_cache.rotate()
+            cache = kv_cache
+        start = cache.num_latents
+        if reference is not None and fill is not None:
+            # All frames are clean, and see what clean frames see.
+            num_cond_latents = x.shape[2]
+        plan = x, timestep, num_cond_latents, start, fill is not None, chosen, grad, progress, reference
+        layout, chosen, sparse = choose_layout(self, *plan)
+        varies = self.sparse is not None and self.block_sparse is None and fill is None and not grad
+        if varies and sparse is None and self._compiles(compilers):
+            chosen = like_sparse(chosen)
+        grid = self.grid(x)
+        if sharing is not None:
+            chosen, layout = sharing.kernels(chosen, layout, grid, sparse), sharing.layout(layout, grid)
+        if fill is not None:
+            cache = Filling(fill, layout.restore_rows)
+        sizes = layout.sizes(grid)
+        ops = self._ops(x, text, chosen, sizes, grad)
+        noisy = x.shape[2] - num_cond_latents
+        texts = self._texts(text, ops, x.shape[0], noisy, reused=reused and not grad)
+        run = self._run(ops, texts, sizes, grad, fill is not None, around_block, compilers, sparse)
+        out = LongCatTransformer.forward(
+            self.network,
+            x.to(self.compute_dtype),
+            self._timesteps(timestep, x),
+            texts,
+            ops,
+            num_cond_latents=num_cond_latents,
+            cache=layout.cached(cache),
+            layout=layout,
+            run=run,
+        )
+        return out, sparse is not None
 
     def _give_up(self, out: Tensor, sparse: bool, trusted: bool) -> bool:
         """Check the first output [B, ...] under lossy switches; if it is spoiled, turn one off and announce it.

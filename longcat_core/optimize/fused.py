@@ -142,6 +142,15 @@ class TorchOps(PlainOps):
         out = attend_by_frames(self.kernels, q, k, v) if frames is None else frames(q, k, v)
         return out.view(-1, q.shape[1] // k.shape[1], q.shape[-2] * q.shape[-1])
 
+    def class_maps(self, q: Tensor, k: Tensor, classes: Tensor) -> Tensor:
+        return super().class_maps(q, self._whole(k), classes)
+
+    def class_bounds(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        return super().class_bounds(self._whole(maps[None])[0])
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        return rows if self.kernels.whole is None else self.kernels.whole(rows)
+
     def swiglu(self, gate_up: nn.Module, down: nn.Module, x: Activations) -> Tensor:
         if self.switches.fused_ffn or not self.sliceable(gate_up, x):
             return super().swiglu(gate_up, down, x)

@@ -44,7 +44,8 @@ def kept_blocks(densities: tuple[float, ...], blocks: int) -> Tensor | None:
 class SparsePass:
     """The self-attention of one forward pass: `attend` stands in for an attention backend.
 
-    layer: the block that runs, counted from 0; whoever calls the blocks sets it.
+    layer: the block that runs, counted from 0; whoever calls the blocks sets it. first_head: which of its heads the
+    given ones begin with, where they are not all.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class SparsePass:
         keys: number of tokens, cached ones included; sink: of conditioning frames, at the front; apart: of a reference
         frame in front of these, which some queries do not see."""
         self.settings, self.backend, self.dense = settings, backend, dense
-        self.progress, self.keys, self.layer = progress, keys, 0
+        self.progress, self.keys, self.layer, self.first_head = progress, keys, 0, 0
         # Of an attention over all keys, and of one without the reference frame: sink blocks and others.
         self.blocks = {keys - hidden: blocks_of(keys - hidden, sink - hidden) for hidden in (0, apart)}
 
@@ -70,8 +71,11 @@ class SparsePass:
         # Conditioning frames attend to each other alone, and a text may come this way too.
         if k.shape[1] not in self.blocks:
             return self.dense(q, k, v)
-        settings, (sink, others) = self.settings, self.blocks[k.shape[1]]
-        keep = kept_blocks(settings.of(self.progress, self.layer, q.shape[2]), others)
+        settings, (sink, others), first = self.settings, self.blocks[k.shape[1]], self.first_head
+        past = first + q.shape[2]
+        found = settings.of(self.progress, self.layer, past)[first:past]
+        # Heads past the last one are zeros, as several ranks have them where heads do not divide.
+        keep = kept_blocks(found + (0.0,) * (q.shape[2] - len(found)), others)
         if keep is None:
             return self.dense(q, k, v)
         return self.backend.attend(q, k, v, keep, sink=sink, query_block=settings.queries, tail=settings.tail)

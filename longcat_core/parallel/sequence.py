@@ -1,0 +1,241 @@
+"""Sequence parallel: every rank has a share of each frame's tokens outside attention, and of the heads in it.
+
+Attention exchanges one for the other, all to all, and back (DeepSpeed-Ulysses, arXiv 2309.14509). Heads go out in
+chunks, and the attention of the first chunk runs while the others are under way. Because every frame is cut the same
+way, conditioning frames, attention to text and to a frame's audio need no change.
+
+What does not divide is padded: frames by tokens that nobody attends to, heads by zeros. The result is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.ops import Rope
+from ..model.transformer import BlockCache, FrameLayout
+from ..optimize.attention import Kernels
+from ..optimize.block_sparse import ChunkedLayout
+from ..optimize.sparse.passes import SparsePass
+
+# Heads of a rank go out in at most so many chunks: more of them hide more of the exchange, until launches cost more.
+CHUNKS = 4
+
+
+# The newer name, where PyTorch has it: the older one warns there.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class SequenceSharing:
+    """The sharing of one pass between the ranks of a process group; see `optimize.sharing.Sharing`."""
+
+    def __init__(self, group: dist.ProcessGroup, chunks: int = CHUNKS) -> None:
+        self.group, self.chunks = group, chunks
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def layout(self, inner: FrameLayout, grid: tuple[int, int, int]) -> ShareLayout:
+        return ShareLayout(inner, self, inner.sizes(grid)[1])
+
+    def kernels(
+        self, chosen: Kernels, inner: FrameLayout, grid: tuple[int, int, int], sparse: SparsePass | None
+    ) -> Kernels:
+        spatial = inner.sizes(grid)[1]
+        # Dense attention is the same in any order of keys.
+        attention = ShareAttention(
+            self, chosen, spatial, sparse is not None or isinstance(inner, ChunkedLayout), sparse
+        )
+        return chosen._replace(
+            attend=attention.attend,
+            text=chosen.text or (chosen.attend if sparse is None else sparse.dense),
+            quantized=None,
+            # Only sparse attention puts the tokens of one frame into several rows.
+            frames=chosen.frames if sparse is None else attention.frames,
+            whole=lambda keys: self.whole_rows(keys, spatial),
+        )
+
+    def share(self, spatial: int) -> int:
+        """How many of a frame's `spatial` tokens a rank has, with padding."""
+        return -(-spatial // self.size)
+
+    def cut(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's share of x along `dim`, padded with zeros."""
+        share, spatial = self.share(x.shape[dim]), x.shape[dim]
+        start = min(spatial, self.rank * share)
+        own = x.narrow(dim, start, min(share, spatial - start))
+        missing = share - own.shape[dim]
+        if not missing:
+            return own.contiguous()
+        return F.pad(own, (0, 0) * (own.ndim - 1 - dim) + (0, missing))
+
+    def gather(self, x: Tensor, dim: int, size: int) -> Tensor:
+        """The first `size` entries along `dim` of all ranks' x, one behind the other."""
+        x = x.contiguous()
+        found = x.new_empty(self.size, *x.shape)
+        all_gather(_bytes(found.flatten(0, 1)), _bytes(x), self.group)
+        return found.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)
+
+    def whole_rows(self, rows: Tensor, spatial: int) -> Tensor:
+        """Rows [B, T * share, ..] of all ranks -> [B, T * spatial, ..]."""
+        whole = self.gather(rows.unflatten(1, (-1, self.share(spatial))), 2, spatial)
+        return whole.flatten(1, 2)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    # Not every backend knows 8-bit floats.
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+def _heads(x: Tensor, heads: slice) -> Tensor:
+    """Heads of keys or values [B, T, M, H, D]; zeros for those past the last one."""
+    found = x[..., heads, :]
+    return F.pad(found, (0, 0, 0, heads.stop - heads.start - found.shape[-2]))
+
+
+class ShareLayout(FrameLayout):
+    """A rank's share of the tokens that another layout arranges: [B, T, S, C] become [B, T, S / ranks, C]."""
+
+    def __init__(self, inner: FrameLayout, sharing: SequenceSharing, spatial: int) -> None:
+        """spatial: S."""
+        self.inner, self.sharing, self.spatial = inner, sharing, spatial
+
+    def arrange(self, tokens: Tensor) -> Tensor:
+        return self.sharing.cut(self.inner.arrange(tokens), 2)
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        return self.inner.restore(self.sharing.gather(tokens, 2, self.spatial))
+
+    def rope(self, head_dim: int, grid: tuple[int, ...], start: int, device: torch.device) -> Rope:
+        cos, sin = (
+            self.sharing.cut(table.unflatten(0, (-1, self.spatial)), 1).flatten(0, 1)
+            for table in self.inner.rope(head_dim, grid, start, device)
+        )
+        return cos, sin
+
+    def per_frame(self, temb: Tensor) -> Tensor:
+        return self.inner.per_frame(temb)
+
+    def leading(self, frames: int) -> int:
+        return self.inner.leading(frames)
+
+    def groups(self, num_cond: int, start: int, frames: int) -> Any:
+        return self.inner.groups(num_cond, start, frames)
+
+    def sizes(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        return self.inner.sizes(grid)[0], self.sharing.share(self.spatial)
+
+    def restore_rows(self, rows: Tensor) -> Tensor:
+        return self.inner.restore_rows(self.sharing.whole_rows(rows, self.spatial))
+
+    def cached(self, cache: BlockCache) -> BlockCache:
+        cache = self.inner.cached(cache)
+        return _CutCache(cache, self) if cache.num_latents else cache
+
+
+class _CutCache:
+    """A cache of whole frames, of which blocks read this rank's share."""
+
+    def __init__(self, cache: BlockCache, layout: ShareLayout) -> None:
+        self.cache, self.layout, self.num_latents = cache, layout, cache.num_latents
+
+    def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = self.cache.read(block, like)
+        if found is None:
+            return None
+        k, v = (self.layout.sharing.cut(x.unflatten(1, (-1, self.layout.spatial)), 2).flatten(1, 2) for x in found)
+        return k, v
+
+    def keep(self, block: int) -> Any:
+        return self.cache.keep(block)
+
+
+class ShareAttention:
+    """Attention of one pass, from shares of tokens to shares of tokens: stands in for kernels of a backend."""
+
+    def __init__(self, sharing: SequenceSharing, kernels: Kernels, spatial: int, ordered: bool, sparse: Any) -> None:
+        """kernels: what each rank runs on its heads. spatial: tokens of a frame. ordered: whether the kernels depend on
+        the order of tokens. sparse: the `SparsePass` that they belong to, or None."""
+        self.sharing, self.kernels, self.spatial, self.sparse = sharing, kernels, spatial, sparse
+        # What ranks hand in lies one behind the other; frames lie among these.
+        self.ordered = ordered or spatial % sharing.size > 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention: q [B, Nq, H, D], k and v [B, Nk, H, D], shares of whole frames -> as q."""
+        return self._exchanged([q, k, v], lambda heads, q, k, v: self.kernels.attend(q, k, v))
+
+    def frames(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`Kernels.frames` with q [B, N, H, D] a share of whole frames, k and v whole -> as q."""
+        assert self.kernels.frames is not None
+        attend = self.kernels.frames
+        return self._exchanged([q], lambda heads, q: attend(q, _heads(k, heads), _heads(v, heads)))
+
+    def _exchanged(self, shares: list[Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        """attend(heads, *tensors) with all tokens [B, N, h, D] of some of this rank's heads, and back to shares.
+
+        shares: of the tensors, [B, n, H, D], the first of which is as the result; the list is emptied.
+        """
+        size, (heads, head_dim) = self.sharing.size, shares[0].shape[2:]
+        own = -(-heads // size)
+        count = next(n for n in range(min(self.sharing.chunks, own), 0, -1) if own % n == 0)
+        chunk, padding = own // count, own * size - heads
+        # [B, n, ranks, chunks, heads of a chunk, D]
+        parts = [F.pad(x, (0, 0, 0, padding)) if padding else x for x in shares]
+        parts = [x.unflatten(2, (size, count, chunk)) for x in parts]
+        shares.clear()
+        out = parts[0].new_empty(parts[0].shape)
+        waiting = [[self._send(x[:, :, :, i]) for x in parts] for i in range(count)]
+        del parts
+        back = []
+        for i in range(count):
+            first = self.sharing.rank * own + i * chunk
+            if self.sparse is not None:
+                self.sparse.first_head = first
+            joined = [self._joined(*sent) for sent in waiting[i]]
+            waiting[i] = []
+            back.append(self._send_back(attend(slice(first, first + chunk), *joined)))
+            del joined
+        for i, (received, wait) in enumerate(back):
+            wait()
+            out[:, :, :, i] = received.transpose(1, 2)
+        return out.view(*out.shape[:2], -1, head_dim)[:, :, :heads]
+
+    def _send(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """x [B, N, ranks, h, D], rank by rank -> [B, ranks, N, h, D] of this rank's heads, once what comes with it has
+        been called."""
+        return self._exchange(x.transpose(1, 2).contiguous())
+
+    def _exchange(self, sent: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        received = torch.empty_like(sent)
+        works = [
+            dist.all_to_all_single(to, of, group=self.sharing.group, async_op=True)
+            for to, of in zip(received, sent, strict=True)
+        ]
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return received, wait
+
+    def _joined(self, received: Tensor, wait: Callable[[], None]) -> Tensor:
+        """[B, ranks, N, h, D] -> [B, tokens of all ranks, h, D]."""
+        wait()
+        if not self.ordered:
+            return received.flatten(1, 2)
+        # Frames, then ranks, then the tokens of each.
+        frames = received.unflatten(2, (-1, self.sharing.share(self.spatial))).transpose(1, 2)
+        return frames.flatten(2, 3)[:, :, : self.spatial].flatten(1, 2)
+
+    def _send_back(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """[B, tokens of all ranks, h, D] -> [B, ranks, N, h, D], the heads of all ranks for this rank's tokens."""
+        size = self.sharing.size
+        if not self.ordered:
+            return self._exchange(x.unflatten(1, (size, -1)).contiguous())
+        share = self.sharing.share(self.spatial)
+        frames = x.unflatten(1, (-1, self.spatial))
+        frames = F.pad(frames, (0, 0, 0, 0, 0, size * share - self.spatial)).unflatten(2, (size, share))
+        return self._exchange(frames.transpose(1, 2).flatten(2, 3).contiguous())

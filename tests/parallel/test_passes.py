@@ -1,0 +1,228 @@
+"""Passes of a network on 2 and 4 ranks, real processes over gloo, against one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_core.checkpoints.load import load_transformer
+from longcat_core.files.safetensors_io import read_tensors
+from longcat_core.model.config import ModelConfig
+from longcat_core.model.kv_cache import Reference
+from longcat_core.optimize.adapters import adapt
+from longcat_core.optimize.block_sparse import BlockSparse
+from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.quantization import quantize
+from longcat_core.optimize.sparse.settings import Densities, Sparse
+from longcat_core.optimize.switches import Optimizations
+from longcat_core.parallel.group import Group
+from longcat_core.parallel.mirror import ALONE, share
+from longcat_core.parallel.start import start
+from longcat_core.sampling.avatar import Audio, ReferenceFrame, class_tokens
+from longcat_core.sampling.sampler import sample
+from longcat_core.sampling.schedules import make_schedule
+
+from ..support.tiny import tiny_config
+
+AVATAR = Path(__file__).parents[1] / "data" / "golden-avatar" / "v1_5"
+# Rows by columns of latents: tokens of a frame divide by 4, by 2, and by neither.
+EVEN, HALVES, ODD = (8, 12), (4, 12), (6, 10)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def group(request) -> Iterator[Group]:
+    with start([torch.device("cpu")] * request.param) as group, torch.no_grad():
+        yield group
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(heads: int = 4, **switches: Any) -> OptimizedTransformer:
+    config = tiny_config(hidden_size=16 * heads, num_heads=heads)
+    model = OptimizedTransformer(config, Optimizations(**switches)).requires_grad_(False)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.copy_(randn(*parameter.shape, seed=i) * 0.2)
+    return model
+
+
+def texts(model: OptimizedTransformer, count: int) -> Any:
+    mask = torch.arange(7)[None] < torch.arange(7, 7 - count, -1)[:, None]
+    return model.embed_text(randn(count, 7, 32, seed=5), mask)
+
+
+def video(
+    model: OptimizedTransformer,
+    batch: int = 1,
+    size: tuple[int, int] = EVEN,
+    frames: int = 3,
+    cond: int = 0,
+    **options: Any,
+) -> Tensor:
+    times = torch.full((1, frames), 500.0)
+    times[:, :cond] = 0
+    latents = randn(batch, 16, frames, *size, seed=1)
+    return model(latents, times, texts(model, batch), num_cond_latents=cond, **options)
+
+
+def continued(model: OptimizedTransformer, batch: int = 1, size: tuple[int, int] = EVEN, **options: Any) -> Tensor:
+    """What a cache of 2 frames holds of the network's output, and the output behind it."""
+    cache = model.fill_kv_cache(randn(1, 16, 2, *size, seed=9))
+    latents = randn(batch, 16, 3, *size, seed=1)
+    out = model(latents, torch.full((1, 1), 500.0), texts(model, batch), kv_cache=cache, **options)
+    return torch.cat((cache.out.expand(batch, -1, -1, -1, -1), out), 2)
+
+
+def check(group: Group, model: OptimizedTransformer, run: Callable[..., Tensor], *args: Any, **options: Any) -> None:
+    """`run` gives on all ranks, twice, what it gives on one."""
+    wanted = run(model, *args, **options)
+    share(group, model)
+    for _ in range(2):
+        torch.testing.assert_close(run(model, *args, **options), wanted, atol=1e-5 * float(wanted.std()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [EVEN, HALVES, ODD])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_samples_and_tokens(group, batch, size):
+    check(group, network(), video, batch, size, cond=batch % 2)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_that_do_not_divide(group, heads):
+    check(group, network(heads), video)
+
+
+@pytest.mark.parametrize("size", [EVEN, ODD])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_continuation_with_a_cache(group, batch, size):
+    check(group, network(), continued, batch, size)
+
+
+def test_a_cache_of_several_videos(group):
+    def run(model: OptimizedTransformer) -> Tensor:
+        cache = model.fill_kv_cache(randn(2, 16, 2, *EVEN, seed=9))
+        return model(randn(4, 16, 3, *EVEN, seed=1), torch.full((1, 1), 500.0), texts(model, 4), kv_cache=cache)
+
+    check(group, network(), run)
+
+
+@pytest.mark.parametrize("size", [EVEN, ODD])
+def test_block_sparse_attention(group, size):
+    model = network()
+    model.block_sparse = BlockSparse(0.5, chunk=(2, 2, 2))
+    check(group, model, video, 1, size, 5, cond=1)
+    model = network()
+    model.block_sparse = BlockSparse(0.5, chunk=(2, 2, 2))
+    check(group, model, continued, 1, size)
+
+
+@pytest.mark.parametrize("heads", [3, 4])
+@pytest.mark.parametrize("cond", [0, 1])
+def test_sparse_attention_with_densities_of_heads(group, heads, cond):
+    model = network(heads)
+    layers = tuple(tuple(0.1 + 0.2 * (head + layer) for head in range(heads)) for layer in range(2))
+    model.sparse = Sparse(densities=Densities((1.0,), (layers,)), dense_steps=0)
+    check(group, model, video, 1, (24, 34), 8, cond, progress=0.5)
+
+
+def test_a_density_for_all_heads(group):
+    model = network()
+    model.sparse = Sparse(0.2, dense_steps=0)
+    check(group, model, video, 1, (24, 32), 8, progress=0.5)
+
+
+def test_eight_bit_layers_and_loras_beside_weights(group):
+    model = network()
+    quantize(model)
+    for number, layer in enumerate((model.blocks[0].attn.qkv, model.blocks[1].ffn.down)):
+        adapt(layer, 4)
+        layer.lora_up.copy_(randn(*layer.lora_up.shape, seed=number))
+        layer.lora_down.copy_(randn(*layer.lora_down.shape, seed=number + 2))
+        layer.lora_scale.fill_(0.5)
+    check(group, model, video, 2)
+    model.execution.ranks = None
+    before = video(model, 2)
+    model.blocks[0].attn.qkv.lora_scale.fill_(1.0)
+    wanted = video(model, 2)
+    assert (wanted - before).abs().max() > 1e-3
+    check(group, model, video, 2)
+
+
+def test_changed_weights_and_switches_reach_all_ranks(group):
+    model, other = network(), network()
+    share(group, model)
+    before = video(model)
+    for one in (model, other):
+        one.blocks[1].attn.qkv.weight.mul_(0.5)
+        one.set_optimizations(Optimizations(fused_qkv=False, text_mode="padded"))
+    wanted = video(other)
+    assert (wanted - before).abs().max() > 1e-2
+    torch.testing.assert_close(video(model), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_streamed_blocks(group):
+    model = network()
+    model.stream_blocks("cpu", [1])
+    check(group, model, video, 2)
+
+
+# Every process compiles, so no more than two.
+@pytest.mark.parametrize("group", [2], indirect=True)
+def test_compiled_blocks(group):
+    check(group, network(compile="blocks"), video)
+
+
+def test_patched_blocks_run_on_one_rank(group):
+    model, said = network(), []
+    model.announce = said.append
+    wanted = video(model)
+    share(group, model)
+    found = video(model, around_block=lambda i, run, x: run(x))
+    torch.testing.assert_close(found, wanted)
+    assert said == [ALONE]
+
+
+@pytest.fixture(scope="module")
+def heard() -> dict[str, Tensor]:
+    names = ("generate", "audio", "forward")
+    return {k: tensor for name in names for k, tensor in read_tensors(AVATAR / f"{name}.safetensors").items()}
+
+
+def avatar() -> OptimizedTransformer:
+    config = ModelConfig.from_json(AVATAR / "config.json")
+    return load_transformer(AVATAR / "dit.safetensors", config=config, optimizations=Optimizations(attention="sdpa"))
+
+
+@pytest.mark.parametrize("people", [1, 2])
+@pytest.mark.parametrize("kv_cache", ["exact", "off"])
+def test_avatars(group, heard, people, kv_cache):
+    """Text, audio and a reference frame; who is where is found by attention to a frame of which ranks have shares."""
+    windows = [heard["one.segment0"], heard["two.segment0"]][:people]
+    classes = class_tokens(heard["duo.masks"], 4, 6) if people == 2 else None
+
+    def run(model: OptimizedTransformer, reference: bool) -> Tensor:
+        options: dict[str, Any] = {"cond_latents": heard["image.latent"]}
+        if reference:
+            options["reference"] = ReferenceFrame(heard["image.latent"], Reference(5, 1))
+        return sample(
+            model,
+            heard["noise0"],
+            make_schedule("base", 2),
+            heard["pos.embeds"],
+            heard["pos.mask"],
+            negative_context=heard["neg.embeds"],
+            negative_mask=heard["neg.mask"],
+            guidance_scale=3.0,
+            audio=Audio(torch.cat(windows), classes, 4.5),
+            kv_cache=kv_cache,
+            **options,
+        )
+
+    for reference in (False, True):
+        check(group, avatar(), run, reference)
