@@ -23,8 +23,8 @@ from ..model.block import Block
 from ..model.layers import EPS, linear_fp32, timestep_features
 from ..model.rope import rope_angles
 from ..optimize import attention as backends
-from ..optimize.execution import OptimizedTransformer
 from ..optimize.operators import Attend
+from ..optimize.optimized import OptimizedTransformer
 
 Grid = tuple[int, int, int]
 Module = TypeVar("Module", bound=nn.Module)

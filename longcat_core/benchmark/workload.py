@@ -22,7 +22,7 @@ from ..measure.speed import SEED, TEXT_TOKENS, kernel_name
 from ..model.config import ModelConfig
 from ..optimize.attention import import_ahead
 from ..optimize.block_sparse import BlockSparse
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.conditioning import latent_shape
 from ..sampling.sampler import sample

@@ -16,7 +16,7 @@ from ..files.weight_files import open_weights
 from ..model.config import AudioConfig, ModelConfig
 from ..model.transformer import LongCatTransformer
 from ..optimize.attention import import_ahead
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
 from ..optimize.switches import Optimizations
 from .formats import MAX_BLOCKS, Format, detect, for_network

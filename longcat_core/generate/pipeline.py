@@ -45,7 +45,7 @@ from .vae import VideoVAE, load_vae
 from .warming import warm_bytes, warm_up, warming
 
 if TYPE_CHECKING:
-    from ..optimize.execution import OptimizedTransformer
+    from ..optimize.optimized import OptimizedTransformer
 
 # `merged` adds LoRAs to the weights, at no cost while sampling; `runtime` keeps them beside the weights, so that
 # strengths change at once.

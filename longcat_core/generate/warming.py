@@ -11,7 +11,7 @@ import torch
 
 from ..model.config import ModelConfig
 from ..optimize.attention import resolve_kernels
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.plan import TEXT_ROWS, Plan, Weights, Work, needed_bytes
 from ..optimize.quantization import Policy, quantize
 from ..optimize.requirement import Inputs

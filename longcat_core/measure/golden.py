@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoints.load import load_transformer, read_config
 from ..errors import LongCatError
 from ..files.safetensors_io import read_tensors
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 
 TOLERANCE = 2e-5
 

@@ -22,8 +22,9 @@ from ..errors import LongCatError
 from ..model.kv_cache import KVCache
 from ..model.text import TextTokens
 from ..optimize.attention import Kernels
-from ..optimize.execution import AroundBlock, Execution, OptimizedTransformer
+from ..optimize.execution import AroundBlock, Execution
 from ..optimize.operators import Attend
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.plan import free_bytes
 from ..optimize.sparse.plain import pool
 from ..optimize.sparse.settings import BLOCK, kept

@@ -19,7 +19,7 @@ from ..model.kv_cache import KVMode, Reference
 from ..model.ops import PlainOps
 from ..model.text import TextTokens
 from ..model.transformer import LongCatTransformer, ReferenceLayout
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.text_keys import TokenTexts
 from ..sampling.avatar import Audio, ReferenceFrame, class_tokens, fit_masks
 from ..sampling.conditioning import SPATIAL_FACTOR, to_pixels

@@ -29,7 +29,7 @@ from ..generate.vae import load_vae
 from ..model.block import Block
 from ..model.config import ModelConfig
 from ..model.text import fold_padding
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..training.step import WeightAverage, captured, drop_text, flow_matching_errors, initialize, sample_sigmas

@@ -1,15 +1,15 @@
 """How a network runs: switches become an `Ops`, a token layout, a KV cache and a way of calling each block.
 
 An `Execution` changes nothing in the network, so several executions can share a network: each clone of a ComfyUI MODEL
-has its own. `OptimizedTransformer` is a network with one execution, for use without ComfyUI.
+has its own.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,6 @@ from .streaming import BlockStream, streamed
 from .switches import Optimizations
 from .text_keys import CachedTexts, NoText, TokenTexts, check_audio
 
-P = ParamSpec("P")
-R = TypeVar("R")
 # A hook: around_block(i, run, tokens) with tokens [B, T, S, C] returns tokens; run(tokens) is block i.
 AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
@@ -457,76 +455,3 @@ def _hooked(run: Run, around_block: AroundBlock) -> Run:
         return around_block(i, lambda tokens: run(i, block, tokens, shared), x)
 
     return hooked
-
-
-def _value(name: str) -> Any:
-    """A property of `OptimizedTransformer` that reads and sets one of its execution."""
-    return property(
-        lambda self: getattr(self.execution, name),
-        lambda self, value: setattr(self.execution, name, value),
-        doc=f"See `Execution.{name}`.",
-    )
-
-
-def _method(function: Callable[Concatenate[Execution, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method of `OptimizedTransformer` that calls one of its execution."""
-
-    @wraps(function)
-    def call(self: OptimizedTransformer, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.execution, function.__name__)(*args, **kwargs)
-
-    return call
-
-
-class OptimizedTransformer(LongCatTransformer):
-    """A network together with its own `Execution`; called with latents, timesteps and text like the execution."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        optimizations: Optimizations | None = None,
-        *,
-        operations: Any = nn,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(config, operations=operations, dtype=dtype, device=device)
-        execution = Execution(self, optimizations, sliceable=getattr(operations, "sliceable", sliceable))
-        # Not through nn.Module, which would register the execution's network as a part of itself.
-        self.__dict__["execution"] = execution
-
-    execution: Execution
-    optimizations: Optimizations = _value("optimizations")
-    requested: Optimizations = _value("requested")
-    block_sparse: BlockSparse | None = _value("block_sparse")
-    sparse: Sparse | None = _value("sparse")
-    stream: BlockStream | None = _value("stream")
-    announce: Callable[[str], None] = _value("announce")
-    compiled_block: Regional = _value("compiled_block")
-    compute_dtype: torch.dtype = _value("compute_dtype")
-    eight_bit: bool = _value("eight_bit")
-
-    set_optimizations = _method(Execution.set_optimizations)
-    stream_blocks = _method(Execution.stream_blocks)
-    embed_text = _method(Execution.embed_text)
-    embed_audio = _method(Execution.embed_audio)
-    choose_kernels = _method(Execution.choose_kernels)
-    own_text_kernel = _method(Execution.own_text_kernel)
-    check_sparse = _method(Execution.check_sparse)
-    sparse_in_words = _method(Execution.sparse_in_words)
-    new_kv_cache = _method(Execution.new_kv_cache)
-    fill_kv_cache = _method(Execution.fill_kv_cache)
-
-    @property
-    def network(self) -> LongCatTransformer:
-        """The network itself, for reading and writing weights."""
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where latents go in: the device of the weights that are not streamed."""
-        return self.patch_embed.weight.device
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See `Execution.__call__`."""
-        return self.execution(*args, **kwargs)

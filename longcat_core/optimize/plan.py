@@ -11,8 +11,8 @@ import torch
 from ..errors import LongCatError, is_whole, plain_fields
 from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
-from .execution import OptimizedTransformer
 from .memory import audio_rows, forward_bytes, kv_cache_bytes, text_bytes
+from .optimized import OptimizedTransformer
 from .quantization import Policy
 from .streaming import SLOTS, spread
 

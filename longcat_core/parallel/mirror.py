@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..model.audio_tokens import AudioTokens
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVCache, Reference
 from ..model.text import TextTokens
 from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
 from ..optimize.attention import is_known
 from ..optimize.block_sparse import BlockSparse
-from ..optimize.execution import Execution, OptimizedTransformer
+from ..optimize.execution import Execution
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
+from .division import Division, Text
 from .group import Group
-from .sequence import SequenceSharing, all_gather
 
 ALONE = "this MODEL's blocks or attention are patched, and the patches run on one GPU; the others wait"
 
@@ -88,97 +86,6 @@ class Evaluate:
     dropped: tuple[int, ...]
 
 
-class Division:
-    """The ranks as groups that take different samples of a batch, such as the halves of guidance, and share each."""
-
-    def __init__(self, group: Group) -> None:
-        """Called on all ranks at once."""
-        size = group.size
-        self.meshes: dict[int, DeviceMesh] = {}
-        for parts in (n for n in range(1, size + 1) if size % n == 0):
-            names = ("samples", "tokens")
-            self.meshes[parts] = init_device_mesh(group.device.type, (parts, size // parts), mesh_dim_names=names)
-
-    @classmethod
-    def of(cls, group: Group) -> Division:
-        """The group's own, made by the first call."""
-        if group not in _DIVISIONS:
-            _DIVISIONS[group] = cls(group)
-        return _DIVISIONS[group]
-
-    def parts(self, samples: int) -> int:
-        """Into how many groups the ranks divide for a batch of samples that do not belong together."""
-        return max(parts for parts in self.meshes if samples % parts == 0)
-
-    def evaluate(
-        self,
-        execution: Execution,
-        x: Tensor,
-        timestep: Tensor,
-        text: _Text | None,
-        cache: KVCache | None,
-        **options: Any,
-    ) -> tuple[Tensor, bool]:
-        """`Execution.evaluate` on all ranks at once, with the same arguments; the output is whole on all of them."""
-        # A cache of several videos serves whole batches of them.
-        together = 1 if cache is None else len(cache.k[0])
-        parts = 1 if options.get("fill") is not None else self.parts(len(x) // together)
-        mesh = self.meshes[parts]
-        samples, tokens = mesh.get_group("samples"), mesh.get_group("tokens")
-        own = len(x) // parts
-        rows = slice(own * dist.get_rank(samples), own * (dist.get_rank(samples) + 1))
-        timestep = timestep if len(timestep) == 1 else timestep[rows]
-        sharing = SequenceSharing(tokens) if dist.get_world_size(tokens) > 1 else None
-        heard = None if text is None else text.of(rows, len(x))
-        out, sparse = execution.evaluate(x[rows], timestep, heard, kv_cache=cache, sharing=sharing, **options)
-        if parts > 1:
-            whole = out.new_empty(len(x), *out.shape[1:])
-            all_gather(whole, out.contiguous(), samples)
-            out = whole
-        return out, sparse
-
-
-_DIVISIONS: weakref.WeakKeyDictionary[Group, Division] = weakref.WeakKeyDictionary()
-
-
-@dataclass
-class _Text:
-    """A text, and what of it the ranks' groups need, which keep their own keys and values."""
-
-    number: int
-    whole: TextTokens | None
-    cut: dict[tuple[int, int], TextTokens] = field(default_factory=dict)
-
-    def of(self, rows: slice, batch: int) -> TextTokens:
-        """The texts of these samples of a batch."""
-        whole = self.whole
-        assert whole is not None, "a text that is used lives"
-        if len(whole.tokens) == 1 or (rows.start, rows.stop) == (0, batch):
-            return whole
-        key = rows.start, rows.stop
-        if key not in self.cut:
-            self.cut[key] = _rows(whole, rows)
-        return self.cut[key]
-
-
-def _rows(text: TextTokens, rows: slice) -> TextTokens:
-    def own(x: Any) -> Any:
-        return None if x is None else x[rows]
-
-    audio = text.audio
-    if audio is not None and len(audio.tokens) > 1:
-        audio = AudioTokens(audio.tokens[rows], audio.rope, audio.classes)
-    return replace(
-        text,
-        tokens=text.tokens[rows],
-        bias=own(text.bias),
-        lengths=own(text.lengths),
-        pad_counts=own(text.pad_counts),
-        audio=audio,
-        cached=None,
-    )
-
-
 # --- rank 0 ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +98,7 @@ class Leader:
         streamed: blocks of which the other ranks keep weights in CPU memory.
         """
         self.group, self.network = group, network
-        self._texts: dict[int, _Text] = {}
+        self._texts: dict[int, Text] = {}
         self._caches: dict[int, int] = {}
         self._dropped: list[int] = []
         self._count = 0
@@ -272,7 +179,7 @@ class Leader:
         sent = self._sent.get(name)
         return sent is not None and sent[0] is parameter and sent[1] == version
 
-    def _text(self, text: TextTokens) -> tuple[_Text, bool]:
+    def _text(self, text: TextTokens) -> tuple[Text, bool]:
         """What is known of a text, and whether it is new.
 
         The text itself is held only during a pass: otherwise nobody would see that it is not used any more.
@@ -281,7 +188,7 @@ class Leader:
         new = known is None
         if known is None:
             self._count += 1
-            known = self._texts[id(text)] = _Text(self._count, None)
+            known = self._texts[id(text)] = Text(self._count, None)
             weakref.finalize(text, self._drop_text, id(text))
         return replace(known, whole=text), new
 
@@ -333,7 +240,7 @@ class Follower:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.texts: dict[int, _Text] = {}
+        self.texts: dict[int, Text] = {}
         self.caches: dict[int, KVCache] = {}
         self.network: OptimizedTransformer | None = None
         self.waiting: tuple[int, ...] = ()
@@ -380,7 +287,7 @@ class Follower:
         text = None
         if message.text is not None:
             if message.new_text is not None:
-                self.texts[message.text] = _Text(message.text, message.new_text)
+                self.texts[message.text] = Text(message.text, message.new_text)
             text = self.texts[message.text]
         fill = cache = None
         if message.cache is not None and message.fill is not None:

@@ -23,7 +23,7 @@ from ..optimize.attention import Kernels
 from ..optimize.block_sparse import ChunkedLayout
 from ..optimize.sparse.passes import SparsePass
 
-# Heads of a rank go out in at most so many chunks: more of them hide more of the exchange, until launches cost more.
+# The most chunks of a rank's heads: more chunks hide more of the exchange, until launches cost more.
 CHUNKS = 4
 
 

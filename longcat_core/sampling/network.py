@@ -1,4 +1,4 @@
-"""What the sampler loop asks of a network. `optimize.execution.OptimizedTransformer` provides it."""
+"""What the sampler loop asks of a network. `optimize.optimized.OptimizedTransformer` provides it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from ..generate.text import MAX_LENGTH, load_text_encoder
 from ..generate.vae import load_vae
 from ..model.config import ModelConfig
 from ..optimize.adapters import adapt
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 from ..optimize.switches import Optimizations
 from ..sampling.schedules import SHIFT
 from .clips import Clip, Sample, clips_fingerprint, encode_captions, encode_clips

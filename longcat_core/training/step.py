@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.text import TextTokens
-from ..optimize.execution import OptimizedTransformer
+from ..optimize.optimized import OptimizedTransformer
 from ..sampling.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 
 

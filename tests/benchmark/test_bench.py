@@ -25,7 +25,7 @@ from longcat_core.measure import results
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compiled_blocks import COMPILED_BLOCK
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import quantized_layers
 from longcat_core.optimize.switches import Optimizations
 

@@ -28,8 +28,8 @@ from longcat_core.generate.pipeline import Pipeline
 from longcat_core.model.block import run_block
 from longcat_core.optimize.adapters import Adapted
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.fused import sliceable, takes_quantized
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, Policy, quantize
 from longcat_core.optimize.switches import Optimizations
 

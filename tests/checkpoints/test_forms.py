@@ -22,7 +22,7 @@ from longcat_core.files import read_ahead, safetensors_io, tensor_files
 from longcat_core.files.fingerprints import fingerprint
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, Policy
 
 from .written_forms import (

@@ -23,7 +23,7 @@ from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.model.config import ModelConfig
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import Policy, quantize
 
 from .written_forms import COMFYUI, FASTVIDEO, comfyui, fp8_scaled, renamed

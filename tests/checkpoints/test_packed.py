@@ -22,7 +22,7 @@ from longcat_core.errors import CheckpointError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.paths import NANO_MODEL, NANO_TEXT_ENCODER
 from longcat_core.model.config import ModelConfig
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import Policy
 
 from ..support.quantized_files import (

@@ -23,7 +23,7 @@ from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import RefineRequest
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest, work_of
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.plan import GIB, Plan, Work, free_bytes
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise

@@ -26,7 +26,7 @@ from longcat_core.model.text import TextTokens
 from longcat_core.model.transformer import LongCatTransformer, ReferenceLayout
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, Policy
 from longcat_core.optimize.streaming import BlockStream
 from longcat_core.optimize.switches import Optimizations

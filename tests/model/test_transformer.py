@@ -19,7 +19,7 @@ from longcat_core.model.kv_cache import KVCache
 from longcat_core.model.layers import linear_fp32
 from longcat_core.model.rope import apply_rope, rope_table
 from longcat_core.model.text import TextTokens
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

@@ -15,8 +15,8 @@ from longcat_core.model import text
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize import fused, requirement
-from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.memory import activation_bytes
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.frames import count_clean, noisy_frames
 

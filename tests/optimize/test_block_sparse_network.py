@@ -16,7 +16,7 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import fused
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.sparse.passes import MIXED
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise

@@ -14,7 +14,7 @@ from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.attention import Backend
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

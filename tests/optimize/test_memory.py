@@ -16,10 +16,10 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.model.text import TextTokens
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize import execution, quantization
-from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
 from longcat_core.optimize.memory import forward_bytes
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.requirement import HALF
 from longcat_core.optimize.switches import Optimizations
 

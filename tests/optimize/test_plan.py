@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from longcat_core.model.config import AudioConfig, ModelConfig
-from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kv_offload import OffloadableKVCache
 from longcat_core.optimize.memory import kv_cache_bytes
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.plan import (
     GIB,
     Plan,

@@ -15,8 +15,8 @@ from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.measure.fidelity import relative_error, tensor_psnr
-from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kernels.elementwise import Quantized, quantize_rows
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import (
     LAYERS,
     Fp8Linear,

@@ -20,7 +20,7 @@ from longcat_core.model.ops import PlainOps
 from longcat_core.model.text import TextTokens
 from longcat_core.model.transformer import FrameLayout, LongCatTransformer, ReferenceLayout
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.sparse.layout import SparseLayout
 from longcat_core.optimize.sparse.plain import attend_sparse_plain
 from longcat_core.optimize.sparse.settings import Densities, Sparse

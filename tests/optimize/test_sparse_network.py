@@ -21,7 +21,7 @@ from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize import fused, operators
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import quantize
 from longcat_core.optimize.sparse import choose
 from longcat_core.optimize.sparse.layout import SparseLayout

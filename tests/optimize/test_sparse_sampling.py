@@ -13,7 +13,7 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.model.kv_cache import KVMode
 from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize.adapters import adapt
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.sparse.settings import Densities, Sparse
 from longcat_core.optimize.text_keys import TokenTexts
 from longcat_core.sampling.guidance import cfg_zero, guided_steps

@@ -18,8 +18,8 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.model.layers import LayerNorm, Norm, RMSNorm
 from longcat_core.model.transformer import LongCatTransformer
 from longcat_core.optimize import execution
-from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kernels import elementwise, text_attention
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

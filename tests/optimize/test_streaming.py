@@ -15,7 +15,7 @@ from longcat_core.errors import LongCatError
 from longcat_core.model.block import run_block
 from longcat_core.optimize import streaming
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import Fp8Linear, quantize
 from longcat_core.optimize.streaming import ALIGN, SLOTS, BlockStream, spread
 from longcat_core.optimize.switches import Optimizations

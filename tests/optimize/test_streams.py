@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_core.optimize.execution import OptimizedTransformer
 from longcat_core.optimize.kv_offload import OffloadableKVCache
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.streaming import pinned
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.sampler import sample

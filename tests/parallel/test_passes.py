@@ -16,7 +16,7 @@ from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import Reference
 from longcat_core.optimize.adapters import adapt
 from longcat_core.optimize.block_sparse import BlockSparse
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import quantize
 from longcat_core.optimize.sparse.settings import Densities, Sparse
 from longcat_core.optimize.switches import Optimizations

@@ -14,7 +14,7 @@ from longcat_core.errors import LongCatError
 from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import KV_MODES, Reference
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling import sampler
 from longcat_core.sampling.avatar import (

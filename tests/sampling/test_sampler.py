@@ -19,8 +19,9 @@ from longcat_core.model.kv_cache import KV_MODES, KVCache
 from longcat_core.model.layers import linear_fp32
 from longcat_core.model.text import TextTokens
 from longcat_core.optimize.compilation import Regional
-from longcat_core.optimize.execution import Execution, OptimizedTransformer
+from longcat_core.optimize.execution import Execution
 from longcat_core.optimize.fused import TorchOps
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.optimize.text_keys import CachedTexts
 from longcat_core.sampling import step as steps

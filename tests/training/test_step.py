@@ -16,7 +16,7 @@ from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.nano.autoencoder import decode_whole, encode_whole, moments, new_autoencoder, recolor
 from longcat_core.nano.train import TEXT_LENGTH, Lesson, Trainer
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise
 from longcat_core.training.step import WeightAverage, drop_text, flow_matching_loss, initialize, sample_sigmas

@@ -14,8 +14,8 @@ from ...measure.clock import GIB, clean_up, timed
 from ...measure.fidelity import relative_error
 from ...measure.results import markdown, shown
 from ...model.config import ModelConfig
-from ...optimize.execution import OptimizedTransformer
 from ...optimize.kernels import elementwise
+from ...optimize.optimized import OptimizedTransformer
 from ...optimize.plan import WORKSPACE, Plan, Weights, Work, apply_plan, choose_plan, limit_memory, needed_bytes
 from ...optimize.quantization import Policy
 from ...optimize.streaming import pinned

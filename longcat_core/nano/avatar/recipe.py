@@ -33,7 +33,7 @@ from ...model.config import AudioConfig
 from ...model.kv_cache import Reference
 from ...model.rope import line_table
 from ...model.text import fold_padding
-from ...optimize.execution import OptimizedTransformer
+from ...optimize.optimized import OptimizedTransformer
 from ...optimize.switches import Optimizations
 from ...sampling.flow import NUM_TRAIN_TIMESTEPS, shift_sigmas
 from ...sampling.guidance import AVATAR_NEGATIVE_PROMPT

@@ -31,7 +31,7 @@ from ...generate.vae import load_vae
 from ...model.block import Block
 from ...model.config import ModelConfig
 from ...optimize.compilation import graph_limit
-from ...optimize.execution import OptimizedTransformer
+from ...optimize.optimized import OptimizedTransformer
 from ...optimize.switches import Optimizations
 from ...sampling.guidance import DEFAULT_NEGATIVE_PROMPT
 from ...training.step import drop_text, initialize, sample_sigmas
