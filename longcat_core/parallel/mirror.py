@@ -1,8 +1,8 @@
 """Ranks that run a network's passes together: rank 0 leads, the others hold mirrors of its network and serve.
 
 Rank 0 is the process that has the task: it reads files, encodes prompts, samples and writes. Before each pass it sends
-what the pass needs, and whatever has changed since the last one: weights, switches, texts. So all tasks run on several
-GPUs without knowing it, and only rank 0 reads a checkpoint.
+what the pass needs, and what has changed since the last one: weights, switches, texts. So all tasks run on several GPUs
+without knowing it, and only rank 0 reads a checkpoint.
 """
 
 from __future__ import annotations
