@@ -12,7 +12,7 @@ from longcat_core.checkpoints.load import official_state
 from longcat_core.files.safetensors_io import write_safetensors
 from longcat_core.nano.avatar.ear import save_ear
 from longcat_core.nano.avatar.recipe import AUDIO
-from longcat_core.optimize.execution import OptimizedTransformer
+from longcat_core.optimize.optimized import OptimizedTransformer
 
 from .clips import SOUND_RATE
 from .sounds import sweep, write_sound
