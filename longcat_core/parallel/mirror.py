@@ -28,6 +28,7 @@ from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
 from .division import Division, Text
 from .group import Group
+from .led_vae import Decode, Encode, ServedVAE
 
 ALONE = "this MODEL's blocks or attention are patched, and the patches run on one GPU; the others wait"
 
@@ -334,11 +335,13 @@ def _form(network: OptimizedTransformer, name: str, layer: Layer) -> None:
 @torch.no_grad()
 def serve(group: Group) -> None:
     """Take part in what rank 0 does, until it ends the group. Raises what a pass raises."""
-    follower = Follower(group)
+    follower, vae = Follower(group), ServedVAE()
     handlers: dict[type, Callable[[Any], None]] = {
         Build: follower.build,
         Weights: follower.weights,
         Evaluate: follower.evaluate,
+        Decode: vae.decode,
+        Encode: vae.encode,
     }
     while (message := group.receive()) is not None:
         handlers[type(message)](message)

@@ -7,7 +7,7 @@ The results are those of one rank, as exactly as its convolutions of fewer rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ class SpreadVAE:
         self._vae, self._group = vae, group
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor) -> Generator[Tensor]:
         """In rank 0 what `vae.parts.decoded` yields for latents [B, z_dim, T, h, w]; the others yield nothing.
 
         The parts are as long as on one rank, so the memory of each rank goes with its share of the rows. A part is

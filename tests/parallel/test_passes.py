@@ -21,11 +21,15 @@ from longcat_core.optimize.quantization import quantize
 from longcat_core.optimize.sparse.settings import Densities, Sparse
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.parallel.group import Group
+from longcat_core.parallel.led_vae import LedVAE
 from longcat_core.parallel.mirror import ALONE, share
 from longcat_core.parallel.start import start
 from longcat_core.sampling.avatar import Audio, ReferenceFrame, class_tokens
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
+from longcat_core.vae.network import VAEConfig, WanVAE
+from longcat_core.vae.parts import decoded
+from longcat_core.vae.parts import encoded as encode
 
 from ..support.tiny import tiny_config
 
@@ -226,3 +230,19 @@ def test_avatars(group, heard, people, kv_cache):
 
     for reference in (False, True):
         check(group, avatar(), run, reference)
+
+
+def test_the_vae(group):
+    """Also after a caller has stopped between two parts, and in another precision."""
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(4, 16, [0.0] * 16, [1.0] * 16)).eval().double()
+    latents, clip = randn(1, 16, 3, 9, 2, seed=1).double(), randn(1, 3, 9, 72, 16, seed=2).double()
+    for _ in range(2):
+        frames, encoded = torch.cat(list(decoded(vae, latents)), 1), encode(vae, clip)
+        led = LedVAE(group, vae)
+        torch.testing.assert_close(torch.cat(list(led.decode(latents)), 1), frames)
+        next(parts := led.decode(latents))
+        parts.close()
+        torch.testing.assert_close(led.encode(clip), encoded)
+        vae.float()
+        latents, clip = latents.float(), clip.float()
