@@ -38,7 +38,7 @@ RENAMED = {"guidance_scale": "guidance", "num_cond_frames": "cond_frames"}
 # What has no row: frames that scripts hand in directly, what filling notes, and positional arguments.
 WITHOUT_ROW = {"given", "source", "prompt", "chosen"}
 # Options of `generate` about the video that no node has: sockets and nodes take their place.
-WITHOUT_INPUT = {"size", "image", "video", "schedule", "distilled", "prompts_file"}
+WITHOUT_INPUT = {"size", "image", "video", "schedule", "distilled", "prompts_file", "gpus"}
 
 
 def load_pages() -> Any:

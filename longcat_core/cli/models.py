@@ -30,6 +30,8 @@ from ..optimize.requirement import Inputs
 from ..optimize.sparse.choose import check_sparse
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import CompileMode, Optimizations
+from ..parallel.devices import Gpus, devices_of
+from ..parallel.group import current, end_current
 from .console import note
 
 
@@ -43,6 +45,12 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return inputs.device_of(name)
+
+
+def gpus_of(args: argparse.Namespace) -> Gpus:
+    """What --gpus says, as `devices_of` takes it; 1 for a command without it."""
+    given: Any = getattr(args, "gpus", 1)
+    return int(given) if isinstance(given, str) and given.isdecimal() else given
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -68,6 +76,7 @@ def machine_of(args: argparse.Namespace, paths: ModelPaths | OpenedModel) -> tup
     paths = model.paths
     check_sparse(getattr(args, "sparse_kernel", "auto"))
     device = device_of(args.device)
+    devices_of(gpus_of(args), device)
     check_memory(args, device)
     compile_mode(args, device, paths)
     return device, model
@@ -148,6 +157,7 @@ def load_models(
 
     prompts: all that are to come, for commands that have --no-text-cache. on_load: see `Pipeline.load`.
     """
+    args.outputs.callback(end_current)
     cached = not getattr(args, "no_text_cache", True)
     pipeline = load_pipeline(
         model,
@@ -168,10 +178,13 @@ def load_models(
         text_cache=cache_folder() if cached else None,
         prompts=prompts,
         on_load=on_load,
+        gpus=gpus_of(args),
     )
     pipeline.vae.tiling = args.tiled_vae
     if pipeline.plan_note:
         note(pipeline.plan_note)
+    if (group := current()) is not None and gpus_of(args) != 1:
+        note(f"{group.size} {'GPUs' if device.type == 'cuda' else 'processes'} share the work on each video")
     return pipeline
 
 

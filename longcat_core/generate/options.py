@@ -378,6 +378,9 @@ OPTIONS: tuple[Option, ...] = (
                "auto", choices=DTYPES[:-1], commands=_TRAIN),
         Option("fp8", "switch", "run the large layers in 8 bits: faster, half the memory, lossy", common=True),
         Option("device", "text", "device to run on: auto, cpu, cuda or cuda:N", "auto", commands=_WEIGHTS, common=True),
+        Option("gpus", "text", "number of GPUs of this machine that share the work on one video, or auto for all that "
+               "are alike; torchrun starts them on several machines", filled=True, shown="1; with torchrun its number",
+               metavar="N", commands=(*_VIDEOS, "refine", *_AVATAR), common=True),
         Option("attention", "text", "attention backend; longcat backends lists them", "auto", metavar="NAME",
                commands=_WEIGHTS, common=True),
         Option("compile", "choice", "torch.compile of the transformer blocks: the first step is slower, later steps "

@@ -26,6 +26,10 @@ from ..optimize.quantization import Policy
 from ..optimize.requirement import Inputs
 from ..optimize.streaming import spread
 from ..optimize.switches import Optimizations
+from ..parallel.devices import Gpus, devices_of
+from ..parallel.led_vae import LedVAE
+from ..parallel.mirror import share
+from ..parallel.start import started
 from ..sampling.sampler import sample
 from ..sampling.schedules import Schedule
 from .calibration import Calibration, check_fits
@@ -110,6 +114,7 @@ class Pipeline(Engine):
         text_cache: Path | None = None,
         prompts: Sequence[str] = (),
         on_load: OnLoad | None = None,
+        gpus: Gpus = 1,
     ) -> Pipeline:
         """Load the transformer, the VAE and the text encoder.
 
@@ -125,12 +130,15 @@ class Pipeline(Engine):
         the text encoder goes then; if the folder has them all, it is not loaded. It is loaded again for another prompt.
         on_load: called in this thread with what is loaded (a word of `progress`: LOADING_TEXT, ENCODING, LOADING), the
         bytes that are read and those of all, 0 of 0 for ENCODING; what it raises ends the load.
+        gpus: how many share each video, `device` and others like it; "auto": all like it; None: those of torchrun. The
+        others have processes that end with this one, or with the next load on other GPUs.
 
         On a GPU the transformer is read while the text encoder is loaded and works, if both fit.
         Several threads may use a pipeline: each call waits for those of other threads. Raises LongCatError for files
         that do not fit the network or each other, and for arguments of the wrong type.
         """
         dtype, device = dtype_of(dtype), device_of(device)
+        devices = devices_of(gpus, device)
         optimizations = Optimizations() if optimizations is None else optimizations
         check_type("optimizations", optimizations, Optimizations, "an Optimizations")
         check_choice("the LoRA mode", lora_mode, get_args(LoraMode))
@@ -219,12 +227,17 @@ class Pipeline(Engine):
             warm_up(config, switches, dtype, device, policy, work if whole else None)
 
         beside, spare = overlaps(device), room.spare(plan)
-        with warming(device, warm) if beside else nullcontext():
-            model = load_both(text, transformer, tell, device, beside and not plan.stream_text_encoder)
-        exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
-        active = tuple((lora.path, lora.strength) for lora in loras)
-        defaults = replace(paths.defaults, speed=speed, loaded=loaded, audio=config.audio)
-        return cls(model, vae, text_encoder, defaults, plan, plan_note, exchange, active)
+        with started(devices) as ready:
+            with warming(device, warm) if beside else nullcontext():
+                model = load_both(text, transformer, tell, device, beside and not plan.stream_text_encoder)
+            exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
+            active = tuple((lora.path, lora.strength) for lora in loras)
+            defaults = replace(paths.defaults, speed=speed, loaded=loaded, audio=config.audio)
+            pipeline = cls(model, vae, text_encoder, defaults, plan, plan_note, exchange, active)
+            if (group := ready()) is not None:
+                share(group, model)
+                vae.spread = LedVAE(group, vae.model)
+        return pipeline
 
     @property
     def channels(self) -> int:
@@ -288,7 +301,12 @@ class Pipeline(Engine):
         self.vae.tiling = True
 
     def _make_room(self, guided: bool) -> bool:
-        """Switch to the next smaller plan after a forward ran out of memory; False if it is the smallest already."""
+        """Switch to the next smaller plan after a forward ran out of memory; False if it is the smallest already.
+
+        With several GPUs always False: they are out of step then.
+        """
+        if self.model.execution.ranks is not None:
+            return False
         before = replace(self.plan, split_guidance=self.model.optimizations.split_guidance)
         plan = smaller(before, self.model.config.depth, guided)
         if plan is None:
@@ -308,23 +326,11 @@ class Pipeline(Engine):
         if options.clean is not None:
             share = schedule.timesteps[0] / 1000
             start = (1 - share) * options.clean + share * noise.to(options.clean)
+        guided = options.guided
         self.model.check_sparse(options.sparse)
         self.begins(ENCODING)
         context, mask = self._text("prompt", prompt)
-        negative = self._text("negative prompt", options.negative_prompt) if options.guided else (None, None)
-        return self.sampled(start, schedule, (context, mask), negative, options)
-
-    def sampled(
-        self,
-        start: Tensor,
-        schedule: Schedule,
-        text: tuple[Tensor, Tensor],
-        negative: tuple[Tensor | None, Tensor | None],
-        options: Denoising,
-    ) -> Tensor:
-        """Latents [B, C, T, h, w] from those at the schedule's beginning. text, negative: encodings of one prompt or
-        of B, in place of the options' prompts; see `sample`. The caller holds the turn."""
-        guided = options.guided
+        negative = self._text("negative prompt", options.negative_prompt) if guided else (None, None)
         before = self.model.block_sparse, self.model.sparse
         self.model.block_sparse, self.model.sparse = options.block_sparse, options.sparse
         announce = self.model.announce
@@ -335,7 +341,8 @@ class Pipeline(Engine):
                 self.model,
                 start,
                 schedule,
-                *text,
+                context,
+                mask,
                 negative_context=negative[0],
                 negative_mask=negative[1],
                 guidance_scale=options.guidance_scale,

@@ -199,6 +199,8 @@ def ended(code: int | None) -> str:
     """How a process ended, in words."""
     if code is None:
         return "its process ended"
+    if code == -9:
+        return "its process was killed; if nobody did that, the memory of the machine has run out"
     return f"its process was ended by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
 
 

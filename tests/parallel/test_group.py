@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +19,11 @@ from longcat_core.parallel.group import Group
 from longcat_core.parallel.messages import packed, unpacked
 from longcat_core.parallel.start import start
 
+from ..support.python_path import python_path
 from ..support.ranks import SERVE
 from .work import bandwidths, described, do, sum_of_shares, tensors_of
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -64,10 +69,26 @@ def test_a_group_of_other_code_is_refused(group, monkeypatch):
         start([CPU, CPU])
 
 
-def test_messages_keep_their_classes_under_another_name_of_the_package():
-    """Inside ComfyUI the pack is `custom_nodes.X`, and rank 0 sends what it calls so."""
-    data = pickle.dumps(Plan, protocol=0).replace(b"longcat_core", b"custom_nodes.X.longcat_core")
-    assert unpacked(data) is Plan
+PACK = """
+import torch, torch.distributed as dist
+from pack.longcat_core.optimize.plan import Plan
+from pack.longcat_core.parallel.start import start
+texts = [None] * 2
+with start([torch.device("cpu")] * 2, "tests.support.ranks") as group, group.working():
+    group.send(("tests.parallel.work.described", (Plan(2), Plan)))
+    dist.all_gather_object(texts, "")
+print(texts[1])
+"""
+
+
+def test_rank_0_may_know_the_package_under_another_name(tmp_path):
+    """Inside ComfyUI it is a part of the pack, which has the name of its folder."""
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "longcat_core").symlink_to(ROOT / "longcat_core", target_is_directory=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", PACK], cwd=ROOT, env=os.environ | python_path(tmp_path), capture_output=True, text=True
+    )
+    assert ended.stdout.startswith(f"({Plan(2)!r}, {Plan!r})"), ended.stderr
 
 
 @pytest.mark.parametrize("thing", [os.system, eval, pickle.loads])
