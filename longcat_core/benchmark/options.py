@@ -22,6 +22,7 @@ PARTS = {
     "refine": "One evaluation of the refinement to 720p: dense and block-sparse attention, exact and fp8.",
     "sparse": "Sparse attention: every kernel by density, and steps with it beside dense ones.",
     "avatar": "One evaluation of an avatar: from an image and as a continuation, two speakers, fp8, smaller cards.",
+    "gpus": "An evaluation on one GPU and on several: guidance, refining, decoding, exact and fp8.",
     "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
     "load": "Loading a checkpoint, beside reading its file.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, conditioning frames and sizes.",

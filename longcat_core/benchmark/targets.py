@@ -102,7 +102,7 @@ class Targets:
             raise LongCatError(f"cannot read {path} as targets ({error}); restore or remove it") from error
 
     def of(self, kind: str) -> list[Target]:
-        """Targets of results of the kind `paths`, `refine`, `sparse` or `avatar`."""
+        """Targets of results of the kind `paths`, `refine`, `sparse`, `avatar` or `gpus`."""
         return [Target(**target) for target in self.content[kind]["targets"]]
 
     def verdicts(self, results: Results) -> str:

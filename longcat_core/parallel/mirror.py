@@ -26,6 +26,7 @@ from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
+from .bandwidth import Bandwidth
 from .division import Division, Text
 from .group import Group
 from .led_vae import Decode, Encode, ServedVAE
@@ -39,6 +40,10 @@ class Layer(NamedTuple):
     dtype: torch.dtype | None
     rank: int
     lora: torch.dtype | None
+
+
+class Measure(NamedTuple):
+    """Measure how fast the ranks exchange data."""
 
 
 class Settings(NamedTuple):
@@ -336,7 +341,8 @@ def _form(network: OptimizedTransformer, name: str, layer: Layer) -> None:
 def serve(group: Group) -> None:
     """Take part in what rank 0 does, until it ends the group. Raises what a pass raises."""
     follower, vae = Follower(group), ServedVAE()
-    handlers: dict[type, Callable[[Any], None]] = {
+    handlers: dict[type, Callable[[Any], object]] = {
+        Measure: lambda message: group.bandwidth(),
         Build: follower.build,
         Weights: follower.weights,
         Evaluate: follower.evaluate,
@@ -346,6 +352,13 @@ def serve(group: Group) -> None:
     while (message := group.receive()) is not None:
         handlers[type(message)](message)
         del message
+
+
+def bandwidth(group: Group) -> Bandwidth:
+    """How fast the ranks exchange data; rank 0 calls it."""
+    with group.working():
+        group.send(Measure())
+        return group.bandwidth()
 
 
 def share(group: Group, model: OptimizedTransformer) -> Leader:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 from longcat_core.benchmark import bench, options, report, variants, workload
-from longcat_core.benchmark.parts import cards, load, refine
+from longcat_core.benchmark.parts import cards, gpus, load, refine
 from longcat_core.benchmark.parts.profile import family
 from longcat_core.benchmark.targets import Targets
 from longcat_core.cli import main as cli
@@ -213,6 +213,29 @@ def test_an_avatar_has_rows_of_every_case(everything):
     sparse = rows["continuation, fp8, sparse 0.15"]
     assert sparse["status"] == "ok" and "too few for sparse attention" in sparse["notes"][0]
     assert "cudnn-fp8" in rows["continuation, fp8 and 8-bit attention"]["reason"]
+
+
+def test_several_gpus_beside_one(everything):
+    rows = rows_of(everything, "gpus")
+    for case in ("with guidance", "without guidance", "refining", "decoding"):
+        one, two = rows[f"{case}, exact, 1 GPU"], rows[f"{case}, exact, 2 GPUs"]
+        assert one["status"] == two["status"] == "ok" and two["ratio"] == pytest.approx(one["ms"] / two["ms"])
+        assert case == "decoding" or (one["outside_ms"] > 0 and two["all_to_all_gbs"] > 0)
+    content = results.read(everything / "gpus.json")
+    # Half of the guidance on half of the GPUs.
+    two = rows["without guidance, exact, 2 GPUs"]["ms"]
+    assert gpus.calculated(content, "with guidance", "exact", 4) == two
+    assert gpus.calculated(content, "with guidance", "fp8 and 8-bit attention", 4) is None
+
+
+def test_what_more_gpus_would_take():
+    """Of 100 ms outside of blocks and 1,000 in them, and 40 of exchange that two GPUs do not hide."""
+    rows = [
+        {"name": "refining, exact, 1 GPU", "ms": 1100.0, "outside_ms": 100.0},
+        {"name": "refining, exact, 2 GPUs", "ms": 640.0},
+    ]
+    assert gpus.calculated({"rows": rows}, "refining", "exact", 4) == pytest.approx(100 + 250 + 40 * 3 / 4)
+    assert gpus.calculated({"rows": rows}, "refining", "exact", 8) == pytest.approx(100 + 125 + 40 * 7 / 16)
 
 
 def test_sparse_attention_beside_dense(everything):

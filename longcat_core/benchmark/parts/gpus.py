@@ -1,0 +1,219 @@
+"""One evaluation on one GPU and on several: with and without guidance, refining, decoding; exact and in fp8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...measure.clock import measure
+from ...measure.results import markdown, shown
+from ...optimize.block_sparse import BlockSparse
+from ...optimize.switches import Optimizations
+from ...parallel.group import Group
+from ...parallel.led_vae import LedVAE
+from ...parallel.mirror import bandwidth, share
+from ...parallel.start import start
+from ...vae.network import VAEConfig, WanVAE
+from ...vae.parts import decoded
+from .. import workload
+from ..part import Part, Results, bars, by_name, measured_rows, preparation, spread
+from ..variants import EXACT, FP8_8BIT, Bench, Row
+
+GUIDED, SINGLE, REFINED, DECODED = "with guidance", "without guidance", "refining", "decoding"
+# Latents that `REFINED` has where the bench's size is that of a GPU: 704x1280 and 189 frames.
+LARGE = workload.Size(704, 1280, 189, 1)
+COUNTS = (2, 4, 8)
+
+
+class Case(NamedTuple):
+    """What is timed at a size. settings: of block-sparse attention, or None."""
+
+    name: str
+    size: workload.Size
+    settings: BlockSparse | None = None
+
+
+def cases(bench: Bench) -> list[Case]:
+    small = bench.device.type == "cpu"
+    refined = replace(bench.size, batch=1, frames=max(bench.size.frames, 17)) if small else LARGE
+    return [
+        Case(GUIDED, replace(bench.size, batch=2)),
+        Case(SINGLE, replace(bench.size, batch=1)),
+        Case(REFINED, refined, BlockSparse()),
+    ]
+
+
+def counts(device: torch.device) -> list[int]:
+    """How many ranks are tried beside one."""
+    there = torch.cuda.device_count() if device.type == "cuda" else min(COUNTS)
+    return [count for count in COUNTS if count <= there]
+
+
+def run(bench: Bench) -> None:
+    """Rows of every case by path and number of GPUs, one GPU first.
+
+    ratio: the time on one GPU over this one. exchange_ms: what NCCL's kernels took in rank 0, hidden or not.
+    outside_ms: what every rank computes by itself, outside the blocks. all_to_all_gbs: measured bandwidth of a rank.
+    """
+    for path in (EXACT, FP8_8BIT):
+        if path != EXACT and not (bench.fp8 and bench.quantize()):
+            return
+        first: dict[str, Row] = {}
+        for count in (1, *counts(bench.device)):
+            with ranks(bench, count) as group:
+                for case in cases(bench):
+                    row = _add(bench, path, case, count, group)
+                    _compare(first.setdefault(case.name, row), row)
+                if path == EXACT:
+                    row = bench.add(_head(DECODED, path, count), _decoding, bench, group)
+                    _compare(first.setdefault(DECODED, row), row)
+
+
+@contextmanager
+def ranks(bench: Bench, count: int) -> Iterator[Group | None]:
+    """The bench's model runs on `count` GPUs while this context is open; None: on one."""
+    if count == 1:
+        yield None
+        return
+    devices = [torch.device("cuda", at) if bench.device.type == "cuda" else bench.device for at in range(count)]
+    with start(devices) as group:
+        try:
+            share(group, bench.model)
+            yield group
+        finally:
+            bench.model.execution.ranks = None
+
+
+def _head(name: str, path: str, count: int) -> Row:
+    gpus = "1 GPU" if count == 1 else f"{count} GPUs"
+    return {"name": f"{name}, {path}, {gpus}", "case": name, "path": path, "gpus": count, "phase": "path"}
+
+
+def _add(bench: Bench, path: str, case: Case, count: int, group: Group | None) -> Row:
+    return bench.add(_head(case.name, path, count), _evaluation, bench.sized(case.size), path, case, group)
+
+
+def _compare(first: Row, row: Row) -> None:
+    if "ms" in row and "ms" in first and row is not first:
+        row["ratio"] = first["ms"] / row["ms"]
+
+
+@torch.no_grad()
+def _evaluation(bench: Bench, path: str, case: Case, group: Group | None) -> Row:
+    model, inputs, chosen = bench.model, bench.inputs(), Optimizations(**bench.path(path))
+    with workload.switched(model, chosen, case.name), workload.attending(model, case.settings):
+        forward = workload.network_forward(model, inputs)
+        step = workload.step_of(forward, inputs, chosen)
+        # One call of the refinement takes as long as several steps.
+        repeats = 1 if case.settings else bench.repeats
+        row = measure(step, bench.device, repeats, bench.budget, 0).as_row()
+        if group is not None:
+            row |= {"exchange_ms": exchanging(step, bench.device), "all_to_all_gbs": bandwidth(group).all_to_all / 1e9}
+        else:
+            skip = workload.network_forward(model, inputs, around_block=lambda i, run, tokens: tokens)
+            row["outside_ms"] = measure(skip, bench.device, 3, bench.budget, 0).ms
+    return row
+
+
+def exchanging(step: Callable[[], object], device: torch.device) -> float | None:
+    """Milliseconds of NCCL's kernels in one call; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    events = profile.key_averages()
+    return sum(event.self_device_time_total for event in events if "nccl" in event.key.lower()) / 1000
+
+
+@torch.no_grad()
+def _decoding(bench: Bench, group: Group | None) -> Row:
+    """Decoding a clip of the bench's size in the network's dtype, with random weights."""
+    size, device = bench.size, bench.device
+    # The released VAE's width on a GPU.
+    config = VAEConfig(96 if device.type == "cuda" else 8, 16, [0.0] * 16, [1.0] * 16)
+    vae = WanVAE(config).to(device, bench.model.dtype).eval()
+    latents = torch.randn(1, *size.latents()[1:], device=device, dtype=bench.model.dtype)
+    decode: Callable[[Tensor], Any] = (lambda x: decoded(vae, x)) if group is None else LedVAE(group, vae).decode
+
+    def whole() -> None:
+        for _ in decode(latents):
+            pass
+
+    return measure(whole, device, bench.repeats, bench.budget).as_row()
+
+
+def calculated(results: Results, case: str, path: str, count: int) -> float | None:
+    """Milliseconds on `count` GPUs from what one and two took, or None where these were not measured.
+
+    Both halves of guidance run on half of the GPUs each. Work in blocks divides by the GPUs of a half; what is outside
+    blocks does not. What two GPUs took beyond that is the exchange that is not hidden. Each rank sends (n - 1) / n^2
+    of the tokens' keys, values, queries and results, so the exchange of n GPUs is that of two times 4 (n - 1) / n^2,
+    between GPUs of one host.
+    """
+    if case == GUIDED:
+        # A half on half of the GPUs.
+        case, count = SINGLE, count // 2
+    rows = by_name(results)
+    one, two = (rows.get(_head(case, path, n)["name"], {}) for n in (1, 2))
+    if "ms" not in one or "ms" not in two:
+        return None
+    if count <= 2:
+        return float((one, two)[count - 1]["ms"])
+    outside = one.get("outside_ms") or 0.0
+    inside = one["ms"] - outside
+    exchange = max(0.0, two["ms"] - inside / 2 - outside)
+    return float(inside / count + outside + exchange * 4 * (count - 1) / count**2)
+
+
+def table(results: Results, targets: Any) -> str:
+    """Rows as measured, and what four and eight GPUs would take by calculation."""
+    lines = [
+        (row["name"], row.get("ms"), spread(row), row.get("ratio"), row.get("exchange_ms"), row.get("outside_ms"),
+         row.get("peak_gib"), row["status"])
+        for row in measured_rows(results)
+    ]  # fmt: skip
+    head = "", "ms", "from, to", "x one GPU", "exchange ms", "outside blocks ms", "peak GiB", ""
+    text = markdown(head, lines)
+    speeds = {row["gpus"]: row["all_to_all_gbs"] for row in results["rows"] if row.get("all_to_all_gbs")}
+    for count, speed in speeds.items():
+        text += f"\n\nBetween {count} ranks a GPU sends {shown(speed)} GB/s in an exchange of all with all."
+    if targets is not None and targets.comparable(results):
+        text += f"\n\n{targets.verdicts(results)}"
+    return f"{text}\n\n{_calculations(results)}{preparation(results)}"
+
+
+def _calculations(results: Results) -> str:
+    lines: list[Sequence[Any]] = []
+    for path in (EXACT, FP8_8BIT):
+        for case in (GUIDED, SINGLE, REFINED):
+            one = by_name(results).get(_head(case, path, 1)["name"], {}).get("ms")
+            times = [calculated(results, case, path, count) for count in (4, 8)]
+            ratios = [None if one is None or ms is None else one / ms for ms in times]
+            found = [value for pair in zip(times, ratios, strict=True) for value in pair]
+            lines.append((f"{case}, {path}", one, *found))
+    head = "by calculation", "1 GPU ms", "4 GPUs ms", "x one GPU", "8 GPUs ms", "x one GPU"
+    assumption = (
+        "Calculated from one and two GPUs of one host: work in blocks divides evenly, work outside of blocks does not, "
+        "and the exchange that two GPUs did not hide grows as the share that each GPU sends. Both halves of guidance "
+        "run on half of the GPUs each."
+    )
+    return f"{markdown(head, lines)}\n\n{assumption}"
+
+
+PART = Part(
+    text="""## Several GPUs
+
+One evaluation on one GPU and on several of the same host, in one run. With guidance its two halves run on half of the
+GPUs each; the GPUs of one sample share its tokens. *Exchange* counts all of NCCL's kernels in the first GPU, hidden
+behind work or not.""",
+    run=run,
+    table=table,
+    charts=(bars("One evaluation on several GPUs, {size}, {blocks} blocks", "ms", "ms"),),
+)
