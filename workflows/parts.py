@@ -18,20 +18,68 @@ def loaders(
     vae: str = "bottom",
     models: Mapping[str, Sequence[dict[str, str]]] = MappingProxyType({}),
 ) -> None:
-    """The first column. vae: where its loader is, "top", "bottom" or "" for none. models: per loader, its downloads."""
+    """The first column. vae: where its loader is, "top", "bottom" or "" for none. models: per loader, its downloads.
+
+    files: those of an avatar name an audio encoder too.
+    """
     graph.column(width, "1  Model files")
     graph.add("model", "LongCatModelLoader", model_name=files["model"], models=models.get("model", ()))
     graph.add("text", "LongCatTextEncoderLoader", text_encoder_name=files["text"], models=models.get("text", ()))
+    if "ear" in files:
+        graph.add("ear", "LongCatAudioEncoderLoader", audio_encoder_name=files["ear"], models=models.get("ear", ()))
     if vae:
         graph.add("vae", "VAELoader", bottom=vae == "bottom", vae_name=files["vae"], models=models.get("vae", ()))
 
 
-def prompts(graph: Graph, prompt: str, width: float = 360, same_column: bool = False) -> None:
+def prompts(
+    graph: Graph,
+    prompt: str,
+    width: float = 360,
+    same_column: bool = False,
+    negative: str = DEFAULT_NEGATIVE_PROMPT,
+) -> None:
     if not same_column:
         graph.column(width, "2  What to make")
     graph.add("positive", "CLIPTextEncode", "Prompt", tall=110, text=prompt)
-    graph.add("negative", "CLIPTextEncode", "Negative prompt", tall=150, text=DEFAULT_NEGATIVE_PROMPT)
+    graph.add("negative", "CLIPTextEncode", "Negative prompt", tall=150, text=negative)
     graph.link("text.CLIP positive.clip", "text.CLIP negative.clip")
+
+
+def speech(graph: Graph, negative: str = "negative", **settings: Any) -> None:
+    """The conditioning of an avatar, in the last column. negative: the node of the negative prompt."""
+    graph.add("latent", "LongCatAvatar", bottom=True, **settings)
+    graph.link(
+        "ear.AUDIO_ENCODER voices.audio_encoder",
+        "audio.AUDIO voices.audio",
+        "vae.VAE latent.vae",
+        "voices.voices latent.voices",
+        "positive.CONDITIONING latent.positive",
+        f"{negative}.CONDITIONING latent.negative",
+    )
+
+
+def with_sound(graph: Graph, model: str, prefix: str, **settings: Any) -> Graph:
+    """LongCat Sampler behind LongCat Avatar, and the video with the sound of its segment."""
+    graph.column(240, "3  Sample")
+    graph.add("sampler", "LongCatSampler", tall=460, **settings)
+    graph.column(225, "4  Decode and save")
+    graph.add("decode", "LongCatVAEDecode", bottom=True, fps=25)
+    graph.column(225)
+    graph.add("video", "CreateVideo", bottom=True, fps=25)
+    graph.column(260)
+    graph.add("save", "SaveVideo", tall=400, filename_prefix=f"video/{prefix}")
+    graph.link(
+        f"{model} sampler.model",
+        "latent.positive sampler.positive",
+        "latent.negative sampler.negative",
+        "latent.latent sampler.latent_image",
+        "sampler.LATENT decode.samples",
+        "vae.VAE decode.vae",
+        "decode.images video.images",
+        "latent.audio video.audio",
+        "video.VIDEO save.video",
+    )
+    return graph
 
 
 def latent(graph: Graph, **size: int) -> None:
@@ -65,6 +113,19 @@ def long_video(graph: Graph, prompts: str, folder: str, same_column: bool = Fals
         graph.column(400, "2  What to make")
     graph.add("long", "LongCatLongVideo", prompts=prompts, folder=f"longcat/{folder}", **settings)
     graph.link("model.MODEL long.model", "text.CLIP long.clip", "vae.VAE long.vae")
+
+
+def avatar_long(graph: Graph, model: str, prompts: str, folder: str, **settings: Any) -> None:
+    graph.column(400)
+    graph.add("long", "LongCatAvatarLongVideo", prompts=prompts, folder=f"longcat/{folder}", **settings)
+    graph.link(
+        f"{model} long.model",
+        "text.CLIP long.clip",
+        "vae.VAE long.vae",
+        "ear.AUDIO_ENCODER long.audio_encoder",
+        "audio.AUDIO long.audio",
+        "image.IMAGE long.image",
+    )
 
 
 def refine_long(graph: Graph, model: str, video: str, folder: str, **settings: Any) -> None:

@@ -5,13 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from longcat_core.generate.speeds import prices_in_words
+from longcat_core.sampling.guidance import AVATAR_NEGATIVE_PROMPT
 
 from .graph import Graph
-from .parts import decoded, latent, loaders, long_video, prompts, refine_long, report, sampler, saved
-from .weights import BASE, BF16, DISTILL, FP8, OFFICIAL, REFINEMENT, TEXT, VAE, Weight, table
+from .parts import (
+    avatar_long,
+    decoded,
+    latent,
+    loaders,
+    long_video,
+    prompts,
+    refine_long,
+    report,
+    sampler,
+    saved,
+    speech,
+    with_sound,
+)
+from .weights import (
+    AVATAR,
+    BASE,
+    BF16,
+    DISTILL,
+    DMD,
+    FP8,
+    OFFICIAL,
+    REFINEMENT,
+    TALKING,
+    TEXT,
+    VAE,
+    WHISPER,
+    Weight,
+    table,
+)
 
 FILES = {"model": FP8.name, "text": TEXT.name, "vae": VAE.name}
 MODELS = {"model": (FP8.model, BF16.model), "text": (TEXT.model,), "vae": (VAE.model,)}
+SPEAKING = {"model": AVATAR.name, "text": TEXT.name, "vae": VAE.name, "ear": WHISPER.name}
+SPEAKING_MODELS = {"model": (AVATAR.model,), "text": (TEXT.model,), "vae": (VAE.model,), "ear": (WHISPER.model,)}
 CAT = "A ginger cat walks through tall grass towards the camera, golden evening light, shallow depth of field."
 SAILS = """A small sailing boat leaves a quiet harbour at sunrise, gentle waves, camera follows from behind.
 The boat reaches the open sea, the wind freshens and the sails fill, spray over the bow.
@@ -20,12 +51,30 @@ The boat turns towards a rocky island with a white lighthouse, clouds gather on 
 ELSEWHERE = f"""The page offers the files that are missing; put them there and press R. The folder dit of
 [meituan-longcat/LongCat-Video]({OFFICIAL}) works in place of the single file, as
 diffusion_models/LongCat-Video/dit."""
+BESIDE = f"""The page offers missing files; the official folder [base_model]({OFFICIAL}-Avatar-1.5) works too, as
+diffusion_models/LongCat-Video-Avatar-1.5/base_model."""
+WOMAN = (
+    "A woman in a dark green blouse sits at a desk by a window and talks to the camera, her hands resting on the desk. "
+    "Static camera, soft daylight, a bookshelf out of focus behind her."
+)
+COUPLE = (
+    "Two people sit side by side at a table in a bright studio and talk with each other. Static camera, they turn to "
+    "each other and smile now and then."
+)
+# What mode distilled of the sampler is for an avatar 1.5.
+DISTILLED = {"steps": 8, "guidance": 1, "mode": "distilled"}
 SEGMENTS = """Segments of 93 frames, each begun with the last 13 of the one before: 3 are 16.9 seconds. Finished ones
 are kept in ComfyUI's output folder, under **folder**; an interrupted run goes on where it stopped."""
 
 
 def real(number: int, title: str, label: str, shown: Sequence[str], text: str, *more: Weight) -> Graph:
     note = "\n\n".join((" ".join(text.split()), table((*BASE, *more)), " ".join(ELSEWHERE.split())))
+    return Graph(f"LongCat real {number} - {title}", f"LongCat: {title}", note, label, tuple(shown))
+
+
+def talking(number: int, title: str, label: str, shown: Sequence[str], text: str) -> Graph:
+    # One paragraph, since these templates are tall.
+    note = "\n\n".join((" ".join(f"{text} {BESIDE}".split()), table(TALKING)))
     return Graph(f"LongCat real {number} - {title}", f"LongCat: {title}", note, label, tuple(shown))
 
 
@@ -176,6 +225,81 @@ def sparse() -> Graph:
     return decoded(graph, "longcat_sparse")
 
 
+def avatar() -> Graph:
+    text = """One segment of a person who says the loaded sound: 832x480, 93 frames at 25 a second (3.7 seconds), 8
+    steps with the DMD LoRA. Load speech without music. **segment** of LongCat Avatar says which part of the sound it
+    is; *avatar, long video* makes all of it."""
+    shown = ("a red circle pulses on a white background",)
+    graph = talking(11, "avatar from text", "avatar from text", shown, text)
+    loaders(graph, SPEAKING, width=250, models=SPEAKING_MODELS)
+    graph.add("audio", "LoadAudio", bottom=True)
+    graph.column(290, "2  What to make")
+    lora(graph, DMD)
+    prompts(graph, WOMAN, same_column=True, negative=AVATAR_NEGATIVE_PROMPT)
+    graph.add("voices", "LongCatEncodeAudio", bottom=True)
+    graph.column(260)
+    speech(graph, audio_guidance=1)
+    return with_sound(graph, "lora.MODEL", "longcat_avatar", **DISTILLED)
+
+
+def avatar_from_image() -> Graph:
+    # Guidance 1 reads no negative prompt, and one more node would not fit on the screen.
+    text = "The person says the sound: 93 frames, 8 steps."
+    shown = ("a green circle pulses on a black background",)
+    graph = talking(12, "avatar from an image", "avatar from an image", shown, text)
+    loaders(graph, SPEAKING, width=250, models=SPEAKING_MODELS)
+    graph.add("audio", "LoadAudio", bottom=True)
+    graph.column(290, "2  What to make")
+    graph.add("image", "LoadImage", tall=250, image="example.png")
+    graph.add("positive", "CLIPTextEncode", "Prompt (guidance 1 needs no negative)", text=WOMAN)
+    graph.add("voices", "LongCatEncodeAudio", bottom=True)
+    graph.link("text.CLIP positive.clip")
+    graph.column(260)
+    lora(graph, DMD)
+    speech(graph, negative="positive", audio_guidance=1)
+    graph.link("image.IMAGE latent.image")
+    return with_sound(graph, "lora.MODEL", "longcat_avatar_image", **DISTILLED)
+
+
+def two_people() -> Graph:
+    text = """Two people of an image, each with a sound: **together** starts both at once, **in turn** one after the
+    other. A box, or a mask, around each whole person says who has which voice. Segments follow until the sound ends."""
+    shown = ("a red circle pulses and a blue square pulses on a gray background",)
+    graph = talking(13, "avatar, two people", "two people talk", shown, text)
+    loaders(graph, SPEAKING, width=260, models=SPEAKING_MODELS)
+    graph.column(280, "2  What to make")
+    lora(graph, DMD)
+    graph.add("image", "LoadImage", tall=300, bottom=True, image="example.png")
+    graph.column(270)
+    graph.add("boxes", "LongCatAvatarBoxes", tall=340)
+    graph.add("audio_2", "LoadAudio", "What person 2 says", bottom=True)
+    graph.add("audio", "LoadAudio", "What person 1 says", bottom=True)
+    avatar_long(graph, "lora.MODEL", COUPLE, "avatar-two", **DISTILLED, audio_guidance=1)
+    graph.link(
+        "image.IMAGE boxes.image",
+        "boxes.person_1 long.person_1",
+        "boxes.person_2 long.person_2",
+        "audio_2.AUDIO long.audio_2",
+    )
+    return saved(graph, "long", "longcat_avatar_two", of="long")
+
+
+def avatar_long_video() -> Graph:
+    text = """The person of the image says the whole sound, in segments of 93 frames at 25 a second, each begun with the
+    last 13 of the one before; the video ends with the sound. Finished segments are kept in ComfyUI's output folder,
+    under **folder**; an interrupted run goes on where it stopped. A prompt a line is a prompt a segment. Without an
+    image, the prompt describes the person."""
+    shown = ("a blue circle pulses on a white background",)
+    graph = talking(14, "avatar, long video", "avatar, long video", shown, text)
+    loaders(graph, SPEAKING, models=SPEAKING_MODELS)
+    graph.add("audio", "LoadAudio", bottom=True)
+    graph.column(300, "2  What to make")
+    lora(graph, DMD)
+    graph.add("image", "LoadImage", tall=300, bottom=True, image="example.png")
+    avatar_long(graph, "lora.MODEL", WOMAN, "avatar-long", **DISTILLED, audio_guidance=1)
+    return saved(graph, "long", "longcat_avatar_long", of="long")
+
+
 def graphs() -> Iterator[Graph]:
     for make in (
         text_to_video,
@@ -188,5 +312,9 @@ def graphs() -> Iterator[Graph]:
         chain,
         fast,
         sparse,
+        avatar,
+        avatar_from_image,
+        two_people,
+        avatar_long_video,
     ):
         yield make()

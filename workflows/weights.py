@@ -1,6 +1,6 @@
 """The files of the real weights: one table for README, for the notes in the workflows and for the page's downloads.
 
-Names and sizes are those of the two repositories on Hugging Face; memory figures are from docs/performance.md.
+Names and sizes are those of the repositories on Hugging Face; memory figures are from docs/performance.md.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 KIJAI = "https://huggingface.co/Kijai/LongCat-Video_comfy/resolve/main/"
 COMFY = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
+WAN = "https://huggingface.co/Kijai/WanVideo_comfy/resolve/main/"
 OFFICIAL = "https://huggingface.co/meituan-longcat/LongCat-Video"
 
 
@@ -61,8 +62,30 @@ DISTILL = _weight(
 REFINEMENT = _weight(
     "LongCat_refinement_lora_rank128_bf16.safetensors", "loras", KIJAI, 2.47, "any; for refining to 720p"
 )
+AVATAR = _weight(
+    "LongCat-Avatar-15_bf16.safetensors",
+    "diffusion_models",
+    f"{WAN}LongCat/",
+    31.7,
+    "for avatars: 40 GB and more; less with parts in RAM or as fp8 rowwise",
+)
+DMD = _weight(
+    "LongCat-Avatar-15_dmd_distill_lora_rank128_bf16.safetensors",
+    "loras",
+    f"{WAN}LongCat/",
+    1.26,
+    "any; for avatars in 8 steps",
+)
+WHISPER = _weight(
+    "whisper_large_v3_encoder_fp16.safetensors",
+    "audio_encoders",
+    f"{WAN}HuMo/",
+    1.7,
+    "any; for avatars, used before the model",
+)
 BASE = (FP8, BF16, TEXT, VAE)
-ALL = (*BASE, DISTILL, REFINEMENT)
+TALKING = (TEXT, VAE, AVATAR, DMD, WHISPER)
+ALL = (*BASE, DISTILL, REFINEMENT, AVATAR, DMD, WHISPER)
 
 
 def table(weights: Iterable[Weight]) -> str:

@@ -326,11 +326,23 @@ class Pipeline(Engine):
         if options.clean is not None:
             share = schedule.timesteps[0] / 1000
             start = (1 - share) * options.clean + share * noise.to(options.clean)
-        guided = options.guided
         self.model.check_sparse(options.sparse)
         self.begins(ENCODING)
         context, mask = self._text("prompt", prompt)
-        negative = self._text("negative prompt", options.negative_prompt) if guided else (None, None)
+        negative = self._text("negative prompt", options.negative_prompt) if options.guided else (None, None)
+        return self.sampled(start, schedule, (context, mask), negative, options)
+
+    def sampled(
+        self,
+        start: Tensor,
+        schedule: Schedule,
+        text: tuple[Tensor, Tensor],
+        negative: tuple[Tensor | None, Tensor | None],
+        options: Denoising,
+    ) -> Tensor:
+        """Latents [B, C, T, h, w] from those at the schedule's beginning. text, negative: encodings of one prompt or
+        of B, in place of the options' prompts; see `sample`. The caller holds the turn."""
+        guided = options.guided
         before = self.model.block_sparse, self.model.sparse
         self.model.block_sparse, self.model.sparse = options.block_sparse, options.sparse
         announce = self.model.announce
@@ -341,8 +353,7 @@ class Pipeline(Engine):
                 self.model,
                 start,
                 schedule,
-                context,
-                mask,
+                *text,
                 negative_context=negative[0],
                 negative_mask=negative[1],
                 guidance_scale=options.guidance_scale,

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from ..errors import LongCatError
+from ..generate.engine import Denoising
 from ..generate.pipeline import Pipeline
 from ..generate.request import FilledRequest
 from ..sampling.conditioning import latent_shape, seeded_noise
-from ..sampling.sampler import Step, sample
+from ..sampling.sampler import Step
 from ..sampling.schedules import make_schedule
 from . import scorer, world
 from .lesson import PALETTE, lesson_prompts
@@ -129,31 +130,22 @@ def generate_batch(
 
     request: for all but prompts and seeds. stepped: called after every step.
     """
-    network, settings = pipeline.model, request.sparse_settings
-    network.check_sparse(settings)
-    context, mask = pipeline.text_encoder.encode(prompts)
-    negative = pipeline.text_encoder.encode([request.negative_prompt])
     shape = (1, *latent_shape(request.frames, request.height, request.width))
-    before, network.sparse = network.sparse, settings
-    try:
-        latents = sample(
-            network,
+    options = Denoising(
+        guidance_scale=request.guidance_scale,
+        step_cache=request.step_cache,
+        callback=stepped,
+        guidance_until=request.guidance_until,
+        sparse=request.sparse_settings,
+    )
+    with pipeline.turn():
+        latents = pipeline.sampled(
             torch.cat([seeded_noise(shape, seed) for seed in seeds]),
             make_schedule(request.schedule, request.steps),
-            context,
-            mask,
-            negative_context=negative[0],
-            negative_mask=negative[1],
-            guidance_scale=request.guidance_scale,
-            guidance_until=request.guidance_until,
-            step_cache=request.step_cache,
-            callback=stepped,
+            pipeline.text_encoder.encode(prompts),
+            pipeline.text_encoder.encode([request.negative_prompt]),
+            options,
         )
-    finally:
-        network.sparse = before
-        if network.stream is not None:
-            # The VAE is next and needs the memory.
-            network.stream.rest()
     return np.stack([to_bytes(pipeline.vae.decode(one[None])[0]) for one in latents])
 
 

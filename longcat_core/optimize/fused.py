@@ -218,10 +218,14 @@ class FusedOps(TorchOps):
     def residual_norm(
         self, x: Tensor, update: Once[Tensor], gate: Tensor | None, norm: LayerNorm, skip: int, reader: nn.Module
     ) -> tuple[Tensor, Activations]:
-        if skip:
-            return super().residual_norm(x, update, gate, norm, skip, reader)
         weight, bias = norm.affine(x.device, torch.float32, elementwise.READ)
-        return elementwise.residual_norm(x, update.take(), gate, weight, bias, fp8=self._quantized(reader))
+        x, h = elementwise.residual_norm(x, update.take(), gate, weight, bias, fp8=self._quantized(reader))
+        if not skip:
+            return x, h
+        # The norm of few frames too many costs less than PyTorch's copies in fp32. Of one sample the rest is a view.
+        if isinstance(h, Quantized):
+            return x, Quantized(*(rows[:, skip:].contiguous() for rows in h))
+        return x, h[:, skip:].contiguous()
 
     def norm_rope(self, x: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
         (weight,) = norm.affine(x.device, x.dtype)

@@ -21,7 +21,8 @@ from .server import PACK_NAME, Server
 
 WORKFLOWS = sorted(path for path in (ROOT / "workflows").glob("*.json"))
 # Inputs whose choices are the user's own files.
-USERS_FILES = {"model_name", "unet_name", "text_encoder_name", "clip_name", "vae_name", "lora_name", "image", "file"}
+USERS_FILES = {"model_name", "unet_name", "text_encoder_name", "clip_name", "vae_name", "lora_name", "image", "file",
+               "audio", "audio_encoder_name"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,8 +19,9 @@ from longcat_core.nano.scorer import analyze
 from longcat_core.nano.world import Actor, Scene, render_clip
 from workflows.build import NOTE, WORKFLOWS, graphs
 from workflows.nano import NANO
-from workflows.weights import ALL, DISTILL, REFINEMENT
+from workflows.weights import ALL, DISTILL, DMD, REFINEMENT
 
+from ..support.talking import AVATAR, EAR, SECONDS, SPEECH, TINY_LORA
 from .browser import OVERHANG
 from .prompts import FPS
 from .server import PACK, PACK_NAME
@@ -53,7 +55,14 @@ SMALL = {
     },
     "LoadImage": {"image": "first.png"},
     "LoadVideo": {"file": "clip.mp4"},
+    "LongCatAudioEncoderLoader": {"audio_encoder_name": EAR},
+    "LongCatEncodeAudio": {"length": LENGTH, "overlap": 5},
+    "LongCatAvatar": {"resolution": "custom", **SIZE, "overlap": 5},
+    "LongCatAvatarLongVideo": {"resolution": "custom", **SIZE, "overlap": 5},
+    "LoadAudio": {"audio": SPEECH},
 }
+# What that is for an avatar, whose distilled schedule has its own number of steps.
+SMALL_AVATAR = SMALL | {"LongCatModelLoader": {"model_name": AVATAR}, "LongCatSampler": {}}
 # Frames and frame rate of what a workflow saves, where they are not those of one clip.
 MADE = {
     "LongCat nano 4 - long video": (73, 15),
@@ -66,6 +75,10 @@ MADE = {
     "LongCat real 6 - interactive video 480p": (4 * LENGTH - 15, 15),
     "LongCat real 7 - refine to 720p": (2 * LENGTH, 30),
     "LongCat real 8 - long video, refined to 720p": (2 * (3 * LENGTH - 10), 30),
+    "LongCat real 11 - avatar from text": (LENGTH, 25),
+    "LongCat real 12 - avatar from an image": (LENGTH, 25),
+    "LongCat real 13 - avatar, two people": (math.ceil(25 * SECONDS), 25),
+    "LongCat real 14 - avatar, long video": (math.ceil(25 * SECONDS), 25),
 }
 # What the page lists as missing, with a button for the download of each.
 MISSING_MODELS = """() => {
@@ -114,7 +127,7 @@ def test_nodes_and_widgets_are_those_of_the_server(file, client):
                 assert isinstance(value, bool), name
             elif kind == "STRING":
                 assert isinstance(value, str), name
-            elif name not in ("model_name", "text_encoder_name"):
+            elif name not in ("model_name", "text_encoder_name", "audio_encoder_name"):
                 assert value in (kind if isinstance(kind, list) else options["options"]), name
 
 
@@ -204,15 +217,17 @@ def given(server) -> np.ndarray:
     loras.mkdir(exist_ok=True)
     for weight in (DISTILL, REFINEMENT):
         save_file(lora, loras / weight.name)
+    save_file(TINY_LORA, loras / DMD.name)
     return clip
 
 
 @pytest.mark.parametrize("file", FOR_REAL_WEIGHTS, ids=lambda file: file.stem)
-def test_workflow_of_the_real_weights_runs_on_small_ones(file, page, client, watch, given):
+def test_workflow_of_the_real_weights_runs_on_small_ones(file, page, client, watch, given, talking):
     page.drop(file)
     prompt = page.prompt()
+    small = SMALL_AVATAR if "avatar" in file.stem else SMALL
     for node in prompt.values():
-        node["inputs"].update(SMALL.get(node["class_type"], {}))
+        node["inputs"].update(small.get(node["class_type"], {}))
     run = client.run(prompt)
     assert run.status == "success", run.end
     (saver,) = (key for key, node in prompt.items() if node["class_type"] == "SaveVideo")

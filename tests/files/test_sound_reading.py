@@ -118,7 +118,7 @@ def test_files_without_sound_are_refused(tmp_path: Path) -> None:
         (tmp_path / "b.wav", "is not a readable sound"),
         (tmp_path / "c.wav", "is not a readable sound"),
         (empty, "holds no sound that can be decoded"),
-        (broken, "samples that are not finite"),
+        (broken, "e.wav has samples that are not finite"),
         (tmp_path / "none.wav", "does not exist"),
     ):
         with pytest.raises(LongCatError, match=sentence):

@@ -12,14 +12,15 @@ from uuid import uuid4
 import pytest
 from PIL import Image
 
-from workflows.weights import ALL, BASE, table
+from workflows.weights import ALL, BASE, TALKING, table
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 REAL = [file for file in FILES if " real " in file.stem]
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 WEIGHTS = {weight.name: weight for weight in ALL}
-LOADERS = ("LongCatModelLoader", "LongCatTextEncoderLoader", "VAELoader", "LoraLoaderModelOnly")
+LOADERS = ("LongCatModelLoader", "LongCatTextEncoderLoader", "LongCatAudioEncoderLoader", "VAELoader",
+           "LoraLoaderModelOnly")  # fmt: skip
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
@@ -39,7 +40,7 @@ def names_in(node: dict[str, Any]) -> list[str]:
 def test_nano_comes_first_and_names_say_which_is_which():
     names = [file.stem for file in FILES]
     assert names == [*(name for name in names if "nano" in name), *(file.stem for file in REAL)]
-    assert all(name.startswith(("LongCat nano ", "LongCat real ")) for name in names) and len(REAL) == 10
+    assert all(name.startswith(("LongCat nano ", "LongCat real ")) for name in names) and len(REAL) == 14
     for file in FILES:
         with Image.open(file.with_suffix(".jpg")) as picture:
             assert picture.format == "JPEG" and picture.width == picture.height >= 256
@@ -63,8 +64,12 @@ def test_page_can_offer_every_file_that_a_template_loads(file):
 def test_note_has_the_table_of_the_files(file):
     (note,) = (node["widgets_values"][0] for node in nodes_of(file) if node["type"] == "MarkdownNote")
     wanted = {name for node in nodes_of(file) for name in names_in(node)}
-    assert table([weight for weight in ALL if weight in BASE or weight.name in wanted]) in note
-    assert "diffusion_models/LongCat-Video/dit" in note
+    base, folder = BASE, "LongCat-Video/dit"
+    if "avatar" in file.stem:
+        base, folder = TALKING, "LongCat-Video-Avatar-1.5/base_model"
+        assert wanted == {weight.name for weight in TALKING}
+    assert table([weight for weight in ALL if weight in base or weight.name in wanted]) in note
+    assert f"diffusion_models/{folder}" in note
     assert len(note.split()) < 200
 
 

@@ -23,12 +23,18 @@ SPEECH, ANSWER, FACE = "speech.wav", "answer.wav", "face.png"
 SECONDS, HEIGHT, WIDTH = 1.5, 64, 96
 # Of the bundled text encoder.
 TEXT_CHANNELS = 128
+CONFIG = tiny_config(caption_channels=TEXT_CHANNELS, audio=AUDIO)
+# A LoRA of it that changes little.
+TINY_LORA = {
+    "diffusion_model.blocks.0.self_attn.o.lora_A.weight": torch.full((2, CONFIG.hidden_size), 1e-3),
+    "diffusion_model.blocks.0.self_attn.o.lora_B.weight": torch.full((CONFIG.hidden_size, 2), 1e-3),
+}
 
 
 def write_avatar(models: Path, inputs: Path) -> None:
     """models: ComfyUI's folder of that name. inputs: where sounds and images are chosen from."""
     torch.manual_seed(0)
-    network = OptimizedTransformer(tiny_config(caption_channels=TEXT_CHANNELS, audio=AUDIO))
+    network = OptimizedTransformer(CONFIG)
     weights, ears = models / "diffusion_models", models / "audio_encoders"
     for folder in (weights, ears):
         folder.mkdir(parents=True, exist_ok=True)

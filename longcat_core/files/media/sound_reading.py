@@ -67,7 +67,10 @@ def read_sound(path: str | Path) -> Sound:
                 raise _cut_short(path, f"{float(declared) - length / rate:.2f} s are missing")
             # Codecs that work in blocks fill up the last one.
             filled = declared is not None and 0 < length / rate - declared < TOLERANCE
-            return Sound(torch.cat(parts, dim=1)[:, : round(declared * rate) if filled and declared else length], rate)
+            samples = torch.cat(parts, dim=1)[:, : round(declared * rate) if filled and declared else length]
+            if not samples.isfinite().all():
+                raise LongCatError(f"{path} has samples that are not finite; write it again")
+            return Sound(samples, rate)
 
 
 def _cut_short(path: Path, missing: str) -> LongCatError:

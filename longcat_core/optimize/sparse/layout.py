@@ -140,9 +140,9 @@ class SparseLayout(FrameLayout):
     def by_frames(self, attend: AttendFrames) -> AttendFrames:
         """`attend`, for queries of all noise frames in this order."""
         clean = self.cond_frames * self.grid[1] * self.grid[2]
+        places, order = self.places[clean:] - clean, self.order[clean:] - clean
 
         def arranged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = attend(q.index_select(1, self.places[clean:] - clean), k, v)
-            return out.index_select(1, self.order[clean:] - clean)
+            return attend(q.index_select(1, places), k, v).index_select(1, order)
 
         return arranged

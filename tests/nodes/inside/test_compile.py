@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from ...support.quantized_files import quantized
 from .conftest import MODEL
+from .golden_avatar import Avatar, close
 from .test_lora import DOT, official
 
 BLOCKS = 48
@@ -113,6 +114,14 @@ def test_graphs_for_sizes_and_guidance_are_those_of_our_own_compile(tall, ksampl
         assert error(ksample(tall, **run), ksample(compiled.model, **run)) <= 1e-4
         counts.append(compiled.graphs)
     assert counts == [1, 2, 2, 3, 3, 4], "one for each kind of input, and one for all its later sizes"
+
+
+def test_an_avatar(comfy):
+    avatar = Avatar(comfy, "v1_5")
+    compiled, audio = Compiled(avatar.model), avatar.audio()
+    got = avatar.sampled(avatar.conds(audio), avatar.latent(), compiled.model, steps=3)
+    assert close(got, avatar.expected(audio, steps=3))
+    assert compiled.graphs == 1
 
 
 @pytest.mark.parametrize("settings", [{"fullgraph": True}, {"dynamic": False}, {"dynamic": True}], ids=str)

@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+from .golden_avatar import Avatar
+
 STEPS = 4
 # 5x16x16 tokens.
 SIZE = {"width": 256, "height": 256, "length": 17}
@@ -133,3 +135,22 @@ def test_people_see_that_it_is_on(comfy, model, latent, sample, caplog):
     _, report = comfy("LongCatBenchmark", model=model, model_b=sparse, latent_image=latent, steps=1, guidance=1.0)
     (row,) = (line for line in report.splitlines() if line.startswith("| attention |"))
     assert row.endswith(f"; sparse: {words} |")
+
+
+def test_an_avatar_with_a_reference(comfy, seen):
+    """The reference frame, with an overlap, is in front of 7x16x16 tokens; the core computes the same."""
+    avatar, core = Avatar(comfy, "v1_5"), comfy.core
+    avatar.shape = 1, 16, 7, 32, 32
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(1, 16, 2, 32, 32, generator=generator)
+    shown = avatar.model.model.process_latent_out(torch.randn(1, 16, 1, 32, 32, generator=generator))
+    reference = core("sampling.avatar").ReferenceFrame(shown, core("model.kv_cache").Reference(4, 1))
+    sparse = comfy("LongCatSparseAttention", model=avatar.model, density=0.1, dense_steps=0.5)
+    audio = avatar.audio()
+    given = avatar.conds(audio, reference), avatar.latent(clean)
+    got = avatar.sampled(*given, sparse, steps=2)
+    assert seen == [0.5]
+    avatar.network.sparse = core("optimize.sparse.settings").Sparse(0.1, dense_steps=0.5)
+    same = avatar.expected(audio, clean, reference, steps=2)
+    # Attention of random weights hardly depends on what it attends to.
+    assert (got - same).abs().max() <= 2e-5 < (got - avatar.sampled(*given, steps=2)).abs().max()

@@ -18,10 +18,12 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.layers import LayerNorm, RMSNorm, gated, modulate
+from longcat_core.model.ops import Once
 from longcat_core.model.rope import apply_rope, rope_table
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize import execution
 from longcat_core.optimize.block_sparse import BlockSparse
+from longcat_core.optimize.fused import FusedOps
 from longcat_core.optimize.kernels import elementwise as kernels
 from longcat_core.optimize.kernels import text_attention
 from longcat_core.optimize.quantization import quantize
@@ -103,6 +105,25 @@ def test_without_an_update_the_sum_is_x_itself():
     assert total is x
     wanted = defined_norm(x, None, None, weight, weight, False)[1]
     torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_clean_frames_are_left_out_of_the_norm_alone(fp8, batch):
+    x, update = randn(*SHAPE)[:batch], randn(*SHAPE, seed=1)[:batch]
+    gate, norm = randn(1, 3, 1, SHAPE[-1], seed=2, dtype=torch.float32), LayerNorm(SHAPE[-1], device=DEVICE)
+    norm.weight.data, norm.bias.data = (randn(SHAPE[-1], seed=seed) for seed in (3, 4))
+    reader = torch.nn.Identity()
+    reader.takes_quantized = fp8
+    ops = FusedOps(backends.resolve_kernels("sdpa", backends.Inputs(DEVICE, torch.float16, 64, False)))
+    with torch.no_grad():
+        total, out = ops.residual_norm(x, Once(update), gate, norm, 1, reader)
+    wanted_total, wanted = defined_norm(x, update, gate, norm.weight.data, norm.bias.data, False)
+    torch.testing.assert_close(total, wanted_total, rtol=1e-3, atol=1e-3)
+    if fp8:
+        check_quantized(out, wanted[:, 1:])
+    else:
+        torch.testing.assert_close(out.float(), wanted[:, 1:], rtol=2e-3, atol=2e-3)
 
 
 def test_residual_is_written_into_x():
