@@ -8,7 +8,7 @@ without knowing it, and only rank 0 reads a checkpoint.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..model.config import ModelConfig
 from ..model.kv_cache import KVCache, Reference
 from ..model.text import TextTokens
-from ..optimize.adapters import NAMES, Adapted, adapt, rank_of, release
+from ..optimize.adapters import NAMES
 from ..optimize.attention import is_known
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.execution import Execution
@@ -30,16 +30,9 @@ from .bandwidth import Bandwidth
 from .division import Division, Text
 from .group import Group
 from .led_vae import Decode, Encode, ServedVAE
+from .weights import Layer, OwnWeights, Source, Weights, by_blocks, form_layer
 
 ALONE = "this MODEL's blocks or attention are patched, and the patches run on one GPU; the others wait"
-
-
-class Layer(NamedTuple):
-    """What a layer is, beside plain. dtype: of an 8-bit layer's output, or None; rank, lora: of its adapter."""
-
-    dtype: torch.dtype | None
-    rank: int
-    lora: torch.dtype | None
 
 
 class Measure(NamedTuple):
@@ -61,14 +54,6 @@ class Build:
     config: ModelConfig
     dtype: torch.dtype
     streamed: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Layers that have changed, and parameters by name."""
-
-    layers: dict[str, Layer]
-    parameters: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,25 +80,35 @@ class Evaluate:
 # --- rank 0 ----------------------------------------------------------------------------------------------------------
 
 
+# Whose network the workers of a group hold.
+_HELD: weakref.WeakKeyDictionary[Group, weakref.ref[Leader]] = weakref.WeakKeyDictionary()
+
+
 class Leader:
     """Rank 0's side of a network: an `optimize.sharing.Ranks` for its executions."""
 
-    def __init__(self, group: Group, network: OptimizedTransformer | Any, streamed: tuple[int, ...] = ()) -> None:
+    def __init__(self, group: Group, source: Source, streamed: tuple[int, ...] = ()) -> None:
         """Build the network on the other ranks and send its weights.
 
         streamed: blocks of which the other ranks keep weights in CPU memory.
         """
-        self.group, self.network = group, network
+        self.group, self.source, self.streamed = group, source, streamed
         self._texts: dict[int, Text] = {}
         self._caches: dict[int, int] = {}
         self._dropped: list[int] = []
         self._count = 0
-        self._layers: dict[str, Layer] = {}
-        self._sent: dict[str, tuple[Tensor, int]] = {}
         with group.working():
-            group.send(Build(network.config, network.dtype, streamed))
-            self.division = Division.of(group)
-            self._update()
+            self._build()
+
+    def _build(self) -> None:
+        """Let the others hold this network, in place of another one."""
+        self._texts, self._caches, self._dropped = {}, {}, []
+        self._layers: dict[str, Layer] = {}
+        self._sent: dict[str, Hashable] = {}
+        self.group.send(Build(self.source.config, self.source.dtype, self.streamed))
+        self.division = Division.of(self.group)
+        _HELD[self.group] = weakref.ref(self)
+        self._update()
 
     def evaluate(
         self,
@@ -132,19 +127,36 @@ class Leader:
         progress: float | None = None,
         reference: Reference | None = None,
     ) -> tuple[Tensor, bool]:
-        """`Execution.evaluate` on all ranks."""
-        own: dict[str, Any] = {"kernels": kernels, "compilers": compilers, "reused": reused}
+        """`Execution.evaluate` on all ranks.
+
+        around_block: a hook whose attribute `changes` is False changes no tokens, and runs in this rank alone.
+        """
+        own: dict[str, Any] = {
+            "kernels": kernels,
+            "compilers": compilers,
+            "reused": reused,
+            "around_block": around_block,
+        }
         given: dict[str, Any] = {
             "num_cond_latents": num_cond_latents,
             "progress": progress,
             "reference": reference,
         }
-        if around_block is not None or (kernels is not None and not is_known(kernels.attend)):
+        held = _HELD.get(self.group, lambda: None)() is self
+        # The others have lost a cache that was filled before they held another network.
+        lost = kv_cache is not None and not (held and id(kv_cache) in self._caches)
+        patched = around_block is not None and getattr(around_block, "changes", True)
+        patched |= kernels is not None and not is_known(kernels.attend)
+        if patched:
             execution.say(ALONE)
-            own |= {"around_block": around_block, "fill": fill, "kv_cache": kv_cache}
+        if patched or lost:
+            own |= {"fill": fill, "kv_cache": kv_cache}
             return execution.evaluate(x, timestep, text, **own, **given)
         with self.group.working():
-            self._update()
+            if held:
+                self._update()
+            else:
+                self._build()
             known, new = (None, False) if text is None else self._text(text)
             size = None
             if fill is not None:
@@ -166,24 +178,16 @@ class Leader:
 
     def _update(self) -> None:
         """Send layers and weights that have changed."""
-        layers = layers_of(self.network)
+        layers, versions = self.source.layers(), self.source.versions()
         changed = {name: layer for name, layer in layers.items() if self._layers.get(name) != layer}
         changed |= {name: Layer(None, 0, None) for name in self._layers.keys() - layers.keys()}
-        self._layers, now = layers, dict(self.network.named_parameters())
-        versions = {name: 0 if p.is_inference() else p._version for name, p in now.items()}
-        new = {name: p for name, p in now.items() if not self._is_sent(name, p, versions[name])}
-        if not changed and not new:
-            return
-        self._sent = {name: (p, versions[name]) for name, p in now.items()}
-        # Piece by piece, so that a rank that streams blocks never has them all on its device.
-        for number, names in enumerate(_by_blocks(new)):
-            self.group.send(Weights(changed if number == 0 else {}, {name: new[name].detach() for name in names}))
-        if not new:
+        new = [name for name, version in versions.items() if self._sent.get(name) != version]
+        self._layers, self._sent = layers, versions
+        if changed:
             self.group.send(Weights(changed, {}))
-
-    def _is_sent(self, name: str, parameter: Tensor, version: int) -> bool:
-        sent = self._sent.get(name)
-        return sent is not None and sent[0] is parameter and sent[1] == version
+        # Piece by piece, so that a rank that streams blocks never has them all on its device.
+        for names in by_blocks(new):
+            self.group.send(Weights({}, self.source.weights(names)))
 
     def _text(self, text: TextTokens) -> tuple[Text, bool]:
         """What is known of a text, and whether it is new.
@@ -199,7 +203,8 @@ class Leader:
         return replace(known, whole=text), new
 
     def _drop_text(self, key: int) -> None:
-        self._dropped.append(self._texts.pop(key).number)
+        known = self._texts.pop(key, None)
+        self._dropped += [] if known is None else [known.number]
 
     def _cache(self, cache: KVCache | None) -> int | None:
         if cache is None:
@@ -211,31 +216,13 @@ class Leader:
         return self._caches[id(cache)]
 
     def _drop_cache(self, key: int) -> None:
-        self._dropped.append(self._caches.pop(key))
+        number = self._caches.pop(key, None)
+        self._dropped += [] if number is None else [number]
 
     def _forgotten(self) -> tuple[int, ...]:
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
         return dropped
-
-
-def layers_of(network: nn.Module) -> dict[str, Layer]:
-    """The layers of a network that are not plain, by name."""
-    found = {}
-    for name, module in network.named_modules():
-        if isinstance(module, (Fp8Linear, Adapted)):
-            lora = module.lora_down.dtype if isinstance(module, Adapted) else None
-            found[name] = Layer(module.dtype if isinstance(module, Fp8Linear) else None, rank_of(module), lora)
-    return found
-
-
-def _by_blocks(names: Any) -> Iterator[list[str]]:
-    """Names of parameters block by block, those outside blocks first."""
-    pieces: dict[str, list[str]] = {"": []}
-    for name in names:
-        parts = name.split(".")
-        pieces.setdefault(parts[1] if parts[0] == "blocks" else "", []).append(name)
-    yield from (piece for piece in pieces.values() if piece)
 
 
 # --- the other ranks -------------------------------------------------------------------------------------------------
@@ -261,7 +248,7 @@ class Follower:
     def weights(self, message: Weights) -> None:
         network, device = self._network(), self.group.device
         for name, layer in message.layers.items():
-            _form(network, name, layer)
+            form_layer(network, name, layer)
         for name, parameter in message.parameters.items():
             owner, _, leaf = name.rpartition(".")
             module = network.get_submodule(owner)
@@ -322,21 +309,6 @@ class Follower:
         return self.network
 
 
-def _form(network: OptimizedTransformer, name: str, layer: Layer) -> None:
-    """Make the layer of this name what `layer` says, without weights where it changes."""
-    module: Any = network.get_submodule(name)
-    release(module)
-    if layer.dtype is not None and not isinstance(module, Fp8Linear):
-        weight = torch.empty(module.weight.shape, dtype=torch.float8_e4m3fn, device="meta")
-        scale = torch.empty(len(weight), 1, device="meta")
-        bias = None if module.bias is None else torch.empty(len(weight), dtype=module.bias.dtype, device="meta")
-        module = Fp8Linear(weight, scale, bias, layer.dtype)
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, module)
-    if layer.rank:
-        adapt(module, layer.rank, layer.lora, torch.device("meta"))
-
-
 @torch.no_grad()
 def serve(group: Group) -> None:
     """Take part in what rank 0 does, until it ends the group. Raises what a pass raises."""
@@ -364,6 +336,6 @@ def bandwidth(group: Group) -> Bandwidth:
 def share(group: Group, model: OptimizedTransformer) -> Leader:
     """Run a network's passes on all ranks of a group from now on; rank 0 calls it."""
     stream = model.stream
-    leader = Leader(group, model, () if stream is None else stream.streamed)
+    leader = Leader(group, OwnWeights(model), () if stream is None else stream.streamed)
     model.execution.ranks = leader
     return leader

@@ -1,0 +1,108 @@
+"""The weights of rank 0's network on their way to the mirrors of the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..model.config import ModelConfig
+from ..optimize.adapters import Adapted, adapt, rank_of, release
+from ..optimize.optimized import OptimizedTransformer
+from ..optimize.quantization import Fp8Linear
+
+
+class Layer(NamedTuple):
+    """What a layer is, beside plain. dtype: of an 8-bit layer's output, or None; rank, lora: of its adapter."""
+
+    dtype: torch.dtype | None
+    rank: int
+    lora: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Layers that have changed, and parameters by name."""
+
+    layers: dict[str, Layer]
+    parameters: dict[str, Tensor]
+
+
+class Source(Protocol):
+    """The weights of rank 0's network, as the others need them."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+
+    def layers(self) -> dict[str, Layer]:
+        """Layers that are not plain, by name."""
+
+    def versions(self) -> dict[str, Hashable]:
+        """What changes whenever a parameter does, by its name."""
+
+    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """These parameters, without gradients, wherever they lie."""
+
+
+class OwnWeights:
+    """Of a network that holds its weights itself."""
+
+    def __init__(self, network: OptimizedTransformer) -> None:
+        self.network = network
+        # Held, because a new tensor in the place of a freed one would have its id.
+        self._now: dict[str, nn.Parameter] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def layers(self) -> dict[str, Layer]:
+        found = {}
+        for name, module in self.network.named_modules():
+            if isinstance(module, (Fp8Linear, Adapted)):
+                lora = module.lora_down.dtype if isinstance(module, Adapted) else None
+                found[name] = Layer(module.dtype if isinstance(module, Fp8Linear) else None, rank_of(module), lora)
+        return found
+
+    def versions(self) -> dict[str, Hashable]:
+        self._now = dict(self.network.named_parameters())
+        return {name: (id(p), 0 if p.is_inference() else p._version) for name, p in self._now.items()}
+
+    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self._now[name].detach() for name in names}
+
+
+def by_blocks(names: Sequence[str]) -> Iterator[list[str]]:
+    """Names of parameters block by block, those outside blocks first."""
+    pieces: dict[str, list[str]] = {"": []}
+    for name in names:
+        parts = name.split(".")
+        pieces.setdefault(parts[1] if parts[0] == "blocks" else "", []).append(name)
+    yield from (piece for piece in pieces.values() if piece)
+
+
+def form_layer(network: OptimizedTransformer, name: str, layer: Layer) -> None:
+    """Make the layer of this name what `layer` says, without weights where it changes."""
+    module: Any = network.get_submodule(name)
+    release(module)
+    if layer.dtype is not None and not isinstance(module, Fp8Linear):
+        weight = torch.empty(module.weight.shape, dtype=torch.float8_e4m3fn, device="meta")
+        scale = torch.empty(len(weight), 1, device="meta")
+        bias = None if module.bias is None else torch.empty(len(weight), dtype=module.bias.dtype, device="meta")
+        module = Fp8Linear(weight, scale, bias, layer.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, module)
+    if layer.rank:
+        adapt(module, layer.rank, layer.lora, torch.device("meta"))
