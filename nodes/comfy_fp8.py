@@ -106,7 +106,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         # Neither functions of the weight nor another forward, as of a bypass LoRA, take 8-bit rows.
         return not self.weight_function and not is_replaced(self)
 
-    def _bare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+    def bare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """The packed weight and the bias on x's device, and what to release after use if they were streamed there."""
         here = self.weight.device == x.device and not self.bias_function
         if here and (self.bias is None or self.bias.device == x.device):
@@ -128,7 +128,7 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         comfy.ops.run_every_op()
         given = x.values if isinstance(x, Quantized) else x
         dtype = self.dtype if isinstance(x, Quantized) else x.dtype
-        packed, bias, streamed = self._bare(given)
+        packed, bias, streamed = self.bare(given)
         weight, scales = without_scales(packed, self.out_features)
         if self.weight_function:
             # A LoRA on a streamed layer: merged here into the dequantized weight.

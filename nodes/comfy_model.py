@@ -101,6 +101,7 @@ class LongCatVideo(comfy.model_base.BaseModel):
                     "windows of an avatar need a newer ComfyUI (0.33)"
                 )
         options = {} if transformer_options is None else transformer_options
+        self.network.patched_as = getattr(self, "current_weight_patches_uuid", None)
         with without_compiled_modules(self, self.own) as compilers:
             kwargs["prepared"] = self.network.prepare(x.device, self.compute_dtype(), options, compilers)
             return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)

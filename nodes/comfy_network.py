@@ -44,6 +44,7 @@ from .progress import begins
 OPTIMIZATIONS_KEY = "longcat_optimizations"
 BLOCK_SPARSE_KEY = "longcat_block_sparse"
 SPARSE_KEY = "longcat_sparse"
+GPUS_KEY = "longcat_gpus"
 # The probe of a calibration that passes go through.
 PROBE_KEY = "longcat_probe"
 # Number of executions that a network keeps, one for each set of switches on clones of its MODEL.
@@ -163,7 +164,7 @@ class DiffusionModel(LongCatTransformer):
         super().__init__(ModelConfig.from_dict(config), operations=operations, dtype=dtype, device=device)
         if fp8:
             comfy_fp8.install(self, self.config)
-        for layer in self._fp32_layers():
+        for layer in self.fp32_layers():
             # These take fp32 input, which ComfyUI's layers refuse unless they cast their weights.
             layer.comfy_cast_weights = True
         for module in self.modules():
@@ -174,10 +175,12 @@ class DiffusionModel(LongCatTransformer):
         # In order of use, by the arguments that they were made from; see `execution`.
         self.executions: dict[tuple, Execution] = {}
         self.said: set[str] = set()
+        # Which patches ComfyUI's weights have; `LongCatVideo` says so before each pass.
+        self.patched_as: Any = None
         # Settings of sparse attention that the log has.
         self.logged: set[Sparse] = set()
 
-    def _fp32_layers(self) -> list[torch.nn.Module]:
+    def fp32_layers(self) -> list[torch.nn.Module]:
         final = [self.final_layer.modulation, self.final_layer.linear]
         names = ("modulation",) if self.config.audio is None else ("modulation", "audio_modulation")
         return [*self.time_embed, *(getattr(block, name) for block in self.blocks for name in names), *final]
@@ -301,7 +304,7 @@ class DiffusionModel(LongCatTransformer):
         texts = options.get(TEXT_CACHE_KEY)
         reuse = texts is not None and execution.optimizations.reuse_text and not torch.compiler.is_compiling()
         text = texts.get(execution, context, heard) if reuse else read_text(execution, context, heard)
-        prefetch = prefetching(self.blocks, x.device, x.dtype, options, self._fp32_layers())
+        prefetch = prefetching(self.blocks, x.device, x.dtype, options, self.fp32_layers())
         around = self._around_block(x, timestep, context, options, prefetch, always=by_comfyui)
         timestep = timestep[:1] if shared else timestep
         cache, caches = None, options.get(CONDITIONING_CACHE_KEY)
@@ -309,6 +312,7 @@ class DiffusionModel(LongCatTransformer):
             activations = self.forward_bytes(x.shape, x.dtype, options)
             cache = caches.get(execution, x[:, :, :num_cond], activations, kernels, around, **apart)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
+        execution.ranks = self._ranks(options, x)
         run = execution if (probe := options.get(PROBE_KEY)) is None else Probed(execution, probe)
         out = run(
             x,
@@ -330,6 +334,20 @@ class DiffusionModel(LongCatTransformer):
         # zeros they drop out of the sums.
         clean = cache.out if caches.exact else torch.zeros_like(cache.out)
         return -torch.cat((clean.to(out).repeat(len(out) // len(clean), 1, 1, 1, 1)[:, :, lead:], out), dim=2)
+
+    def _ranks(self, options: dict[str, Any], x: Tensor) -> Any:
+        """What runs passes on several GPUs, or None."""
+        gpus = options.get(GPUS_KEY)
+        if gpus is None or torch.compiler.is_compiling():
+            return None
+        # Imports torch.distributed.
+        from .comfy_ranks import WORKERS, bypassed
+
+        leader = WORKERS.leader(self, gpus, x.dtype, x.device)
+        if leader is not None and bypassed(leader):
+            self._say("a LoRA that bypasses the weights runs on one GPU; load it by LoraLoaderModelOnly")
+            return None
+        return leader
 
     def _around_block(
         self,
@@ -365,4 +383,6 @@ class DiffusionModel(LongCatTransformer):
                 out = patch(values).get("img", out).view_as(tokens)
             return out
 
+        # Loading the weights of the next block is this process's own affair.
+        around.changes = bool(replace or after or always)  # type: ignore[attr-defined]
         return around

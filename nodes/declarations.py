@@ -298,6 +298,15 @@ NODES: dict[str, Node] = {
             shared("sparse_kernel", name="kernel", optional=True, advanced=True)),
         (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
     ),
+    "LongCatMultiGPU": Node(
+        "LongCat Multi-GPU",
+        "Shares every step between several GPUs of this machine, with the same result. The first run starts a process "
+        "for each further GPU; they stay until ComfyUI ends.",
+        (MODEL,
+            own("gpus", "choice", "how many GPUs; auto: all that are like the one that ComfyUI uses", "auto",
+                choices=("auto", "1", "2", "4", "8"))),
+        (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
+    ),
     "LongCatStepCache": Node(
         "LongCat Step Cache",
         "Skips steps whose output can be predicted from the last two. At 0.05 about twice as fast. Most videos change "

@@ -102,6 +102,11 @@ PLACES: dict[str, Place] = {
         (*_MAKER, "sparse attention", "sparsity", "density", "calibration", "sol-attn", "sparge", "radial attention",
          "speed up", "faster"),
     ),
+    "LongCatMultiGPU": Place(
+        SPEED,
+        (*_MAKER, "multi gpu", "multigpu", "parallel", "distributed", "sequence parallel", "xdit", "raylight",
+         "faster"),
+    ),
     "LongCatStepCache": Place(
         SPEED,
         (*_MAKER, "teacache", "tea cache", "easycache", "magcache", "first block cache", "fbcache", "skip steps",

@@ -32,6 +32,7 @@ NODES = {
     "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
     "LongCatSparseAttention",
+    "LongCatMultiGPU",
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",

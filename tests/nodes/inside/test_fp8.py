@@ -231,7 +231,7 @@ def test_pages_of_dynamic_vram_hold_what_is_packed(comfy, loaded, monkeypatch):
 
     def paged() -> torch.Tensor:
         x = SimpleNamespace(device=torch.device("cuda:0"), dtype=layer.dtype)
-        weight, bias, used = layer._bare(x)
+        weight, bias, used = layer.bare(x)
         assert weight.data_ptr() == layer._v.data_ptr() and torch.equal(bias, layer.bias)
         ops.uncast_bias_weight(*used)
         assert not pinned

@@ -30,6 +30,7 @@ IDS = (
     "LongCatRefineLongVideo",
     "LongCatBlockSparseAttention",
     "LongCatSparseAttention",
+    "LongCatMultiGPU",
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",

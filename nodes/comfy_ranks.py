@@ -1,0 +1,167 @@
+"""Several GPUs in ComfyUI: its network is rank 0 of a group whose other ranks are processes of the core's.
+
+The group is started by the first MODEL that wants it, stays warm for all that follow, and ends with ComfyUI. The other
+ranks get weights as ComfyUI uses them: with LoRAs, cast, wherever it keeps them. They read no file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from collections.abc import Hashable, Sequence
+
+import comfy.ops
+import torch
+from torch import Tensor
+
+from ..longcat_core.model.config import ModelConfig
+from ..longcat_core.optimize.kernels.elementwise import quantize_rows
+from ..longcat_core.optimize.quantization import dequantized, without_scales
+from ..longcat_core.parallel.devices import Gpus, devices_of
+from ..longcat_core.parallel.group import Group
+from ..longcat_core.parallel.mirror import Leader
+from ..longcat_core.parallel.start import start
+from ..longcat_core.parallel.weights import Layer
+from . import comfy_fp8
+from .comfy_fp8 import is_replaced
+
+
+class ComfyWeights:
+    """Where a `Leader` finds the weights of a network of ComfyUI's; see `parallel.weights.Source`."""
+
+    def __init__(self, network: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """network: a `DiffusionModel`. dtype: of activations; device: where it runs."""
+        self._network, self.dtype, self._device = weakref.ref(network), dtype, device
+        self._held: list[torch.nn.Parameter] = []
+
+    @property
+    def network(self) -> torch.nn.Module:
+        network = self._network()
+        assert network is not None, "a pass of a network that is gone"
+        return network
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    def layers(self) -> dict[str, Layer]:
+        return {name: Layer(self.dtype, 0, None) for name in comfy_fp8.layers(self.network)}
+
+    def versions(self) -> dict[str, Hashable]:
+        found: dict[str, Hashable] = {}
+        self._held = []
+        for name, layer in self._layers():
+            own = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
+            self._held += own
+            stamp = tuple((id(p), 0 if p.is_inference() else p._version) for p in own)
+            stamp += tuple(id(function) for function in (*layer.weight_function, *layer.bias_function))
+            for leaf in self._leaves(layer):
+                # ComfyUI patches weights in place, and says by which patches.
+                found[f"{name}.{leaf}"] = self.network.patched_as, stamp
+        return found
+
+    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            layer = self.network.get_submodule(owner)
+            values = self._fp8(layer) if isinstance(layer, comfy_fp8.Linear) else self._plain(layer)
+            found |= {f"{owner}.{leaf}": value for leaf, value in values.items()}
+        return {name: found[name] for name in names}
+
+    def replaced(self) -> bool:
+        """Whether another function takes the place of a layer's, as bypass LoRAs do."""
+        return any(is_replaced(layer) for _, layer in self._layers())
+
+    def _layers(self) -> list[tuple[str, torch.nn.Module]]:
+        return [(name, m) for name, m in self.network.named_modules() if getattr(m, "weight", None) is not None]
+
+    def _leaves(self, layer: torch.nn.Module) -> list[str]:
+        leaves = ["weight"] if layer.bias is None else ["weight", "bias"]
+        return [*leaves, "weight_scale"] if isinstance(layer, comfy_fp8.Linear) else leaves
+
+    def _plain(self, layer: torch.nn.Module) -> dict[str, Tensor]:
+        # Layers that compute in fp32 take their weights as precise as the file has them.
+        wide = layer.weight.dtype == torch.float32
+        dtype = layer.weight.dtype if wide and layer in self.network.fp32_layers() else self.dtype
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            layer, device=self._device, dtype=dtype, bias_dtype=dtype, offloadable=True
+        )
+        found = {"weight": weight.detach().clone()}
+        if bias is not None:
+            found["bias"] = bias.detach().clone()
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+        return found
+
+    def _fp8(self, layer: comfy_fp8.Linear) -> dict[str, Tensor]:
+        packed, bias, streamed = layer.bare(torch.empty(0, dtype=self.dtype, device=self._device))
+        weight, scale = without_scales(packed, layer.out_features)
+        if layer.weight_function:
+            full = dequantized(weight, scale, self.dtype)
+            for function in layer.weight_function:
+                full = function(full)
+            weight, scale = quantize_rows(full)
+        found = {"weight": weight.clone(), "weight_scale": scale.clone()}
+        if bias is not None:
+            found["bias"] = bias.detach().to(self.dtype, copy=True)
+        if streamed is not None:
+            comfy.ops.uncast_bias_weight(*streamed)
+        return found
+
+
+class Workers:
+    """The one group of this process, and the leader of each network on it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._group: Group | None = None
+        self._leaders: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, Leader]] = weakref.WeakKeyDictionary()
+
+    def leader(self, network: torch.nn.Module, gpus: Gpus, dtype: torch.dtype, device: torch.device) -> Leader | None:
+        """What runs the network's passes on several GPUs, or None if one GPU is all there is.
+
+        Starts the group the first time, after a failure, and for another number of GPUs. Raises LongCatError if the
+        GPUs are not there or a process cannot start.
+        """
+        devices = devices_of(gpus, device)
+        if len(devices) == 1:
+            return None
+        with self._lock:
+            group = self._group
+            if group is not None and (group.devices != devices or group.failed):
+                self._end()
+                group = None
+            if group is None:
+                logging.info("LongCat: starting processes on %d more GPUs", len(devices) - 1)
+                group = self._group = start(devices)
+            key = id(group), dtype
+            known = self._leaders.get(network)
+            if known is None or known[0] != key:
+                known = self._leaders[network] = key, Leader(group, ComfyWeights(network, dtype, device))
+            return known[1]
+
+    def _end(self) -> None:
+        group, self._group = self._group, None
+        self._leaders.clear()
+        if group is not None:
+            group.end()
+
+    def end(self) -> None:
+        """End the processes; the next pass that wants them starts others."""
+        with self._lock:
+            self._end()
+
+
+WORKERS = Workers()
+atexit.register(WORKERS.end)
+
+
+def check_gpus(gpus: Gpus, device: torch.device) -> int:
+    """How many GPUs that is; raises what `devices_of` raises."""
+    return len(devices_of(gpus, device))
+
+
+def bypassed(leader: Leader) -> bool:
+    """Whether a bypass LoRA patches the leader's network, which the other ranks would not have."""
+    return isinstance(leader.source, ComfyWeights) and leader.source.replaced()

@@ -1,0 +1,115 @@
+"""LongCat Multi-GPU: the sampler's videos on two processes are those of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from .conftest import MODEL
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended(comfy):
+    yield
+    comfy.node("comfy_ranks").WORKERS.end()
+
+
+@pytest.fixture
+def latent(comfy):
+    return comfy("EmptyHunyuanLatentVideo", width=96, height=64, length=17, batch_size=1)
+
+
+def group(comfy):
+    return comfy.node("comfy_ranks").WORKERS._group
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_videos_are_those_of_one(comfy, model, latent, sample):
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    wanted = sample(latent, model=model, steps=STEPS, seed=2)
+    close(sample(latent, model=shared, steps=STEPS, seed=2), wanted)
+    first = group(comfy)
+    assert first.size == 2
+    # The processes stay, and the MODEL that came in runs on one.
+    close(sample(latent, model=shared, steps=STEPS, seed=3), sample(latent, model=model, steps=STEPS, seed=3))
+    assert group(comfy) is first
+
+
+def test_stock_samplers(comfy, model, prompts, latent):
+    inputs = {"latent_image": latent, **prompts, "seed": 1, "steps": STEPS, "cfg": 4.0, "denoise": 1.0}
+    inputs |= {"sampler_name": "euler", "scheduler": "simple"}
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    close(comfy("KSampler", model=shared, **inputs)["samples"], comfy("KSampler", model=model, **inputs)["samples"])
+
+
+def test_loras_and_another_model(comfy, model, latent, sample):
+    """Weights follow LoRAs and models without other processes."""
+    torch.manual_seed(0)
+    name = "blocks.0.attn.qkv"
+    rows, columns = model.model.network.get_submodule(name).weight.shape
+    state = {"lora_down": torch.randn(4, columns), "lora_up": torch.randn(rows, 4) * 0.3}
+    state = {f"diffusion_model.{name}.{key}.weight": value for key, value in state.items()}
+    lora = comfy.save("loras", "shared.safetensors", state)
+    patched = comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
+    wanted = sample(latent, model=patched, steps=STEPS, seed=2)
+    plain = sample(latent, model=model, steps=STEPS, seed=2)
+    assert (wanted - plain).abs().max() > 0.01
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    first = group(comfy)
+    for one, result in ((patched, wanted), (model, plain), (patched, wanted)):
+        close(sample(latent, model=comfy("LongCatMultiGPU", model=one, gpus="2"), steps=STEPS, seed=2), result)
+    weights = comfy("LongCatModelLoader", model_name=MODEL, weight_dtype="fp8 rowwise")
+    wanted = sample(latent, model=weights, steps=STEPS, seed=2)
+    close(sample(latent, model=comfy("LongCatMultiGPU", model=weights, gpus="2"), steps=STEPS, seed=2), wanted)
+    close(sample(latent, model=shared, steps=STEPS, seed=2), plain)
+    assert group(comfy) is first
+
+
+def test_a_clip_goes_on(comfy, model, clip_latent, sample):
+    """Keys and values of the given frames are on both processes."""
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    for kv_cache in ("exact", "off"):
+        wanted = sample(clip_latent, steps=STEPS, seed=2, kv_cache=kv_cache)
+        close(sample(clip_latent, model=shared, steps=STEPS, seed=2, kv_cache=kv_cache), wanted)
+
+
+def test_patches_of_other_nodes_run_on_one_and_say_so(comfy, model, latent, sample, caplog):
+    patched = model.clone()
+    patched.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 0)
+    shared = comfy("LongCatMultiGPU", model=patched, gpus="2")
+    close(sample(latent, model=shared, steps=STEPS), sample(latent, steps=STEPS))
+    assert "the patches run on one GPU" in caplog.text
+
+
+def test_a_process_that_is_killed_is_said_and_replaced(comfy, model, latent, sample, monkeypatch):
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    wanted = sample(latent, model=shared, steps=STEPS, seed=2)
+    first, (process,) = group(comfy), group(comfy)._hub._processes.values()
+    division = comfy.core("parallel.division").Division
+    plain = division.evaluate
+
+    def killed(*args, **kwargs):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(division, "evaluate", killed)
+        with pytest.raises(comfy.core("errors").LongCatError, match=r"rank 1.*: its process was killed"):
+            sample(latent, model=shared, steps=STEPS, seed=2)
+    assert group(comfy) is first
+    close(sample(latent, model=shared, steps=STEPS, seed=2), wanted)
+    assert group(comfy) is not first
+
+
+def test_one_gpu_is_no_group(comfy, model):
+    out = comfy("LongCatMultiGPU", model=model, gpus="1")
+    assert out.model_options["transformer_options"]["longcat_gpus"] is None
