@@ -22,7 +22,8 @@ from ..longcat_core.sampling.schedules import make_schedule
 from .checks import check_ranges, check_steps
 from .comfy_attention import attention_by_comfyui
 from .comfy_network import BLOCK_SPARSE_KEY, OPTIMIZATIONS_KEY, SPARSE_KEY
-from .conditioning import require_wan_vae, to_bytes, to_image
+from .conditioning import require_wan_vae
+from .images import to_bytes, to_image
 from .inputs import LongCatNode
 from .models import (
     compute_dtype,
