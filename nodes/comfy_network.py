@@ -291,6 +291,8 @@ class DiffusionModel(LongCatTransformer):
         options: dict[str, Any],
     ) -> Tensor:
         execution, kernels, compilers = prepared
+        # MODELs with equal switches share an execution.
+        execution.ranks = self._ranks(options, x)
         lead, apart = 0, {}
         if reference is not None:
             lead, num_cond, apart = 1, num_cond + 1, {"reference": reference.at}
@@ -312,7 +314,6 @@ class DiffusionModel(LongCatTransformer):
             activations = self.forward_bytes(x.shape, x.dtype, options)
             cache = caches.get(execution, x[:, :, :num_cond], activations, kernels, around, **apart)
             x, timestep = x[:, :, num_cond:], timestep[:, num_cond:]
-        execution.ranks = self._ranks(options, x)
         run = execution if (probe := options.get(PROBE_KEY)) is None else Probed(execution, probe)
         out = run(
             x,

@@ -49,10 +49,16 @@ def test_what_few_people_need_is_folded_away(declared):
 def test_page_gets_the_defaults_of_every_mode_from_the_table(declared):
     sets = inputs_of(declared["LongCatSampler"])["mode"]["longcat"]["sets"]
     assert sets["base"] == {"steps": {"default": 50, "most": 1000}, "guidance": {"default": 4.0, "most": 30.0}}
-    assert sets["distilled"] == {"steps": {"default": 16, "most": 50}, "guidance": {"default": 1.0, "most": 1.0}}
+    steps, guidance = {"default": 16, "most": 50}, {"default": 1.0, "most": 1.0}
+    # Of avatars, which LongCat Long Video does not take.
+    newer = {"of": {"1.5": {"default": 8, "most": 8}}}
+    assert sets["distilled"] == {"steps": steps | newer, "guidance": guidance}
     assert sets["refine"]["guidance"] == {"default": 1.0, "most": 1.0} and sets["enhance_hf"] == sets["base"]
     assert set(inputs_of(declared["LongCatScheduler"])["mode"]["longcat"]["sets"]["base"]) == {"steps"}
-    assert inputs_of(declared["LongCatLongVideo"])["mode"]["longcat"]["sets"]["distilled"] == sets["distilled"]
+    assert inputs_of(declared["LongCatLongVideo"])["mode"]["longcat"]["sets"]["distilled"] == {
+        "steps": steps,
+        "guidance": guidance,
+    }
 
 
 def test_page_learns_when_a_size_counts(declared):

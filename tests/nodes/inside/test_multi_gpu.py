@@ -75,12 +75,23 @@ def test_loras_and_another_model(comfy, model, latent, sample):
     assert group(comfy) is first
 
 
-def test_a_clip_goes_on(comfy, model, clip_latent, sample):
+def test_a_clip_goes_on(comfy, model, clip_latent, sample, monkeypatch):
     """Keys and values of the given frames are on both processes."""
     shared = comfy("LongCatMultiGPU", model=model, gpus="2")
-    for kv_cache in ("exact", "off"):
+    division, together = comfy.core("parallel.division").Division, []
+    plain = division.evaluate
+
+    def noted(self, execution, x, timestep, text, cache, **options):
+        together.append("fill" if options.get("fill") else "read" if cache else "")
+        return plain(self, execution, x, timestep, text, cache, **options)
+
+    monkeypatch.setattr(division, "evaluate", noted)
+    for kv_cache, passes in (("exact", ["fill", *["read"] * STEPS]), ("off", [""] * STEPS)):
         wanted = sample(clip_latent, steps=STEPS, seed=2, kv_cache=kv_cache)
+        assert not together, "a MODEL without the node runs on one"
         close(sample(clip_latent, model=shared, steps=STEPS, seed=2, kv_cache=kv_cache), wanted)
+        assert together == passes
+        together.clear()
 
 
 def test_patches_of_other_nodes_run_on_one_and_say_so(comfy, model, latent, sample, caplog):
