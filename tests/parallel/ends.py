@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import torch
@@ -31,6 +32,8 @@ if __name__ == "__main__":
     if torchrun_rank():
         join()
         sys.exit()
+    # A shell lets its background jobs ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if sys.argv[1:] != ["nothing"]:
             with start(devices_of(None if torchrun_size() else 2, torch.device("cpu")), SERVE) as group:
