@@ -257,20 +257,16 @@ class Execution:
             raise LongCatError("streamed blocks have no backward pass; train with the whole model on the device")
         evaluate = self.evaluate if self.ranks is None or grad else partial(self.ranks.evaluate, self)
         switches = self.optimizations
-        out, sparse = evaluate(
-            x,
-            timestep,
-            text,
-            reused=context is text,
-            num_cond_latents=num_cond_latents,
-            kv_cache=kv_cache,
-            fill=fill,
-            kernels=kernels,
-            around_block=around_block,
-            compilers=compilers,
-            progress=progress,
-            reference=reference,
-        )
+        options: dict[str, Any] = {
+            "num_cond_latents": num_cond_latents,
+            "kv_cache": kv_cache,
+            "fill": fill,
+            "around_block": around_block,
+            "compilers": compilers,
+            "progress": progress,
+            "reference": reference,
+        }
+        out, sparse = evaluate(x, timestep, text, reused=context is text, kernels=kernels, **options)
         if (self._sparse_trusted if sparse else self._trusted) or grad or torch.compiler.is_compiling():
             return out
         before = self._trusted
@@ -279,20 +275,8 @@ class Execution:
         if not self._give_up(out, sparse, before):
             return out
         del out
-        return self(
-            x,
-            timestep,
-            context,
-            mask,
-            num_cond_latents=num_cond_latents,
-            kv_cache=kv_cache,
-            fill=fill,
-            kernels=kernels if kernels is None or switches is self.optimizations else self.choose_kernels(x.device),
-            around_block=around_block,
-            compilers=compilers,
-            progress=progress,
-            reference=reference,
-        )
+        kernels = kernels if kernels is None or switches is self.optimizations else self.choose_kernels(x.device)
+        return self(x, timestep, context, mask, kernels=kernels, **options)
 
     def evaluate(
         self,
