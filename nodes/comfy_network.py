@@ -344,11 +344,10 @@ class DiffusionModel(LongCatTransformer):
         # Imports torch.distributed.
         from .comfy_ranks import WORKERS, bypassed
 
-        leader = WORKERS.leader(self, gpus, x.dtype, x.device)
-        if leader is not None and bypassed(leader):
+        if bypassed(self):
             self._say("a LoRA that bypasses the weights runs on one GPU; load it by LoraLoaderModelOnly")
             return None
-        return leader
+        return WORKERS.leader(self, gpus, x.dtype, x.device)
 
     def _around_block(
         self,

@@ -52,7 +52,7 @@ class ComfyWeights:
     def versions(self) -> dict[str, Hashable]:
         found: dict[str, Hashable] = {}
         self._held = []
-        for name, layer in self._layers():
+        for name, layer in weighted(self.network):
             own = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
             self._held += own
             stamp = tuple((id(p), 0 if p.is_inference() else p._version) for p in own)
@@ -69,13 +69,6 @@ class ComfyWeights:
             values = self._fp8(layer) if isinstance(layer, comfy_fp8.Linear) else self._plain(layer)
             found |= {f"{owner}.{leaf}": value for leaf, value in values.items()}
         return {name: found[name] for name in names}
-
-    def replaced(self) -> bool:
-        """Whether another function takes the place of a layer's, as bypass LoRAs do."""
-        return any(is_replaced(layer) for _, layer in self._layers())
-
-    def _layers(self) -> list[tuple[str, torch.nn.Module]]:
-        return [(name, m) for name, m in self.network.named_modules() if getattr(m, "weight", None) is not None]
 
     def _leaves(self, layer: torch.nn.Module) -> list[str]:
         leaves = ["weight"] if layer.bias is None else ["weight", "bias"]
@@ -157,11 +150,11 @@ WORKERS = Workers()
 atexit.register(WORKERS.end)
 
 
-def check_gpus(gpus: Gpus, device: torch.device) -> int:
-    """How many GPUs that is; raises what `devices_of` raises."""
-    return len(devices_of(gpus, device))
+def bypassed(network: torch.nn.Module) -> bool:
+    """Whether another function takes the place of a layer's, as with a bypass LoRA; other ranks would not have it."""
+    return any(is_replaced(layer) for _, layer in weighted(network))
 
 
-def bypassed(leader: Leader) -> bool:
-    """Whether a bypass LoRA patches the leader's network, which the other ranks would not have."""
-    return isinstance(leader.source, ComfyWeights) and leader.source.replaced()
+def weighted(network: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The layers of a network that have weights, by name."""
+    return [(name, layer) for name, layer in network.named_modules() if getattr(layer, "weight", None) is not None]

@@ -6,8 +6,8 @@ import logging
 
 from comfy_api.latest import io
 
+from ..longcat_core.parallel.devices import devices_of
 from .comfy_network import GPUS_KEY
-from .comfy_ranks import check_gpus
 from .inputs import LongCatNode
 from .models import require_longcat, with_option
 
@@ -21,7 +21,7 @@ class MultiGPU(LongCatNode):
     def execute(cls, model, gpus: str) -> io.NodeOutput:
         require_longcat(model, NAME)
         wanted = gpus if gpus == "auto" else int(gpus)
-        if check_gpus(wanted, model.load_device) == 1:
+        if len(devices_of(wanted, model.load_device)) == 1:
             logging.info("%s: the work stays on one GPU", NAME)
             wanted = None
         return io.NodeOutput(with_option(model, GPUS_KEY, wanted))

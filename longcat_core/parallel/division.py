@@ -50,7 +50,7 @@ class Division:
         **options: Any,
     ) -> tuple[Tensor, bool]:
         """`Execution.evaluate` on all ranks at once, with the same arguments; each has the whole output."""
-        # A cache of several videos serves no fewer.
+        # A cache of several videos serves all of these at once.
         together = 1 if cache is None else len(cache.k[0])
         parts = 1 if options.get("fill") is not None else self.parts(len(x) // together)
         mesh = self.meshes[parts]

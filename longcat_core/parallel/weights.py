@@ -16,7 +16,7 @@ from ..optimize.quantization import Fp8Linear
 
 
 class Layer(NamedTuple):
-    """What a layer is, beside plain. dtype: of an 8-bit layer's output, or None; rank, lora: of its adapter."""
+    """How a layer differs from a plain one. dtype: of an 8-bit layer's output, or None; rank, lora: of its adapter."""
 
     dtype: torch.dtype | None
     rank: int
