@@ -42,7 +42,10 @@ def watch_interrupts(stage: Callable[[], object | None], end: Callable[[], None]
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             writer.close()
+            # What a thread lets go of while the interpreter ends aborts the process.
+            thread.join(PATIENCE)
 
     over = threading.Event()
-    threading.Thread(target=watch, name="longcat interrupts", daemon=True).start()
+    thread = threading.Thread(target=watch, name="longcat interrupts", daemon=True)
+    thread.start()
     return undo

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,8 @@ def test_an_exception_of_rank_0_ends_the_workers():
             group.send((f"{waits.__module__}.{waits.__name__}",))
             raise ZeroDivisionError
     assert gone(other)
+    # A thread that outlives the group aborts a process that ends then.
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("longcat ")]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
