@@ -7,7 +7,7 @@ has its own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from .sharing import Ranks, Sharing
 from .sparse.choose import check_sparse, in_use
 from .sparse.passes import SparsePass, like_sparse
 from .sparse.settings import Sparse
-from .streaming import BlockStream, streamed
+from .streaming import BlockStream, BlockWeights, streamed
 from .switches import Optimizations
 from .text_keys import CachedTexts, NoText, TokenTexts, check_audio
 
@@ -55,9 +55,9 @@ class Execution:
     optimizations: the switches in force. requested: the switches that were set, which differ after a lossy one was
     turned off. block_sparse: settings of block-sparse self-attention, which changes the output; None: full attention.
     sparse: settings of sparse self-attention, which changes the output, or None; `block_sparse` takes precedence.
-    stream: holds the blocks whose weights wait in CPU memory, or None. ranks: runs each pass on several devices, or
-    None. announce: receives sentences for the user, when
-    compiling begins or a lossy switch is turned off.
+    stream: holds the blocks whose weights wait in CPU memory or on several devices, or None. ranks: runs each pass on
+    several devices, or None. announce: receives sentences for the user, when compiling begins or a lossy switch is
+    turned off.
     """
 
     compiled_block: Regional = COMPILED_BLOCK
@@ -125,17 +125,22 @@ class Execution:
         """Whether the network has 8-bit layers, its owner's or those of `optimize.quantization`."""
         return any(getattr(m, "eight_bit", False) for block in self.network.blocks for m in block.modules())
 
-    def stream_blocks(self, device: torch.device | str, streamed: Iterable[int]) -> None:
+    def stream_blocks(
+        self, device: torch.device | str, streamed: Iterable[int], shards: Mapping[int, BlockWeights] | None = None
+    ) -> None:
         """Keep these blocks' weights in CPU memory until they run on `device`, in addition to those already there.
 
-        The network then has no backward pass. All other weights must be on the device.
+        The network then has no backward pass. All other weights must be on the device. shards: blocks whose weights
+        come from elsewhere, by index; None: as before.
         """
         if self.stream is None:
             # Keys and values of the text are computed once per prompt, those of audio once per segment.
             late = "cross_attn.kv.", "audio_attn.kv."
-            self.stream = BlockStream(self.network.blocks, device, streamed, lambda name: name.startswith(late))
-        else:
-            self.stream.extend(streamed)
+            self.stream = BlockStream(self.network.blocks, device, streamed, lambda name: name.startswith(late), shards)
+            return
+        self.stream.extend(streamed)
+        if shards is not None:
+            self.stream.shards = shards
 
     def embed_text(self, context: Tensor, mask: Tensor | None = None, length: int | None = None) -> TextTokens:
         """Text for every block, computed once per prompt.

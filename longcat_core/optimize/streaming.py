@@ -1,16 +1,19 @@
-"""Blocks whose weights are offloaded to CPU memory and lie on the device only while they run.
+"""Blocks whose weights lie whole on the device only while they run.
 
-While one block runs, the weights of the next offloaded one are prefetched. The result does not change: the same numbers
-are multiplied on the same device.
+Between runs they wait in CPU memory, or in shares on the GPUs of several ranks (`parallel.shards`). While one block
+runs, the weights of the next such block are prefetched. The result does not change: the same numbers are multiplied on
+the same device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from mmap import PAGESIZE
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,34 +59,25 @@ def _unpin(address: int) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
-class _Offloaded:
-    """The weights of one block in one buffer on the CPU; adapters stay on the device.
+class BlockWeights(ABC):
+    """The weights of one block, one behind the other in a buffer of `nbytes`; adapters stay on the device.
 
-    always: bytes at the front of the buffer that every run needs; behind them lie the `late` weights.
+    always: bytes at the front of the buffer that every run needs; behind them lie the `late` weights. kept: whether a
+    copy on the device may serve a later pass.
     """
 
-    # Tensors made in inference mode do not count writes, which `stamp` reads; a model may have been loaded in it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(self, block: nn.Module, late: Callable[[str], bool]) -> None:
-        named = [item for item in block.named_parameters() if not item[0].endswith(NAMES)]
-        named.sort(key=lambda item: late(item[0]))
-        self.parameters = [parameter for _, parameter in named]
+    kept = True
+
+    def __init__(self, block: nn.Module, late: Callable[[str], bool] = lambda name: False) -> None:
+        self.named = [item for item in block.named_parameters() if not item[0].endswith(NAMES)]
+        self.named.sort(key=lambda item: late(item[0]))
+        self.parameters = [parameter for _, parameter in self.named]
         self.places, self.always, end = [], 0, 0
-        for name, parameter in named:
+        for name, parameter in self.named:
             self.places.append((end, parameter.nbytes))
             end += -(-parameter.nbytes // ALIGN) * ALIGN
             self.always = self.always if late(name) else end
-        self.buffer = pinned(end)
-        for i, view in enumerate(self.views(self.buffer)):
-            parameter = self.parameters[i]
-            view.copy_(parameter.detach())
-            if parameter.is_inference():
-                owner, _, leaf = named[i][0].rpartition(".")
-                self.parameters[i] = nn.Parameter(view, requires_grad=False)
-                setattr(block.get_submodule(owner), leaf, self.parameters[i])
-            else:
-                parameter.data = view
+        self.nbytes = end
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The weights in a buffer with this layout."""
@@ -92,24 +86,71 @@ class _Offloaded:
             for parameter, (start, size) in zip(self.parameters, self.places, strict=True)
         ]
 
-    def use(self, buffer: Tensor) -> None:
-        """Let the parameters read their weights from a buffer."""
-        for parameter, view in zip(self.parameters, self.views(buffer), strict=True):
+    def use(self, weights: Sequence[Tensor]) -> None:
+        """Let the parameters read these weights."""
+        for parameter, view in zip(self.parameters, weights, strict=True):
             parameter.data = view
 
     def stamp(self) -> tuple[int, ...]:
         """Changes when a weight is written to, as in an exchange of LoRAs; a copy on the device is then outdated."""
         return tuple(parameter._version for parameter in self.parameters)
 
+    @abstractmethod
+    def rest(self) -> None:
+        """Let the parameters read what they are outside of runs."""
 
-class _Slot:
-    """Memory on the device for one block, and what it holds."""
+    @abstractmethod
+    def bring(self, slot: Slot, whole: bool) -> bool:
+        """Begin to fill a slot. whole: with late weights. Returns whether they come in any case."""
+
+
+class _Offloaded(BlockWeights):
+    """In CPU memory."""
+
+    # Tensors made in inference mode do not count writes, which `stamp` reads; a model may have been loaded in it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, block: nn.Module, late: Callable[[str], bool]) -> None:
+        super().__init__(block, late)
+        self.buffer = pinned(self.nbytes)
+        for i, view in enumerate(self.views(self.buffer)):
+            parameter = self.parameters[i]
+            view.copy_(parameter.detach())
+            if parameter.is_inference():
+                owner, _, leaf = self.named[i][0].rpartition(".")
+                self.parameters[i] = nn.Parameter(view, requires_grad=False)
+                setattr(block.get_submodule(owner), leaf, self.parameters[i])
+            else:
+                parameter.data = view
+
+    def rest(self) -> None:
+        self.use(self.views(self.buffer))
+
+    def bring(self, slot: Slot, whole: bool) -> bool:
+        size = self.nbytes if whole else self.always
+        if slot.copies is None or slot.free is None or slot.arrived is None:
+            slot.buffer[:size].copy_(self.buffer[:size])
+        else:
+            with torch.cuda.stream(slot.copies):
+                slot.copies.wait_event(slot.free)
+                slot.buffer[:size].copy_(self.buffer[:size], non_blocking=True)
+                slot.arrived.record(slot.copies)
+        return whole
+
+
+class Slot:
+    """Memory on the device for one block, and what it holds.
+
+    copies: the stream of copies into it, or None on a CPU. work: a collective that fills it, if one does.
+    """
 
     @torch.inference_mode(False)
     def __init__(self, size: int, device: torch.device, copies: torch.cuda.Stream | None) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.device, self.copies = device, copies
         self.holds: tuple | None = None
         self.whole = False
+        self.work: Any = None
         self.arrived: torch.cuda.Event | None = None
         self.free: torch.cuda.Event | None = None
         if copies is not None:
@@ -119,12 +160,21 @@ class _Slot:
             # If freed during a copy, the memory must not be reused before the copy is complete.
             self.buffer.record_stream(copies)
 
+    def wait(self) -> None:
+        """Let what the current stream does from now on wait for what comes into this memory."""
+        work, self.work = self.work, None
+        if work is not None:
+            work.wait()
+        if self.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+
 
 class BlockStream:
     """Runs blocks whose weights do not all fit on the device.
 
     Offloaded weights keep their place in `state_dict` and may be written to there. Their parameters lie on the device
-    only inside `running`. It has no backward pass and serves one thread at a time.
+    only inside `running`. It has no backward pass and serves one thread at a time. shards: blocks that other weights
+    than the offloaded ones serve, by index.
     """
 
     def __init__(
@@ -133,19 +183,21 @@ class BlockStream:
         device: torch.device | str,
         streamed: Iterable[int],
         late: Callable[[str], bool] = lambda name: False,
+        shards: Mapping[int, BlockWeights] | None = None,
     ) -> None:
-        """streamed: indexes of the blocks to offload; the others are moved to the device.
+        """streamed: indexes of the blocks to offload; those that are not among the shards either go to the device.
 
         late: whether most runs do without the parameter of this name in a block (see `running`).
         """
         self.blocks, self.device = blocks, torch.device(device)
         self._late = late
         self._offloaded: dict[int, _Offloaded] = {}
-        self._slots: list[_Slot] = []
+        self._shards = shards or {}
+        self._slots: list[Slot] = []
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.extend(streamed)
         for i, block in enumerate(blocks):
-            if i not in self._offloaded:
+            if i not in self._held:
                 block.to(self.device)
 
     def extend(self, streamed: Iterable[int]) -> None:
@@ -154,8 +206,32 @@ class BlockStream:
         for i in sorted(set(streamed) - set(self._offloaded)):
             self._offloaded[i] = _Offloaded(self.blocks[i], self._late)
             _run_on(self.blocks[i], self.device)
-        order = sorted(self._offloaded)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        self._held: dict[int, BlockWeights] = {**self._offloaded, **self._shards}
+        order = sorted(self._held)
         self._after = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+
+    @property
+    def shards(self) -> Mapping[int, BlockWeights]:
+        return self._shards
+
+    @shards.setter
+    def shards(self, shards: Mapping[int, BlockWeights]) -> None:
+        self.rest()
+        self._shards = shards
+        self._arrange()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, all blocks come from this process's own memory, because other ranks take no part."""
+        shards = self.shards
+        self.shards = {}
+        try:
+            yield
+        finally:
+            self.shards = shards
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -170,46 +246,40 @@ class BlockStream:
     @contextmanager
     def running(self, i: int, whole: bool = True) -> Iterator[None]:
         """Inside, block i can run. whole: including its late weights, which must not be used otherwise."""
-        offloaded = self._offloaded.get(i)
-        if offloaded is None:
+        held = self._held.get(i)
+        if held is None:
             yield
             return
         slot = self._fetch(i, whole)
-        if slot.arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(slot.arrived)
-        offloaded.use(slot.buffer)
+        slot.wait()
+        held.use(held.views(slot.buffer))
         try:
             following = self._after[i]
-            if following != i:
+            # The first block again, for the next pass, if a copy of it is kept until then.
+            if following > i or (following < i and self._held[following].kept):
                 self._fetch(following, whole, keep=slot)
             yield
         finally:
-            offloaded.use(offloaded.buffer)
+            held.rest()
+            if not held.kept:
+                slot.holds = None
             if slot.free is not None:
                 slot.free.record(torch.cuda.current_stream(self.device))
 
-    def _fetch(self, i: int, whole: bool, keep: _Slot | None = None) -> _Slot:
+    def _fetch(self, i: int, whole: bool, keep: Slot | None = None) -> Slot:
         """The slot that holds block i, or will: starts a copy into one other than `keep` if necessary."""
         if not self._slots:
-            size = max(offloaded.buffer.nbytes for offloaded in self._offloaded.values())
-            self._slots = [_Slot(size, self.device, self._copies) for _ in range(min(SLOTS, len(self._offloaded)))]
-        offloaded = self._offloaded[i]
-        holds = i, offloaded.stamp()
+            size = max(held.nbytes for held in self._held.values())
+            self._slots = [Slot(size, self.device, self._copies) for _ in range(min(SLOTS, len(self._held)))]
+        held = self._held[i]
+        holds = i, held.stamp()
         for slot in self._slots:
             if slot.holds == holds and slot.whole >= whole:
                 return slot
         # Prefer a slot with an outdated copy, which must not be found again.
         outdated = next((slot for slot in self._slots if slot.holds and slot.holds[0] == i), None)
         slot = outdated or next(slot for slot in reversed(self._slots) if slot is not keep)
-        size = offloaded.buffer.nbytes if whole else offloaded.always
-        if self._copies is None or slot.free is None or slot.arrived is None:
-            slot.buffer[:size].copy_(offloaded.buffer[:size])
-        else:
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(slot.free)
-                slot.buffer[:size].copy_(offloaded.buffer[:size], non_blocking=True)
-                slot.arrived.record(self._copies)
-        slot.holds, slot.whole = holds, whole
+        slot.holds, slot.whole = holds, held.bring(slot, whole)
         # The slot fetched last comes first, so that the next copy goes into another one.
         self._slots.remove(slot)
         self._slots.insert(0, slot)

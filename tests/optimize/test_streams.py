@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from longcat_core.optimize.kv_offload import OffloadableKVCache
 from longcat_core.optimize.optimized import OptimizedTransformer
-from longcat_core.optimize.streaming import pinned
+from longcat_core.optimize.streaming import BlockWeights, Slot, pinned
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
@@ -32,13 +33,39 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def sampled(streamed: tuple[int, ...] = (), offload: bool = False) -> Tensor:
+class Gathered(BlockWeights):
+    """Weights that a collective brings, on a stream of its own that waits for what is queued."""
+
+    kept = False
+
+    def __init__(self, block: torch.nn.Module, stream: Stream) -> None:
+        super().__init__(block)
+        self.stream, self.home = stream, [parameter.data for parameter in self.parameters]
+        self.bytes = torch.zeros(self.nbytes, dtype=torch.uint8)
+        for view, weight in zip(self.views(self.bytes), self.home, strict=True):
+            view.copy_(weight.cpu())
+
+    def rest(self) -> None:
+        self.use(self.home)
+
+    def bring(self, slot: Slot, whole: bool) -> bool:
+        slot.wait()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            slot.buffer[: self.nbytes].copy_(self.bytes, non_blocking=True)
+        arrived = self.stream.record_event()
+        slot.work = SimpleNamespace(wait=lambda: torch.cuda.current_stream().wait_event(arrived))
+        return True
+
+
+def sampled(streamed: tuple[int, ...] = (), offload: bool = False, sharded: tuple[int, ...] = ()) -> Tensor:
     torch.manual_seed(0)
     model = OptimizedTransformer(CONFIG, Optimizations(attention="sdpa")).eval().requires_grad_(False).to(CUDA)
     for parameter in model.parameters():
         parameter.copy_(randn(*parameter.shape).to(CUDA) * parameter[0].numel() ** -0.5)
-    if streamed:
-        model.stream_blocks(CUDA, streamed)
+    if streamed or sharded:
+        gathering = Stream()
+        model.stream_blocks(CUDA, streamed, {i: Gathered(model.blocks[i], gathering) for i in sharded})
     given = {"cond_latents": randn(1, 16, 1, 4, 6), "negative_context": randn(1, 8, 32)}
     out = sample(
         model, randn(1, 16, 3, 4, 6), make_schedule("base", 3), randn(1, 8, 32), None, offload_kv_cache=offload, **given
@@ -52,8 +79,15 @@ def test_copies_and_kernels_wait_for_each_other(gpu, streamed):
     assert torch.equal(sampled(streamed, offload=True), sampled())
 
 
+@pytest.mark.parametrize("sharded", [(2,), (0, 3), (0, 1, 3), (0, 1, 2, 3)])
+def test_gathered_blocks_and_copies_share_their_room(gpu, sharded):
+    assert torch.equal(sampled(sharded=sharded), sampled())
+    others = tuple(i for i in range(CONFIG.depth) if i not in sharded)
+    assert torch.equal(sampled(others, sharded=sharded), sampled())
+
+
 @pytest.mark.parametrize("left_out", ["wait_event", "wait_stream"])
-@pytest.mark.parametrize("copies", [{"streamed": (0, 1, 3)}, {"offload": True}])
+@pytest.mark.parametrize("copies", [{"streamed": (0, 1, 3)}, {"offload": True}, {"sharded": (0, 1, 3)}])
 def test_without_waiting_the_pretended_gpu_notices(gpu, monkeypatch, left_out, copies):
     """Of the stream that copies, or of the one that computes."""
     if left_out == "wait_stream" and "streamed" in copies:
