@@ -8,7 +8,8 @@ without knowing it, and only rank 0 reads a checkpoint.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from .bandwidth import Bandwidth
 from .division import Division, Text
 from .group import Group
 from .led_vae import Decode, Encode, ServedVAE
+from .shards import Shard, gathering
 from .weights import Layer, OwnWeights, Source, Weights, by_blocks, form_layer
 
 ALONE = "this MODEL's blocks or attention are patched, and the patches run on one GPU; the others wait"
@@ -49,11 +51,15 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Build:
-    """A network like rank 0's, without weights. streamed: blocks whose weights wait in CPU memory."""
+    """A network like rank 0's, without weights.
+
+    streamed: blocks whose weights wait in CPU memory. sharded: those whose weights are divided among the ranks.
+    """
 
     config: ModelConfig
     dtype: torch.dtype
     streamed: tuple[int, ...]
+    sharded: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,15 @@ _HELD: weakref.WeakKeyDictionary[Group, weakref.ref[Leader]] = weakref.WeakKeyDi
 class Leader:
     """Rank 0's side of a network: an `optimize.sharing.Ranks` for its executions."""
 
-    def __init__(self, group: Group, source: Source, streamed: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, group: Group, source: Source, streamed: tuple[int, ...] = (), sharded: tuple[int, ...] = ()
+    ) -> None:
         """Build the network on the other ranks and send its weights.
 
-        streamed: blocks of which the other ranks keep weights in CPU memory.
+        streamed: blocks of which the other ranks keep weights in CPU memory. sharded: those of which every rank has a
+        share; those of this rank's network must be in its stream's `shards` before the first pass.
         """
-        self.group, self.source, self.streamed = group, source, streamed
+        self.group, self.source, self.streamed, self.sharded = group, source, streamed, sharded
         self._texts: dict[int, Text] = {}
         self._caches: dict[int, int] = {}
         self._dropped: list[int] = []
@@ -105,8 +114,10 @@ class Leader:
         self._texts, self._caches, self._dropped = {}, {}, []
         self._layers: dict[str, Layer] = {}
         self._sent: dict[str, Hashable] = {}
-        self.group.send(Build(self.source.config, self.source.dtype, self.streamed))
+        self.group.send(Build(self.source.config, self.source.dtype, self.streamed, self.sharded))
         self.division = Division.of(self.group)
+        if self.sharded:
+            gathering(self.group)
         _HELD[self.group] = weakref.ref(self)
         self._update()
 
@@ -151,7 +162,8 @@ class Leader:
             execution.say(ALONE)
         if patched or lost:
             own |= {"fill": fill, "kv_cache": kv_cache}
-            return execution.evaluate(x, timestep, text, **own, **given)
+            with nullcontext() if execution.stream is None else execution.stream.alone():
+                return execution.evaluate(x, timestep, text, **own, **given)
         with self.group.working():
             if held:
                 self._update()
@@ -185,7 +197,7 @@ class Leader:
         self._layers, self._sent = layers, versions
         if changed:
             self.group.send(Weights(changed, {}))
-        # Piece by piece, so that a rank that streams blocks never has them all on its device.
+        # Piece by piece, so that a rank that streams or shards blocks never has them all on its device.
         for names in by_blocks(new):
             self.group.send(Weights({}, self.source.weights(names)))
 
@@ -237,13 +249,17 @@ class Follower:
         self.caches: dict[int, KVCache] = {}
         self.network: OptimizedTransformer | None = None
         self.waiting: tuple[int, ...] = ()
+        # Blocks that are, or will be, divided among the ranks.
+        self.shards: dict[int, Shard | None] = {}
 
     def build(self, message: Build) -> None:
-        self.texts, self.caches, self.network = {}, {}, None
+        self.texts, self.caches, self.network, self.shards = {}, {}, None, {}
         self.network = OptimizedTransformer(message.config, dtype=message.dtype, device="meta")
         self.network.announce = lambda sentence: None
-        self.waiting = message.streamed
+        self.waiting, self.shards = message.streamed, dict.fromkeys(message.sharded)
         self.division = Division.of(self.group)
+        if message.sharded:
+            gathering(self.group)
 
     def weights(self, message: Weights) -> None:
         network, device = self._network(), self.group.device
@@ -253,19 +269,29 @@ class Follower:
             owner, _, leaf = name.rpartition(".")
             module = network.get_submodule(owner)
             held = module._parameters.get(leaf)
-            if held is not None and not held.is_meta and held.shape == parameter.shape:
-                # In place, so that streamed weights stay where they are and kept keys notice.
-                held.copy_(parameter)
-                continue
             parts = name.split(".")
-            if parts[0] == "blocks" and int(parts[1]) in self.waiting and leaf not in NAMES:
+            block = int(parts[1]) if parts[0] == "blocks" else None
+            if held is not None and not held.is_meta and held.shape == parameter.shape:
+                shard = None if block is None else self.shards.get(block)
+                if shard is None or not shard.write(held, parameter):
+                    # In place, so that streamed weights stay where they are and kept keys notice.
+                    held.copy_(parameter)
+                continue
+            if block in self.waiting and leaf not in NAMES:
                 parameter = parameter.to("cpu")
             module._parameters[leaf] = nn.Parameter(parameter, requires_grad=False)
             if isinstance(module, Fp8Linear):
                 module.run_on(device)
-        if self.waiting and not any(p.is_meta for p in network.parameters()):
-            network.stream_blocks(device, self.waiting)
-            self.waiting = ()
+        self._place(network)
+
+    def _place(self, network: OptimizedTransformer) -> None:
+        """Put blocks that are complete where they wait."""
+        for i, shard in self.shards.items():
+            if shard is None and not any(p.is_meta for p in network.blocks[i].parameters()):
+                self.shards[i] = Shard(network.blocks[i], gathering(self.group), self.group.device, keep=False)
+        shards = {i: shard for i, shard in self.shards.items() if shard is not None}
+        if (self.waiting or shards) and network.stream is None and not any(p.is_meta for p in network.parameters()):
+            network.stream_blocks(self.group.device, self.waiting, shards)
 
     def evaluate(self, message: Evaluate) -> None:
         network = self._network()
@@ -333,9 +359,19 @@ def bandwidth(group: Group) -> Bandwidth:
         return group.bandwidth()
 
 
-def share(group: Group, model: OptimizedTransformer) -> Leader:
-    """Run a network's passes on all ranks of a group from now on; rank 0 calls it."""
-    stream = model.stream
-    leader = Leader(group, OwnWeights(model), () if stream is None else stream.streamed)
+def share(group: Group, model: OptimizedTransformer, sharded: Iterable[int] = ()) -> Leader:
+    """Run a network's passes on all ranks of a group from now on; rank 0 calls it.
+
+    sharded: blocks of whose weights every rank holds a share on its device. This rank also keeps them in CPU memory.
+    """
+    divided = tuple(sorted(sharded))
+    if divided or model.stream is not None:
+        model.stream_blocks(model.device, divided, {})
+    waiting = () if model.stream is None else model.stream.streamed
+    leader = Leader(group, OwnWeights(model), tuple(i for i in waiting if i not in divided), divided)
+    if divided:
+        # They stay in CPU memory, where LoRAs are exchanged and from where passes of this rank alone stream them.
+        shards = {i: Shard(model.blocks[i], gathering(group), group.device, keep=True) for i in divided}
+        model.stream_blocks(model.device, (), shards)
     model.execution.ranks = leader
     return leader

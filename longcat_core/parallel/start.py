@@ -85,6 +85,17 @@ def started(devices: Sequence[torch.device], serve: str = ".mirror") -> Iterator
         launch.end()
 
 
+def gathers_fast(devices: Sequence[torch.device]) -> bool:
+    """Whether ranks on these devices get weights from each other at least as fast as from CPU memory: several GPUs of
+    one machine, by NCCL."""
+    several = len(devices) > 1 and devices[0].type == "cuda" and dist.is_nccl_available()
+    return several and (not torchrun_size() or _on_one_host())
+
+
+def _on_one_host() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+
+
 class _Launch:
     """New processes on this machine."""
 
@@ -134,7 +145,7 @@ class _Joined:
         self.devices = devices
         if torchrun_store().check([SETUP]):
             raise LongCatError("the processes of torchrun have served and ended already; run it again")
-        one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        one_host = _on_one_host()
         self._listener = Listener(HOME if one_host else ANYWHERE)
         address = self._listener.address._replace(host=HOME if one_host else os.environ["MASTER_ADDR"])
         setup = {"devices": [str(device) for device in devices], "address": to_json(address), "serve": serve}

@@ -48,8 +48,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def network(heads: int = 4, **switches: Any) -> OptimizedTransformer:
-    config = tiny_config(hidden_size=16 * heads, num_heads=heads)
+def network(heads: int = 4, depth: int = 2, **switches: Any) -> OptimizedTransformer:
+    config = tiny_config(hidden_size=16 * heads, num_heads=heads, depth=depth)
     model = OptimizedTransformer(config, Optimizations(**switches)).requires_grad_(False)
     for i, parameter in enumerate(model.parameters()):
         parameter.copy_(randn(*parameter.shape, seed=i) * 0.2)
