@@ -120,8 +120,9 @@ def check_sparse_fits(args: argparse.Namespace, request: GenerateRequest, model:
 
 def check_memory(args: argparse.Namespace, device: torch.device) -> None:
     """Raise LongCatError for a memory limit or a plan that is out of range; otherwise set the limit."""
-    if args.stream_blocks < 0:
-        raise LongCatError(f"--stream-blocks {args.stream_blocks} is out of range; give 0 or more")
+    for name, count in (("stream", args.stream_blocks), ("shard", getattr(args, "shard_blocks", 0))):
+        if count < 0:
+            raise LongCatError(f"--{name}-blocks {count} is out of range; give 0 or more")
     if args.memory is None:
         return
     if device.type != "cuda":
@@ -173,6 +174,7 @@ def load_models(
             # A command that is given no frames has no such cache.
             getattr(args, "offload_kv_cache", False),
             args.stream_text_encoder,
+            getattr(args, "shard_blocks", 0),
         ),
         memory=None if args.memory is None else int(args.memory * GIB),
         text_cache=cache_folder() if cached else None,

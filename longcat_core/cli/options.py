@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ..errors import LongCatError
 from ..generate.options import HEADINGS, Option, of_command
+from ..parallel.torchrun import torchrun_size
 from .console import lora, number, size, whole
 
 CONVERTERS = {"whole": whole, "number": number, "size": size, "path": Path, "lora": lora}
@@ -47,6 +48,8 @@ def without_effect(
     there: what the run has that is not an option; see `Option.needs`. argv: what was given, if not `args.argv`.
     """
     given = given_flags(args.argv if argv is None else argv)
+    # It starts as many processes as --gpus would.
+    there = (*there, "gpus") if torchrun_size() else there
     for row in of_command(args.command):
         for need in row.needs if row.flag in given else ():
             names = [

@@ -172,6 +172,7 @@ _BASE = (*_SAMPLED, "refine", *_SCORE)
 _AVATAR = ("avatar",)
 _MODELS = (*_BASE, *_AVATAR)
 _WEIGHTS = (*_MODELS, "train-lora")
+_SEVERAL = (*_VIDEOS, "refine", *_AVATAR)
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
 _CALIBRATE = ("calibrate",)
 
@@ -380,7 +381,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("device", "text", "device to run on: auto, cpu, cuda or cuda:N", "auto", commands=_WEIGHTS, common=True),
         Option("gpus", "text", "number of GPUs of this machine that share the work on one video, or auto for all that "
                "are alike; torchrun starts them on several machines", filled=True, shown="1; with torchrun its number",
-               metavar="N", commands=(*_VIDEOS, "refine", *_AVATAR), common=True),
+               metavar="N", commands=_SEVERAL, common=True),
         Option("attention", "text", "attention backend; longcat backends lists them", "auto", metavar="NAME",
                commands=_WEIGHTS, common=True),
         Option("compile", "choice", "torch.compile of the transformer blocks: the first step is slower, later steps "
@@ -395,6 +396,8 @@ OPTIONS: tuple[Option, ...] = (
         Option("memory", "number", "limit on the GPU memory to use, in GiB", metavar="GIB", shown="all that is free"),
         Option("stream_blocks", "whole", "number of blocks whose weights stay in CPU memory and are prefetched", 0,
                least=0, metavar="N", needs=(A_GPU,)),
+        Option("shard_blocks", "whole", "number of blocks of whose weights each of several GPUs holds a share; a block "
+               "is gathered as it runs", 0, least=0, metavar="N", needs=("gpus",), commands=_SEVERAL),
         Option("stream_text_encoder", "switch", "keep the text encoder's weights in CPU memory and prefetch them",
                needs=(A_GPU,)),
         Option("split_guidance", "switch", "run the two halves of guidance one after the other, with half the memory "

@@ -24,12 +24,11 @@ from ..optimize.compilation import compiles
 from ..optimize.plan import Plan, Work, apply_plan, smaller
 from ..optimize.quantization import Policy
 from ..optimize.requirement import Inputs
-from ..optimize.streaming import spread
 from ..optimize.switches import Optimizations
 from ..parallel.devices import Gpus, devices_of
 from ..parallel.led_vae import LedVAE
 from ..parallel.mirror import share
-from ..parallel.start import started
+from ..parallel.start import gathers_fast, started
 from ..sampling.sampler import sample
 from ..sampling.schedules import Schedule
 from .calibration import Calibration, check_fits
@@ -162,8 +161,11 @@ class Pipeline(Engine):
         # Headers first, because they reveal another model's file at once; the transformer's large weights last.
         checkpoint = opened.checkpoint
         config = checkpoint.config
-        if least is not None and least.streamed > config.depth:
-            raise LongCatError(f"{least.streamed} streamed blocks are more than the model's {config.depth}; give fewer")
+        if least is not None and len(devices) == 1:
+            least = replace(least, sharded=0)
+        if least is not None and (most := least.streamed + least.sharded) > config.depth:
+            what = "streamed and sharded" if least.sharded else "streamed"
+            raise LongCatError(f"{most} {what} blocks are more than the model's {config.depth}; give fewer")
         check_loras(loras, config)
         vae = load_vae(paths.vae, dtype=dtype, device=device)
         text_encoder = _text_encoder(paths.text_encoder, dtype, device, text_cache)
@@ -180,7 +182,11 @@ class Pipeline(Engine):
         runtime = lora_mode == "runtime"
         # LoRAs beside the weights are on the device under every plan.
         others = sum(lora.path.stat().st_size for lora in loras) if runtime else 0
-        room = Placement(config, dtype, device, policy, optimizations, work, text_encoder.nbytes, others, memory)
+        room = Placement(
+            *(config, dtype, device, policy, optimizations, work, text_encoder.nbytes, others, memory),
+            ranks=len(devices),
+            sharding=gathers_fast(devices),
+        )
         prepared = 0 < len(prompts) <= PREPARED
         # What is read for the prompts to come is not needed later.
         text_goes = prepared and device.type == "cuda"
@@ -190,6 +196,7 @@ class Pipeline(Engine):
         before = plan.stream_text_encoder and text_goes and not asked and room.has_room_before(text_encoder.nbytes)
         if plan.stream_text_encoder and not before:
             text_encoder.stream(device)
+        streamed, sharded = plan.places(config.depth)
         switches = replace(optimizations, split_guidance=plan.split_guidance)
         tell = on_load or (lambda stage, done, of: None)
 
@@ -218,7 +225,8 @@ class Pipeline(Engine):
                 optimizations=switches,
                 fp8=policy,
                 lora=() if runtime else loras,
-                streamed=spread(config.depth, plan.streamed),
+                # Rank 0 keeps blocks that are divided among the GPUs in CPU memory too.
+                streamed=(*streamed, *sharded),
                 watch=watch,
             )
 
@@ -235,7 +243,7 @@ class Pipeline(Engine):
             defaults = replace(paths.defaults, speed=speed, loaded=loaded, audio=config.audio)
             pipeline = cls(model, vae, text_encoder, defaults, plan, plan_note, exchange, active)
             if (group := ready()) is not None:
-                share(group, model)
+                share(group, model, sharded)
                 vae.spread = LedVAE(group, vae.model)
         return pipeline
 

@@ -22,7 +22,9 @@ class Placement:
     """What is to be placed, and what it must leave room for.
 
     text_encoder, others: bytes of the text encoder, and of everything else beside the network's weights. work: the
-    largest sampling to come; None: unknown. memory: bytes that may be used at most; None: all that are free.
+    largest sampling to come; None: unknown. memory: bytes that may be used at most; None: all that are free. ranks: how
+    many GPUs like `device` share the work. sharding: whether they get weights from each other at least as fast as from
+    CPU memory.
     """
 
     config: ModelConfig
@@ -34,6 +36,8 @@ class Placement:
     text_encoder: int
     others: int = 0
     memory: int | None = None
+    ranks: int = 1
+    sharding: bool = False
 
     def plan(self, least: Plan | None, text_goes: bool = False) -> tuple[Plan, str]:
         """The fastest plan that fits and has everything that `least` asks for, and a sentence about it, or "".
@@ -58,6 +62,8 @@ class Placement:
             others=self.others,
             text_encoder=self.text_encoder,
             least=least,
+            ranks=self.ranks,
+            sharding=self.sharding,
         )
         if needed > free:
             warnings.warn(
@@ -73,7 +79,7 @@ class Placement:
             return 0
         weights = Weights.of(self.config, self.dtype, self.fp8)
         own, others = self._own, self.others + (0 if plan.stream_text_encoder else self.text_encoder)
-        needed = needed_bytes(plan, self.config, weights, self.work, self.dtype.itemsize, own=own, others=others)
+        needed = needed_bytes(plan, self.config, weights, self.work, self.dtype.itemsize, own, others, self.ranks)
         return free_bytes(self.device, self.memory) - needed
 
     def has_room_before(self, size: int) -> bool:

@@ -29,18 +29,21 @@ class Plan:
 
     streamed: number of blocks whose weights are offloaded to CPU memory. split_guidance: the halves of guidance run one
     after the other. offload_kv_cache: the KV cache of conditioning frames lies in CPU memory. stream_text_encoder: the
-    weights of the text encoder's blocks are offloaded too.
+    weights of the text encoder's blocks are offloaded too. sharded: number of other blocks of whose weights each of
+    several GPUs holds a share.
     """
 
     streamed: int = 0
     split_guidance: bool = False
     offload_kv_cache: bool = False
     stream_text_encoder: bool = False
+    sharded: int = 0
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        if not is_whole(self.streamed) or self.streamed < 0:
-            raise LongCatError(f"streamed blocks cannot be {self.streamed!r}; give a whole number of at least 0")
+        for name, count in (("streamed", self.streamed), ("sharded", self.sharded)):
+            if not is_whole(count) or count < 0:
+                raise LongCatError(f"{name} blocks cannot be {count!r}; give a whole number of at least 0")
 
     def describe(self, depth: int) -> str:
         """The plan in words, or "" if everything lies on the device as usual."""
@@ -52,7 +55,15 @@ class Plan:
         *names, last = [name for name, moved in offloaded.items() if moved] or [""]
         places = f"{', '.join(names)} and {last}" if names else last
         parts = [f"{places} in CPU memory"] if places else []
+        if self.sharded:
+            parts.append(f"the weights of {self.sharded} of {depth} blocks divided among the GPUs")
         return ", ".join(parts + ["guidance in halves"] * self.split_guidance)
+
+    def places(self, depth: int) -> tuple[list[int], list[int]]:
+        """Which of `depth` blocks are streamed and which are sharded: evenly spread, so that every copy has time."""
+        waiting = spread(depth, self.streamed + self.sharded)
+        streamed = [waiting[at] for at in spread(len(waiting), self.streamed)]
+        return streamed, [i for i in waiting if i not in streamed]
 
 
 @dataclass(frozen=True)
@@ -105,17 +116,20 @@ class Weights:
 
 
 def needed_bytes(
-    plan: Plan, config: ModelConfig, weights: Weights, work: Work, itemsize: int, own: bool, others: int
+    plan: Plan, config: ModelConfig, weights: Weights, work: Work, itemsize: int, own: bool, others: int, ranks: int = 1
 ) -> int:
     """Device memory that sampling `work` takes. own: with our kernels (see `forward_bytes`).
 
-    others: bytes of other models on the device, the text encoder excluded.
+    others: bytes of other models on the device, the text encoder excluded. ranks: GPUs that share the work, as
+    `parallel.division` does; what they save by sharing a sample's tokens is not counted.
     """
     batch, channels, frames, height, width = work.latents
     parts = (work.parts or (2 if config.audio is None else 3)) if work.guided else 1
-    blocks = config.depth - plan.streamed + min(SLOTS, plan.streamed)
+    waiting = plan.streamed + plan.sharded
+    blocks = config.depth - waiting + plan.sharded / ranks + min(SLOTS, waiting)
     resident = weights.rest + blocks * weights.block + others
     at_once = batch * (1 if plan.split_guidance or work.speakers > 1 else parts)
+    at_once //= math.gcd(at_once, ranks)
     activations = forward_bytes(config, (at_once, channels, frames, height, width), itemsize, own, weights.eight_bit)
     rows = TEXT_ROWS + audio_rows(config, frames, work.speakers)
     activations += text_bytes(config, parts * batch, rows, itemsize)
@@ -125,18 +139,22 @@ def needed_bytes(
     return math.ceil((resident + activations) * (1 + WASTE)) + WORKSPACE
 
 
-def plans(depth: int, work: Work, least: Plan) -> Iterator[Plan]:
-    """Plans from the fastest to the smallest; all include `least`.
+def plans(depth: int, work: Work, least: Plan, sharding: bool = False) -> Iterator[Plan]:
+    """Plans from the fastest to the smallest; all include `least`, but streamed blocks take the place of sharded ones.
 
-    Splitting guidance costs next to nothing if a half keeps the device busy. Offloaded blocks cost transfers that are
-    hidden only behind enough work, so they come last.
+    Splitting guidance costs next to nothing if a half keeps the device busy. Blocks that are not on the device cost
+    transfers that are hidden only behind enough work, so they come last. For the same memory, sharded blocks transfer
+    as many bytes as streamed ones. sharding: other GPUs send them at least as fast as CPU memory.
     """
     splits = dict.fromkeys((least.split_guidance, least.split_guidance or work.guided))
     offloads = dict.fromkeys((least.offload_kv_cache, least.offload_kv_cache or work.cond_latents > 0))
-    for streamed in range(least.streamed, depth + 1):
+    most = max(least.sharded, depth - least.streamed) if sharding else least.sharded
+    counts = [(least.streamed, sharded) for sharded in range(least.sharded, most)]
+    counts += [(streamed, min(most, depth - streamed)) for streamed in range(least.streamed, depth + 1)]
+    for streamed, sharded in counts:
         for split in splits:
             for offload in offloads:
-                yield replace(least, streamed=streamed, split_guidance=split, offload_kv_cache=offload)
+                yield replace(least, streamed=streamed, sharded=sharded, split_guidance=split, offload_kv_cache=offload)
 
 
 def choose_plan(
@@ -150,16 +168,18 @@ def choose_plan(
     others: int = 0,
     text_encoder: int = 0,
     least: Plan | None = None,
+    ranks: int = 1,
+    sharding: bool = False,
 ) -> tuple[Plan, int]:
     """The fastest plan that fits in `free` bytes, or the smallest one, and the bytes that it takes.
 
     text_encoder: bytes of its weights, which are streamed if the rest leaves no room for them. least: what the plan
-    must include.
+    must include. ranks: GPUs that share the work, each with `free` bytes. sharding: see `plans`.
     """
     least = least or Plan()
     plan, needed = least, 0
-    for plan in plans(config.depth, work, least):
-        needed = needed_bytes(plan, config, weights, work, itemsize, own, others)
+    for plan in plans(config.depth, work, least, sharding):
+        needed = needed_bytes(plan, config, weights, work, itemsize, own, others, ranks)
         if needed <= free:
             break
     if text_encoder and not plan.stream_text_encoder and needed + text_encoder > free:

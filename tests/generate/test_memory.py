@@ -23,6 +23,7 @@ from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.refine import RefineRequest
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest, work_of
+from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.plan import GIB, Plan, Work, free_bytes
 from longcat_core.optimize.switches import Optimizations
@@ -190,6 +191,12 @@ def test_a_plan_is_made_for_what_is_free(monkeypatch):
         chosen, note = plan(0)
     assert chosen.streamed == config.depth and chosen.split_guidance
     assert note == f"0.0 GiB of GPU memory are free: {chosen.describe(config.depth)}"
+    free, config = 24 * GIB, ModelConfig()
+    monkeypatch.setattr(placement, "free_bytes", lambda device, memory: free)
+    several = placement.Placement(config, torch.bfloat16, cuda, None, Optimizations(), work, 0, ranks=2, sharding=True)
+    chosen, note = several.plan(None)
+    assert chosen.sharded and note == f"24.0 GiB of GPU memory are free: {chosen.describe(config.depth)}"
+    assert several.spare(chosen) >= 0 > several.spare(Plan())
 
 
 def test_what_cannot_fit_in_memory_is_refused_before_the_work(tmp_path, capsys, monkeypatch):

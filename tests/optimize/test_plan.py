@@ -115,6 +115,36 @@ def test_what_is_asked_for_stays():
     assert chosen(20, least=Plan(streamed=10))[0].streamed > 10
 
 
+def test_several_gpus_divide_weights_before_they_stream_them():
+    for ranks in (2, 4):
+        plan, needed = chosen(24, ranks=ranks, sharding=True)
+        assert plan == Plan(sharded=plan.sharded) and 2 < plan.sharded < 48 and needed <= 24
+        weights = Weights.of(FULL, torch.bfloat16)
+        fewer = Plan(sharded=plan.sharded - 1)
+        assert needed_bytes(fewer, FULL, weights, T2V, 2, True, 0, ranks) > 24 * GIB
+    assert chosen(24, ranks=2)[0].sharded == 0
+    # What the shares leave too little room for waits in CPU memory.
+    plan, needed = chosen(12, ranks=2, sharding=True)
+    assert plan.streamed and plan.streamed + plan.sharded == 48 and needed <= 12
+    assert chosen(4, ranks=2, sharding=True)[0] == Plan(48, True)
+    assert chosen(80, least=Plan(sharded=10), ranks=2)[0] == Plan(sharded=10)
+
+
+def test_each_half_of_guidance_has_a_gpu():
+    """What two GPUs need is what one needs for a half."""
+    split, weights = Plan(split_guidance=True), Weights.of(FULL, torch.bfloat16)
+    half = needed_bytes(split, FULL, weights, T2V, 2, True, 0)
+    assert needed_bytes(Plan(), FULL, weights, T2V, 2, True, 0, 2) == half
+    assert needed_bytes(split, FULL, weights, T2V, 2, True, 0, 2) == half
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(3), Plan(sharded=48), Plan(7, sharded=20)])
+def test_every_block_has_one_place(plan):
+    streamed, sharded = plan.places(48)
+    assert (len(streamed), len(sharded)) == (plan.streamed, plan.sharded)
+    assert len({*streamed, *sharded}) == plan.streamed + plan.sharded
+
+
 def test_other_models_take_room_too():
     assert chosen(34)[0] == Plan() and chosen(34, others=4 * GIB)[0] != Plan()
 
@@ -131,6 +161,7 @@ def test_smaller_and_smaller_until_there_is_nothing_left():
 def test_what_was_chosen_is_reported():
     said = Plan(12, True, True, True).describe(48)
     assert re.search("12 of 48 blocks", said) and "guidance" in said and "the KV cache" in said and "text" in said
+    assert Plan(sharded=3).describe(48) == "the weights of 3 of 48 blocks divided among the GPUs"
 
 
 def test_an_avatar_hears_in_three_parts():

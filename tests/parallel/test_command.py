@@ -19,12 +19,19 @@ COMMAND = ["generate", "a red circle moves right on a blue background", "--steps
 COMMAND += ["--device", "cpu", "--guidance", "2"]
 
 
-def test_a_video_of_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_of_two_processes_is_that_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main([*COMMAND, "-o", "one.mkv"]) == 0
     assert cli.main([*COMMAND, "--gpus", "2", "-o", "two.mkv"]) == 0
-    one, two = (read_video(name)[0].astype(int) for name in ("one.mkv", "two.mkv"))
+    # Of the blocks, one waits in CPU memory and one stays.
+    blocks = ["--shard-blocks", "4", "--stream-blocks", "1"]
+    assert cli.main([*COMMAND, "--gpus", "2", *blocks, "-o", "three.mkv"]) == 0
+    assert "the weights of 4 of 6 blocks divided among the GPUs" in capsys.readouterr().err
+    one, two, three = (read_video(name)[0].astype(int) for name in ("one.mkv", "two.mkv", "three.mkv"))
     assert abs(one - two).max() <= 1
+    assert (two == three).all()
     assert not dist.is_initialized(), "the other process ends with the command"
 
 
