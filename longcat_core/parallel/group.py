@@ -26,8 +26,13 @@ from .messages import packed, unpacked
 TIMEOUT = timedelta(minutes=30)
 # Seconds, for a worker to leave, and to learn which rank failed where communication did.
 LEAVING, VERDICT = 5.0, 3.0
-# Without these, PyTorch ends the whole process, ComfyUI included, when a rank is gone or late.
-SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+# Without the first two, PyTorch ends the whole process, ComfyUI included, when a rank is gone or late. The third one
+# keeps its monitor, which does nothing then, from printing that the store of a failed group is gone.
+SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_COORD_CHECK_MILSEC": "1000000000",
+}
 _current: Group | None = None
 
 
@@ -184,13 +189,13 @@ class Group:
             if not gpu:
                 # All ranks share the cores.
                 torch.set_num_threads(max(1, self._threads // self.size))
+        # Without `device_id`: with it a mesh splits the communicator, which crashes in a process's second group (2.11).
         dist.init_process_group(
             backend_of(self.devices),
             store=self._store,
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,
-            device_id=self.device if gpu else None,
         )
 
     def _break(self) -> None:
@@ -212,8 +217,15 @@ class Group:
                 return
             if orderly:
                 dist.destroy_process_group()
-            else:
-                distributed_c10d._abort_process_group()
+                return
+            # At once: an abort waits for the kernels of all communicators, and these wait for ranks that are gone.
+            aborts = [getattr(group, "abort", None) for group in distributed_c10d._world.pg_map]
+            threads = [threading.Thread(target=abort, daemon=True) for abort in aborts if abort is not None]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            distributed_c10d._abort_process_group()
 
     def __enter__(self) -> Self:
         return self
