@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files.read_ahead import ReadAhead
+from ..files.read_ahead import THREADS, ReadAhead
 from ..optimize.kernels.elementwise import quantize_rows
 from ..optimize.streaming import pinned
 from .formats import times_scale
@@ -23,7 +23,7 @@ from .stored import Part, Stored
 # way to a GPU, where each piece costs turns of Python's threads, which take milliseconds while another one imports.
 PIECE, PIECE_CUDA = 1 << 22, 1 << 24
 # Pieces that are prefetched.
-AHEAD = 6
+AHEAD = THREADS + 3
 
 
 class Weight(NamedTuple):
