@@ -57,6 +57,8 @@ def report(
             line += _fp8(value, device, fp8_layers)
         if name == "gradient_checkpointing" and value:
             line += " (acts in training only)"
+        if name == "exchange" and value != "exact":
+            line += " (acts under LongCat Multi-GPU only)"
         if name == "attention" and attention:
             line += f" (not used: {attention} decides)"
         if name == "attention" and sparse:

@@ -24,7 +24,7 @@ from longcat_core.generate.refine import RefineRequest
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest
 from longcat_core.model.kv_cache import KV_MODES
 from longcat_core.optimize.block_sparse import BlockSparse
-from longcat_core.optimize.switches import CompileMode, Optimizations
+from longcat_core.optimize.switches import CompileMode, Exchange, Optimizations
 from longcat_core.sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from longcat_core.sampling.schedules import DISTILLED_GRID, DMD_STEPS, MODES
 from longcat_core.training.lora import Recipe
@@ -87,6 +87,8 @@ GIVEN = {"lora": None, "video": None, "image": None, "command": "generate"}
         ("--stream-blocks 2 --stream-text-encoder", {}, (options.A_GPU,), []),
         ("--stream-blocks 2", {}, (), ["--stream-blocks has no effect without a GPU"]),
         ("--split-guidance", {}, (), ["--split-guidance has no effect without guidance"]),
+        ("--exchange fp8", {"gpus": None}, (), ["--exchange has no effect without --gpus"]),
+        ("--exchange fp8", {"gpus": "2"}, (), []),
         ("--guidance-until 0.5", {}, (), ["--guidance-until has no effect without guidance"]),
         ("--split-guidance", {}, (options.GUIDANCE,), []),
         ("", {}, (), []),
@@ -164,6 +166,7 @@ def test_choices_and_limits_are_those_of_the_code():
     assert options.KV_CACHE == KV_MODES
     assert get_args(HandOff) == options.HAND_OFFS
     assert get_args(CompileMode) == options.COMPILE
+    assert get_args(Exchange) == options.EXCHANGES
     assert (*options.SCHEDULES, "refine") == MODES
     assert set(options.CHECKPOINT_FORMS) == set(TARGETS)
     assert options.SIDE_MULTIPLE == 2 * SPATIAL_FACTOR and options.FRAME_MULTIPLE == TEMPORAL_FACTOR

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def gpus_of(args: argparse.Namespace) -> Gpus:
     """What --gpus says, as `devices_of` takes it; 1 for a command without it."""
     given: Any = getattr(args, "gpus", 1)
     return int(given) if isinstance(given, str) and given.isdecimal() else given
+
+
+def lossy_switches_of(args: argparse.Namespace) -> Optimizations:
+    """The switches of the network that an option sets and that change its result."""
+    return Optimizations(attention=args.attention, exchange=getattr(args, "exchange", "exact"))
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -164,7 +170,7 @@ def load_models(
         model,
         dtype=dtype_of(args.dtype, device),
         device=device,
-        optimizations=Optimizations(attention=args.attention, compile=compile_mode(args, device, model.paths)),
+        optimizations=replace(lossy_switches_of(args), compile=compile_mode(args, device, model.paths)),
         fp8=args.fp8,
         lora_mode=args.lora_mode,
         work=work,
@@ -204,7 +210,7 @@ def model_settings(
         lora = "+".join(one.fingerprint + ("" if one.strength == 1 else f":{one.strength:g}") for one in opened)
     lossy = lossy_settings(
         precision=str(dtype_of(args.dtype, device)).removeprefix("torch."),
-        switches=Optimizations(attention=args.attention),
+        switches=lossy_switches_of(args),
         eight_bit=args.fp8,
     )
     if lora is not None and args.lora_mode != LORA_MODES[0]:

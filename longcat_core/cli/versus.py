@@ -18,7 +18,7 @@ from ..generate.pipeline import Pipeline
 from ..generate.request import FilledRequest, work_of
 from ..measure.fidelity import REFERENCE, letters
 from .generate import request_of, there_in
-from .models import check_sparse_fits, compile_mode, load_models, machine_of, paths_of, with_speed
+from .models import check_sparse_fits, compile_mode, load_models, lossy_switches_of, machine_of, paths_of, with_speed
 from .options import Parser, add_options, given_flags, without_effect
 
 # Fields of `GenerateRequest` that make another video, and their names in error messages.
@@ -32,7 +32,7 @@ SAME = {
     "num_cond_frames": "number of given frames",
 }
 # Model options that can change while the model stays loaded.
-SWITCHED = ("attention", "compile")
+SWITCHED = ("attention", "compile", "exchange")
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def switch(pipeline: Pipeline, side: Side) -> None:
     """Set what a setting changes in a loaded model."""
     network = pipeline.model
     mode = compile_mode(side.args, side.device, side.paths)
-    switches = replace(network.requested, attention=side.args.attention, compile=mode)
+    chosen = lossy_switches_of(side.args)
+    switches = replace(network.requested, attention=chosen.attention, exchange=chosen.exchange, compile=mode)
     if switches != network.requested:
         network.set_optimizations(switches)

@@ -56,6 +56,8 @@ def lossy_settings(
         found["text mode"] = switches.text_mode
     if eight_bit and switches.fp8:
         found["fp8"] = "on"
+    if switches.exchange != "exact":
+        found["exchange"] = switches.exchange
     if step_cache > 0:
         found["step cache"] = words(float(step_cache))
     if guidance_until < 1:

@@ -42,6 +42,21 @@ class BlockCache(Protocol):
         """What receives the keys and values of this pass, or None."""
 
 
+class ArrangedCache:
+    """A cache of whole frames whose rows are read in another order, or of which a share is read."""
+
+    def __init__(self, cache: BlockCache, arrange: Callable[[Tensor], Tensor]) -> None:
+        """arrange: brings keys and values [B, N, heads, head_dim] into the order of the pass."""
+        self.cache, self.arrange, self.num_latents = cache, arrange, cache.num_latents
+
+    def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = self.cache.read(block, like)
+        return None if found is None else (self.arrange(found[0]), self.arrange(found[1]))
+
+    def keep(self, block: int) -> Keep | None:
+        return self.cache.keep(block)
+
+
 class FrameLayout:
     """The default order of tokens: frames, rows, columns, as [B, T, H*W, C]."""
 

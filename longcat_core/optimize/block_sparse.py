@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, LongCatError, check_choice, is_number, is_whole, plain_fields
 from ..model.rope import rope_table
-from ..model.transformer import BlockCache, FrameLayout
+from ..model.transformer import ArrangedCache, BlockCache, FrameLayout
 from .attention import Attend, Kernels
 from .kernels import block_sparse as kernels
 from .requirement import Inputs, trial
@@ -258,24 +258,7 @@ class ChunkedLayout(FrameLayout):
         return self.tokens.cond_slabs
 
     def cached(self, cache: BlockCache) -> BlockCache:
-        return cache if self.before is None else _ArrangedCache(cache, self.before)
-
-
-class _ArrangedCache:
-    """A cache in the order of frames, read in the order of chunks."""
-
-    def __init__(self, cache: BlockCache, layout: ChunkLayout) -> None:
-        self.cache, self.layout, self.num_latents = cache, layout, cache.num_latents
-
-    def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = self.cache.read(block, like)
-        if found is None:
-            return None
-        k, v = found
-        return self.layout.arrange(k), self.layout.arrange(v)
-
-    def keep(self, block: int) -> None:
-        return None
+        return cache if self.before is None else ArrangedCache(cache, self.before.arrange)
 
 
 # --- which chunks ----------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import check_choice, check_type, plain_fields
 from ..model.text import TextMode
 
 CompileMode = Literal["off", "blocks"]
+Exchange = Literal["exact", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Optimizations:
         Our Triton kernel for attention to the text, including the norm of its queries, if fused_kernels applies and the
         text is short enough for it to be the fastest; folded padding stays folded. Same mathematics, different
         rounding.
+    exchange
+        How GPUs that share the tokens of a video send queries, keys, values and attention's output to each other.
+        `fp8`: as e4m3 with a scale for each token and head, half of the bytes. Lossy, and checked like a lossy
+        attention backend; without effect on one GPU.
     """
 
     fused_qkv: bool = True
@@ -73,10 +78,15 @@ class Optimizations:
     fused_kernels: bool = True
     split_guidance: bool = False
     fused_text: bool = True
+    exchange: Exchange = "exact"
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        for name, allowed in (("text_mode", ("exact", "packed", "padded")), ("compile", ("off", "blocks"))):
+        for name, allowed in (
+            ("text_mode", ("exact", "packed", "padded")),
+            ("compile", ("off", "blocks")),
+            ("exchange", get_args(Exchange)),
+        ):
             check_choice(f"optimization {name}", getattr(self, name), allowed)
         check_type("optimization attention", self.attention, str, "the name of a backend, or auto")
         for switch in fields(self):

@@ -58,7 +58,8 @@ class Division:
         own = len(x) // parts
         rows = slice(own * dist.get_rank(samples), own * (dist.get_rank(samples) + 1))
         timestep = timestep if len(timestep) == 1 else timestep[rows]
-        sharing = SequenceSharing(tokens) if dist.get_world_size(tokens) > 1 else None
+        exchange = execution.optimizations.exchange
+        sharing = SequenceSharing(tokens, exchange) if dist.get_world_size(tokens) > 1 else None
         heard = None if text is None else text.of(rows, len(x))
         out, sparse = execution.evaluate(x[rows], timestep, heard, kv_cache=cache, sharing=sharing, **options)
         if parts > 1:

@@ -4,7 +4,8 @@ Attention exchanges one for the other, all to all, and back (DeepSpeed-Ulysses, 
 chunks, and the attention of the first chunk runs while the others are under way. Because every frame is cut the same
 way, conditioning frames, attention to text and to a frame's audio need no change.
 
-What does not divide is padded: frames by tokens that nobody attends to, heads by zeros. The result is exact.
+What does not divide is padded: frames by tokens that nobody attends to, heads by zeros. The result is exact, unless
+tensors are exchanged in 8 bits (`codecs`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.ops import Rope
-from ..model.transformer import BlockCache, FrameLayout
+from ..model.transformer import ArrangedCache, BlockCache, FrameLayout
 from ..optimize.attention import Kernels
 from ..optimize.block_sparse import ChunkedLayout
 from ..optimize.sparse.passes import SparsePass
+from ..optimize.switches import Exchange
+from .codecs import CODECS
 
 # The most chunks of a rank's heads: more chunks hide more of the exchange, until launches cost more.
 CHUNKS = 4
@@ -34,8 +37,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class SequenceSharing:
     """The sharing of one pass between the ranks of a process group; see `optimize.sharing.Sharing`."""
 
-    def __init__(self, group: dist.ProcessGroup, chunks: int = CHUNKS) -> None:
-        self.group, self.chunks = group, chunks
+    def __init__(self, group: dist.ProcessGroup, exchange: Exchange = "exact", chunks: int = CHUNKS) -> None:
+        self.group, self.codec, self.chunks = group, CODECS[exchange], chunks
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def layout(self, inner: FrameLayout, grid: tuple[int, int, int]) -> ShareLayout:
@@ -132,25 +135,11 @@ class ShareLayout(FrameLayout):
         return self.inner.restore_rows(self.sharing.whole_rows(rows, self.spatial))
 
     def cached(self, cache: BlockCache) -> BlockCache:
-        cache = self.inner.cached(cache)
-        return _CutCache(cache, self) if cache.num_latents else cache
+        return ArrangedCache(self.inner.cached(cache), self.cut_rows) if cache.num_latents else cache
 
-
-class _CutCache:
-    """A cache of whole frames, of which blocks read this rank's share."""
-
-    def __init__(self, cache: BlockCache, layout: ShareLayout) -> None:
-        self.cache, self.layout, self.num_latents = cache, layout, cache.num_latents
-
-    def read(self, block: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = self.cache.read(block, like)
-        if found is None:
-            return None
-        k, v = (self.layout.sharing.cut(x.unflatten(1, (-1, self.layout.spatial)), 2).flatten(1, 2) for x in found)
-        return k, v
-
-    def keep(self, block: int) -> Any:
-        return self.cache.keep(block)
+    def cut_rows(self, rows: Tensor) -> Tensor:
+        """Rows [B, T * S, ..] of whole frames -> this rank's share [B, T * S / ranks, ..]."""
+        return self.sharing.cut(rows.unflatten(1, (-1, self.spatial)), 2).flatten(1, 2)
 
 
 class ShareAttention:
@@ -180,62 +169,68 @@ class ShareAttention:
         """
         size, (heads, head_dim) = self.sharing.size, shares[0].shape[2:]
         own = -(-heads // size)
-        count = next(n for n in range(min(self.sharing.chunks, own), 0, -1) if own % n == 0)
-        chunk, padding = own // count, own * size - heads
-        # [B, n, ranks, chunks, heads of a chunk, D]
+        padding = own * size - heads
+        # [B, n, ranks, heads of a rank, D]
         parts = [F.pad(x, (0, 0, 0, padding)) if padding else x for x in shares]
-        parts = [x.unflatten(2, (size, count, chunk)) for x in parts]
+        parts = [x.unflatten(2, (size, own)) for x in parts]
         shares.clear()
+        chunks = _chunks(own, self.sharing.chunks)
         out = parts[0].new_empty(parts[0].shape)
-        waiting = [[self._send(x[:, :, :, i]) for x in parts] for i in range(count)]
+        waiting = [[self._send(x[:, :, :, chunk].transpose(1, 2)) for x in parts] for chunk in chunks]
         del parts
         back = []
-        for i in range(count):
-            first = self.sharing.rank * own + i * chunk
+        for i, chunk in enumerate(chunks):
+            first = self.sharing.rank * own
             if self.sparse is not None:
-                self.sparse.first_head = first
-            joined = [self._joined(*sent) for sent in waiting[i]]
+                self.sparse.first_head = first + chunk.start
+            joined = [self._joined(receive()) for receive in waiting[i]]
             waiting[i] = []
-            back.append(self._send_back(attend(slice(first, first + chunk), *joined)))
+            found = attend(slice(first + chunk.start, first + chunk.stop), *joined)
             del joined
-        for i, (received, wait) in enumerate(back):
-            wait()
-            out[:, :, :, i] = received.transpose(1, 2)
+            back.append(self._send(self._parted(found)))
+            del found
+        for chunk, receive in zip(chunks, back, strict=True):
+            out[:, :, :, chunk] = receive().transpose(1, 2)
         return out.view(*out.shape[:2], -1, head_dim)[:, :, :heads]
 
-    def _send(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """x [B, N, ranks, h, D], rank by rank -> [B, ranks, N, h, D] of this rank's heads, once what comes with it has
-        been called."""
-        return self._exchange(x.transpose(1, 2).contiguous())
-
-    def _exchange(self, sent: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    def _send(self, x: Tensor) -> Callable[[], Tensor]:
+        """Send x [B, ranks, N, h, D], to each rank its part. Returns what waits for theirs, which has x's shape."""
+        codec = self.sharing.codec
+        sent = codec.encode(x)
         received = torch.empty_like(sent)
         works = [
             dist.all_to_all_single(to, of, group=self.sharing.group, async_op=True)
             for to, of in zip(received, sent, strict=True)
         ]
+        shape, dtype = x.shape[2:], x.dtype
 
-        def wait() -> None:
+        def receive() -> Tensor:
             for work in works:
                 work.wait()
+            return codec.decode(received, shape, dtype)
 
-        return received, wait
+        return receive
 
-    def _joined(self, received: Tensor, wait: Callable[[], None]) -> Tensor:
+    def _joined(self, parts: Tensor) -> Tensor:
         """[B, ranks, N, h, D] -> [B, tokens of all ranks, h, D]."""
-        wait()
         if not self.ordered:
-            return received.flatten(1, 2)
+            return parts.flatten(1, 2)
         # Frames, then ranks, then the tokens of each.
-        frames = received.unflatten(2, (-1, self.sharing.share(self.spatial))).transpose(1, 2)
+        frames = parts.unflatten(2, (-1, self.sharing.share(self.spatial))).transpose(1, 2)
         return frames.flatten(2, 3)[:, :, : self.spatial].flatten(1, 2)
 
-    def _send_back(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """[B, tokens of all ranks, h, D] -> [B, ranks, N, h, D], the heads of all ranks for this rank's tokens."""
+    def _parted(self, x: Tensor) -> Tensor:
+        """[B, tokens of all ranks, h, D] -> [B, ranks, N, h, D]."""
         size = self.sharing.size
         if not self.ordered:
-            return self._exchange(x.unflatten(1, (size, -1)).contiguous())
+            return x.unflatten(1, (size, -1))
         share = self.sharing.share(self.spatial)
         frames = x.unflatten(1, (-1, self.spatial))
         frames = F.pad(frames, (0, 0, 0, 0, 0, size * share - self.spatial)).unflatten(2, (size, share))
-        return self._exchange(frames.transpose(1, 2).flatten(2, 3).contiguous())
+        return frames.transpose(1, 2).flatten(2, 3)
+
+
+def _chunks(heads: int, most: int) -> list[slice]:
+    """At most `most` runs of a rank's heads, the smaller ones first: nothing hides the exchange of the first."""
+    count = min(most, heads)
+    return [slice(heads * i // count, heads * (i + 1) // count) for i in range(count)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...measure.clock import measure
 from ...measure.results import markdown, shown
 from ...optimize.block_sparse import BlockSparse
-from ...optimize.switches import Optimizations
+from ...optimize.switches import Exchange, Optimizations
 from ...parallel.group import Group
 from ...parallel.led_vae import LedVAE
 from ...parallel.mirror import bandwidth, share
@@ -69,6 +69,8 @@ def run(bench: Bench) -> None:
                 for case in cases(bench):
                     row = _add(bench, path, case, count, group)
                     _compare(first.setdefault(case.name, row), row)
+                    if case.name == SINGLE and group is not None:
+                        _compare(first[SINGLE], _add(bench, path, case, count, group, "fp8"))
                 if path == EXACT:
                     row = bench.add(_head(DECODED, path, count), _decoding, bench, group)
                     _compare(first.setdefault(DECODED, row), row)
@@ -94,8 +96,10 @@ def _head(name: str, path: str, count: int) -> Row:
     return {"name": f"{name}, {path}, {gpus}", "case": name, "path": path, "gpus": count, "phase": "path"}
 
 
-def _add(bench: Bench, path: str, case: Case, count: int, group: Group | None) -> Row:
-    return bench.add(_head(case.name, path, count), _evaluation, bench.sized(case.size), path, case, group)
+def _add(bench: Bench, path: str, case: Case, count: int, group: Group | None, exchange: Exchange = "exact") -> Row:
+    chosen = Optimizations(**bench.path(path), exchange=exchange)
+    name = path if exchange == "exact" else f"{path}, {exchange} exchange"
+    return bench.add(_head(case.name, name, count), _evaluation, bench.sized(case.size), chosen, case, group)
 
 
 def _compare(first: Row, row: Row) -> None:
@@ -104,8 +108,8 @@ def _compare(first: Row, row: Row) -> None:
 
 
 @torch.no_grad()
-def _evaluation(bench: Bench, path: str, case: Case, group: Group | None) -> Row:
-    model, inputs, chosen = bench.model, bench.inputs(), Optimizations(**bench.path(path))
+def _evaluation(bench: Bench, chosen: Optimizations, case: Case, group: Group | None) -> Row:
+    model, inputs = bench.model, bench.inputs()
     with workload.switched(model, chosen, case.name), workload.attending(model, case.settings):
         forward = workload.network_forward(model, inputs)
         step = workload.step_of(forward, inputs, chosen)

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from longcat_core.optimize.kernels import block_sparse as kernels
 from longcat_core.optimize.kernels import cudnn_fp8 as fp8_attention
-from longcat_core.optimize.kernels import sparse_choose, sparse_fp8, sparse_tail, text_attention
+from longcat_core.optimize.kernels import row_scales, sparse_choose, sparse_fp8, sparse_tail, text_attention
 
 
 def build(
@@ -106,6 +106,9 @@ def main() -> None:
         build(fp8_attention._fp8_attention_pack, (9, 0), packed, tiles, CENTERED=centered, ROWS=rows, DIM=128)
     back = {"x": "*fp8e4nv", "scale": "*fp32", "out": half}
     build(fp8_attention._fp8_attention_unpack, (9, 0), back, tiles, SIZE=fp8_attention.SIZE)
+    types = {"x": half, "scales": "*fp32", "values": "*fp8e4nv", "out": half}
+    for kernel in (row_scales._pack_rows, row_scales._unpack_rows):
+        build(kernel, (8, 9), types, tiles, ROWS=row_scales.ROWS, DIM=128)
     tensors = ("q", "means_k", "means_v", "rest_k", "rest_v", "exact", "out")
     types = dict.fromkeys(tensors, half) | {"mask": "*u8", "sums": "*fp32", "scale": "fp32"}
     for capability, query_block in (((8, 9), 64), ((9, 0), 64), ((9, 0), 128)):
