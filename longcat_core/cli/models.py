@@ -68,8 +68,6 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 def avatar_of(args: argparse.Namespace, people: int) -> OpenedModel:
     """The opened avatar that the options name, its LoRAs and its audio encoder checked. people: in the video."""
-    if args.model is None:
-        raise LongCatError("no model is given; name the folder of LongCat-Video-Avatar with --model")
     paths = ModelPaths.of_avatar(args.model, args.vae, args.text_encoder, args.audio_encoder, args.base, people)
     model = open_model(paths, args.lora, args.attention)
     _ = model.audio_encoder

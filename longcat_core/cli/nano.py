@@ -164,7 +164,7 @@ class _Scoring:
 
 def score_avatar(args: argparse.Namespace) -> int:
     """`longcat score-nano --avatar`."""
-    from ..nano.avatar.measure import AVATAR_STEPS, Scores, load_avatar, measure
+    from ..nano.avatar.measure import Scores, load_avatar, measure
 
     if args.lesson or args.versus:
         raise LongCatError("--avatar scores one model at its own settings; leave out --lesson and --versus")
@@ -173,7 +173,6 @@ def score_avatar(args: argparse.Namespace) -> int:
         check_suffix(args.output, (".json",))
         check_place(args.output, 1 << 16)
         args.outputs.hold(args.output)
-    steps = AVATAR_STEPS if args.steps is None else args.steps
     with notes_from_warnings(), args.bar as bar:
         engine, encoder = load_avatar(folder, device)
         done = itertools.count(1)
@@ -181,17 +180,17 @@ def score_avatar(args: argparse.Namespace) -> int:
             engine,
             encoder,
             args.prompts,
-            steps,
+            args.steps,
             lambda spoken: bar.count(next(done), 2 * args.prompts, "", "video"),
         )
-    print(f"{args.prompts} videos of one face and as many of two, {steps} steps, without guidance")
+    print(f"{args.prompts} videos of one face and as many of two, {args.steps} steps, without guidance")
     print(f"mouth with its sound         {scores.correlation:6.3f}, at least {min(scores.correlations):.3f}")
     print(f"sounds shuffled (control)    {scores.shuffled:6.3f}")
     rows = {"face kept": scores.kept, "face as in the prompt": scores.named, "right mouth of two": scores.pairs}
     for name, (right, total) in rows.items():
         print(f"{name:22} {right:4d} of {total:4d}  {right / total:6.1%}")
     if args.output is not None:
-        inputs = {"world": "avatar", "model": str(folder or ""), "prompts": args.prompts, "steps": steps}
+        inputs = {"world": "avatar", "model": str(folder or ""), "prompts": args.prompts, "steps": args.steps}
         ResultsFile("avatar", args.output.parent, device, inputs, name=args.output.stem).add(asdict(scores))
     return 0
 

@@ -50,8 +50,9 @@ class AvatarRequest:
     bottom, right) in shares of the image, or a mask [h, w] of its pixels; further ones are of people who stay silent.
     (): the two halves of the image, left before right. segments: how many to make, if not as many as the sound needs.
     audio_guidance: from silence to the sound; 1: none. overlap: frames, 4k+1, that a segment shares with the previous
-    one. schedule: of the segments after the first; None: enhance_hf, or distilled if the first segment is. reference,
-    skip: of the reference frame in later segments; see `Reference`. model, lossy: see `LongVideoRequest`.
+    one. schedule: of the segments after the first; None: the model's for continuing clips, or distilled if the first
+    segment is. reference, skip: of the reference frame in later segments; see `Reference`. model, lossy: see
+    `LongVideoRequest`.
 
     `filled` makes everything that is None or derived: audio is what the model hears, classes [S, K] says which tokens
     belong to whom.
@@ -92,7 +93,7 @@ class AvatarRequest:
             raise LongCatError(f"the skip range cannot be {self.skip}; give 0 or more")
         check_json("the description of the model", self.model)
         check_json("the lossy settings", self.lossy)
-        first = self._first(audio).filled(defaults)
+        first = self._first(audio, defaults.avatar_guidance).filled(defaults)
         if first.frames <= self.overlap:
             raise LongCatError(
                 f"segments of {first.frames} frames that share {self.overlap} leave nothing new; ask for at least "
@@ -106,8 +107,9 @@ class AvatarRequest:
             if self.segments > needed:
                 raise LongCatError(f"the sound fills {needed} segments, not {self.segments}; ask for at most {needed}")
         distilled = first.schedule == "distilled"
-        schedule = self.schedule or ("distilled" if distilled else "enhance_hf")
-        guidance = (1.0 if distilled else 4.0) if self.audio_guidance is None else self.audio_guidance
+        schedule = self.schedule or ("distilled" if distilled else defaults.clip_schedule)
+        usual = 1.0 if distilled else defaults.avatar_guidance
+        guidance = usual if self.audio_guidance is None else self.audio_guidance
         check_number("audio guidance", guidance, 0.0, MAX_GUIDANCE)
         request = replace(
             self,
@@ -123,17 +125,20 @@ class AvatarRequest:
         request.classes()
         return request
 
-    def _first(self, audio: AudioConfig) -> GenerateRequest:
-        """The first segment with what an avatar has otherwise than LongCat-Video."""
+    def _first(self, audio: AudioConfig, guidance: float) -> GenerateRequest:
+        """The first segment with what an avatar has otherwise than LongCat-Video. guidance: where not distilled."""
         first, newer = self.first, is_newer(audio)
         if first.video is not None:
             raise LongCatError("an avatar starts from one image, not from a clip; give an image or only a prompt")
-        steps = DMD_STEPS if newer and first.schedule == "distilled" else None
+        distilled = first.schedule == "distilled"
+        steps = DMD_STEPS if newer and distilled else None
+        scale = 1.0 if distilled else guidance
         return replace(
             first,
             prompt=self.prompts[0] if self.prompts else first.prompt,
             negative_prompt=AVATAR_NEGATIVE_PROMPT if first.negative_prompt is None else first.negative_prompt,
             steps=steps if first.steps is None else first.steps,
+            guidance_scale=scale if first.guidance_scale is None else first.guidance_scale,
             fps=float(FPS["1.5" if newer else "1.0"]),
         )
 

@@ -312,11 +312,11 @@ OPTIONS: tuple[Option, ...] = (
                commands=_SAMPLED,
                shown="4; distilled 1", common=True, schedules=dict.fromkeys(("distilled", "refine"), (1.0, 1.0)),
                **_guidance),
-        Option("guidance", "number", "scale of the guidance by the text", filled=True, shown="4; distilled 1",
+        Option("guidance", "number", "scale of the guidance by the text", filled=True, shown="4; distilled 1", nano=1.0,
                commands=_AVATAR, **_guidance),
         Option("audio_guidance", "number", "scale of the guidance by the sound; 3 to 5 is good for lips. With 1 for "
                "this and --guidance a step takes a third of the time", filled=True, shown="4; distilled 1",
-               commands=_AVATAR, **_guidance),
+               nano=1.0, commands=_AVATAR, **_guidance),
         Option("steps", "whole", "number of denoising steps", commands=_SCORE, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off", commands=_SCORE, **_guidance),
         Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
@@ -353,7 +353,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("model", "text", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form",
                metavar="PATH", commands=(*_VIDEOS, "refine", "train-lora", *_SCORE), shown="LongCat-nano"),
         Option("model", "text", "folder of LongCat-Video-Avatar 1.5 or 1.0, or a checkpoint of its transformer of any "
-               "published form", metavar="PATH", commands=_AVATAR, required=True),
+               "published form", metavar="PATH", commands=_AVATAR, shown="the nano avatar"),
         Option("base", "text", "LongCat-Video's folder, for VAE and text encoder", metavar="PATH", commands=_AVATAR,
                shown="LongCat-Video beside the model's folder"),
         Option("audio_encoder", "text", "folder or file of the audio encoder: whisper-large-v3 (1.5) or "
@@ -462,8 +462,8 @@ OPTIONS: tuple[Option, ...] = (
                commands=("plan",)),
         Option("prompts", "whole", "number of prompts", 64, least=2, metavar="N", commands=_SCORE),
         Option("lesson", "switch", "use prompts of the lesson that lesson-nano writes", commands=_SCORE),
-        Option("avatar", "switch", "score an avatar that train-nano --size avatar wrote: mouths against sounds; takes "
-               "--model, --prompts, --steps, --device and -o", commands=_SCORE),
+        Option("avatar", "switch", "score an avatar, the bundled one or what train-nano --size avatar wrote: mouths "
+               "against sounds; takes --model, --prompts, --steps, --device and -o", commands=_SCORE),
         Option("clips", "whole", "number of clips to write", 96, least=1, metavar="N", commands=("lesson-nano",)),
     ),
 )  # fmt: skip

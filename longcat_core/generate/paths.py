@@ -18,6 +18,10 @@ NANO_WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
 NANO_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_bf16.safetensors"
 NANO_VAE = NANO_WEIGHTS / "vae" / "longcat_nano_vae_bf16.safetensors"
 NANO_TEXT_ENCODER = NANO_WEIGHTS / "text_encoders" / "longcat_nano_umt5_bf16.safetensors"
+# Of the nano avatar, whose text encoder is nano's.
+NANO_AVATAR_MODEL = NANO_WEIGHTS / "diffusion_models" / "longcat_nano_avatar_bf16.safetensors"
+NANO_AVATAR_VAE = NANO_WEIGHTS / "vae" / "longcat_nano_avatar_vae_bf16.safetensors"
+NANO_AUDIO_ENCODER = NANO_WEIGHTS / "audio_encoders" / "longcat_nano_whisper_bf16.safetensors"
 
 WORLD_FILE = "world.json"
 # LongCat-Video's folder, which a folder of LongCat-Video-Avatar needs beside it.
@@ -80,7 +84,7 @@ class ModelPaths:
     @classmethod
     def of_avatar(
         cls,
-        model: str | Path,
+        model: str | Path | None = None,
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
         audio_encoder: str | Path | None = None,
@@ -89,15 +93,19 @@ class ModelPaths:
     ) -> ModelPaths:
         """Fill in what is not named, for LongCat-Video-Avatar.
 
-        model: its folder, or the file or folder of its transformer. The audio encoder is found in that folder, VAE and
-        text encoder too, or in `base`, LongCat-Video's folder, by default the folder of that name beside it. people:
-        how many are in the video; 1.0 has a transformer for one and one for several. Raises CheckpointError for a part
-        that is neither named nor found.
+        model: its folder, or the file or folder of its transformer; None: the nano avatar. The audio encoder is found
+        in that folder, VAE and text encoder too, or in `base`, LongCat-Video's folder, by default the folder of that
+        name beside it. people: how many are in the video; 1.0 has a transformer for one and one for several. Raises
+        CheckpointError for a part that is neither named nor found, and for parts without a model.
         """
         named = {"model": model, "VAE": vae, "text encoder": text_encoder, "audio encoder": audio_encoder, "base": base}
         for name, given in named.items():
             if given is not None:
                 check_path(f"the path of the {name}", given)
+        if model is None:
+            if others := [name for name, given in named.items() if given is not None]:
+                raise CheckpointError(f"the {others[0]} is given without a model; give --model too, or omit both")
+            return cls(NANO_AVATAR_MODEL, NANO_AVATAR_VAE, NANO_TEXT_ENCODER, NANO_AUDIO_ENCODER)
         root = Path(model)
         transformer = _transformer(root, people)
         places = [root, root.absolute().parent / BASE] if base is None else [Path(base)]
@@ -151,13 +159,15 @@ class ModelPaths:
 
     @property
     def is_nano(self) -> bool:
-        return self.model.resolve() == NANO_MODEL.resolve()
+        """Whether the model comes with the pack: nano or the nano avatar."""
+        return self.model.resolve() in (NANO_MODEL.resolve(), NANO_AVATAR_MODEL.resolve())
 
     @property
     def world(self) -> World | None:
         """The procedural world that the model knows: nano's, or what its folder says in WORLD_FILE; None for others."""
         if self.is_nano:
-            return World("nano", NANO.height, NANO.width, NANO.frames)
+            name = "nano" if self.model.resolve() == NANO_MODEL.resolve() else "avatar"
+            return World(name, NANO.height, NANO.width, NANO.frames)
         file = self.model / WORLD_FILE
         if not file.is_file():
             return None

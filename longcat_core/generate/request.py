@@ -47,7 +47,7 @@ class Defaults:
 
     height, width: pixels. bucketed: the size follows the shape of a given picture. clip_schedule: for continuing clips.
     speed: of requests that name none. loaded: what decides which options of a speed can run; None: all can. audio: what
-    an avatar's network hears.
+    an avatar's network hears. avatar_guidance: its scale by text and by sound where it is not distilled.
     """
 
     height: int
@@ -58,10 +58,11 @@ class Defaults:
     speed: Speed = EXACT
     loaded: Loaded | None = None
     audio: AudioConfig | None = None
+    avatar_guidance: float = 4.0
 
 
 RELEASED = Defaults(480, 832, 93, bucketed=True, clip_schedule="enhance_hf")
-NANO = Defaults(64, 96, 33, bucketed=False, clip_schedule="base")
+NANO = Defaults(64, 96, 33, bucketed=False, clip_schedule="base", avatar_guidance=1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ ONE, TWO, IMAGE = ["--audio", "one.mkv"], ["--audio", "one.mkv", "--audio", "two
 # What requests refuse is tested in tests/generate; here are the rules of the command, and a row for each of the others.
 BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no sound": ([PROMPT, *MODEL], ("--audio",)),
-    "no model": ([PROMPT, *ONE], ("--model",)),
+    "no model": ([PROMPT, *ONE, "--base", "base"], ("the base is given without a model; give --model too",)),
     "no file of sound": ([PROMPT, *MODEL, "--audio", "none.wav"], ("none.wav",)),
     "file without sound": ([PROMPT, *MODEL, "--audio", "face.png"], ("face.png",)),
     "silence": ([PROMPT, *MODEL, "--audio", "silent.mkv"], ("the sound is silent",)),

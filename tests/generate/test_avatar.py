@@ -49,7 +49,9 @@ def pipeline(version: str, lora: bool = False) -> Pipeline:
     model = golden.load("dit.safetensors")
     if lora:
         merge_lora(model, golden.folder / "lora.safetensors")
-    return Pipeline(model, golden.vae, Text(golden), replace(NANO, audio=golden.config.audio))
+    return Pipeline(
+        model, golden.vae, Text(golden), replace(NANO, audio=golden.config.audio, clip_schedule=RELEASED.clip_schedule)
+    )
 
 
 def sounds(version: str, count: int) -> list[Sound]:

@@ -17,7 +17,7 @@ from ...generate.audio import AudioEncoder, combine, load_audio_encoder
 from ...generate.audio.speech import RATE, leveled
 from ...generate.avatar import AvatarRequest, make_segment
 from ...generate.engine import Engine
-from ...generate.paths import NANO_TEXT_ENCODER, NANO_WEIGHTS
+from ...generate.paths import NANO_AUDIO_ENCODER, NANO_AVATAR_MODEL, NANO_AVATAR_VAE, NANO_TEXT_ENCODER
 from ...generate.pipeline import Pipeline
 from ...generate.request import NANO, Defaults, GenerateRequest
 from ...generate.segments import Segment
@@ -30,13 +30,7 @@ from .sounds import FPS, opening, voice
 from .world import FRAMES, Scene, caption, place, render, sample_scene
 
 # Transformer, VAE, text encoder and audio encoder that come with the pack.
-BUNDLED = (
-    NANO_WEIGHTS / "diffusion_models" / "longcat_nano_avatar_bf16.safetensors",
-    NANO_WEIGHTS / "vae" / "longcat_nano_avatar_vae_bf16.safetensors",
-    NANO_TEXT_ENCODER,
-    NANO_WEIGHTS / "audio_encoders" / "longcat_nano_whisper_bf16.safetensors",
-)
-AVATAR_STEPS = 16
+BUNDLED = NANO_AVATAR_MODEL, NANO_AVATAR_VAE, NANO_TEXT_ENCODER, NANO_AUDIO_ENCODER
 OVERLAP = 13
 SEGMENTS, PAIR_SEGMENTS = 5, 2
 # Seeds of voices that training does not draw.
