@@ -37,8 +37,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class SequenceSharing:
     """The sharing of one pass between the ranks of a process group; see `optimize.sharing.Sharing`."""
 
-    def __init__(self, group: dist.ProcessGroup, exchange: Exchange = "exact", chunks: int = CHUNKS) -> None:
-        self.group, self.codec, self.chunks = group, CODECS[exchange], chunks
+    def __init__(self, group: dist.ProcessGroup, exchange: Exchange = "exact") -> None:
+        self.group, self.codec, self.chunks = group, CODECS[exchange], CHUNKS
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def layout(self, inner: FrameLayout, grid: tuple[int, int, int]) -> ShareLayout:
