@@ -35,7 +35,7 @@ LORA_MODES = ("merged", "runtime")
 LOSSY_CHANGES = ("new take", "go on")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("off", "blocks")
-EXCHANGES = ("exact", "fp8")
+EXCHANGES = ("exact", "int8")
 # Those of `optimize.sparse.settings`, which imports PyTorch's package.
 SPARSE_KERNELS = ("auto", "fa4", "cudnn", "cudnn-fp8", "sol", "triton", "plain")
 CHECKPOINT_FORMS = ("bf16", "comfyui-fp8", "int8")
@@ -383,7 +383,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("gpus", "text", "number of GPUs of this machine that share the work on one video, or auto for all that "
                "are alike; torchrun starts them on several machines", filled=True, shown="1; with torchrun its number",
                metavar="N", commands=_SEVERAL, common=True),
-        Option("exchange", "choice", "how GPUs that share the tokens of a video send them to each other; fp8 takes "
+        Option("exchange", "choice", "how GPUs that share the tokens of a video send them to each other; int8 takes "
                "half of the bytes and is lossy", EXCHANGES[0], choices=EXCHANGES, needs=("gpus",),
                commands=_SEVERAL),
         Option("attention", "text", "attention backend; longcat backends lists them", "auto", metavar="NAME",

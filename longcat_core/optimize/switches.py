@@ -9,7 +9,7 @@ from ..errors import check_choice, check_type, plain_fields
 from ..model.text import TextMode
 
 CompileMode = Literal["off", "blocks"]
-Exchange = Literal["exact", "fp8"]
+Exchange = Literal["exact", "int8"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Optimizations:
         rounding.
     exchange
         How GPUs that share the tokens of a video send queries, keys, values and attention's output to each other.
-        `fp8`: as e4m3 with a scale for each token and head, half of the bytes. Lossy, and checked like a lossy
+        `int8`: with a scale for each token and head, in half of the bytes. Lossy, and checked like a lossy
         attention backend; without effect on one GPU.
     """
 

@@ -29,7 +29,7 @@ class Exact:
 
 
 class RowScales:
-    """As e4m3 with a scale for each token and head. Lossy."""
+    """As int8 with a scale for each token and head. Lossy."""
 
     def encode(self, x: Tensor) -> Tensor:
         return pack(x).words
@@ -38,4 +38,4 @@ class RowScales:
         return unpack(Packed(sent, *shape), dtype)
 
 
-CODECS: Mapping[Exchange, Codec] = {"exact": Exact(), "fp8": RowScales()}
+CODECS: Mapping[Exchange, Codec] = {"exact": Exact(), "int8": RowScales()}

@@ -221,7 +221,7 @@ def test_several_gpus_beside_one(everything):
         one, two = rows[f"{case}, exact, 1 GPU"], rows[f"{case}, exact, 2 GPUs"]
         assert one["status"] == two["status"] == "ok" and two["ratio"] == pytest.approx(one["ms"] / two["ms"])
         assert case == "decoding" or (one["outside_ms"] > 0 and two["all_to_all_gbs"] > 0)
-    assert rows["without guidance, exact, fp8 exchange, 2 GPUs"]["ratio"] > 0
+    assert rows["without guidance, exact, int8 exchange, 2 GPUs"]["ratio"] > 0
     content = results.read(everything / "gpus.json")
     # Half of the guidance on half of the GPUs.
     two = rows["without guidance, exact, 2 GPUs"]["ms"]

@@ -109,7 +109,7 @@ def test_words_of_lossy_settings():
         "block-sparse": "sparsity 0.9375, chunk 4x4x4",
     }
     assert lossy_settings(switches=Optimizations(fp8=False), eight_bit=True) == {}
-    assert lossy_settings(switches=Optimizations(exchange="fp8")) == {"exchange": "fp8"}
+    assert lossy_settings(switches=Optimizations(exchange="int8")) == {"exchange": "int8"}
     assert lossy_settings(guidance_until=0.6) == {"guidance until": "0.6"}
     assert lossy_settings(guidance_until=1.0) == {}
 

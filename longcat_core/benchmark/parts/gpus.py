@@ -70,7 +70,7 @@ def run(bench: Bench) -> None:
                     row = _add(bench, path, case, count, group)
                     _compare(first.setdefault(case.name, row), row)
                     if case.name == SINGLE and group is not None:
-                        _compare(first[SINGLE], _add(bench, path, case, count, group, "fp8"))
+                        _compare(first[SINGLE], _add(bench, path, case, count, group, "int8"))
                 if path == EXACT:
                     row = bench.add(_head(DECODED, path, count), _decoding, bench, group)
                     _compare(first.setdefault(DECODED, row), row)

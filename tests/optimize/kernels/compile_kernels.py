@@ -106,7 +106,7 @@ def main() -> None:
         build(fp8_attention._fp8_attention_pack, (9, 0), packed, tiles, CENTERED=centered, ROWS=rows, DIM=128)
     back = {"x": "*fp8e4nv", "scale": "*fp32", "out": half}
     build(fp8_attention._fp8_attention_unpack, (9, 0), back, tiles, SIZE=fp8_attention.SIZE)
-    types = {"x": half, "scales": "*fp32", "values": "*fp8e4nv", "out": half}
+    types = {"x": half, "scales": "*fp32", "values": "*i8", "out": half}
     for kernel in (row_scales._pack_rows, row_scales._unpack_rows):
         build(kernel, (8, 9), types, tiles, ROWS=row_scales.ROWS, DIM=128)
     tensors = ("q", "means_k", "means_v", "rest_k", "rest_v", "exact", "out")
