@@ -44,6 +44,10 @@ NODES: dict[str, tuple[str, str]] = {
         "LongCat 示例片段",
         "即时绘制一段短片及其首帧，无需自备文件即可试用 LongCat-nano。",
     ),
+    "LongCatSampleSpeech": (
+        "LongCat 示例语音",
+        "即时生成一张有一张或两张脸的图像和类似语音的声音，无需自备文件即可试用 nano 数字人。",
+    ),
     "LongCatVAEDecode": (
         "LongCat VAE 解码",
         "用本插件自己的解码器和 VAE 的权重，每次解码视频 Latent 的若干帧，同时编码其 VIDEO 的文件。"
@@ -217,7 +221,7 @@ INPUTS: dict[str, tuple[str, str]] = {
         "模型名称",
         "ComfyUI 的 diffusion_models 目录中的 LongCat-Video Transformer："
         "单个 safetensors 或 GGUF 文件，或官方的 dit 文件夹。"
-        "longcat_nano 是随节点包附带的小型测试模型。",
+        "longcat_nano 和 longcat_nano_avatar 是随节点包附带的小型测试模型。",
     ),
     "negative": ("负面条件", "负面提示词：视频中要避免的内容；引导强度为 1 时不使用。"),
     "negative_prompt": ("负面提示词", "视频中要避免的内容；引导强度为 1 时不起作用。"),
@@ -295,6 +299,7 @@ _EACH_TEXT = "；不连接时使用典型长度的随机文本。"
 
 # Node and input -> name and text where they differ from those in INPUTS.
 INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
+    ("LongCatSampleSpeech", "scene"): ("场景", "图像中有谁，用 nano 数字人提示词的写法描述。"),
     ("LongCatScheduler", "model"): (
         "模型",
         "LongCat-Video 模型；shift 始终为 12，数字人 1.5 为 7，即使使用了“采样算法（SD3）”。",
@@ -411,6 +416,11 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("帧", "全部 33 帧，96x64，用于 LongCat 视频续写和 LongCat 视频精修。"),
         ("帧率", "片段的每秒帧数，即 15。"),
         ("视频", "以 VIDEO 形式输出的片段。"),
+    ),
+    "LongCatSampleSpeech": (
+        ("图像", "闭着嘴的脸，96x64，用于 LongCat 数字人和 LongCat 数字人长视频。"),
+        ("音频", "第一个人说的话，2.9 秒。"),
+        ("音频 2", "第二个人说的话，2.9 秒。"),
     ),
     "LongCatImageToVideo": (("Latent", "带有保留首帧的 noise_mask。"),),
     "LongCatVideoContinuation": (("Latent", "带有保留片段帧的 noise_mask。"),),

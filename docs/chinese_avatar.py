@@ -31,7 +31,8 @@ NODES: dict[str, tuple[str, str]] = {
 INPUTS: dict[str, tuple[str, str]] = {
     "audio_encoder_name": (
         "音频编码器名称",
-        "ComfyUI 的 audio_encoders 目录中的文件：数字人 1.5 用 Whisper-large-v3，1.0 用 chinese-wav2vec2-base。",
+        "ComfyUI 的 audio_encoders 目录中的文件：数字人 1.5 用 Whisper-large-v3，"
+        "1.0 用 chinese-wav2vec2-base，nano 数字人用 longcat_nano_whisper。",
     ),
     "audio_encoder": (
         "音频编码器",

@@ -76,7 +76,7 @@ AVATAR_NODES: dict[str, Node] = {
         "LongCat Audio Encoder Loader",
         "Loads the audio encoder of LongCat-Video-Avatar, in any form of file.",
         (own("audio_encoder_name", "choice", "file in ComfyUI's audio_encoders folders: Whisper-large-v3 for avatars "
-             "1.5, chinese-wav2vec2-base for 1.0"),),
+             "1.5, chinese-wav2vec2-base for 1.0, longcat_nano_whisper for the nano avatar"),),
         (Socket("", "AudioEncoder", "for LongCat Encode Audio"),),
     ),
     "LongCatEncodeAudio": Node(

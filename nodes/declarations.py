@@ -32,6 +32,7 @@ from .widgets import (
     REFINED_SIZES,
     SAMPLES,
     SEED,
+    SPEAKING,
     SPEED,
     STEPS,
     VAE,
@@ -49,8 +50,8 @@ NODES: dict[str, Node] = {
         "Loads LongCat-Video as a native MODEL, from one file or from the official folder of shards.",
         (
             own("model_name", "choice", "LongCat-Video's transformer in ComfyUI's diffusion_models folders: one "
-                 "safetensors or GGUF file, or the official dit folder. longcat_nano is the small test model that "
-                 "comes with the pack"),
+                 "safetensors or GGUF file, or the official dit folder. longcat_nano and longcat_nano_avatar "
+                 "are the small test models that come with the pack"),
             own("weight_dtype", "choice", "dtype of the weights. default: what suits the file and this machine. fp8 "
                  "rowwise: 8-bit weights and matrix products, half the memory of bf16 and faster on Ada, Hopper and "
                  "Blackwell, lossy. fp8_e4m3fn: half the memory, 16-bit products, lossy. fp32: for comparison",
@@ -134,6 +135,19 @@ NODES: dict[str, Node] = {
             Socket("frames", "Image", "all 33 frames, 96x64, for LongCat Video Continuation and LongCat Refine"),
             Socket("fps", "Float", "frames a second of the clip, 15"),
             Socket("video", "Video", "the clip as a VIDEO"),
+        ),
+    ),
+    "LongCatSampleSpeech": Node(
+        "LongCat Sample Speech",
+        "Gives a picture of one or two faces and sounds like speech, made on the spot, to try the nano avatar without "
+        "files of your own.",
+        (own("scene", "choice", "who is in the picture, in the words of a prompt for the nano avatar",
+             next(iter(SPEAKING)), choices=tuple(SPEAKING)),),
+        (
+            Socket("image", "Image", "the faces with closed mouths, 96x64, for LongCat Avatar and LongCat Avatar Long "
+                   "Video"),
+            Socket("audio", "Audio", "what the first person says, 2.9 seconds"),
+            Socket("audio_2", "Audio", "what the second person says, 2.9 seconds"),
         ),
     ),
     "LongCatVAEDecode": Node(

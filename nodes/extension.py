@@ -19,7 +19,7 @@ FAMILIES = {
     "optimizations": ("LongCatOptimizations",),
     "sampling": ("LongCatSampler", "LongCatScheduler", "LongCatGuider"),
     "empty_latent": ("LongCatEmptyLatent",),
-    "sample": ("LongCatSampleClip",),
+    "sample": ("LongCatSampleClip", "LongCatSampleSpeech"),
     "vae_decode": ("LongCatVAEDecode",),
     "conditioning": ("LongCatImageToVideo", "LongCatVideoContinuation"),
     "refine": ("LongCatRefine",),
@@ -43,7 +43,7 @@ class LongCatExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Not in on_load, which ComfyUI 0.8 never calls.
-        for kind in ("diffusion_models", "vae", "text_encoders"):
+        for kind in ("diffusion_models", "vae", "text_encoders", "audio_encoders"):
             folder_paths.add_model_folder_path(kind, str(NANO_WEIGHTS / kind))
         registration.register()
         former.renew_prompts(former.RENAMED)

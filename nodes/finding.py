@@ -46,6 +46,9 @@ PLACES: dict[str, Place] = {
         GENERATION,
     ),
     "LongCatSampleClip": Place(LATENTS, (*_NANO, "example image", "example clip", "test image", "test clip", "demo")),
+    "LongCatSampleSpeech": Place(
+        LATENTS, (*_NANO, "example audio", "example speech", "test audio", "test speech", "example face", "demo")
+    ),
     "LongCatVAEDecode": Place(
         LATENTS, (*_MAKER, *_NANO, "vae decode", "decode latent", "latent to video", "stream", "low vram"), TOOLS
     ),

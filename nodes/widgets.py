@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 
 from ..longcat_core.generate.options import FRAME_MULTIPLE, SCHEDULES, option
 from ..longcat_core.generate.speeds import prices_in_words
+from ..longcat_core.nano.avatar import world
 from ..longcat_core.nano.world import Actor, Scene, caption
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.buckets import BUCKETS
@@ -26,6 +27,17 @@ SAMPLES = {
         Scene("gray", (Actor("circle", "red", "right"),)),
         Scene("black", (Actor("square", "yellow", "up"),)),
         Scene("blue", (Actor("triangle", "white", "left"), Actor("cross", "orange", "down"))),
+    )
+}
+
+# What LongCat Sample Speech shows, likewise.
+SPEAKING = {
+    world.caption(scene): scene
+    for scene in (
+        world.Scene("blue", (world.Face("circle", "red"),)),
+        world.Scene("black", (world.Face("square", "orange"),)),
+        world.Scene("gray", (world.Face("circle", "red"), world.Face("square", "green"))),
+        world.Scene("white", (world.Face("square", "cyan"), world.Face("circle", "yellow", talks=False))),
     )
 }
 

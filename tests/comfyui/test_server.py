@@ -39,6 +39,7 @@ NODES = {
     "LongCatCalibrate",
     "LongCatEmptyLatent",
     "LongCatSampleClip",
+    "LongCatSampleSpeech",
     "LongCatVAEDecode",
     "LongCatAudioEncoderLoader",
     "LongCatEncodeAudio",

@@ -278,3 +278,35 @@ def test_refusals_of_long_videos(comfy, run, model, picture):
         with pytest.raises(error, match=match):
             run(**{"folder": "refused"} | values)
     assert not (comfy.folder / "output" / "refused").exists()
+
+
+def test_the_bundled_avatar_says_the_sample_speech(comfy, clip):
+    """From the three loaders to the frames, each of two mouths with its own voice."""
+    scene = "a red circle face talks and a green square face talks on a gray background"
+    model = comfy("LongCatModelLoader", model_name="longcat_nano_avatar_bf16.safetensors", weight_dtype="fp32")
+    vae = comfy("VAELoader", vae_name="longcat_nano_avatar_vae_bf16.safetensors")
+    encoder = comfy("LongCatAudioEncoderLoader", audio_encoder_name="longcat_nano_whisper_bf16.safetensors")
+    image, audio, audio_2 = comfy("LongCatSampleSpeech", scene=scene)
+    assert image.shape == (1, 64, 96, 3) and audio["waveform"].shape == (1, 1, 46720)
+    voices, segments, _ = comfy(
+        "LongCatEncodeAudio", audio_encoder=encoder, audio=audio, audio_2=audio_2, length=33, overlap=13
+    )
+    assert segments == 3
+    text = comfy("CLIPTextEncode", clip=clip, text=scene)
+    size = SIZE | {"length": 33, "overlap": 13}
+    positive, negative, latent, *_ = comfy(
+        "LongCatAvatar", positive=text, negative=text, vae=vae, voices=voices, image=image, audio_guidance=1.0, **size
+    )
+    conds = {"positive": positive, "negative": negative}
+    settings = {"seed": 1, "steps": 12, "guidance": 1.0, "mode": "base"}
+    sampled = comfy("LongCatSampler", model=model, latent_image=latent, **conds, **settings)
+    frames = comfy("LongCatVAEDecode", samples=sampled, vae=vae)[0]
+    scorer, measure = comfy.core("nano.avatar.scorer"), comfy.core("nano.avatar.measure")
+    sounds, speech = comfy.core("nano.avatar.sounds"), comfy.core("generate.audio.speech")
+    background, faces = scorer.look((frames * 255).round().to(torch.uint8).numpy(), 2)
+    assert background == "gray" and [(face.head, face.color) for face in faces] == [
+        ("circle", "red"),
+        ("square", "green"),
+    ]
+    waves = [speech.leveled(sound["waveform"][0, 0].double()) for sound in (audio, audio_2)]
+    assert measure.pair_is_right(faces, [sounds.opening(wave, 33).numpy() for wave in waves])

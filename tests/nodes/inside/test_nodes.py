@@ -22,6 +22,7 @@ IDS = (
     "LongCatGuider",
     "LongCatEmptyLatent",
     "LongCatSampleClip",
+    "LongCatSampleSpeech",
     "LongCatVAEDecode",
     "LongCatImageToVideo",
     "LongCatVideoContinuation",
