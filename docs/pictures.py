@@ -1,4 +1,5 @@
-"""Draws icon.png and banner.png, by which the registry shows the pack: a long cat whose body is a strip of film.
+"""Draws icon.png and banner.png, by which the registry shows the pack: a long cat whose body is a strip of film; and
+avatar.png, frames of a video that the nano avatar makes, with the loudness of what is said.
 
 python docs/pictures.py        # from the pack's folder; the film is the video of demo.png
 """
@@ -7,7 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from longcat_core.nano.avatar.measure import load_avatar, request_of, speak
+from longcat_core.nano.avatar.world import FACE_COLORS, HEIGHT, WIDTH, Face, Scene
 
 DOCS = Path(__file__).parent
 # Drawn at this multiple of their size and reduced, which antialiases edges.
@@ -103,6 +108,28 @@ def banner(width: int = 1260, height: int = 540) -> Image.Image:
     return sheet.reduce(FINE)
 
 
+def avatar(count: int = 8, scale: int = 2, height: int = 72) -> Image.Image:
+    """`count` frames of two faces who talk at once, each above its time in the loudness of both voices, which has the
+    colors of the faces."""
+    scene = Scene("gray", (Face("circle", "red"), Face("square", "green")))
+    engine, encoder = load_avatar(None, torch.device("cpu"))
+    spoken = speak(engine, encoder, engine.defaults, request_of(scene, 0, 2, 50, True), scene, lambda step: None)
+    wide, high, total = WIDTH * scale, HEIGHT * scale, len(spoken.frames)
+    sheet = Image.new("RGB", (count * wide, high + 2 * height), NIGHT)
+    pen = ImageDraw.Draw(sheet)
+    for row, (face, loudness) in enumerate(zip(scene.faces, spoken.loudness, strict=True), 1):
+        floor = high + row * height - 6
+        curve = [(count * wide * (i + 0.5) / total, floor - (height - 12) * level) for i, level in enumerate(loudness)]
+        pen.polygon([(0, floor), *curve, (count * wide, floor)], FACE_COLORS[face.color])
+    for place in range(count):
+        number = int((place + 0.5) * total / count)
+        cell = Image.fromarray(spoken.frames[number]).resize((wide, high), Image.Resampling.BICUBIC)
+        sheet.paste(cell, (place * wide, 0))
+        at = count * wide * (number + 0.5) / total
+        pen.line([(at, high), (at, high + 2 * height)], PALE)
+    return sheet
+
+
 if __name__ == "__main__":
-    for name, picture in (("icon", icon()), ("banner", banner())):
+    for name, picture in (("icon", icon()), ("banner", banner()), ("avatar", avatar())):
         picture.quantize(128).save(DOCS / f"{name}.png", optimize=True)

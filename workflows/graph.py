@@ -43,7 +43,7 @@ class Column:
 @dataclass
 class Graph:
     """name: file name and title in the template browser. heading, note: title and Markdown of the note above the nodes.
-    label, shown: of its picture, the latter prompts of the bundled model, one for each segment.
+    label, shown: of its picture, the latter prompts of a bundled model, one for each segment.
     """
 
     name: str

@@ -5,20 +5,58 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from longcat_core.nano.avatar.world import Face, Scene, caption
+from longcat_core.sampling.guidance import AVATAR_NEGATIVE_PROMPT
+
 from .graph import FIXED, Graph
-from .parts import decoded, latent, loaders, long_video, prompts, refine_long, report, sampler, saved
+from .parts import (
+    avatar_long,
+    decoded,
+    latent,
+    loaders,
+    long_video,
+    prompts,
+    refine_long,
+    report,
+    sampler,
+    saved,
+    speech,
+    with_sound,
+)
 
 NANO = {
     "model": "longcat_nano_bf16.safetensors",
     "text": "longcat_nano_umt5_bf16.safetensors",
     "vae": "longcat_nano_vae_bf16.safetensors",
 }
+SPEAKING = {
+    "model": "longcat_nano_avatar_bf16.safetensors",
+    "text": NANO["text"],
+    "vae": "longcat_nano_avatar_vae_bf16.safetensors",
+    "ear": "longcat_nano_whisper_bf16.safetensors",
+}
 SIZE = {"width": 96, "height": 64}
 LONG = {**SIZE, "length": 33, "mode": "base", "steps": 30, "seed": 1}
+SEGMENT = {"resolution": "custom", **SIZE, "length": 33}
+# As it was trained; the scales of guidance that suit the real avatar bend the outline of heads.
+SPOKEN = {"mode": "base", "steps": 16, "guidance": 1, "seed": 1}
+# The sound and the picture of avatars.
+SAMPLE = ("sample.audio", "sample.image")
+TALKING = {
+    caption(scene): scene
+    for scene in (
+        Scene("blue", (Face("circle", "red"),)),
+        Scene("black", (Face("square", "orange"),)),
+        Scene("gray", (Face("circle", "red"), Face("square", "green"))),
+    )
+}
+FACE, SQUARE, FACES = TALKING
 RUN = "**Press Run.** The bundled test model makes this on any computer in about a minute: no download, no GPU."
 WORLD = """It knows circles, squares, triangles and crosses that move over plain backgrounds: left, right, up, down,
 in a circle, pulsing, or staying still. Try *a green square moves up and a yellow triangle moves left on a black
 background*."""
+FACES_WORLD = """It knows circle and square faces over plain backgrounds, whose mouths open as far as the sound is loud.
+Try *a green square face talks on a white background*."""
 RESUMES = """Finished segments are kept in ComfyUI's output folder, under **folder**; an interrupted run goes on where
 it stopped."""
 SCENES = (
@@ -208,6 +246,69 @@ def benchmark() -> Graph:
     return graph
 
 
+def sample_speech(graph: Graph, scene: str) -> None:
+    graph.add("sample", "LongCatSampleSpeech", "Who speaks, and what", tall=230, bottom=True, scene=scene)
+
+
+def avatar() -> Graph:
+    text = """One segment of a face that says the sound of **LongCat Sample Speech**, which comes with the pack: 33
+    frames at 25 a second. Put *Load Audio* in its place for a sound of your own; *avatar, long video* makes all of
+    it."""
+    graph = nano(10, "avatar from text", "avatar from text", (FACE,), text, FACES_WORLD)
+    loaders(graph, SPEAKING, width=250)
+    sample_speech(graph, FACE)
+    prompts(graph, FACE, width=290, negative=AVATAR_NEGATIVE_PROMPT)
+    graph.add("voices", "LongCatEncodeAudio", bottom=True, length=SEGMENT["length"])
+    graph.column(260)
+    speech(graph, sound=SAMPLE[0], **SEGMENT, audio_guidance=1)
+    return with_sound(graph, "model.MODEL", "longcat_nano_avatar", **SPOKEN)
+
+
+def avatar_from_image() -> Graph:
+    text = """The face of the picture says the sound, both of **LongCat Sample Speech**, which comes with the pack. Put
+    *Load Image* and *Load Audio* in its place for your own."""
+    graph = nano(11, "avatar from an image", "avatar from an image", (SQUARE,), text, FACES_WORLD)
+    loaders(graph, SPEAKING, width=250)
+    sample_speech(graph, SQUARE)
+    graph.column(290, "2  What to make")
+    graph.add("positive", "CLIPTextEncode", "Prompt (guidance 1 needs no negative)", tall=110, text=SQUARE)
+    graph.link("text.CLIP positive.clip")
+    graph.add("voices", "LongCatEncodeAudio", bottom=True, length=SEGMENT["length"])
+    graph.column(260)
+    speech(graph, negative="positive", sound=SAMPLE[0], **SEGMENT, audio_guidance=1)
+    graph.link("sample.image latent.image")
+    return with_sound(graph, "model.MODEL", "longcat_nano_avatar_image", **SPOKEN)
+
+
+def two_people() -> Graph:
+    text = """Two faces, each with a sound. A box, or a mask, around each says who has which voice; without boxes the
+    first voice is that of the left half. Segments follow until the sounds end."""
+    graph = nano(12, "avatar, two people", "two people talk", (FACES,), text, RESUMES)
+    loaders(graph, SPEAKING)
+    sample_speech(graph, FACES)
+    graph.column(300, "2  What to make")
+    graph.add("boxes", "LongCatAvatarBoxes", tall=340)
+    avatar_long(graph, "model.MODEL", FACES, "nano-avatar-two", *SAMPLE, **SEGMENT, **SPOKEN, audio_guidance=1)
+    graph.link(
+        "sample.image boxes.image",
+        "boxes.person_1 long.person_1",
+        "boxes.person_2 long.person_2",
+        "sample.audio_2 long.audio_2",
+    )
+    return saved(graph, "long", "longcat_nano_avatar_two", of="long")
+
+
+def avatar_long_video() -> Graph:
+    text = """The face of the picture says the whole sound, in segments of 33 frames at 25 a second, each begun with the
+    last 13 of the one before; the video ends with the sound. Without an image, the prompt describes the face."""
+    graph = nano(13, "avatar, long video", "avatar, long video", (SQUARE,), text, RESUMES)
+    loaders(graph, SPEAKING)
+    graph.column(300, "2  What to make")
+    sample_speech(graph, SQUARE)
+    avatar_long(graph, "model.MODEL", SQUARE, "nano-avatar-long", *SAMPLE, **SEGMENT, **SPOKEN, audio_guidance=1)
+    return saved(graph, "long", "longcat_nano_avatar_long", of="long")
+
+
 def graphs() -> Iterator[Graph]:
     for make in (
         text_to_video,
@@ -219,5 +320,9 @@ def graphs() -> Iterator[Graph]:
         chain,
         fidelity,
         benchmark,
+        avatar,
+        avatar_from_image,
+        two_people,
+        avatar_long_video,
     ):
         yield make()

@@ -45,12 +45,12 @@ def prompts(
     graph.link("text.CLIP positive.clip", "text.CLIP negative.clip")
 
 
-def speech(graph: Graph, negative: str = "negative", **settings: Any) -> None:
+def speech(graph: Graph, negative: str = "negative", sound: str = "audio.AUDIO", **settings: Any) -> None:
     """The conditioning of an avatar, in the last column. negative: the node of the negative prompt."""
     graph.add("latent", "LongCatAvatar", bottom=True, **settings)
     graph.link(
         "ear.AUDIO_ENCODER voices.audio_encoder",
-        "audio.AUDIO voices.audio",
+        f"{sound} voices.audio",
         "vae.VAE latent.vae",
         "voices.voices latent.voices",
         "positive.CONDITIONING latent.positive",
@@ -115,7 +115,15 @@ def long_video(graph: Graph, prompts: str, folder: str, same_column: bool = Fals
     graph.link("model.MODEL long.model", "text.CLIP long.clip", "vae.VAE long.vae")
 
 
-def avatar_long(graph: Graph, model: str, prompts: str, folder: str, **settings: Any) -> None:
+def avatar_long(
+    graph: Graph,
+    model: str,
+    prompts: str,
+    folder: str,
+    sound: str = "audio.AUDIO",
+    image: str = "image.IMAGE",
+    **settings: Any,
+) -> None:
     graph.column(400)
     graph.add("long", "LongCatAvatarLongVideo", prompts=prompts, folder=f"longcat/{folder}", **settings)
     graph.link(
@@ -123,8 +131,8 @@ def avatar_long(graph: Graph, model: str, prompts: str, folder: str, **settings:
         "text.CLIP long.clip",
         "vae.VAE long.vae",
         "ear.AUDIO_ENCODER long.audio_encoder",
-        "audio.AUDIO long.audio",
-        "image.IMAGE long.image",
+        f"{sound} long.audio",
+        f"{image} long.image",
     )
 
 

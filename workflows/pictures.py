@@ -1,18 +1,23 @@
-"""The pictures of the template browser: a video of the bundled model, with a label."""
+"""The pictures of the template browser: a video of a bundled model, with a label."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
+from longcat_core.nano.avatar.measure import load_avatar, request_of, speak
+from longcat_core.nano.avatar.world import Scene
 
 from .graph import Graph
+from .nano import TALKING
 
 SIDE, STRIP = 512, 100
+STEPS = 50
 
 
 def picture(video: np.ndarray, label: str, origin: str) -> Image.Image:
@@ -28,14 +33,25 @@ def picture(video: np.ndarray, label: str, origin: str) -> Image.Image:
     return sheet
 
 
+def spoken(scene: Scene, seed: int) -> np.ndarray:
+    """Frames [F, H, W, 3] of a segment that the nano avatar makes from the picture of a scene."""
+    engine, encoder = load_avatar(None, torch.device("cpu"))
+    asked = request_of(scene, seed, 1, STEPS, image=True)
+    return speak(engine, encoder, engine.defaults, asked, scene, lambda step: None).frames
+
+
 def write_picture(path: Path, graph: Graph, seed: int) -> None:
     """Generate what the picture of a workflow shows, a segment for each prompt, and write it."""
-    pipeline, video = Pipeline.load(), None
-    for prompt in graph.shown:
-        given = None if video is None else video[-13:]
-        more = pipeline.generate(GenerateRequest(prompt, seed=seed, given=given)).frames
-        video = more if video is None else np.concatenate((video, more[13:]))
-    assert video is not None
+    scene = TALKING.get(graph.shown[0])
+    if scene is None:
+        pipeline, video = Pipeline.load(), None
+        for prompt in graph.shown:
+            given = None if video is None else video[-13:]
+            more = pipeline.generate(GenerateRequest(prompt, seed=seed, given=given)).frames
+            video = more if video is None else np.concatenate((video, more[13:]))
+        assert video is not None
+    else:
+        video = spoken(scene, seed)
     real = " real " in graph.name
     origin = "picture made with the nano test model" if real else "runs on any computer"
     picture(video, graph.label, origin).save(path, quality=88)
