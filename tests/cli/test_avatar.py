@@ -16,6 +16,7 @@ from longcat_core.cli import models as commands
 from longcat_core.errors import CheckpointError
 from longcat_core.files.media import Sound, read_sound, read_video, write_video
 from longcat_core.generate.paths import NANO_TEXT_ENCODER, NANO_VAE, ModelPaths
+from longcat_core.generate.pipeline import Pipeline
 
 from ..generate.test_avatar import DATA, PROMPT, SIZE, pipeline, sounds
 
@@ -199,3 +200,11 @@ def test_parts_are_found_in_the_folders_of_both_versions(folder: Path) -> None:
     several = ModelPaths.of_avatar(older, base="other", people=2)
     assert (several.model, several.vae) == (older / "avatar_multi", Path("other", "vae"))
     assert ModelPaths.of_avatar(older).model == older / "avatar_single"
+
+
+def test_without_a_model_the_nano_avatar_speaks(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "load_pipeline", Pipeline.load)
+    sound("one.mkv", 0.5)
+    arguments = ["--audio", "one.mkv", "--device", "cpu", "--steps", "2", "-o", "a.mp4"]
+    assert cli.main(["avatar", "a red circle face talks on a blue background", *arguments]) == 0
+    assert "a.mp4: 13 frames of 64x96 at 25 fps" in capsys.readouterr().out
