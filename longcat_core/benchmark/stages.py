@@ -63,7 +63,7 @@ def row(
     seconds: dict[str, float], steps: Sequence[float], beside: Sequence[dict[str, Any]], first_frames: float | None
 ) -> dict[str, Any]:
     """The figures of one run. seconds: of each stage, in order, all of which the run waited for. steps: seconds of each
-    step after the first. beside: work that other threads did meanwhile; first_frames: seconds from the begin of
+    step after the first. beside: work that other threads did meanwhile; first_frames: seconds from the start of
     decoding.
 
     sampling_s counts the first step as long as the others are, for what it takes longer is spent on kernels;

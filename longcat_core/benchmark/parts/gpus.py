@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...measure.charts import BLUE, GRAY
 from ...measure.clock import measure
 from ...measure.results import markdown, shown
 from ...optimize.block_sparse import BlockSparse
@@ -211,6 +212,20 @@ def _calculations(results: Results) -> str:
     return f"{markdown(head, lines)}\n\n{assumption}"
 
 
+def _side_by_side(rows: list[Row]) -> list[Row]:
+    """Rows of evaluations, those of one case together."""
+    timed = [row for row in rows if "case" in row]
+    order = list(dict.fromkeys((row["path"], row["case"]) for row in timed))
+    return sorted(timed, key=lambda row: order.index((row["path"], row["case"])))
+
+
+CHART = bars(
+    "One evaluation on several GPUs, {blocks} blocks",
+    "ms",
+    "ms",
+    color=lambda row: GRAY if row["gpus"] == 1 else BLUE,
+    rows=_side_by_side,
+)
 PART = Part(
     text="""## Several GPUs
 
@@ -219,5 +234,5 @@ GPUs each; the GPUs of one sample share its tokens. *Exchange* counts all of NCC
 behind work or not.""",
     run=run,
     table=table,
-    charts=(bars("One evaluation on several GPUs, {size}, {blocks} blocks", "ms", "ms"),),
+    charts=(CHART,),
 )

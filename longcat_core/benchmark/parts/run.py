@@ -175,7 +175,7 @@ def table(results: Results, _: Any = None) -> str:
         "**in all**": "wall_s",
         "sampling": "sampling_s",
         "**less sampling**": "less_sampling_s",
-        "first frames, from the begin of decoding": "first_frames_s",
+        "first frames, from the start of decoding": "first_frames_s",
     }
     lines += [(label, *(_fixed(row.get(field)) for row in rows)) for label, field in figures.items()]
     for name in dict.fromkeys(work["name"] for row in rows for work in row["beside"]):
