@@ -32,7 +32,7 @@ from ..optimize.sparse.choose import check_sparse
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import CompileMode, Optimizations
 from ..parallel.devices import Gpus, devices_of
-from ..parallel.group import current, end_current
+from ..parallel.group import end_current
 from .console import note
 
 
@@ -189,8 +189,6 @@ def load_models(
     pipeline.vae.tiling = args.tiled_vae
     if pipeline.plan_note:
         note(pipeline.plan_note)
-    if (group := current()) is not None and gpus_of(args) != 1:
-        note(f"{group.size} {'GPUs' if device.type == 'cuda' else 'processes'} share the work on each video")
     return pipeline
 
 

@@ -380,9 +380,9 @@ OPTIONS: tuple[Option, ...] = (
                "auto", choices=DTYPES[:-1], commands=_TRAIN),
         Option("fp8", "switch", "run the large layers in 8 bits: faster, half the memory, lossy", common=True),
         Option("device", "text", "device to run on: auto, cpu, cuda or cuda:N", "auto", commands=_WEIGHTS, common=True),
-        Option("gpus", "text", "number of GPUs of this machine that share the work on one video, or auto for all that "
-               "are alike; torchrun starts them on several machines", filled=True, shown="1; with torchrun its number",
-               metavar="N", commands=_SEVERAL, common=True),
+        Option("gpus", "text", "number of GPUs of this machine that share the work on one video, or auto for as "
+               "many as make it faster; torchrun starts them on several machines", filled=True,
+               shown="1; with torchrun its number", metavar="N", commands=_SEVERAL, common=True),
         Option("exchange", "choice", "how GPUs that share the tokens of a video send them to each other; int8 takes "
                "half of the bytes and is lossy", EXCHANGES[0], choices=EXCHANGES, needs=("gpus",),
                commands=_SEVERAL),

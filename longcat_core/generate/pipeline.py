@@ -25,10 +25,12 @@ from ..optimize.plan import Plan, Work, apply_plan, smaller
 from ..optimize.quantization import Policy
 from ..optimize.requirement import Inputs
 from ..optimize.switches import Optimizations
-from ..parallel.devices import Gpus, devices_of
+from ..parallel.devices import AUTO, Gpus, devices_of
+from ..parallel.layout import layout_of, shrunk
 from ..parallel.led_vae import LedVAE
 from ..parallel.mirror import share
 from ..parallel.start import gathers_fast, started
+from ..parallel.torchrun import torchrun_size
 from ..sampling.sampler import sample
 from ..sampling.schedules import Schedule
 from .calibration import Calibration, check_fits
@@ -81,7 +83,8 @@ class PipelineLoras(Sequence[Lora]):
 class Pipeline(Engine):
     """A loaded model with its VAE and text encoder.
 
-    plan: what is kept in CPU memory, or run in parts. plan_note: a sentence about that for a user, or "".
+    plan: what is kept in CPU memory, or run in parts. plan_note: a sentence for a user about that and about how several
+    GPUs share the work, or "".
     """
 
     model: OptimizedTransformer
@@ -129,8 +132,9 @@ class Pipeline(Engine):
         the text encoder goes then; if the folder has them all, it is not loaded. It is loaded again for another prompt.
         on_load: called in this thread with what is loaded (a word of `progress`: LOADING_TEXT, ENCODING, LOADING), the
         bytes that are read and those of all, 0 of 0 for ENCODING; what it raises ends the load.
-        gpus: how many share each video, `device` and others like it; "auto": all like it; None: those of torchrun. The
-        others have processes that end with this one, or with the next load on other GPUs.
+        gpus: how many share each video, `device` and others like it; "auto": as many like it as make `work`
+        faster, by calculation from measured speeds; None: those of torchrun. The others have processes that end with
+        this one, or with the next load on other GPUs.
 
         On a GPU the transformer is read while the text encoder is loaded and works, if both fit.
         Several threads may use a pipeline: each call waits for those of other threads. Raises LongCatError for files
@@ -235,6 +239,8 @@ class Pipeline(Engine):
             warm_up(config, switches, dtype, device, policy, work if whole else None)
 
         beside, spare = overlaps(device), room.spare(plan)
+        # The processes of torchrun are as many as somebody asked for.
+        counts = room.counts(plan) if gpus == AUTO and not torchrun_size() else [len(devices)]
         with started(devices) as ready:
             with warming(device, warm) if beside else nullcontext():
                 model = load_both(text, transformer, tell, device, beside and not plan.stream_text_encoder)
@@ -242,7 +248,13 @@ class Pipeline(Engine):
             active = tuple((lora.path, lora.strength) for lora in loras)
             defaults = replace(paths.defaults, speed=speed, loaded=loaded, audio=config.audio)
             pipeline = cls(model, vae, text_encoder, defaults, plan, plan_note, exchange, active)
-            if (group := ready()) is not None:
+            group = ready()
+            if group is not None and work is not None:
+                layout = layout_of(group, config, work, dtype, plan.split_guidance, counts)
+                said = layout.describe("GPUs" if device.type == "cuda" else "processes")
+                pipeline.plan_note = "; ".join(filter(None, (plan_note, said)))
+                group = shrunk(group, layout.count)
+            if group is not None:
                 share(group, model, sharded)
                 vae.spread = LedVAE(group, vae.model)
         return pipeline

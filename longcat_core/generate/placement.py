@@ -82,6 +82,11 @@ class Placement:
         needed = needed_bytes(plan, self.config, weights, self.work, self.dtype.itemsize, own, others, self.ranks)
         return free_bytes(self.device, self.memory) - needed
 
+    def counts(self, plan: Plan) -> list[int]:
+        """How many of the GPUs may share the work: all, or fewer that each have room for it under a plan."""
+        fewer = () if plan.sharded else range(1, self.ranks)
+        return [*(n for n in fewer if replace(self, ranks=n).spare(plan) >= 0), self.ranks]
+
     def has_room_before(self, size: int) -> bool:
         """Whether a GPU has room for `size` bytes of weights that go before the network is loaded."""
         # Beside libraries, as much again for pieces on their way and for the work: running out would end the load.

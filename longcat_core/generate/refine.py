@@ -101,7 +101,8 @@ class RefineRequest:
         given = self.factor * self.overlap if len(parts) > 1 else 0
         padding = Padding.of(self.factor * max(stop - start for start, stop in parts), given)
         shape = latent_shape(padding.total, *self.size(video, defaults))
-        return Work((1, *shape), False, padding.given_latents)
+        density = 1.0 if self.block_sparse is None else 1.0 - (self.block_sparse.sparsity or 0.0)
+        return Work((1, *shape), False, padding.given_latents, density=density)
 
     def seed_of(self, number: int) -> int:
         return (self.seed + number) % (MAX_SEED + 1)

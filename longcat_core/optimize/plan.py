@@ -73,7 +73,7 @@ class Work:
     guided: with guidance, in two halves, or in the parts of an avatar's. speakers: how many voices an avatar hears;
     several make the parts run one after the other. parts: how many evaluations a guided step takes; None: as many as
     guidance has, which are three of an avatar. A reference frame counts as one of the latents and of the conditioning
-    frames.
+    frames. density: the share of tokens that a token attends to in block-sparse attention.
     """
 
     latents: Sequence[int]
@@ -81,11 +81,20 @@ class Work:
     cond_latents: int = 0
     speakers: int = 1
     parts: int | None = None
+    density: float = 1.0
 
     def __post_init__(self) -> None:
         shape = self.latents
         if not isinstance(shape, list | tuple) or len(shape) != 5 or not all(is_whole(n) and n > 0 for n in shape):
             raise LongCatError(f"work cannot be latents {shape!r}; give the shape [B, C, T, H, W], or use work_of")
+
+    def evaluations(self, audio: bool) -> int:
+        """How many a step of one video takes. audio: the network hears."""
+        return (self.parts or (3 if audio else 2)) if self.guided else 1
+
+    def samples(self, audio: bool, split: bool) -> int:
+        """How many one pass has. split: evaluations run one after the other."""
+        return self.latents[0] * (1 if split or self.speakers > 1 else self.evaluations(audio))
 
 
 @dataclass(frozen=True)
@@ -124,11 +133,11 @@ def needed_bytes(
     `parallel.division` does; what they save by sharing a sample's tokens is not counted.
     """
     batch, channels, frames, height, width = work.latents
-    parts = (work.parts or (2 if config.audio is None else 3)) if work.guided else 1
+    parts = work.evaluations(config.audio is not None)
     waiting = plan.streamed + plan.sharded
     blocks = config.depth - waiting + plan.sharded / ranks + min(SLOTS, waiting)
     resident = weights.rest + blocks * weights.block + others
-    at_once = batch * (1 if plan.split_guidance or work.speakers > 1 else parts)
+    at_once = work.samples(config.audio is not None, plan.split_guidance)
     at_once //= math.gcd(at_once, ranks)
     activations = forward_bytes(config, (at_once, channels, frames, height, width), itemsize, own, weights.eight_bit)
     rows = TEXT_ROWS + audio_rows(config, frames, work.speakers)

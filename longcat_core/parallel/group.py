@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ..errors import LongCatError
-from .bandwidth import Bandwidth, measured
 from .interrupts import watch_interrupts
 from .lifeline import Failure, Hub, Line
 from .messages import packed, unpacked
@@ -60,7 +59,6 @@ class Group:
         self.rank, self.devices = rank, tuple(devices)
         self._hub, self._line, self._store, self._server = hub, line, store, server
         self._ending = threading.Lock()
-        self._bandwidth: Bandwidth | None = None
         # What rank 0 does together with the others, if anything.
         self._stage: object | None = None
         self._threads = torch.get_num_threads()
@@ -114,12 +112,6 @@ class Group:
         """Fill `tensor`, contiguous and of one shape and dtype everywhere, with that of rank 0; returns it."""
         dist.broadcast(tensor, 0)
         return tensor
-
-    def bandwidth(self) -> Bandwidth:
-        """How fast the ranks exchange data, measured by the first call, which takes milliseconds."""
-        if self._bandwidth is None:
-            self._bandwidth = measured(self.device, self.size)
-        return self._bandwidth
 
     def check(self) -> None:
         """In rank 0: raise LongCatError with the failing rank's own sentence if the group has failed."""

@@ -27,18 +27,14 @@ from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
-from .bandwidth import Bandwidth
 from .division import Division, Text
 from .group import Group
+from .layout import Measure, links
 from .led_vae import Decode, Encode, ServedVAE
 from .shards import Shard, gathering
 from .weights import Layer, OwnWeights, Source, Weights, by_blocks, form_layer
 
 ALONE = "this MODEL's blocks or attention are patched, and the patches run on one GPU; the others wait"
-
-
-class Measure(NamedTuple):
-    """Measure how fast the ranks exchange data."""
 
 
 class Settings(NamedTuple):
@@ -340,7 +336,7 @@ def serve(group: Group) -> None:
     """Take part in what rank 0 does, until it ends the group. Raises what a pass raises."""
     follower, vae = Follower(group), ServedVAE()
     handlers: dict[type, Callable[[Any], object]] = {
-        Measure: lambda message: group.bandwidth(),
+        Measure: lambda message: links(group),
         Build: follower.build,
         Weights: follower.weights,
         Evaluate: follower.evaluate,
@@ -350,13 +346,6 @@ def serve(group: Group) -> None:
     while (message := group.receive()) is not None:
         handlers[type(message)](message)
         del message
-
-
-def bandwidth(group: Group) -> Bandwidth:
-    """How fast the ranks exchange data; rank 0 calls it."""
-    with group.working():
-        group.send(Measure())
-        return group.bandwidth()
 
 
 def share(group: Group, model: OptimizedTransformer, sharded: Iterable[int] = ()) -> Leader:

@@ -28,7 +28,9 @@ def test_a_video_of_two_processes_is_that_of_one(
     # Of the blocks, one waits in CPU memory and one stays.
     blocks = ["--shard-blocks", "4", "--stream-blocks", "1"]
     assert cli.main([*COMMAND, "--gpus", "2", *blocks, "-o", "three.mkv"]) == 0
-    assert "the weights of 4 of 6 blocks divided among the GPUs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the weights of 4 of 6 blocks divided among the GPUs" in said
+    assert said.count("2 processes share each step, one half of guidance each") == 2
     one, two, three = (read_video(name)[0].astype(int) for name in ("one.mkv", "two.mkv", "three.mkv"))
     assert abs(one - two).max() <= 1
     assert (two == three).all()

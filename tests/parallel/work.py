@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from longcat_core.errors import LongCatError
 from longcat_core.parallel.bandwidth import Bandwidth
 from longcat_core.parallel.group import Group
+from longcat_core.parallel.layout import links
 
 
 def do(group: Group, function: Any, *arguments: object) -> Any:
@@ -72,8 +74,8 @@ def process_of(group: Group) -> list[int]:
     return processes
 
 
-def bandwidths(group: Group) -> list[Bandwidth]:
-    """What each rank takes for the bandwidth."""
+def bandwidths(group: Group) -> list[Mapping[int, Bandwidth]]:
+    """What each rank takes for the bandwidths."""
     found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, group.bandwidth())
+    dist.all_gather_object(found, links(group))
     return found

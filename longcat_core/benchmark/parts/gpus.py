@@ -16,8 +16,9 @@ from ...measure.results import markdown, shown
 from ...optimize.block_sparse import BlockSparse
 from ...optimize.switches import Exchange, Optimizations
 from ...parallel.group import Group
+from ...parallel.layout import measured_links, pass_seconds
 from ...parallel.led_vae import LedVAE
-from ...parallel.mirror import bandwidth, share
+from ...parallel.mirror import share
 from ...parallel.start import start
 from ...vae.network import VAEConfig, WanVAE
 from ...vae.parts import decoded
@@ -118,7 +119,8 @@ def _evaluation(bench: Bench, chosen: Optimizations, case: Case, group: Group | 
         repeats = 1 if case.settings else bench.repeats
         row = measure(step, bench.device, repeats, bench.budget, 0).as_row()
         if group is not None:
-            row |= {"exchange_ms": exchanging(step, bench.device), "all_to_all_gbs": bandwidth(group).all_to_all / 1e9}
+            speed = measured_links(group)[group.size].all_to_all
+            row |= {"exchange_ms": exchanging(step, bench.device), "all_to_all_gbs": speed / 1e9}
         else:
             skip = workload.network_forward(model, inputs, around_block=lambda i, run, tokens: tokens)
             row["outside_ms"] = measure(skip, bench.device, 3, bench.budget, 0).ms
@@ -157,24 +159,18 @@ def _decoding(bench: Bench, group: Group | None) -> Row:
 def calculated(results: Results, case: str, path: str, count: int) -> float | None:
     """Milliseconds on `count` GPUs from what one and two took, or None where these were not measured.
 
-    Both halves of guidance run on half of the GPUs each. Work in blocks divides by the GPUs of a half; what is outside
-    blocks does not. What two GPUs took beyond that is the exchange that is not hidden. Each rank sends (n - 1) / n^2
-    of the tokens' keys, values, queries and results, so the exchange of n GPUs is that of two times 4 (n - 1) / n^2,
-    between GPUs of one host.
+    What two GPUs took beyond half of the work in blocks is the exchange that is not hidden; see `pass_seconds`.
     """
-    if case == GUIDED:
-        # A half on half of the GPUs.
-        case, count = SINGLE, count // 2
+    guided = case == GUIDED
     rows = by_name(results)
-    one, two = (rows.get(_head(case, path, n)["name"], {}) for n in (1, 2))
+    # A half on half of the GPUs.
+    one, two = (rows.get(_head(SINGLE if guided else case, path, n)["name"], {}) for n in (1, 2))
     if "ms" not in one or "ms" not in two:
         return None
-    if count <= 2:
-        return float((one, two)[count - 1]["ms"])
     outside = one.get("outside_ms") or 0.0
     inside = one["ms"] - outside
-    exchange = max(0.0, two["ms"] - inside / 2 - outside)
-    return float(inside / count + outside + exchange * 4 * (count - 1) / count**2)
+    exchange = max(0.0, two["ms"] - inside / 2 - outside) * 4
+    return pass_seconds(count, 1 + guided, inside, lambda tokens: exchange, outside)
 
 
 def table(results: Results, targets: Any) -> str:
