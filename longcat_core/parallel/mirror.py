@@ -7,6 +7,7 @@ without knowing it, and only rank 0 reads a checkpoint.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
@@ -250,6 +251,8 @@ class Follower:
 
     def build(self, message: Build) -> None:
         self.texts, self.caches, self.network, self.shards = {}, {}, None, {}
+        # A network refers to itself, and Python may take long to notice that nobody else does.
+        gc.collect()
         self.network = OptimizedTransformer(message.config, dtype=message.dtype, device="meta")
         self.network.announce = lambda sentence: None
         self.waiting, self.shards = message.streamed, dict.fromkeys(message.sharded)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from longcat_core.model.kv_cache import Reference
 from longcat_core.optimize.adapters import adapt
 from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import quantize
+from longcat_core.parallel import mirror
 from longcat_core.parallel.group import Group
 from longcat_core.parallel.mirror import share
 from longcat_core.parallel.start import gathers_fast, start
@@ -202,3 +205,17 @@ def test_ranks_gather_fast_between_gpus_of_one_host_by_nccl(monkeypatch):
         assert gathers_fast(gpus) == fast
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     assert not gathers_fast(gpus)
+
+
+def test_another_network_takes_the_place_of_the_first(monkeypatch):
+    """Both at once would not fit."""
+    monkeypatch.setattr(mirror.Division, "of", lambda group: None)
+    follower, build = mirror.Follower(cast(Group, None)), mirror.Build(network().config, torch.float32, (), ())
+    gc.disable()
+    try:
+        follower.build(build)
+        first = weakref.ref(follower.network)
+        follower.build(build)
+    finally:
+        gc.enable()
+    assert first() is None
