@@ -135,8 +135,9 @@ def test_paths_hold_the_baselines_and_fp8(everything):
 
 def test_every_switch_is_added_once_and_removed_once(everything):
     rows = list(rows_of(everything, "ablation").values())
-    # Of training; of memory; of 8-bit layers, which come after the others.
-    known = {field.name for field in fields(Optimizations)} - {"gradient_checkpointing", "split_guidance", "fp8"}
+    # Of training; of memory; of several GPUs; of 8-bit layers, which come after the others.
+    other = {"gradient_checkpointing", "split_guidance", "exchange", "fp8"}
+    known = {field.name for field in fields(Optimizations)} - other
     added = [row for row in rows if row.get("phase") == "added"]
     assert {row["switch"] for row in added} == known | {"layout"}
     for before, row in pairwise(added):
