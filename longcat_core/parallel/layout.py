@@ -23,7 +23,7 @@ from .start import start
 EFFICIENCY = 0.9
 # Sides of the product that is timed.
 GPU_SIDE, CPU_SIDE, RUNS = 8192, 512, 3
-# Fewer GPUs are chosen if they take at most this much longer: the calculation is no more exact.
+# Fewer GPUs are preferred if they take at most this much longer, which the calculation cannot tell from equal.
 MARGIN = 1.03
 
 
