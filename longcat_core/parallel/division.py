@@ -14,12 +14,8 @@ from ..model.audio_tokens import AudioTokens
 from ..model.kv_cache import KVCache
 from ..model.text import TextTokens
 from ..optimize.execution import Execution
-from .group import TIMEOUT, Group, backend_of
+from .group import Group
 from .sequence import SequenceSharing, all_gather
-
-# Of NCCL's kernels between ranks that share tokens, which run beside attention and wait for each other on SMs: the most
-# CTAs of one (0: NCCL's choice), and whether they start before what attention has queued.
-CTAS, FIRST = 0, False
 
 
 class Division:
@@ -29,12 +25,9 @@ class Division:
         """Called on all ranks at once."""
         size = group.size
         self.meshes: dict[int, DeviceMesh] = {}
-        self.tokens: dict[int, dist.ProcessGroup] = {}
         for parts in (n for n in range(1, size + 1) if size % n == 0):
             names = ("samples", "tokens")
-            mesh = init_device_mesh(group.device.type, (parts, size // parts), mesh_dim_names=names)
-            self.meshes[parts] = mesh
-            self.tokens[parts] = _beside_attention(group, mesh) or mesh.get_group("tokens")
+            self.meshes[parts] = init_device_mesh(group.device.type, (parts, size // parts), mesh_dim_names=names)
 
     @classmethod
     def of(cls, group: Group) -> Division:
@@ -61,7 +54,7 @@ class Division:
         together = 1 if cache is None else len(cache.k[0])
         parts = 1 if options.get("fill") is not None else self.parts(len(x) // together)
         mesh = self.meshes[parts]
-        samples, tokens = mesh.get_group("samples"), self.tokens[parts]
+        samples, tokens = mesh.get_group("samples"), mesh.get_group("tokens")
         own = len(x) // parts
         rows = slice(own * dist.get_rank(samples), own * (dist.get_rank(samples) + 1))
         timestep = timestep if len(timestep) == 1 else timestep[rows]
@@ -74,18 +67,6 @@ class Division:
             all_gather(whole, out.contiguous(), samples)
             out = whole
         return out, sparse
-
-
-def _beside_attention(group: Group, mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The mesh's group of tokens once more, with NCCL held to `CTAS` and `FIRST`; None where neither is set."""
-    if not (CTAS or FIRST) or backend_of(group.devices) == "gloo":
-        return None
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=FIRST)
-    if CTAS:
-        options.config.min_ctas, options.config.max_ctas = 1, CTAS
-    every = mesh.mesh.tolist()
-    found, _ = dist.new_subgroups_by_enumeration(every, timeout=TIMEOUT, backend="nccl", pg_options=options)
-    return found
 
 
 _DIVISIONS: weakref.WeakKeyDictionary[Group, Division] = weakref.WeakKeyDictionary()
