@@ -7,29 +7,14 @@ import shutil
 import pytest
 import torch
 
-from .conftest import ON_CPU
 from .test_avatar_nodes import encoder, newer, picture, run  # noqa: F401
 from .test_long_video import PROMPTS, long, made, output, refine  # noqa: F401
-
-STEPS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ended(comfy):
-    if not ON_CPU and torch.cuda.device_count() < 2:
-        pytest.skip("this machine has one GPU")
-    yield
-    comfy.node("comfy_ranks").WORKERS.end()
+from .test_multi_gpu import STEPS, close, ended, latent  # noqa: F401
 
 
 @pytest.fixture
 def shared(comfy, model):
     return comfy("LongCatMultiGPU", model=model, gpus="2")
-
-
-@pytest.fixture
-def latent(comfy):
-    return comfy("EmptyHunyuanLatentVideo", width=96, height=64, length=17, batch_size=1)
 
 
 @pytest.fixture
@@ -44,10 +29,6 @@ def together(comfy, monkeypatch):
 
     monkeypatch.setattr(division, "evaluate", evaluate)
     return passes
-
-
-def close(got, wanted):
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 def same_frames(got, wanted):
@@ -110,7 +91,7 @@ def test_a_speaking_avatar(comfy, newer, run, together):  # noqa: F811
     assert together
 
 
-def test_custom_sampler(comfy, model, shared, prompts, latent, together):
+def test_custom_sampler(comfy, model, shared, prompts, latent, together):  # noqa: F811
     def sampled(chosen):
         return comfy(
             "SamplerCustomAdvanced",
@@ -136,7 +117,7 @@ def test_custom_sampler(comfy, model, shared, prompts, latent, together):
         ("LongCatOptimizations", {"split_guidance": True}),
     ],
 )
-def test_other_nodes_before_and_after(comfy, model, shared, latent, sample, node, values, together):
+def test_other_nodes_before_and_after(comfy, model, shared, latent, sample, node, values, together):  # noqa: F811
     def behind(chosen):
         out = comfy(node, model=chosen, **values)
         return out[0] if isinstance(out, tuple) else out
