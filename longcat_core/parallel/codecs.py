@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..optimize.kernels.row_scales import Packed, pack, unpack
 from ..optimize.switches import Exchange
+from .copies import contiguous
 
 
 class Codec(Protocol):
@@ -22,7 +23,7 @@ class Codec(Protocol):
 
 class Exact:
     def encode(self, x: Tensor) -> Tensor:
-        return x.contiguous()
+        return contiguous(x)
 
     def decode(self, sent: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return sent

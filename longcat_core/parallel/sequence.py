@@ -11,6 +11,7 @@ tensors are exchanged in 8 bits (`codecs`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..optimize.block_sparse import ChunkedLayout
 from ..optimize.sparse.passes import SparsePass
 from ..optimize.switches import Exchange
 from .codecs import CODECS
+from .copies import contiguous, copy
 
 # The most chunks of a rank's heads: more chunks hide more of the exchange, until launches cost more.
 CHUNKS = 4
@@ -176,21 +178,26 @@ class ShareAttention:
         shares.clear()
         chunks = _chunks(own, self.sharing.chunks)
         out = parts[0].new_empty(parts[0].shape)
-        waiting = [[self._send(x[:, :, :, chunk].transpose(1, 2)) for x in parts] for chunk in chunks]
-        del parts
+        # Tensors of as many tokens travel as one, because each message is one more to wait for.
+        alike = [list(run) for _, run in groupby(parts, lambda x: x.shape)]
+        waiting = [
+            [(len(run), self._send(_gathered([x[:, :, :, chunk].transpose(1, 2) for x in run]))) for run in alike]
+            for chunk in chunks
+        ]
+        del parts, alike
         back = []
         for i, chunk in enumerate(chunks):
             first = self.sharing.rank * own
             if self.sparse is not None:
                 self.sparse.first_head = first + chunk.start
-            joined = [self._joined(receive()) for receive in waiting[i]]
+            joined = [x for count, receive in waiting[i] for x in self._joined(receive()).chunk(count, 2)]
             waiting[i] = []
             found = attend(slice(first + chunk.start, first + chunk.stop), *joined)
             del joined
             back.append(self._send(self._parted(found)))
             del found
         for chunk, receive in zip(chunks, back, strict=True):
-            out[:, :, :, chunk] = receive().transpose(1, 2)
+            copy(out[:, :, :, chunk], receive().transpose(1, 2))
         return out.view(*out.shape[:2], -1, head_dim)[:, :, :heads]
 
     def _send(self, x: Tensor) -> Callable[[], Tensor]:
@@ -217,7 +224,7 @@ class ShareAttention:
             return parts.flatten(1, 2)
         # Frames, then ranks, then the tokens of each.
         frames = parts.unflatten(2, (-1, self.sharing.share(self.spatial))).transpose(1, 2)
-        return frames.flatten(2, 3)[:, :, : self.spatial].flatten(1, 2)
+        return contiguous(frames).flatten(2, 3)[:, :, : self.spatial].flatten(1, 2)
 
     def _parted(self, x: Tensor) -> Tensor:
         """[B, tokens of all ranks, h, D] -> [B, ranks, N, h, D]."""
@@ -226,8 +233,19 @@ class ShareAttention:
             return x.unflatten(1, (size, -1))
         share = self.sharing.share(self.spatial)
         frames = x.unflatten(1, (-1, self.spatial))
-        frames = F.pad(frames, (0, 0, 0, 0, 0, size * share - self.spatial)).unflatten(2, (size, share))
-        return frames.transpose(1, 2).flatten(2, 3)
+        if missing := size * share - self.spatial:
+            frames = F.pad(frames, (0, 0, 0, 0, 0, missing))
+        return contiguous(frames.unflatten(2, (size, share)).transpose(1, 2)).flatten(2, 3)
+
+
+def _gathered(tensors: list[Tensor]) -> Tensor:
+    """Tensors [B, ranks, N, h, D] as one, contiguous, with all their heads."""
+    shape, heads = list(tensors[0].shape), tensors[0].shape[3]
+    shape[3] *= len(tensors)
+    out = tensors[0].new_empty(shape)
+    for part, x in zip(out.split(heads, 3), tensors, strict=True):
+        copy(part, x)
+    return out
 
 
 def _chunks(heads: int, most: int) -> list[slice]:
