@@ -260,13 +260,13 @@ def load_transformer(
             # What nothing changes need not go there and back.
             plain = not small and name not in stack and reader.as_it_is(parts[name], parameter.dtype)
             weight = reader.weight(name, parts[name], stack, parameter.dtype, home if plain else device, small)
-            extremes[name] = weight.extremes().to(device, non_blocking=True)
+            extremes[name] = weight.extremes()
             state[name] = weight.values.to(home)
             if weight.scale is not None:
                 state[f"{layer}.weight_scale"] = weight.scale.to(home)
             # Release it before the next weight is read.
             del weight
-    require_finite(extremes, checkpoint.source, dtype)
+    require_finite(extremes, checkpoint.source, dtype, device)
     for name in eight_bit:
         parent, _, child = name.rpartition(".")
         values, scale = (state.pop(f"{name}.{kind}") for kind in ("weight", "weight_scale"))

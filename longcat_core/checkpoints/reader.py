@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,19 +26,28 @@ PIECE, PIECE_CUDA = 1 << 22, 1 << 24
 AHEAD = THREADS + 3
 
 
+# Two numbers, the smallest and the largest.
+Extremes = Sequence[Tensor]
+
+
 class Weight(NamedTuple):
-    """A parameter as the network holds it. scale: [rows, 1] fp32, which multiplies the values of 8-bit layers."""
+    """A parameter as the network holds it. scale: [rows, 1] fp32, which multiplies the values of 8-bit layers. stored:
+    whether these were in the file."""
 
     values: Tensor
     scale: Tensor | None = None
+    stored: bool = False
 
-    def extremes(self) -> Tensor:
-        """Smallest and largest value, or scale, [2] fp32 on the weight's device; NaN where any number is."""
+    def extremes(self) -> Extremes:
+        """Smallest and largest value, or scale, on the weight's device; NaN where any number is."""
         if self.scale is None:
-            return torch.stack(self.values.aminmax()).float()
+            return self.values.aminmax()
+        if not self.stored:
+            # Rows with a number that is not finite got such a scale.
+            return self.scale.aminmax()
         # e4m3 has no infinity, and one NaN of each sign.
         bad = (self.values.view(torch.uint8) & 0x7F == 0x7F).any()
-        return torch.stack(self.scale.masked_fill(bad, torch.nan).aminmax())
+        return self.scale.masked_fill(bad, torch.nan).aminmax()
 
 
 # Called with the bytes that are read and those of all; what it raises ends the reading.
@@ -223,7 +232,7 @@ class Reader:
         """
         changed = name in stack
         if eight_bit and not changed and (stored := self.e4m3(parts, device)) is not None:
-            return Weight(*stored)
+            return Weight(*stored, stored=True)
         # fp32 where a LoRA is added, so that the sum is rounded, not its terms.
         target = torch.empty(self._shape(parts), dtype=torch.float32 if changed else dtype, device=device)
         self.into(target, parts)
@@ -232,9 +241,12 @@ class Reader:
         return Weight(*quantize_rows(target)) if eight_bit else Weight(target)
 
 
-def require_finite(extremes: dict[str, Tensor], source: str, dtype: torch.dtype | None) -> None:
+def require_finite(
+    extremes: dict[str, Extremes], source: str, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
     """Raise CheckpointError for the first parameter with a non-finite extreme; this waits for the device once."""
-    finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
+    numbers = [number.to(device, torch.float32, non_blocking=True) for both in extremes.values() for number in both]
+    finite = torch.stack(numbers).view(-1, 2).isfinite().all(1).tolist()
     for name, fine in zip(extremes, finite, strict=True):
         if not fine:
             remedy = "load it as bfloat16 or float32" if dtype == torch.float16 else "download it again"

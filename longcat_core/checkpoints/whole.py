@@ -100,5 +100,5 @@ def read_whole(
             state[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             reader.into(state[name], parts[name])
             extremes[name] = Weight(state[name]).extremes()
-    require_finite(extremes, stored.source, next(iter(parameters.values())).dtype)
+    require_finite(extremes, stored.source, next(iter(parameters.values())).dtype, device)
     return state
