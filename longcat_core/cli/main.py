@@ -94,6 +94,8 @@ COMMANDS = {
     ),
     "backends": Command("bench.backends", "List the kernels of attention, dense and sparse, and why one cannot run.",
                         printed=True),
+    "test-gpus": Command("gpus.test_gpus", "Compare several GPUs with one on a tiny model, and measure their links.",
+                         printed=True),
     "score-nano": Command("nano.score", "Measure how well the bundled model follows fresh prompts.",
                           printed=True, bar=True),
     "lesson-nano": Command(

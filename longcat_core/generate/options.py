@@ -42,7 +42,7 @@ CHECKPOINT_FORMS = ("bf16", "comfyui-fp8", "int8")
 
 WHAT, SAMPLING, MODEL, MEMORY, OUTPUT = "what is generated", "sampling", "model", "memory", "output"
 COMPARED, REFINED, LEARNED, TRAINING = "what is compared", "what is refined", "what is learned", "training"
-CALIBRATED = "what is calibrated"
+CALIBRATED, TESTED = "what is calibrated", "what is tested"
 # What options work on that is not an option.
 A_GPU, GUIDANCE, MORE = "a GPU", "guidance", "a second segment"
 _GIVEN = f"image or video or {MORE}"
@@ -175,7 +175,7 @@ _MODELS = (*_BASE, *_AVATAR)
 _WEIGHTS = (*_MODELS, "train-lora")
 _SEVERAL = (*_VIDEOS, "refine", *_AVATAR)
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
-_CALIBRATE = ("calibrate",)
+_CALIBRATE, _TEST = ("calibrate",), ("test-gpus",)
 
 OPTIONS: tuple[Option, ...] = (
     *_group(
@@ -203,6 +203,13 @@ OPTIONS: tuple[Option, ...] = (
         Option("dense_steps", "number", "share of the steps, at the front, whose attention stays dense", 0.2,
                step=0.05, digits=2, **_share),
         Option("no_video", "switch", "leave out the whole video that checks the result, and its noise floor"),
+    ),
+    *_group(
+        TESTED,
+        _TEST,
+        Option("device", "text", "the first device: auto, cpu, cuda or cuda:N", "auto"),
+        Option("gpus", "text", "number of GPUs to compare, or auto for all that are like the first one", "auto",
+               metavar="N"),
     ),
     *_group(
         WHAT,

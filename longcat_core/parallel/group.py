@@ -143,6 +143,28 @@ class Group:
         # Aborted communication leaves garbage and raises nothing.
         self.check()
 
+    @contextmanager
+    def within(self, seconds: float, sentence: str) -> Iterator[None]:
+        """In rank 0: what takes longer inside ends the workers and raises LongCatError with the sentence."""
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._break()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except Exception as error:
+            # Aborted communication may raise anything.
+            if late.is_set():
+                raise LongCatError(sentence) from error
+            raise
+        finally:
+            timer.cancel()
+
     def end(self) -> None:
         """In rank 0: end the workers and leave the group, also after a failure. A second call does nothing."""
         global _current

@@ -30,6 +30,7 @@ from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
 from .division import Division, Text
 from .group import Group
+from .known import Known, wrong_bytes
 from .layout import Measure, links
 from .led_vae import Decode, Encode, ServedVAE
 from .shards import Shard, gathering
@@ -340,6 +341,7 @@ def serve(group: Group) -> None:
     follower, vae = Follower(group), ServedVAE()
     handlers: dict[type, Callable[[Any], object]] = {
         Measure: lambda message: links(group),
+        Known: lambda message: wrong_bytes(group),
         Build: follower.build,
         Weights: follower.weights,
         Evaluate: follower.evaluate,
