@@ -174,8 +174,10 @@ def _main(argv: Sequence[str] | None, watch: Callable[[Task], None] | None) -> i
             return INTERRUPTED
 
 
-def build_parser(argv: Sequence[str] = ()) -> Parser:
-    """The parser. train-nano's options are added only if `argv` names it, because they import torch."""
+def build_parser(argv: Sequence[str] | None = None) -> Parser:
+    """The parser of a command line. Making the options of all commands takes 0.1 s, so only the command that `argv`
+    names gets its own. None: all commands, except that those of train-nano, which import torch, must be named."""
+    called = None if argv is None else next((word for word in argv if not word.startswith("-")), "")
     parser = Parser(
         prog="longcat", description="LongCat-Video: text, image and continuation to video.", allow_abbrev=False
     )
@@ -184,6 +186,8 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
         sub.set_defaults(run=command.run, command=name)
+        if called not in (None, name):
+            continue
         for positional, shown, text, settings in command.positionals:
             sub.add_argument(positional, metavar=shown, help=text, **settings)
         add_options(sub, name)
@@ -194,7 +198,7 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
                 add_options(part, "generate", without=("output", "contact_sheet", "prompts_file"))
 
             add_arguments(sub, size=size, whole=whole, number=number, dtypes=DTYPES, generate=of_generate)
-        if name == "train-nano" and argv[:1] == [name]:
+        if name == "train-nano" == called:
             from ..nano.train import add_arguments as add_training_arguments
 
             add_training_arguments(sub)

@@ -5,7 +5,6 @@ Nodes and commands show what one `Progress` says, so that both count and estimat
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -84,9 +83,11 @@ def average_step(times: Sequence[float]) -> float:
     Steps that a cache supplied take a fraction of the others. Each of the two sorts has its own median, and their
     shares weight them.
     """
+    from statistics import median
+
     long = sorted(times)[int(0.9 * (len(times) - 1))]
     sorts = [s for s in times if s < SHORT * long], [s for s in times if s >= SHORT * long]
-    return sum(len(sort) * statistics.median(sort[-RECENT:]) for sort in sorts if sort) / len(times)
+    return sum(len(sort) * median(sort[-RECENT:]) for sort in sorts if sort) / len(times)
 
 
 class Progress:
@@ -214,7 +215,9 @@ class Progress:
         """Seconds until everything is done, as far as measured parts tell; None before any step was measured."""
         if self.each() is None:
             return None
-        before, after = (statistics.median(seconds) if seconds else 0.0 for seconds in (self._before, self._after))
+        from statistics import median
+
+        before, after = (median(seconds) if seconds else 0.0 for seconds in (self._before, self._after))
         seconds = 0.0
         for number, part in enumerate(self.parts[self.number :], self.number):
             current = number == self.number
