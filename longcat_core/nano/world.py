@@ -191,14 +191,15 @@ _ACTOR = (
 )
 _FRONT = rf"(?:(?:a |the )?(?:plain )?({_BACKGROUND}) background ?, ?)?"
 _BACK = rf"(?:,? ?(?:on|over|against|in front of) (?:an? |the )?(?:plain )?({_BACKGROUND})(?: background)?)?"
-_CAPTION = re.compile(rf"{_FRONT}{_ACTOR}(?:(?: and | while | ?, ?(?:and )?){_ACTOR})?{_BACK}")
+# Compiled when it is first used: that takes as long as all else in this module, and ComfyUI starts with it.
+_CAPTION = rf"{_FRONT}{_ACTOR}(?:(?: and | while | ?, ?(?:and )?){_ACTOR})?{_BACK}"
 
 
 def match_caption(text: str) -> re.Match[str]:
     """A caption of this world: groups 2 to 4 and 5 to 7 are the actors' color, shape and motion, the first and the last
     group the background. For any other text raises LongCatError with the vocabulary.
     """
-    match = _CAPTION.fullmatch(text.lower().rstrip(". "))
+    match = re.fullmatch(_CAPTION, text.lower().rstrip(". "))
     if match is None or (match[1] is None) == (match[match.re.groups] is None):
         raise LongCatError(
             f'"{text}" is not a caption of the nano world; write "a red circle moves right on a blue background", with '

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import BackendUnavailable
-from .kernels import cudnn_fp8
-from .kernels.elementwise import Quantized
 from .operators import Attend, AttendFrames, AttendVarlen, Varlen, attend_foreign, opaque, opaque_varlen
 from .requirement import HALF, Inputs, Requirement, load, trial
 
-AttendQuantized = Callable[[Tensor, Tensor, Tensor], Quantized]
+if TYPE_CHECKING:
+    from .kernels.elementwise import Quantized
+
+AttendQuantized = Callable[[Tensor, Tensor, Tensor], "Quantized"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Backend:
     """One attention kernel.
 
     varlen: the same for packed sequences. exact is False for kernels that quantize their inputs; `auto` never takes
-    those. quantized: the same with an 8-bit output [B, Nq, C], for a linear layer that takes it so.
+    those. quantized: gives the same with an 8-bit output [B, Nq, C], for a linear layer that takes it so.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Backend:
     attend: Attend
     varlen: AttendVarlen | None = None
     exact: bool = True
-    quantized: AttendQuantized | None = None
+    quantized: Callable[[], AttendQuantized] | None = None
 
     def why_not(self, inputs: Inputs) -> str:
         """Why the kernel cannot serve such inputs, or ""; on CUDA the kernel is tried once."""
@@ -74,6 +75,19 @@ def _packaged(needs: Requirement, **options: Any) -> Attend:
         return out[0] if isinstance(out, tuple) else out
 
     return attend
+
+
+def _cudnn_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Imported here: ComfyUI asks for the names of backends when it starts, and defining Triton kernels takes time.
+    from .kernels import cudnn_fp8
+
+    return cudnn_fp8.attend(q, k, v)
+
+
+def _cudnn_fp8_quantized() -> AttendQuantized:
+    from .kernels import cudnn_fp8
+
+    return cudnn_fp8.attend_quantized
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Varlen) -> tuple[Tensor, Tensor]:
@@ -141,9 +155,9 @@ BACKENDS: tuple[Backend, ...] = (
         "cudnn-fp8",
         "cuDNN in fp8 (nvidia-cudnn-frontend; Hopper; lossy; only by name)",
         _CUDNN_FP8,
-        cudnn_fp8.attend,
+        _cudnn_fp8,
         exact=False,
-        quantized=cudnn_fp8.attend_quantized,
+        quantized=_cudnn_fp8_quantized,
     ),
     _backend(
         "sage",
@@ -299,4 +313,4 @@ def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
         cudnn = _BY_NAME["cudnn"]
         exact = backend if backend.exact else resolve("auto", inputs)
         text = (cudnn if name == "auto" and not cudnn.why_not(inputs) else exact).attend
-    return Kernels(backend.attend, varlen, text, backend.quantized)
+    return Kernels(backend.attend, varlen, text, backend.quantized and backend.quantized())
