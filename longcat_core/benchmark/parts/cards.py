@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -61,17 +61,19 @@ def within(device: torch.device, size: int | None) -> Iterator[None]:
         limit_memory(device, None)
 
 
-def limits(config: ModelConfig, device: torch.device, needed: int) -> list[Limit]:
+def limits(config: ModelConfig, device: torch.device, needed: int, gibs: Sequence[float] = LIMITS_GIB) -> list[Limit]:
     """No limit, then cards for the released model on a GPU, or shares of the bytes that another model needs."""
     if device.type == "cuda" and replace(config, audio=None) == ModelConfig():
-        return [Limit("no limit"), *(Limit(f"{gib:g} GiB", int(gib * GIB), gib) for gib in LIMITS_GIB)]
+        return [Limit("no limit"), *(Limit(f"{gib:g} GiB", int(gib * GIB), gib) for gib in gibs)]
     sizes = {share: WORKSPACE + int(share * (needed - WORKSPACE)) for share in SHARES}
     return [Limit("no limit"), *(Limit(f"{100 * share:.0f} % of the need", size) for share, size in sizes.items())]
 
 
-def plans(bench: Bench, fp8: bool, work: Work | None = None) -> list[tuple[Limit, Plan]]:
+def plans(
+    bench: Bench, fp8: bool, work: Work | None = None, gibs: Sequence[float] = LIMITS_GIB
+) -> list[tuple[Limit, Plan]]:
     """Every limit with the plan that `longcat` chooses within it, counted for the bench's model. work: what is sampled;
-    None: a video of the bench's size."""
+    None: a video of the bench's size. gibs: of the cards for the released model."""
     config, device, dtype = bench.model.config, bench.device, bench.model.dtype
     weights = Weights.of(config, dtype, Policy() if fp8 else None)
     work = work or Work((1, *bench.size.latents(config.in_channels)[1:]), bench.size.batch == 2)
@@ -86,7 +88,7 @@ def plans(bench: Bench, fp8: bool, work: Work | None = None) -> list[tuple[Limit
         return choose_plan(config, weights, work, dtype.itemsize, free=limit.size, own=own, others=others)[0]
 
     needed = needed_bytes(Plan(), config, weights, work, dtype.itemsize, own, others)
-    return [(limit, chosen(limit)) for limit in limits(config, device, needed)]
+    return [(limit, chosen(limit)) for limit in limits(config, device, needed, gibs)]
 
 
 def run(bench: Bench) -> None:
