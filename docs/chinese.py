@@ -90,6 +90,11 @@ NODES: dict[str, tuple[str, str]] = {
         "把每一步分给本机的多块 GPU 共同计算，结果不变。第一次运行时为其余每块 GPU 启动一个进程，"
         "这些进程保留到 ComfyUI 结束。",
     ),
+    "LongCatMultiGPUTest": (
+        "LongCat 多 GPU 测试",
+        "在多块 GPU 上和一块 GPU 上各运行一个很小的随机模型，比较结果，并测量 GPU 之间的连接速度。"
+        "如有故障，报错会指出是哪块 GPU 以及解决办法。",
+    ),
     "LongCatStepCache": (
         "LongCat 步缓存",
         "跳过可以由前两步预测出输出的采样步。阈值为 0.05 时速度约为两倍。多数视频只有细微变化，少数变化明显："
@@ -379,6 +384,10 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
         "稀疏注意力的内核；cudnn-fp8 和 sol 以 8 位计算，plain 较慢但随处可用。",
     ),
     ("LongCatMultiGPU", "gpus"): ("GPU 数量", "使用几块 GPU；auto 表示与 ComfyUI 所用的那块相同的全部 GPU。"),
+    ("LongCatMultiGPUTest", "gpus"): (
+        "GPU 数量",
+        "比较几块 GPU；auto 表示与 ComfyUI 所用的那块相同的全部 GPU。",
+    ),
     ("LongCatCalibrate", "model"): (
         "模型",
         "LongCat-Video，带上你使用的 LoRA，不带 LongCat 步缓存，也不带块稀疏注意力。",
@@ -443,6 +452,7 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
     "LongCatBlockSparseAttention": (("模型", "用于 refine 模式的 LongCat 采样器以及自带的采样器。"),),
     "LongCatSparseAttention": (("模型", "用于 LongCat 采样器和自带的采样器。"),),
     "LongCatMultiGPU": (("模型", "用于 LongCat 采样器和自带的采样器。"),),
+    "LongCatMultiGPUTest": (("报告", "各块 GPU、它们之间的连接以及每项检查的结果。"),),
     "LongCatStepCache": (("模型", "用于 LongCat 采样器和自带的采样器。"),),
     "LongCatBenchmark": (("图表", "两种设置的用时。"), ("报告", "各项数据及其范围，以及 A 与 B 不同的选项。")),
     "LongCatFidelity": (

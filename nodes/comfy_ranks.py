@@ -121,18 +121,27 @@ class Workers:
         if len(devices) == 1:
             return None
         with self._lock:
-            group = self._group
-            if group is not None and (group.devices != devices or group.failed):
-                self._end()
-                group = None
-            if group is None:
-                logging.info("LongCat: starting processes on %d more GPUs", len(devices) - 1)
-                group = self._group = start(devices)
+            group = self._of(devices)
             key = id(group), dtype
             known = self._leaders.get(network)
             if known is None or known[0] != key:
                 known = self._leaders[network] = key, Leader(group, ComfyWeights(network, dtype, device))
             return known[1]
+
+    def group(self, devices: Sequence[torch.device]) -> Group:
+        """The group of these devices, which is started if it is not there. Raises LongCatError if that fails."""
+        with self._lock:
+            return self._of(devices)
+
+    def _of(self, devices: Sequence[torch.device]) -> Group:
+        group = self._group
+        if group is not None and (group.devices != devices or group.failed):
+            self._end()
+            group = None
+        if group is None:
+            logging.info("LongCat: starting processes on %d more GPUs", len(devices) - 1)
+            group = self._group = start(devices)
+        return group
 
     def _end(self) -> None:
         group, self._group = self._group, None

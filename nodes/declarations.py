@@ -321,6 +321,15 @@ NODES: dict[str, Node] = {
                 choices=("auto", "1", "2", "4", "8"))),
         (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
     ),
+    "LongCatMultiGPUTest": Node(
+        "LongCat Multi-GPU Test",
+        "Runs a tiny random model on several GPUs and on one, compares the results, and measures the links between the "
+        "GPUs. A fault is an error that names the GPU and a remedy.",
+        (own("gpus", "choice", "how many GPUs to compare; auto: all that are like the one that ComfyUI uses", "auto",
+             choices=("auto", "2", "4", "8")),),
+        (Socket("report", "String", "the GPUs, their links and the result of each check"),),
+        shows=True,
+    ),
     "LongCatStepCache": Node(
         "LongCat Step Cache",
         "Skips steps whose output can be predicted from the last two. At 0.05 about twice as fast. Most videos change "

@@ -29,7 +29,7 @@ FAMILIES = {
     "long_video": ("LongCatLongVideo", "LongCatRefineLongVideo"),
     "block_sparse": ("LongCatBlockSparseAttention",),
     "sparse": ("LongCatSparseAttention",),
-    "multi_gpu": ("LongCatMultiGPU",),
+    "multi_gpu": ("LongCatMultiGPU", "LongCatMultiGPUTest"),
     "step_cache": ("LongCatStepCache",),
     "benchmark": ("LongCatBenchmark",),
     "fidelity": ("LongCatFidelity",),

@@ -110,6 +110,9 @@ PLACES: dict[str, Place] = {
         (*_MAKER, "multi gpu", "multigpu", "parallel", "distributed", "sequence parallel", "xdit", "raylight",
          "faster"),
     ),
+    "LongCatMultiGPUTest": Place(
+        SPEED, (*_MAKER, "multi gpu", "multigpu", "parallel", "self test", "nccl", "nvlink", "bandwidth")
+    ),
     "LongCatStepCache": Place(
         SPEED,
         (*_MAKER, "teacache", "tea cache", "easycache", "magcache", "first block cache", "fbcache", "skip steps",

@@ -31,6 +31,7 @@ KEPT = {
     "LongCatBlockSparseAttention": [0.5, 0.25, "8x4x4"],
     "LongCatSparseAttention": [0.3, "old/place.json"],
     "LongCatMultiGPU": ["2"],
+    "LongCatMultiGPUTest": ["2"],
     "LongCatStepCache": [0.12],
     "LongCatBenchmark": [5, 2.5],
     "LongCatFidelity": [7, "fixed", 9, 1, "enhance_hf", False, "off"],

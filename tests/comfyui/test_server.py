@@ -33,6 +33,7 @@ NODES = {
     "LongCatBlockSparseAttention",
     "LongCatSparseAttention",
     "LongCatMultiGPU",
+    "LongCatMultiGPUTest",
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",

@@ -126,3 +126,19 @@ def test_a_process_that_is_killed_is_said_and_replaced(comfy, model, latent, sam
 def test_one_gpu_is_no_group(comfy, model):
     out = comfy("LongCatMultiGPU", model=model, gpus="1")
     assert out.model_options["transformer_options"]["longcat_gpus"] is None
+
+
+def test_a_self_test_uses_the_processes_that_are_there(comfy, model, latent, sample, monkeypatch):
+    """A network that they hold is sent again; a fault is an error."""
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    wanted = sample(latent, model=shared, steps=STEPS, seed=2)
+    first = group(comfy)
+    report = comfy("LongCatMultiGPUTest", gpus="2")
+    assert "known bytes from each to each: 0 wrong" in report and "a sample each: equal bit for bit" in report
+    assert group(comfy) is first
+    close(sample(latent, model=shared, steps=STEPS, seed=2), wanted)
+    known = comfy.core("parallel.known")
+    plain = known._bytes
+    monkeypatch.setattr(known, "_bytes", lambda sender, to: plain(sender, to) + (sender == 0))
+    with pytest.raises(comfy.core("errors").LongCatError, match=r"exchanges wrong bytes, mostly from .*rank 0\)? to"):
+        comfy("LongCatMultiGPUTest", gpus="2")

@@ -32,6 +32,7 @@ IDS = (
     "LongCatBlockSparseAttention",
     "LongCatSparseAttention",
     "LongCatMultiGPU",
+    "LongCatMultiGPUTest",
     "LongCatStepCache",
     "LongCatBenchmark",
     "LongCatFidelity",
