@@ -383,7 +383,11 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
         "内核",
         "稀疏注意力的内核；cudnn-fp8 和 sol 以 8 位计算，plain 较慢但随处可用。",
     ),
-    ("LongCatMultiGPU", "gpus"): ("GPU 数量", "使用几块 GPU；auto 表示与 ComfyUI 所用的那块相同的全部 GPU。"),
+    ("LongCatMultiGPU", "gpus"): (
+        "GPU 数量",
+        "使用几块 GPU；auto 表示与 ComfyUI 所用的那块相同、且能让视频更快生成的那几块，根据测得的交换速度计算。"
+        "日志会说明它们如何分工。",
+    ),
     ("LongCatMultiGPUTest", "gpus"): (
         "GPU 数量",
         "比较几块 GPU；auto 表示与 ComfyUI 所用的那块相同的全部 GPU。",

@@ -29,6 +29,7 @@ from ..longcat_core.optimize.compiled_blocks import Compilers
 from ..longcat_core.optimize.execution import AroundBlock, Execution
 from ..longcat_core.optimize.kernels import elementwise
 from ..longcat_core.optimize.memory import forward_bytes
+from ..longcat_core.optimize.plan import Work
 from ..longcat_core.optimize.sparse.settings import Sparse
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.avatar import ReferenceFrame
@@ -292,7 +293,7 @@ class DiffusionModel(LongCatTransformer):
     ) -> Tensor:
         execution, kernels, compilers = prepared
         # MODELs with equal switches share an execution.
-        execution.ranks = self._ranks(options, x)
+        execution.ranks = self._ranks(options, x, num_cond)
         lead, apart = 0, {}
         if reference is not None:
             lead, num_cond, apart = 1, num_cond + 1, {"reference": reference.at}
@@ -336,7 +337,7 @@ class DiffusionModel(LongCatTransformer):
         clean = cache.out if caches.exact else torch.zeros_like(cache.out)
         return -torch.cat((clean.to(out).repeat(len(out) // len(clean), 1, 1, 1, 1)[:, :, lead:], out), dim=2)
 
-    def _ranks(self, options: dict[str, Any], x: Tensor) -> Any:
+    def _ranks(self, options: dict[str, Any], x: Tensor, num_cond: int) -> Any:
         """What runs passes on several GPUs, or None."""
         gpus = options.get(GPUS_KEY)
         if gpus is None or torch.compiler.is_compiling():
@@ -347,7 +348,11 @@ class DiffusionModel(LongCatTransformer):
         if bypassed(self):
             self._say("a LoRA that bypasses the weights runs on one GPU; load it by LoraLoaderModelOnly")
             return None
-        return WORKERS.leader(self, gpus, x.dtype, x.device)
+        # A batch of both halves of guidance.
+        guided = len(set(options.get("cond_or_uncond", ()))) == 2 and len(x) % 2 == 0
+        latents = (len(x) // 2 if guided else len(x), *x.shape[1:])
+        work = Work(latents, guided, num_cond, parts=2 if guided else None)
+        return WORKERS.leader(self, gpus, x.dtype, x.device, work)
 
     def _around_block(
         self,

@@ -10,7 +10,8 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import comfy.ops
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.optimize.kernels.elementwise import quantize_rows
+from ..longcat_core.optimize.plan import Work
 from ..longcat_core.optimize.quantization import dequantized, without_scales
-from ..longcat_core.parallel.devices import Gpus, devices_of
+from ..longcat_core.parallel.bandwidth import Bandwidth
+from ..longcat_core.parallel.devices import AUTO, Gpus, devices_of
 from ..longcat_core.parallel.group import Group
+from ..longcat_core.parallel.layout import layout_on, measured_links
 from ..longcat_core.parallel.mirror import Leader
 from ..longcat_core.parallel.start import start
 from ..longcat_core.parallel.weights import Layer
@@ -109,24 +113,49 @@ class Workers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._group: Group | None = None
+        # Of each network, what its last pass was and how many GPUs share it.
+        self._counts: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
+        # How fast these devices exchange data, also after their group has ended.
+        self._links: dict[Sequence[torch.device], Mapping[int, Bandwidth]] = {}
         self._leaders: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, Leader]] = weakref.WeakKeyDictionary()
 
-    def leader(self, network: torch.nn.Module, gpus: Gpus, dtype: torch.dtype, device: torch.device) -> Leader | None:
-        """What runs the network's passes on several GPUs, or None if one GPU is all there is.
+    def leader(
+        self, network: torch.nn.Module, gpus: Gpus, dtype: torch.dtype, device: torch.device, work: Work
+    ) -> Leader | None:
+        """What runs the network's passes on several GPUs, or None if one GPU is all there is, or is faster.
 
-        Starts the group the first time, after a failure, and for another number of GPUs. Raises LongCatError if the
-        GPUs are not there or a process cannot start.
+        work: the pass that is about to run; all passes of one size run as the first one. Starts the group the first
+        time, after a failure, and for another number of GPUs. Raises LongCatError if the GPUs are not there or a
+        process cannot start.
         """
         devices = devices_of(gpus, device)
         if len(devices) == 1:
             return None
         with self._lock:
+            devices = devices[: self._count(network, gpus, dtype, devices, work)]
+            if len(devices) == 1:
+                self._end()
+                return None
             group = self._of(devices)
             key = id(group), dtype
             known = self._leaders.get(network)
             if known is None or known[0] != key:
                 known = self._leaders[network] = key, Leader(group, ComfyWeights(network, dtype, device))
             return known[1]
+
+    def _count(self, network: Any, gpus: Gpus, dtype: torch.dtype, devices: Sequence[torch.device], work: Work) -> int:
+        """How many of the devices share a pass; says how."""
+        key = gpus, dtype, devices, tuple(work.latents[2:])
+        known = self._counts.get(network)
+        if known is None or known[0] != key:
+            if devices not in self._links:
+                self._links[devices] = measured_links(self._of(devices))
+            counts = range(1, len(devices) + 1) if gpus == AUTO else [len(devices)]
+            layout = layout_on(devices[0], self._links[devices], network.config, work, dtype, False, counts)
+            noun = "processes" if devices[0].type == "cpu" else "GPUs"
+            logging.info("LongCat: %s", layout.describe(noun))
+            known = self._counts[network] = key, layout.count
+        return known[1]
 
     def group(self, devices: Sequence[torch.device]) -> Group:
         """The group of these devices, which is started if it is not there. Raises LongCatError if that fails."""

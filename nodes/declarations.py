@@ -317,7 +317,8 @@ NODES: dict[str, Node] = {
         "Shares every step between several GPUs of this machine, with the same result. The first run starts a process "
         "for each further GPU; they stay until ComfyUI ends.",
         (MODEL,
-            own("gpus", "choice", "how many GPUs; auto: all that are like the one that ComfyUI uses", "auto",
+            own("gpus", "choice", "how many GPUs; auto: as many like the one that ComfyUI uses as make the video "
+                "faster, calculated from what they exchange in a second. The log says how they share the work", "auto",
                 choices=("auto", "1", "2", "4", "8"))),
         (Socket("", "Model", "for LongCat Sampler and for stock samplers"),),
     ),

@@ -182,11 +182,23 @@ def layout_of(
     group: Group, config: ModelConfig, work: Work, dtype: torch.dtype, split: bool, counts: Collection[int]
 ) -> Layout:
     """`choose_layout` for a group, with speeds that this measures; rank 0 calls it."""
-    rate = product_rate(group.device, dtype)
-    speeds = {size: link.all_to_all for size, link in measured_links(group).items()}
+    return layout_on(group.device, measured_links(group), config, work, dtype, split, counts)
+
+
+def layout_on(
+    device: torch.device,
+    links: Mapping[int, Bandwidth],
+    config: ModelConfig,
+    work: Work,
+    dtype: torch.dtype,
+    split: bool,
+    counts: Collection[int],
+) -> Layout:
+    """`choose_layout` for GPUs like `device` with these `measured_links`; measures a product."""
+    rate, speeds = product_rate(device, dtype), {size: link.all_to_all for size, link in links.items()}
     layout = choose_layout(config, work, dtype.itemsize, rate=rate, speeds=speeds, counts=counts, split=split)
     # Processes that share a CPU are for trying things out.
-    return replace(layout, best=layout.count) if group.device.type == "cpu" else layout
+    return replace(layout, best=layout.count) if device.type == "cpu" else layout
 
 
 def shrunk(group: Group, count: int) -> Group | None:

@@ -142,3 +142,27 @@ def test_a_self_test_uses_the_processes_that_are_there(comfy, model, latent, sam
     monkeypatch.setattr(known, "_bytes", lambda sender, to: plain(sender, to) + (sender == 0))
     with pytest.raises(comfy.core("errors").LongCatError, match=r"exchanges wrong bytes, mostly from .*rank 0\)? to"):
         comfy("LongCatMultiGPUTest", gpus="2")
+
+
+def test_auto_takes_as_many_as_make_the_video_faster(comfy, model, latent, sample, monkeypatch, caplog):
+    """Links that are fast keep both processes, and slow ones end one; the log says how they share the work."""
+    caplog.set_level("INFO")
+    ranks, workers = comfy.node("comfy_ranks"), comfy.node("comfy_ranks").WORKERS
+    monkeypatch.setattr(ranks, "devices_of", lambda gpus, device: (torch.device(device),) * 2)
+    monkeypatch.setattr(comfy.node("multi_gpu"), "devices_of", lambda gpus, device: (torch.device(device),) * 2)
+    monkeypatch.setattr(ranks, "layout_on", lambda device, *given: fixed(device, *given))
+    plain, speed = comfy.core("parallel.layout").layout_on, {}
+
+    def fixed(device, links, *given):
+        return plain(device, {2: links[2]._replace(all_to_all=speed["now"])}, *given)
+
+    shared = comfy("LongCatMultiGPU", model=model, gpus="auto")
+    wanted = sample(latent, model=model, steps=STEPS, seed=2, guidance=1.0)
+    for speed["now"], said in (
+        (1e15, "2 processes share the tokens of each video and exchange 1e+06 GB/s"),
+        (1.0, "1 of 2 processes does the work; more would be slower, because they exchange 1e-09 GB/s"),
+    ):
+        workers._counts.clear()
+        close(sample(latent, model=shared, steps=STEPS, seed=2, guidance=1.0), wanted)
+        assert caplog.text.count(said) == 1
+    assert group(comfy) is None
