@@ -39,6 +39,7 @@ from .comfy_avatar import Heard
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
 from .comfy_fp8 import is_replaced
 from .comfy_prefetch import Prefetch, prefetching
+from .host import running_workers
 from .progress import begins
 
 # Keys of transformer_options that the pack's nodes set and the network reads.
@@ -340,7 +341,11 @@ class DiffusionModel(LongCatTransformer):
     def _ranks(self, options: dict[str, Any], x: Tensor, num_cond: int) -> Any:
         """What runs passes on several GPUs, or None."""
         gpus = options.get(GPUS_KEY)
-        if gpus is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return None
+        if gpus is None:
+            if (workers := running_workers()) is not None:
+                workers.rest()
             return None
         # Imports torch.distributed.
         from .comfy_ranks import WORKERS, bypassed

@@ -113,6 +113,8 @@ class Workers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._group: Group | None = None
+        # The group that has the last pass.
+        self._active: Group | None = None
         # Of each network, what its last pass was and how many GPUs share it.
         self._counts: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
         # How fast these devices exchange data, also after their group has ended.
@@ -136,7 +138,7 @@ class Workers:
             if len(devices) == 1:
                 self._end()
                 return None
-            group = self._of(devices)
+            group = self._active = self._of(devices)
             key = id(group), dtype
             known = self._leaders.get(network)
             if known is None or known[0] != key:
@@ -172,8 +174,18 @@ class Workers:
             group = self._group = start(devices)
         return group
 
+    def rest(self) -> None:
+        """Say that the last pass of a network is on one GPU."""
+        self._active = None
+
+    def active(self, device: torch.device) -> Group | None:
+        """The group that has the last pass of a network, if its first device is `device`: what follows that pass, such
+        as decoding, may use it too."""
+        group = self._active
+        return group if group is not None and not group.failed and group.device == device else None
+
     def _end(self) -> None:
-        group, self._group = self._group, None
+        group, self._group, self._active = self._group, None, None
         self._leaders.clear()
         if group is not None:
             group.end()

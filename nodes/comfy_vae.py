@@ -16,6 +16,7 @@ from ..longcat_core.checkpoints.wan_vae import DIFFUSERS_TO_WAN
 from ..longcat_core.generate.vae import VideoVAE
 from ..longcat_core.vae.network import VAEConfig, WanVAE
 from ..longcat_core.vae.parts import needed_bytes
+from .host import running_workers
 
 
 def own_vae(vae: comfy.sd.VAE) -> VideoVAE | None:
@@ -55,10 +56,15 @@ def own_vae(vae: comfy.sd.VAE) -> VideoVAE | None:
 
 
 def _loaded(vae: comfy.sd.VAE, height: int, width: int) -> VideoVAE | None:
-    """`own_vae`, on its device, with room for pictures of this size."""
+    """`own_vae`, on its device, with room for pictures of this size, and on the GPUs that the last pass ran on."""
     needed = needed_bytes(height, width, vae.vae_dtype, vae.device)
     comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
-    return own_vae(vae)
+    own, workers = own_vae(vae), running_workers()
+    if own is not None and workers is not None and (group := workers.active(own.device)) is not None:
+        from ..longcat_core.parallel.led_vae import LedVAE
+
+        own.spread = LedVAE(group, own.model)
+    return own
 
 
 def decoded(vae: comfy.sd.VAE, samples: Tensor) -> Iterator[Tensor]:
@@ -102,4 +108,5 @@ def _in_tiles(own: VideoVAE, error: torch.OutOfMemoryError) -> None:
     traceback.clear_frames(error.__traceback__)
     comfy.model_management.soft_empty_cache()
     logging.warning("LongCat: the VAE ran out of memory; it works on tiles")
-    own.tiling = True
+    # Its group has ended, and tiles are for one GPU.
+    own.tiling, own.spread = True, None

@@ -166,3 +166,48 @@ def test_auto_takes_as_many_as_make_the_video_faster(comfy, model, latent, sampl
         close(sample(latent, model=shared, steps=STEPS, seed=2, guidance=1.0), wanted)
         assert caplog.text.count(said) == 1
     assert group(comfy) is None
+
+
+def test_the_vae_follows_the_last_pass(comfy, model, vae, latent, sample, monkeypatch):
+    """Decoding and encoding behind a pass of two processes are theirs too, also after an interrupt between parts."""
+    import comfy.model_management as management
+
+    led = comfy.core("parallel.led_vae").LedVAE
+    calls = []
+    for name in ("decode", "encode"):
+        plain = getattr(led, name)
+        monkeypatch.setattr(led, name, lambda self, x, name=name, plain=plain: calls.append(name) or plain(self, x))
+    clip = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    encoded = comfy.node("comfy_vae").encoded
+
+    def run(chosen):
+        samples = {"samples": sample(latent, model=chosen, steps=1, seed=2, guidance=1.0)}
+        with torch.inference_mode():
+            return comfy("LongCatVAEDecode", samples=samples, vae=vae)[0], encoded(vae, clip)
+
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    wanted = run(model)
+    assert not calls
+    found = run(shared)
+    assert calls == ["decode", "encode"]
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.core("vae.parts"), "MOST_ON_CPU", 1)
+        checks = []
+
+        def interrupted():
+            checks.append(None)
+            if len(checks) == 2:
+                raise management.InterruptProcessingException
+
+        patch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
+        with pytest.raises(management.InterruptProcessingException) as kept:
+            comfy("LongCatVAEDecode", samples={"samples": torch.zeros(1, 16, 5, 8, 12)}, vae=vae)
+    assert kept and len(checks) == 2
+    first = group(comfy)
+    for one in (found, run(shared)):
+        for got, right in zip(one, wanted, strict=True):
+            close(got, right)
+    assert group(comfy) is first and not first.failed
+    calls.clear()
+    run(model)
+    assert not calls
