@@ -58,6 +58,7 @@ def calibrate(args: argparse.Namespace) -> int:
             args, opened, device, work_of(first), [text for each in requests for text in read_in(each)]
         )
         pipeline.on_phase = task.phase
+        loaded = time.monotonic()
         found = search.run(PipelineSubject(pipeline, requests), [lora.path.name for lora in opened.loras])
         output = args.outputs.settled(output)
         write_calibration(output, found)
@@ -67,7 +68,8 @@ def calibrate(args: argparse.Namespace) -> int:
         write_page(args.page, made, pictures(found), prefix)
     print(text(found))
     count = "one prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
-    print(f"{output}: budget {recipe.budget:g}, {count}, in {duration(time.monotonic() - started)}")
+    took = f"in {duration(time.monotonic() - started)}, of which {duration(loaded - started)} for loading"
+    print(f"{output}: budget {recipe.budget:g}, {count}, {took}")
     return 0
 
 
