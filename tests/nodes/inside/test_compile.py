@@ -258,3 +258,12 @@ def test_training(comfy, model, prompts, image_latent):
         out = comfy("TrainLoraNode", model=[case], latents=[image_latent], positive=[prompts["positive"]], **settings)
         losses.append(out[-2]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.05), "the weights of the copy that is trained"
+
+
+def test_dense_and_sparse_steps_of_all_layers_share_a_graph(comfy, model, ksample):
+    sparse = comfy("LongCatSparseAttention", model=model, density=0.2, dense_steps=0.5)
+    compiled = whole(sparse)
+    for guidance, graphs in ((1.0, 1), (4.0, 2)):
+        values = {"steps": 2, "grid": (4, 32, 32), "cfg": guidance}
+        assert error(ksample(sparse, **values), ksample(compiled.model, **values)) <= 1e-3
+        assert compiled.graphs == graphs
