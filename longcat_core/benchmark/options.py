@@ -24,11 +24,14 @@ PARTS = {
     "avatar": "One evaluation of an avatar: from an image and as a continuation, two speakers, fp8, smaller cards.",
     "gpus": "An evaluation on one GPU and on several: guidance, refining, decoding, exact and fp8.",
     "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
+    "decode": "Decoding latents to frames at 480p and 720p, beside diffusers.",
     "load": "Loading a checkpoint, beside reading its file.",
     "recompiles": "Graphs of a block over steps, prompts, LoRAs, conditioning frames and sizes.",
 }
 # A part that loads no model of its own, and so is not one of `all`.
 RUN = "run"
+# What RUN leaves of ComfyUI's server.
+COMFYUI_RUN = "comfyui_run"
 RUN_SUMMARY = "Whole runs of longcat generate by stages, cold and warm, with its options."
 FEW_BLOCKS = 4
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 from longcat_core.benchmark import bench, options, report, variants, workload
-from longcat_core.benchmark.parts import cards, gpus, load, refine
+from longcat_core.benchmark.parts import cards, decode, gpus, load, refine
 from longcat_core.benchmark.parts.profile import family
 from longcat_core.benchmark.targets import Targets
 from longcat_core.cli import main as cli
@@ -228,6 +228,17 @@ def test_several_gpus_beside_one(everything):
     two = rows["without guidance, exact, 2 GPUs"]["ms"]
     assert gpus.calculated(content, "with guidance", "exact", 4) == two
     assert gpus.calculated(content, "with guidance", "fp8 and 8-bit attention", 4) is None
+
+
+def test_decoding_beside_diffusers(everything):
+    rows = rows_of(everything, "decode")
+    for size in ("32x48x5", "32x48x9"):
+        theirs, ours = rows[f"{size}, diffusers"], rows[f"{size}, ours"]
+        assert theirs["difference"] < 0.01 and ours["ratio"] == pytest.approx(theirs["ms"] / ours["ms"])
+        assert ours["first_frames_s"] > 0
+    aimed = {"name": "a", "decoder": "ours", "video": decode.AIMED, "status": "ok", "ms": 5.0, "ratio": 2.5}
+    text = bench.part("decode").table({"rows": [aimed], "machine": {"gpu": "H200"}}, None)
+    assert text.endswith("704x1280x185: 2.50 times as fast as diffusers (>= 2 times: met).")
 
 
 def test_what_more_gpus_would_take():
