@@ -113,6 +113,9 @@ class Server:
         # Nothing is written into the checkout, and nothing is downloaded.
         quiet = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | quiet
+        # As after a first start, which leaves compiled sources; where the pack cannot be written to, they are missing.
+        sources = [str(PACK / name) for name in ("__init__.py", "longcat_core", "nodes")]
+        subprocess.run([str(self.python), "-m", "compileall", "-q", *sources], stdout=subprocess.DEVNULL, check=False)
         began = time.perf_counter()
         with (self.base / "log").open("wb") as log:
             self.process = subprocess.Popen(

@@ -79,7 +79,7 @@ def add_arguments(
         option("--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s")
         option("--budget", type=number, metavar="S", help="start nothing new after this many seconds")
     sub = parts.add_parser(RUN, help=RUN_SUMMARY, description=RUN_SUMMARY, allow_abbrev=False)
-    add_own_of_run(sub, whole)
+    add_own_of_run(sub, whole, number)
     generate(sub)
     sub = parts.add_parser("report", help="Write the page of performance from results.", allow_abbrev=False)
     sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that bench wrote to (--output)")
@@ -88,10 +88,12 @@ def add_arguments(
     )
 
 
-def add_own_of_run(parser: argparse.ArgumentParser, whole: Parse) -> None:
+def add_own_of_run(parser: argparse.ArgumentParser, whole: Parse, number: Parse) -> None:
     """The options of RUN that are not those of `longcat generate`."""
     option = parser.add_argument
     option("--runs", type=whole, default=1, metavar="N", help="processes of each kind (default: 1)")
+    option("--cards", type=number, nargs="+", default=[], metavar="GIB", help="also a run of few steps within each of "
+           "these limits of the GPU's memory, such as 24 12")  # fmt: skip
     option("--comfyui", type=Path, metavar="DIR", help="measure ComfyUI's server instead, whose source is in this "
            "folder: its start, and two prompts of the pack's workflow")  # fmt: skip
     option("--comfyui-python", type=Path, metavar="FILE", help="Python that runs the server (default: that of the "

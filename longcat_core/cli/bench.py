@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..benchmark.options import RUN, add_own_of_run
+from ..benchmark.options import COMFYUI_RUN, RUN, add_own_of_run
 from ..errors import LongCatError
 from ..files.claims import claimed
 from ..files.places import check_new_folder
@@ -24,8 +24,8 @@ from ..optimize.attention import Inputs, report
 from ..optimize.plan import Work, plan_table
 from ..optimize.sparse.choose import report as sparse_report
 from ..sampling.conditioning import latent_frames, latent_shape
-from .console import whole
-from .models import device_of, dtype_of, paths_of
+from .console import number, whole
+from .models import check_memory, device_of, dtype_of, paths_of
 from .options import Parser, given_flags
 
 # Memory of common cards, and the size of the released text encoder's weights in 16 bits.
@@ -63,11 +63,13 @@ def _whole_runs(args: argparse.Namespace) -> int:
     paths = paths_of(args)
     paths.check()
     device = device_of(args.device)
+    for gib in args.cards:
+        check_memory(argparse.Namespace(**vars(args) | {"memory": gib}), device)
     check_new_folder(args.output, "results.json")
     if not args.no_plots:
         require_pillow(", or give --no-plots and draw them elsewhere with longcat bench report")
     own = Parser(add_help=False, allow_abbrev=False)
-    add_own_of_run(own, whole)
+    add_own_of_run(own, whole, number)
     # What follows the words `bench run` and is not for this command itself.
     words = own.parse_known_args(args.argv[2:])[1]
     report: ResultsFile | None = None
@@ -76,14 +78,17 @@ def _whole_runs(args: argparse.Namespace) -> int:
         nonlocal report
         if report is None:
             # Only now, for it asks the GPU, which the first process should find as it was.
-            report = ResultsFile(RUN, args.output, device, inputs)
+            report = ResultsFile(RUN if args.comfyui is None else COMFYUI_RUN, args.output, device, inputs)
         report.add(row)
-        say(f"{row['name']}: {row['wall_s']:.1f} s, {row['less_sampling_s']:.1f} s less sampling")
+        if "help_s" in row:
+            say(f"{row['name']}: {row['help_s']:.2f} s")
+        else:
+            say(f"{row['name']}: {row['wall_s']:.1f} s, {row['less_sampling_s']:.1f} s less sampling")
 
     args.output.mkdir(parents=True, exist_ok=True)
     with claimed(args.output / "results.json", f"another run is writing to {args.output}; give another --output"):
         if args.comfyui is None:
-            measure(words, paths, args.output, args.runs, not args.no_text_cache, keep)
+            measure(words, paths, args.output, args.runs, not args.no_text_cache, keep, args.cards)
         else:
             _in_comfyui(args, paths, device, keep)
         assert report is not None, "at least one run"
@@ -97,8 +102,8 @@ def _check_in_comfyui(args: argparse.Namespace) -> None:
     others = [row.flag for row in of_command("generate") if row.flag in given and row.name not in SET_IN_COMFYUI]
     if others:
         raise LongCatError(f"--comfyui cannot pass on {', '.join(others)} to the workflow; leave it out")
-    if args.runs != 1:
-        raise LongCatError("--comfyui starts one server; leave --runs out")
+    if args.runs != 1 or args.cards:
+        raise LongCatError("--comfyui starts one server; leave --runs and --cards out")
     if len(args.lora or []) > 1:
         raise LongCatError("--comfyui takes one --lora; leave the others out")
 

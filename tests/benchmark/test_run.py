@@ -13,6 +13,7 @@ from longcat_core.benchmark import bench
 from longcat_core.benchmark.parts import run
 from longcat_core.cli import main as cli
 from longcat_core.cli import models, timed
+from longcat_core.generate.paths import ModelPaths
 from longcat_core.generate.progress import DECODING, FIRST_STEP, LOADING, SAVING, STARTING, STEPS
 from longcat_core.measure.results import read
 
@@ -24,6 +25,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder; processes that are started run in this one."""
 
     def started(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        if command[1:] == ["-m", "longcat_core", "--help"]:
+            return subprocess.CompletedProcess(command, 0, "", "")
         assert command[1:3] == ["-m", timed.__name__]
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", env["XDG_CACHE_HOME"])
@@ -42,13 +45,15 @@ def test_runs_are_in_a_table_a_picture_a_file_and_on_the_page(here: Path, capsys
     assert sorted(path.name for path in (here / "found").iterdir()) == ["run.json", "run.png"]
     assert not (here / "own").exists(), "the user's encodings are left alone"
     found = read(here / "found" / "run.json")
-    cold, warm, kept = found["rows"]
-    assert [row["name"] for row in found["rows"]] == [run.COLD, run.WARM, run.KEPT]
+    assert [row["name"] for row in found["rows"]] == [run.COLD, run.WARM, run.KEPT, run.HELP]
+    *runs, started = found["rows"]
+    cold, warm, kept = runs
+    assert len(started["times_s"]) == run.STARTS and min(started["times_s"]) <= started["help_s"]
     assert (found["inputs"]["model"], found["inputs"]["size"], found["inputs"]["steps"]) == ("nano", "32x48x5", 2)
     names = [stage["name"] for stage in cold["stages"]]
     assert names[0] == STARTING and {LOADING, FIRST_STEP, STEPS, DECODING, SAVING, run.ENDING} <= set(names)
     assert run.ENDING not in {stage["name"] for stage in warm["stages"]}, "one process, one end"
-    for row in found["rows"]:
+    for row in runs:
         assert sum(stage["s"] for stage in row["stages"]) == pytest.approx(row["wall_s"])
         assert 0 < row["first_frames_s"] <= row["wall_s"] and row["steps"] == 2
     assert "the system's cache held" in cold["notes"][0] and warm["notes"] == [] != kept["notes"]
@@ -81,6 +86,36 @@ def test_what_is_to_be_reached_is_said_where_it_is_known() -> None:
     table = bench.part("run").table
     assert table(results, None).endswith(said)
     assert said not in table(results | {"machine": {"gpu": None}}, None)
+
+
+def test_starts_have_bounds_of_their_own() -> None:
+    stages = [{"name": run.PACK_START, "s": 0.4}]
+    rows = [{"name": run.HELP, "phase": "preparation", "status": "ok", "help_s": 0.13}]
+    rows += [{"name": run.IN_COMFYUI[0], "status": "ok", "stages": stages, "beside": [], "wall_s": 0.4}]
+    results = {"kind": "run", "inputs": {}, "machine": {"gpu": "H100"}, "rows": rows}
+    table = bench.part("run").table(results, None)
+    assert "longcat --help: 0.13 s (<= 0.2 s: met).\n\nstarting: this pack: 0.40 s (<= 0.3 s: missed)." in table
+
+
+def test_runs_within_less_memory_are_rows_of_few_steps(monkeypatch: Any, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def process(words: list[str], videos: int, place: Path, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        seen.append(words)
+        return [{"wall_s": 1.0}] * videos, {"steps": 16}
+
+    monkeypatch.setattr(run, "_process", process)
+    monkeypatch.setattr(run, "_help_seconds", lambda: 0.1)
+    rows: list[dict[str, Any]] = []
+    run.measure(["--fp8"], ModelPaths(), tmp_path, 1, False, lambda row, inputs: rows.append(row), [24.0, 12.0])
+    names = [run.COLD, run.WARM, "cold, 24 GiB, 4 steps", "cold, 12 GiB, 4 steps", run.HELP]
+    assert [row["name"] for row in rows] == names
+    assert seen[1:] == [["--fp8", "--memory", gib, "--steps", "4"] for gib in ("24", "12")]
+
+
+def test_less_memory_needs_a_gpu(here: Path, capsys: Any) -> None:
+    assert cli.main(["bench", "run", *SMALL, "--cards", "24", "12", "--output", "found"]) == cli.BAD_INPUT
+    assert "limits a GPU's memory" in capsys.readouterr().err and not (here / "found").exists()
 
 
 def test_a_file_that_was_just_written_is_in_memory(tmp_path: Path) -> None:

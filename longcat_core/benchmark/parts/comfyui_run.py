@@ -19,9 +19,9 @@ from ...generate.paths import ModelPaths
 from ...generate.progress import COMPILING, DECODING, ENCODING, FIRST_STEP, LOADING, LOADING_TEXT, SAVING, STEPS
 from ...generate.request import GenerateRequest
 from ..comfyui_server import PACK, Events, Server, free_port
-from ..part import Row
+from ..part import Chart, Part, Row
 from ..stages import row as figures
-from .run import IN_COMFYUI
+from .run import IN_COMFYUI, PACK_START, draw, table
 
 CONTROLS = ("fixed", "randomize", "increment", "decrement")
 LOADERS = {
@@ -118,7 +118,7 @@ def rows(
     with Server(checkout, python or _python_of(checkout), files, free_port(port), cpu) as server:
         said("starting ComfyUI")
         wall, pack = server.start()
-        found = figures({"starting: server": wall - pack, "starting: this pack": pack}, [], [], None)
+        found = figures({"starting: server": wall - pack, PACK_START: pack}, [], [], None)
         yield {"name": IN_COMFYUI[0], "phase": "cold", "status": "ok", "notes": []} | found | {"steps": 0}
         prompt = to_prompt(json.loads(wanted.workflow.read_text(encoding="utf-8")))
         _set(prompt, wanted)
@@ -220,3 +220,16 @@ def _after(phase: str, words: Sequence[tuple[float, str]], begun: float, latest:
         return begun
     following = [at for at, text in words[during[-1] + 1 :] if phase not in text]
     return min(following[0], latest) if following else latest
+
+
+PART = Part(
+    text="""## From Queue to mp4, in ComfyUI
+
+ComfyUI's server is started with this pack alone among its custom nodes, and then runs the pack's workflow from text
+twice, the second time with another prompt. *This pack* is its share of the start as ComfyUI logs it, to a tenth of a
+second. Stages are nodes, and those that LongCat Sampler names; they add up to the time of a prompt. *Sampling* counts
+the first step as long as a later one; *less sampling* is everything else.""",
+    run=None,
+    table=table,
+    charts=(Chart(draw, ("wall_s",)),),
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PROMPTS = ("a red circle moves right on a blue background", "a green square moves up on a black background")
-COLD, WARM, KEPT = "cold", "warm", "cold, encoding kept"
+COLD, WARM, KEPT, HELP = "cold", "warm", "cold, encoding kept", "longcat --help"
+# Starts of `longcat --help`, of which the median counts, and the steps of a run on a smaller card: the first one, and
+# others to know how long it would be without kernels.
+STARTS, CARD_STEPS = 5, 4
 # Blocks of a file that are asked for, to see how much of it the system holds in memory.
 SAMPLES, BLOCK = 256, 4096
 LABELS = {
@@ -64,31 +68,60 @@ STAGE_COLORS: dict[str, Color] = {
 # The size and the seconds to reach on an H100: for everything but sampling in a cold run of the distilled model in
 # fp8, for decoding, and for the first frames.
 AIMED, COLD_S, DECODE_S, FIRST_S = "480x832x93", 12.0, 1.6, 0.3
+# Seconds to reach of `longcat --help`.
+HELP_S = 0.2
 # Runs in ComfyUI, see comfyui_run.py, and the seconds to reach in the last one for everything but sampling.
 IN_COMFYUI, COMFYUI_S = ("ComfyUI, start", "ComfyUI, first prompt", "ComfyUI, second prompt"), 4.0
+# The pack's share of ComfyUI's start, and the seconds to reach.
+PACK_START, PACK_S = "starting: this pack", 0.3
 
 
 def measure(
-    words: Sequence[str], paths: ModelPaths, folder: Path, runs: int, text_cache: bool, keep: Callable[[Row, Row], None]
+    words: Sequence[str],
+    paths: ModelPaths,
+    folder: Path,
+    runs: int,
+    text_cache: bool,
+    keep: Callable[[Row, Row], None],
+    cards: Sequence[float] = (),
 ) -> None:
-    """Time `runs` processes that make two videos each, and as many that find the encoding of the prompt.
+    """Time `runs` processes that make two videos each, as many that find the encoding of the prompt, one process
+    within the GPU memory of each of the `cards`, in GiB, and the start of `longcat --help`.
 
     words: options of `longcat generate`; paths: of its models; text_cache: whether these leave encodings on disk.
     keep: called with each row and the inputs. Raises LongCatError with the sentence of a command that fails.
     """
     # Only an absolute path names a folder for caches.
     with tempfile.TemporaryDirectory(dir=folder.resolve()) as place:
+
+        def add(names: Sequence[str], phases: Sequence[str], words: Sequence[str], cache: Path) -> Row:
+            cached = cached_share(_files(paths))
+            rows, inputs = _process(words, len(names), Path(place), cache)
+            for name, phase, row in zip(names, phases, rows, strict=True):
+                notes = [_cached_in_words(cached)] if phase == COLD else []
+                row = {"name": name, "phase": phase, "status": "ok"} | row
+                keep(row | {"cached": cached if phase == COLD else None, "notes": notes}, inputs)
+            return inputs
+
         for number in range(1, runs + 1):
             # Every pair has a cache of its own, so that the first process encodes.
             cache = Path(place) / f"cache-{number}"
-            for names in ((COLD, WARM), (KEPT,)) if text_cache else ((COLD, WARM),):
-                cached = cached_share(_files(paths))
-                rows, inputs = _process(words, len(names), Path(place), cache)
-                for name, row in zip(names, rows, strict=True):
-                    phase = WARM if name == WARM else COLD
-                    notes = [_cached_in_words(cached)] if phase == COLD else []
-                    row = {"name": f"{name} {number}" if runs > 1 else name, "phase": phase, "status": "ok"} | row
-                    keep(row | {"cached": cached if phase == COLD else None, "notes": notes}, inputs)
+            for names, phases in (((COLD, WARM), (COLD, WARM)), ((KEPT,), (COLD,)))[: 1 + text_cache]:
+                numbered = [f"{name} {number}" for name in names] if runs > 1 else names
+                inputs = add(numbered, phases, words, cache)
+        for gib in cards:
+            steps = min(CARD_STEPS, inputs["steps"])
+            limited = [*words, "--memory", f"{gib:g}", "--steps", str(steps)]
+            add([f"{COLD}, {gib:g} GiB, {steps} steps"], [COLD], limited, Path(place) / f"cache-{gib:g}")
+    times = [_help_seconds() for _ in range(STARTS)]
+    row = {"name": HELP, "phase": "preparation", "status": "ok", "help_s": statistics.median(times), "times_s": times}
+    keep(row, inputs)
+
+
+def _help_seconds() -> float:
+    began = time.monotonic()
+    start([sys.executable, "-m", "longcat_core", "--help"], os.environ)
+    return time.monotonic() - began
 
 
 def _process(words: Sequence[str], videos: int, place: Path, cache: Path) -> tuple[list[Row], Row]:
@@ -198,12 +231,26 @@ def _beside(row: Row, name: str) -> str | None:
 def _verdicts(results: Results, rows: Sequence[Row]) -> Iterator[str]:
     """What is to be reached at the size for which it is known, on a GPU."""
     inputs = results["inputs"]
-    if inputs.get("size") != AIMED or not results["machine"].get("gpu"):
+    if not results["machine"].get("gpu"):
+        return
+    for row in results["rows"]:
+        if "help_s" in row:
+            seconds = row["help_s"]
+            yield f"{HELP}: {_fixed(seconds)} s (<= {HELP_S:g} s: {met_or_missed(seconds <= HELP_S)})."
+        for stage in row.get("stages", ()):
+            if stage["name"] == PACK_START:
+                yield f"{PACK_START}: {_fixed(stage['s'])} s (<= {PACK_S:g} s: {met_or_missed(stage['s'] <= PACK_S)})."
+    if inputs.get("size") != AIMED:
         return
     for row in rows:
         seconds = {stage["name"]: stage["s"] for stage in row["stages"]}
         goals = [("decoding", seconds.get(DECODING), DECODE_S), ("first frames", row["first_frames_s"], FIRST_S)]
-        if row["name"].startswith(COLD) and inputs.get("fp8") and inputs.get("steps") == 16:
+        if (
+            row["name"].startswith(COLD)
+            and "GiB" not in row["name"]
+            and inputs.get("fp8")
+            and inputs.get("steps") == 16
+        ):
             goals.insert(0, ("less sampling", row["less_sampling_s"], COLD_S))
         if row["name"] == IN_COMFYUI[2]:
             goals.insert(0, ("less sampling", row["less_sampling_s"], COMFYUI_S))
@@ -246,7 +293,7 @@ to its end; *warm* is a second video of the same pipeline with another prompt, u
 is a fresh process that finds the prompt's encoding on disk and loads no text encoder. Stages are what the run waited
 for and add up to its time; work that other threads did meanwhile is listed *beside*. *Sampling* counts the first step
 as long as a later one, since what it takes longer is spent on kernels; *less sampling* is everything else. A stage ends
-when the GPU has done its work.""",
+when the GPU has done its work. *GiB* is a limit of the GPU's memory, as on a smaller card.""",
     run=None,
     table=table,
     charts=(Chart(draw, ("wall_s",)),),
