@@ -136,7 +136,7 @@ class Pipeline(Engine):
         faster, by calculation from measured speeds; None: those of torchrun. The others have processes that end with
         this one, or with the next load on other GPUs.
 
-        On a GPU the transformer is read while the text encoder is loaded and works, if both fit.
+        On a GPU the transformer is read while the text encoder works, if both fit.
         Several threads may use a pipeline: each call waits for those of other threads. Raises LongCatError for files
         that do not fit the network or each other, and for arguments of the wrong type.
         """
@@ -204,13 +204,12 @@ class Pipeline(Engine):
         switches = replace(optimizations, split_guidance=plan.split_guidance)
         tell = on_load or (lambda stage, done, of: None)
 
-        def text(check: Callable[[], None]) -> None:
-            def watch(done: int, of: int) -> None:
-                check()
-                tell(LOADING_TEXT, done, of)
-
+        def read_text() -> None:
             if not prompts or text_encoder.missing(prompts):
-                text_encoder.load(watch)
+                text_encoder.load(lambda done, of: tell(LOADING_TEXT, done, of))
+
+        def text(check: Callable[[], None]) -> None:
+            read_text()
             if prepared:
                 check()
                 tell(ENCODING, 0, 0)
@@ -242,6 +241,9 @@ class Pipeline(Engine):
         # The processes of torchrun are as many as somebody asked for.
         counts = room.counts(plan) if gpus == AUTO and not torchrun_size() else [len(devices)]
         with started(devices) as ready:
+            if not plan.stream_text_encoder:
+                # Before other threads start: beside their imports it takes ten times as long.
+                read_text()
             with warming(device, warm) if beside else nullcontext():
                 model = load_both(text, transformer, tell, device, beside and not plan.stream_text_encoder)
             exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)

@@ -98,6 +98,8 @@ def _write_stream(
         if not lossless:
             stream.options = {"crf": str(CRF), "x264-params": X264_PARAMS}
             context = stream.codec_context
+            # Frames side by side: PyAV's default, slices of one frame, takes half as long again on many cores.
+            context.thread_type = "FRAME"
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED_RANGE
         heard = (
