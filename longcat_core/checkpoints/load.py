@@ -191,7 +191,7 @@ def without_audio(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.config.audio is not None:
         raise CheckpointError(
             f"{checkpoint.source} holds LongCat-Video-Avatar, not a LongCat-Video transformer; give the dit folder of "
-            "LongCat-Video or a single file of its transformer, or use longcat avatar"
+            "LongCat-Video or a single file of its transformer, or use longcat avatar, or longcat calibrate --audio"
         )
     return checkpoint
 

@@ -16,6 +16,7 @@ from ..files.media import read_image, read_sound
 from ..generate.audio import Embeddings, combine, load_audio_encoder
 from ..generate.avatar import AvatarRequest, avatar_video, spoken_frames
 from ..generate.long_video import Finished
+from ..generate.opened import OpenedModel
 from ..generate.options import GUIDANCE, MORE
 from ..generate.people import LEFT, RIGHT, Person, box_of_pixels
 from ..generate.pipeline import Pipeline
@@ -82,19 +83,7 @@ def avatar(args: argparse.Namespace) -> int:
             return task.load(request.work(), bar, request.reads(), first.sparse_settings)
 
         def hear() -> Embeddings:
-            encoder = load_audio_encoder(
-                "",
-                opened=opened.audio_encoder,
-                device=task.device,
-                watch=lambda done, of: bar.task.load(LOADING_AUDIO, done, of),
-            )
-            bar.task.phase(ENCODING)
-            embeddings = request.embed(encoder)
-            # The model is loaded next and needs the memory.
-            del encoder
-            if task.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return embeddings
+            return embeddings_of(request, opened, task.device, bar)
 
         finished.extend(reported(avatar_video(load, hear, request, folder, steps_of(bar)), folder, bar))
         task.name_take(folder)
@@ -102,6 +91,23 @@ def avatar(args: argparse.Namespace) -> int:
 
     task.run_parts(segments)
     return task.report(f"{request.voices.seconds:.2f} s of sound, {len(finished)} segments, ")
+
+
+def embeddings_of(request: AvatarRequest, opened: OpenedModel, device: torch.device, bar: Progress) -> Embeddings:
+    """What the network hears of a filled request."""
+    encoder = load_audio_encoder(
+        "",
+        opened=opened.audio_encoder,
+        device=device,
+        watch=lambda done, of: bar.task.load(LOADING_AUDIO, done, of),
+    )
+    bar.task.phase(ENCODING)
+    embeddings = request.embed(encoder)
+    # The model is loaded next and needs the memory.
+    del encoder
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return embeddings
 
 
 def people_of(args: argparse.Namespace) -> tuple[Person, ...]:

@@ -176,6 +176,7 @@ _WEIGHTS = (*_MODELS, "train-lora")
 _SEVERAL = (*_VIDEOS, "refine", *_AVATAR)
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
 _CALIBRATE, _TEST = ("calibrate",), ("test-gpus",)
+_SPEAKING = (*_AVATAR, *_CALIBRATE)
 
 OPTIONS: tuple[Option, ...] = (
     *_group(
@@ -192,6 +193,8 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         CALIBRATED,
         _CALIBRATE,
+        Option("audio", "path", "sound that an avatar speaks while it is measured, of any audio or video file; "
+               "MODEL is LongCat-Video-Avatar then, or the nano avatar if it is left out", metavar="FILE"),
         Option("budget", "number", "error that the attention of the layers may have: how far its output is from the "
                "exact one, as a share of the exact one, the root mean square of the layers", 0.1, least=0.001, most=1.0,
                step=0.01, digits=3, metavar="X"),
@@ -323,7 +326,7 @@ OPTIONS: tuple[Option, ...] = (
                commands=_AVATAR, **_guidance),
         Option("audio_guidance", "number", "scale of the guidance by the sound; 3 to 5 is good for lips. With 1 for "
                "this and --guidance a step takes a third of the time", filled=True, shown="4; distilled 1",
-               nano=1.0, commands=_AVATAR, **_guidance),
+               nano=1.0, needs=("audio",), commands=_SPEAKING, **_guidance),
         Option("steps", "whole", "number of denoising steps", commands=_SCORE, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off", commands=_SCORE, **_guidance),
         Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
@@ -361,10 +364,12 @@ OPTIONS: tuple[Option, ...] = (
                metavar="PATH", commands=(*_VIDEOS, "refine", "train-lora", *_SCORE), shown="LongCat-nano"),
         Option("model", "text", "folder of LongCat-Video-Avatar 1.5 or 1.0, or a checkpoint of its transformer of any "
                "published form", metavar="PATH", commands=_AVATAR, shown="the nano avatar"),
-        Option("base", "text", "LongCat-Video's folder, for VAE and text encoder", metavar="PATH", commands=_AVATAR,
+        Option("base", "text", "LongCat-Video's folder, for VAE and text encoder of an avatar", metavar="PATH",
+               needs=("audio",), commands=_SPEAKING,
                shown="LongCat-Video beside the model's folder"),
         Option("audio_encoder", "text", "folder or file of the audio encoder: whisper-large-v3 (1.5) or "
-               "chinese-wav2vec2-base (1.0)", metavar="PATH", commands=_AVATAR, shown="in the model's folder"),
+               "chinese-wav2vec2-base (1.0)", metavar="PATH", needs=("audio",), commands=_SPEAKING,
+               shown="in the model's folder"),
         Option("vae", "text", "folder or file of the VAE", shown="vae/ in the model's folder", metavar="PATH",
                commands=_WEIGHTS),
         Option("text_encoder", "text", "folder or file of the text encoder", metavar="PATH", commands=_WEIGHTS,

@@ -364,7 +364,9 @@ class Search:
         def before(step: int) -> None:
             probe.range = self.measured.at.get(step)
 
-        label = MEASURING if count == 1 else f"{MEASURING} prompt {number + 1} of {count}"
+        # An avatar has two segments of a prompt.
+        several = count == len(self.videos.prompts) > 1
+        label = f"{MEASURING} prompt {number + 1} of {count}" if several else MEASURING
         with subject.probed(probe):
             frames, seconds = self._video(subject, number, label, before)
         # A first step warms up, and measured ones take longer.
@@ -418,9 +420,10 @@ class Search:
         return tuple(tuple(round(share, 4) for share in row) for row in rows)
 
 
-def token_order(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """The order of the tokens of noise frames (frames, rows, columns) in sparse attention, [N] int64."""
-    order, _ = sparse_order(grid, 0, device)
+def token_order(grid: tuple[int, int, int], device: torch.device, apart: tuple[int, int] = (0, 0)) -> Tensor:
+    """The order of the tokens of noise frames (frames, rows, columns) in sparse attention, [N] int64. apart: frames
+    (first, past the last) that are ordered by themselves."""
+    order, _ = sparse_order(grid, 0, device, apart)
     return order
 
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LongCatError
+from ..model.attention import Groups
 from ..model.kv_cache import KVCache
 from ..model.text import TextTokens
+from ..model.transformer import FrameLayout, ReferenceLayout
 from ..optimize.attention import Kernels
 from ..optimize.execution import AroundBlock, Execution
 from ..optimize.operators import Attend
@@ -37,8 +39,9 @@ LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
 # size, 37,440 tokens of 32 heads, 8 query blocks took 33 ms with it and 63 ms with 512 MiB (H100, 2026-11-28).
 BYTES = 1 << 31
 SCALE = 64.0
-# Order of the noise frames' tokens in the blocks, for a grid (frames, rows, columns): [N] int64; None: as they are.
-Order = Callable[[tuple[int, int, int], torch.device], Tensor | None]
+# Order of the noise frames' tokens in the blocks, [N] int64, for a grid (frames, rows, columns) of which some frames
+# (first, past the last) are ordered by themselves.
+Order = Callable[[tuple[int, int, int], torch.device, tuple[int, int]], Tensor]
 
 
 class Price(NamedTuple):
@@ -163,14 +166,45 @@ def roots_of(layer: nn.Module, heads: int, like: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()[:, None]).transpose(-1, -2).float()
 
 
+class Look(NamedTuple):
+    """One attention of a block, which is measured. queries [Nq], keys [Nk]: its tokens in the order of the blocks;
+    sink: see `price`; share: of the noise tokens that are its queries, 0..1."""
+
+    queries: Tensor
+    keys: Tensor
+    sink: int
+    share: float
+
+
+def looks(groups: Groups, frames: int, spatial: int, given: int, cached: bool, order: Tensor) -> dict[int, Look]:
+    """Which of a block's attentions are measured, by their number, counted from 1: those of the noise frames.
+
+    groups: of an input of `frames` frames of `spatial` tokens. given: clean tokens in front of the noise ones, cached
+    ones included; cached: whether there are any of these. order [N]: of the noise tokens, whose hidden frames are
+    ordered by themselves.
+    """
+    found, clean = {}, groups.clean * spatial
+    for number, (own, seen) in enumerate(groups.reads(frames, spatial, cached), 1):
+        first, past = own.start - clean, own.stop - clean
+        # Clean frames stay exact.
+        if first < 0:
+            continue
+        front = given - seen.start
+        keys = torch.cat((torch.arange(front, device=order.device), order + front))
+        found[number] = Look(order[first:past] - first, keys, math.ceil(front / BLOCK), (past - first) / len(order))
+    return found
+
+
 @dataclass
 class Probe:
     """Collects prices of passes in ranges of steps.
 
     squares: error [ranges, depth, heads, L] that comes of each head: |W_h (sparse - exact)|^2 / |W exact|^2, where W is
     the layer's output projection and W_h the head's part; mass, best: see `Price`, [depth, heads, L]; all these are
-    sums over `count` [ranges, depth] prices. seen: passes [ranges]. roots: by layer, see `roots_of`. samples: query
-    blocks of each pass, layer and video. order: see above.
+    sums over `count` [ranges, depth] prices, one for each pass and video. Where noise frames attend in several parts,
+    since some do not see a reference frame, the price is the mean over the parts, weighted by their queries. seen:
+    passes [ranges]. roots: by layer, see `roots_of`. samples: query blocks of each pass, layer and video. order: see
+    above.
     """
 
     ranges: int
@@ -187,7 +221,7 @@ class Probe:
         self.device = torch.device("cpu")
         self.squares = torch.zeros(self.ranges, self.depth, self.heads, len(self.ladder))
         self.mass, self.best = torch.zeros_like(self.squares[0]), torch.zeros_like(self.squares[0])
-        self.count = torch.zeros(self.ranges, self.depth, dtype=torch.int64)
+        self.count = torch.zeros(self.ranges, self.depth, dtype=torch.float64)
         self.seen = [0] * self.ranges
         # The range and the number of the pass that runs, None while nothing is measured; the block that runs.
         self.range: int | None = None
@@ -196,65 +230,59 @@ class Probe:
         # Seconds of dense attention in each pass that was measured.
         self.attention_s: list[float] = []
 
-    def measured(
-        self, attend: Attend, which: int, sink: int, order: Tensor | None, laps: Laps, blocks: Sequence[nn.Module]
-    ) -> Attend:
+    def measured(self, attend: Attend, parts: dict[int, Look], laps: Laps, blocks: Sequence[nn.Module]) -> Attend:
         """Dense attention `attend` that is also measured.
 
-        which: the call in a block that is measured; before it conditioning frames may attend to themselves, and after
-        it tokens to the text. sink, order: of this pass; laps: get a lap for each measured call; blocks: the network's.
+        parts: the calls in a block that are measured, by their number; before them clean frames may attend to
+        themselves, and after them tokens to the text. laps: get a lap for each measured call; blocks: the network's.
         """
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.calls += 1
-            if self.calls != which:
+            if (look := parts.get(self.calls)) is None:
                 return attend(q, k, v)
             laps.mark()
             out = attend(q, k, v)
             laps.mark()
-            self._take(q, k, v, out, sink, order, blocks[self.layer].get_submodule("attn.proj"))
+            self._take(q, k, v, out, look, blocks[self.layer].get_submodule("attn.proj"))
             return out
 
         return call
 
-    def _take(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sink: int, order: Tensor | None, layer: nn.Module
-    ) -> None:
+    def _take(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, part: Look, layer: nn.Module) -> None:
         assert self.range is not None, "a pass is measured"
-        noise, given = q.shape[1], k.shape[1] - q.shape[1]
-        places = torch.arange(noise, device=q.device) if order is None else order
-        count = noise // self.query_block
-        if not count or k.shape[1] // BLOCK <= sink:
+        count, share = q.shape[1] // self.query_block, part.share
+        if not count or k.shape[1] // BLOCK <= part.sink:
             raise LongCatError(
-                f"{noise} tokens are too few for blocks of {self.query_block}; calibrate with larger or longer videos"
+                f"{q.shape[1]} tokens are too few for blocks of {self.query_block}; calibrate with larger or longer "
+                "videos"
             )
-        chosen = self._chosen(count).to(q.device)
-        rows = places[: count * self.query_block].view(count, self.query_block)[chosen]
-        every = torch.cat((torch.arange(given, device=q.device), places + given))
+        chosen = self._chosen(count, max(1, round(self.samples * share))).to(q.device)
+        rows = part.queries[: count * self.query_block].view(count, self.query_block)[chosen]
         if self.device != q.device:
             self.device, self.squares = q.device, self.squares.to(q.device)
             self.mass, self.best = self.mass.to(q.device), self.best.to(q.device)
         if self.layer not in self.roots:
             self.roots[self.layer] = roots_of(layer, self.heads, q)
-        look = partial(price, sink=sink, query_block=self.query_block, tail=self.tail, order=every)
+        look = partial(price, sink=part.sink, query_block=self.query_block, tail=self.tail, order=part.keys)
         for video in range(len(q)):
             found = look(q[video, rows], k[video], v[video], self.ladder, roots=self.roots[self.layer])
             whole = project(layer, out[video, rows.flatten()].flatten(1)).float().square().sum()
             place = self.squares[self.range, self.layer]
-            place += (found.error / whole.clamp(min=torch.finfo(torch.float32).tiny)).to(place)
-            self.mass[self.layer] += found.mass.to(place)
-            self.best[self.layer] += found.best.to(place)
-            self.count[self.range, self.layer] += 1
+            place += share * (found.error / whole.clamp(min=torch.finfo(torch.float32).tiny)).to(place)
+            self.mass[self.layer] += share * found.mass.to(place)
+            self.best[self.layer] += share * found.best.to(place)
+            self.count[self.range, self.layer] += share
 
     def mean_squares(self) -> Tensor:
         """`squares` of a price, [ranges, depth, heads, L] fp64 on the CPU."""
         return self.squares.cpu().double() / self.count[..., None, None].clamp(min=1)
 
-    def _chosen(self, whole: int) -> Tensor:
+    def _chosen(self, whole: int, samples: int) -> Tensor:
         """Which of the query blocks are measured: others in every pass and layer, the same for a seed."""
         place = (self.seed * 1009 + self.number) * self.depth + self.layer
         generator = torch.Generator().manual_seed(place % (1 << 31))
-        return torch.randperm(whole, generator=generator)[: self.samples].sort().values
+        return torch.randperm(whole, generator=generator)[:samples].sort().values
 
     def around(self, outer: AroundBlock | None) -> AroundBlock:
         """`around_block` of a pass that is measured. outer: what else goes around blocks."""
@@ -299,14 +327,17 @@ class Probed:
         if probe.range is None:
             return self.execution(x, timestep, context, mask, **there, **options)
         _, ph, pw = self.execution.config.patch_size
-        rows, columns = x.shape[3] // ph, x.shape[4] // pw
-        given = num_cond_latents + (0 if kv_cache is None else kv_cache.num_latents)
-        order = probe.order((x.shape[2] - num_cond_latents, rows, columns), x.device)
+        frames, rows, columns = x.shape[2], x.shape[3] // ph, x.shape[4] // pw
+        start = 0 if kv_cache is None else kv_cache.num_latents
+        reference = options.get("reference")
+        layout = FrameLayout() if reference is None else ReferenceLayout(reference)
+        groups = layout.groups(num_cond_latents, start, frames)
+        order = probe.order((frames - num_cond_latents, rows, columns), x.device, groups.hidden)
+        given = (num_cond_latents + start) * rows * columns
+        parts = looks(groups, frames, rows * columns, given, start > 0, order)
         laps = Laps(x.device)
         chosen: Kernels = options.pop("kernels", None) or self.execution.choose_kernels(x.device)
-        sink = math.ceil(given * rows * columns / BLOCK)
-        blocks = self.execution.network.blocks
-        attend = probe.measured(chosen.attend, 2 if num_cond_latents else 1, sink, order, laps, blocks)
+        attend = probe.measured(chosen.attend, parts, laps, self.execution.network.blocks)
         options["kernels"] = chosen._replace(attend=attend, quantized=None)
         options["around_block"] = probe.around(options.pop("around_block", None))
         probe.number += 1

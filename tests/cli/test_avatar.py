@@ -19,6 +19,7 @@ from longcat_core.generate.paths import NANO_TEXT_ENCODER, NANO_VAE, ModelPaths
 from longcat_core.generate.pipeline import Pipeline
 
 from ..generate.test_avatar import DATA, PROMPT, SIZE, pipeline, sounds
+from ..measure.test_calibrate_avatar import quick
 
 QUICK = ["--size", "64x96", "--frames", "25", "--overlap", "5", "--device", "cpu", "--steps", "1", "--schedule", "base",
          "--guidance", "1", "--audio-guidance", "1"]  # fmt: skip
@@ -127,6 +128,7 @@ def test_bad_input_of_avatar(refused: Any, name: str) -> None:
 def test_other_commands_name_this_one(refused: Any) -> None:
     for model in (["avatar/base_model", *PARTS], ["avatar/base_model"], ["avatar"]):
         assert "or use longcat avatar" in refused("generate", PROMPT, "--model", *model)
+        assert "or longcat calibrate --audio" in refused("calibrate", *model)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -178,6 +180,47 @@ def test_lossy_options_make_a_take_of_their_own(loads: list, capsys: Any) -> Non
     assert "sparse attention: density 0.3, kernel plain" in said
     assert cli.main(arguments) == 0
     assert "a-segments/take-002" in "".join(capsys.readouterr())
+
+
+CALIBRATE = ["calibrate", "avatar", *PARTS, *ONE]
+BAD_CALIBRATION: dict[str, tuple[list[str], str]] = {
+    "tokens": ([*CALIBRATE, "--size", "64x96", "--frames", "17"], "too few for sparse attention"),
+    "tokens behind given frames": (
+        ["calibrate", "avatar", *PARTS, "--audio", "long.mkv", "--size", "128x128", "--frames", "65"],
+        "have 832 tokens to generate",
+    ),
+    "image without a prompt": ([*CALIBRATE, *IMAGE], "needs a prompt of its own"),
+    "schedule": ([*CALIBRATE, "--schedule", "enhance_hf"], "calibrate an avatar with base, or with --distilled"),
+    "cache": ([*CALIBRATE, "--kv-cache", "official"], "--kv-cache official is not for avatars"),
+    "clip": ([*CALIBRATE, "--prompt", PROMPT, "--video", "one.mkv"], "starts from one image, not from a clip"),
+    "LongCat-Video": (["calibrate", "base", *PARTS, *ONE, "--audio-encoder", "avatar"], "does not hear audio"),
+    "no model": (["calibrate", *ONE, "--base", "base"], "the base is given without a model"),
+}
+
+
+@pytest.mark.usefixtures("rare")
+@pytest.mark.parametrize("name", BAD_CALIBRATION)
+def test_bad_input_of_calibrate(refused: Any, name: str) -> None:
+    sound("long.mkv", 3.0)
+    arguments, said = BAD_CALIBRATION[name]
+    assert said in refused(*arguments)
+
+
+def test_a_calibration_of_an_avatar_is_accepted_and_refused_elsewhere(
+    loads: list, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "load_pipeline", lambda model, **options: quick())
+    size = ["--size", "128x128", "--frames", "65", "--steps", "2", "--guidance", "1", "--audio-guidance", "1"]
+    arguments = [*CALIBRATE, *size, "--dense-steps", "0.5", "--no-video", "--prompt", PROMPT, "-o", "found.json"]
+    assert cli.main(arguments) == 0
+    out, _ = capsys.readouterr()
+    assert "found.json: budget 0.1, one prompt" in out
+    made = ["avatar", PROMPT, *MODEL, *ONE, *size, "--segments", "1", "--sparse", "found.json", "-o", "a.mp4"]
+    assert cli.main(made) == 0
+    shutil.copy(DATA.parent / "golden" / "dit.safetensors", "other.safetensors")
+    given = ["--model", "other.safetensors", *PARTS, "--sparse", "found.json"]
+    assert cli.main(["generate", PROMPT, *given]) == cli.BAD_INPUT
+    assert "found.json is of " in capsys.readouterr().err
 
 
 def test_a_format_without_sound_is_named(loads: list, capsys: Any) -> None:

@@ -62,6 +62,12 @@ def caption(scene: Scene) -> str:
     return f"{' and '.join(parts)} on a {scene.background} background"
 
 
+def prompts(count: int, seed: int) -> list[str]:
+    """Captions of scenes with one face."""
+    rng = random.Random(seed)
+    return [caption(sample_scene(rng, 1)) for _ in range(count)]
+
+
 @dataclass(frozen=True)
 class Placements(Rows):
     """B scenes, ready to draw; lengths in pixels, colors in 0..1."""
