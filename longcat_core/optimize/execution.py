@@ -126,17 +126,24 @@ class Execution:
         return any(getattr(m, "eight_bit", False) for block in self.network.blocks for m in block.modules())
 
     def stream_blocks(
-        self, device: torch.device | str, streamed: Iterable[int], shards: Mapping[int, BlockWeights] | None = None
+        self,
+        device: torch.device | str,
+        streamed: Iterable[int],
+        shards: Mapping[int, BlockWeights] | None = None,
+        buffers: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Keep these blocks' weights in CPU memory until they run on `device`, in addition to those already there.
 
         The network then has no backward pass. All other weights must be on the device. shards: blocks whose weights
-        come from elsewhere, by index; None: as before.
+        come from elsewhere, by index; None: as before. buffers: memory that has the weights of some of the streamed
+        blocks already, if none was streamed before.
         """
         if self.stream is None:
             # Keys and values of the text are computed once per prompt, those of audio once per segment.
             late = "cross_attn.kv.", "audio_attn.kv."
-            self.stream = BlockStream(self.network.blocks, device, streamed, lambda name: name.startswith(late), shards)
+            self.stream = BlockStream(
+                self.network.blocks, device, streamed, lambda name: name.startswith(late), shards, buffers
+            )
             return
         self.stream.extend(streamed)
         if shards is not None:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from mmap import PAGESIZE
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,14 @@ def pinned(size: int) -> Tensor:
     memory = np.empty(pages + PAGESIZE, dtype=np.uint8)
     start = -memory.ctypes.data % PAGESIZE
     buffer = torch.from_numpy(memory[start : start + size])
-    if size and torch.cuda.is_available():
+    register(memory, buffer)
+    return buffer
+
+
+def register(memory: np.ndarray, buffer: Tensor) -> None:
+    """Pin a buffer that begins with a page of `memory`, if there is CUDA, until the memory is freed."""
+    if len(buffer) and torch.cuda.is_available():
+        pages = -(-len(buffer) // PAGESIZE) * PAGESIZE
         # Not tensor.pin_memory(), whose allocator rounds up to a power of two, too much for a whole model.
         cuda, address = torch.cuda.cudart(), buffer.data_ptr()
         if int(cuda.cudaHostRegister(address, pages, 0)) == 0:
@@ -49,7 +57,6 @@ def pinned(size: int) -> Tensor:
             # CUDA keeps the error and reports it at the next launch, which happens here.
             with contextlib.suppress(RuntimeError):
                 torch.ones((), device="cuda")
-    return buffer
 
 
 def _unpin(address: int) -> None:
@@ -104,24 +111,32 @@ class BlockWeights(ABC):
         """Begin to fill a slot. whole: with late weights. Returns whether they come in any case."""
 
 
-class _Offloaded(BlockWeights):
+class Offloaded(BlockWeights):
     """In CPU memory."""
 
     # Tensors made in inference mode do not count writes, which `stamp` reads; a model may have been loaded in it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, block: nn.Module, late: Callable[[str], bool]) -> None:
+    def __init__(self, block: nn.Module, late: Callable[[str], bool], buffer: Tensor | None = None) -> None:
+        """buffer: memory that has the weights already."""
         super().__init__(block, late)
-        self.buffer = pinned(self.nbytes)
+        self.buffer = pinned(self.nbytes) if buffer is None else buffer
         for i, view in enumerate(self.views(self.buffer)):
             parameter = self.parameters[i]
-            view.copy_(parameter.detach())
+            if buffer is None:
+                view.copy_(parameter.detach())
             if parameter.is_inference():
                 owner, _, leaf = self.named[i][0].rpartition(".")
                 self.parameters[i] = nn.Parameter(view, requires_grad=False)
                 setattr(block.get_submodule(owner), leaf, self.parameters[i])
             else:
                 parameter.data = view
+
+    @torch.no_grad()
+    def move(self, buffer: Tensor) -> None:
+        """Keep the weights in other memory of `nbytes`, between runs."""
+        self.buffer = buffer.copy_(self.buffer)
+        self.rest()
 
     def rest(self) -> None:
         self.use(self.views(self.buffer))
@@ -184,27 +199,30 @@ class BlockStream:
         streamed: Iterable[int],
         late: Callable[[str], bool] = lambda name: False,
         shards: Mapping[int, BlockWeights] | None = None,
+        buffers: Mapping[int, Tensor] | None = None,
     ) -> None:
         """streamed: indexes of the blocks to offload; those that are not among the shards either go to the device.
 
-        late: whether most runs do without the parameter of this name in a block (see `running`).
+        late: whether most runs do without the parameter of this name in a block (see `running`). buffers: memory that
+        has the weights of some of the streamed blocks already.
         """
         self.blocks, self.device = blocks, torch.device(device)
         self._late = late
-        self._offloaded: dict[int, _Offloaded] = {}
+        self._offloaded: dict[int, Offloaded] = {}
         self._shards = shards or {}
         self._slots: list[Slot] = []
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.extend(streamed)
+        self.extend(streamed, buffers or {})
         for i, block in enumerate(blocks):
             if i not in self._held:
                 block.to(self.device)
 
-    def extend(self, streamed: Iterable[int]) -> None:
-        """Offload these blocks as well. Must not be called while a block runs."""
+    def extend(self, streamed: Iterable[int], buffers: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+        """Offload these blocks as well, to the buffers that have their weights. Must not be called while a block
+        runs."""
         self.rest()
         for i in sorted(set(streamed) - set(self._offloaded)):
-            self._offloaded[i] = _Offloaded(self.blocks[i], self._late)
+            self._offloaded[i] = Offloaded(self.blocks[i], self._late, buffers.get(i))
             _run_on(self.blocks[i], self.device)
         self._arrange()
 
@@ -237,6 +255,10 @@ class BlockStream:
     def streamed(self) -> tuple[int, ...]:
         """Indexes of the offloaded blocks."""
         return tuple(sorted(self._offloaded))
+
+    def offloaded(self, i: int) -> Offloaded:
+        """What keeps the weights of an offloaded block."""
+        return self._offloaded[i]
 
     @property
     def nbytes(self) -> int:

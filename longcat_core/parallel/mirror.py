@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from ..optimize.block_sparse import BlockSparse
 from ..optimize.execution import Execution
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear
+from ..optimize.shared_memory import mapped
 from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
 from .division import Division, Text
@@ -34,7 +36,7 @@ from .known import Known, wrong_bytes
 from .layout import Measure, links
 from .led_vae import Decode, Encode, ServedVAE
 from .shards import Shard, gathering
-from .weights import Layer, OwnWeights, Source, Weights, by_blocks, form_layer
+from .weights import Common, Layer, OwnWeights, Source, Weights, agreed, by_blocks, form_layer, in_common
 
 ALONE = "this MODEL's blocks or attention are patched, and the patches run on one GPU; the others wait"
 
@@ -58,6 +60,12 @@ class Build:
     dtype: torch.dtype
     streamed: tuple[int, ...]
     sharded: tuple[int, ...]
+
+
+class Map(NamedTuple):
+    """Take the weights of these streamed blocks from memory that this rank maps; all ranks say whether they can."""
+
+    blocks: dict[int, Common]
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,20 @@ class Leader:
     """Rank 0's side of a network: an `optimize.sharing.Ranks` for its executions."""
 
     def __init__(
-        self, group: Group, source: Source, streamed: tuple[int, ...] = (), sharded: tuple[int, ...] = ()
+        self,
+        group: Group,
+        source: Source,
+        streamed: tuple[int, ...] = (),
+        sharded: tuple[int, ...] = (),
+        common: Mapping[int, Common] = MappingProxyType({}),
     ) -> None:
         """Build the network on the other ranks and send its weights.
 
         streamed: blocks of which the other ranks keep weights in CPU memory. sharded: those of which every rank has a
-        share; those of this rank's network must be in its stream's `shards` before the first pass.
+        share; those of this rank's network must be in its stream's `shards` before the first pass. common: streamed
+        blocks whose weights the other ranks may map.
         """
+        self.common = dict(common)
         self.group, self.source, self.streamed, self.sharded = group, source, streamed, sharded
         self._texts: dict[int, Text] = {}
         self._caches: dict[int, int] = {}
@@ -112,6 +127,7 @@ class Leader:
         self._texts, self._caches, self._dropped = {}, {}, []
         self._layers: dict[str, Layer] = {}
         self._sent: dict[str, Hashable] = {}
+        self._mapped: set[str] = set()
         self.group.send(Build(self.source.config, self.source.dtype, self.streamed, self.sharded))
         self.division = Division.of(self.group)
         if self.sharded:
@@ -192,9 +208,18 @@ class Leader:
         changed = {name: layer for name, layer in layers.items() if self._layers.get(name) != layer}
         changed |= {name: Layer(None, 0, None) for name in self._layers.keys() - layers.keys()}
         new = [name for name, version in versions.items() if self._sent.get(name) != version]
-        self._layers, self._sent = layers, versions
         if changed:
             self.group.send(Weights(changed, {}))
+        if self.common and not self._sent:
+            self.group.send(Map(self.common))
+            if agreed(True):
+                for i, block in self.common.items():
+                    self._mapped |= {f"blocks.{i}.{name}" for name, *_ in block.parameters}
+        written = tuple(name for name in new if name in self._mapped)
+        if written and self._sent:
+            self.group.send(Weights({}, {}, written))
+        self._layers, self._sent = layers, versions
+        new = [name for name in new if name not in self._mapped]
         # Piece by piece, so that a rank that streams or shards blocks never has them all on its device.
         for names in by_blocks(new):
             self.group.send(Weights({}, self.source.weights(names)))
@@ -257,12 +282,35 @@ class Follower:
         self.network = OptimizedTransformer(message.config, dtype=message.dtype, device="meta")
         self.network.announce = lambda sentence: None
         self.waiting, self.shards = message.streamed, dict.fromkeys(message.sharded)
+        self.buffers: dict[int, Tensor] = {}
         self.division = Division.of(self.group)
         if message.sharded:
             gathering(self.group)
 
+    def map(self, message: Map) -> None:
+        try:
+            buffers = {i: mapped(block.place) for i, block in message.blocks.items()}
+        except OSError:
+            # Of another machine, or of a process that may not be looked into.
+            buffers = {}
+        if not agreed(bool(buffers)):
+            return
+        network, self.buffers = self._network(), buffers
+        for i, block in message.blocks.items():
+            for name, dtype, shape, (start, size) in block.parameters:
+                owner, _, leaf = name.rpartition(".")
+                view = buffers[i][start : start + size].view(dtype).view(shape)
+                module = network.blocks[i].get_submodule(owner)
+                module._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+                if isinstance(module, Fp8Linear):
+                    module.run_on(self.group.device)
+        self._place(network)
+
     def weights(self, message: Weights) -> None:
         network, device = self._network(), self.group.device
+        for name in message.written:
+            # As writing in place would have done, so that copies on the device are outdated.
+            torch.autograd.graph.increment_version(network.get_parameter(name))
         for name, layer in message.layers.items():
             form_layer(network, name, layer)
         for name, parameter in message.parameters.items():
@@ -291,7 +339,7 @@ class Follower:
                 self.shards[i] = Shard(network.blocks[i], gathering(self.group), self.group.device, keep=False)
         shards = {i: shard for i, shard in self.shards.items() if shard is not None}
         if (self.waiting or shards) and network.stream is None and not any(p.is_meta for p in network.parameters()):
-            network.stream_blocks(self.group.device, self.waiting, shards)
+            network.stream_blocks(self.group.device, self.waiting, shards, self.buffers)
 
     def evaluate(self, message: Evaluate) -> None:
         network = self._network()
@@ -343,6 +391,7 @@ def serve(group: Group) -> None:
         Measure: lambda message: links(group),
         Known: lambda message: wrong_bytes(group),
         Build: follower.build,
+        Map: follower.map,
         Weights: follower.weights,
         Evaluate: follower.evaluate,
         Decode: vae.decode,
@@ -357,12 +406,15 @@ def share(group: Group, model: OptimizedTransformer, sharded: Iterable[int] = ()
     """Run a network's passes on all ranks of a group from now on; rank 0 calls it.
 
     sharded: blocks of whose weights every rank holds a share on its device. This rank also keeps them in CPU memory.
+    Streamed blocks move to memory that the ranks of one machine have in common.
     """
     divided = tuple(sorted(sharded))
     if divided or model.stream is not None:
         model.stream_blocks(model.device, divided, {})
     waiting = () if model.stream is None else model.stream.streamed
-    leader = Leader(group, OwnWeights(model), tuple(i for i in waiting if i not in divided), divided)
+    streamed = tuple(i for i in waiting if i not in divided)
+    common = {} if model.stream is None else in_common(model.stream, streamed)
+    leader = Leader(group, OwnWeights(model), streamed, divided, common)
     if divided:
         # They stay in CPU memory, where LoRAs are exchanged and from where passes of this rank alone stream them.
         shards = {i: Shard(model.blocks[i], gathering(group), group.device, keep=True) for i in divided}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model.config import ModelConfig
 from ..optimize.adapters import Adapted, adapt, rank_of, release
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear
+from ..optimize.shared_memory import Place, can_share, shared
+from ..optimize.streaming import BlockStream, Offloaded
 
 
 class Layer(NamedTuple):
@@ -25,10 +29,44 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Layers that have changed, and parameters by name."""
+    """Layers that have changed, and parameters by name. written: names of parameters in memory that the ranks have in
+    common, to which rank 0 has written."""
 
     layers: dict[str, Layer]
     parameters: dict[str, Tensor]
+    written: tuple[str, ...] = ()
+
+
+class Common(NamedTuple):
+    """A streamed block whose weights lie in memory that the ranks of one machine can map: where, and each parameter's
+    name in the block, dtype, shape, and place in the memory in bytes."""
+
+    place: Place
+    parameters: tuple[tuple[str, torch.dtype, torch.Size, tuple[int, int]], ...]
+
+
+def in_common(stream: BlockStream, blocks: Iterable[int]) -> dict[int, Common]:
+    """Move these streamed blocks into such memory, unless they are there already; nothing where there is none."""
+    found = {}
+    for i in blocks if can_share() else ():
+        block = stream.offloaded(i)
+        if block not in _PLACES:
+            buffer, place = shared(block.nbytes)
+            block.move(buffer)
+            _PLACES[block] = place
+        parameters = zip(block.named, block.parameters, block.places, strict=True)
+        found[i] = Common(_PLACES[block], tuple((name, p.dtype, p.shape, at) for (name, _), p, at in parameters))
+    return found
+
+
+_PLACES: weakref.WeakKeyDictionary[Offloaded, Place] = weakref.WeakKeyDictionary()
+
+
+def agreed(works: bool) -> bool:
+    """Whether something works on all ranks; all call it."""
+    all_do = torch.tensor([works], dtype=torch.int32)
+    dist.all_reduce(all_do, dist.ReduceOp.MIN)
+    return bool(all_do)
 
 
 class Source(Protocol):

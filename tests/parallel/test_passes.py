@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from longcat_core.optimize.adapters import adapt
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import quantize
+from longcat_core.optimize.shared_memory import Place, can_share
 from longcat_core.optimize.sparse.settings import Densities, Sparse
 from longcat_core.optimize.switches import Optimizations
+from longcat_core.parallel import weights
 from longcat_core.parallel.group import Group
 from longcat_core.parallel.led_vae import LedVAE
 from longcat_core.parallel.mirror import ALONE, share
 from longcat_core.parallel.start import start
+from longcat_core.parallel.weights import OwnWeights
 from longcat_core.sampling.avatar import Audio, ReferenceFrame, class_tokens
 from longcat_core.sampling.sampler import sample
 from longcat_core.sampling.schedules import make_schedule
@@ -198,6 +202,58 @@ def test_changed_weights_and_switches_reach_all_ranks(group):
 
 
 def test_streamed_blocks(group):
+    model = network()
+    model.stream_blocks("cpu", [1])
+    check(group, model, video, 2)
+
+
+@pytest.mark.skipif(not can_share(), reason="this system has no such memory")
+def test_streamed_blocks_are_in_memory_once(group, monkeypatch):
+    """The other processes map rank 0's pages, also with adapters and 8-bit layers, and see what it writes there."""
+
+    def made() -> OptimizedTransformer:
+        model = network(depth=3)
+        quantize(model)
+        layer = model.blocks[2].ffn.down
+        adapt(layer, 4)
+        layer.lora_up.copy_(randn(*layer.lora_up.shape, seed=1))
+        layer.lora_down.copy_(randn(*layer.lora_down.shape, seed=2))
+        layer.lora_scale.fill_(0.5)
+        return model
+
+    def written(model: OptimizedTransformer) -> Tensor:
+        for block in (model.blocks[0], model.blocks[2]):
+            block.attn.qkv.weight_scale.mul_(2)
+        return video(model, 2)
+
+    whole, model, sent = made(), made(), []
+    share(group, whole)
+    wanted, after = video(whole, 2), written(whole)
+    assert (after - wanted).abs().max() > 1e-2
+    model.stream_blocks("cpu", [0, 2])
+    plain = OwnWeights.weights
+    monkeypatch.setattr(OwnWeights, "weights", lambda self, names: sent.extend(names) or plain(self, names))
+    share(group, model)
+    assert torch.equal(video(model, 2), wanted)
+    in_blocks = {name for name in sent if name.startswith("blocks")}
+    assert in_blocks and all(name.startswith("blocks.1.") or ".lora_" in name for name in in_blocks)
+    places = [block.place for block in model.execution.ranks.common.values()]
+    assert len(places) == 2 and sum(place.size for place in places) > 50_000
+    for process in (os.getpid(), *(process.pid for process in group._hub._processes.values())):
+        maps = Path(f"/proc/{process}/maps").read_text()
+        assert all(f"/memfd:{place.name} " in maps for place in places)
+    sent.clear()
+    assert torch.equal(written(model), after) and not sent
+
+
+@pytest.mark.parametrize("group", [2], indirect=True)
+@pytest.mark.parametrize("why", ["this system has no such memory", "another machine"])
+def test_streamed_blocks_are_copied_where_memory_is_not_shared(group, monkeypatch, why):
+    if why == "another machine":
+        plain = weights.shared
+        monkeypatch.setattr(weights, "shared", lambda size: (plain(size)[0], Place("/proc/1/fd/none", "none", size)))
+    else:
+        monkeypatch.setattr(weights, "can_share", lambda: False)
     model = network()
     model.stream_blocks("cpu", [1])
     check(group, model, video, 2)
