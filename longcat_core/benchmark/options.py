@@ -72,7 +72,7 @@ def add_arguments(
         option("--attention", default="auto", metavar="NAME",
                help="attention of the full set (see longcat backends)")  # fmt: skip
         option("--variant", default="exact", metavar="NAME", help="for profile: exact (default), fp8, fp8+8bit, "
-               "plain, baseline, refine or refine+fp8")  # fmt: skip
+               "plain, baseline, refine, refine+fp8, sparse or sparse+fp8")  # fmt: skip
         option("--parts", metavar="NAMES", help="for all: run only these parts, separated by commas")
         option("--no-fp8", action="store_true", help="leave fp8 out")
         option("--no-plots", action="store_true", help="write numbers only; `report` draws the plots later")

@@ -10,6 +10,7 @@ from ..errors import LongCatError
 from ..files.records import read_record
 from ..measure.results import markdown, shown
 from .part import Results, Row, by_name, met_or_missed
+from .parts import sparse
 from .parts.paths import DISTILLED_STEPS
 from .parts.refine import ALONE, EIGHT_BIT, SPARSE
 from .variants import DISTILLED, EXACT, FP8
@@ -80,6 +81,9 @@ class TimeShare(NamedTuple):
 
     def times(self, factor: float) -> TimeShare:
         return TimeShare(*(None if ms is None else factor * ms for ms in self))
+
+    def plus(self, other: TimeShare) -> TimeShare:
+        return TimeShare(*(None if None in pair else sum(pair) for pair in zip(self, other, strict=True)))  # type: ignore[arg-type]
 
 
 class Targets:
@@ -188,15 +192,19 @@ class Targets:
         if target.kind == "first":
             rest = value - row["ms"] / 1000
             return None, None, None, f"{shown(rest)} s ({rest / value:.0%})", _in_unit(row["ms"] / 1000, "s")
-        if target.kind == "mixed":
-            return None, None, NO_PROFILE, None, None
-        seconds = (DISTILLED_STEPS if target.kind == "whole" else 1) / 1000
-        share = self.share(target.name, results, found).times(seconds)
+        others, steps = (
+            target.steps if target.kind == "mixed" else (0, DISTILLED_STEPS if target.kind == "whole" else 1)
+        )
+        share = self.share(target.name, results, found).times((steps - others) / 1000)
+        spent = (steps - others) * row["ms"] / 1000
+        if others:
+            share = share.plus(self.share(target.over, results, found).times(others / 1000))
+            spent = value
         floor = share.floor
         if floor is not None and target.kind == "ratio":
             floor = rows[target.over]["ms"] / 1000 / floor
         projections = NO_PROFILE if share.gemms is None else _in_unit(share.gemms, "s")
-        rest = _in_unit(_minus(seconds * row["ms"], share.alone, share.gemms), "s")
+        rest = _in_unit(_minus(spent, share.alone, share.gemms), "s")
         return _in_unit(share.alone, "s"), _in_unit(share.within, "s"), projections, rest, _in_unit(floor, target.unit)
 
     def share(self, name: str, results: Results, found: ResultsByName) -> TimeShare:
@@ -207,10 +215,8 @@ class Targets:
             measured = [rows.get(ALONE[kind], {}) for kind in ((EIGHT_BIT, SPARSE) if FP8 in name else (SPARSE,))]
             alone = next((blocks * row["ms"] for row in measured if row.get("status") == "ok"), None)
         elif results["kind"] == "sparse":
-            # The fastest exact kernel at the density of the steps.
-            density = inputs["sparse"]["density"]
-            found_ms = [r["ms"] for r in rows.values() if r.get("density") == density and r.get("exact") and "ms" in r]
-            alone = blocks * min(found_ms) if found_ms else None
+            alone = _sparse_alone(name, results)
+            path = path.removeprefix(f"{sparse.DENSE}, ")
         else:
             alone = _attention_alone(found.get("backends"), rows[name], results)
         families, floor = _profiled_families(found, path, results), None
@@ -219,7 +225,7 @@ class Targets:
             precision = "bf16" if path.endswith(EXACT) else "fp8"
             floor = alone + self.projections_ms(precision, inputs["batch"] * inputs["tokens"], blocks)
         whole = TimeShare(alone, families.get("attention"), families.get("GEMM"), floor)
-        return whole if name == path else whole.times(0.5)
+        return whole.times(0.5) if name.endswith(DISTILLED) else whole
 
     def projections_ms(self, precision: str, tokens: int, blocks: int) -> float:
         """Projections of all blocks by themselves, over the tokens of all samples, in `bf16` or `fp8`."""
@@ -238,10 +244,25 @@ def _attention_alone(backends: Results | None, row: Row, results: Results) -> fl
     return None if self_ms is None or cross_ms is None else inputs["blocks"] * (self_ms + cross_ms)
 
 
+def _sparse_alone(name: str, results: Results) -> float | None:
+    """Attention of all blocks in a step of results of `sparse`: dense, or by the fastest exact kernel at the density of
+    the steps."""
+    rows, inputs = by_name(results), results["inputs"]
+    if name.startswith(sparse.DENSE):
+        found_ms = [rows.get(f"{sparse.ALONE}, {sparse.DENSE}", {}).get("ms")]
+    else:
+        density = inputs["sparse"]["density"]
+        found_ms = [r.get("ms") for r in rows.values() if r.get("density") == density and r.get("exact")]
+    least = min(filter(None, found_ms), default=None)
+    return None if least is None else inputs["blocks"] * least
+
+
 def _profiled_families(found: ResultsByName, path: str, results: Results) -> dict[str, float]:
-    """Milliseconds by family from the profile of a path with the same inputs."""
+    """Milliseconds by family from the profile of a path with the same inputs on the same kind of GPU."""
+    gpu = results["machine"].get("gpu")
     for other in found.values():
         same = all(other["inputs"].get(key) == results["inputs"].get(key) for key in ("size", "batch", "blocks"))
+        same = same and other["machine"].get("gpu") == gpu
         if other["kind"] == "profile" and other["inputs"].get("variant") == path and same:
             return {row["name"]: row["ms"] for row in other["rows"] if row.get("phase") == "family"}
     return {}

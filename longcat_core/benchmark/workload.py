@@ -23,6 +23,7 @@ from ..model.config import ModelConfig
 from ..optimize.attention import import_ahead
 from ..optimize.block_sparse import BlockSparse
 from ..optimize.optimized import OptimizedTransformer
+from ..optimize.sparse.settings import Sparse
 from ..optimize.switches import Optimizations
 from ..sampling.conditioning import latent_shape
 from ..sampling.sampler import sample
@@ -180,13 +181,15 @@ def switched(model: OptimizedTransformer, chosen: Optimizations, name: str = "")
 
 
 @contextmanager
-def attending(model: OptimizedTransformer, settings: BlockSparse | None) -> Iterator[None]:
-    """Self-attention is block-sparse, or dense for None, while this context is open."""
-    before, model.block_sparse = model.block_sparse, settings
+def attending(model: OptimizedTransformer, settings: BlockSparse | Sparse | None) -> Iterator[None]:
+    """Self-attention is block-sparse or sparse, or dense for None, while this context is open."""
+    before = model.block_sparse, model.sparse
+    model.block_sparse = settings if isinstance(settings, BlockSparse) else None
+    model.sparse = settings if isinstance(settings, Sparse) else None
     try:
         yield
     finally:
-        model.block_sparse = before
+        model.block_sparse, model.sparse = before
 
 
 def kernels_of(model: OptimizedTransformer, inputs: Inputs) -> dict[str, str]:

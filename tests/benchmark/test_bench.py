@@ -16,7 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 from longcat_core.benchmark import bench, options, report, variants, workload
-from longcat_core.benchmark.parts import cards, decode, gpus, load, refine
+from longcat_core.benchmark.parts import cards, decode, gpus, load, refine, sparse
 from longcat_core.benchmark.parts.profile import family
 from longcat_core.benchmark.targets import Targets
 from longcat_core.cli import main as cli
@@ -281,12 +281,12 @@ def test_refining_ends_in_fp8(everything):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Block-sparse settings of the networks that run from here on, and whether they have 8-bit layers."""
+    """Settings of sparse attention of the networks that run from here on, and whether they have 8-bit layers."""
     seen = []
     original = workload.network_forward
 
     def watched(model, inputs):
-        seen.append((model.block_sparse, bool(quantized_layers(model))))
+        seen.append((model.block_sparse or model.sparse, bool(quantized_layers(model))))
         return original(model, inputs)
 
     monkeypatch.setattr(workload, "network_forward", watched)
@@ -306,6 +306,17 @@ def test_profiles_of_the_refinement_use_block_sparse_attention(tmp_path, seen):
     for variant in ("refine", "refine+fp8"):
         run("profile", tmp_path, "--variant", variant, "--no-plots")
     assert seen == [(BlockSparse(), False), (BlockSparse(), True)]
+
+
+def test_profiles_of_sparse_steps(tmp_path, seen):
+    for variant, path in (("sparse", variants.EXACT), ("sparse+fp8", variants.FP8)):
+        run("profile", tmp_path, "--variant", variant, "--no-plots")
+        content = results.read(tmp_path / f"profile-{variant.replace('+', '-')}.json")
+        total = next(row for row in content["rows"] if row["phase"] == "total")
+        assert content["inputs"]["variant"] == total["name"] == f"sparse, {path}" and content["inputs"]["batch"] == 2
+        # A video that is too short for sparse attention would be noted.
+        assert total["status"] == "ok" and total["notes"] == []
+    assert seen == [(sparse.SETTINGS, False), (sparse.SETTINGS, True)]
 
 
 def test_some_parts_of_all(tmp_path):

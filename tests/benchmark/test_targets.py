@@ -179,6 +179,28 @@ def test_targets_of_sparse_attention():
     assert steps == [["3.70", "missed |"], ["2.30", "met |"]]
     ((name, cells),) = lines(text.split("## Sparse attention")[0]).items()
     assert name == "sparse, exact: step with guidance" and cells[1:3] == ["3.70 s", "0.96 s"]
+    # Of 50 steps 10 are dense; half of the batch at each of 16 steps.
+    slow = sparse_results()
+    slow["rows"] += [
+        {"status": "ok", **path("dense, fp8, distilled", 2_100.0)},
+        {"status": "ok", **path("sparse, fp8, distilled", 1_400.0)},
+    ]
+    profiles = {}
+    for variant, families in (("fp8", (3_500.0, 1_400.0)), ("sparse, fp8", (1_100.0, 1_300.0))):
+        measured = zip(("attention", "GEMM"), families, strict=True)
+        rows = [{"name": name, "phase": "family", "ms": ms, "calls": 1, "share": 0.5} for name, ms in measured]
+        profiles[variant] = made_up("profile", rows, f"profile-{variant}", variant=variant)
+    cells = lines(TARGETS.floor({"sparse": slow, **profiles}))[
+        "sparse, fp8, distilled: 16 steps, no guidance, the first 3 dense"
+    ]
+    alone, projected = (3 * 48 * 65.0 + 13 * 48 * 20.0) / 2000, 16 * 48 * 28.52 / 2000
+    within, gemms, spent = (3 * 3.5 + 13 * 1.1) / 2, (3 * 1.4 + 13 * 1.3) / 2, 3 * 2.1 + 13 * 1.4
+    assert cells[1:] == [f"{s:.2f} s" for s in (spent, alone, within, gemms, spent - alone - gemms, alone + projected)]
+    profiles["fp8"]["machine"]["gpu"] = "another"
+    cells = lines(TARGETS.floor({"sparse": slow, **profiles}))[
+        "sparse, fp8, distilled: 16 steps, no guidance, the first 3 dense"
+    ]
+    assert cells[2:6] == [f"{alone:.2f} s", "-", targets.NO_PROFILE, "-"]
     small = report.page({"sparse": sparse_results(blocks=4)}, {}, targets=TARGETS)
     assert "floor allows" not in small and "<= 3.6 s" not in small
 

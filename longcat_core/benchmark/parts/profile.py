@@ -19,7 +19,7 @@ from .. import workload
 from ..baseline import BaselineTransformer
 from ..part import Part, Results, Row, bars
 from ..variants import EXACT, FP8, FP8_8BIT, Bench
-from . import refine
+from . import refine, sparse
 from .refine import SPARSE_EXACT, SPARSE_FP8
 
 # Values of --variant and the paths they stand for; each has files of its own.
@@ -27,12 +27,14 @@ PLAIN, BASELINE = "plain", "baseline"
 VARIANTS = {"exact": EXACT, "fp8": FP8, "fp8+8bit": FP8_8BIT, "plain": PLAIN, "baseline": BASELINE}
 # Variants of the refinement, with block-sparse attention.
 REFINING = {"refine": SPARSE_EXACT, "refine+fp8": SPARSE_FP8}
-VARIANTS |= REFINING
-_PATHS = {SPARSE_EXACT: EXACT, SPARSE_FP8: FP8}
+# Variants of a step with sparse attention.
+SPARSE = {"sparse": f"{sparse.SPARSE}, {EXACT}", "sparse+fp8": f"{sparse.SPARSE}, {FP8}"}
+VARIANTS |= REFINING | SPARSE
+_PATHS = {SPARSE_EXACT: EXACT, SPARSE_FP8: FP8, SPARSE["sparse"]: EXACT, SPARSE["sparse+fp8"]: FP8}
 # The first match wins. The second line of attention has the kernels of block-sparse attention, the third those that
 # prepare SageAttention's inputs. Triton's fused kernels are element-wise, though other words occur in their names.
 FAMILIES = (
-    ("attention", r"flash|fmha|attention|sdpa|sage|qk_int8|attn"),
+    ("attention", r"flash|fmha|attention|sparse|sdpa|sage|qk_int8|attn"),
     ("attention", r"^_(attend|pool|top_k)$"),
     ("attention", r"(thread|warp|block)_int8|quantint8|submean|meanscale|transposepadpermute"),
     ("element-wise", r"^triton_|_kernel_0d1d|norm_|rope_|^_(residual_norm|norm_rope|gated_product|quanti[sz]e)"),
@@ -80,6 +82,8 @@ def file_name(variant: str) -> str:
 
 
 def sized(bench: Bench) -> Bench:
+    if bench.variant in SPARSE:
+        return sparse.sized(bench)
     return refine.sized(bench) if bench.variant in REFINING else bench
 
 
@@ -90,7 +94,8 @@ def run(bench: Bench) -> None:
     """
     variant, report = bench.variant, bench.report
     name = VARIANTS[variant]
-    with workload.attending(bench.model, BlockSparse() if variant in REFINING else None):
+    settings = BlockSparse() if variant in REFINING else sparse.SETTINGS if variant in SPARSE else None
+    with workload.attending(bench.model, settings):
         row = attempt({"name": name, "phase": "total"}, bench.budget, _profiled, bench, variant)
     clean_up(bench.device)
     kernels = row.pop("kernels", [])

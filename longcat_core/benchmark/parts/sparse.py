@@ -26,6 +26,7 @@ from ..part import STEPS, Part, Results, measured_rows, preparation, spread
 from ..variants import DISTILLED, EXACT, FP8, Bench, Row, compare_with
 
 DENSITIES = (0.15, 0.3, 0.0625)
+SETTINGS = Sparse(density=DENSITIES[0])
 SPARSE, DENSE, ALONE = "sparse", "dense", "attention alone"
 EIGHT_BIT = ", 8-bit attention"
 # The error is measured on the last keys and these first queries and heads, which sees a short last key block.
@@ -113,21 +114,18 @@ def _steps(bench: Bench, path: str, settings: Sparse, phase: str) -> None:
 def _step(bench: Bench, path: str, name: str, settings: Sparse, batch: int, dense: Row) -> Row:
     model, inputs = bench.model, bench.inputs(batch)
     chosen = workload.Optimizations(**bench.path(path))
-    before, model.sparse = model.sparse, settings
-    try:
+    with workload.attending(model, settings):
         with workload.switched(model, chosen, name) as notes:
             row = bench.step(inputs, chosen, 0, workload.network_forward(model, inputs)) | {"notes": notes}
         if model.sparse != settings:
             raise LongCatError(f"{name} was given up at its first step: {'; '.join(notes)}")
-    finally:
-        model.sparse = before
     return compare_with(dense)(row | {"attention": settings.kernel})
 
 
 def run(bench: Bench) -> None:
     """Rows of steps, fp8 after exact ones, since it changes the weights; then of kernels. Ratios are to dense
     attention."""
-    settings = Sparse(density=DENSITIES[0])
+    settings = SETTINGS
     bench.report.content["inputs"]["sparse"] = asdict(settings)
     _steps(bench, EXACT, settings, "path")
     if bench.fp8 and bench.quantize():
