@@ -70,7 +70,7 @@ def calibrate(args: argparse.Namespace) -> int:
 
         def load() -> Pipeline:
             shown.phase(LOADING)
-            pipeline = load_models(args, opened, device, task.work, task.reads)
+            pipeline = load_models(args, opened, device, task.work, task.reads, shown.load)
             pipeline.on_phase = shown.phase
             return pipeline
 

@@ -143,7 +143,8 @@ class _Run:
             self.pipeline = None
             clean_up(side.device)
         self.bar.task.phase(LOADING)
-        self.pipeline = load(group)
+        prompts = [prompt for prompt, _ in self.videos]
+        self.pipeline = load(group, prompts=prompts, on_load=self.bar.task.load)
         self.pipeline.on_phase = lambda name: self.bar.task.phase(name)
 
     def _floor(self, side: Side) -> list[Side]:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ..errors import LongCatError
+from ..generate.loading import OnLoad
 from ..generate.opened import OpenedModel
 from ..generate.options import A_GPU, MEMORY, MODEL, SAMPLING, WHAT, of_command
 from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
 from ..generate.request import FilledRequest, work_of
 from ..measure.fidelity import REFERENCE, letters
-from .generate import request_of, there_in
+from .generate import read_in, request_of, there_in
 from .models import check_sparse_fits, compile_mode, load_models, lossy_switches_of, machine_of, paths_of, with_speed
 from .options import Parser, add_options, given_flags, without_effect
 
@@ -124,14 +125,18 @@ def by_model(sides: Sequence[Side]) -> list[list[Side]]:
     return groups
 
 
-def load(group: Sequence[Side], batch: int = 1) -> Pipeline:
-    """The model of settings that share it. batch: videos at a time."""
+def load(group: Sequence[Side], batch: int = 1, prompts: Sequence[str] = (), on_load: OnLoad | None = None) -> Pipeline:
+    """The model of settings that share it. batch: videos at a time. prompts: of all videos, if each is encoded by
+    itself. on_load: see `Pipeline.load`."""
     side = group[0]
     work = max(
         (work_of(other.request) for other in group),
         key=lambda work: (work.guided, work.cond_latents),
     )
-    return load_models(side.args, side.opened, side.device, replace(work, latents=(batch, *work.latents[1:])))
+    work = replace(work, latents=(batch, *work.latents[1:]))
+    texts = [text for other in group for text in read_in(other.request) if text != other.request.prompt]
+    reads = list(dict.fromkeys([*prompts, *texts])) if prompts else []
+    return load_models(side.args, side.opened, side.device, work, reads, on_load)
 
 
 def switch(pipeline: Pipeline, side: Side) -> None:

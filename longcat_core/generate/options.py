@@ -376,7 +376,7 @@ OPTIONS: tuple[Option, ...] = (
                shown="text_encoder/ and tokenizer/ in the model's folder"),
         Option("no_text_cache", "switch", "load the text encoder in any case; otherwise encodings of prompts, not the "
                "prompts, are kept on disk, and a prompt that was used before needs no text encoder",
-               commands=("generate", "long", "refine", *_AVATAR)),
+               commands=(*_SAMPLED, "refine", *_AVATAR)),
         Option("lora", "lora", "a LoRA of any form, at strength 1 if not given; can be repeated", repeated=True,
                metavar="FILE[:STRENGTH]", common=True, commands=_BASE),
         Option("lora", "lora", "a LoRA of any form, at strength 1 if not given; can be repeated. Where "

@@ -18,6 +18,7 @@ from longcat_core.cli import models as commands
 from longcat_core.files import media
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
+from longcat_core.generate.text import TextEncoder
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.execution import Execution
 
@@ -111,6 +112,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return loads, kernels
 
     return run
+
+
+def test_encodings_are_kept_on_disk(run: Any, monkeypatch: Any) -> None:
+    """So that the second model loads no text encoder, and neither does the next command."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("kept").absolute()))
+    encoded: list[str] = []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, prompts: encoded.extend(prompts) or encode(self, prompts))
+    words = (PROMPT, *SMALL, "--versus", "--fp8", "--floor", "off")
+    run(*words, "--no-text-cache")
+    assert encoded.count(PROMPT) == 2 and not Path("kept").exists()
+    encoded.clear()
+    run(*words)
+    assert encoded.count(PROMPT) == 1 and list(Path("kept").rglob("*.safetensors"))
 
 
 def test_settings_of_a_model_share_it_and_the_floor_has_another_kernel(run: Any, capsys: Any) -> None:
