@@ -261,7 +261,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("image", "path", "image that the video starts from", metavar="FILE", commands=_SHOWN),
         Option("video", "path", "clip to continue", metavar="FILE"),
         Option("cond_frames", "whole", "number of frames at the clip's end to continue from, 4k+1; the real model was "
-               "trained with 13", common=True, needs=("video",), **_given),
+               "trained with 13", needs=("video",), **_given),
     ),
     *_group(
         REFINED,
@@ -330,10 +330,10 @@ OPTIONS: tuple[Option, ...] = (
         Option("steps", "whole", "number of denoising steps", commands=_SCORE, **_steps),
         Option("guidance", "number", "CFG scale; 1 turns guidance off", commands=_SCORE, **_guidance),
         Option("guidance_until", "number", "share of the steps, from the first on, that have guidance; the others take "
-               "half the time without it, which is lossy", 1.0, filled=True, step=0.05, digits=2, common=True,
+               "half the time without it, which is lossy", 1.0, filled=True, step=0.05, digits=2,
                needs=(GUIDANCE,), commands=(*_SKIPPED, *_AVATAR), **_share),
         Option("schedule", "text", f"noise schedule: {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}", "base", "base",
-               filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME", common=True,
+               filled=True, shown="base; enhance_hf to continue a clip", metavar="NAME",
                commands=_SHOWN),
         Option("distilled", "switch", "the distilled schedule with guidance 1: 8 steps for version 1.5, whose "
                "dmd_lora.safetensors it needs, or 16 for 1.0 with the step LoRA of LongCat-Video", commands=_AVATAR),
@@ -344,11 +344,11 @@ OPTIONS: tuple[Option, ...] = (
                common=True, commands=_SAMPLED),
         Option("kv_cache", "choice", "how to compute the frames of an image or a clip: once, with the same result "
                "(exact); once, but left out of guidance's sums, as in the public code (official); or at every step "
-               "(off)", KV_CACHE[0], choices=KV_CACHE, common=True, needs=(_GIVEN,), commands=_SAMPLED),
+               "(off)", KV_CACHE[0], choices=KV_CACHE, needs=(_GIVEN,), commands=_SAMPLED),
         Option("step_cache", "number", "skip steps whose output can be predicted, which is lossy: 0.03 is "
                "conservative, 0.05 skips about half (PSNR of 8 LongCat-mini videos: median 43 dB, farthest 33 dB), "
                "0.12 is aggressive, 0 skips none", 0.0, filled=True, least=0.0,
-               most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", common=True, commands=(*_SKIPPED, *_AVATAR)),
+               most=MAX_STEP_CACHE, step=0.01, digits=3, metavar="X", commands=(*_SKIPPED, *_AVATAR)),
         Option("sparse", "text", "sparse attention, which is lossy: the share of the blocks that are computed exactly, "
                "such as 0.15, or the file that longcat calibrate wrote for this model; the first fifth of the "
                "steps and videos of less than 1024 tokens keep full attention", shown="full attention",
@@ -384,7 +384,7 @@ OPTIONS: tuple[Option, ...] = (
                commands=_AVATAR),
         Option("lora_mode", "choice", "merge LoRAs into the weights, or keep them beside the weights at run time, "
                "which is slower and leaves the base's --fp8 weights as they are", LORA_MODES[0], choices=LORA_MODES,
-               common=True, needs=("lora",)),
+               needs=("lora",)),
         Option("dtype", "choice", "precision of the computation; auto is bfloat16 on a GPU and float32 on a CPU",
                "auto", choices=DTYPES, common=True),
         Option("dtype", "choice", "precision of the base model; auto is bfloat16 on a GPU and float32 on a CPU",
@@ -399,10 +399,10 @@ OPTIONS: tuple[Option, ...] = (
                "half of the bytes and is lossy", EXCHANGES[0], choices=EXCHANGES, needs=("gpus",),
                commands=_SEVERAL),
         Option("attention", "text", "attention backend; longcat backends lists them", "auto", metavar="NAME",
-               commands=_WEIGHTS, common=True),
+               commands=_WEIGHTS),
         Option("compile", "choice", "torch.compile of the transformer blocks: the first step is slower, later steps "
                "are faster; auto compiles large models on a GPU without our Triton kernels", "auto",
-               choices=("auto", *COMPILE), common=True),
+               choices=("auto", *COMPILE)),
         Option("compile", "choice", "torch.compile of the transformer blocks", COMPILE[0], choices=COMPILE,
                commands=_TRAIN),
     ),
@@ -445,7 +445,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("output", "path", "also write the numbers to this .json file", metavar="FILE", short="-o",
                commands=_SCORE),
         Option("contact_sheet", "path", "also write a .png with frames and prompt", metavar="FILE",
-               commands=("generate",), common=True),
+               commands=("generate",)),
         Option("folder", "path", "folder that keeps finished segments; run the same command again to resume",
                metavar="DIR", shown="the name of FILE and -segments", commands=(*_LONG, *_AVATAR)),
         Option("folder", "path", "folder that keeps finished pieces; run the same command again to resume",
@@ -455,7 +455,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("page", "path", "also write the report to this .md file, with its pictures beside it", metavar="FILE",
                commands=(*_COMPARE, *_CALIBRATE)),
         Option("fps", "number", "frame rate of the output file, and at which the frames of a clip are taken", FPS,
-               least=1.0, most=MAX_FPS, step=0.5, digits=2, metavar="X", common=True),
+               least=1.0, most=MAX_FPS, step=0.5, digits=2, metavar="X"),
     ),
     *_group(
         "",
