@@ -110,8 +110,11 @@ def origin(results: Results, shared: str = "") -> str:
     """One paragraph: machine (unless it is `shared`), inputs, date and command of these results."""
     inputs = results["inputs"]
     where = hardware(results)
-    sized = f"{inputs.get('model')}, {inputs.get('blocks')} blocks, {inputs.get('dtype')}, {inputs.get('size')} "
-    sized += f"({inputs.get('tokens')} tokens), batch {inputs.get('batch')}"
+    # ComfyUI does not say how many blocks and tokens there are.
+    blocks = f"{inputs['blocks']} blocks, " if "blocks" in inputs else ""
+    tokens = f" ({inputs['tokens']} tokens)" if "tokens" in inputs else ""
+    sized = f"{inputs.get('model')}, {blocks}{inputs.get('dtype')}, {inputs.get('size')}{tokens}, "
+    sized += f"batch {inputs.get('batch')}"
     at = f" at commit {results['commit']}" if results.get("commit") else ""
     # The folder of the results does not matter.
     command = re.sub(r" --output \S+", "", results["command"])
