@@ -159,8 +159,10 @@ def opened_container(file: BinaryIO, decoders: tuple[str, ...] = DECODERS, after
         "max_pixels": str(MAX_PIXELS),
     }
     av = package("av")
+    # Titles that are not UTF-8 must not end it; from version 19 on they never do, and the argument is gone.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
-        container = av.open(_Handle(file, after), options=options, metadata_errors="replace")
+        container = av.open(_Handle(file, after), options=options, **lenient)
     except av.error.ArgumentError as error:
         # FFmpeg's word for a format that is not on the list.
         raise ValueError(UNKNOWN) from error
