@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 import sys
+
+from .cli.leaving import leave_at_once
 
 
 def run() -> int:
     """Run the command with the program's arguments; the exit code. To be called once, as the whole program."""
-    codes: list[int] = []
-    # Before anything else is registered, so that it is called last.
-    atexit.register(_leave, codes)
+    codes = leave_at_once()
     # Inside ComfyUI the pack must not install anything, so an installation without extras has no packages.
     try:
         from .cli.main import main
@@ -26,18 +24,6 @@ def run() -> int:
             file=sys.stderr,
         )
         return 2
-
-
-def _leave(codes: list[int]) -> None:
-    """End the process without taking down thousands of modules one by one, which takes a second after a video."""
-    try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
-    except (OSError, ValueError):
-        # Python says so as it ends.
-        return
-    if codes:
-        os._exit(codes[0])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmark.stages import StageClock
+from .leaving import leave_at_once
 from .main import build_parser, main
 
 
@@ -66,4 +67,7 @@ def inputs_of(words: list[str], pipeline: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    # As the command does.
+    codes = leave_at_once()
+    codes.append(run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    sys.exit(codes[0])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .layers import WHOLE, Rows
-from .network import WanVAE, run_stage
+from .network import Decoder, WanVAE, run_stage
 
 # What a stage may need for its activations: at most this, and at most this share of a GPU's memory. It does not depend
 # on what is free, because convolutions of other sizes may round otherwise.
@@ -29,7 +29,9 @@ def room(device: torch.device) -> int:
     """Bytes that the activations of a stage may take on this device."""
     if device.type != "cuda":
         return MOST_ON_CPU
-    return min(MOST, torch.cuda.get_device_properties(device).total_memory // SHARE)
+    # Of what this process may use; PyTorch 2.5 does not tell.
+    allowed = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(MOST, int(torch.cuda.get_device_properties(device).total_memory * allowed) // SHARE)
 
 
 def needed_bytes(height: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -52,18 +54,29 @@ def decoded(vae: WanVAE, latents: Tensor, most: int | None = None, rows: Rows = 
         for i in range(decoder.stages)
     ]
     kept: list[list[Tensor | None]] = [[] for _ in per]
-
-    def through(number: int, x: Tensor, first: bool) -> Iterator[Tensor]:
-        if number == len(per):
-            yield x
-            return
-        for part in x.split(per[number], dim=1):
-            out, kept[number] = run_stage(decoder, number, part, kept[number], first, rows)
-            yield from through(number + 1, out, first)
-
-    yield from through(0, x[:, :1], True)
+    yield from _through(decoder, 0, x[:, :1], per, kept, True, rows)
     if x.shape[1] > 1:
-        yield from through(0, x[:, 1:], False)
+        yield from _through(decoder, 0, x[:, 1:], per, kept, False, rows)
+
+
+def _through(
+    decoder: Decoder,
+    number: int,
+    x: Tensor,
+    per: list[int],
+    kept: list[list[Tensor | None]],
+    first: bool,
+    rows: Rows,
+) -> Iterator[Tensor]:
+    """What comes of x behind stage `number` and those after it. per, kept: of each stage, the frames that it takes at
+    once, and what it keeps between parts."""
+    # Not a function within `decoded`, which would keep `kept` alive after memory ran out.
+    if number == len(per):
+        yield x
+        return
+    for part in x.split(per[number], dim=1):
+        out, kept[number] = run_stage(decoder, number, part, kept[number], first, rows)
+        yield from _through(decoder, number + 1, out, per, kept, first, rows)
 
 
 def encoded(vae: WanVAE, video: Tensor, most: int | None = None, rows: Rows = WHOLE) -> Tensor:

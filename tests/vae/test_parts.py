@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import traceback
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -122,3 +126,26 @@ def test_weights_in_another_order_are_the_same_weights():
     assert all(torch.equal(weight, before[name]) for name, weight in vae.state_dict().items())
     assert vae.decoder.conv_in.weight.stride(1) == 1
     close(decode(vae, latents), video)
+
+
+def test_nothing_stays_alive_after_memory_ran_out(monkeypatch):
+    vae, latents, held = new_vae(), randn(1, 16, 4, 3, 4), []
+    real = parts.run_stage
+
+    def fails(*args, **options):
+        out = real(*args, **options)
+        held.extend(weakref.ref(tensor) for tensor in out[1] if tensor is not None)
+        if len(held) > 20:
+            raise torch.OutOfMemoryError
+        return out
+
+    monkeypatch.setattr(parts, "run_stage", fails)
+    # What waits for the collector would fill the memory of a GPU meanwhile.
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            list(decoded(vae, latents))
+        traceback.clear_frames(caught.tb)
+        assert not [tensor for tensor in held if tensor() is not None]
+    finally:
+        gc.enable()
