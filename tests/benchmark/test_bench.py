@@ -261,7 +261,7 @@ def test_sparse_attention_beside_dense(everything):
         assert row["status"] == "ok" and row["ratio"] == pytest.approx(dense["ms"] / row["ms"])
         # The video is long enough, so none was dense all the same.
         assert row["notes"] == [] and row["batch"] == dense["batch"] == (1 if "distilled" in step else 2)
-    assert "cudnn-fp8" in rows["sparse, fp8, 8-bit attention"]["reason"]
+    assert "cudnn-fp8" in rows["sparse, fp8 by cudnn-fp8"]["reason"]
 
 
 def test_refining_ends_in_fp8(everything):
