@@ -13,7 +13,7 @@ from .part import Results, Row, by_name, met_or_missed
 from .parts import sparse
 from .parts.paths import DISTILLED_STEPS
 from .parts.refine import ALONE, EIGHT_BIT, SPARSE
-from .variants import DISTILLED, EXACT, FP8
+from .variants import DISTILLED, EXACT, FP8, FP8_8BIT
 
 ResultsByName = dict[str, Results]
 
@@ -216,7 +216,9 @@ class Targets:
             alone = next((blocks * row["ms"] for row in measured if row.get("status") == "ok"), None)
         elif results["kind"] == "sparse":
             alone = _sparse_alone(name, results)
-            path = path.removeprefix(f"{sparse.DENSE}, ")
+            # The attention of sparse steps is that of FP8 where dense ones have 8 bits.
+            sparser = path.startswith(sparse.SPARSE)
+            path = path.replace(FP8_8BIT, FP8) if sparser else path.removeprefix(f"{sparse.DENSE}, ")
         else:
             alone = _attention_alone(found.get("backends"), rows[name], results)
         families, floor = _profiled_families(found, path, results), None
@@ -249,7 +251,8 @@ def _sparse_alone(name: str, results: Results) -> float | None:
     the steps."""
     rows, inputs = by_name(results), results["inputs"]
     if name.startswith(sparse.DENSE):
-        found_ms = [rows.get(f"{sparse.ALONE}, {sparse.DENSE}", {}).get("ms")]
+        kind = FP8_8BIT if FP8_8BIT in name else EXACT
+        found_ms = [rows.get(sparse.DENSE_ALONE[kind], {}).get("ms")]
     else:
         density = inputs["sparse"]["density"]
         found_ms = [r.get("ms") for r in rows.values() if r.get("density") == density and r.get("exact")]

@@ -154,13 +154,15 @@ def sparse_results(**inputs):
     alone = {"phase": "attention", "density": 0.15, "exact": True}
     rows = [
         path("attention alone, dense", 65.0) | {"phase": "attention"},
+        path("attention alone, dense, 8 bits", 50.0) | {"phase": "attention"},
         path("attention alone, 0.15, fa4", 20.0) | alone,
         path("attention alone, 0.15, triton", 30.0) | alone,
         path("attention alone, 0.15, cudnn-fp8", 10.0) | alone | {"exact": False},
         path("attention alone, 0.3, fa4", 15.0) | alone | {"density": 0.3},
-        path("dense, fp8", 4_000.0) | {"phase": "baseline"},
+        path("dense, fp8 and 8-bit attention", 4_000.0) | {"phase": "baseline"},
         path("sparse, exact", 3_700.0) | {"phase": "path"},
         path("sparse, fp8", 2_300.0) | {"phase": "fp8"},
+        path("sparse, fp8 and 8-bit attention", 2_300.0) | {"phase": "fp8"},
     ]
     return made_up("sparse", rows, sparse={"density": 0.15}, **inputs)
 
@@ -182,23 +184,23 @@ def test_targets_of_sparse_attention():
     # Of 50 steps 10 are dense; half of the batch at each of 16 steps.
     slow = sparse_results()
     slow["rows"] += [
-        {"status": "ok", **path("dense, fp8, distilled", 2_100.0)},
-        {"status": "ok", **path("sparse, fp8, distilled", 1_400.0)},
+        {"status": "ok", **path("dense, fp8 and 8-bit attention, distilled", 2_100.0)},
+        {"status": "ok", **path("sparse, fp8 and 8-bit attention, distilled", 1_400.0)},
     ]
     profiles = {}
-    for variant, families in (("fp8", (3_500.0, 1_400.0)), ("sparse, fp8", (1_100.0, 1_300.0))):
+    for variant, families in ((variants.FP8_8BIT, (3_500.0, 1_400.0)), ("sparse, fp8", (1_100.0, 1_300.0))):
         measured = zip(("attention", "GEMM"), families, strict=True)
         rows = [{"name": name, "phase": "family", "ms": ms, "calls": 1, "share": 0.5} for name, ms in measured]
         profiles[variant] = made_up("profile", rows, f"profile-{variant}", variant=variant)
     cells = lines(TARGETS.floor({"sparse": slow, **profiles}))[
-        "sparse, fp8, distilled: 16 steps, no guidance, the first 3 dense"
+        "sparse, fp8 and 8-bit attention, distilled: 16 steps, no guidance, the first 3 dense"
     ]
-    alone, projected = (3 * 48 * 65.0 + 13 * 48 * 20.0) / 2000, 16 * 48 * 28.52 / 2000
+    alone, projected = (3 * 48 * 50.0 + 13 * 48 * 20.0) / 2000, 16 * 48 * 28.52 / 2000
     within, gemms, spent = (3 * 3.5 + 13 * 1.1) / 2, (3 * 1.4 + 13 * 1.3) / 2, 3 * 2.1 + 13 * 1.4
     assert cells[1:] == [f"{s:.2f} s" for s in (spent, alone, within, gemms, spent - alone - gemms, alone + projected)]
-    profiles["fp8"]["machine"]["gpu"] = "another"
+    profiles[variants.FP8_8BIT]["machine"]["gpu"] = "another"
     cells = lines(TARGETS.floor({"sparse": slow, **profiles}))[
-        "sparse, fp8, distilled: 16 steps, no guidance, the first 3 dense"
+        "sparse, fp8 and 8-bit attention, distilled: 16 steps, no guidance, the first 3 dense"
     ]
     assert cells[2:6] == [f"{alone:.2f} s", "-", targets.NO_PROFILE, "-"]
     small = report.page({"sparse": sparse_results(blocks=4)}, {}, targets=TARGETS)

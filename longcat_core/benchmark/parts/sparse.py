@@ -14,7 +14,7 @@ from ...errors import LongCatError
 from ...measure.clock import OK, measure
 from ...measure.fidelity import relative_error
 from ...measure.results import markdown
-from ...optimize.attention import Inputs
+from ...optimize.attention import Inputs, resolve_kernels
 from ...optimize.kernels import sparse, sparse_exact
 from ...optimize.sparse.choose import BACKENDS, SparseBackend
 from ...optimize.sparse.passes import MIN_BLOCKS
@@ -29,6 +29,8 @@ DENSITIES = (0.15, 0.3, 0.0625)
 SETTINGS = Sparse(density=DENSITIES[0])
 SPARSE, DENSE, ALONE = "sparse", "dense", "attention alone"
 EIGHT_BIT = " by cudnn-fp8"
+# Of dense steps by path, where FP8 is as EXACT.
+DENSE_ALONE = {EXACT: f"{ALONE}, {DENSE}", FP8_8BIT: f"{ALONE}, {DENSE}, 8 bits"}
 # The error is measured on the last keys and these first queries and heads, which sees a short last key block.
 QUERIES, HEADS = 256, 2
 
@@ -82,12 +84,14 @@ def _kernels(bench: Bench) -> None:
     from .backends import random_qkv
 
     q, k, v = random_qkv(bench, 0)
-    attend = bench.model.choose_kernels(bench.device).attend
 
-    def dense() -> Row:
+    def dense(path: str) -> Row:
+        attend = resolve_kernels(bench.path(path)["attention"], Inputs.of(q)).attend
         return _timed(bench, lambda: attend(q, k, v)) | {"attention": workload.kernel_name(attend)}
 
-    first = bench.add({"name": f"{ALONE}, {DENSE}", "phase": "attention"}, dense)
+    first = bench.add({"name": DENSE_ALONE[EXACT], "phase": "attention"}, dense, EXACT)
+    if bench.fp8:
+        bench.add({"name": DENSE_ALONE[FP8_8BIT], "phase": "attention"}, dense, FP8_8BIT)
     for density in DENSITIES:
         for backend in BACKENDS:
             for block in QUERY_BLOCKS if density == DENSITIES[0] else QUERY_BLOCKS[:1]:
