@@ -212,6 +212,7 @@ def test_targets_of_avatars():
     rows = [
         path("from an image, exact", 3_400.0) | {"peak_gib": 36.0},
         path("from an image, two speakers, exact", 3_500.0),
+        path("continuation, exact, 36 GiB", 2_900.0) | {"peak_gib": 33.0},
         path(fp8, 2_200.0) | {"weights_gib": 16.0},
         path(f"{limit}no limit", 2_500.0),
         path(f"{limit}24 GiB", 2_700.0),
@@ -231,6 +232,7 @@ def test_targets_of_avatars():
     assert judged[f"{limit}24 GiB", "time over no limit"][1:] == ["1.08", "met"]
     assert judged[f"{limit}16 GiB", "time over no limit"][2] == "missed"
     assert judged["continuation, exact", "one evaluation"][1:] == ["-", "not measured"]
+    assert judged["continuation, exact, 36 GiB", "peak memory"] == ["<= 35 GiB", "33.00", "met"]
     assert "The public code takes 6.47 s (from an image) and 6.31 s (continuation)" in section
 
 

@@ -205,8 +205,9 @@ PART = Part(
 One evaluation of LongCat-Video-Avatar 1.5 without guidance, with random weights. *From an image* evaluates all frames,
 the image's among them; *cached* reads that frame's keys and values from a KV cache. A *continuation* reads those of a
 reference frame and of four conditioning frames. *Once* is the time to fill the cache, once a segment. Sparse attention
-keeps 0.15 of the blocks. The last rows may use only as much memory as a smaller card has; *plan* is what `longcat`
-then chooses by itself.""",
+keeps 0.15 of the blocks. Rows with a limit may use only that much memory; *plan* is what `longcat` then chooses by
+itself. In 16 bits the KV cache of a continuation takes 5.7 GiB, so its target for memory belongs to the row whose cache
+lies in CPU memory.""",
     run=run,
     table=table,
     charts=(STEPS,),
