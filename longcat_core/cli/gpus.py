@@ -8,6 +8,7 @@ from ..errors import LongCatError
 from ..parallel.devices import devices_of
 from ..parallel.self_test import check_several, report
 from ..parallel.start import start
+from .console import notes_from_warnings
 from .models import device_of, gpus_of
 
 
@@ -16,7 +17,7 @@ def test_gpus(args: argparse.Namespace) -> int:
     devices = devices_of(gpus_of(args), device_of(args.device))
     check_several(devices)
     failed = False
-    with start(devices) as group:
+    with notes_from_warnings(), start(devices) as group:
         try:
             for line, failed in report(group):
                 print(f"failed: {line}" if failed else line, flush=True)

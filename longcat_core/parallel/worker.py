@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import traceback
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -45,6 +46,8 @@ def join() -> None:
 
 
 def _serve(line: Line, rank: int, setup: Mapping[str, Any], store: dist.Store) -> None:
+    # Rank 0 gives the same ones.
+    warnings.simplefilter("ignore")
     try:
         group = joins(rank, line, setup, store)
         import_module(setup["serve"], __package__).serve(group)
