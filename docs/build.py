@@ -124,7 +124,7 @@ def _speeds(speeds: ModuleType) -> str:
         for kind, found in kinds.items():
             price = found.price
             if price is not None:
-                cost = f"{price.psnr:.3g} dB", f"{price.times:.2g}"
+                cost = f"{price.psnr:.3g} dB", f"{price.times:.3g}"
                 rows.append((f"`{word}`", kind, found.in_words(), *cost))
                 measured[price.measured()] = None
     table = _table(("word", "sampling", "sets", "PSNR against exact", "times as fast"), rows)

@@ -33,7 +33,7 @@ class Price:
 
     def in_words(self) -> str:
         """Short, for help and tables."""
-        return f"{self.psnr:.3g} dB against exact, {self.times:.2g} times as fast"
+        return f"{self.psnr:.3g} dB against exact, {self.times:.3g} times as fast"
 
     def measured(self) -> str:
         """How it was measured."""
@@ -78,22 +78,30 @@ class SpeedSet:
 
 _NOTHING = SpeedSet(None)
 _MINI, _DATE = "LongCat-mini (8 videos, H200, bf16)", "2026-11-29"
-_STEPS = "steps of the released model's size on an H100"
-_CACHE = Price(42.9, 51.9, _MINI, 1.89, "computed steps, 26.4 of 50", _DATE)
-_FP8_CACHE = Price(38.2, 51.9, _MINI, 2.25, f"{_STEPS}, of which 27.6 of 50 are computed", _DATE)
-_FP8 = Price(45.2, 54.3, f"{_MINI}, without a step LoRA", 1.24, _STEPS, _DATE)
-_SPARSE = Price(21.3, 54.3, f"{_MINI}, without a step LoRA", 2.0, _STEPS, _DATE)
-# Word -> kind of sampling -> set. What stays within the noise floor, which `near` promises, skips two of 50 steps at
-# most (docs/fidelity-skipping.md). Nothing was measured of the second stage. With a step cache, sparse attention costs
-# 18 dB and gains a sixth of the time, since the cache skips less.
+_UNGUIDED = f"{_MINI}, without a step LoRA"
+_REFINED = "LongCat-mini (4 videos, H200, bf16), without the refinement LoRA"
+_STEPS = "steps of the released model's size on an H200"
+_UNTIL = Price(49.1, 51.9, _MINI, 1.02, "evaluations of the network, 98 of 100", _DATE)
+_CACHE = Price(42.9, 51.9, _MINI, 1.9, "computed steps, 26.4 of 50", _DATE)
+_FP8_CACHE = Price(34.5, 51.9, _MINI, 3.2, f"{_STEPS}, of which 19.5 of 50 are computed", _DATE)
+_FP8_CACHE_16 = Price(42.3, 54.3, _UNGUIDED, 1.4, f"{_STEPS}, of which 14.5 of 16 are computed", _DATE)
+_FP8_ATTENTION = Price(34.7, 54.3, _UNGUIDED, 1.5, _STEPS, _DATE)
+_FP8_REFINE = Price(52.6, 57.4, _REFINED, 1.6, _STEPS, _DATE)
+_REFINING = SpeedSet(_FP8_REFINE, fp8=True)
+# Word -> kind of sampling -> set, chosen from docs/fidelity.md and docs/fidelity-distilled.md; docs/cli.md says why. No
+# set has sparse attention: without a calibration it costs LongCat-mini more than anything else does.
 SETS: dict[Speed, dict[str, SpeedSet]] = {
     "exact": {BASE: _NOTHING, DISTILLED: _NOTHING, REFINE: _NOTHING},
-    "near": {BASE: _NOTHING, DISTILLED: _NOTHING, REFINE: _NOTHING},
-    "fast": {BASE: SpeedSet(_CACHE, step_cache=0.05), DISTILLED: SpeedSet(_FP8, fp8=True), REFINE: _NOTHING},
+    "near": {BASE: SpeedSet(_UNTIL, guidance_until=0.95), DISTILLED: _NOTHING, REFINE: _NOTHING},
+    "fast": {
+        BASE: SpeedSet(_CACHE, step_cache=0.05),
+        DISTILLED: SpeedSet(_FP8_CACHE_16, fp8=True, step_cache=0.05),
+        REFINE: _REFINING,
+    },
     "fastest": {
-        BASE: SpeedSet(_FP8_CACHE, fp8=True, step_cache=0.05),
-        DISTILLED: SpeedSet(_SPARSE, fp8=True, sparse=0.15),
-        REFINE: _NOTHING,
+        BASE: SpeedSet(_FP8_CACHE, fp8=True, step_cache=0.1),
+        DISTILLED: SpeedSet(_FP8_ATTENTION, fp8=True, attention="cudnn-fp8"),
+        REFINE: _REFINING,
     },
 }
 
