@@ -46,7 +46,7 @@ class Common(NamedTuple):
 
 
 def in_common(stream: BlockStream, blocks: Iterable[int]) -> dict[int, Common]:
-    """Move these streamed blocks into such memory, unless they are there already; nothing where there is none."""
+    """Move these streamed blocks into such memory, unless they are there already; {} on systems without it."""
     found = {}
     for i in blocks if can_share() else ():
         block = stream.offloaded(i)
