@@ -29,8 +29,9 @@ def room(device: torch.device) -> int:
     """Bytes that the activations of a stage may take on this device."""
     if device.type != "cuda":
         return MOST_ON_CPU
-    # Of what this process may use; PyTorch 2.5 does not tell.
-    allowed = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    # Of what this process may use; PyTorch 2.5 does not tell. "cuda" without a number is not accepted.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = getattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 1.0)(index)
     return min(MOST, int(torch.cuda.get_device_properties(device).total_memory * allowed) // SHARE)
 
 

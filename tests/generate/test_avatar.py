@@ -213,10 +213,11 @@ def test_a_word_chooses_by_the_schedule():
     first = GenerateRequest(PROMPT, given=image, schedule="distilled", speed="fastest")
     defaults = replace(RELEASED, audio=GOLDEN["1.5"].config.audio)
     asked = AvatarRequest(first, combine(sounds("1.5", 1)), (PROMPT,)).filled(defaults)
-    assert (asked.first.sparse_settings, asked.first.step_cache) == (Sparse(0.15), 0.0)
-    assert asked.notes()[0].startswith("speed fastest sets fp8 and sparse attention 0.15")
+    assert asked.first.step_cache == 0.0
+    assert asked.notes()[0].startswith("speed fastest sets fp8 and attention cudnn-fp8")
     asked = replace(asked, first=replace(first, schedule="base"), schedule=None).filled(defaults)
-    assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.05)
+    assert asked.first.step_cache == 0.1
+    assert asked.notes()[0].startswith("speed fastest sets fp8 and step cache 0.1")
 
 
 @pytest.mark.parametrize(("text", "sound", "parts"), [(4.0, 4.0, 2), (3.0, 1.0, 2), (1.0, 3.0, 3), (3.0, 4.0, 3)])

@@ -386,6 +386,7 @@ def pretended() -> Iterator[_Runtime]:
         "get_device_properties": lambda device=None: Properties,
         "get_device_name": lambda device=None: Properties.name,
         "set_per_process_memory_fraction": runtime.limit,
+        "get_per_process_memory_fraction": lambda device=None: [1.0, *runtime.fractions][-1],
         "reset_peak_memory_stats": lambda device=None: None,
     }
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
