@@ -213,10 +213,10 @@ def test_a_word_chooses_by_the_schedule():
     first = GenerateRequest(PROMPT, given=image, schedule="distilled", speed="fastest")
     defaults = replace(RELEASED, audio=GOLDEN["1.5"].config.audio)
     asked = AvatarRequest(first, combine(sounds("1.5", 1)), (PROMPT,)).filled(defaults)
-    assert asked.first.step_cache == 0.0
+    assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.0)
     assert asked.notes()[0].startswith("speed fastest sets fp8 and attention cudnn-fp8")
     asked = replace(asked, first=replace(first, schedule="base"), schedule=None).filled(defaults)
-    assert asked.first.step_cache == 0.1
+    assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.1)
     assert asked.notes()[0].startswith("speed fastest sets fp8 and step cache 0.1")
 
 
