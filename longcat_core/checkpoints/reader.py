@@ -25,7 +25,6 @@ PIECE, PIECE_CUDA = 1 << 22, 1 << 24
 # Pieces that are prefetched.
 AHEAD = THREADS + 3
 
-
 # Two numbers, the smallest and the largest.
 Extremes = Sequence[Tensor]
 

@@ -204,12 +204,7 @@ class Pipeline(Engine):
         switches = replace(optimizations, split_guidance=plan.split_guidance)
         tell = on_load or (lambda stage, done, of: None)
 
-        def read_text() -> None:
-            if not prompts or text_encoder.missing(prompts):
-                text_encoder.load(lambda done, of: tell(LOADING_TEXT, done, of))
-
         def text(check: Callable[[], None]) -> None:
-            read_text()
             if prepared:
                 check()
                 tell(ENCODING, 0, 0)
@@ -241,9 +236,9 @@ class Pipeline(Engine):
         # The processes of torchrun are as many as somebody asked for.
         counts = room.counts(plan) if gpus == AUTO and not torchrun_size() else [len(devices)]
         with started(devices) as ready:
-            if not plan.stream_text_encoder:
-                # Before other threads start: beside their imports it takes ten times as long.
-                read_text()
+            # Before other threads start: beside their imports it takes ten times as long.
+            if not prompts or text_encoder.missing(prompts):
+                text_encoder.load(lambda done, of: tell(LOADING_TEXT, done, of))
             with warming(device, warm) if beside else nullcontext():
                 model = load_both(text, transformer, tell, device, beside and not plan.stream_text_encoder)
             exchange = RuntimeLoras(model, loras) if runtime else MergedLoras(model, checkpoint, loras)
