@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generate.calibration import Calibration
 from ..sampling.conditioning import latent_frames
-from .charts import BLUE, COLORS, FAINT, GRAY, GREEN, ORANGE, Axis, Line, Panel, even_axis, line_chart, log_axis
+from .charts import BLUE, COLORS, DASH, FAINT, GRAY, GREEN, ORANGE, Axis, Line, Panel, even_axis, line_chart, log_axis
 from .fidelity import decibels
 from .results import machine_line, markdown
 
@@ -166,13 +166,13 @@ def layers_chart(found: Calibration) -> Image.Image:
     every, ends = range(depth), (0, depth - 1)
     # A point alone is a dot.
     heads = [Line([(layer, share)], HEADS_COLOR) for layer, row in enumerate(found.head_mass) for share in row]
-    lines = [*heads, Line([(end, _even(found)) for end in ends], FAINT, True), Line(list(enumerate(found.mass)), BLUE)]
-    legend = [(f"held by the blocks taken at density {at:g}, mean of the heads", BLUE, False)]
-    legend += [("single heads", HEADS_COLOR, False)] if heads else []
+    lines = [*heads, Line([(end, _even(found)) for end in ends], FAINT, DASH), Line(list(enumerate(found.mass)), BLUE)]
+    legend = [(f"held by the blocks taken at density {at:g}, mean of the heads", BLUE, 0)]
+    legend += [("single heads", HEADS_COLOR, 0)] if heads else []
     if found.best_mass:
         lines.append(Line(list(enumerate(map(statistics.fmean, found.best_mass))), GREEN))
-        legend.append(("held by the best blocks, as many", GREEN, False))
-    legend.append(("even attention", FAINT, True))
+        legend.append(("held by the best blocks, as many", GREEN, 0))
+    legend.append(("even attention", FAINT, DASH))
     colors = list(zip(_ranges(found), COLORS[3:], strict=False))
     densities = [Line(list(enumerate(means)), color) for means, (_, color) in zip(_means(found), colors, strict=False)]
     step = max(1, math.ceil(depth / 16))
@@ -186,7 +186,7 @@ def layers_chart(found: Calibration) -> Image.Image:
         Axis(*ends, [(layer, str(layer)) for layer in every[::step]]),
         "layer",
         [_what(found)],
-        [*legend, *((f"density {words}", color, False) for words, color in colors)],
+        [*legend, *((f"density {words}", color, 0) for words, color in colors)],
     )
 
 
@@ -196,17 +196,17 @@ def curve_chart(found: Calibration) -> Image.Image:
     places = [math.log10(100 * point.density) for point in points]
     ends = places[0], places[-1]
 
-    def line(values: Iterator[float], color: tuple[int, int, int], dashed: bool = False) -> Line:
-        return Line(list(zip(places, values, strict=True)), color, dashed)
+    def line(values: Iterator[float], color: tuple[int, int, int], dash: int = 0) -> Line:
+        return Line(list(zip(places, values, strict=True)), color, dash)
 
     most = max(*(point.high for point in points), budget)
     errors = [
-        Line([(end, budget) for end in ends], FAINT, True),
+        Line([(end, budget) for end in ends], FAINT, DASH),
         line((point.high for point in points), ORANGE),
         line((point.median for point in points), BLUE),
     ]
     masses = [
-        line((_even(found, point.density) for point in points), GRAY, True),
+        line((_even(found, point.density) for point in points), GRAY, DASH),
         line((point.mass for point in points), GREEN),
     ]
     ticks = log_axis([100 * point.density for point in points]).ticks
@@ -221,11 +221,11 @@ def curve_chart(found: Calibration) -> Image.Image:
         "density (%), logarithmic",
         [_what(found)],
         [
-            ("nine of ten layers are below, all heads at this density", ORANGE, False),
-            ("median layer", BLUE, False),
-            (f"budget {budget:g}", FAINT, True),
-            ("softmax, mean of the heads", GREEN, False),
-            ("softmax of even attention", GRAY, True),
+            ("nine of ten layers are below, all heads at this density", ORANGE, 0),
+            ("median layer", BLUE, 0),
+            (f"budget {budget:g}", FAINT, DASH),
+            ("softmax, mean of the heads", GREEN, 0),
+            ("softmax of even attention", GRAY, DASH),
         ],
     )
 

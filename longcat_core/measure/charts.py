@@ -28,7 +28,9 @@ COLORS = (BLUE, ORANGE, GREEN, (196, 78, 82), (129, 91, 166), (140, 98, 70), (40
 FLOOR_COLOR = FAINT
 # Lines are drawn at this multiple of their size and reduced, which antialiases them.
 FINE = 3
-LEFT, LEGEND, DASH = 84, 24, 7
+LEFT, LEGEND, SAMPLE = 84, 24, 35
+# Pixels of a dash and of the gap behind it; a solid line has none.
+SOLID, SHORT, DASH, LONG = 0, 3, 7, 14
 CELL, CELL_GAP, ROW_LABEL = 216, 12, 28
 # A difference is amplified by the largest gain that keeps this percentage of its pixels below white.
 GAINS, KEPT = (1, 2, 4, 8, 16, 32, 64, 128), 99.9
@@ -200,11 +202,12 @@ class Axis(NamedTuple):
 
 
 class Line(NamedTuple):
-    """points: (x, y) in the units of the axes, from left to right; y may be infinite, which is drawn at the top."""
+    """points: (x, y) in the units of the axes, from left to right; y may be infinite, which is drawn at the top. dash:
+    in pixels."""
 
     points: Sequence[Point]
     color: Color
-    dashed: bool = False
+    dash: int = SOLID
 
 
 class Panel(NamedTuple):
@@ -220,10 +223,10 @@ def line_chart(
     x: Axis,
     x_name: str,
     above: Sequence[str] = (),
-    legend: Sequence[tuple[str, Color, bool]] = (),
+    legend: Sequence[tuple[str, Color, int]] = (),
     note: str = "",
 ) -> Image.Image:
-    """Panels one below the other over one x axis. legend: text, color, dashed; note: small print below it."""
+    """Panels one below the other over one x axis. legend: text, color, dash; note: small print below it."""
     from PIL import Image, ImageDraw
 
     height = sum(panel.height + 70 for panel in panels) + 4
@@ -250,10 +253,12 @@ def line_chart(
             pen.text((x.place(value, left, right), bottom + 8), label, FAINT, _font(14), anchor="ma")
         pen.text((right, bottom + 24), x_name, FAINT, _font(14), anchor="ra")
     y = start + height
-    for words, color, dashed in legend:
-        for at in (0, 8, 16) if dashed else range(0, 21, 4):
-            pen.rectangle((MARGIN + at, y + 6, MARGIN + at + 4, y + 12), fill=color)
-        pen.text((MARGIN + 32, y), cut(words, _font(15), WIDTH - 2 * MARGIN - 32), INK, _font(15))
+    for words, color, dash in legend:
+        for at in range(0, SAMPLE, 2 * dash or SAMPLE):
+            end = min(SAMPLE, at + (dash or SAMPLE))
+            pen.rectangle((MARGIN + at, y + 7, MARGIN + end - 1, y + 11), fill=color)
+        text = MARGIN + SAMPLE + 12
+        pen.text((text, y), cut(words, _font(15), WIDTH - MARGIN - text), INK, _font(15))
         y += LEGEND
     pen.text((MARGIN, y), cut(note, _font(15), WIDTH - 2 * MARGIN), FAINT, _font(15))
     return sheet
@@ -261,20 +266,20 @@ def line_chart(
 
 def _draw_line(pen: Any, points: Sequence[Point], line: Line) -> None:
     if len(points) > 1:
-        for piece in _dashes(points) if line.dashed else [points]:
+        for piece in _dashes(points, line.dash) if line.dash else [points]:
             pen.line(piece, fill=line.color, width=2 * FINE, joint="curve")
     radius = 2.5 * FINE
-    for x, y in points if not line.dashed or len(points) == 1 else ():
+    for x, y in points if not line.dash or len(points) == 1 else ():
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=line.color)
 
 
-def _dashes(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """Every other stretch of DASH pixels along the line."""
+def _dashes(points: Sequence[Point], dash: int) -> Iterator[list[Point]]:
+    """Every other stretch of `dash` pixels along the line."""
     line = np.array(points)
     along = np.concatenate(([0], np.cumsum(np.hypot(*np.diff(line, axis=0).T))))
-    for start in np.arange(0, along[-1], 2 * DASH * FINE):
-        inner = along[(along > start) & (along < start + DASH * FINE)]
-        at = np.concatenate(([start], inner, [min(start + DASH * FINE, along[-1])]))
+    for start in np.arange(0, along[-1], 2 * dash * FINE):
+        inner = along[(along > start) & (along < start + dash * FINE)]
+        at = np.concatenate(([start], inner, [min(start + dash * FINE, along[-1])]))
         yield [(float(np.interp(a, along, line[:, 0])), float(np.interp(a, along, line[:, 1]))) for a in at]
 
 
@@ -305,10 +310,21 @@ def log_axis(values: Sequence[float]) -> Axis:
 # --- fidelity --------------------------------------------------------------------------------------------------------
 
 
+def styles(count: int) -> list[tuple[Color, int]]:
+    """Color and dash of so many lines: all colors solid, then all with long dashes, then with short ones.
+
+    No two of 24 lines look the same, and none looks like the noise floor.
+    """
+    pairs = [(color, dash) for dash in (SOLID, LONG, SHORT) for color in COLORS]
+    return list(itertools.islice(itertools.cycle(pairs), count))
+
+
 def fidelity_plot(fidelity: Fidelity) -> Image.Image:
     """PSNR and SSIM of every frame against the reference, each the median over the videos; the noise floor dashed."""
-    colors = dict(zip((setting.name for setting in fidelity.others), itertools.cycle(COLORS), strict=False))
     settings, floor = fidelity.compared, fidelity.floor
+    looks = dict(zip((setting.name for setting in settings), styles(len(fidelity.others)), strict=False))
+    if floor is not None:
+        looks[floor.name] = FLOOR_COLOR, DASH
     first, last = settings[0].distances[0].given, settings[0].distances[0].given + settings[0].mse.shape[1] - 1
     # The floor first: on top it would hide what coincides with it.
     order = settings if floor is None else [floor, *fidelity.others]
@@ -317,14 +333,13 @@ def fidelity_plot(fidelity: Fidelity) -> Image.Image:
 
     def panel(name: str, height: int, axis: Axis, series: Sequence[Sequence[float]]) -> Panel:
         lines = [
-            Line(list(enumerate(values, first)), colors.get(setting.name, FLOOR_COLOR), setting is floor)
+            Line(list(enumerate(values, first)), *looks[setting.name])
             for setting, values in zip(order, series, strict=True)
         ]
         return Panel(name, height, axis, lines)
 
-    def legend(setting: Setting) -> tuple[str, Color, bool]:
-        said = f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.typical_ssim:.4f}"
-        return said, colors.get(setting.name, FLOOR_COLOR), setting is floor
+    def legend(setting: Setting) -> tuple[str, Color, int]:
+        return f"{setting.title}   {decibels(setting.psnr)}, SSIM {setting.typical_ssim:.4f}", *looks[setting.name]
 
     several = "; median over the videos" if len(settings[0].distances) > 1 else ""
     shares = even_axis(min(0.999, *map(min, ssim)), 1.0, 5)

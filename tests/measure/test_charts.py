@@ -40,11 +40,25 @@ def test_parts_of_a_bar_follow_one_another_on_one_scale():
 def test_a_line_rises_from_left_to_right():
     axis = Axis(0, 10, [(0, "0"), (10, "10")])
     panel = Panel("ms", 200, axis, [Line([(0, 0), (10, 10)], BLUE)])
-    picture = charts.line_chart("title", [panel, panel], axis, "x", legend=[("ms", ORANGE, True)], note="note")
+    picture = charts.line_chart("title", [panel, panel], axis, "x", legend=[("ms", ORANGE, charts.DASH)], note="note")
     found = np.argwhere((np.asarray(picture)[: picture.height // 2] == np.array(BLUE)).all(-1))
     first, last = found[found[:, 1].argmin()], found[found[:, 1].argmax()]
     assert first[0] - last[0] > 150 and last[1] - first[1] > 700
     assert columns(picture, ORANGE)[0] == charts.MARGIN
+
+
+def test_no_two_lines_of_a_plot_look_alike():
+    looks = [*charts.styles(24), (charts.FLOOR_COLOR, charts.DASH)]
+    assert len(set(looks)) == 25 and len(charts.styles(30)) == 30
+    axis = Axis(0, 10, [])
+    row, drawn = [(0, 5), (10, 5)], {}
+    for color, dash in looks:
+        panel = Panel("dB", 40, axis, [Line(row, color, dash)])
+        picture = np.asarray(charts.line_chart("title", [panel], axis, "x", legend=[("B", color, dash)]))
+        found = (picture == np.array(color)).all(-1)
+        drawn[color, dash] = found[:150].tobytes(), found[150:].tobytes()
+    for part in zip(*drawn.values(), strict=True):
+        assert len({(color, mask) for (color, _), mask in zip(drawn, part, strict=True)}) == 25
 
 
 def test_axes_hold_all_values():
