@@ -78,7 +78,7 @@ def _own_requirements() -> list[str]:
     import tomllib
 
     project = tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [line for extra in ("headless", "test") for line in project["optional-dependencies"][extra]]
+    return [line for extra in ("headless", "bench", "test") for line in project["optional-dependencies"][extra]]
 
 
 def canonical(name: str) -> str:
