@@ -228,7 +228,7 @@ class Pipeline(Engine):
                 watch=watch,
             )
 
-        def warm() -> None:
+        def warm(_: object) -> None:
             whole = work is not None and warm_bytes(config, dtype, work) <= spare
             warm_up(config, switches, dtype, device, policy, work if whole else None)
 
@@ -365,25 +365,28 @@ class Pipeline(Engine):
         announce = self.model.announce
         self.model.announce = lambda sentence: self._announced(sentence, announce)
         self.begins("")
+        device = self.vae.device
         try:
-            return sample(
-                self.model,
-                start,
-                schedule,
-                *text,
-                negative_context=negative[0],
-                negative_mask=negative[1],
-                guidance_scale=options.guidance_scale,
-                guidance_until=options.guidance_until,
-                cond_latents=options.cond_latents,
-                kv_cache=options.kv_cache,
-                step_cache=options.step_cache,
-                offload_kv_cache=self.plan.offload_kv_cache,
-                make_room=lambda: self._make_room(guided),
-                callback=self._turns.guard(options.callback),
-                audio=options.audio,
-                reference=options.reference,
-            )
+            # While a GPU samples, this process has little to do.
+            with warming(device, self.vae.compile_ahead) if overlaps(device) else nullcontext():
+                return sample(
+                    self.model,
+                    start,
+                    schedule,
+                    *text,
+                    negative_context=negative[0],
+                    negative_mask=negative[1],
+                    guidance_scale=options.guidance_scale,
+                    guidance_until=options.guidance_until,
+                    cond_latents=options.cond_latents,
+                    kv_cache=options.kv_cache,
+                    step_cache=options.step_cache,
+                    offload_kv_cache=self.plan.offload_kv_cache,
+                    make_room=lambda: self._make_room(guided),
+                    callback=self._turns.guard(options.callback),
+                    audio=options.audio,
+                    reference=options.reference,
+                )
         finally:
             (self.model.block_sparse, self.model.sparse), self.model.announce = before, announce
             if self.model.stream is not None:

@@ -17,9 +17,11 @@ from ..checkpoints.whole import read_whole
 from ..errors import CheckpointError, LongCatError
 from ..files.records import FiniteFloat, read_record
 from ..files.safetensors_io import write_safetensors
+from ..optimize.kernels import vae as kernels
 from ..parallel.vae import SpreadVAE
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, video_frames
 from ..vae import tiles
+from ..vae.layers import RMSNorm
 from ..vae.network import VAEConfig, WanVAE, channels_last
 from ..vae.parts import decoded, encoded
 
@@ -150,6 +152,12 @@ class VideoVAE:
             parts = decoded(self.model, z)
         for part in parts:
             yield part.to(self.device, torch.float32).add(1).div(2).clamp(0, 1)
+
+    def compile_ahead(self, stopped: Callable[[], bool]) -> None:
+        """Compile the decoder's kernels, without work for the GPU. stopped: see `kernels.vae.compile_ahead`."""
+        if kernels.takes(self.dtype):
+            norms = (layer for layer in self.model.decoder.modules() if isinstance(layer, RMSNorm))
+            kernels.compile_ahead(self.dtype, dict.fromkeys(norm.gamma.numel() for norm in norms), stopped)
 
     def _encode(self, video: Tensor) -> Tensor:
         return encoded(self.model, video.to(self.device, self.dtype))

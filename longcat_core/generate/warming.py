@@ -1,4 +1,4 @@
-"""Kernels are compiled, or loaded from their caches, while weights are read."""
+"""Kernels are compiled, or loaded from their caches, while weights are read or a GPU samples."""
 
 from __future__ import annotations
 
@@ -25,18 +25,25 @@ DIVISOR = 16
 
 
 @contextmanager
-def warming(device: torch.device, warm: Callable[[], None]) -> Iterator[None]:
-    """Call `warm` in a thread, which is over when the `with` block is left. The first step meets what it raises."""
-    place = same_stream(device)
+def warming(device: torch.device, warm: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
+    """Call `warm` in a thread, which is over when the `with` block is left. Whoever needs the kernels meets what it
+    raises.
+
+    warm: gets a function that says whether the block has ended with an error, so that the rest need not be done.
+    """
+    place, stop = same_stream(device), threading.Event()
 
     def run() -> None:
         with suppress(Exception), place, torch.no_grad():
-            warm()
+            warm(stop.is_set)
 
     thread = threading.Thread(target=run, name="longcat-warm")
     thread.start()
     try:
         yield
+    except BaseException:
+        stop.set()
+        raise
     finally:
         thread.join()
 

@@ -8,7 +8,10 @@ import warnings
 import pytest
 import torch
 
-from longcat_core.generate import warming
+from longcat_core.generate import pipeline, warming
+from longcat_core.generate.pipeline import Pipeline
+from longcat_core.generate.request import GenerateRequest
+from longcat_core.generate.vae import VideoVAE
 from longcat_core.generate.warming import DIVISOR, few, warm_up
 from longcat_core.model.block import Block
 from longcat_core.model.config import ModelConfig
@@ -60,12 +63,47 @@ def test_few_frames_divide_as_all_do(frames):
 
 
 def test_the_thread_is_over_in_the_end_and_its_errors_are_the_first_steps():
-    def warm() -> None:
+    def warm(stopped) -> None:
         raise RuntimeError("a kernel does not compile")
 
     before = threading.active_count()
     with warming.warming(CPU, warm):
         pass
-    with pytest.raises(KeyboardInterrupt), warming.warming(CPU, lambda: None):
-        raise KeyboardInterrupt
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_beside_it_ends_what_is_left_to_compile(error):
+    """It would go on for ever otherwise."""
+
+    def warm(stopped) -> None:
+        while not stopped():
+            begun.set()
+
+    before, begun = threading.active_count(), threading.Event()
+    with pytest.raises(error), warming.warming(CPU, warm):
+        assert begun.wait(60)
+        raise error
+    assert threading.active_count() == before
+
+
+def test_a_decoders_kernels_are_compiled_while_the_network_samples(monkeypatch):
+    """Neither could end alone, and the video is the same."""
+    request = GenerateRequest("a red circle moves right", frames=5, steps=1, seed=1)
+    loaded, compiling, sampling = Pipeline.load(), threading.Event(), threading.Event()
+    wanted, sample = loaded.generate(request).frames, pipeline.sample
+
+    def compile_ahead(self, stopped) -> None:
+        compiling.set()
+        assert sampling.wait(60) and not stopped()
+        raise RuntimeError("a kernel does not compile")
+
+    def sampled(*args, **options):
+        sampling.set()
+        assert compiling.wait(60)
+        return sample(*args, **options)
+
+    monkeypatch.setattr(VideoVAE, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(pipeline, "sample", sampled)
+    monkeypatch.setattr(pipeline, "overlaps", lambda device: True)
+    assert (loaded.generate(request).frames == wanted).all()

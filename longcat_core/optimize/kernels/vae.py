@@ -7,6 +7,8 @@ the stores, and the kernels have no backward pass. `vae.layers` defines what the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,18 @@ BLOCK = 4096
 EPS = 1e-24
 
 
+def takes(dtype: torch.dtype) -> bool:
+    """Whether these kernels can run on this machine for activations in `dtype`."""
+    return dtype in HALF and not NEEDS.missing()
+
+
 def usable(x: Tensor) -> bool:
     """Whether activations like x [.., C] can go through these kernels: on CUDA, in 16 bits, without gradients."""
     return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not NEEDS.why_not(Inputs.of(x))
 
 
-@jit
+# What numbers of frames and pixels divide by changes no load or store, but each case would be compiled by itself.
+@jit(do_not_specialize=["pixels", "frames", "per_frame"])
 def _norm_silu(
     x, bias, gamma, out, pixels, frames, per_frame, sample_stride, frame_stride, width, eps,
     BIAS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -61,16 +69,16 @@ def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> Non
     """Write silu(rms_norm(x + bias) * gamma) of x [B, T, H, W, C] into `out`, whose frames are contiguous."""
     x = x.contiguous()
     width = x.shape[-1]
-    size = 1 << (width - 1).bit_length()
-    rows = max(1, BLOCK // size)
+    constants = _constants(width, bias is not None)
     pixels, per_frame = x.numel() // width, x.shape[2] * x.shape[3]
-    _norm_silu[(triton.cdiv(pixels, rows),)](
-        *(x, bias, gamma, out, pixels, x.shape[1], per_frame, out.stride(0), out.stride(1), width, EPS),
-        BIAS=bias is not None,
-        ROWS=rows,
-        WIDTH=size,
-        num_warps=8,
+    _norm_silu[(triton.cdiv(pixels, constants["ROWS"]),)](
+        *(x, bias, gamma, out, pixels, x.shape[1], per_frame, out.stride(0), out.stride(1), width, EPS), **constants
     )
+
+
+def _constants(width: int, biased: bool) -> dict[str, int]:
+    size = 1 << (width - 1).bit_length()
+    return {"BIAS": biased, "ROWS": max(1, BLOCK // size), "WIDTH": size, "num_warps": 8}
 
 
 def add(x: Tensor, bias: Tensor | None, more: Tensor) -> Tensor:
@@ -80,3 +88,18 @@ def add(x: Tensor, bias: Tensor | None, more: Tensor) -> Tensor:
         *(x, bias, more, x, x.numel(), x.shape[-1]), BIAS=bias is not None, BLOCK=BLOCK, num_warps=8
     )
     return x
+
+
+def compile_ahead(dtype: torch.dtype, widths: Iterable[int], stopped: Callable[[], bool]) -> None:
+    """Compile the kernels for activations [.., C] of these widths C, or load them from Triton's cache; none runs.
+
+    stopped: asked before each kernel whether to leave it at that.
+    """
+    for width in widths:
+        for bias in (None, dtype):
+            if stopped():
+                return
+            # Numbers that divide as those of a clip do: strides are multiples of the width.
+            numbers = 1, 1, 1, 16 * width, 16 * width, width, EPS
+            _norm_silu.warmup(dtype, bias, dtype, dtype, *numbers, grid=(1,), **_constants(width, bias is not None))
+        _add.warmup(*(dtype, dtype, dtype, dtype, 16 * width, width), grid=(1,), BIAS=True, BLOCK=BLOCK, num_warps=8)

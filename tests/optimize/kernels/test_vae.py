@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longcat_core.generate.vae import VideoVAE
 from longcat_core.optimize.kernels import vae as kernels
 from longcat_core.optimize.requirement import Requirement
 from longcat_core.parallel.vae import Strip
 from longcat_core.vae import layers
 from longcat_core.vae.layers import Past, Residual, RMSNorm
+from longcat_core.vae.network import VAEConfig, WanVAE
+from longcat_core.vae.parts import decoded
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -86,3 +92,51 @@ def test_they_stay_out_where_gradients_flow():
     layers.normed(norm, randn(1, 1, 2, 2, 8), out)
     out.sum().backward()
     assert norm.gamma.grad is not None
+
+
+class Launched:
+    """In place of a kernel: which of its variants are launched, and which are compiled ahead."""
+
+    def __init__(self, kernel) -> None:
+        self.names = list(inspect.signature(kernel.fn).parameters)
+        # The interpreter's functions keep their options, the compiler's each parameter's.
+        options = getattr(kernel, "kwargs", {})
+        self.plain = options.get("do_not_specialize") or [
+            each.name for each in getattr(kernel, "params", ()) if each.do_not_specialize
+        ]
+        self.launched, self.compiled = set(), set()
+
+    def variant(self, args, options) -> tuple:
+        """What Triton compiles a kernel for: dtypes, constants, and how numbers divide."""
+        found = []
+        for name, value in zip(self.names, args, strict=False):
+            if isinstance(value, int):
+                found.append(None if name in self.plain else (value % 16 == 0, value == 1))
+            else:
+                found.append(getattr(value, "dtype", value))
+        return *found, *sorted(options.items())
+
+    def __getitem__(self, grid) -> Callable:
+        return lambda *args, **options: self.launched.add(self.variant(args, options))
+
+    def warmup(self, *args, grid, **options) -> None:
+        self.compiled.add(self.variant(args, options))
+
+
+def test_what_a_clip_needs_is_compiled_ahead(monkeypatch):
+    found = [Launched(getattr(kernels, name)) for name in ("_norm_silu", "_add")]
+    monkeypatch.setattr(kernels, "_norm_silu", found[0])
+    monkeypatch.setattr(kernels, "_add", found[1])
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    monkeypatch.setattr(kernels, "takes", lambda dtype: True)
+    model = WanVAE(VAEConfig(16, 16, [0.0] * 16, [1.0] * 16)).to(torch.bfloat16).requires_grad_(False)
+    with torch.no_grad():
+        for frames, height, width, most in ((1, 2, 2, 1 << 20), (7, 3, 5, 1 << 17), (9, 4, 2, 1 << 20)):
+            for _ in decoded(model, torch.zeros(1, 16, frames, height, width, dtype=torch.bfloat16), most):
+                pass
+    asked: list[bool] = []
+    VideoVAE(model).compile_ahead(lambda: asked.append(len(asked) > 3) or asked[-1])
+    assert 0 < sum(len(each.compiled) for each in found) < sum(len(each.launched) for each in found)
+    VideoVAE(model).compile_ahead(lambda: False)
+    assert [each.compiled for each in found] == [each.launched for each in found]
+    assert len(found[0].launched) == 6
