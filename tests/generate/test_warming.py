@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 
@@ -12,7 +13,7 @@ from longcat_core.generate import pipeline, warming
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import GenerateRequest
 from longcat_core.generate.vae import VideoVAE
-from longcat_core.generate.warming import DIVISOR, few, warm_up
+from longcat_core.generate.warming import DIVISOR, TURN, few, short_turns, warm_up
 from longcat_core.model.block import Block
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.plan import Work
@@ -85,6 +86,15 @@ def test_an_error_beside_it_ends_what_is_left_to_compile(error):
         assert begun.wait(60)
         raise error
     assert threading.active_count() == before
+
+
+def test_turns_are_short_until_the_last_thread_is_done():
+    before = sys.getswitchinterval()
+    with short_turns():
+        with short_turns():
+            pass
+        assert sys.getswitchinterval() == pytest.approx(TURN)
+    assert sys.getswitchinterval() == before
 
 
 def test_a_decoders_kernels_are_compiled_while_the_network_samples(monkeypatch):
