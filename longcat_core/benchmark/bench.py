@@ -28,7 +28,7 @@ from .workload import FULL_RANDOM, NANO, Size
 # Parts that `all` runs on the first blocks of the model, in this order, after those that need the whole model.
 FEW = (
     *("exactness", "memory", "recompiles", "load", "training", "ablation", "policies", "scale", "cards"),
-    *("decode", "continuation", "sparse", "avatar", "gpus", "refine"),
+    *("decode", "continuation", "sparse", "avatar", "gpus", "gpus_run", "refine"),
 )
 # Height, width and frames on a GPU and on a CPU: of a video, and of its refinement.
 VIDEO = {"cuda": (480, 832, 93), "cpu": (32, 48, 5)}

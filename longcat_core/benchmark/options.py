@@ -23,6 +23,7 @@ PARTS = {
     "sparse": "Sparse attention: every kernel by density, and steps with it beside dense ones.",
     "avatar": "One evaluation of an avatar: from an image and as a continuation, two speakers, fp8, smaller cards.",
     "gpus": "An evaluation on one GPU and on several: guidance, refining, decoding, exact and fp8.",
+    "gpus_run": "A whole distilled video on one GPU and on several, decoding and its file included; exact and fp8.",
     "cards": "A step within the memory of smaller cards: 24, 16 and 12 GiB, exact and fp8.",
     "decode": "Decoding latents to frames at 480p and 720p, beside diffusers.",
     "load": "Loading a checkpoint, beside reading its file.",

@@ -18,7 +18,7 @@ from .targets import Targets
 PAGE = (
     *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
     *("cards", "load", "run", "comfyui_run", "decode", "training", "continuation", "sparse", "avatar", "refine"),
-    "gpus",
+    *("gpus", "gpus_run"),
 )
 INTRODUCTION = """# Performance
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,23 +13,32 @@ from torch import Tensor
 from ...measure.charts import BLUE, GRAY
 from ...measure.clock import measure
 from ...measure.results import markdown, shown
+from ...model.config import ModelConfig
 from ...optimize.block_sparse import BlockSparse
+from ...optimize.plan import Work
 from ...optimize.switches import Exchange, Optimizations
 from ...parallel.group import Group
-from ...parallel.layout import measured_links, pass_seconds
+from ...parallel.layout import exchanged_bytes, measured_links, pass_seconds
 from ...parallel.led_vae import LedVAE
 from ...parallel.mirror import share
+from ...parallel.sequence import CHUNKS
 from ...parallel.start import start
 from ...vae.network import VAEConfig, WanVAE
 from ...vae.parts import decoded
 from .. import workload
-from ..part import Part, Results, bars, by_name, measured_rows, preparation, spread
+from ..part import Part, Results, bars, by_name, measured_rows, met_or_missed, preparation, spread
 from ..variants import EXACT, FP8_8BIT, Bench, Row
+from .profile import family
 
 GUIDED, SINGLE, REFINED, DECODED = "with guidance", "without guidance", "refining", "decoding"
 # Latents that `REFINED` has where the bench's size is that of a GPU: 704x1280 and 189 frames.
 LARGE = workload.Size(704, 1280, 189, 1)
 COUNTS = (2, 4, 8)
+FLOORS = f"""*Divided* is one GPU's time, of which the part in blocks divides evenly. *Exchange* is what a GPU sends,
+at the speed that its group of ranks reached. *Open* is the part of it that no work hides, as heads travel in {CHUNKS}
+chunks: the queries, keys and values of the first chunk, and the results of the last. The *floor* is *divided* and
+*open* together. What was measured *beyond* it are copies around the exchange, kernels of NCCL that take parts of the
+GPU from attention, and waiting for another GPU."""
 
 
 class Case(NamedTuple):
@@ -59,8 +68,9 @@ def counts(device: torch.device) -> list[int]:
 def run(bench: Bench) -> None:
     """Rows of every case by path and number of GPUs, one GPU first.
 
-    ratio: the time on one GPU over this one. exchange_ms: what NCCL's kernels took in rank 0, hidden or not.
-    outside_ms: what every rank computes by itself, outside the blocks. all_to_all_gbs: measured bandwidth of a rank.
+    ratio: the time on one GPU over this one. exchange_ms: what NCCL's kernels took in rank 0, hidden or not; copies_ms:
+    what copies took there. outside_ms: what every rank computes by itself, outside the blocks. all_to_all_gbs: measured
+    bandwidth of a rank.
     """
     for path in (EXACT, FP8_8BIT):
         if path != EXACT and not (bench.fp8 and bench.quantize()):
@@ -70,12 +80,12 @@ def run(bench: Bench) -> None:
             with ranks(bench, count) as group:
                 for case in cases(bench):
                     row = _add(bench, path, case, count, group)
-                    _compare(first.setdefault(case.name, row), row)
+                    compare(first.setdefault(case.name, row), row)
                     if case.name == SINGLE and group is not None:
-                        _compare(first[SINGLE], _add(bench, path, case, count, group, "int8"))
+                        compare(first[SINGLE], _add(bench, path, case, count, group, "int8"))
                 if path == EXACT:
-                    row = bench.add(_head(DECODED, path, count), _decoding, bench, group)
-                    _compare(first.setdefault(DECODED, row), row)
+                    row = bench.add(row_of(DECODED, path, count), _decoding, bench, group)
+                    compare(first.setdefault(DECODED, row), row)
 
 
 @contextmanager
@@ -93,7 +103,8 @@ def ranks(bench: Bench, count: int) -> Iterator[Group | None]:
             bench.model.execution.ranks = None
 
 
-def _head(name: str, path: str, count: int) -> Row:
+def row_of(name: str, path: str, count: int) -> Row:
+    """What names the row of a case, a path and a number of GPUs."""
     gpus = "1 GPU" if count == 1 else f"{count} GPUs"
     return {"name": f"{name}, {path}, {gpus}", "case": name, "path": path, "gpus": count, "phase": "path"}
 
@@ -101,10 +112,11 @@ def _head(name: str, path: str, count: int) -> Row:
 def _add(bench: Bench, path: str, case: Case, count: int, group: Group | None, exchange: Exchange = "exact") -> Row:
     chosen = Optimizations(**bench.path(path), exchange=exchange)
     name = path if exchange == "exact" else f"{path}, {exchange} exchange"
-    return bench.add(_head(case.name, name, count), _evaluation, bench.sized(case.size), chosen, case, group)
+    return bench.add(row_of(case.name, name, count), _evaluation, bench.sized(case.size), chosen, case, group)
 
 
-def _compare(first: Row, row: Row) -> None:
+def compare(first: Row, row: Row) -> None:
+    """Give a row its ratio to the row of one GPU."""
     if "ms" in row and "ms" in first and row is not first:
         row["ratio"] = first["ms"] / row["ms"]
 
@@ -120,32 +132,38 @@ def _evaluation(bench: Bench, chosen: Optimizations, case: Case, group: Group | 
         row = measure(step, bench.device, repeats, bench.budget, 0).as_row()
         if group is not None:
             speed = measured_links(group)[group.size].all_to_all
-            row |= {"exchange_ms": exchanging(step, bench.device), "all_to_all_gbs": speed / 1e9}
+            row |= profiled(step, bench.device) | {"all_to_all_gbs": speed / 1e9}
         else:
             skip = workload.network_forward(model, inputs, around_block=lambda i, run, tokens: tokens)
             row["outside_ms"] = measure(skip, bench.device, 3, bench.budget, 0).ms
     return row
 
 
-def exchanging(step: Callable[[], object], device: torch.device) -> float | None:
-    """Milliseconds of NCCL's kernels in one call; None on a CPU."""
+def profiled(step: Callable[[], object], device: torch.device) -> Row:
+    """exchange_ms, copies_ms: milliseconds of NCCL's kernels and of copies in one call; {} on a CPU."""
     if device.type != "cuda":
-        return None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize(device)
-    events = profile.key_averages()
-    return sum(event.self_device_time_total for event in events if "nccl" in event.key.lower()) / 1000
+    times = {"exchange_ms": 0.0, "copies_ms": 0.0}
+    for event in profile.key_averages():
+        name = "exchange_ms" if "nccl" in event.key.lower() else "copies_ms" if family(event.key) == "copies" else ""
+        if name:
+            times[name] += event.self_device_time_total / 1000
+    return times
+
+
+def random_vae(bench: Bench) -> WanVAE:
+    """On the bench's device, of the released VAE's width on a GPU."""
+    config = VAEConfig(96 if bench.device.type == "cuda" else 8, 16, [0.0] * 16, [1.0] * 16)
+    return WanVAE(config).to(bench.device, bench.model.dtype).eval()
 
 
 @torch.no_grad()
 def _decoding(bench: Bench, group: Group | None) -> Row:
     """Decoding a clip of the bench's size in the network's dtype, with random weights."""
-    size, device = bench.size, bench.device
-    # The released VAE's width on a GPU.
-    config = VAEConfig(96 if device.type == "cuda" else 8, 16, [0.0] * 16, [1.0] * 16)
-    vae = WanVAE(config).to(device, bench.model.dtype).eval()
+    size, device, vae = bench.size, bench.device, random_vae(bench)
     latents = torch.randn(1, *size.latents()[1:], device=device, dtype=bench.model.dtype)
     decode: Callable[[Tensor], Any] = (lambda x: decoded(vae, x)) if group is None else LedVAE(group, vae).decode
 
@@ -164,7 +182,7 @@ def calculated(results: Results, case: str, path: str, count: int) -> float | No
     guided = case == GUIDED
     rows = by_name(results)
     # A half on half of the GPUs.
-    one, two = (rows.get(_head(SINGLE if guided else case, path, n)["name"], {}) for n in (1, 2))
+    one, two = (rows.get(row_of(SINGLE if guided else case, path, n)["name"], {}) for n in (1, 2))
     if "ms" not in one or "ms" not in two:
         return None
     outside = one.get("outside_ms") or 0.0
@@ -174,31 +192,67 @@ def calculated(results: Results, case: str, path: str, count: int) -> float | No
 
 
 def table(results: Results, targets: Any) -> str:
-    """Rows as measured, and what four and eight GPUs would take by calculation."""
+    """Rows as measured with targets and floors, and what four and eight GPUs would take by calculation."""
     lines = [
-        (row["name"], row.get("ms"), spread(row), row.get("ratio"), row.get("exchange_ms"), row.get("outside_ms"),
-         row.get("peak_gib"), row["status"])
+        (row["name"], row.get("ms"), spread(row), row.get("ratio"), row.get("exchange_ms"), row.get("copies_ms"),
+         row.get("outside_ms"), row.get("peak_gib"), row["status"])
         for row in measured_rows(results)
     ]  # fmt: skip
-    head = "", "ms", "from, to", "x one GPU", "exchange ms", "outside blocks ms", "peak GiB", ""
+    head = "", "ms", "from, to", "x one GPU", "exchange ms", "copies ms", "outside blocks ms", "peak GiB", ""
     text = markdown(head, lines)
-    speeds = {row["gpus"]: row["all_to_all_gbs"] for row in results["rows"] if row.get("all_to_all_gbs")}
-    for count, speed in speeds.items():
-        text += f"\n\nBetween {count} ranks a GPU sends {shown(speed)} GB/s in an exchange of all with all."
+    speeds: dict[int, dict[str, None]] = {}
+    for row in results["rows"]:
+        if row.get("all_to_all_gbs"):
+            speeds.setdefault(row["gpus"], {})[shown(row["all_to_all_gbs"])] = None
+    for count, found in speeds.items():
+        text += f"\n\nBetween {count} ranks a GPU sends {' or '.join(found)} GB/s in an exchange of all with all."
+    calculated_targets: dict[str, list[float]] = {}
     if targets is not None and targets.comparable(results):
-        text += f"\n\n{targets.verdicts(results)}"
-    return f"{text}\n\n{_calculations(results)}{preparation(results)}"
+        text += f"\n\n{targets.verdicts(results)}\n\n{_floors(results)}"
+        calculated_targets = targets.content["gpus"]["calculated"]
+    return f"{text}\n\n{_calculations(results, calculated_targets)}{preparation(results)}"
 
 
-def _calculations(results: Results) -> str:
+def _floors(results: Results) -> str:
+    """The least that GPUs which share tokens could take with this exchange, of results of the released size."""
+    rows, lines = by_name(results), []
+    sizes = {
+        SINGLE: workload.Size(*(results["inputs"][side] for side in ("height", "width", "frames"))),
+        REFINED: LARGE,
+    }
+    for row in results["rows"]:
+        case, count, speed = row.get("case"), row.get("gpus"), row.get("all_to_all_gbs")
+        one = rows.get(row_of(str(case), row.get("path", ""), 1)["name"], {})
+        if case not in sizes or not speed or "ms" not in one:
+            continue
+        outside = one["outside_ms"]
+        divided = (one["ms"] - outside) / count + outside
+        whole = exchanged_bytes(ModelConfig(), Work(sizes[case].latents(), False), torch.bfloat16.itemsize)
+        sent = whole * (count - 1) / count**2 / 1e9
+        exchange = 1000 * sent / speed
+        floor = divided + exchange / CHUNKS
+        figures = sent, exchange, exchange / CHUNKS, floor, one["ms"] / floor, row["ms"] - floor
+        lines.append((row["name"], divided, *figures))
+    head = "", "divided ms", "sent GB", "exchange ms", "open ms", "floor ms", "x one GPU", "measured beyond ms"
+    return f"{markdown(head, lines)}\n\n{FLOORS}"
+
+
+def _calculations(results: Results, targets: Mapping[str, Sequence[float]]) -> str:
+    """targets: by case and path, of four and of eight GPUs."""
     lines: list[Sequence[Any]] = []
     for path in (EXACT, FP8_8BIT):
         for case in (GUIDED, SINGLE, REFINED):
-            one = by_name(results).get(_head(case, path, 1)["name"], {}).get("ms")
-            times = [calculated(results, case, path, count) for count in (4, 8)]
-            ratios = [None if one is None or ms is None else one / ms for ms in times]
-            found = [value for pair in zip(times, ratios, strict=True) for value in pair]
-            lines.append((f"{case}, {path}", one, *found))
+            one = by_name(results).get(row_of(case, path, 1)["name"], {}).get("ms")
+            cells: list[Any] = []
+            for at, count in enumerate((4, 8)):
+                ms = calculated(results, case, path, count)
+                ratio = None if one is None or ms is None else one / ms
+                least = targets.get(f"{case}, {path}")
+                verdict = ""
+                if least is not None and ratio is not None:
+                    verdict = f" (>= {least[at]:g}: {met_or_missed(ratio >= least[at])})"
+                cells += ms, f"{shown(ratio)}{verdict}"
+            lines.append((f"{case}, {path}", one, *cells))
     head = "by calculation", "1 GPU ms", "4 GPUs ms", "x one GPU", "8 GPUs ms", "x one GPU"
     assumption = (
         "Calculated from one and two GPUs of one host: work in blocks divides evenly, work outside of blocks does not, "
