@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -303,7 +304,8 @@ def resolve_kernels(name: str, inputs: Inputs) -> Kernels:
     varlen = None
     for other in BACKENDS if name == "auto" else (backend,):
         if other.varlen and other.exact and not other.why_not(inputs):
-            if other.varlen is _TORCH_VARLEN and load("torch.nn.attention.varlen")[0] is None:
+            # Importing it imports PyTorch's compiler, which takes seconds; older versions of PyTorch lack it.
+            if other.varlen is _TORCH_VARLEN and find_spec("torch.nn.attention.varlen") is None:
                 continue
             varlen = other.varlen
             break

@@ -46,16 +46,24 @@ _UNCAPTURED = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if
 
 
 def operator(name: str, fake: Callable[..., Any], changes: bool = False) -> Callable[[F], F]:
-    """Make a function a custom operator, with its signature as schema. fake: returns outputs of the same form.
+    """Make a function a custom operator inside compiled graphs, with its signature as schema.
 
-    changes: whether equal calls may do different work, so that none must be recorded and replayed.
+    fake: returns outputs of the same form. changes: whether equal calls may do different work, so that none must be
+    recorded and replayed. The operator itself is the result's attribute `operator`.
     """
     tags = _UNCAPTURED if changes else []
 
     def made(function: F) -> F:
         found = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), tags=tags)
         found.register_fake(fake)
-        return cast(F, found)
+
+        @wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            # An operator's first call imports PyTorch's compiler, which takes seconds, even outside of graphs.
+            return (found if torch.compiler.is_compiling() else function)(*args, **options)
+
+        call.operator = found  # type: ignore[attr-defined]
+        return cast(F, call)
 
     return made
 

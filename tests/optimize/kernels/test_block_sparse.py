@@ -184,9 +184,9 @@ def test_they_stand_in_a_graph_as_operators():
     assert torch.equal(found[0], indices) and torch.equal(found[1], wanted)
     checks = ("test_schema", "test_faketensor")
     counts = torch.full(indices.shape[:-1], 2, dtype=torch.int32, device=q.device)
-    torch.library.opcheck(kernels.pool_chunks, (k, sizes, 64), test_utils=checks)
-    torch.library.opcheck(kernels.top_chunks, (randn(2, 5), sizes, 2, False), test_utils=checks)
-    torch.library.opcheck(kernels._attend_op, (q, k, v, indices, counts, sizes, 64, False), test_utils=checks)
+    torch.library.opcheck(kernels.pool_chunks.operator, (k, sizes, 64), test_utils=checks)
+    torch.library.opcheck(kernels.top_chunks.operator, (randn(2, 5), sizes, 2, False), test_utils=checks)
+    torch.library.opcheck(kernels._attend_op.operator, (q, k, v, indices, counts, sizes, 64, False), test_utils=checks)
 
 
 def test_they_compile_without_a_gpu(tmp_path):

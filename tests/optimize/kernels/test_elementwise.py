@@ -6,6 +6,9 @@ two, and below 2^-6 it rounds in its own way.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -331,11 +334,11 @@ def test_they_stand_in_a_graph_as_operators(monkeypatch):
     checks = ("test_schema", "test_faketensor")
     for fp8 in (False, True):
         for args in ((x, x, gate, gate, gate, True, fp8), (x, None, None, weight, weight, False, fp8)):
-            torch.library.opcheck(kernels._residual_norm_op, args, test_utils=checks)
-        torch.library.opcheck(kernels._gated_product_op, (x, fp8), test_utils=checks)
+            torch.library.opcheck(kernels._residual_norm_op.operator, args, test_utils=checks)
+        torch.library.opcheck(kernels._gated_product_op.operator, (x, fp8), test_utils=checks)
     q = x.flatten(1, 2).unflatten(-1, (heads, 64))
-    torch.library.opcheck(kernels._norm_rope_op, (q, weight[:64], None, None), test_utils=checks)
-    torch.library.opcheck(kernels._quantize_op, (x,), test_utils=checks)
+    torch.library.opcheck(kernels._norm_rope_op.operator, (q, weight[:64], None, None), test_utils=checks)
+    torch.library.opcheck(kernels._quantize_op.operator, (x,), test_utils=checks)
 
 
 @pytest.mark.parametrize(("people", "clean"), [(0, 0), (0, 1), (2, 1)])
@@ -361,3 +364,19 @@ def test_audio_heard_through_them(people, clean, monkeypatch):
     assert (fused - plain).norm() / plain.norm() < 3e-3
     # One text, and where one person speaks, as many frames as hear.
     assert len(seen) == config.depth * (1 if people else 2)
+
+
+IMPORTS = """
+import sys, torch
+from longcat_core.optimize.kernels import elementwise
+x, weight = torch.randn(1, 2, 3, 64).half(), torch.randn(64)
+total, out = elementwise.residual_norm(x, x, None, weight, weight, fp8=True)
+elementwise.gated_product(total), elementwise.quantize(total)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_outside_of_graphs_no_compiler_is_imported():
+    """That would take seconds at every start."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    assert subprocess.run([sys.executable, "-c", IMPORTS], env=environment, check=False).returncode == 0

@@ -92,5 +92,5 @@ def test_it_stands_in_a_graph_as_an_operator():
     assert torch.equal(compiled(q, weight, k, v, bias), kernels.text_attention(q.clone(), weight, k, v, bias))
     for given in (bias, None):
         checks = ("test_schema", "test_faketensor")
-        for operator in (kernels._text_attention_op, kernels._text_attention_fp8_op):
-            torch.library.opcheck(operator, (q, weight, k, v, given), test_utils=checks)
+        for each in (kernels._text_attention_op, kernels._text_attention_fp8_op):
+            torch.library.opcheck(each.operator, (q, weight, k, v, given), test_utils=checks)
