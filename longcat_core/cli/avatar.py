@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def avatar(args: argparse.Namespace) -> int:
             return task.load(request.work(), bar, request.reads(), first.sparse_settings)
 
         def hear() -> Embeddings:
-            return embeddings_of(request, opened, task.device, bar)
+            return embeddings_of([request], opened, task.device, bar)[0]
 
         finished.extend(reported(avatar_video(load, hear, request, folder, steps_of(bar)), folder, bar))
         task.name_take(folder)
@@ -93,8 +93,10 @@ def avatar(args: argparse.Namespace) -> int:
     return task.report(f"{request.voices.seconds:.2f} s of sound, {len(finished)} segments, ")
 
 
-def embeddings_of(request: AvatarRequest, opened: OpenedModel, device: torch.device, bar: Progress) -> Embeddings:
-    """What the network hears of a filled request."""
+def embeddings_of(
+    requests: Sequence[AvatarRequest], opened: OpenedModel, device: torch.device, bar: Progress
+) -> list[Embeddings]:
+    """What the network hears of each filled request."""
     encoder = load_audio_encoder(
         "",
         opened=opened.audio_encoder,
@@ -102,7 +104,7 @@ def embeddings_of(request: AvatarRequest, opened: OpenedModel, device: torch.dev
         watch=lambda done, of: bar.task.load(LOADING_AUDIO, done, of),
     )
     bar.task.phase(ENCODING)
-    embeddings = request.embed(encoder)
+    embeddings = [request.embed(encoder) for request in requests]
     # The model is loaded next and needs the memory.
     del encoder
     if device.type == "cuda":

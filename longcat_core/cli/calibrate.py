@@ -145,7 +145,7 @@ def _segments(args: argparse.Namespace, prompts: Sequence[str], opened: OpenedMo
         check_segments(requests, recipe, patch)
 
     def subject(load: Callable[[], Pipeline], device: torch.device, bar: Progress) -> PipelineSubject:
-        embeddings = embeddings_of(request, opened, device, bar)
+        (embeddings,) = embeddings_of([request], opened, device, bar)
         return AvatarSubject(load(), requests, embeddings)
 
     return _Task(videos_of(requests), request.work(), reads, there, request.notes(), check, subject)

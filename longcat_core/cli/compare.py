@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from ..errors import LongCatError
 from ..files.media import estimate_bytes, write_video
 from ..files.places import check_place
-from ..generate.progress import LOADING, sampled
-from ..generate.request import FilledRequest, check_seed
+from ..generate.progress import LOADING
+from ..generate.request import check_seed
+from ..generate.segments import Segment
 from ..measure.charts import fidelity_plot, side_by_side
 from ..measure.clock import clean_up, is_out_of_memory, synchronize
 from ..measure.fidelity import FLOOR, Fidelity, Setting, described, distance, other_kernel, picks
@@ -29,6 +30,7 @@ from .console import Progress, notes_from_warnings
 from .generate import print_notes, prompts_of
 from .models import dtype_of
 from .pages import hold_page, prefix_of, write_page
+from .subjects import Heard, Subject
 from .versus import Side, by_model, load, sides_of, switch, without_effect_in
 
 OUTPUT = "longcat-compare"
@@ -39,6 +41,11 @@ ABOUT = """\
 Every setting renders the same seeds, and each video is compared with that of A, frame by frame, to show what the option
 changes. A score of a single video does not show that, since a different video may look as good. Two correct runs differ
 too, because kernels round differently and sampling amplifies that. How much they differ is the noise floor."""
+SPOKEN = """\
+A video is the first segment of an avatar's video and the second one, which begins at frame {joins[0]} and sees the
+first frame and the last {overlap} frames of the first segment. Every setting, and the noise floor too, continues its
+own first segment, as it does for a user. So the second segment shows what a setting changes there, and also how far its
+first segment had drifted from that of A. Frames that both segments have count once, as those of the first one."""
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -52,17 +59,17 @@ def compare(args: argparse.Namespace) -> int:
     sides = sides_of(args, prompts[0])
     first = sides[0]
     seeds = range(args.seed, args.seed + args.seeds)
-    videos = [replace(first.request, prompt=prompt, seed=seed) for prompt in prompts for seed in seeds]
+    videos = [(prompt, seed) for prompt in prompts for seed in seeds]
     for video in videos:
-        video.filled(first.paths.defaults)
+        first.subject.at(*video).filled(first.opened.defaults)
     _check_floor(args)
-    folder = _check_output(args, first.request, len(videos) * (len(sides) + 1))
+    folder = _check_output(args, first.subject, len(videos) * (len(sides) + 1))
     notes = [*args.outputs.notes, *without_effect_in(sides)]
-    print_notes(dict.fromkeys([*notes, *(sentence for side in sides for sentence in side.request.notes())]))
+    print_notes(dict.fromkeys([*notes, *(sentence for side in sides for sentence in side.subject.notes())]))
 
     with notes_from_warnings(), args.bar as bar:
-        fidelity = _Run(sides, [(video.prompt, video.seed) for video in videos], folder, bar).compare()
-    _write(fidelity, args, first.device, videos, folder)
+        fidelity = _Run(sides, videos, folder, bar).compare()
+    _write(fidelity, args, first, prompts, folder)
     for setting in fidelity.others:
         faster = fidelity.faster(setting)
         speed = "" if faster is None else f" {faster:.2f} times as fast."
@@ -84,13 +91,14 @@ def _check_floor(args: argparse.Namespace) -> None:
         raise LongCatError(f"--floor {args.floor} is A's own attention; name another one, or leave it out")
 
 
-def _check_output(args: argparse.Namespace, request: FilledRequest, videos: int) -> Path:
+def _check_output(args: argparse.Namespace, subject: Subject, videos: int) -> Path:
     folder: Path = args.output or args.outputs.default(Path(OUTPUT))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LongCatError(f"{folder} already exists and is not empty; choose another with --output")
     # The folder is created when there is something to put into it; until then its name is checked as if of a file.
     probe = folder / "A-1.mkv" if folder.is_dir() else folder
-    check_place(probe, videos * estimate_bytes(folder / "A-1.mkv", request.frames, request.height, request.width))
+    shape = subject.frames, subject.first.height, subject.first.width
+    check_place(probe, videos * estimate_bytes(folder / "A-1.mkv", *shape))
     args.outputs.hold(probe)
     if args.page is not None:
         hold_page(args.page, TITLE, (PLOT, SIDE_BY_SIDE), "compare", args.outputs)
@@ -106,12 +114,14 @@ class _Run:
 
     def __init__(self, sides: Sequence[Side], videos: Sequence[tuple[str, int]], folder: Path, bar: Progress) -> None:
         self.sides, self.videos, self.folder, self.bar = sides, videos, folder, bar
-        request = sides[0].request
-        self.given, self.picks = request.cond_frames, picks(request.frames, request.cond_frames)
+        subject = sides[0].subject
+        self.given = subject.first.cond_frames
+        self.picks = picks(subject.frames, self.given)
         self.settings = {side.name: Setting(side.name, side.options) for side in sides}
         self.no_floor = ""
-        # The only reference to the loaded model.
+        # The only reference to the loaded model, and what it hears.
         self.pipeline: Any = None
+        self.heard: Heard = {}
         # Videos of A, with which the others are compared.
         self.frames: list[np.ndarray] = []
 
@@ -126,15 +136,26 @@ class _Run:
             self._run(group)
         self.pipeline = None
         reference, *others = (self.settings[side.name] for side in self.sides)
-        request = first.request
-        size, dtype = (request.frames, request.height, request.width), dtype_of(first.args.dtype, first.device)
-        what = described(len(self.videos), size, request.steps, request.guidance_scale, first.device, dtype)
-        return Fidelity(reference, others, self.settings.get(FLOOR), self.no_floor, what, self.picks)
+        subject, request = first.subject, first.request
+        size, dtype = (subject.frames, request.height, request.width), dtype_of(first.args.dtype, first.device)
+        what = described(
+            len(self.videos),
+            size,
+            request.steps,
+            request.guidance_scale,
+            first.device,
+            dtype,
+            subject.audio_guidance,
+            1 + len(subject.joins),
+        )
+        floor = self.settings.get(FLOOR)
+        return Fidelity(reference, others, floor, self.no_floor, what, self.picks, joins=subject.joins)
 
     def _plan(self, groups: Sequence[Sequence[Side]]) -> None:
         """One bar for all videos of all settings, in the order in which they are made."""
         sides = [side for group in groups for _ in self.videos for side in group]
-        self.bar.plan([sampled(side.request.schedule, side.request.steps, side.name) for side in sides], what="video")
+        parts = [part for side in sides for part in side.subject.parts(side.name)]
+        self.bar.plan(parts, what="video" if len(parts) == len(sides) else "segment")
 
     def _load(self, group: Sequence[Side]) -> None:
         side = group[0]
@@ -142,6 +163,7 @@ class _Run:
             # Two models at once may not fit.
             self.pipeline = None
             clean_up(side.device)
+        self.heard = side.subject.hear([seed for _, seed in self.videos], side.opened, side.device, self.bar)
         self.bar.task.phase(LOADING)
         prompts = [prompt for prompt, _ in self.videos]
         self.pipeline = load(group, prompts=prompts, on_load=self.bar.task.load)
@@ -187,17 +209,23 @@ class _Run:
                     del self.settings[FLOOR]
                     self.no_floor = f"the other exact kernel, {side.args.attention}, ran out of memory"
 
-    def _sample(self, side: Side, i: int, callback: Callable[[Step], None]) -> np.ndarray:
-        """Video `i` of a setting, uint8 [F, H, W, 3]."""
+    def _subject(self, side: Side, i: int) -> Subject:
+        """Video `i` of a setting, which the loaded model is ready for."""
         switch(self.pipeline, side)
-        prompt, seed = self.videos[i]
-        frames: np.ndarray = self.pipeline.generate(replace(side.request, prompt=prompt, seed=seed), callback).frames
-        return frames
+        return side.subject.at(*self.videos[i])
 
     def _video(self, side: Side, i: int) -> None:
-        setting = self.settings[side.name]
-        clock = _Clock(self.bar, side.device)
-        frames = self._sample(side, i, clock)
+        setting, subject = self.settings[side.name], self._subject(side, i)
+        clock, shown = _Clock(self.bar, side.device), []
+        before: Segment | None = None
+        for number in range(1 + len(subject.joins)):
+            if before is not None:
+                self.bar.task.finish()
+            clock.begin()
+            # Each setting continues its own segment, as it would for a user.
+            before = subject.segment(self.pipeline, number, self.heard, before, clock)
+            shown.append(subject.new(number, before.frames))
+        frames = np.concatenate(shown)
         if side.name != FLOOR:
             setting.seconds.append(clock.seconds)
         setting.computed.append(clock.computed)
@@ -209,52 +237,59 @@ class _Run:
         else:
             setting.distances.append(distance(frames, self.frames[i], self.given, side.device))
         self.folder.mkdir(exist_ok=True)
-        write_video(self.folder / f"{side.name.replace(' ', '-')}-{i + 1}.mkv", frames, side.args.fps)
+        name = f"{side.name.replace(' ', '-')}-{i + 1}.mkv"
+        write_video(self.folder / name, frames, subject.first.fps, subject.track)
         self.bar.task.finish()
 
     def _first_step(self, side: Side) -> float:
-        """Seconds until one step is done, so that compiling and choosing kernels does not count in the samplings."""
+        """Seconds until one step of each segment is done, so that compiling and choosing kernels does not count in the
+        samplings."""
 
         def stop(_: Step) -> None:
             synchronize(side.device)
             raise Interrupted
 
-        started = time.perf_counter()
-        with suppress(Interrupted):
-            self._sample(side, 0, stop)
+        started, subject = time.perf_counter(), self._subject(side, 0)
+        for number in range(1 + len(subject.joins)):
+            with suppress(Interrupted):
+                subject.segment(self.pipeline, number, self.heard, None, stop)
         return time.perf_counter() - started
 
 
 class _Clock:
-    """Callback of one sampling. seconds: up to its last step, with the prompt's encoding; computed: the work that was
-    not skipped, in steps."""
+    """Callback of a video's samplings. seconds: up to the last step of each, with the prompt's encoding; computed: the
+    work that was not skipped, in steps, of which there are `steps`."""
 
     def __init__(self, bar: Progress, device: torch.device) -> None:
         self.bar, self.device = bar, device
-        self.started, self.seconds, self.computed, self.steps = time.perf_counter(), 0.0, 0.0, 0
+        self.started = self.seconds = self.computed = 0.0
+        self.steps = 0
+
+    def begin(self) -> None:
+        self.started = time.perf_counter()
 
     def __call__(self, step: Step) -> None:
         self.computed += step.computed
-        self.steps = step.total
         if step.index == step.total - 1:
             synchronize(self.device)
-            self.seconds = time.perf_counter() - self.started
+            self.seconds += time.perf_counter() - self.started
+            self.steps += step.total
         self.bar(step)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    fidelity: Fidelity, args: argparse.Namespace, device: torch.device, videos: Sequence[FilledRequest], folder: Path
-) -> None:
-    request = videos[0]
+def _write(fidelity: Fidelity, args: argparse.Namespace, first: Side, prompts: Sequence[str], folder: Path) -> None:
+    request, subject = first.request, first.subject
     size = f"{request.height}x{request.width}"
-    inputs = {"prompts": list(dict.fromkeys(video.prompt for video in videos)), "seed": args.seed, "seeds": args.seeds}
-    inputs |= {"size": size, "frames": request.frames, "given": request.cond_frames, "no_floor": fidelity.no_floor}
-    report = ResultsFile("fidelity", folder, device, inputs, name=Path(REPORT).stem)
+    inputs: dict[str, Any] = {"prompts": list(dict.fromkeys(prompts)), "seed": args.seed, "seeds": args.seeds}
+    inputs |= {"size": size, "frames": subject.frames, "given": request.cond_frames, "no_floor": fidelity.no_floor}
+    if subject.track is not None:
+        inputs |= {"sound": str(args.audio[0]), "joins": subject.joins, "overlap": subject.overlap}
+    report = ResultsFile("fidelity", folder, first.device, inputs, name=Path(REPORT).stem)
     for setting in (fidelity.reference, *fidelity.compared):
-        row = setting.as_row()
+        row = setting.as_row(fidelity.joins)
         if setting in fidelity.others:
             row |= {"verdict": fidelity.verdict(setting), "times_as_fast": fidelity.faster(setting)}
         report.rows.append(row)
@@ -271,9 +306,11 @@ def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
     inputs = content["inputs"]
     seeds = f"seed {inputs['seed']}" if inputs["seeds"] == 1 else f"{inputs['seeds']} seeds from {inputs['seed']} on"
     prompts = "\n".join(f"- {prompt}" for prompt in inputs["prompts"])
+    spoken = SPOKEN.format(**inputs) if inputs.get("joins") else ""
     parts = (
         TITLE,
         ABOUT,
+        *filter(None, [spoken]),
         written(content["date"], content["command"], content["commit"]),
         fidelity_text(fidelity),
         "Seconds are those of the fastest video's whole sampling, with the prompt's encoding. A first step, with any "

@@ -11,16 +11,25 @@ from typing import Any
 import torch
 
 from ..errors import LongCatError
+from ..generate.audio import Voices
 from ..generate.loading import OnLoad
 from ..generate.opened import OpenedModel
 from ..generate.options import A_GPU, MEMORY, MODEL, SAMPLING, WHAT, of_command
-from ..generate.paths import ModelPaths
 from ..generate.pipeline import Pipeline
-from ..generate.request import FilledRequest, work_of
+from ..generate.request import FilledRequest
 from ..measure.fidelity import REFERENCE, letters
-from .generate import read_in, request_of, there_in
-from .models import check_sparse_fits, compile_mode, load_models, lossy_switches_of, machine_of, paths_of, with_speed
+from .models import (
+    avatar_of,
+    check_sparse_fits,
+    compile_mode,
+    load_models,
+    lossy_switches_of,
+    machine_of,
+    paths_of,
+    with_speed,
+)
 from .options import Parser, add_options, given_flags, without_effect
+from .subjects import Subject, subject_of, voices_of
 
 # Fields of `GenerateRequest` that make another video, and their names in error messages.
 SAME = {
@@ -43,11 +52,15 @@ class Side:
     name: str
     options: str
     args: argparse.Namespace
-    paths: ModelPaths
-    request: FilledRequest
+    subject: Subject
     device: torch.device
     opened: OpenedModel
     model: dict[str, Any]
+
+    @property
+    def request(self) -> FilledRequest:
+        """The request, or that of an avatar's first segment."""
+        return self.subject.first
 
 
 def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]]:
@@ -67,27 +80,27 @@ def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]
             raise LongCatError(f"--versus {text!r}: {error}") from error
 
 
-def _side(name: str, options: str, args: argparse.Namespace, prompt: str) -> Side:
-    paths = paths_of(args)
-    request = request_of(args, prompt).filled(paths.defaults)
-    device, opened = machine_of(args, paths)
-    check_sparse_fits(args, request, opened)
+def _side(name: str, options: str, args: argparse.Namespace, prompt: str, voices: Voices | None) -> Side:
+    device, opened = machine_of(args, paths_of(args) if voices is None else avatar_of(args, 1))
     given = given_flags([*args.argv, *shlex.split(options)])
-    args, loaded = with_speed(args, given, request.schedule, device, opened)
+    subject = subject_of(args, given, prompt, voices, opened.defaults)
+    check_sparse_fits(args, subject.first, opened)
+    args, loaded = with_speed(args, given, subject.first.schedule, device, opened)
     if loaded is not None:
-        request = request.filled(replace(paths.defaults, loaded=loaded))
+        subject = subject.filled(replace(opened.defaults, loaded=loaded))
     names = [row.name for row in of_command(args.command, MODEL, MEMORY)]
     model = {name: getattr(args, name) for name in names if name not in SWITCHED}
-    return Side(name, options, args, paths, request, device, opened, model)
+    return Side(name, options, args, subject, device, opened, model)
 
 
 def sides_of(args: argparse.Namespace, prompt: str) -> list[Side]:
     """A and the settings to compare with it. Raises LongCatError for settings that cannot be compared."""
-    first = _side(REFERENCE, "", args, prompt)
+    voices = voices_of(args)
+    first = _side(REFERENCE, "", args, prompt, voices)
     sides = [first]
     for name, (text, parsed) in zip(letters(), list(_parsed(args)), strict=False):
         try:
-            side = _side(name, text, parsed, prompt)
+            side = _side(name, text, parsed, prompt, voices)
         except LongCatError as error:
             raise LongCatError(f"--versus {text!r}: {error}") from error
         for field, what in SAME.items():
@@ -108,7 +121,7 @@ def without_effect_in(sides: Sequence[Side]) -> Iterator[str]:
 
     def notes(side: Side, argv: Sequence[str]) -> list[str]:
         gpu = (A_GPU,) if side.device.type == "cuda" else ()
-        return list(without_effect(side.args, (*gpu, *there_in(side.request)), argv))
+        return list(without_effect(side.args, (*gpu, *side.subject.there()), argv))
 
     for_all = [notes(side, side.args.argv) for side in sides]
     yield from (sentence for sentence in for_all[0] if all(sentence in others for others in for_all))
@@ -130,11 +143,11 @@ def load(group: Sequence[Side], batch: int = 1, prompts: Sequence[str] = (), on_
     itself. on_load: see `Pipeline.load`."""
     side = group[0]
     work = max(
-        (work_of(other.request) for other in group),
-        key=lambda work: (work.guided, work.cond_latents),
+        (other.subject.work() for other in group),
+        key=lambda work: (work.guided, work.parts or 0, work.cond_latents),
     )
     work = replace(work, latents=(batch, *work.latents[1:]))
-    texts = [text for other in group for text in read_in(other.request) if text != other.request.prompt]
+    texts = [text for other in group for text in other.subject.reads() if text != other.request.prompt]
     reads = list(dict.fromkeys([*prompts, *texts])) if prompts else []
     return load_models(side.args, side.opened, side.device, work, reads, on_load)
 
@@ -142,7 +155,7 @@ def load(group: Sequence[Side], batch: int = 1, prompts: Sequence[str] = (), on_
 def switch(pipeline: Pipeline, side: Side) -> None:
     """Set what a setting changes in a loaded model."""
     network = pipeline.model
-    mode = compile_mode(side.args, side.device, side.paths)
+    mode = compile_mode(side.args, side.device, side.opened.paths)
     chosen = lossy_switches_of(side.args)
     switches = replace(network.requested, attention=chosen.attention, exchange=chosen.exchange, compile=mode)
     if switches != network.requested:

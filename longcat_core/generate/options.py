@@ -176,7 +176,7 @@ _WEIGHTS = (*_MODELS, "train-lora")
 _SEVERAL = (*_VIDEOS, "refine", *_AVATAR)
 _COMPARE, _REFINE, _TRAIN, _LONG = ("compare",), ("refine",), ("train-lora",), ("long",)
 _CALIBRATE, _TEST = ("calibrate",), ("test-gpus",)
-_SPEAKING = (*_AVATAR, *_CALIBRATE)
+_SPEAKING = (*_AVATAR, *_CALIBRATE, *_COMPARE)
 
 OPTIONS: tuple[Option, ...] = (
     *_group(
@@ -184,6 +184,9 @@ OPTIONS: tuple[Option, ...] = (
         _COMPARE,
         replace(_versus, required=True),
         replace(_versus, commands=_SCORE),
+        Option("audio", "path", "sound that an avatar speaks while its settings are compared, of any audio or video "
+               "file; --model is LongCat-Video-Avatar then, or the nano avatar if it is left out", metavar="FILE",
+               repeated=True),
         Option("floor", "text", "exact attention backend that measures the noise floor, or off", "auto",
                shown="auto, another backend than A's", metavar="NAME"),
         Option("seeds", "whole", "number of seeds for every prompt, counting up from --seed", 1, least=1, most=1000,

@@ -225,8 +225,10 @@ def line_chart(
     above: Sequence[str] = (),
     legend: Sequence[tuple[str, Color, int]] = (),
     note: str = "",
+    marks: Sequence[float] = (),
 ) -> Image.Image:
-    """Panels one below the other over one x axis. legend: text, color, dash; note: small print below it."""
+    """Panels one below the other over one x axis. legend: text, color, dash; note: small print below it; marks:
+    places on the x axis with a vertical line."""
     from PIL import Image, ImageDraw
 
     height = sum(panel.height + 70 for panel in panels) + 4
@@ -241,6 +243,9 @@ def line_chart(
         for value, _ in panel.y.ticks:
             at = FINE * panel.y.place(value, bottom, top)
             fine_pen.line([(left * FINE, at), (right * FINE, at)], fill=GRID, width=FINE)
+        for mark in marks:
+            at = FINE * x.place(mark, left, right)
+            fine_pen.line([(at, top * FINE), (at, bottom * FINE)], fill=GRAY, width=2 * FINE)
         for line in panel.lines:
             places = [(FINE * x.place(a, left, right), FINE * panel.y.place(b, bottom, top)) for a, b in line.points]
             _draw_line(fine_pen, places, line)
@@ -311,7 +316,7 @@ def log_axis(values: Sequence[float]) -> Axis:
 
 
 def styles(count: int) -> list[tuple[Color, int]]:
-    """Color and dash of so many lines: all colors solid, then all with long dashes, then with short ones.
+    """Color and dash of `count` lines: all colors solid, then all with long dashes, then with short ones.
 
     No two of 24 lines look the same, and none looks like the noise floor.
     """
@@ -348,9 +353,11 @@ def fidelity_plot(fidelity: Fidelity) -> Image.Image:
         (panel("PSNR (dB)", 330, _decibel_axis(mse), mse), panel("SSIM", 230, shares, ssim)),
         Axis(first, last, [(frame, str(frame)) for frame in _frame_ticks(first, last)]),
         "frame",
-        [fidelity.what],
+        [fidelity.what, *["A segment begins at the vertical line."] * bool(fidelity.joins)],
         [legend(setting) for setting in settings],
         "" if floor else f"no noise floor: {fidelity.no_floor}",
+        # Between the last frame of a segment and the first one of the next.
+        [join - 0.5 for join in fidelity.joins],
     )
 
 

@@ -165,14 +165,21 @@ class Setting:
         """Seconds of the fastest video: other work on the machine only adds to it."""
         return min(self.seconds, default=None)
 
-    def as_row(self) -> dict[str, Any]:
-        """Values for JSON; `identical` stands for an infinite PSNR."""
+    def parts(self, joins: Sequence[int]) -> list[float]:
+        """PSNR of every segment, each the median over the videos. joins: frames at which later segments begin."""
+        given = self.distances[0].given
+        segments = np.split(self.mse, [join - given for join in joins], axis=1)
+        return [statistics.median_low(map(psnr, segment.mean(axis=1).tolist())) for segment in segments]
+
+    def as_row(self, joins: Sequence[int] = ()) -> dict[str, Any]:
+        """Values for JSON; `identical` stands for an infinite PSNR. joins: those of `Fidelity`."""
         row = {name: getattr(self, name) for name in ("name", "options", "seconds", "first_s", "computed", "steps")}
         if self.distances:
             row |= {"identical": self.identical, "psnr": self.psnr, "worst_psnr": psnr(self.mse.max())}
             row |= {"ssim": self.typical_ssim, "worst_ssim": float(self.ssim.min()), "video_psnr": self.videos}
             row |= {"frame_psnr": [[psnr(frame) for frame in video] for video in self.mse.tolist()]}
             row |= {"frame_ssim": self.ssim.tolist(), "first_frame": self.distances[0].given}
+            row |= {"segment_psnr": self.parts(joins)} if joins else {}
         return row
 
 
@@ -180,7 +187,7 @@ class Setting:
 class Fidelity:
     """A reference, the settings compared with it, and the noise floor: the reference with another exact kernel, or
     None, with the reason in no_floor. what: videos and machine in a sentence; picks: indices of the frames in
-    `Setting.shots`; timed: what `Setting.seconds` measures."""
+    `Setting.shots`; timed: what `Setting.seconds` measures; joins: frames at which later segments begin."""
 
     reference: Setting
     others: list[Setting]
@@ -189,6 +196,7 @@ class Fidelity:
     what: str
     picks: Sequence[int]
     timed: str = "sampling"
+    joins: Sequence[int] = ()
 
     @property
     def compared(self) -> list[Setting]:
@@ -220,13 +228,23 @@ class Fidelity:
 
 
 def described(
-    count: int, size: Sequence[int], steps: int, guidance: float, device: torch.device, dtype: torch.dtype
+    count: int,
+    size: Sequence[int],
+    steps: int,
+    guidance: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    audio_guidance: float | None = None,
+    segments: int = 1,
 ) -> str:
-    """What was compared, and on which machine, in a sentence. size: frames, height and width of each video."""
+    """What was compared, and on which machine, in a sentence. size: frames, height and width of each video.
+    audio_guidance: of an avatar; steps: of each of its segments."""
     frames, height, width = size
+    parts = f"{steps} steps" if segments == 1 else f"{segments} segments of {steps} steps"
+    scale = f"{guidance:g}" if audio_guidance is None else f"{guidance:g} by text and {audio_guidance:g} by sound"
     return (
-        f"{'One video' if count == 1 else f'{count} videos'} of {frames} frames of {height}x{width}, {steps} steps, "
-        f"guidance {guidance:g}; {machine_line(machine(device))}, {str(dtype).removeprefix('torch.')}"
+        f"{'One video' if count == 1 else f'{count} videos'} of {frames} frames of {height}x{width}, {parts}, "
+        f"guidance {scale}; {machine_line(machine(device))}, {str(dtype).removeprefix('torch.')}"
     )
 
 
@@ -282,17 +300,19 @@ def _probe(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -
 def table(fidelity: Fidelity) -> str:
     """Markdown: one row for each setting, the floor last; columns without any value are left out."""
     head = ["steps computed", f"{fidelity.timed} (s)", "times as fast", "first step (s)", "PSNR (dB)"]
-    head += ["nearest and farthest video", "worst frame", "SSIM", "worst frame", "within the noise floor"]
+    head += ["of each segment", "nearest and farthest video", "worst frame", "SSIM", "worst frame"]
+    head += ["within the noise floor"]
 
     def cells(s: Setting) -> list[Any]:
         mean = shown(statistics.fmean(s.computed), 1).removesuffix(".0") if s.computed else ""
         own = [f"{mean} of {s.steps}" if mean else None, s.time, fidelity.faster(s), s.first_s]
         if not s.distances:
-            return own + [None] * 6
+            return own + [None] * 7
+        parts = ", ".join(decibels(part, "") for part in s.parts(fidelity.joins)) if fidelity.joins else None
         several = len(s.videos) > 1
         ends = f"{decibels(max(s.videos), '')}, {decibels(min(s.videos), '')}" if several else None
         worst, within = decibels(psnr(s.mse.max()), ""), None if s is fidelity.floor else fidelity.within(s)
-        return [*own, decibels(s.psnr, ""), ends, worst, f"{s.typical_ssim:.4f}", f"{s.ssim.min():.4f}", within]
+        return [*own, decibels(s.psnr, ""), parts, ends, worst, f"{s.typical_ssim:.4f}", f"{s.ssim.min():.4f}", within]
 
     settings = [fidelity.reference, *fidelity.compared]
     columns = zip(head, *map(cells, settings), strict=True)

@@ -198,6 +198,21 @@ def test_plot_has_a_line_for_every_setting_and_the_floor():
     assert count(without, charts.FLOOR_COLOR) < count(picture, charts.FLOOR_COLOR) - 300
 
 
+def test_segments_have_a_psnr_each_and_a_line_between_them():
+    clean = video()
+    other = noisy(clean, 4)
+    other[6:] = noisy(clean, 12)[6:]
+    one = setting("B", other, clean, given=2)
+    made = replace(found(one, reference=clean, floor=None), joins=(6,))
+    parts = [setting("B", other[part], clean[part]).psnr for part in (slice(2, 6), slice(6, None))]
+    assert one.parts(made.joins) == pytest.approx(parts) and parts[0] > parts[1] + 5
+    assert one.as_row(made.joins)["segment_psnr"] == one.parts(made.joins) and "segment_psnr" not in one.as_row()
+    table = fidelity.table(made)
+    assert "| of each segment |" in table and f"| {parts[0]:.1f}, {parts[1]:.1f} |" in table
+    gray = [count(charts.fidelity_plot(each), charts.GRAY) for each in (replace(made, joins=()), made)]
+    assert gray[1] > gray[0] + 500
+
+
 @pytest.mark.parametrize("frames", [1, 2, 9])
 def test_plot_of_few_and_of_equal_frames(frames):
     clean = video(frames=frames)
