@@ -46,7 +46,8 @@ _UNCAPTURED = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if
 
 
 def operator(name: str, fake: Callable[..., Any], changes: bool = False) -> Callable[[F], F]:
-    """Make a function a custom operator inside compiled graphs, with its signature as schema.
+    """Make a function of a tensor a custom operator inside compiled graphs and for the meta device, with its signature
+    as schema.
 
     fake: returns outputs of the same form. changes: whether equal calls may do different work, so that none must be
     recorded and replayed. The operator itself is the result's attribute `operator`.
@@ -58,9 +59,9 @@ def operator(name: str, fake: Callable[..., Any], changes: bool = False) -> Call
         found.register_fake(fake)
 
         @wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
+        def call(x: Tensor, *args: Any, **options: Any) -> Any:
             # An operator's first call imports PyTorch's compiler, which takes seconds, even outside of graphs.
-            return (found if torch.compiler.is_compiling() else function)(*args, **options)
+            return (found if torch.compiler.is_compiling() or x.is_meta else function)(x, *args, **options)
 
         call.operator = found  # type: ignore[attr-defined]
         return cast(F, call)
