@@ -15,6 +15,7 @@ from ..optimize.plan import GIB, WASTE, WORKSPACE, Plan, Weights, Work, choose_p
 from ..optimize.quantization import Policy
 from ..optimize.switches import Optimizations
 from ..sampling.conditioning import SPATIAL_FACTOR, video_frames
+from ..vae import parts
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,26 @@ class Placement:
         if self.work is None or self.device.type != "cuda":
             return least, least.describe(depth)
         free = free_bytes(self.device, self.memory)
-        plan, needed = choose_plan(
-            self.config,
-            Weights.of(self.config, self.dtype, self.fp8),
-            self.work,
-            self.dtype.itemsize,
-            free=free,
-            own=self._own,
-            others=self.others,
-            text_encoder=self.text_encoder,
-            least=least,
-            ranks=self.ranks,
-            sharding=self.sharding,
-        )
+        *_, height, width = self.work.latents
+        sides = SPATIAL_FACTOR * height, SPATIAL_FACTOR * width
+        # Where no plan leaves room for whole pictures, the VAE works on tiles, which take less than sampling.
+        for decoding in (parts.needed_bytes(*sides, self.dtype, self.device), 0):
+            plan, needed = choose_plan(
+                self.config,
+                Weights.of(self.config, self.dtype, self.fp8),
+                self.work,
+                self.dtype.itemsize,
+                free=free,
+                own=self._own,
+                others=self.others,
+                text_encoder=self.text_encoder,
+                least=least,
+                ranks=self.ranks,
+                sharding=self.sharding,
+                decoding=decoding,
+            )
+            if needed <= free:
+                break
         if needed > free:
             warnings.warn(
                 f"this needs about {needed / GIB:.1f} GiB of GPU memory and {free / GIB:.1f} are free; it may run out",

@@ -125,17 +125,26 @@ class Weights:
 
 
 def needed_bytes(
-    plan: Plan, config: ModelConfig, weights: Weights, work: Work, itemsize: int, own: bool, others: int, ranks: int = 1
+    plan: Plan,
+    config: ModelConfig,
+    weights: Weights,
+    work: Work,
+    itemsize: int,
+    own: bool,
+    others: int,
+    ranks: int = 1,
+    decoding: int = 0,
 ) -> int:
     """Device memory that sampling `work` takes. own: with our kernels (see `forward_bytes`).
 
     others: bytes of other models on the device, the text encoder excluded. ranks: GPUs that share the work, as
-    `parallel.division` does; what they save by sharing a sample's tokens is not counted.
+    `parallel.division` does; what they save by sharing a sample's tokens is not counted. decoding: bytes that the VAE
+    takes afterwards, when no block is on its way.
     """
     batch, channels, frames, height, width = work.latents
     parts = work.evaluations(config.audio is not None)
     waiting = plan.streamed + plan.sharded
-    blocks = config.depth - waiting + plan.sharded / ranks + min(SLOTS, waiting)
+    blocks, slots = config.depth - waiting + plan.sharded / ranks, min(SLOTS, waiting)
     resident = weights.rest + blocks * weights.block + others
     at_once = work.samples(config.audio is not None, plan.split_guidance)
     at_once //= math.gcd(at_once, ranks)
@@ -145,7 +154,8 @@ def needed_bytes(
     if work.cond_latents:
         cache = kv_cache_bytes(config, work.cond_latents, height, width, itemsize)
         activations += math.ceil(SLOTS * cache / config.depth) if plan.offload_kv_cache else cache
-    return math.ceil((resident + activations) * (1 + WASTE)) + WORKSPACE
+    most = resident + max(slots * weights.block + activations, decoding)
+    return math.ceil(most * (1 + WASTE)) + WORKSPACE
 
 
 def plans(depth: int, work: Work, least: Plan, sharding: bool = False) -> Iterator[Plan]:
@@ -179,16 +189,18 @@ def choose_plan(
     least: Plan | None = None,
     ranks: int = 1,
     sharding: bool = False,
+    decoding: int = 0,
 ) -> tuple[Plan, int]:
     """The fastest plan that fits in `free` bytes, or the smallest one, and the bytes that it takes.
 
     text_encoder: bytes of its weights, which are streamed if the rest leaves no room for them. least: what the plan
-    must include. ranks: GPUs that share the work, each with `free` bytes. sharding: see `plans`.
+    must include. ranks: GPUs that share the work, each with `free` bytes. sharding: see `plans`. decoding: see
+    `needed_bytes`.
     """
     least = least or Plan()
     plan, needed = least, 0
     for plan in plans(config.depth, work, least, sharding):
-        needed = needed_bytes(plan, config, weights, work, itemsize, own, others, ranks)
+        needed = needed_bytes(plan, config, weights, work, itemsize, own, others, ranks, decoding)
         if needed <= free:
             break
     if text_encoder and not plan.stream_text_encoder and needed + text_encoder > free:

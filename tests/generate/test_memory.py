@@ -25,7 +25,7 @@ from longcat_core.generate.refine import RefineRequest
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest, work_of
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.optimized import OptimizedTransformer
-from longcat_core.optimize.plan import GIB, Plan, Work, free_bytes
+from longcat_core.optimize.plan import GIB, Plan, Weights, Work, free_bytes
 from longcat_core.optimize.switches import Optimizations
 from longcat_core.sampling.conditioning import seeded_noise
 
@@ -172,7 +172,8 @@ def test_a_plan_is_made_for_what_is_free(monkeypatch):
     """As on a GPU: the free memory decides, and a sentence names it."""
     config = Pipeline.load().model.config
     work = Work((1, 16, 24, 60, 104))
-    cuda = torch.device("cuda")
+    cuda, decoding = torch.device("cuda"), 0
+    monkeypatch.setattr(placement.parts, "needed_bytes", lambda *picture: decoding if picture[:2] == (480, 832) else 0)
 
     def place(work: Work | None, memory: int | None = None) -> placement.Placement:
         return placement.Placement(config, torch.bfloat16, cuda, None, Optimizations(), work, 0, memory=memory)
@@ -197,6 +198,15 @@ def test_a_plan_is_made_for_what_is_free(monkeypatch):
     chosen, note = several.plan(None)
     assert chosen.sharded and note == f"24.0 GiB of GPU memory are free: {chosen.describe(config.depth)}"
     assert several.spare(chosen) >= 0 > several.spare(Plan())
+
+    # Decoding finds room beside the weights, unless no plan leaves any; then tiles do.
+    one = placement.Placement(config, torch.bfloat16, cuda, None, Optimizations(), work, 0)
+    weights, before = Weights.of(config, torch.bfloat16), one.plan(None)[0].streamed
+    decoding = 8 * GIB
+    after = one.plan(None)[0].streamed
+    assert after > before and (config.depth - after) * weights.block + weights.rest + decoding < free
+    decoding = 30 * GIB
+    assert one.plan(None)[0].streamed == before
 
 
 def test_what_cannot_fit_in_memory_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
