@@ -28,7 +28,8 @@ def with_speed(
     check_speed(speed)
     if speed == EXACT:
         return model, guidance_until, []
-    options, loaded = options_of(model), _loaded(model, set_of(speed, mode).attention)
+    avatar = model.model.diffusion_model.config.audio is not None
+    options, loaded = options_of(model), _loaded(model, set_of(speed, mode, avatar).attention)
     given = {
         "sparse": SPARSE_KEY in options or options.get(BLOCK_SPARSE_KEY) is not None,
         "step_cache": THRESHOLD_KEY in options,
@@ -42,6 +43,7 @@ def with_speed(
         tokens=tokens,
         kernel="auto",
         loaded=loaded,
+        avatar=avatar,
     )
     values = chosen.values
     switches = switches_of(model)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .speeds import EXACT, SPEEDS, prices_in_words
+from .speeds import AVATAR, BASE, EXACT, SPEEDS, prices_in_words
 
 Kind = Literal["whole", "number", "switch", "text", "choice", "size", "path", "lora"]
 
@@ -161,6 +161,15 @@ _lossy_change = Option("lossy_change", "choice", "what to do where a take in the
                        "alone, such as 8-bit attention: begin a new take, or go on in that one", LOSSY_CHANGES[0],
                        choices=LOSSY_CHANGES, commands=("long", "avatar"))  # fmt: skip
 
+
+def _speed_help(kind: str) -> str:
+    return (
+        f"exact, or a set of lossy options that was measured: {prices_in_words(kind)}; an option that is given takes "
+        "precedence over the set's, and what this machine lacks is left out"
+    )
+
+
+_speed = Option("speed", "choice", _speed_help(BASE), EXACT, filled=True, choices=SPEEDS, common=True)
 _versus = Option("versus", "text", "options of another setting, on top of the options outside --versus, such as "
                  '"--step-cache 0.05"; can be repeated', metavar="OPTIONS", repeated=True)  # fmt: skip
 
@@ -314,9 +323,8 @@ OPTIONS: tuple[Option, ...] = (
     *_group(
         SAMPLING,
         _VIDEOS,
-        Option("speed", "choice", "exact, or a set of lossy options that was measured: " + prices_in_words() + "; an "
-               "option that is given takes precedence over the set's, and what this machine lacks is left out", EXACT,
-               filled=True, choices=SPEEDS, common=True, commands=(*_VIDEOS, "refine", *_SCORE, *_AVATAR)),
+        replace(_speed, commands=(*_VIDEOS, "refine", *_SCORE)),
+        replace(_speed, help=_speed_help(AVATAR), commands=_AVATAR),
         Option("steps", "whole", "number of denoising steps", filled=True, shown="50; distilled 16", common=True,
                schedules={"distilled": (16, 50)}, **_steps),
         Option("steps", "whole", "number of denoising steps; distilled, version 1.5 takes exactly 8", filled=True,

@@ -327,6 +327,7 @@ class FilledRequest(GenerateRequest):
             tokens=frames * height * width // 4,
             kernel=self.sparse_kernel,
             loaded=defaults.loaded,
+            avatar=defaults.audio is not None,
         )
         return replace(self, speed=speed, chosen=chosen, **chosen.values)
 

@@ -43,7 +43,7 @@ def fit_loading(
     speed: Speed, schedule: str, inputs: Inputs, config: ModelConfig, fp8: bool | None, backend: str | None
 ) -> Loaded:
     """How to load a network of this config under a word. fp8, backend: what the user gave, or None."""
-    wanted, reasons = set_of(speed, schedule), {}
+    wanted, reasons = set_of(speed, schedule, config.audio is not None), {}
     given = tuple(name for name, value in zip(OF_LOADING, (fp8, backend), strict=True) if value is not None)
     if fp8 is None and wanted.fp8 and (reason := missing(inputs.device) or _odd_sizes(config)):
         reasons["fp8"] = reason
@@ -111,10 +111,12 @@ def fit_request(
     tokens: int,
     kernel: str,
     loaded: Loaded | None,
+    avatar: bool = False,
 ) -> Chosen:
     """What a word makes of a request. given: its fields that the user set. tokens: to generate. kernel: of sparse
-    attention. loaded: how the model is loaded; None: unknown, as if the machine had everything."""
-    wanted = set_of(speed, schedule)
+    attention. loaded: how the model is loaded; None: unknown, as if the machine had everything. avatar: of a network
+    that hears."""
+    wanted = set_of(speed, schedule, avatar)
     left, own = ({}, set()) if loaded is None else _of_loading(wanted, loaded)
     given = {*given, *own}
     if "sparse" in wanted.options and "sparse" not in given:

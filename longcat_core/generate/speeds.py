@@ -12,8 +12,11 @@ from typing import Any, Literal, get_args
 Speed = Literal["exact", "near", "fast", "fastest"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 EXACT: Speed = "exact"
-# Kinds of sampling, whose sets may differ: with guidance in 50 steps, without it in 16, and the second stage.
+# Kinds of sampling, whose sets may differ: with guidance in 50 steps, without it in 16, and the second stage; of an
+# avatar, with guidance in 50 steps, and without it in 8.
 BASE, DISTILLED, REFINE = "base", "distilled", "refine"
+AVATAR, AVATAR_DISTILLED = "avatar", "avatar, distilled"
+KINDS = BASE, DISTILLED, REFINE, AVATAR, AVATAR_DISTILLED
 
 
 @dataclass(frozen=True)
@@ -88,26 +91,47 @@ _FP8_CACHE_16 = Price(42.3, 54.3, _UNGUIDED, 1.4, f"{_STEPS}, of which 14.5 of 1
 _FP8_ATTENTION = Price(34.7, 54.3, _UNGUIDED, 1.5, _STEPS, _DATE)
 _FP8_REFINE = Price(52.6, 57.4, _REFINED, 1.6, _STEPS, _DATE)
 _REFINING = SpeedSet(_FP8_REFINE, fp8=True)
-# Word -> kind of sampling -> set, chosen from docs/fidelity.md and docs/fidelity-distilled.md; docs/cli.md says why. No
-# set has sparse attention: without a calibration it costs LongCat-mini more than anything else does.
+_NANO, _NANO_8 = (f"the nano avatar (8 videos of two segments, {how}, CPU, bf16)" for how in ("guided", "distilled"))
+_AVATAR_STEPS = "steps of the released avatar's size on an H200"
+_AVATAR_3 = Price(48.9, 50.8, _NANO, 2.6, "computed steps, 38.9 of 100", _DATE)
+_AVATAR_5 = Price(45.7, 50.8, _NANO, 3.3, "computed steps, 30.1 of 100", _DATE)
+_AVATAR_FP8_10 = Price(35.2, 50.8, _NANO, 5.1, f"{_AVATAR_STEPS}, of which 24.5 of 100 are computed", _DATE)
+_AVATAR_8_3 = Price(57.6, 52.8, _NANO_8, 1.28, "computed steps, 12.5 of 16", _DATE)
+_AVATAR_8_5 = Price(48.6, 52.8, _NANO_8, 1.6, "computed steps, 9.9 of 16", _DATE)
+_AVATAR_8_FP8_10 = Price(39.8, 52.8, _NANO_8, 2.2, f"{_AVATAR_STEPS}, of which 9 of 16 are computed", _DATE)
+# Word -> kind of sampling -> set, chosen from docs/fidelity.md, docs/fidelity-distilled.md, docs/fidelity-avatar.md and
+# docs/fidelity-avatar-distilled.md; docs/cli.md says why. No set has sparse attention: without a calibration it costs
+# LongCat-mini more than anything else does.
 SETS: dict[Speed, dict[str, SpeedSet]] = {
-    "exact": {BASE: _NOTHING, DISTILLED: _NOTHING, REFINE: _NOTHING},
-    "near": {BASE: SpeedSet(_UNTIL, guidance_until=0.95), DISTILLED: _NOTHING, REFINE: _NOTHING},
+    "exact": dict.fromkeys(KINDS, _NOTHING),
+    "near": {
+        BASE: SpeedSet(_UNTIL, guidance_until=0.95),
+        DISTILLED: _NOTHING,
+        REFINE: _NOTHING,
+        AVATAR: SpeedSet(_AVATAR_3, step_cache=0.03),
+        AVATAR_DISTILLED: SpeedSet(_AVATAR_8_3, step_cache=0.03),
+    },
     "fast": {
         BASE: SpeedSet(_CACHE, step_cache=0.05),
         DISTILLED: SpeedSet(_FP8_CACHE_16, fp8=True, step_cache=0.05),
         REFINE: _REFINING,
+        AVATAR: SpeedSet(_AVATAR_5, step_cache=0.05),
+        AVATAR_DISTILLED: SpeedSet(_AVATAR_8_5, step_cache=0.05),
     },
     "fastest": {
         BASE: SpeedSet(_FP8_CACHE, fp8=True, step_cache=0.1),
         DISTILLED: SpeedSet(_FP8_ATTENTION, fp8=True, attention="cudnn-fp8"),
         REFINE: _REFINING,
+        AVATAR: SpeedSet(_AVATAR_FP8_10, fp8=True, step_cache=0.1),
+        AVATAR_DISTILLED: SpeedSet(_AVATAR_8_FP8_10, fp8=True, step_cache=0.1),
     },
 }
 
 
-def set_of(speed: Speed, schedule: str) -> SpeedSet:
-    """The set of a word for a schedule."""
+def set_of(speed: Speed, schedule: str, avatar: bool = False) -> SpeedSet:
+    """The set of a word for a schedule. avatar: of a network that hears."""
+    if avatar:
+        return SETS[speed][AVATAR_DISTILLED if schedule == DISTILLED else AVATAR]
     return SETS[speed][schedule if schedule in (DISTILLED, REFINE) else BASE]
 
 
@@ -116,10 +140,10 @@ def joined(words: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def prices_in_words() -> str:
+def prices_in_words(kind: str = BASE) -> str:
     """The lossy words with their prices, for help."""
     found = []
     for speed in SPEEDS[1:]:
-        price = SETS[speed][BASE].price
+        price = SETS[speed][kind].price
         found.append(f"{speed} ({price.in_words() if price else 'as exact'})")
     return joined(found)

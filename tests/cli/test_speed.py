@@ -16,7 +16,7 @@ from longcat_core.generate import speed_fit
 from longcat_core.generate.calibration import write_calibration
 from longcat_core.generate.options import of_command
 from longcat_core.generate.paths import NANO_MODEL
-from longcat_core.generate.speeds import BASE, DISTILLED, REFINE, SETS, Price, SpeedSet
+from longcat_core.generate.speeds import BASE, KINDS, REFINE, SETS, Price, SpeedSet
 from longcat_core.optimize import attention
 
 from ..generate.test_calibration import calibration_of
@@ -36,7 +36,7 @@ class Loaded(Exception):
 @pytest.fixture
 def machine(monkeypatch) -> list[dict[str, Any]]:
     """A machine that has everything; how models would be loaded on it."""
-    monkeypatch.setitem(SETS, "fast", dict.fromkeys((BASE, DISTILLED, REFINE), WHOLE))
+    monkeypatch.setitem(SETS, "fast", dict.fromkeys(KINDS, WHOLE))
     monkeypatch.setattr(speed_fit, "missing", lambda device: "")
     monkeypatch.setattr(speed_fit, "only_plain", lambda inputs: "")
     monkeypatch.setattr(attention, "why_not", lambda name, inputs: "")

@@ -22,6 +22,7 @@ from longcat_core.generate.avatar import AvatarRequest, avatar_video, make_segme
 from longcat_core.generate.long_video import segment_folder
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest
+from longcat_core.generate.speeds import AVATAR, AVATAR_DISTILLED, SETS
 from longcat_core.generate.takes import LOSSY
 from longcat_core.measure.golden import TOLERANCE, Golden
 from longcat_core.optimize.sparse.settings import Sparse
@@ -213,11 +214,13 @@ def test_a_word_chooses_by_the_schedule():
     first = GenerateRequest(PROMPT, given=image, schedule="distilled", speed="fastest")
     defaults = replace(RELEASED, audio=GOLDEN["1.5"].config.audio)
     asked = AvatarRequest(first, combine(sounds("1.5", 1)), (PROMPT,)).filled(defaults)
-    assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.0)
-    assert asked.notes()[0].startswith("speed fastest sets fp8 and attention cudnn-fp8")
+    assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.1)
+    distilled, base = SETS["fastest"][AVATAR_DISTILLED], SETS["fastest"][AVATAR]
+    assert asked.notes()[0].startswith(f"speed fastest sets fp8 and step cache 0.1; {distilled.price.in_words()}")
     asked = replace(asked, first=replace(first, schedule="base"), schedule=None).filled(defaults)
     assert (asked.first.sparse_settings, asked.first.step_cache) == (None, 0.1)
-    assert asked.notes()[0].startswith("speed fastest sets fp8 and step cache 0.1")
+    assert asked.notes()[0].startswith(f"speed fastest sets fp8 and step cache 0.1; {base.price.in_words()}")
+    assert base.price.in_words() != distilled.price.in_words()
 
 
 @pytest.mark.parametrize(("text", "sound", "parts"), [(4.0, 4.0, 2), (3.0, 1.0, 2), (1.0, 3.0, 3), (3.0, 4.0, 3)])

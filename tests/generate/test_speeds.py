@@ -22,7 +22,20 @@ from longcat_core.generate.paths import NANO_MODEL
 from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.request import NANO, RELEASED, GenerateRequest
 from longcat_core.generate.speed_fit import Loaded, fit_loading, loading_notes
-from longcat_core.generate.speeds import BASE, DISTILLED, REFINE, SETS, SPEEDS, Price, SpeedSet, prices_in_words, set_of
+from longcat_core.generate.speeds import (
+    AVATAR,
+    AVATAR_DISTILLED,
+    BASE,
+    DISTILLED,
+    KINDS,
+    REFINE,
+    SETS,
+    SPEEDS,
+    Price,
+    SpeedSet,
+    prices_in_words,
+    set_of,
+)
 from longcat_core.generate.takes import LOSSY, lossy_settings
 from longcat_core.measure.fidelity import MARGIN_DB
 from longcat_core.model.config import ModelConfig
@@ -44,7 +57,7 @@ REQUEST = GenerateRequest("x", steps=4)
 @pytest.fixture
 def whole(monkeypatch) -> None:
     """The word fast stands for all options."""
-    monkeypatch.setitem(SETS, "fast", dict.fromkeys((BASE, DISTILLED, REFINE), WHOLE))
+    monkeypatch.setitem(SETS, "fast", dict.fromkeys(KINDS, WHOLE))
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -54,7 +67,8 @@ def whole(monkeypatch) -> None:
 def test_a_set_has_options_of_the_table_in_their_range(speed, kind):
     found = SETS[speed][kind]
     for name, value in found.options.items():
-        rows = [row for row in of_command("refine" if kind == REFINE else "generate") if row.name == name]
+        command = "refine" if kind == REFINE else "avatar" if kind in (AVATAR, AVATAR_DISTILLED) else "generate"
+        rows = [row for row in of_command(command) if row.name == name]
         assert rows, f"{name} is not an option of the commands that {kind} is for"
         assert rows[0].least is None or rows[0].least < value < rows[0].most
     assert 0 < found.dense_steps < 1
@@ -84,13 +98,15 @@ def test_a_set_with_options_says_its_price(speed, kind):
 
 def test_all_words_have_all_kinds():
     assert tuple(SETS) == SPEEDS == option("speed").choices
-    assert all(set(kinds) == {BASE, DISTILLED, REFINE} for kinds in SETS.values())
+    assert all(tuple(kinds) == KINDS for kinds in SETS.values())
     assert set_of("fast", "enhance_hf") is set_of("fast", "base") is SETS["fast"][BASE]
     assert set_of("fast", "distilled") is SETS["fast"][DISTILLED]
+    assert set_of("fast", "enhance_hf", avatar=True) is SETS["fast"][AVATAR]
+    assert set_of("fast", "distilled", avatar=True) is SETS["fast"][AVATAR_DISTILLED]
 
 
 def test_faster_words_are_faster_and_cost_more():
-    for kind in (BASE, DISTILLED, REFINE):
+    for kind in KINDS:
         prices = [
             (1.0, -math.inf) if (p := SETS[speed][kind].price) is None else (p.times, -p.psnr) for speed in SPEEDS
         ]
@@ -267,7 +283,7 @@ def test_a_model_that_was_loaded_without_the_word_says_so(whole, monkeypatch):
 
 def test_a_pipeline_under_a_word(monkeypatch):
     """Nano on a CPU: everything is left out but the step cache, and exact is bit-equal to no word."""
-    monkeypatch.setitem(SETS, "fast", dict.fromkeys((BASE, DISTILLED, REFINE), WHOLE))
+    monkeypatch.setitem(SETS, "fast", dict.fromkeys(KINDS, WHOLE))
     request = GenerateRequest("a red circle moves right on a blue background", frames=9, steps=6, seed=1)
     pipeline = Pipeline.load(speed="fast")
     assert not pipeline.model.eight_bit and pipeline.model.optimizations == Optimizations()
