@@ -67,7 +67,7 @@ def test_with_room_for_all_nothing_is_done():
 @pytest.mark.parametrize(
     ("gib", "fp8", "split", "at_least", "at_most"),
     [
-        # Exact: 25.3 GiB of weights. 8 bits: 14.7.
+        # Exact: 25.3 GiB of weights. 8 bits: 13.3.
         (32, False, False, 0, 0),
         (24, False, True, 8, 16),
         (16, False, True, 15, 28),

@@ -97,9 +97,9 @@ def test_weights_that_change_reach_all_shares(group, eight_bit):
     before = video(model)
     for one in (model, other):
         for block in one.blocks:
-            (block.attn.qkv.weight_scale if eight_bit else block.attn.qkv.weight).mul_(0.5)
-            # Keys of the text are kept, for as long as these weights stay.
-            block.cross_attn.kv.weight.mul_(0.5)
+            # Keys of the text are kept, for as long as the second layer's weights stay.
+            for layer in (block.attn.qkv, block.cross_attn.kv):
+                (layer.weight_scale if eight_bit else layer.weight).mul_(0.5)
     if eight_bit:
         share(group, other)
     wanted = video(other)

@@ -89,12 +89,13 @@ def test_lora_is_merged_before_quantizing(comfy, loaded, sample, empty, lora, me
     out, here = sample(empty, patched, **one), weights(comfy, patched)
     expected = comfy("LongCatModelLoader", model_name=merged, weight_dtype="fp8 rowwise")
     wanted, there = sample(empty, expected, **one), weights(comfy, expected)
-    # Processors add a LoRA in different orders, so now and then a number of e4m3 falls the other way. Merging into
-    # quantized weights would differ everywhere.
+    # Processors add a LoRA in different orders, so now and then a number of e4m3 falls the other way, of a weight or of
+    # an activation. Merging into quantized weights would differ everywhere.
     changed = sum(int((before[name] != there[name]).sum()) for name in there)
     differing = sum(int((here[name] != there[name]).sum()) for name in there)
     assert changed > 1e5 and differing <= (1e-3 if ON_CPU else 0.05) * changed
-    assert error(sample(empty, loaded, **one), wanted) > 0.1 > 10 * error(wanted, out)
+    apart, near = ((found - wanted).norm() / wanted.norm() for found in (sample(empty, loaded, **one), out))
+    assert apart > 0.01 > 5 * near
     for strength in (0.3, 0.0):
         other = comfy("LoraLoaderModelOnly", model=patched, lora_name=lora, strength_model=strength)
         assert sample(empty, other).isfinite().all()
