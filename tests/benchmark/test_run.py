@@ -14,7 +14,7 @@ from longcat_core.benchmark.parts import run
 from longcat_core.cli import main as cli
 from longcat_core.cli import models, timed
 from longcat_core.generate.paths import ModelPaths
-from longcat_core.generate.progress import DECODING, FIRST_STEP, LOADING, SAVING, STARTING, STEPS
+from longcat_core.generate.progress import DECODING, FIRST_STEP, LOADING, LOADING_TEXT, SAVING, STARTING, STEPS
 from longcat_core.measure.results import read
 
 SMALL = ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu"]
@@ -45,9 +45,11 @@ def test_runs_are_in_a_table_a_picture_a_file_and_on_the_page(here: Path, capsys
     assert sorted(path.name for path in (here / "found").iterdir()) == ["run.json", "run.png"]
     assert not (here / "own").exists(), "the user's encodings are left alone"
     found = read(here / "found" / "run.json")
-    assert [row["name"] for row in found["rows"]] == [run.COLD, run.WARM, run.KEPT, run.HELP]
+    assert [row["name"] for row in found["rows"]] == [run.COLD, run.WARM, run.KERNELS, run.KEPT, run.HELP]
     *runs, started = found["rows"]
-    cold, warm, kept = runs
+    cold, warm, kernels, kept = runs
+    assert LOADING_TEXT in {stage["name"] for stage in kernels["stages"]}, "its prompt is new"
+    assert LOADING_TEXT not in {stage["name"] for stage in kept["stages"]}
     assert len(started["times_s"]) == run.STARTS and min(started["times_s"]) <= started["help_s"]
     assert (found["inputs"]["model"], found["inputs"]["size"], found["inputs"]["steps"]) == ("nano", "32x48x5", 2)
     names = [stage["name"] for stage in cold["stages"]]
@@ -99,18 +101,23 @@ def test_starts_have_bounds_of_their_own() -> None:
 
 def test_runs_within_less_memory_are_rows_of_few_steps(monkeypatch: Any, tmp_path: Path) -> None:
     seen: list[list[str]] = []
+    kept: set[tuple[Path, Path]] = set()
 
-    def process(words: list[str], videos: int, place: Path, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def process(
+        words: list[str], prompts: list[str], place: Path, cache: Path, kernels: Path
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         seen.append(words)
-        return [{"wall_s": 1.0}] * videos, {"steps": 16}
+        kept.add((cache, kernels))
+        return [{"wall_s": 1.0}] * len(prompts), {"steps": 16}
 
     monkeypatch.setattr(run, "_process", process)
     monkeypatch.setattr(run, "_help_seconds", lambda: 0.1)
     rows: list[dict[str, Any]] = []
     run.measure(["--fp8"], ModelPaths(), tmp_path, 1, False, lambda row, inputs: rows.append(row), [24.0, 12.0])
-    names = [run.COLD, run.WARM, "cold, 24 GiB, 4 steps", "cold, 12 GiB, 4 steps", run.HELP]
+    names = [run.COLD, run.WARM, run.KERNELS, "cold, 24 GiB, 4 steps", "cold, 12 GiB, 4 steps", run.HELP]
     assert [row["name"] for row in rows] == names
-    assert seen[1:] == [["--fp8", "--memory", gib, "--steps", "4"] for gib in ("24", "12")]
+    assert len({cache for cache, _ in kept}) == 3 and len({kernels for _, kernels in kept}) == 1
+    assert seen[2:] == [["--fp8", "--memory", gib, "--steps", "4"] for gib in ("24", "12")]
 
 
 def test_less_memory_needs_a_gpu(here: Path, capsys: Any) -> None:

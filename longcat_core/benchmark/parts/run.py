@@ -38,8 +38,12 @@ from ..stages import ENDING
 if TYPE_CHECKING:
     from PIL import Image
 
-PROMPTS = ("a red circle moves right on a blue background", "a green square moves up on a black background")
-COLD, WARM, KEPT, HELP = "cold", "warm", "cold, encoding kept", "longcat --help"
+PROMPTS = (
+    "a red circle moves right on a blue background",
+    "a green square moves up on a black background",
+    "a yellow triangle turns on a white background",
+)
+COLD, WARM, KERNELS, KEPT, HELP = "cold", "warm", "cold, kernels kept", "cold, encoding kept", "longcat --help"
 # Starts of `longcat --help`, of which the median counts, and the steps of a run on a smaller card: the first one, and
 # others to know how long it would be without kernels.
 STARTS, CARD_STEPS = 5, 4
@@ -85,8 +89,9 @@ def measure(
     keep: Callable[[Row, Row], None],
     cards: Sequence[float] = (),
 ) -> None:
-    """Time `runs` processes that make two videos each, as many that find the encoding of the prompt, one process
-    within the GPU memory of each of the `cards`, in GiB, and the start of `longcat --help`.
+    """Time `runs` processes that make two videos each, as many that find compiled kernels, as many that also find the
+    encoding of the prompt, one process within the GPU memory of each of the `cards`, in GiB, and the start of
+    `longcat --help`.
 
     words: options of `longcat generate`; paths: of its models; text_cache: whether these leave encodings on disk.
     keep: called with each row and the inputs. Raises LongCatError with the sentence of a command that fails.
@@ -94,25 +99,28 @@ def measure(
     # Only an absolute path names a folder for caches.
     with tempfile.TemporaryDirectory(dir=folder.resolve()) as place:
 
-        def add(names: Sequence[str], phases: Sequence[str], words: Sequence[str], cache: Path) -> Row:
+        def add(names: Sequence[str], prompts: Sequence[str], words: Sequence[str], cache: Path, kernels: Path) -> Row:
             cached = cached_share(_files(paths))
-            rows, inputs = _process(words, len(names), Path(place), cache)
-            for name, phase, row in zip(names, phases, rows, strict=True):
+            rows, inputs = _process(words, prompts, Path(place), cache, kernels)
+            for name, row in zip(names, rows, strict=True):
+                phase = WARM if name.startswith(WARM) else COLD
                 notes = [_cached_in_words(cached)] if phase == COLD else []
                 row = {"name": name, "phase": phase, "status": "ok"} | row
                 keep(row | {"cached": cached if phase == COLD else None, "notes": notes}, inputs)
             return inputs
 
         for number in range(1, runs + 1):
-            # Every pair has a cache of its own, so that the first process encodes.
-            cache = Path(place) / f"cache-{number}"
-            for names, phases in (((COLD, WARM), (COLD, WARM)), ((KEPT,), (COLD,)))[: 1 + text_cache]:
+            # Every first process compiles its kernels and encodes.
+            cache, kernels = Path(place) / f"cache-{number}", Path(place) / f"kernels-{number}"
+            processes = [((COLD, WARM), PROMPTS[:2]), ((KERNELS,), PROMPTS[2:]), ((KEPT,), PROMPTS[:1])]
+            for names, prompts in processes[: 2 + text_cache]:
                 numbered = [f"{name} {number}" for name in names] if runs > 1 else names
-                inputs = add(numbered, phases, words, cache)
+                inputs = add(numbered, prompts, words, cache, kernels)
         for gib in cards:
             steps = min(CARD_STEPS, inputs["steps"])
             limited = [*words, "--memory", f"{gib:g}", "--steps", str(steps)]
-            add([f"{COLD}, {gib:g} GiB, {steps} steps"], [COLD], limited, Path(place) / f"cache-{gib:g}")
+            cache = Path(place) / f"cache-{gib:g}"
+            add([f"{COLD}, {gib:g} GiB, {steps} steps"], PROMPTS[:1], limited, cache, kernels)
     times = [_help_seconds() for _ in range(STARTS)]
     row = {"name": HELP, "phase": "preparation", "status": "ok", "help_s": statistics.median(times), "times_s": times}
     keep(row, inputs)
@@ -124,14 +132,17 @@ def _help_seconds() -> float:
     return time.monotonic() - began
 
 
-def _process(words: Sequence[str], videos: int, place: Path, cache: Path) -> tuple[list[Row], Row]:
-    """Rows of the videos that one process makes, and their inputs."""
+def _process(
+    words: Sequence[str], prompts: Sequence[str], place: Path, cache: Path, kernels: Path
+) -> tuple[list[Row], Row]:
+    """Rows of the videos that one process makes, and their inputs. cache, kernels: folders that keep encodings and
+    compiled kernels."""
     job, results = place / "job.json", place / "results.json"
-    commands = [["generate", prompt, *words, "-o", str(place / "video.mp4")] for prompt in PROMPTS[:videos]]
+    commands = [["generate", prompt, *words, "-o", str(place / "video.mp4")] for prompt in prompts]
     command = [sys.executable, "-m", "longcat_core.cli.timed", str(job)]
     began = time.monotonic()
     job.write_text(json.dumps({"began": began, "commands": commands, "results": str(results)}), encoding="utf-8")
-    run = start(command, os.environ | {"XDG_CACHE_HOME": str(cache)})
+    run = start(command, os.environ | {"XDG_CACHE_HOME": str(cache), "TRITON_CACHE_DIR": str(kernels)})
     ended = time.monotonic()
     if run.returncode or not results.exists():
         lines = [line for line in run.stderr.splitlines() if line.strip()] or ["it said nothing"]
@@ -289,11 +300,13 @@ PART = Part(
     text="""## From Enter to mp4
 
 Whole runs of `longcat generate`, by the stages that its progress bar names. *Cold* is a fresh process, from its start
-to its end; *warm* is a second video of the same pipeline with another prompt, until its file is there; *encoding kept*
-is a fresh process that finds the prompt's encoding on disk and loads no text encoder. Stages are what the run waited
-for and add up to its time; work that other threads did meanwhile is listed *beside*. *Sampling* counts the first step
-as long as a later one, since what it takes longer is spent on kernels; *less sampling* is everything else. A stage ends
-when the GPU has done its work. *GiB* is a limit of the GPU's memory, as on a smaller card.""",
+to its end, the first one on its machine, which compiles kernels; *warm* is a second video of the same pipeline with
+another prompt, until its file is there; *kernels kept* is a fresh process with a new prompt that finds the kernels of
+Triton compiled, as every later command does; *encoding kept* also finds the prompt's encoding on disk and loads no text
+encoder. Stages are what the run waited for and add up to its time; work that other threads did meanwhile is listed
+*beside*. *Sampling* counts the first step as long as a later one, since what it takes longer is spent on kernels; *less
+sampling* is everything else. A stage ends when the GPU has done its work. *GiB* is a limit of the GPU's memory, as on a
+smaller card.""",
     run=None,
     table=table,
     charts=(Chart(draw, ("wall_s",)),),
