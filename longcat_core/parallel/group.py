@@ -61,6 +61,8 @@ class Group:
         self._ending = threading.Lock()
         # What rank 0 does together with the others, if anything.
         self._stage: object | None = None
+        self._idle = threading.Event()
+        self._idle.set()
         self._threads = torch.get_num_threads()
         if hub is not None:
             hub.watch(self._abort)
@@ -127,6 +129,7 @@ class Group:
         """
         self.check()
         outer, self._stage = self._stage, self._stage or object()
+        self._idle.clear()
         try:
             yield
         except BaseException as error:
@@ -134,12 +137,15 @@ class Group:
                 raise
             # What failed here may be communication with a rank whose end is not yet noticed.
             failure = self._hub.failure(VERDICT if is_communication(error) else 0.0)
+            by_others = failure is not None or (self.failed and is_communication(error))
             self._break()
-            if failure is None or not isinstance(error, Exception):
+            if not by_others or not isinstance(error, Exception):
                 raise
             raise self._failed(failure) from error
         finally:
             self._stage = outer
+            if outer is None:
+                self._idle.set()
         # Aborted communication leaves garbage and raises nothing.
         self.check()
 
@@ -174,7 +180,8 @@ class Group:
         if self._hub is None:
             dist.destroy_process_group()
             return
-        orderly = not self._hub.failed
+        # In the middle of what another thread does, as when ComfyUI ends during a prompt, nobody reads a message.
+        orderly = not self._hub.failed and self._idle.is_set()
         if orderly:
             self._hub.leave()
             try:
@@ -184,6 +191,8 @@ class Group:
         if not orderly:
             self._hub.kill()
         self._leave(orderly)
+        # A thread that is in a collective when the interpreter ends aborts the process.
+        self._idle.wait(LEAVING)
         self._hub.wait(LEAVING if orderly else 0.0)
         self._unwatch()
         torch.set_num_threads(self._threads)

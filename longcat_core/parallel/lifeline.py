@@ -98,6 +98,9 @@ class Hub:
         """What the workers failed of, if that becomes known within `timeout` seconds."""
         if self._failures:
             timeout = 2 * GRACE
+        elif self._leaving:
+            # They were ended, and what ends on purpose does not say why.
+            timeout = 0.0
         self._known.wait(timeout)
         # `caused` ones last; sorting keeps the order otherwise.
         return min(self._failures, key=lambda failure: failure.caused, default=None)

@@ -148,3 +148,24 @@ def test_processes_of_torchrun_may_end_without_a_group(monkeypatch):
         monkeypatch.setenv(name, value)
     launching.release()
     worker.join()
+
+
+def test_a_group_ends_while_another_thread_uses_it():
+    """As ComfyUI does that ends during a prompt. A thread in a collective would abort the process."""
+    raised = []
+
+    def prompt() -> None:
+        with pytest.raises(LongCatError) as error:
+            do(group, waits)
+        raised.append(str(error.value))
+
+    with start([CPU] * 2, SERVE) as group:
+        other = do(group, process_of)[1]
+        thread = threading.Thread(target=prompt)
+        thread.start()
+        while group._idle.is_set():
+            time.sleep(0.01)
+        group.end()
+        assert group._idle.is_set() and gone(other)
+        thread.join(SECONDS)
+    assert raised == ["the processes on the other GPUs were ended; run it again"]
