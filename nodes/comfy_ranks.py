@@ -10,9 +10,11 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from torch import Tensor
@@ -107,6 +109,31 @@ class ComfyWeights:
         return found
 
 
+class ComfyLeader(Leader):
+    """A `Leader` that the user interrupts between two passes: in one, an exception would end the other processes."""
+
+    def evaluate(self, *args: Any, **options: Any) -> tuple[Tensor, bool]:
+        with interrupts_outside():
+            return super().evaluate(*args, **options)
+
+
+@contextmanager
+def interrupts_outside() -> Iterator[None]:
+    """Raise what ComfyUI raises for an interrupt before or after what is inside, but not in it.
+
+    ComfyUI's layers look for an interrupt whenever they run, and nothing but this function keeps them from it.
+    """
+    management = comfy.model_management
+    check = management.throw_exception_if_processing_interrupted
+    check()
+    management.throw_exception_if_processing_interrupted = lambda: None
+    try:
+        yield
+    finally:
+        management.throw_exception_if_processing_interrupted = check
+    check()
+
+
 class Workers:
     """The one group of this process, and the leader of each network on it."""
 
@@ -119,7 +146,9 @@ class Workers:
         self._counts: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, int]] = weakref.WeakKeyDictionary()
         # How fast these devices exchange data, also after their group has ended.
         self._links: dict[Sequence[torch.device], Mapping[int, Bandwidth]] = {}
-        self._leaders: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, Leader]] = weakref.WeakKeyDictionary()
+        self._leaders: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Hashable, ComfyLeader]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def leader(
         self, network: torch.nn.Module, gpus: Gpus, dtype: torch.dtype, device: torch.device, work: Work
@@ -142,7 +171,7 @@ class Workers:
             key = id(group), dtype
             known = self._leaders.get(network)
             if known is None or known[0] != key:
-                known = self._leaders[network] = key, Leader(group, ComfyWeights(network, dtype, device))
+                known = self._leaders[network] = key, ComfyLeader(group, ComfyWeights(network, dtype, device))
             return known[1]
 
     def _count(self, network: Any, gpus: Gpus, dtype: torch.dtype, devices: Sequence[torch.device], work: Work) -> int:

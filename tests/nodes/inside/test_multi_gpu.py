@@ -123,6 +123,36 @@ def test_a_process_that_is_killed_is_said_and_replaced(comfy, model, latent, sam
     assert group(comfy) is not first
 
 
+def test_an_interrupt_leaves_the_processes_there(comfy, model, latent, sample, monkeypatch):
+    """In the middle of a pass, which then ends first, as before one."""
+    import comfy.model_management as management
+
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    wanted = sample(latent, model=shared, steps=STEPS, seed=2)
+    first = group(comfy)
+    check = management.throw_exception_if_processing_interrupted
+    passes = []
+    for owner, name in (
+        (comfy.core("parallel.division").Division, "evaluate"),
+        (comfy.node("comfy_ranks").ComfyLeader, "evaluate"),
+    ):
+        plain = getattr(owner, name)
+
+        def interrupted(*args, plain=plain, **options):
+            management.interrupt_current_processing(True)
+            out = plain(*args, **options)
+            passes.append(plain)
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(management.InterruptProcessingException):
+                sample(latent, model=shared, steps=STEPS, seed=2)
+        assert group(comfy) is first and not first.failed
+        close(sample(latent, model=shared, steps=STEPS, seed=2), wanted)
+    assert len(passes) == 1 and management.throw_exception_if_processing_interrupted is check
+
+
 def test_one_gpu_is_no_group(comfy, model):
     out = comfy("LongCatMultiGPU", model=model, gpus="1")
     assert out.model_options["transformer_options"]["longcat_gpus"] is None
