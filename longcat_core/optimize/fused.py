@@ -190,7 +190,8 @@ class TorchOps(PlainOps):
 
 def attend_by_frames(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of frames to keys of their own: q [B, T*S, ..], k and v [B or 1, T, M, ..] -> as q, contiguous."""
-    return (kernels.text or kernels.attend)(*by_frames(q, k, v)).reshape(q.shape)
+    # Not every kernel returns what is contiguous, and of one frame a reshape alone would leave it so.
+    return (kernels.text or kernels.attend)(*by_frames(q, k, v)).contiguous().view(q.shape)
 
 
 class FusedOps(TorchOps):

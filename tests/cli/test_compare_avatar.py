@@ -26,8 +26,8 @@ from ..generate.test_avatar import hear, pipeline, request
 from ..support.sounds import sweep, write_sound
 
 PROMPT = "a red circle face talks on a blue background"
-# Two segments: 21 frames, and 8 new ones of which the sound fills 7.
-FRAMES, SECONDS = 21, 1.1
+# Two segments: 17 frames, and 4 new ones, a single latent frame, of which the sound fills 3.
+FRAMES, SECONDS = 17, 0.78
 SMALL = ("--steps", "5", "--frames", str(FRAMES))
 AUDIO, LONG = ("--audio", "one.wav"), ("--audio", "long.wav")
 B = ("--versus", "--step-cache 0.5")
@@ -101,14 +101,14 @@ def test_each_setting_continues_its_own_first_segment_as_it_does_for_a_user(
     report = json.loads(Path("longcat-compare/report.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["A", "B", "C", "D", "noise floor"] and report["inputs"]["joins"] == [FRAMES]
-    assert (report["inputs"]["sound"], report["inputs"]["overlap"], report["inputs"]["frames"]) == ("one.wav", 13, 28)
+    assert (report["inputs"]["sound"], report["inputs"]["overlap"], report["inputs"]["frames"]) == ("one.wav", 13, 20)
     assert rows["A"]["steps"] == rows["A"]["computed"][0] == 10 and rows["D"]["steps"] == 4
     assert rows["noise floor"]["psnr"] > max(rows[name]["psnr"] for name in "BCD") + 20
     for name, own in (("A", ()), ("B", ("--step-cache", "0.5")), ("C", ("--guidance", "2", "--audio-guidance", "3"))):
         made = ("avatar", PROMPT, *SMALL, *AUDIO, *own, "--seed", "1", "--device", "cpu", "-o", f"{name}.mkv")
         assert cli.main([*made]) == 0
         frames, _ = read_video(f"longcat-compare/{name}-2.mkv")
-        assert np.array_equal(frames, read_video(f"{name}.mkv")[0]) and len(frames) == 28
+        assert np.array_equal(frames, read_video(f"{name}.mkv")[0]) and len(frames) == 20
         if name == "A":
             first = frames.astype(float)
             continue
@@ -121,7 +121,7 @@ def test_each_setting_continues_its_own_first_segment_as_it_does_for_a_user(
     with open_video(Path("longcat-compare/A-1.mkv"), 25.0) as video:
         assert video.has_sound
     text = Path("page.md").read_text(encoding="utf-8")
-    assert "continues its\nown first segment" in text and "begins at frame 21 and sees" in text
+    assert "continues its\nown first segment" in text and "begins at frame 17 and sees" in text
     assert "2 segments of 5 steps, guidance 1 by text and 1 by sound" in text and "| of each segment |" in text
 
 
@@ -131,7 +131,7 @@ def test_what_is_given_is_not_compared(sounds: Path, monkeypatch: pytest.MonkeyP
     assert cli.main(["compare", PROMPT, *AUDIO, *options, *B]) == 0
     (_, row) = json.loads(Path("longcat-compare/report.json").read_text(encoding="utf-8"))["rows"]
     # The image, and in the second segment all frames of the first.
-    assert row["first_frame"] == 1 and np.shape(row["frame_psnr"]) == (1, 27) and len(row["segment_psnr"]) == 2
+    assert row["first_frame"] == 1 and np.shape(row["frame_psnr"]) == (1, 19) and len(row["segment_psnr"]) == 2
     short = ("--audio", "short.wav", *options, "--output", "short")
     assert cli.main(["compare", PROMPT, *short, *B]) == 0
     report = json.loads(Path("short/report.json").read_text(encoding="utf-8"))
