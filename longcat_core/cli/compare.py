@@ -315,7 +315,8 @@ def _page(fidelity: Fidelity, content: dict[str, Any], prefix: str) -> str:
         fidelity_text(fidelity),
         "Seconds are those of the fastest video's whole sampling, with the prompt's encoding. A first step, with any "
         "compiling, runs before and is listed separately. Settings of one model take turns; if something else keeps "
-        "the machine busy, the number of computed steps is the better measure. A step without guidance counts half.",
+        "the machine busy, the number of computed steps is the better measure. A step without guidance counts as its "
+        "share of the evaluations: a half, or a third where the two scales of an avatar differ.",
         f"![PSNR and SSIM of every frame]({prefix}{PLOT})",
         f"Prompts, {seeds}:\n\n{prompts}",
         f"The first prompt, side by side:\n\n![Frames and differences]({prefix}{SIDE_BY_SIDE})",

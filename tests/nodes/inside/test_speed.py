@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from .conftest import MODEL, ON_CPU
+from .golden_avatar import Avatar
 
 STEPS = 8
 # 5x16x16 tokens.
@@ -130,6 +131,18 @@ def test_nano_on_a_cpu_says_why_nothing_changes(comfy, model, latent, sample, sa
     assert torch.equal(sample(latent, steps=2, seed=2, speed="fast"), sample(latent, steps=2, seed=2))
     (note,) = said()
     assert "speed fast sets nothing here; it leaves out fp8 (" in note and "no kernel of it runs here" in note
+
+
+def test_an_avatar_has_sets_of_its_own(comfy, model):
+    core = comfy.core("generate.speeds")
+    inputs = {"guidance": 1.0, "guidance_until": 1.0, "tokens": 5000}
+    avatar = Avatar(comfy, "v1_5").model
+    for mode, kind in (("base", core.AVATAR), ("distilled", core.AVATAR_DISTILLED)):
+        for speed in core.SPEEDS[1:]:
+            *_, (note,) = comfy.node("speed").with_speed(avatar, speed, mode=mode, **inputs)
+            assert core.SETS[speed][kind].price.in_words() in note
+    *_, (note,) = comfy.node("speed").with_speed(model, "near", mode="distilled", **inputs)
+    assert note == "speed near sets nothing lossy for this schedule yet"
 
 
 def test_an_unknown_word_is_refused(comfy, empty, sample):
