@@ -394,7 +394,7 @@ INPUTS_OF: dict[tuple[str, str], tuple[str, str]] = {
     ),
     ("LongCatCalibrate", "model"): (
         "模型",
-        "LongCat-Video，带上你使用的 LoRA，不带 LongCat 步缓存，也不带块稀疏注意力。",
+        "LongCat-Video 或其数字人版，带上你使用的 LoRA，不带 LongCat 步缓存，也不带块稀疏注意力。",
     ),
     ("LongCatCalibrate", "latent_image"): (
         "Latent",

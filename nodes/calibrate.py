@@ -19,10 +19,11 @@ from ..longcat_core.sampling.conditioning import SPATIAL_FACTOR, video_frames
 from ..longcat_core.sampling.schedules import make_schedule
 from .checks import check_ranges, check_steps
 from .comfy_attention import attention_by_comfyui
+from .comfy_avatar import audio_of
 from .comfy_network import BLOCK_SPARSE_KEY, PROBE_KEY, SPARSE_KEY
 from .folders import output_folder
 from .inputs import LongCatNode
-from .models import options_of, preferences_of, require_soundless, switches_of, with_option
+from .models import options_of, preferences_of, require_longcat, switches_of, with_option
 from .previews import clean_frames
 from .progress import NodeProgress
 from .sampling import sample_latent, starting_latents
@@ -80,6 +81,9 @@ class Calibrate(LongCatNode):
         from ..longcat_core.measure.calibration_report import text
 
         _require_exact(model)
+        if model.model.network.config.audio is not None:
+            for name, conds in (("positive", positive), ("negative", negative)):
+                audio_of(conds, name)
         shape = starting_latents(model, latent_image).shape
         given = clean_frames(latent_image.get("noise_mask"))
         size = video_frames(shape[2]), *(SPATIAL_FACTOR * side for side in shape[3:])
@@ -102,7 +106,7 @@ class Calibrate(LongCatNode):
 
 def _require_exact(model: ModelPatcher) -> None:
     """Raise LongCatError for a MODEL that is not LongCat-Video, or whose dense attention is not what it computes."""
-    require_soundless(model, NODE)
+    require_longcat(model, NODE)
     options, attention = options_of(model), switches_of(model).attention
     if options.get(BLOCK_SPARSE_KEY) is not None:
         raise LongCatError(f"{NODE} got a MODEL with block-sparse attention; connect the MODEL before that node")

@@ -407,8 +407,8 @@ NODES: dict[str, Node] = {
         "Finds how sparse the attention of each head may be on the weights of this model, by sampling one video "
         "densely and measuring in some of its steps, and writes a calibration for sparse attention.",
         (
-            replace(MODEL, help="LongCat-Video with the LoRAs that you use, without LongCat Step Cache and without "
-                    "block-sparse attention"),
+            replace(MODEL, help="LongCat-Video or its avatar with the LoRAs that you use, without LongCat Step Cache "
+                    "and without block-sparse attention"),
             POSITIVE,
             NEGATIVE,
             Socket("latent_image", "Latent", "as for LongCat Sampler, in the size that you generate; conditioning "

@@ -76,7 +76,10 @@ class Avatar:
         node = self.comfy("LongCatSampler", model=model or self.model, latent_image=latent, **conds, **given)
         return self.model.model.process_latent_in(node["samples"])
 
-    def expected(self, audio, clean=None, reference=None, network=None, steps=4, mode="base", guidance=TEXT, seed=SEED):
+    def expected(
+        self, audio, clean=None, reference=None, network=None, steps=4, mode="base", guidance=TEXT, seed=SEED,
+        callback=None,
+    ):  # fmt: skip
         core, network = self.comfy.core, network or self.network
         if reference is not None:
             latents = self.model.model.process_latent_in(reference.latents)
@@ -87,6 +90,7 @@ class Avatar:
         return core("sampling.sampler").sample(
             network, noise, schedule, self.texts[0], masks[0], negative_context=self.texts[1], negative_mask=masks[1],
             guidance_scale=guidance, cond_latents=clean, audio=audio, reference=reference,
+            callback=callback,
         )  # fmt: skip
 
 

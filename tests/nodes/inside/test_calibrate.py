@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from .golden_avatar import Avatar
 
 STEPS = 3
 SETTINGS = {"seed": 5, "steps": STEPS, "guidance": 4.0, "mode": "base", "budget": 0.2, "dense_steps": 0.3}
@@ -29,13 +32,9 @@ def calibrate(comfy, model, prompts, large):
     return run
 
 
-def headless(comfy, network, prompts):
-    """The same search on the headless network."""
-    core, sampling = comfy.core("measure.calibrate"), comfy.core("sampling.sampler")
-    probe, schedules = comfy.core("measure.probe"), comfy.core("sampling.schedules")
-    noise = comfy.core("sampling.conditioning").seeded_noise((1, 16, 17, 16, 16), 5)
-    texts = [prompts[name][0][0] for name in ("positive", "negative")]
-    masks = [(text != 0).any(-1) for text in texts]
+def headless(comfy, network, sample, frames=65, given=0, budget=0.2):
+    """The same search on the headless network. sample: samples a video, given the sampler's callback."""
+    core, probe = comfy.core("measure.calibrate"), comfy.core("measure.probe")
 
     class Subject:
         def __init__(self):
@@ -45,32 +44,62 @@ def headless(comfy, network, prompts):
             return probe.probing(network, given)
 
         def video(self, number, stepped):
-            sampling.sample(
-                network, noise, schedules.make_schedule("base", STEPS), texts[0], masks[0],
-                negative_context=texts[1], negative_mask=masks[1],
-                callback=lambda step: stepped(step.index, step.total),
-            )  # fmt: skip
+            sample(lambda step: stepped(step.index, step.total))
             return np.empty(0)
 
-    videos = core.Videos("base", STEPS, 4.0, 65, 128, 128, 0, 5, 1)
-    recipe = core.Recipe(0.2, 0.3, video=False)
+    videos = core.Videos("base", STEPS, 4.0, frames, 128, 128, given, 5, 1)
+    recipe = core.Recipe(budget, 0.3, video=False)
     progress = comfy.core("generate.progress").Progress(core.Search.parts(videos, recipe))
     return core.Search(videos, recipe, progress).run(Subject())
 
 
-def test_finds_what_the_headless_search_finds(comfy, model, network, prompts, calibrate):
-    before = copy.deepcopy(model.model_options)
-    found, path, report = calibrate()
-    expected = headless(comfy, network, prompts)
+def agree(found, expected):
     assert found.model == expected.model and found.ends == expected.ends and found.settings == expected.settings
     for one, other in zip(found.curve, expected.curve, strict=True):
         assert one.median == pytest.approx(other.median, rel=0.02) and one.high == pytest.approx(other.high, rel=0.02)
     different = np.mean(np.array(found.densities) != np.array(expected.densities))
     # A head whose error lies at the budget may go either way.
     assert different < 0.1 and len({d for layers in found.densities for row in layers for d in row}) > 2
+
+
+def test_finds_what_the_headless_search_finds(comfy, model, network, prompts, calibrate):
+    sampling, schedules = comfy.core("sampling.sampler"), comfy.core("sampling.schedules")
+    noise = comfy.core("sampling.conditioning").seeded_noise((1, 16, 17, 16, 16), 5)
+    texts = [prompts[name][0][0] for name in ("positive", "negative")]
+    masks = [(text != 0).any(-1) for text in texts]
+
+    def sample(callback):
+        sampling.sample(
+            network, noise, schedules.make_schedule("base", STEPS), texts[0], masks[0],
+            negative_context=texts[1], negative_mask=masks[1], callback=callback,
+        )  # fmt: skip
+
+    before = copy.deepcopy(model.model_options)
+    found, path, report = calibrate()
+    agree(found, headless(comfy, network, sample))
     assert model.model_options == before
     assert path == comfy.folder / "output" / "longcat" / "calibration.json"
     assert f"mean density {found.density:.3f}" in report and report.endswith(str(path))
+
+
+def test_a_segment_of_an_avatar(comfy, calibrate, prompts):
+    """A continuation: attentions with and without the reference frame, and three evaluations of a step."""
+    avatar, sampling = Avatar(comfy, "v1_5"), comfy.core("sampling.avatar")
+    # 1,088 tokens of noise behind the given frames.
+    avatar.shape = (1, 16, 21, 16, 16)
+    clean, shown = torch.randn(1, 16, 4, 16, 16), torch.randn(1, 16, 1, 16, 16)
+    reference = sampling.ReferenceFrame(shown, comfy.core("model.kv_cache").Reference())
+    windows = avatar.voices["one.segment0"].repeat(1, 4, 1, 1, 1)[:, :81]
+    audio = sampling.Audio(windows, None, 3.0)
+    given = {"model": avatar.model, "latent_image": avatar.latent(clean), **avatar.conds(audio, reference)}
+    # Attention of the golden model is even, so that all heads keep a usual budget at the lowest density.
+    found, path, _ = calibrate(**given, budget=0.03)
+    sample = partial(avatar.expected, audio, clean, reference, steps=STEPS, guidance=4.0, seed=5)
+    agree(found, headless(comfy, avatar.network, lambda callback: sample(callback=callback), 81, 13, 0.03))
+    sparse = comfy("LongCatSparseAttention", model=avatar.model, density=1.0, calibration=str(path))
+    assert sparse.model_options["transformer_options"]["longcat_sparse"].densities.values == found.densities
+    with pytest.raises(comfy.core("errors").LongCatError, match="positive has no audio, which LongCat-Video-Avatar"):
+        calibrate(**given | prompts)
 
 
 def test_a_name_that_is_taken_gets_a_number(comfy, calibrate):
