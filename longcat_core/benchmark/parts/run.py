@@ -38,11 +38,9 @@ from ..stages import ENDING
 if TYPE_CHECKING:
     from PIL import Image
 
-PROMPTS = (
-    "a red circle moves right on a blue background",
-    "a green square moves up on a black background",
-    "a yellow triangle turns on a white background",
-)
+PROMPTS = ("a red circle moves right on a blue background", "a green square moves up on a black background")
+# Of a process that finds no encoding of it.
+NEW = "a yellow triangle turns on a white background"
 COLD, WARM, KERNELS, KEPT, HELP = "cold", "warm", "cold, kernels kept", "cold, encoding kept", "longcat --help"
 # Starts of `longcat --help`, of which the median counts, and the steps of a run on a smaller card: the first one, and
 # others to know how long it would be without kernels.
@@ -112,7 +110,7 @@ def measure(
         for number in range(1, runs + 1):
             # Every first process compiles its kernels and encodes.
             cache, kernels = Path(place) / f"cache-{number}", Path(place) / f"kernels-{number}"
-            processes = [((COLD, WARM), PROMPTS[:2]), ((KERNELS,), PROMPTS[2:]), ((KEPT,), PROMPTS[:1])]
+            processes = [((COLD, WARM), PROMPTS), ((KERNELS,), (NEW,)), ((KEPT,), PROMPTS[:1])]
             for names, prompts in processes[: 2 + text_cache]:
                 numbered = [f"{name} {number}" for name in names] if runs > 1 else names
                 inputs = add(numbered, prompts, words, cache, kernels)
