@@ -81,14 +81,14 @@ def warm_up(
     fp8: Policy | None,
     work: Work | None,
 ) -> None:
-    """Choose the attention kernels, which tries them, and sample one step of a network of one block at random.
+    """Choose the attention kernels, which tries them, and sample steps of a network of one block at random.
 
     The network has the sizes of `config`, and the videos those of `work`, except for their number of frames, which is
     `few`; work None: attention alone. Not warmed: blocks that are compiled by torch, passes with conditioning frames,
     sparse attention, the VAE, graphs of cuDNN for the video's own length, and kernels for the length of a prompt.
     """
-    resolve_kernels(optimizations.attention, Inputs(device, dtype, config.head_dim, False))
     if work is None or optimizations.compile != "off":
+        resolve_kernels(optimizations.attention, Inputs(device, dtype, config.head_dim, False))
         return
     with torch.device("meta"):
         model = OptimizedTransformer(replace(config, depth=1), optimizations, dtype=dtype)
@@ -104,16 +104,19 @@ def warm_up(
     mask = torch.ones(1, TEXT_ROWS, dtype=torch.int64, device=device)
     mask[:, TEXT_ROWS // 4 :] = 0
     noise = torch.randn(*few(work.latents), generator=generator, device=device)
-    sample(
-        model,
-        noise,
-        make_schedule("base", 1),
-        context,
-        mask,
-        negative_context=context if work.guided else None,
-        negative_mask=mask if work.guided else None,
-        guidance_scale=4.0 if work.guided else 1.0,
-    )
+    # First without a package, which `import_ahead` imports meanwhile: much of Triton's work needs no turn of Python's.
+    for attention in dict.fromkeys(("sdpa", optimizations.attention)):
+        model.set_optimizations(replace(optimizations, attention=attention))
+        sample(
+            model,
+            noise,
+            make_schedule("base", 1),
+            context,
+            mask,
+            negative_context=context if work.guided else None,
+            negative_mask=mask if work.guided else None,
+            guidance_scale=4.0 if work.guided else 1.0,
+        )
 
 
 def few(latents: Sequence[int]) -> tuple[int, ...]:

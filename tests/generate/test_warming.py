@@ -30,19 +30,25 @@ WORK = Work((1, 16, 41, 4, 6))
 @pytest.mark.parametrize("fp8", [None, Policy()])
 @pytest.mark.parametrize("guided", [False, True])
 def test_one_block_runs_on_tokens_of_the_works_own_size(monkeypatch, fp8, guided):
-    seen = []
-    forward = Block.forward
+    seen, kernels = [], []
+    forward, sample = Block.forward, warming.sample
 
     def watched(self, x, *more):
         seen.append((tuple(x.shape), isinstance(self.attn.qkv, Fp8Linear)))
         return forward(self, x, *more)
 
+    def sampled(model, *given, **options):
+        kernels.append(model.optimizations.attention)
+        return sample(model, *given, **options)
+
     monkeypatch.setattr(Block, "forward", watched)
+    monkeypatch.setattr(warming, "sample", sampled)
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warm_up(CONFIG, Optimizations(), torch.float32, CPU, fp8, Work(WORK.latents, guided))
-    assert seen == [((2 if guided else 1, 9, 6, 64), fp8 is not None)]
+    assert seen == 2 * [((2 if guided else 1, 9, 6, 64), fp8 is not None)]
+    assert kernels == ["sdpa", "auto"], "what needs no package comes before it is there"
     assert torch.equal(torch.get_rng_state(), state)
 
 
