@@ -64,9 +64,12 @@ def test_loras_and_another_model(comfy, model, latent, sample):
     wanted = sample(latent, model=patched, steps=STEPS, seed=2)
     plain = sample(latent, model=model, steps=STEPS, seed=2)
     assert (wanted - plain).abs().max() > 0.01
+    weaker = comfy("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=0.5)
+    half = sample(latent, model=weaker, steps=STEPS, seed=2)
+    assert min((half - other).abs().max() for other in (plain, wanted)) > 0.005
     shared = comfy("LongCatMultiGPU", model=model, gpus="2")
     first = group(comfy)
-    for one, result in ((patched, wanted), (model, plain), (patched, wanted)):
+    for one, result in ((patched, wanted), (model, plain), (patched, wanted), (weaker, half)):
         close(sample(latent, model=comfy("LongCatMultiGPU", model=one, gpus="2"), steps=STEPS, seed=2), result)
     weights = comfy("LongCatModelLoader", model_name=MODEL, weight_dtype="fp8 rowwise")
     wanted = sample(latent, model=weights, steps=STEPS, seed=2)
