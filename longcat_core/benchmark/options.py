@@ -33,6 +33,11 @@ PARTS = {
 RUN = "run"
 # What RUN leaves of ComfyUI's server.
 COMFYUI_RUN = "comfyui_run"
+# Whole runs of an avatar, also by itself.
+AVATAR_RUN = "avatar_run"
+AVATAR_RUN_SUMMARY = (
+    "From a sound to mp4: two runs of longcat avatar, of one segment and of three, and the whole video."
+)
 RUN_SUMMARY = "Whole runs of longcat generate by stages, cold and warm, with its options."
 FEW_BLOCKS = 4
 
@@ -82,6 +87,10 @@ def add_arguments(
     sub = parts.add_parser(RUN, help=RUN_SUMMARY, description=RUN_SUMMARY, allow_abbrev=False)
     add_own_of_run(sub, whole, number)
     generate(sub)
+    sub = parts.add_parser(AVATAR_RUN, help=AVATAR_RUN_SUMMARY, description=AVATAR_RUN_SUMMARY, allow_abbrev=False)
+    add_output(sub)
+    sub.add_argument("words", nargs=argparse.REMAINDER, metavar="-- OPTIONS", help="options of longcat avatar, after "
+                     "those of this command: --audio, the model, the size")  # fmt: skip
     sub = parts.add_parser("report", help="Write the page of performance from results.", allow_abbrev=False)
     sub.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders that bench wrote to (--output)")
     sub.add_argument(
@@ -101,6 +110,11 @@ def add_own_of_run(parser: argparse.ArgumentParser, whole: Parse, number: Parse)
            "environment in or beside its folder)")  # fmt: skip
     option("--port", type=whole, metavar="N", help="port of the server (default: any that is free)")
     parser.add_argument("--no-plots", action="store_true", help="write numbers only; `report` draws the plots later")
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The option --output of whole runs."""
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s"
     )

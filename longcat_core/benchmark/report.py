@@ -17,7 +17,8 @@ from .targets import Targets
 # Order of sections on the page.
 PAGE = (
     *("paths", "ablation", "profile", "backends", "exactness", "policies", "memory", "scale", "recompiles"),
-    *("cards", "load", "run", "comfyui_run", "decode", "training", "continuation", "sparse", "avatar", "refine"),
+    *("cards", "load", "run", "comfyui_run", "decode", "training", "continuation", "sparse", "avatar"),
+    *("avatar_run", "refine"),
     *("gpus", "gpus_run"),
 )
 INTRODUCTION = """# Performance

@@ -33,25 +33,7 @@ BOX = re.compile(r"(\d+),(\d+),(\d+),(\d+)")
 
 def avatar(args: argparse.Namespace) -> int:
     """`longcat avatar`."""
-    people = people_of(args)
-    prompts = tuple(prompts_of(args))
-    first = request_of(args, prompts[0] if prompts else "")
-    opened = avatar_of(args, max(len(args.audio), len(people)))
-    sounds = [read_sound(path) for path in args.audio]
-    # A person who is named and has no sound listens.
-    voices = combine([*sounds, *([None] if len(sounds) == 1 and people else [])], args.mode)
-    request = AvatarRequest(
-        first,
-        voices,
-        prompts,
-        people,
-        args.segments,
-        args.audio_guidance,
-        args.overlap,
-        schedule_of(args),
-        args.reference,
-        args.skip,
-    ).filled(opened.defaults)
+    opened, request = requested(args)
     first = request.filled_first
     output, folder = kept(args, OUTPUT, (request.total_frames, first.height, first.width))
     heard = output.suffix.lower() in WITH_SOUND
@@ -91,6 +73,30 @@ def avatar(args: argparse.Namespace) -> int:
 
     task.run_parts(segments)
     return task.report(f"{request.voices.seconds:.2f} s of sound, {len(finished)} segments, ")
+
+
+def requested(args: argparse.Namespace) -> tuple[OpenedModel, AvatarRequest]:
+    """The model's files, opened, and the request, filled. Raises LongCatError for bad input."""
+    people = people_of(args)
+    prompts = tuple(prompts_of(args))
+    first = request_of(args, prompts[0] if prompts else "")
+    opened = avatar_of(args, max(len(args.audio), len(people)))
+    sounds = [read_sound(path) for path in args.audio]
+    # A person who is named and has no sound listens.
+    voices = combine([*sounds, *([None] if len(sounds) == 1 and people else [])], args.mode)
+    request = AvatarRequest(
+        first,
+        voices,
+        prompts,
+        people,
+        args.segments,
+        args.audio_guidance,
+        args.overlap,
+        schedule_of(args),
+        args.reference,
+        args.skip,
+    )
+    return opened, request.filled(opened.defaults)
 
 
 def embeddings_of(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..benchmark.options import COMFYUI_RUN, RUN, add_own_of_run
+from ..benchmark.options import AVATAR_RUN, COMFYUI_RUN, RUN, add_own_of_run
 from ..errors import LongCatError
 from ..files.claims import claimed
 from ..files.places import check_new_folder
@@ -45,6 +45,8 @@ def bench(args: argparse.Namespace) -> int:
         return write_page(args.folders, args.output)
     if args.part == RUN:
         return _whole_runs(args)
+    if args.part == AVATAR_RUN:
+        return _avatar_runs(args)
     from ..benchmark.bench import run
 
     device = device_of(args.device)
@@ -93,6 +95,47 @@ def _whole_runs(args: argparse.Namespace) -> int:
             _in_comfyui(args, paths, device, keep)
         assert report is not None, "at least one run"
         finish(report, not args.no_plots)
+    return 0
+
+
+def _avatar_runs(args: argparse.Namespace) -> int:
+    """Time whole runs of `longcat avatar` on a sound, and write a file of results."""
+    from ..benchmark.bench import finish
+    from ..benchmark.parts.avatar_run import measure
+    from ..benchmark.workload import Size
+    from .avatar import requested
+    from .main import build_parser
+
+    words = ["avatar", *args.words[args.words[:1] == ["--"] :]]
+    asked = build_parser(words).parse_args(words)
+    opened, request = requested(asked)
+    if request.count < 2:
+        raise LongCatError(f"{asked.audio[0]} takes one segment, and two at least are timed; give a longer sound")
+    check_new_folder(args.output, "results.json")
+    first, config, device = request.filled_first, opened.checkpoint.config, device_of(asked.device)
+    size = Size(first.height, first.width, first.frames, 1)
+    inputs = {
+        "model": asked.model or "nano",
+        "size": str(size),
+        "tokens": size.tokens(config),
+        "batch": size.batch,
+        "steps": len(request.schedule_of(0)),
+        "blocks": config.depth,
+        "hidden_size": config.hidden_size,
+        "dtype": str(dtype_of(asked.dtype, device)).removeprefix("torch."),
+        "fp8": asked.fp8,
+    }
+
+    def keep(row: dict[str, Any]) -> None:
+        # Only now, for it asks the GPU, which the processes should find as it was.
+        report = ResultsFile(AVATAR_RUN, args.output, device, inputs)
+        report.add(row)
+        say(f"{row['name']}: {row['wall_s']:.0f} s, of which each further segment takes {row['segment_s']:.1f} s")
+        finish(report, False)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    with claimed(args.output / "results.json", f"another run is writing to {args.output}; give another --output"):
+        measure(words[1:], args.output, request.voices.seconds, request.count, keep)
     return 0
 
 
