@@ -95,10 +95,10 @@ _NANO, _NANO_8 = (f"the nano avatar (8 videos of two segments, {how}, CPU, bf16)
 _AVATAR_STEPS = "steps of the released avatar's size on an H200"
 _AVATAR_3 = Price(48.9, 50.8, _NANO, 2.6, "computed steps, 38.9 of 100", _DATE)
 _AVATAR_5 = Price(45.7, 50.8, _NANO, 3.3, "computed steps, 30.1 of 100", _DATE)
-_AVATAR_FP8_10 = Price(35.2, 50.8, _NANO, 5.1, f"{_AVATAR_STEPS}, of which 24.5 of 100 are computed", _DATE)
+_AVATAR_FP8_10 = Price(35.2, 50.8, _NANO, 5.0, f"{_AVATAR_STEPS}, of which 24.8 of 100 are computed", _DATE)
 _AVATAR_8_3 = Price(57.6, 52.8, _NANO_8, 1.28, "computed steps, 12.5 of 16", _DATE)
 _AVATAR_8_5 = Price(48.6, 52.8, _NANO_8, 1.6, "computed steps, 9.9 of 16", _DATE)
-_AVATAR_8_FP8_10 = Price(39.8, 52.8, _NANO_8, 2.2, f"{_AVATAR_STEPS}, of which 9 of 16 are computed", _DATE)
+_AVATAR_8_FP8_10 = Price(39.7, 52.8, _NANO_8, 2.2, f"{_AVATAR_STEPS}, of which 9 of 16 are computed", _DATE)
 # Word -> kind of sampling -> set, chosen from docs/fidelity.md, docs/fidelity-distilled.md, docs/fidelity-avatar.md and
 # docs/fidelity-avatar-distilled.md; docs/cli.md says why. No set has sparse attention: without a calibration it costs
 # LongCat-mini more than anything else does.
