@@ -35,9 +35,7 @@ RUN = "run"
 COMFYUI_RUN = "comfyui_run"
 # Whole runs of an avatar, also by itself.
 AVATAR_RUN = "avatar_run"
-AVATAR_RUN_SUMMARY = (
-    "From a sound to mp4: two runs of longcat avatar, of one segment and of three, and the whole video."
-)
+AVATAR_RUN_SUMMARY = "From a sound to mp4: a run of longcat avatar of three segments, and the whole video by it."
 RUN_SUMMARY = "Whole runs of longcat generate by stages, cold and warm, with its options."
 FEW_BLOCKS = 4
 

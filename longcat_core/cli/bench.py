@@ -99,7 +99,7 @@ def _whole_runs(args: argparse.Namespace) -> int:
 
 
 def _avatar_runs(args: argparse.Namespace) -> int:
-    """Time whole runs of `longcat avatar` on a sound, and write a file of results."""
+    """Time a whole run of `longcat avatar` on a sound, and write a file of results."""
     from ..benchmark.bench import finish
     from ..benchmark.parts.avatar_run import measure
     from ..benchmark.workload import Size
@@ -110,7 +110,7 @@ def _avatar_runs(args: argparse.Namespace) -> int:
     asked = build_parser(words).parse_args(words)
     opened, request = requested(asked)
     if request.count < 2:
-        raise LongCatError(f"{asked.audio[0]} takes one segment, and two at least are timed; give a longer sound")
+        raise LongCatError(f"{asked.audio[0]} takes one segment, and a second one is timed; give a longer sound")
     check_new_folder(args.output, "results.json")
     first, config, device = request.filled_first, opened.checkpoint.config, device_of(asked.device)
     size = Size(first.height, first.width, first.frames, 1)
@@ -127,7 +127,7 @@ def _avatar_runs(args: argparse.Namespace) -> int:
     }
 
     def keep(row: dict[str, Any]) -> None:
-        # Only now, for it asks the GPU, which the processes should find as it was.
+        # Only now, for it asks the GPU, which the process should find as it was.
         report = ResultsFile(AVATAR_RUN, args.output, device, inputs)
         report.add(row)
         say(f"{row['name']}: {row['wall_s']:.0f} s, of which each further segment takes {row['segment_s']:.1f} s")
