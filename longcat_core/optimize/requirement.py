@@ -7,10 +7,11 @@ what no version number says: packages are built for some GPUs and compile their 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+# Modules that need parts of another package, and what of its own start they rely on. The rest of quack's start imports
+# PyTorch's compiler, which takes longer than all of FlashAttention-4.
+_PARTS = {"flash_attn.cute": ("quack", "quack.dsl")}
 # Names of packages that differ from their modules' names.
 _PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "cutlass": "nvidia-cutlass-dsl"}
 
@@ -101,7 +105,7 @@ def _missing(requirement: Requirement) -> str:
 def load(module: str) -> tuple[Any, str]:
     """An optional module and "", or None and why it does not load; a broken installation must not stop the program."""
     try:
-        return importlib.import_module(module), ""
+        return _imported(module), ""
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         missing = (error.name or module).split(".")[0]
@@ -110,6 +114,31 @@ def load(module: str) -> tuple[Any, str]:
         return None, f"package {_PACKAGES.get(missing, missing)} is not installed"
     except Exception as error:  # an ABI mismatch raises anything from OSError to AttributeError
         return None, f"{module} does not load: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _imported(module: str) -> Any:
+    """The module; a package that it needs parts of starts when somebody asks for more of that."""
+    package, start = _PARTS.get(module, ("", ""))
+    spec = find_spec(package) if package and package not in sys.modules else None
+    if spec is None or spec.loader is None:
+        return importlib.import_module(module)
+    sys.modules[package] = bare = module_from_spec(spec)
+    try:
+        importlib.import_module(start)
+        found = importlib.import_module(module)
+    except Exception:  # another version, which needs more
+        for name in [each for each in sys.modules if each == package or each.startswith(f"{package}.")]:
+            del sys.modules[name]
+        return importlib.import_module(module)
+    loader = spec.loader
+
+    def rest(name: str) -> Any:
+        del vars(bare)["__getattr__"]
+        loader.exec_module(bare)
+        return getattr(bare, name)
+
+    vars(bare)["__getattr__"] = rest
+    return found
 
 
 def needs_cuda(capability: tuple[int, int], exactly: bool = False) -> str:

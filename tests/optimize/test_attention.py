@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 import types
 
 import pytest
@@ -337,3 +338,23 @@ def test_log_sum_exp_of_torch_varlen_in_either_layout(monkeypatch, documented):
     given, expected = backends._torch_varlen(q, k, v, lengths), plain_varlen(q, k, v, lengths)
     torch.testing.assert_close(given[0], expected[0])
     torch.testing.assert_close(given[1], expected[1])
+
+
+@pytest.mark.parametrize("needs", ["", "import whole\nassert whole.started"])
+def test_a_module_that_needs_parts_of_a_package_does_not_wait_for_its_start(monkeypatch, tmp_path, needs):
+    """Unless it turns out to need more; and whoever asks for the rest gets it."""
+    files = {"whole/__init__.py": "from .slow import part\nstarted = True", "whole/slow.py": "def part(): ...",
+             "whole/begin.py": "", "user.py": f"from whole import begin\n{needs}"}  # fmt: skip
+    (tmp_path / "whole").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(requirement._PARTS, "user", ("whole", "whole.begin"))
+    for name in ("whole", "whole.slow", "whole.begin", "user"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    forget()
+    assert requirement.load("user")[1] == ""
+    assert ("whole.slow" in sys.modules) == bool(needs)
+    from whole import part, started
+
+    assert started and callable(part) and sys.modules["whole"].begin
