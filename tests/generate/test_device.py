@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longcat_core.cli.main import main
+from longcat_core.files.media import read_video
 
 from ..support.pretend_cuda import pretended
 
@@ -35,7 +37,10 @@ def test_videos_are_those_of_the_cpu(videos, tmp_path, what, more):
         options = [*(given or ["--frames", "9"]), *more]
         assert main([*COMMAND, *options, "--device", "cuda", "--output", str(output)]) == 0
         assert not gpu.errors
-    assert output.read_bytes() == videos[what].read_bytes()
+    (found, rate), (wanted, expected) = read_video(output), read_video(videos[what])
+    assert (found.shape, rate) == (wanted.shape, expected)
+    # The VAE has another memory format on a GPU, in which the convolutions of some CPUs round otherwise.
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
     assert not gpu.registered, "nothing stays pinned"
 
 
