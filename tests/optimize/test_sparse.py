@@ -182,6 +182,33 @@ def test_kernels_are_chosen_by_name_or_auto():
     assert torch.equal(out, attend_sparse_plain(q, k, v, keep, **options))
 
 
+def sol_attn(q: Tensor, k: Tensor, v: Tensor, keep: int, sink: int) -> Tensor:
+    """Sol-Attn's rule (arXiv 2607.24027): beside the sink and the best blocks, a block's neighbors are exact, and the
+    others count by the mean query."""
+    blocks, scale = q.shape[1] // 64, q.shape[-1] ** -0.5
+    means = [x.unflatten(1, (blocks, 64)).mean(2).transpose(1, 2) for x in (q, k, v)]
+    scores = scale * means[0] @ means[1].mT
+    ranked = scores.clone()
+    ranked[..., :sink] = -torch.inf
+    at = torch.arange(blocks)
+    exact = (ranked >= ranked.topk(keep).values[..., -1:]) | (at < sink) | ((at[:, None] - at).abs() <= 1)
+    exact, scores = (x.repeat_interleave(64, 2) for x in (exact, scores))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    near = (scale * q @ k.mT).masked_fill(~exact.repeat_interleave(64, 3), -torch.inf)
+    logits = torch.cat([near, (scores + math.log(64)).masked_fill(exact, -torch.inf)], -1)
+    return (logits.softmax(-1) @ torch.cat([v, means[2]], 2)).transpose(1, 2)
+
+
+def test_sol_attn_is_tried_with_tokens_for_which_it_is_the_definition():
+    q, k, v = (randn(1, 9 * 64, 2, 128, seed=seed, dtype=torch.float64) for seed in range(3))
+    keep = torch.tensor([3, 3], dtype=torch.int32)
+    options = {"sink": 1, "query_block": 64, "tail": True}
+    near = *choose.neighborly(q, k), v
+    torch.testing.assert_close(sol_attn(*near, 3, 1), attend_sparse_plain(*near, keep, **options))
+    random = sol_attn(q, k, v, 3, 1) - attend_sparse_plain(q, k, v, keep, **options)
+    assert random.norm() > 0.25 * v.mean(1).norm()
+
+
 def test_what_runs_in_words():
     inputs = Inputs(torch.device("cpu"), torch.float32, 64, False)
     assert choose.in_use(Sparse(0.3, dense_steps=0.5), inputs) == "density 0.3, dense steps 0.5, kernel plain"

@@ -68,6 +68,24 @@ _ABSENT = "this version does not have it"
 _TRIAL_BLOCKS, _TOLERANCES = 9, (0.02, 0.25)
 
 
+def neighborly(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [B, N, heads, head_dim] that are alike within a block and look most at the blocks around their own, and
+    keys of the same shape.
+
+    For such tokens Sol-Attn (arXiv 2607.24027) computes what the definition does. For others it does not, because it
+    always takes a block's neighbors and counts the rest by the block's mean query.
+    """
+    block = torch.arange(q.shape[1], device=q.device) // BLOCK
+    # Half a turn for all blocks, so that scores fall with the distance.
+    angle = block * (torch.pi / (block[-1] + 1))
+    length = 2 * q.shape[-1] ** 0.25
+    place = length * torch.stack([angle.cos(), angle.sin()], dim=-1)[None, :, None]
+    q, k = torch.zeros_like(q), 0.1 * k
+    q[..., :2] += place
+    k[..., :2] += place
+    return q, k
+
+
 @cache
 def tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, query_block: int, tail: bool) -> str:
     """Why the kernel of `name` does not work on `device`, tried on a few blocks, or ""."""
@@ -76,9 +94,10 @@ def tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, qu
     tokens = _TRIAL_BLOCKS * BLOCK
     # The last query block is short, and the last keys do not fill a block.
     ends = (0, 0, 0) if backend.uniform else (-40, 24, 24)
-    q, k, v = (
-        torch.randn((1, tokens + end, 2, head_dim), generator=generator, device=device).to(dtype) for end in ends
-    )
+    q, k, v = (torch.randn((1, tokens + end, 2, head_dim), generator=generator, device=device) for end in ends)
+    if backend.uniform:
+        q, k = neighborly(q, k)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     keep = torch.tensor([3, 3] if backend.uniform else [2, 3], dtype=torch.int32)
 
     def run() -> tuple[Tensor, Tensor]:
