@@ -1,13 +1,13 @@
 """ComfyUI and the packages that a CUDA machine without a network lacks, as files small enough to carry.
 
-    python -m tests.gpu.bundle make FOLDER --python 3.12 --have have.txt
+    python -m tests.gpu.bundle make FOLDER --python 3.12 --have have.txt --also flash-attn-4==4.0.0b36 NAME
     python tests/gpu/bundle.py unpack FOLDER TARGET
 
 `make` runs where there is a network and a ComfyUI checkout (COMFYUI_PATH); have.txt is the other machine's
 `python3 -m pip list --format=freeze`. `unpack` needs nothing but Python. TARGET then holds
 
     ComfyUI/    the sources, without the nodes of paid services
-    site/       the packages, for PYTHONPATH
+    site/       the packages, for PYTHONPATH; site.addsitedir also reads their .pth files, as nvidia-cutlass-dsl needs
     front/      an empty page for `--front-end-root`, in place of the front end
 """
 
@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -35,14 +35,14 @@ OWN = {"models", "input", "output", "temp", "user", "custom_nodes"}
 # An empty page takes the front end's place, and both packages beside it belong to the page.
 PAGE = {"comfyui-frontend-package", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 # Triton and CUDA's own libraries come with the other machine's PyTorch.
-WITH_TORCH = re.compile(r"torch(vision|audio)?|triton|nvidia-.*|cuda-.*")
+WITH_TORCH = re.compile(r"torch(vision|audio)?|triton|nvidia-(?!cudnn-frontend|cutlass-dsl).*|cuda-.*")
 GLIBC = (17, 24, 26, 27, 28, 31, 34, 35)
 
 
-def make(folder: Path, python: str, have: Collection[str], part_bytes: int) -> list[Path]:
+def make(folder: Path, python: str, have: Collection[str], part_bytes: int, also: Sequence[str] = ()) -> list[Path]:
     """Write the parts and their sums into a new or empty `folder` and return them.
 
-    python: "3.12", of the other machine. have: names of packages that it has.
+    python: "3.12", of the other machine. have: names of packages that it has. also: more requirements, of kernels say.
     """
     from ..comfyui.server import Installation
 
@@ -56,7 +56,8 @@ def make(folder: Path, python: str, have: Collection[str], part_bytes: int) -> l
         (root / "front").mkdir()
         (root / "front" / "index.html").write_text("<!doctype html><title>ComfyUI</title>\n", encoding="utf-8")
         text = (installation.path / "requirements.txt").read_text(encoding="utf-8")
-        wanted = [*text.splitlines(), *_own_requirements()]
+        # First, because a version that is asked for by name counts.
+        wanted = [*also, *text.splitlines(), *_own_requirements()]
         for wheel in download(wanted, Path(scratch, "wheels"), python, {canonical(name) for name in have}):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(root / "site")
@@ -91,23 +92,27 @@ def download(wanted: Iterable[str], folder: Path, python: str, have: Collection[
     from packaging.requirements import InvalidRequirement, Requirement
 
     environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
-    environment |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix", "extra": ""}
-    waiting, done, wheels = list(wanted), set(have) | PAGE | {"longcat-video"}, []
+    environment |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    # Every line with the extras of the package that requires it.
+    waiting: list[tuple[str, Collection[str]]] = [(line, ()) for line in wanted]
+    left_out, wheels, seen = set(have) | PAGE | {"longcat-video"}, dict[str, Path](), set[tuple[str, str]]()
     while waiting:
-        line = waiting.pop(0).partition("#")[0].strip()
+        line, extras = waiting.pop(0)
         try:
-            requirement = Requirement(line)
+            requirement = Requirement(line.partition("#")[0].strip())
         except InvalidRequirement:
             continue  # an empty line, a comment, or an option of pip
-        name = canonical(requirement.name)
-        applies = requirement.marker is None or requirement.marker.evaluate(environment)
-        if name in done or WITH_TORCH.fullmatch(name) or not applies:
+        name, marker = canonical(requirement.name), requirement.marker
+        applies = marker is None or any(marker.evaluate(environment | {"extra": extra}) for extra in ("", *extras))
+        # A package that is there already may be wanted once more with other extras.
+        new = {(name, extra) for extra in ("", *requirement.extras)} - seen
+        if name in left_out or WITH_TORCH.fullmatch(name) or not applies or not new:
             continue
-        done.add(name)
-        wheel = _wheel(f"{requirement.name}{requirement.specifier}", folder / name, python)
-        wheels.append(wheel)
-        waiting += _requires(wheel)
-    return wheels
+        seen |= new
+        if name not in wheels:
+            wheels[name] = _wheel(f"{requirement.name}{requirement.specifier}", folder / name, python)
+        waiting += [(each, requirement.extras) for each in _requires(wheels[name])]
+    return list(wheels.values())
 
 
 def _wheel(requirement: str, folder: Path, python: str) -> Path:
@@ -188,6 +193,7 @@ def main() -> None:
     making.add_argument("folder", type=Path)
     making.add_argument("--python", default="3.12", help="version of the other machine's Python (default: 3.12)")
     making.add_argument("--have", type=Path, help="its `pip list --format=freeze`")
+    making.add_argument("--also", nargs="+", default=[], metavar="NAME", help="more packages, kernels for example")
     making.add_argument("--part", type=float, default=40, help="size of a part in MB (default: 40)")
     unpacking = commands.add_parser("unpack", help="join, check and unpack")
     unpacking.add_argument("folder", type=Path)
@@ -197,7 +203,7 @@ def main() -> None:
         return unpack(args.folder, args.target)
     text = args.have.read_text(encoding="utf-8") if args.have else ""
     have = {re.split(r"[=<> @]", line)[0] for line in text.splitlines() if line.strip()}
-    for part in make(args.folder, args.python, have, round(args.part * 1e6)):
+    for part in make(args.folder, args.python, have, round(args.part * 1e6), args.also):
         print(part)
 
 

@@ -35,3 +35,15 @@ def test_a_part_that_did_not_arrive_whole_is_named(parts, tmp_path, fault):
     with pytest.raises(SystemExit, match=f"part-01 is {fault}"):
         bundle.unpack(parts, tmp_path / "there")
     assert not (tmp_path / "there").exists()
+
+
+def test_packages_come_with_what_they_require_and_their_extras(monkeypatch, tmp_path):
+    requires = {
+        "kernel": ["dsl", "torch", "windows-only; sys_platform == 'win32'"],
+        "front": ["dsl[cu13]>=2", "nvidia-cublas"],
+        "dsl": ["base", "libs-cu13; extra == 'cu13'", "libs-cu12; extra == 'cu12'"],
+    }
+    monkeypatch.setattr(bundle, "_wheel", lambda requirement, folder, python: folder)
+    monkeypatch.setattr(bundle, "_requires", lambda wheel: requires.get(wheel.name, []))
+    wheels = bundle.download(["kernel==4", "front", "there"], tmp_path, "3.12", {"there"})
+    assert sorted(wheel.name for wheel in wheels) == ["base", "dsl", "front", "kernel", "libs-cu13"]
