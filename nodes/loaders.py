@@ -233,7 +233,7 @@ def _state(opened: umt5.Umt5) -> dict[str, torch.Tensor]:
         correct(state)
         return state
     vocabulary = bytearray(opened.vocabulary() or b"")
-    return opened.state(torch.bfloat16) | {umt5.SPIECE: torch.frombuffer(vocabulary, dtype=torch.uint8)}
+    return dict(opened.weights(torch.bfloat16)) | {umt5.SPIECE: torch.frombuffer(vocabulary, dtype=torch.uint8)}
 
 
 def _xxl_clip(path: Path, options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:

@@ -199,6 +199,14 @@ class Reader:
             first += self.checkpoint.shapes[part.name][0]
         return target
 
+    def some(self, target: Tensor, part: Part, rows: Tensor) -> None:
+        """Fill a target [n, ..] with n rows of a part, by their ascending numbers [n] int64 on the CPU."""
+        for start, piece in self.pieces(part, target.device):
+            first, last = torch.searchsorted(rows, torch.tensor([start, start + len(piece)])).tolist()
+            if first < last:
+                found = piece.to(target.device, target.dtype, non_blocking=True)
+                target[first:last] = found[(rows[first:last] - start).to(target.device)]
+
     def e4m3(self, parts: list[Part], device: torch.device | str) -> tuple[Tensor, Tensor] | None:
         """The stored numbers [rows, columns] of a parameter and its scales [rows, 1] fp32, if all of it is e4m3."""
         if any(self.checkpoint.dtypes[part.name] != torch.float8_e4m3fn for part in parts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .formats import times_scale as dequantise  # the name by which scripts impo
 from .gguf_vocabulary import spiece_of
 from .reader import Watch
 from .stored import Stored, stored_part
-from .whole import open_whole, read_whole
+from .whole import open_whole, read_each
 
 __all__ = ["NORM", "SHARED", "SPIECE", "Umt5", "dequantise", "open_umt5"]
 
@@ -91,10 +91,15 @@ class Umt5(Stored):
             raise CheckpointError(f"{file} has a SentencePiece model ('{name}') that is not bytes; download it again")
         return values.numpy().tobytes()
 
-    def state(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", watch: Watch | None = None
-    ) -> dict[str, Tensor]:
-        """All weights by transformers' names, without the tied copy of the embedding, as `read_whole` reads them."""
+    def weights(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        watch: Watch | None = None,
+        tokens: Tensor | None = None,
+    ) -> Generator[tuple[str, Tensor]]:
+        """All weights with transformers' names, without the tied copy of the embedding, as `read_each` reads them: the
+        embedding, the last norm, then block by block. tokens: the embedding's rows that are wanted; None: all."""
         rows, width, inner = (
             self.sizes["vocab_size"],
             self.sizes["d_model"],
@@ -103,16 +108,16 @@ class Umt5(Stored):
         into, out, norm = (inner, width), (width, inner), (width,)
         gate, down = (self.sizes["d_ff"], width), (width, self.sizes["d_ff"])
         bias = (self.sizes["relative_attention_num_buckets"], self.sizes["num_heads"])
-        block = zip(_BLOCK, (norm, into, into, into, out, bias, norm, gate, gate, down), strict=True)
+        block = dict(zip(_BLOCK, (norm, into, into, into, out, bias, norm, gate, gate, down), strict=True))
         shapes = {SHARED: (rows, width), NORM: norm}
-        shapes |= {f"encoder.block.{i}.{name}": shape for name, shape in list(block) for i in range(self.depth)}
+        shapes |= {f"encoder.block.{i}.{name}": shape for i in range(self.depth) for name, shape in block.items()}
         # Like transformers itself: the output of the feed-forward overflows fp16.
         wide = torch.float32 if dtype == torch.float16 else dtype
         parameters = {
             f"{module}.weight": torch.empty(shape, dtype=wide if module.endswith(".wo") else dtype, device="meta")
             for module, shape in shapes.items()
         }
-        return read_whole(self, parameters, device, watch)
+        return read_each(self, parameters, device, watch, {} if tokens is None else {f"{SHARED}.weight": tokens})
 
 
 def open_umt5(path: Path) -> Umt5:

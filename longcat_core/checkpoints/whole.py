@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -87,18 +88,40 @@ def read_whole(
     device: torch.device | str = "cpu",
     watch: Watch | None = None,
 ) -> dict[str, Tensor]:
-    """The numbers of these parameters, which lie on the meta device, in their dtypes on `device`.
+    """The numbers of these parameters, which lie on the meta device, in their dtypes on `device`; see `read_each`."""
+    return dict(read_each(stored, parameters, device, watch))
 
-    watch: called after every piece that is read. Raises CheckpointError for tensors that do not make up the model, and
-    for a weight with NaN or infinity.
+
+def read_each(
+    stored: Stored,
+    parameters: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    watch: Watch | None = None,
+    rows: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Generator[tuple[str, Tensor]]:
+    """`read_whole` parameter by parameter, in the given order.
+
+    watch: called after every piece that is read. rows: of parameters in one part, the numbers of the rows that are
+    wanted, ascending. Raises CheckpointError at once for tensors that do not make up the model, and behind the last
+    parameter for one with NaN or infinity.
     """
     stored = stored.fitted(parameters)
     parts, reader = match_parameters(stored, parameters), Reader(stored, device)
-    state, extremes = {}, {}
-    with reader.ahead((part for name in parameters for part in parts[name]), watch):
-        for name, parameter in parameters.items():
-            state[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            reader.into(state[name], parts[name])
-            extremes[name] = Weight(state[name]).extremes()
-    require_finite(extremes, stored.source, next(iter(parameters.values())).dtype, device)
-    return state
+
+    def each() -> Generator[tuple[str, Tensor]]:
+        extremes = {}
+        with reader.ahead((part for name in parameters for part in parts[name]), watch):
+            for name, parameter in parameters.items():
+                shape = (len(rows[name]), *parameter.shape[1:]) if name in rows else parameter.shape
+                weight = torch.empty(shape, dtype=parameter.dtype, device=device)
+                if name in rows:
+                    reader.some(weight, parts[name][0], rows[name])
+                else:
+                    reader.into(weight, parts[name])
+                extremes[name] = Weight(weight).extremes()
+                yield name, weight
+                # The caller may have dropped it.
+                del weight
+        require_finite(extremes, stored.source, next(iter(parameters.values())).dtype, device)
+
+    return each()

@@ -425,7 +425,7 @@ OPTIONS: tuple[Option, ...] = (
                least=0, metavar="N", needs=(A_GPU,)),
         Option("shard_blocks", "whole", "number of blocks of whose weights each of several GPUs holds a share; a block "
                "is gathered as it runs", 0, least=0, metavar="N", needs=("gpus",), commands=_SEVERAL),
-        Option("stream_text_encoder", "switch", "keep the text encoder's weights in CPU memory and prefetch them",
+        Option("stream_text_encoder", "switch", "leave the text encoder in its file and read it block by block",
                needs=(A_GPU,)),
         Option("split_guidance", "switch", "run the two halves of guidance one after the other, with half the memory "
                "for activations", needs=(GUIDANCE,)),

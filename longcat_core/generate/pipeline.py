@@ -208,7 +208,7 @@ class Pipeline(Engine):
             if prepared:
                 check()
                 tell(ENCODING, 0, 0)
-                text_encoder.prepare(prompts, check)
+                text_encoder.prepare(prompts, check, lambda done, of: tell(LOADING_TEXT, done, of))
             if text_goes:
                 text_encoder.release()
             if before:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from ..checkpoints.reader import Watch
 from ..checkpoints.umt5 import SPIECE, Umt5, open_umt5
 from ..errors import CheckpointError, LongCatError
 from ..files.records import FiniteFloat, read_record
 from ..files.regular import read_bytes, read_text
-from ..optimize.streaming import BlockStream
 from .umt5 import Umt5Config, Umt5Encoder
 
 PAD, EOS = 0, 1
@@ -45,7 +47,6 @@ class TextEncoder:
     def __init__(self, model: Umt5Encoder, tokenize: Tokenize) -> None:
         self.model = model.eval()
         self.tokenize = tokenize
-        self._stream: BlockStream | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,32 +54,12 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self.model.shared.weight.device if self._stream is None else self._stream.device
+        return self.model.shared.weight.device
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
-
-    def stream(self, device: str | torch.device) -> None:
-        """Run on `device` from now on and keep the weights in CPU memory, where they must already be."""
-        encoder = self.model.encoder
-        encoder.final_layer_norm.to(device)
-        self._stream = stream = BlockStream(list(encoder.block), device, range(len(encoder.block)))
-        for i, block in enumerate(encoder.block):
-            runs: list[contextlib.AbstractContextManager] = []
-
-            def begin(*_: object, i: int = i, runs: list = runs) -> None:
-                runs.append(stream.running(i))
-                runs[-1].__enter__()
-
-            def end(*_: object, runs: list = runs) -> None:
-                if runs:
-                    runs.pop().__exit__(None, None, None)
-
-            block.register_forward_pre_hook(begin)
-            # Called after an error too; otherwise the block would stay on the device.
-            block.register_forward_hook(end, always_call=True)
 
     @property
     def channels(self) -> int:
@@ -86,7 +67,7 @@ class TextEncoder:
         return self.model.config.d_model
 
     def to(self, device: str | torch.device) -> TextEncoder:
-        """Move in place; returns self. Not allowed once the encoder streams."""
+        """Move in place; returns self."""
         self.model.to(device=device)
         return self
 
@@ -104,26 +85,76 @@ class TextEncoder:
             mask[row, : len(tokens)] = 1
         return ids, mask
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], max_length: int = MAX_LENGTH) -> tuple[Tensor, Tensor]:
         """Embeddings [B, max_length, D] fp32, zero where padded, and mask [B, max_length] int64 (1: token or EOS).
 
         Computed in the encoder's dtype. An empty prompt becomes EOS alone. Raises LongCatError for an empty list, and
         for embeddings that are not finite.
         """
-        ids, mask = self.tokens(prompts, max_length)
-        # Padding is masked out of attention, so columns that are padding in every row need not be computed.
-        used, mask = int(mask.sum(1).max()), mask.to(self.device)
-        # Look up where the table is: it holds a fifth of all weights and need not move.
-        looked_up = self.model.shared(ids[:, :used].to(self.model.shared.weight.device)).to(self.device)
-        hidden = self.model(looked_up, mask[:, :used]).float()
-        if self._stream is not None:
-            self._stream.rest()
-        if not hidden[mask[:, :used].bool()].isfinite().all():
-            raise LongCatError(f"the text encoder overflows in {self.dtype}; load it as bfloat16 or float32")
-        embeds = hidden.new_zeros(*ids.shape, hidden.shape[-1])
-        embeds[:, :used] = hidden * mask[:, :used, None]
-        return embeds, mask
+        return self.encode_each([prompts], max_length)[0]
+
+    @torch.no_grad()
+    def encode_each(
+        self, batches: Sequence[list[str]], max_length: int = MAX_LENGTH, watch: Watch | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`encode` of every batch. watch: called after every piece that a `StreamedTextEncoder` reads."""
+        inputs, found = [], []
+        for ids, mask in [self.tokens(prompts, max_length) for prompts in batches]:
+            # Padding is masked out of attention, so columns that are padding in every row need not be computed.
+            used = int(mask.sum(1).max())
+            inputs.append((ids[:, :used], mask[:, :used].to(self.device)))
+        for (_, mask), hidden in zip(inputs, self._hidden(inputs, watch), strict=True):
+            if not hidden[mask.bool()].isfinite().all():
+                raise LongCatError(f"the text encoder overflows in {self.dtype}; load it as bfloat16 or float32")
+            more = max_length - mask.shape[1]
+            found.append((F.pad(hidden.float() * mask[..., None], (0, 0, 0, more)), F.pad(mask, (0, more))))
+        return found
+
+    def _hidden(self, inputs: Sequence[tuple[Tensor, Tensor]], watch: Watch | None) -> list[Tensor]:
+        """Hidden states [B, N, D] of ids [B, N] on the CPU and masks [B, N]."""
+        return [self.model(self.model.shared(ids.to(self.device)), mask) for ids, mask in inputs]
+
+
+class StreamedTextEncoder(TextEncoder):
+    """A text encoder that reads its file for every call and holds a block or two at a time.
+
+    model: on the meta device, for its structure. The results are those of `TextEncoder`.
+    """
+
+    def __init__(
+        self, model: Umt5Encoder, tokenize: Tokenize, opened: Umt5, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Raises CheckpointError for files that do not make up the encoder."""
+        super().__init__(model, tokenize)
+        self._opened, self._dtype, self._device = opened, dtype, torch.device(device)
+        opened.weights(dtype, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def _hidden(self, inputs: Sequence[tuple[Tensor, Tensor]], watch: Watch | None) -> list[Tensor]:
+        encoder = self.model.encoder
+        ids = [each.contiguous() for each, _ in inputs]
+        rows = torch.cat([each.flatten() for each in ids]).unique()
+        with contextlib.closing(self._opened.weights(self.dtype, self.device, watch, rows)) as weights:
+            table, norm = (weight for _, weight in islice(weights, 2))
+            hidden = [F.embedding(torch.searchsorted(rows, each).to(self.device), table) for each in ids]
+            where = [encoder.where(mask) for _, mask in inputs]
+            for i, block in enumerate(encoder.block):
+                some, prefix = islice(weights, len(list(block.parameters()))), f"encoder.block.{i}."
+                state = {name.removeprefix(prefix): weight for name, weight in some}
+                hidden = [
+                    functional_call(block, state, (x, *given), strict=True)
+                    for x, given in zip(hidden, where, strict=True)
+                ]
+            # Behind the last one it is known whether all are finite.
+            next(weights, None)
+            return [functional_call(encoder.final_layer_norm, {"weight": norm}, (x,)) for x in hidden]
 
 
 def clean_prompt(text: str) -> str:
@@ -143,15 +174,16 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     opened: Umt5 | None = None,
     watch: Watch | None = None,
+    streams: bool = False,
 ) -> TextEncoder:
     """A UMT5 encoder from one file, or from the official folders `text_encoder/` and `tokenizer/`.
 
     Names are transformers', Wan's or llama.cpp's, under any prefix; weights may be quantized as a transformer's may
     (`checkpoints.formats`). A single file carries its SentencePiece model as tensor `spiece_model`, or has it beside
     it. For the folder form, `path` is `text_encoder/` or its parent. opened: what `open_umt5` gave for it. watch:
-    called after every piece that is read, with the bytes so far and those of all. Raises CheckpointError for files that
-    are unreadable, incomplete or not a UMT5 encoder, for a weight that is not finite and for a tokenizer of another
-    model, LongCatError without sentencepiece.
+    called after every piece that is read, with the bytes so far and those of all. streams: leave the weights in the
+    files; see `StreamedTextEncoder`. Raises CheckpointError for files that are unreadable, incomplete or not a UMT5
+    encoder, for a weight that is not finite and for a tokenizer of another model, LongCatError without sentencepiece.
     """
     folder = folder_of(Path(path))
     opened = open_umt5(folder) if opened is None else opened
@@ -159,7 +191,9 @@ def load_text_encoder(
     tokenizer = tokenizer_of(opened)
     with torch.device("meta"):
         model = Umt5Encoder(Umt5Config(**opened.sizes, **settings))
-    model.load_state_dict(opened.state(dtype, device, watch), assign=True)
+    if streams:
+        return StreamedTextEncoder(model.requires_grad_(False), tokenizer.encode, opened, dtype, device)
+    model.load_state_dict(dict(opened.weights(dtype, device, watch)), assign=True)
     return TextEncoder(model.requires_grad_(False), tokenizer.encode)
 
 

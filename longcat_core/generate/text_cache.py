@@ -155,12 +155,14 @@ class CachedTextEncoder:
     def load(self, watch: Watch | None = None) -> TextEncoder:
         """The encoder itself, loaded now if it is not yet. watch: see `load_text_encoder`."""
         if self._loaded is None:
-            # Weights that stream lie in CPU memory; others go straight to the device.
-            home = torch.device("cpu") if self._streams else self.device
-            encoder = load_text_encoder(self.path, dtype=self.dtype, device=home, opened=self._opened, watch=watch)
-            if self._streams:
-                encoder.stream(self.device)
-            self._loaded = encoder
+            self._loaded = load_text_encoder(
+                self.path,
+                dtype=self.dtype,
+                device=self.device,
+                opened=self._opened,
+                watch=watch,
+                streams=self._streams,
+            )
         return self._loaded
 
     def release(self) -> None:
@@ -168,11 +170,12 @@ class CachedTextEncoder:
         self._loaded = None
 
     def stream(self, device: str | torch.device) -> None:
-        self.device, self._streams = torch.device(device), True
-        if self._loaded is not None:
-            self._loaded.stream(device)
+        """Run on `device` from now on and leave the weights in their file; see `StreamedTextEncoder`."""
+        self.device, self._streams, self._loaded = torch.device(device), True, None
 
     def to(self, device: str | torch.device) -> CachedTextEncoder:
+        if self._streams:
+            self.release()
         self.device, self._streams = torch.device(device), False
         if self._loaded is not None:
             self._loaded.to(device)
@@ -189,20 +192,30 @@ class CachedTextEncoder:
         if kept is not None:
             return kept[0].to(self.device), kept[1].to(self.device)
         embeddings, mask = self.loaded.encode(prompts)
-        if self.cache is not None:
-            self.cache.put(prompts[0], embeddings, mask)
+        self._keep(prompts[0], embeddings, mask)
         return embeddings, mask
+
+    def _keep(self, prompt: str, embeddings: Tensor, mask: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.put(prompt, embeddings, mask)
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Those of the prompts that only the encoder itself can encode."""
         return [prompt for prompt in dict.fromkeys(prompts) if self._kept(prompt) is None]
 
-    def prepare(self, prompts: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
-        """Encode these prompts now, for `encode`. check: called before each."""
-        for prompt in self.missing(prompts):
+    def prepare(
+        self, prompts: Sequence[str], check: Callable[[], None] = lambda: None, watch: Watch | None = None
+    ) -> None:
+        """Encode these prompts now, for `encode`. check: called before each. watch: see `TextEncoder.encode_each`."""
+        missing = self.missing(prompts)
+        # An encoder that streams reads its file once for all of them.
+        for some in [missing] if missing and self._streams else [[prompt] for prompt in missing]:
             check()
-            embeddings, mask = self.encode([prompt])
-            self._prepared[prompt] = embeddings[0, : int(mask.sum())].cpu()
+            each = [[prompt] for prompt in some]
+            pairs = self.loaded.encode_each(each, watch=watch) if self._streams else [self.loaded.encode(some)]
+            for prompt, (embeddings, mask) in zip(some, pairs, strict=True):
+                self._keep(prompt, embeddings, mask)
+                self._prepared[prompt] = embeddings[0, : int(mask.sum())].cpu()
 
     def _kept(self, prompt: str) -> tuple[Tensor, Tensor] | None:
         if prompt in self._prepared:

@@ -107,12 +107,15 @@ class Stack(nn.Module):
         self.final_layer_norm = RMSNorm(config)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        buckets = _buckets(x.shape[1], self.config, x.device)
-        # Attention is faster, and rounds otherwise, without a mask.
-        where = None if mask.all() else mask.bool()[:, None, None]
+        where = self.where(mask)
         for block in self.block:
-            x = block(x, buckets, where)
+            x = block(x, *where)
         return self.final_layer_norm(x)
+
+    def where(self, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Buckets and mask that every block takes, of a mask [B, N]."""
+        # Attention is faster, and rounds otherwise, without a mask.
+        return _buckets(mask.shape[1], self.config, mask.device), None if mask.all() else mask.bool()[:, None, None]
 
 
 class Umt5Encoder(nn.Module):

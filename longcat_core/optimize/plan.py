@@ -29,8 +29,8 @@ class Plan:
 
     streamed: number of blocks whose weights are offloaded to CPU memory. split_guidance: the halves of guidance run one
     after the other. offload_kv_cache: the KV cache of conditioning frames lies in CPU memory. stream_text_encoder: the
-    weights of the text encoder's blocks are offloaded too. sharded: number of other blocks of whose weights each of
-    several GPUs holds a share.
+    text encoder's weights stay in its file and are read whenever it encodes. sharded: number of other blocks of whose
+    weights each of several GPUs holds a share.
     """
 
     streamed: int = 0
@@ -50,11 +50,11 @@ class Plan:
         offloaded = {
             f"{self.streamed} of {depth} blocks": self.streamed,
             "the KV cache": self.offload_kv_cache,
-            "the text encoder": self.stream_text_encoder,
         }
         *names, last = [name for name, moved in offloaded.items() if moved] or [""]
         places = f"{', '.join(names)} and {last}" if names else last
         parts = [f"{places} in CPU memory"] if places else []
+        parts += ["the text encoder in its file"] * self.stream_text_encoder
         if self.sharded:
             parts.append(f"the weights of {self.sharded} of {depth} blocks divided among the GPUs")
         return ", ".join(parts + ["guidance in halves"] * self.split_guidance)

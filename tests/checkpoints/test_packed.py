@@ -170,8 +170,8 @@ def test_text_encoders(tmp_path, form):
     state = read_tensors(NANO_TEXT_ENCODER)
     out, _ = quantized(state, form)
     assert any(name.endswith("comfy_quant") for name in out)
-    found = open_umt5(saved(tmp_path, out)).state(torch.float32)
-    for name, value in open_umt5(NANO_TEXT_ENCODER).state(torch.float32).items():
+    found = dict(open_umt5(saved(tmp_path, out)).weights(torch.float32))
+    for name, value in open_umt5(NANO_TEXT_ENCODER).weights(torch.float32):
         off = (found[name] - value).norm() / value.norm()
         assert off < 0.16 and (off > 0) == is_projection(name, value), name
 

@@ -155,9 +155,9 @@ def test_without_room_beside_the_network_the_encoder_comes_before_or_streams(mon
         order.append("network")
         return loads(*args, **kwargs)
 
-    def load_text(*args, device, **kwargs):
-        order.append(f"text on {device}")
-        return loads_text(*args, device=device, **kwargs)
+    def load_text(*args, device, streams, **kwargs):
+        order.append(f"text {'through' if streams else 'on'} {device}")
+        return loads_text(*args, device=device, streams=streams, **kwargs)
 
     monkeypatch.setattr(pipeline, "load_transformer", load)
     monkeypatch.setattr(text_cache, "load_text_encoder", load_text)
@@ -167,12 +167,10 @@ def test_without_room_beside_the_network_the_encoder_comes_before_or_streams(mon
     order.clear()
     with pretended() as gpu:
         encoder = Pipeline.load(device="cuda", prompts=prompts).text_encoder
-        assert order == (["text on cuda", "network"] if prompts else ["text on cpu", "network"])
+        assert order == (["text on cuda", "network"] if prompts else ["text through cuda", "network"])
         assert (encoder._loaded is None) == bool(prompts)
         assert torch.equal(encoder.encode(["another"])[0].cpu(), wanted)
-        assert order[2:] == (["text on cpu"] if prompts else []) and not gpu.errors
-        # Its memory is unpinned by this GPU.
-        del encoder
+        assert order[2:] == (["text through cuda"] if prompts else []) and not gpu.errors
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,9 @@ def clip() -> np.ndarray:
     return pixels.to(torch.uint8).numpy()
 
 
+PLACES = "blocks and the KV cache in CPU memory, the text encoder in its file"
+
+
 def request(**options: object) -> GenerateRequest:
     return GenerateRequest(PROMPT, height=32, width=48, frames=17, steps=3, **options)
 
@@ -55,7 +58,7 @@ def test_a_video_is_the_same_from_weights_that_wait(clip, plain, fp8):
     least = Plan(streamed=depth - 1, offload_kv_cache=True, stream_text_encoder=True)
     small = Pipeline.load(least=least, fp8=fp8)
     assert len(small.model.stream.streamed) == depth - 1 and small.plan == least
-    assert small.plan_note == f"{depth - 1} of {depth} blocks, the KV cache and the text encoder in CPU memory"
+    assert small.plan_note == f"{depth - 1} of {depth} {PLACES}"
     wanted = plain if not fp8 else [Pipeline.load(fp8=True).generate(request(given=g)).frames for g in (None, clip)]
     for given, frames in zip((None, clip), wanted, strict=True):
         assert np.array_equal(small.generate(request(given=given)).frames, frames)
@@ -264,7 +267,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         outs.append(output.read_bytes())
     assert outs[0] == outs[1]
     said = capsys.readouterr().err
-    assert said.count("longcat: note: 2 of ") == 1 and "blocks, the KV cache and the text encoder in CPU memory" in said
+    assert said.count("longcat: note: 2 of ") == 1 and PLACES in said
     output = tmp_path / "c.mkv"
     assert main([*COMMAND, "--split-guidance", "--tiled-vae", "--output", str(output)]) == 0
     assert "guidance in halves" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import UMT5EncoderModel
 
+from longcat_core.checkpoints import reader
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.generate.paths import NANO_TEXT_ENCODER
@@ -176,6 +177,29 @@ def test_scaled_fp8_is_multiplied_out(tmp_path, file, encoder):
     assert torch.equal(got, load_text_encoder(tmp_path / "restored.safetensors").encode(PROMPTS, max_length=24)[0])
     want, _ = encoder.encode(PROMPTS, max_length=24)
     assert 1e-4 < (got - want).abs().max() / want.std() < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_encoder_that_streams_encodes_bit_for_bit(monkeypatch, file, dtype):
+    """The file is read once for all batches, in pieces of a few rows, and not kept."""
+    monkeypatch.setattr(reader, "PIECE", 512)
+    whole, seen = load_text_encoder(file, dtype=dtype), []
+    streamed = load_text_encoder(file, dtype=dtype, streams=True, watch=lambda *_: pytest.fail("nothing is read yet"))
+    found = streamed.encode_each([PROMPTS, PROMPTS[:1]], 24, lambda *at: seen.append(at))
+    for (embeds, mask), prompts in zip(found, (PROMPTS, PROMPTS[:1]), strict=True):
+        wanted = whole.encode(prompts, 24)
+        assert torch.equal(embeds, wanted[0]) and torch.equal(mask, wanted[1])
+    assert len(seen) > 70 and seen == sorted(set(seen)) and seen[-1][0] == seen[-1][1]
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+    assert (streamed.dtype, streamed.device, streamed.channels) == (whole.dtype, whole.device, whole.channels)
+
+
+def test_an_encoder_that_streams_refuses_files_when_it_is_loaded(tmp_path, file):
+    state = read_tensors(file)
+    _missing(state)
+    write_safetensors(tmp_path / "x.safetensors", state)
+    with pytest.raises(CheckpointError, match="lacks"):
+        load_text_encoder(tmp_path / "x.safetensors", streams=True)
 
 
 def test_a_tied_copy_of_the_embedding_is_ignored(tmp_path, file, encoder):
