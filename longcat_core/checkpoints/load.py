@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, LongCatError
 from ..files.records import read_record
@@ -18,6 +18,7 @@ from ..model.transformer import LongCatTransformer
 from ..optimize.attention import import_ahead
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear, Policy, check_sizes
+from ..optimize.streaming import Offloaded, late
 from ..optimize.switches import Optimizations
 from .formats import MAX_BLOCKS, Format, detect, for_network
 from .lora import Lora, LoraStack, OpenedLora
@@ -233,7 +234,8 @@ def load_transformer(
     of all; what it raises ends the load.
 
     All headers are checked against the network before any weight is read. Raises CheckpointError for a missing, extra
-    or wrongly shaped tensor, and for a weight with NaN or infinity. Besides the network, one tensor at a time is held.
+    or wrongly shaped tensor, and for a weight with NaN or infinity. Besides the network, one tensor at a time
+    is held, and on the device the block that goes to CPU memory next.
     """
     if isinstance(source, Checkpoint):
         checkpoint = source if config is None else replace(source, config=config, depth=config.depth)
@@ -250,37 +252,41 @@ def load_transformer(
     eight_bit = set() if fp8 is None else set(fp8.names(checkpoint.config.depth, audio))
     for name in eight_bit:
         check_sizes(*parameters[f"{name}.weight"].shape)
-    state, extremes = {}, {}
-    waiting = tuple(f"blocks.{i}." for i in streamed)
+    state, extremes, buffers = {}, {}, {}
+    # The last parameter of each block that waits in CPU memory.
+    ends = {[name for name in parameters if name.startswith(f"blocks.{i}.")][-1]: i for i in streamed}
     with reader.ahead((part for name in parameters for part in parts[name]), watch):
         for name, parameter in parameters.items():
             layer, _, kind = name.rpartition(".")
             small = kind == "weight" and layer in eight_bit
-            home = "cpu" if name.startswith(waiting) else device
-            # What nothing changes need not go there and back.
-            plain = not small and name not in stack and reader.as_it_is(parts[name], parameter.dtype)
-            weight = reader.weight(name, parts[name], stack, parameter.dtype, home if plain else device, small)
-            extremes[name] = weight.extremes()
-            state[name] = weight.values.to(home)
+            weight = reader.weight(name, parts[name], stack, parameter.dtype, device, small)
+            extremes[name], state[name] = weight.extremes(), weight.values
             if weight.scale is not None:
-                state[f"{layer}.weight_scale"] = weight.scale.to(home)
+                state[f"{layer}.weight_scale"] = weight.scale
+                parent, _, child = layer.rpartition(".")
+                new = Fp8Linear(weight.values, weight.scale, parameters.get(f"{layer}.bias"), dtype)
+                setattr(model.get_submodule(parent), child, new)
             # Release it before the next weight is read.
             del weight
+            if (i := ends.get(name)) is not None:
+                buffers[i] = _offloaded(model.blocks[i], state, f"blocks.{i}.")
     require_finite(extremes, checkpoint.source, dtype, device)
-    for name in eight_bit:
-        parent, _, child = name.rpartition(".")
-        values, scale = (state.pop(f"{name}.{kind}") for kind in ("weight", "weight_scale"))
-        new = Fp8Linear(values, scale, state.pop(f"{name}.bias", None), dtype)
-        setattr(model.get_submodule(parent), child, new)
-        state |= new.state_dict(prefix=f"{name}.")
     model.load_state_dict(state, assign=True)
     model.set_optimizations(model.optimizations)
     model.eval().requires_grad_(False)
     if streamed:
-        # It would keep the weights of each block a second time.
-        state.clear()
-        model.stream_blocks(device, streamed)
+        model.stream_blocks(device, streamed, buffers=buffers)
     return model
+
+
+def _offloaded(block: nn.Module, state: dict[str, Tensor], prefix: str) -> Tensor:
+    """Copy the weights of a block in `state` straight to the memory where they wait, and put them from there into
+    `state`. Returns the memory."""
+    names = [name for name in state if name.startswith(prefix)]
+    block.load_state_dict({name.removeprefix(prefix): state.pop(name) for name in names}, assign=True)
+    buffer = Offloaded(block, late).buffer
+    state |= block.state_dict(prefix=prefix)
+    return buffer
 
 
 def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -115,15 +115,6 @@ class Reader:
         dtype = self.checkpoint.dtypes[name] if packed is None else packed.dtype
         return (stop - start) * math.prod(shape[1:]) * dtype.itemsize
 
-    def as_it_is(self, parts: list[Part], dtype: torch.dtype) -> bool:
-        """Whether the numbers of a parameter in `dtype` are those in the files."""
-        return all(
-            part.scale is None
-            and part.name not in self.checkpoint.packed
-            and self.checkpoint.dtypes[part.name] == dtype
-            for part in parts
-        )
-
     def _cuts(self, part: Part) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of each piece of a stored tensor."""
         shape, packed = self.checkpoint.shapes[part.name], self.checkpoint.packed.get(part.name)

@@ -37,7 +37,7 @@ from .sharing import Ranks, Sharing
 from .sparse.choose import check_sparse, in_use
 from .sparse.passes import SparsePass, like_sparse
 from .sparse.settings import Sparse
-from .streaming import BlockStream, BlockWeights, streamed
+from .streaming import BlockStream, BlockWeights, late, streamed
 from .switches import Optimizations
 from .text_keys import CachedTexts, NoText, TokenTexts, check_audio
 
@@ -139,11 +139,7 @@ class Execution:
         blocks already, if none was streamed before.
         """
         if self.stream is None:
-            # Keys and values of the text are computed once per prompt, those of audio once per segment.
-            late = "cross_attn.kv.", "audio_attn.kv."
-            self.stream = BlockStream(
-                self.network.blocks, device, streamed, lambda name: name.startswith(late), shards, buffers
-            )
+            self.stream = BlockStream(self.network.blocks, device, streamed, late, shards, buffers)
             return
         self.stream.extend(streamed)
         if shards is not None:

@@ -33,6 +33,12 @@ def spread(depth: int, streamed: int) -> list[int]:
     return [(2 * i + 1) * depth // (2 * streamed) for i in range(streamed)]
 
 
+def late(name: str) -> bool:
+    """Whether most runs of a block do without this parameter: the text's keys and values are computed once per prompt,
+    those of audio once per segment."""
+    return name.startswith(("cross_attn.kv.", "audio_attn.kv."))
+
+
 def pinned(size: int) -> Tensor:
     """`size` bytes of CPU memory, [size] uint8, pinned if there is CUDA: copies then overlap with other work."""
     # Whole pages: CUDA refuses a page that is already pinned as a part of another buffer.

@@ -22,6 +22,8 @@ from longcat_core.generate.pipeline import Pipeline
 from longcat_core.generate.placement import Placement
 from longcat_core.generate.progress import ENCODING, LOADING, LOADING_TEXT
 from longcat_core.optimize.plan import Plan
+from longcat_core.optimize.quantization import Policy
+from longcat_core.optimize.streaming import Offloaded
 
 from ..support.pretend_cuda import pretended
 
@@ -171,6 +173,34 @@ def test_without_room_beside_the_network_the_encoder_comes_before_or_streams(mon
         assert (encoder._loaded is None) == bool(prompts)
         assert torch.equal(encoder.encode(["another"])[0].cpu(), wanted)
         assert order[2:] == (["text through cuda"] if prompts else []) and not gpu.errors
+
+
+@pytest.mark.parametrize("fp8", [None, Policy()])
+def test_blocks_that_wait_go_from_the_gpu_to_their_memory(monkeypatch, fp8):
+    """Each as soon as it is read, so that no other copy of it is made in CPU memory."""
+    offloaded: list[Offloaded] = []
+
+    class Noted(Offloaded):
+        def __init__(self, block, *more) -> None:
+            assert all(parameter.is_cuda for parameter in block.parameters())
+            super().__init__(block, *more)
+            offloaded.append(self)
+
+    monkeypatch.setattr(transformers, "Offloaded", Noted)
+    model = ModelPaths().model
+    wanted = load_transformer(model, dtype=torch.bfloat16, fp8=fp8).state_dict()
+    with pretended() as gpu:
+        loaded = load_transformer(model, dtype=torch.bfloat16, device="cuda", fp8=fp8, streamed=[1, 3])
+        found = loaded.state_dict()
+        assert list(found) == list(wanted)
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name].cpu(), tensor), name
+            assert found[name].is_cuda != name.startswith(("blocks.1.", "blocks.3.")), name
+        for i, made in zip((1, 3), offloaded, strict=True):
+            assert loaded.stream.offloaded(i).buffer is made.buffer
+        assert not gpu.errors
+        # Their memory is unpinned by this GPU.
+        del loaded, found, made, offloaded[:]
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
