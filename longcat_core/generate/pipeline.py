@@ -390,8 +390,9 @@ class Pipeline(Engine):
         finally:
             (self.model.block_sparse, self.model.sparse), self.model.announce = before, announce
             if self.model.stream is not None:
-                # The VAE is next and needs the memory.
+                # The VAE is next and needs the memory, in larger pieces than sampling leaves behind.
                 self.model.stream.rest()
+                _empty_cache()
 
     def _announced(self, sentence: str, announce: Callable[[str], None]) -> None:
         if compiles(sentence):

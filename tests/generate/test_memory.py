@@ -53,16 +53,18 @@ def plain(clip) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_a_video_is_the_same_from_weights_that_wait(clip, plain, fp8):
+def test_a_video_is_the_same_from_weights_that_wait(monkeypatch, clip, plain, fp8):
+    emptied: list[str] = []
     depth = Pipeline.load().model.config.depth
     least = Plan(streamed=depth - 1, offload_kv_cache=True, stream_text_encoder=True)
     small = Pipeline.load(least=least, fp8=fp8)
     assert len(small.model.stream.streamed) == depth - 1 and small.plan == least
     assert small.plan_note == f"{depth - 1} of {depth} {PLACES}"
     wanted = plain if not fp8 else [Pipeline.load(fp8=True).generate(request(given=g)).frames for g in (None, clip)]
+    monkeypatch.setattr(pipelines, "_empty_cache", lambda: emptied.append("sampled"))
     for given, frames in zip((None, clip), wanted, strict=True):
         assert np.array_equal(small.generate(request(given=given)).frames, frames)
-    assert not small.model.stream._slots, "given back for the VAE"
+    assert not small.model.stream._slots and emptied == ["sampled"] * 2, "given back for the VAE"
 
 
 def test_split_guidance_comes_from_the_plan_or_the_switch():
