@@ -22,6 +22,7 @@ from ..model.layers import LayerNorm, RMSNorm, gated, modulate
 from ..model.ops import Activations, Once, PlainOps, Rope, attend_with_bias, by_frames
 from ..model.text import BlockText, Packing, TextForm, TextTokens
 from .attention import Kernels
+from .copies import contiguous
 from .kernels import elementwise
 from .kernels.elementwise import Quantized
 from .kernels.text_attention import refuses as text_refuses
@@ -233,10 +234,15 @@ class FusedOps(TorchOps):
         return elementwise.norm_rope(x, weight, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, reader: nn.Module | None = None) -> Activations:
-        if self.kernels.quantized and self._quantized(reader) and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             # In graphs the kernel is a custom operator with a 16-bit output.
+            return super().attend(q, k, v)
+        eight_bit = self._quantized(reader)
+        if self.kernels.quantized and eight_bit:
             return self.kernels.quantized(q, k, v)
-        return super().attend(q, k, v)
+        # Some kernels leave a head's tokens side by side.
+        out = self.kernels.attend(q, k, v)
+        return elementwise.quantize_heads(out) if eight_bit else contiguous(out).flatten(-2)
 
     def attend_text(
         self, q: Tensor, norm: RMSNorm, k: Tensor, v: Tensor, text: BlockText, reader: nn.Module

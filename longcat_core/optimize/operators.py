@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .copies import contiguous
+
 F = TypeVar("F", bound=Callable[..., Any])
 # q [B, Nq, H, D], k and v [B, Nk, H, D] -> [B, Nq, H, D].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -119,7 +121,7 @@ def opaque_varlen(name: str, kernel: AttendVarlen) -> AttendVarlen:
 
 @operator("attend_foreign", lambda q, *_: q.new_empty(q.shape), changes=True)
 def _attend_foreign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _foreign.attend(q, k, v).contiguous()
+    return contiguous(_foreign.attend(q, k, v))
 
 
 def attend_foreign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..optimize.copies import contiguous
 from ..optimize.kernels.row_scales import Packed, pack, unpack
 from ..optimize.switches import Exchange
-from .copies import contiguous
 
 
 class Codec(Protocol):

@@ -23,10 +23,10 @@ from ..model.ops import Rope
 from ..model.transformer import ArrangedCache, BlockCache, FrameLayout
 from ..optimize.attention import Kernels
 from ..optimize.block_sparse import ChunkedLayout
+from ..optimize.copies import contiguous, copy
 from ..optimize.sparse.passes import SparsePass
 from ..optimize.switches import Exchange
 from .codecs import CODECS
-from .copies import contiguous, copy
 
 # The most chunks of a rank's heads: more chunks hide more of the exchange, until launches cost more.
 CHUNKS = 4

@@ -358,11 +358,16 @@ def _flash4_op(
     return launch_flash4(_matrix(q), _matrix(k), _matrix(v), indices, counts, block_size)[0]
 
 
-@operator("attend_chunks_cudnn_fp8", lambda q, *_: q.new_empty(q.shape))
+def _fake_heads(q: Tensor, *_: object) -> Tensor:
+    batch, tokens, heads, dim = q.shape
+    return q.new_empty((batch, heads, tokens, dim)).transpose(1, 2)
+
+
+@operator("attend_chunks_cudnn_fp8", _fake_heads)
 def _cudnn_fp8_op(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sizes: Tensor, q_chunk: int, padded: bool
 ) -> Tensor:
-    return sparse_fp8.attend_fp8(q, k, v, indices, indices.shape[-1])[0].transpose(1, 2).contiguous()
+    return sparse_fp8.attend_fp8(q, k, v, indices, indices.shape[-1])[0].transpose(1, 2)
 
 
 _ATTEND = {"triton": _attend_op, "fa4": _flash4_op, "cudnn-fp8": _cudnn_fp8_op}
@@ -384,6 +389,6 @@ def attend_chunks(
     q [B, Nq, heads, head_dim], k and v [B, Nk, heads, head_dim] in 16 bits, chunk after chunk. indices [B, heads,
     Nq/q_chunk, w] int32 with counts [B, heads, Nq/q_chunk] int32 of at least 1. sizes [n] int32: real tokens of each
     of the n key chunks, which come first in it; read only if `padded`. kernel: a name in NEEDS; `cudnn-fp8` computes in
-    8 bits and takes whole lists; it does not read counts.
+    8 bits and takes whole lists; it does not read counts, and a head's tokens lie side by side in what it returns.
     """
     return _ATTEND[kernel](q, k, v, indices, counts, sizes, q_chunk, padded)

@@ -133,11 +133,15 @@ def _gated_product(gate_up, out, scales, width, FP8: tl.constexpr, WIDTH: tl.con
 
 
 @jit
-def _quantize(x, out, scales, width, WIDTH: tl.constexpr):
+def _quantize(
+    x, out, scales, width, tokens, sample_stride, token_stride, head_stride, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     mask = columns < width
-    value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    x += (row // tokens) * sample_stride + (row % tokens) * token_stride
+    at = (columns // DIM).to(tl.int64) * head_stride + columns % DIM if DIM else columns
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     _store(out, scales, row, columns, mask, value, width, True)
 
 
@@ -239,7 +243,8 @@ def _quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     out, scales = _out(x, width, True)
     size, warps = _block(width)
-    _quantize[(x.numel() // width,)](x, out, scales, width, WIDTH=size, num_warps=warps)
+    rows = x.numel() // width
+    _quantize[(rows,)](x, out, scales, width, rows, 0, width, 0, DIM=0, WIDTH=size, num_warps=warps)
     return out, scales
 
 
@@ -307,3 +312,17 @@ def gated_product(gate_up: Tensor, *, fp8: bool = False) -> Tensor | Quantized:
 def quantize(x: Tensor) -> Quantized:
     """x [.., C] in 16 bits as e4m3, row by row: `quantize_rows` in one kernel."""
     return Quantized(*_quantize_op(x.contiguous()))
+
+
+def quantize_heads(x: Tensor) -> Quantized:
+    """`quantize` of x [B, N, heads, head_dim] in 16 bits -> [B, N, C]; its heads may lie apart. Outside of graphs."""
+    if x.is_contiguous() or x.stride(3) != 1:
+        return quantize(x.flatten(2))
+    batch, tokens, heads, dim = x.shape
+    values = torch.empty((batch, tokens, heads * dim), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((batch, tokens, 1), dtype=torch.float32, device=x.device)
+    size, warps = _block(heads * dim)
+    _quantize[(batch * tokens,)](
+        *(x, values, scales, heads * dim, tokens, *x.stride()[:3]), DIM=dim, WIDTH=size, num_warps=warps
+    )
+    return Quantized(values, scales)

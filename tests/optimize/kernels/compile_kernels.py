@@ -16,7 +16,14 @@ from triton.compiler import ASTSource
 
 from longcat_core.optimize.kernels import block_sparse as kernels
 from longcat_core.optimize.kernels import cudnn_fp8 as fp8_attention
-from longcat_core.optimize.kernels import row_scales, sparse_choose, sparse_fp8, sparse_tail, text_attention
+from longcat_core.optimize.kernels import (
+    elementwise,
+    row_scales,
+    sparse_choose,
+    sparse_fp8,
+    sparse_tail,
+    text_attention,
+)
 
 
 def build(
@@ -128,6 +135,8 @@ def main() -> None:
     for group in (1, sparse_fp8.GROUP):
         build(sparse_fp8._sparse_fp8_rows, (9, 0), types, tail, CENTERED=group > 1, GROUP=group, **parts)
     build(sparse_fp8._sparse_fp8_columns, (9, 0), types, tail, **parts)
+    types = {"x": half, "scales": "*fp32", "out": "*fp8e4nv"}
+    build(elementwise._quantize, (9, 0), types, tiles, DIM=128, WIDTH=4096)
     types = {"x": half, "sizes": "*i32", "out": half}
     build(kernels._pool, (9, 0), types, tiles, CHUNK=128, PART=64, DIM=128)
     build(kernels._top_k, (9, 0), {"scores": "*i16", "sizes": "*i32", "out": "*i32"}, tiles, PADDED=True, WIDTH=4096)

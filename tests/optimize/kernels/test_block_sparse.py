@@ -189,6 +189,18 @@ def test_they_stand_in_a_graph_as_operators():
     torch.library.opcheck(kernels._attend_op.operator, (q, k, v, indices, counts, sizes, 64, False), test_utils=checks)
 
 
+def test_tokens_of_a_head_stay_side_by_side_in_8_bits(monkeypatch):
+    """The 8-bit kernel's output is not copied, in a graph either; its rows are quantized as they lie."""
+    q = randn(1, 128, 2, 64)
+    lists = torch.zeros((1, 2, 2, 1), dtype=torch.int32, device=DEVICE)
+    out = q.transpose(1, 2).contiguous()
+    monkeypatch.setattr(kernels.sparse_fp8, "attend_fp8", lambda *_: (out.clone(), None, None))
+    args = (q, q, q, lists, lists[..., 0], lists[0, 0, 0], 64, False)
+    found = kernels.attend_chunks(*args, kernel="cudnn-fp8")
+    assert torch.equal(found, q) and found.stride() == out.transpose(1, 2).stride()
+    torch.library.opcheck(kernels._cudnn_fp8_op.operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_they_compile_without_a_gpu(tmp_path):
     """To machine code of several GPUs within their shared memory; on Hopper with its own instructions."""
     program = Path(__file__).with_name("compile_kernels.py")
@@ -200,7 +212,7 @@ def test_they_compile_without_a_gpu(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 33 and all(row["bytes"] for row in rows)
+    assert len(rows) == 34 and all(row["bytes"] for row in rows)
     for row in rows:
         hopper = row["capability"] == [9, 0]
         assert row["shared"] <= (227 << 10 if hopper else kernels.CONSUMER_SHARED_BYTES)

@@ -179,6 +179,16 @@ def test_quantize_keeps_zeros_outliers_and_tiny_rows():
         assert (restored[row] - x[row].float()).norm() / x[row].float().norm() < 0.05
 
 
+@pytest.mark.parametrize("heads, dim", [(3, 64), (5, 24)])
+def test_rows_are_quantized_wherever_their_heads_lie(heads, dim):
+    """As attention leaves them: [B, heads, N, head_dim], perhaps of padded queries, or whole tokens."""
+    x = randn(2, heads, 9, dim)
+    for rows in (x.transpose(1, 2), x.transpose(1, 2)[:, :7], x.transpose(1, 2).contiguous(), x.permute(0, 3, 1, 2)):
+        found, wanted = kernels.quantize_heads(rows), kernels.quantize(rows.flatten(2))
+        assert found.values.is_contiguous() and torch.equal(found.scales, wanted.scales)
+        assert torch.equal(found.values.view(torch.uint8), wanted.values.view(torch.uint8))
+
+
 class Runs:
     """The small model in fp16 with and without the kernels, which are told to be usable here."""
 
@@ -279,7 +289,8 @@ def test_text_in_8_bits_where_the_next_product_is(monkeypatch):
     ids=["plain", "cond", "cached", "wide", "sparse"],
 )
 def test_attention_in_8_bits_goes_on_in_8_bits(case, expected, monkeypatch):
-    run, asked = Runs(monkeypatch), []
+    """Also where attention returns 16 bits, with the heads of a token apart."""
+    run, asked, apart = Runs(monkeypatch), [], []
     case = dict(case)
     own = backends.resolve_kernels("sdpa", backends.Inputs(DEVICE, torch.float16, CONFIG.head_dim, False))
 
@@ -302,6 +313,11 @@ def test_attention_in_8_bits_goes_on_in_8_bits(case, expected, monkeypatch):
     found = run(True, **case)
     assert set(asked) == expected
     assert (found - wanted).norm() / wanted.norm() < 2e-2
+    by_heads = kernels.quantize_heads
+    monkeypatch.setattr(kernels, "quantize_heads", lambda x: apart.append(1) or by_heads(x))
+    chosen = own._replace(attend=lambda q, k, v: own.attend(q, k, v).transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(run(True, **case), wanted)
+    assert bool(apart) == (expected != {"16 bits"})
 
 
 def test_gradients_and_other_precisions_go_around_them():
