@@ -127,23 +127,52 @@ def _pool(x, sizes, out, tokens, heads, chunks, stride, CHUNK: tl.constexpr, PAR
 
 
 @jit
-def largest(bits, inside, keep):
-    """Which entries of a row are the `keep` largest of those `inside`; of equal ones the first.
+def _paired(x):
+    """Each two neighbors of x, 16 bits in 32, in one word, the first in its low half."""
+    low, high = tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+    return low | (high << 16)
 
-    bits: 16-bit floats read as int16, in int32.
+
+@jit
+def _parted(x):
+    """The reverse for the lowest bit of each half."""
+    return tl.reshape(tl.join(x & 1, (x >> 16) & 1), (2 * x.shape[0],)) > 0
+
+
+@jit
+def largest(bits, inside, keep):
+    """Which entries of a row are the `keep` largest of those `inside`, of equal ones the first, and their places.
+
+    bits: 16-bit floats read as int16. Places, from 0, are in the order of the row. The kernel is bound by arithmetic on
+    whole numbers, so a word holds two entries: a comparison subtracts, and leaves its result in the half's first bit.
     """
+    there = _paired(tl.where(inside, 0xFFFF, 0).to(tl.uint32))
+    rank = _paired(bits.to(tl.uint16, bitcast=True).to(tl.uint32))
     # In the order of the floats: 0 for the least, 65535 for the greatest, and -0 as 0.
-    rank = tl.where(bits < 0, tl.where(bits == -32768, 32768, -1 - bits), bits + 32768)
-    rank = tl.where(inside, rank, -1)
-    # The greatest number that at least `keep` scores reach, bit by bit.
-    least = 0
-    for step in range(16):
-        more = least + (32768 >> step)
-        least = tl.where(tl.sum((rank >= more).to(tl.int32), axis=0) >= keep, more, least)
-    above = rank > least
-    equal = (rank == least).to(tl.int32)
-    room = keep - tl.sum(above.to(tl.int32), axis=0)
-    return above | ((equal > 0) & (tl.cumsum(equal, axis=0) <= room))
+    rank &= ((rank & 0x7FFF7FFF) + 0x7FFF7FFF) | 0x7FFF7FFF
+    rank = (rank ^ (((rank >> 15) & 0x10001) * 0xFFFF | 0x80008000)) & there
+    # The greatest number that at least `keep` scores reach, bit by bit. With the first bit known, 15 are left.
+    upper = (rank >> 15) & 0x10001
+    count = tl.sum(upper, axis=0)
+    positive = (count & 0xFFFF) + (count >> 16) >= keep
+    rank = tl.where(positive, rank & (upper * 0x7FFF), rank | (upper * 0x7FFF)) | 0x80008000
+    there = tl.where(positive, upper, there & 0x10001)
+    least = tl.zeros((), tl.uint32)
+    for step in range(15):
+        more = least + (16384 >> step)
+        count = tl.sum(((rank - more * 0x10001) >> 15) & 0x10001, axis=0)
+        least = tl.where((count & 0xFFFF) + (count >> 16) >= keep, more, least)
+    above = ((rank - (least + 1) * 0x10001) >> 15) & there
+    equal = (((rank - least * 0x10001) >> 15) & there) - above
+    # How many of both kinds lie before each entry, in the halves of one word.
+    both = ((above + (above >> 16)) & 3) + (equal << 16) + (equal & 0x30000)
+    before = tl.cumsum(both, axis=0) - both
+    room = keep - (tl.sum(both, axis=0) & 0xFFFF)
+    before = tl.join(before, before + ((above & 1) | (equal << 16)))
+    before = tl.reshape(before, bits.shape)
+    ties = before >> 16
+    chosen = _parted(above) | (_parted(equal) & (ties < room))
+    return chosen, (before & 0xFFFF) + tl.minimum(ties, room)
 
 
 @jit
@@ -152,11 +181,10 @@ def _top_k(scores, sizes, out, chunks, keep, PADDED: tl.constexpr, WIDTH: tl.con
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < chunks
-    bits = tl.load(scores + row * chunks + column, mask=inside, other=0).to(tl.int32)
+    bits = tl.load(scores + row * chunks + column, mask=inside, other=0)
     if PADDED:
         inside = inside & (tl.load(sizes + column, mask=inside, other=0) > 0)
-    chosen = largest(bits, inside, keep)
-    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    chosen, place = largest(bits, inside, keep)
     tl.store(out + row * keep + place, column, mask=chosen)
 
 
@@ -310,7 +338,7 @@ def top_chunks(scores: Tensor, sizes: Tensor, keep: int, padded: bool) -> Tensor
     """
     scores, out = scores.contiguous(), _fake_top(scores, sizes, keep, padded)
     chunks = scores.shape[-1]
-    width = 1 << (chunks - 1).bit_length()
+    width = max(2, 1 << (chunks - 1).bit_length())
     _top_k[(scores.numel() // chunks,)](
         *(scores.view(torch.int16), sizes, out, chunks, keep),
         PADDED=padded,

@@ -70,10 +70,11 @@ def _sparse_choose(
     row = (tl.program_id(2).to(tl.int64) * heads + pair) * rows + tl.program_id(0)
     column = tl.arange(0, WIDTH)
     inside = column < blocks
-    bits = tl.load(scores + row * blocks + column, mask=inside, other=0).to(tl.int32)
+    bits = tl.load(scores + row * blocks + column, mask=inside, other=0)
     most = tl.load(keep + pair)
-    chosen = largest(bits, inside & (column >= sink), most) | (column < sink)
-    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    chosen, place = largest(bits, inside & (column >= sink), most)
+    chosen |= column < sink
+    place = tl.where(column < sink, column, sink + place)
     tl.store(indices + row * width + place, column, mask=chosen)
     tl.store(counts + row, sink + most)
     left = (chosen | (column >= blocks)).to(tl.uint8)

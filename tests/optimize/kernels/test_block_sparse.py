@@ -80,6 +80,22 @@ def test_top_chunks_with_ties_and_zeros(dtype, keep, padded):
         assert not torch.isin(found, torch.tensor([0, 5, 11, 26], device=DEVICE)).any()
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 64, 300])
+def test_top_chunks_of_any_numbers(chunks):
+    """Of both signs and every magnitude; a row of NaN still names chunks that exist."""
+    generator = torch.Generator().manual_seed(chunks)
+    bits = torch.randint(-(1 << 15), 1 << 15, (1, 2, 4, chunks), generator=generator, dtype=torch.int16)
+    scores = bits.view(torch.bfloat16).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).to(DEVICE)
+    sizes = torch.full((chunks,), 64, dtype=torch.int32, device=DEVICE)
+    for keep in sorted({1, chunks // 2 or 1, chunks}):
+        settings = BlockSparse(sparsity=1 - keep / chunks)
+        assert settings.kept(chunks) == keep
+        wanted, _ = plain.select_chunks(scores, settings, sizes, chunks, 1.0)
+        assert torch.equal(kernels.top_chunks(scores, sizes, keep, False), wanted)
+        spoiled = torch.full_like(bits, -1).view(torch.bfloat16).to(DEVICE)
+        assert (kernels.top_chunks(spoiled, sizes, keep, False) == torch.arange(keep, device=DEVICE)).all()
+
+
 TILES = {
     "as on other GPUs": None,
     "half chunks": Tiles(32, 32, 4, 2, False),
