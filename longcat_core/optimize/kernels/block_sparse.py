@@ -107,9 +107,8 @@ def refuses(kernel: str, q_chunk: int, k_chunk: int, padded: bool) -> str:
 @jit
 def _pool(x, sizes, out, tokens, heads, chunks, stride, CHUNK: tl.constexpr, PART: tl.constexpr, DIM: tl.constexpr):
     """Mean of the real tokens of one chunk, which consists of parts of PART slots with `sizes` real ones each."""
-    chunk = tl.program_id(0)
-    sample = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    # Heads side by side, so that programs that run together read whole tokens.
+    head, chunk, sample = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.program_id(1)
     channel = tl.arange(0, DIM)[None, :]
     total = tl.zeros((1, DIM), dtype=tl.float32)
     count = 0
@@ -122,7 +121,7 @@ def _pool(x, sizes, out, tokens, heads, chunks, stride, CHUNK: tl.constexpr, PAR
             at = (first + slot) * stride + head * DIM + channel
             value = tl.load(x + at, mask=slot < size, other=0.0).to(tl.float32)
             total += tl.sum(value, axis=0, keep_dims=True)
-    at = (tl.program_id(1).to(tl.int64) * chunks + chunk) * DIM + channel
+    at = ((sample * heads + head).to(tl.int64) * chunks + chunk) * DIM + channel
     tl.store(out + at, (total / tl.maximum(count, 1)).to(out.dtype.element_ty))
 
 
@@ -324,8 +323,10 @@ def pool_chunks(x: Tensor, sizes: Tensor, chunk: int) -> Tensor:
     """
     x, out = _matrix(x), _fake_pool(x, sizes, chunk)
     batch, tokens, heads, dim = x.shape
-    part, grid = tokens // len(sizes), (tokens // chunk, batch * heads)
-    _pool[grid](x, sizes, out, tokens, heads, grid[0], x.stride(1), CHUNK=chunk, PART=part, DIM=dim, num_warps=2)
+    part, chunks = tokens // len(sizes), tokens // chunk
+    _pool[(heads * chunks, batch)](
+        *(x, sizes, out, tokens, heads, chunks, x.stride(1)), CHUNK=chunk, PART=part, DIM=dim, num_warps=2
+    )
     return out
 
 
