@@ -77,8 +77,9 @@ def test_equals_sampler_and_continuation_one_after_the_other(comfy, model, clip,
     second = sample(latent, 4, 1)
     frames = torch.cat((frames, rounded(comfy("VAEDecode", samples={"samples": second}, vae=vae))[5:]))
     assert images.shape == frames.shape == (13, cases.HEIGHT, cases.WIDTH, 3)
-    # The first latent of a clip is that of its first frame alone, up to rounding.
-    assert (images - frames).abs().max() <= (0 if hand_off == "frames" else 2 / 255)
+    # ComfyUI's own decoder rounds otherwise on some CPUs, and the first latent of a clip is that of its first frame
+    # alone, up to rounding.
+    assert (images - frames).abs().max() <= (1 if hand_off == "frames" else 2) / 255 + 1e-6
     assert report.count("\n") == 1 and "at its join the mean color changes by" in report
 
 

@@ -28,7 +28,7 @@ class ComfyVAE:
     """ComfyUI's VAE under the interface of the core's, so that only the refinement is compared."""
 
     def __init__(self, vae, model) -> None:
-        self.vae, self.model = vae, model
+        self.vae, self.model, self.device = vae, model, vae.device
 
     def encode(self, video):
         latents = self.vae.encode((video[0].permute(1, 2, 3, 0) + 1) / 2)
