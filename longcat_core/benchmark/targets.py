@@ -44,7 +44,7 @@ class Target(NamedTuple):
     limit: float
     unit: str
     over: str = ""
-    steps: tuple[int, int] = (0, 1)
+    steps: tuple[float, float] = (0, 1)
 
     def value(self, rows: dict[str, Row]) -> float | None:
         """The value in `unit`, or None if it was not measured."""
