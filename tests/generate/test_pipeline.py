@@ -266,7 +266,7 @@ class _Channels:
     def missing(self, prompts: Sequence[str]) -> Sequence[str]:
         return ()
 
-    def prepare(self, prompts: Sequence[str], check: Callable[[], None]) -> None:
+    def prepare(self, prompts: Sequence[str], check: Callable[[], None], watch: Callable[[int, int], None]) -> None:
         pass
 
 
