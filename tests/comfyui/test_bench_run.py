@@ -21,7 +21,7 @@ def test_two_prompts_by_stages(installation, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert {file.name for file in installation.path.iterdir()} == before
-    results = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "out" / "comfyui_run.json").read_text(encoding="utf-8"))
     start, first, second = ({each["name"] for each in row["stages"]} for row in results["rows"])
     assert start == {"starting: server", "starting: this pack"}
     assert {"loading the model", "encoding", "first step", "steps", "decoding", "saving"} <= first
@@ -30,4 +30,4 @@ def test_two_prompts_by_stages(installation, tmp_path):
     for row in results["rows"]:
         assert abs(sum(stage["s"] for stage in row["stages"]) - row["wall_s"]) < 1e-6
     assert [row["steps"] for row in results["rows"]] == [0, 2, 2]
-    assert (tmp_path / "out" / "run.png").is_file()
+    assert (tmp_path / "out" / "comfyui_run.png").is_file()
