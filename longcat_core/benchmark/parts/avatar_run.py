@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import LongCatError
 from ...generate.segments import RECORD
 from ...measure.results import markdown
 from ..part import Part, Results, Row, met_or_missed, ok_rows
@@ -39,8 +38,7 @@ def measure(words: Sequence[str], folder: Path, seconds: float, segments: int, k
         process = run.start([sys.executable, "-m", "longcat_core", "avatar", *words, *own], os.environ | caches)
         ended = time.time()
         if process.returncode:
-            lines = [line for line in process.stderr.splitlines() if line.strip()] or ["it said nothing"]
-            raise LongCatError(lines[-1].removeprefix("longcat: error: "))
+            raise run.failure(process)
         # A record is the last that is written of a segment.
         saved = sorted(path.stat().st_mtime for path in kept.rglob(RECORD))
     row = {

@@ -143,8 +143,7 @@ def _process(
     run = start(command, os.environ | {"XDG_CACHE_HOME": str(cache), "TRITON_CACHE_DIR": str(kernels)})
     ended = time.monotonic()
     if run.returncode or not results.exists():
-        lines = [line for line in run.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise LongCatError(lines[-1].removeprefix("longcat: error: "))
+        raise failure(run)
     found = json.loads(results.read_text(encoding="utf-8"))
     results.unlink()
     first = found["rows"][0]
@@ -159,6 +158,12 @@ def _process(
 def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a process to its end, with what it prints as text."""
     return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+
+
+def failure(process: subprocess.CompletedProcess[str]) -> LongCatError:
+    """The error of a process of `longcat` that failed, in its own sentence."""
+    lines = [line for line in process.stderr.splitlines() if line.strip()] or ["it said nothing"]
+    return LongCatError(lines[-1].removeprefix("longcat: error: "))
 
 
 def _files(paths: ModelPaths) -> list[Path]:
