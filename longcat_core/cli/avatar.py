@@ -99,6 +99,12 @@ def requested(args: argparse.Namespace) -> tuple[OpenedModel, AvatarRequest]:
     return opened, request.filled(opened.defaults)
 
 
+def refuse_official_cache(args: argparse.Namespace) -> None:
+    """Raise LongCatError for --kv-cache official, where a command also has it for LongCat-Video."""
+    if args.kv_cache == "official":
+        raise LongCatError("--kv-cache official is not for avatars; give exact or off")
+
+
 def embeddings_of(
     requests: Sequence[AvatarRequest], opened: OpenedModel, device: torch.device, bar: Progress
 ) -> list[Embeddings]:

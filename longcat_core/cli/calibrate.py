@@ -31,7 +31,7 @@ from ..nano.avatar.world import prompts as avatar_prompts
 from ..optimize.attention import is_exact
 from ..optimize.plan import Work
 from ..sampling.schedules import DMD_STEPS, is_newer
-from .avatar import embeddings_of
+from .avatar import embeddings_of, refuse_official_cache
 from .console import Progress, notes_from_warnings
 from .generate import print_notes, prompts_of, read_in, request_of, schedule_of, there_in
 from .models import avatar_of, load_models, machine_of, paths_of
@@ -122,8 +122,7 @@ def _videos(args: argparse.Namespace, prompts: Sequence[str], paths: ModelPaths)
 
 def _segments(args: argparse.Namespace, prompts: Sequence[str], opened: OpenedModel) -> _Task:
     """Of an avatar, which hears --audio: the first segment of each prompt and the one behind it."""
-    if args.kv_cache == "official":
-        raise LongCatError("--kv-cache official is not for avatars; give exact or off")
+    refuse_official_cache(args)
     if schedule_of(args) == "enhance_hf":
         raise LongCatError("--schedule enhance_hf continues clips; calibrate an avatar with base, or with --distilled")
     audio = opened.checkpoint.config.audio

@@ -24,7 +24,7 @@ from ..optimize.plan import Work
 from ..sampling.conditioning import latent_shape
 from ..sampling.sampler import Callback
 from ..sampling.schedules import is_newer
-from .avatar import embeddings_of
+from .avatar import embeddings_of, refuse_official_cache
 from .console import Progress
 from .generate import read_in, request_of, schedule_of, there_in
 
@@ -166,8 +166,7 @@ def subject_of(
     first = request_of(args, prompt)
     if voices is None:
         return Subject(first.filled(defaults))
-    if args.kv_cache == "official":
-        raise LongCatError("--kv-cache official is not for avatars; give exact or off")
+    refuse_official_cache(args)
     if "--fps" in given:
         raise LongCatError("--fps is not for avatars, whose rate is the model's; leave it out")
     made = AvatarRequest(first, voices, (prompt,), audio_guidance=args.audio_guidance, schedule=schedule_of(args))
