@@ -209,10 +209,9 @@ class CachedTextEncoder:
         """Encode these prompts now, for `encode`. check: called before each. watch: see `TextEncoder.encode_each`."""
         missing = self.missing(prompts)
         # An encoder that streams reads its file once for all of them.
-        for some in [missing] if missing and self._streams else [[prompt] for prompt in missing]:
+        for some in filter(None, [missing] if self._streams else [[prompt] for prompt in missing]):
             check()
-            each = [[prompt] for prompt in some]
-            pairs = self.loaded.encode_each(each, watch=watch) if self._streams else [self.loaded.encode(some)]
+            pairs = self.loaded.encode_each([[prompt] for prompt in some], watch=watch)
             for prompt, (embeddings, mask) in zip(some, pairs, strict=True):
                 self._keep(prompt, embeddings, mask)
                 self._prepared[prompt] = embeddings[0, : int(mask.sum())].cpu()

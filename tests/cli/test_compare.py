@@ -118,8 +118,13 @@ def test_encodings_are_kept_on_disk(run: Any, monkeypatch: Any) -> None:
     """So that the second model loads no text encoder, and neither does the next command."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("kept").absolute()))
     encoded: list[str] = []
-    encode = TextEncoder.encode
-    monkeypatch.setattr(TextEncoder, "encode", lambda self, prompts: encoded.extend(prompts) or encode(self, prompts))
+    encode_each = TextEncoder.encode_each
+
+    def seen(self: TextEncoder, batches: Any, *more: Any, **options: Any) -> Any:
+        encoded.extend(prompt for prompts in batches for prompt in prompts)
+        return encode_each(self, batches, *more, **options)
+
+    monkeypatch.setattr(TextEncoder, "encode_each", seen)
     words = (PROMPT, *SMALL, "--versus", "--fp8", "--floor", "off")
     run(*words, "--no-text-cache")
     assert encoded.count(PROMPT) == 2 and not Path("kept").exists()

@@ -89,20 +89,20 @@ def test_at_once_is_one_after_the_other_bit_for_bit(monkeypatch, half, lora, opt
 def test_the_transformer_is_read_while_the_text_encoder_works(monkeypatch, at_once):
     """Neither could end alone: each waits for the other's beginning."""
     reading, encoding = threading.Event(), threading.Event()
-    loads, encodes = load_transformer, text_cache.TextEncoder.encode
+    loads, encodes = load_transformer, text_cache.TextEncoder.encode_each
 
     def load(*args, **kwargs):
         reading.set()
         assert encoding.wait(60) and threading.current_thread() is not threading.main_thread()
         return loads(*args, **kwargs)
 
-    def encode(self, prompts, *more):
+    def encode(self, batches, *more, **options):
         encoding.set()
         assert reading.wait(60) and threading.current_thread() is threading.main_thread()
-        return encodes(self, prompts, *more)
+        return encodes(self, batches, *more, **options)
 
     monkeypatch.setattr(pipeline, "load_transformer", load)
-    monkeypatch.setattr(text_cache.TextEncoder, "encode", encode)
+    monkeypatch.setattr(text_cache.TextEncoder, "encode_each", encode)
     Pipeline.load(prompts=PROMPTS)
 
 
@@ -128,7 +128,7 @@ def test_prompts_are_encoded_once_and_as_later(monkeypatch):
     plain = Pipeline.load().text_encoder
     loaded = Pipeline.load(prompts=PROMPTS)
     wanted = [plain.encode([prompt]) for prompt in PROMPTS]
-    monkeypatch.setattr(text_cache.TextEncoder, "encode", lambda *_: pytest.fail("it was encoded before"))
+    monkeypatch.setattr(text_cache.TextEncoder, "encode_each", lambda *_, **__: pytest.fail("it was encoded before"))
     for prompt, pair in zip(PROMPTS, wanted, strict=True):
         for one, other in zip(loaded.text_encoder.encode([prompt]), pair, strict=True):
             assert one.dtype == other.dtype and torch.equal(one, other)
