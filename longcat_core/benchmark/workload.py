@@ -29,6 +29,7 @@ from ..sampling.conditioning import latent_shape
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
 from ..sampling.step import STEP, take_step
+from ..vae.network import VAEConfig
 from .baseline import BaselineTransformer
 
 NANO, FULL_RANDOM = "nano", "full-random"
@@ -80,6 +81,11 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
             else:
                 parameter.normal_(std=0.02, generator=generator)
     return model.eval().requires_grad_(False)
+
+
+def vae_config(device: torch.device) -> VAEConfig:
+    """A VAE of the released one's width on a GPU, and a narrow one on a CPU."""
+    return VAEConfig(96 if device.type == "cuda" else 8, 16, [0.0] * 16, [1.0] * 16)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, blocks: int | None = None) -> OptimizedTransformer:

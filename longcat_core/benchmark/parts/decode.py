@@ -31,8 +31,7 @@ def run(bench: Bench) -> None:
     the largest between their frames, in 255ths."""
     device, size = bench.device, replace(bench.size, batch=1)
     second = replace(size, frames=size.frames + 4) if device.type == "cpu" else LARGE
-    # The released VAE's width on a GPU.
-    config = VAEConfig(96 if device.type == "cuda" else 8, 16, [0.0] * 16, [1.0] * 16)
+    config = workload.vae_config(device)
     torch.manual_seed(workload.SEED)
     vae = WanVAE(config).eval().requires_grad_(False)
     for parameter in vae.parameters():

@@ -23,7 +23,7 @@ from ...parallel.led_vae import LedVAE
 from ...parallel.mirror import share
 from ...parallel.sequence import CHUNKS
 from ...parallel.start import start
-from ...vae.network import VAEConfig, WanVAE
+from ...vae.network import WanVAE
 from ...vae.parts import decoded
 from .. import workload
 from ..part import Part, Results, bars, by_name, measured_rows, met_or_missed, preparation, spread
@@ -155,9 +155,8 @@ def profiled(step: Callable[[], object], device: torch.device) -> Row:
 
 
 def random_vae(bench: Bench) -> WanVAE:
-    """On the bench's device, of the released VAE's width on a GPU."""
-    config = VAEConfig(96 if bench.device.type == "cuda" else 8, 16, [0.0] * 16, [1.0] * 16)
-    return WanVAE(config).to(bench.device, bench.model.dtype).eval()
+    """On the bench's device."""
+    return WanVAE(workload.vae_config(bench.device)).to(bench.device, bench.model.dtype).eval()
 
 
 @torch.no_grad()
