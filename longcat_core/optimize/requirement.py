@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-# Modules that need parts of another package, and what of its own start they rely on. The rest of quack's start imports
-# PyTorch's compiler, which takes longer than all of FlashAttention-4.
+# Modules that need only parts of another package, and which module of it has to be imported first. Importing all of
+# quack imports PyTorch's compiler, which takes longer than all of FlashAttention-4.
 _PARTS = {"flash_attn.cute": ("quack", "quack.dsl")}
 # Names of packages that differ from their modules' names.
 _PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "cutlass": "nvidia-cutlass-dsl"}
