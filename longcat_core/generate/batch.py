@@ -32,14 +32,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class _Record:
-    """settings: what decides all videos, and their rate. prompts: in order. finished: SHA-256 of files by name. suffix:
-    of these names; earlier records have none."""
+    """settings: what decides all videos, and their rate. prompts: in order. finished: SHA-256 of files by name."""
 
     version: int
     settings: Settings
     prompts: list[str]
     finished: dict[str, str]
-    suffix: str = ""
 
 
 def requests_of(first: FilledRequest, prompts: Sequence[str]) -> list[FilledRequest]:
@@ -68,7 +66,7 @@ class Batch:
     def __init__(self, name: Path, prompts: Sequence[str], settings: Settings) -> None:
         self.name, self.record = name, record_of(name)
         self.files = self._files(prompts)
-        self._now = _Record(VERSION, settings, list(prompts), {}, name.suffix)
+        self._now = _Record(VERSION, settings, list(prompts), {})
 
     def check(self) -> list[int]:
         """The numbers, from 0, of the videos that are missing. Writes nothing.
@@ -126,14 +124,13 @@ class Batch:
         # Runs whose names differ only in their endings share the record.
         files = self._files(there.prompts)
         stems = {file.stem for file in files}
-        endings = {there.suffix, *(Path(name).suffix for name in there.finished if Path(name).stem in stems)}
-        endings -= {"", self.name.suffix}
-        if not any(os.path.lexists(file.with_suffix(ending)) for file in files for ending in endings | {file.suffix}):
+        endings = {Path(name).suffix for name in there.finished if Path(name).stem in stems} | {self.name.suffix}
+        if not any(os.path.lexists(file.with_suffix(ending)) for file in files for ending in endings):
             return nothing
-        now, said = self._now, ""
-        if endings:
-            said = f"its videos are {min(endings)}, not {self.name.suffix}"
-        elif not matches(there.settings, now.settings, first=True):
+        now = self._now
+        others = sorted(endings - {self.name.suffix})
+        said = f"its videos are {others[0]}, not {self.name.suffix}" if others else ""
+        if not said and not matches(there.settings, now.settings, first=True):
             said = nearest([there.settings], now.settings)[1] or "other settings"
         for number, pair in enumerate(zip(there.prompts, now.prompts, strict=False), 1):
             if not said:
