@@ -168,8 +168,8 @@ _OPTIMIZATIONS = {
     "the same speed for large videos. Off: ComfyUI decides by its own estimate",
     "fused_text": "run attention to the text in our Triton kernel, on CUDA and in 16 bits, unless the prompt is very "
     "long; the same mathematics with different rounding",
-    "exchange": "how GPUs that share the tokens of a video, under LongCat Multi-GPU, send them to each other. int8: in "
-    "half of the bytes, lossy",
+    "exchange": "how GPUs that share the tokens of a video, under LongCat Multi-GPU, send them to each other. exact: "
+    "into each other's memory where they reach it, else by messages. int8: by messages of half the size, lossy",
 }
 # What people choose by themselves; the other switches are on wherever they help.
 _CHOSEN = ("attention", "compile", "fp8", "fused_kernels", "split_guidance")

@@ -9,7 +9,7 @@ from ..errors import check_choice, check_type, plain_fields
 from ..model.text import TextMode
 
 CompileMode = Literal["off", "blocks"]
-Exchange = Literal["exact", "int8"]
+Exchange = Literal["exact", "messages", "int8"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class Optimizations:
         rounding.
     exchange
         How GPUs that share the tokens of a video send queries, keys, values and attention's output to each other.
-        `int8`: with a scale for each token and head, in half of the bytes. Lossy, and checked like a lossy
-        attention backend; without effect on one GPU.
+        `exact`: by writing into each other's memory where they reach it, else as `messages`, by the messages of
+        `torch.distributed`; both give the same. `int8`: by messages, with a scale for each token and head, in half of
+        the bytes. Lossy, and checked like a lossy attention backend. Without effect on one GPU.
     """
 
     fused_qkv: bool = True

@@ -8,28 +8,43 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from ..optimize.kernels.put import put
+from .windows import PROGRAMS, Windows
 
 # Large enough that latency does not count: heads that ranks exchange in one block are as large.
 GPU_BYTES, CPU_BYTES = 64 << 20, 1 << 20
 RUNS = 3
+# Bytes of a row that is written at once, as of four heads in 16 bits.
+ROW = 1024
 
 
 class Bandwidth(NamedTuple):
     """What ranks exchange: bytes per second that each sends to the others in an all-to-all, and that all receive of the
-    first; and the seconds of an all-to-all of one byte to each."""
+    first; the seconds of an all-to-all of one byte to each; and the bytes per second that each writes into the others'
+    memory, 0 where they have no windows."""
 
     all_to_all: float
     broadcast: float
     latency: float
+    written: float = 0.0
+
+    @property
+    def exchange(self) -> float:
+        """Bytes per second that each sends in the way in which passes exchange tensors exactly."""
+        return self.written or self.all_to_all
 
 
-def measured(device: torch.device, size: int, group: dist.ProcessGroup | None = None) -> Bandwidth:
-    """Of a group of `size` ranks, or the default group. A few milliseconds.
+def measured(
+    device: torch.device, size: int, group: dist.ProcessGroup | None = None, windows: Windows | None = None
+) -> Bandwidth:
+    """Of a group of `size` ranks, or the default group, and its windows, if any. A few milliseconds.
 
     All ranks of the default group call this, with groups of one size, which exchange at the same time; the result is
     the same on all.
     """
-    share = (GPU_BYTES if device.type == "cuda" else CPU_BYTES) // size
+    share = (GPU_BYTES if device.type == "cuda" else CPU_BYTES) // size // ROW * ROW
     given = torch.zeros(size, share, dtype=torch.uint8, device=device)
     taken = torch.empty_like(given)
 
@@ -44,12 +59,27 @@ def measured(device: torch.device, size: int, group: dist.ProcessGroup | None = 
     def latency() -> None:
         dist.all_to_all_single(torch.empty_like(few), few, group=group)
 
-    runs = all_to_all, broadcast, latency
+    def written() -> None:
+        if windows is None:
+            return
+        places = windows.of("measured", (size, share), torch.uint8)
+        for to in windows.others:
+            put(_rows(places[to][windows.rank]), _rows(given[to]), PROGRAMS)
+        windows.arrived()
+
+    runs = all_to_all, broadcast, latency, written
     seconds = torch.tensor([_fastest(run, device) for run in runs], dtype=torch.float64)
     # The slowest rank counts, and all must choose the same.
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    exchanging, sending, empty = seconds.tolist()
-    return Bandwidth(share * (size - 1) / exchanging, given.numel() / sending, empty)
+    exchanging, sending, empty, writing = seconds.tolist()
+    each = share * (size - 1)
+    if windows is not None:
+        windows.release()
+    return Bandwidth(each / exchanging, given.numel() / sending, empty, 0.0 if windows is None else each / writing)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.view(1, 1, -1, 1, ROW)
 
 
 def _fastest(run: Callable[[], None], device: torch.device) -> float:

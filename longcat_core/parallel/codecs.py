@@ -39,4 +39,4 @@ class RowScales:
         return unpack(Packed(sent, *shape), dtype)
 
 
-CODECS: Mapping[Exchange, Codec] = {"exact": Exact(), "int8": RowScales()}
+CODECS: Mapping[Exchange, Codec] = {"exact": Exact(), "messages": Exact(), "int8": RowScales()}

@@ -16,6 +16,8 @@ from ..model.text import TextTokens
 from ..optimize.execution import Execution
 from .group import Group
 from .sequence import SequenceSharing, all_gather
+from .weights import agreed
+from .windows import Windows, can_map, machines
 
 
 class Division:
@@ -28,6 +30,20 @@ class Division:
         for parts in (n for n in range(1, size + 1) if size % n == 0):
             names = ("samples", "tokens")
             self.meshes[parts] = init_device_mesh(group.device.type, (parts, size // parts), mesh_dim_names=names)
+        # Of the ranks that share tokens, by their number, where these can write into each other's memory.
+        self.windows: dict[int, Windows] = {}
+        hosts = machines()
+        for mesh in self.meshes.values():
+            tokens = mesh.get_group("tokens")
+            ranks = dist.get_process_group_ranks(tokens)
+            if len(ranks) == 1:
+                continue
+            alike = len({hosts[rank] for rank in ranks}) == 1
+            windows = Windows(tokens, group.device)
+            # All try together, or nobody does.
+            possible = agreed(alike and can_map(group.device, [group.devices[rank] for rank in ranks]))
+            if possible and agreed(windows.works()):
+                self.windows[len(ranks)] = windows
 
     @classmethod
     def of(cls, group: Group) -> Division:
@@ -59,7 +75,8 @@ class Division:
         rows = slice(own * dist.get_rank(samples), own * (dist.get_rank(samples) + 1))
         timestep = timestep if len(timestep) == 1 else timestep[rows]
         exchange = execution.optimizations.exchange
-        sharing = SequenceSharing(tokens, exchange) if dist.get_world_size(tokens) > 1 else None
+        shared = dist.get_world_size(tokens)
+        sharing = SequenceSharing(tokens, exchange, self.windows.get(shared)) if shared > 1 else None
         heard = None if text is None else text.of(rows, len(x))
         out, sparse = execution.evaluate(x[rows], timestep, heard, kv_cache=cache, sharing=sharing, **options)
         if parts > 1:
@@ -67,6 +84,11 @@ class Division:
             all_gather(whole, out.contiguous(), samples)
             out = whole
         return out, sparse
+
+    def release(self) -> None:
+        """Free the memory that passes hold between them; called on all ranks at once."""
+        for windows in self.windows.values():
+            windows.release()
 
 
 _DIVISIONS: weakref.WeakKeyDictionary[Group, Division] = weakref.WeakKeyDictionary()

@@ -26,11 +26,13 @@ TIMEOUT = timedelta(minutes=30)
 # Seconds, for a worker to leave, and to learn which rank failed where communication did.
 LEAVING, VERDICT = 5.0, 3.0
 # Without the first two, PyTorch ends the whole process, ComfyUI included, when a rank is gone or late. The third one
-# keeps its monitor, which does nothing then, from printing that the store of a failed group is gone.
+# keeps its monitor, which does nothing then, from printing that the store of a failed group is gone. The last one
+# leaves out the multicast of NVLink, which windows do not need.
 SETTINGS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_COORD_CHECK_MILSEC": "1000000000",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 _current: Group | None = None
 

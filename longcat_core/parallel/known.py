@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .division import Division
 from .group import Group
 from .sequence import all_gather
 
@@ -41,6 +42,13 @@ def wrong_bytes(group: Group) -> Tensor:
     for work in dist.batch_isend_irecv(steps):
         work.wait()
     found["pairs"] = received, wanted
+    if windows := Division.of(group).windows.get(group.size):
+        places = windows.of("known", given.shape, given.dtype)
+        for to in ranks:
+            places[to][rank] = given[to]
+        windows.arrived()
+        found["written"] = places[rank].clone(), wanted
+        windows.release()
     wrong = torch.zeros(group.size, group.size, dtype=torch.int64)
     for got, right in found.values():
         wrong[rank, : len(right)] += (got.cpu() != right).sum(1)

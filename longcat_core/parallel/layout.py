@@ -89,9 +89,13 @@ def links(group: Group) -> Mapping[int, Bandwidth]:
     milliseconds once connections stand.
     """
     if group not in _LINKS:
-        tokens = {mesh.size(1): mesh.get_group("tokens") for mesh in Division.of(group).meshes.values()}
-        sizes = (size for size in sorted(tokens) if size > 1)
-        _LINKS[group] = {size: measured(group.device, size, tokens[size]) for size in sizes}
+        division = Division.of(group)
+        tokens = {mesh.size(1): mesh.get_group("tokens") for mesh in division.meshes.values()}
+        _LINKS[group] = {
+            size: measured(group.device, size, tokens[size], division.windows.get(size))
+            for size in sorted(tokens)
+            if size > 1
+        }
     return _LINKS[group]
 
 
@@ -195,7 +199,7 @@ def layout_on(
     counts: Collection[int],
 ) -> Layout:
     """`choose_layout` for GPUs like `device` with these `measured_links`; measures a product."""
-    rate, speeds = product_rate(device, dtype), {size: link.all_to_all for size, link in links.items()}
+    rate, speeds = product_rate(device, dtype), {size: link.exchange for size, link in links.items()}
     layout = choose_layout(config, work, dtype.itemsize, rate=rate, speeds=speeds, counts=counts, split=split)
     # Processes that share a CPU are for trying things out.
     return replace(layout, best=layout.count) if device.type == "cpu" else layout

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..vae.network import WanVAE
+from .division import Division
 from .group import Group
 from .vae import SpreadVAE
 
@@ -32,7 +33,8 @@ class Encode:
 class LedVAE(SpreadVAE):
     """Rank 0's side of a VAE that lies on the group's device; it stands for `VideoVAE.spread`.
 
-    Between two parts of a video the ranks are in step, so a caller may stop there.
+    Between two parts of a video the ranks are in step, so a caller may stop there. What passes of a network hold on
+    the ranks is freed first.
     """
 
     def __init__(self, group: Group, vae: WanVAE) -> None:
@@ -43,6 +45,7 @@ class LedVAE(SpreadVAE):
     def decode(self, latents: Tensor) -> Generator[Tensor]:
         with self.group.working():
             self.group.send(Decode(latents, self._changed()))
+            Division.of(self.group).release()
         parts = super().decode(latents)
         try:
             while True:
@@ -58,6 +61,7 @@ class LedVAE(SpreadVAE):
     def encode(self, video: Tensor) -> Tensor:
         with self.group.working():
             self.group.send(Encode(video, self._changed()))
+            Division.of(self.group).release()
             return super().encode(video)
 
     def _changed(self) -> WanVAE | None:
@@ -70,16 +74,19 @@ class LedVAE(SpreadVAE):
 
 
 class ServedVAE:
-    """The side of the other ranks."""
+    """The side of the other ranks of a group."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group) -> None:
+        self.group = group
         self._vae: SpreadVAE | None = None
 
     def decode(self, message: Decode) -> None:
+        Division.of(self.group).release()
         for _ in self._of(message.vae).decode(message.latents):
             pass
 
     def encode(self, message: Encode) -> None:
+        Division.of(self.group).release()
         self._of(message.vae).encode(message.video)
 
     def _of(self, vae: WanVAE | None) -> SpreadVAE:

@@ -386,7 +386,7 @@ class Follower:
 @torch.no_grad()
 def serve(group: Group) -> None:
     """Take part in what rank 0 does, until it ends the group. Raises what a pass raises."""
-    follower, vae = Follower(group), ServedVAE()
+    follower, vae = Follower(group), ServedVAE(group)
     handlers: dict[type, Callable[[Any], object]] = {
         Measure: lambda message: links(group),
         Known: lambda message: wrong_bytes(group),

@@ -101,6 +101,7 @@ def in_words(group: Group) -> Iterator[str]:
         yield (
             f"exchange among {size}: {link.all_to_all / 1e9:.3g} GB/s all to all, {link.broadcast / 1e9:.3g} GB/s from "
             f"the first to all, {link.latency * 1e6:.3g} us for a byte"
+            + (f", {link.written / 1e9:.3g} GB/s written into each other's memory" if link.written else "")
         )
 
 

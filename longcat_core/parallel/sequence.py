@@ -1,7 +1,8 @@
 """Sequence parallel: every rank has a share of each frame's tokens outside attention, and of the heads in it.
 
-Attention exchanges one for the other, all to all, and back (DeepSpeed-Ulysses, arXiv 2309.14509). Heads go out in
-chunks, and the attention of the first chunk runs while the others are under way. Because every frame is cut the same
+Attention exchanges one for the other, all to all, and back (DeepSpeed-Ulysses, arXiv 2309.14509). Where ranks have
+`windows`, each writes its share straight to where another one's attention reads it. Elsewhere heads go out in chunks of
+messages, and the attention of the first chunk runs while the others are under way. Because every frame is cut the same
 way, conditioning frames, attention to text and to a frame's audio need no change.
 
 What does not divide is padded: frames by tokens that nobody attends to, heads by zeros. The result is exact, unless
@@ -10,7 +11,7 @@ tensors are exchanged in 8 bits (`codecs`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import groupby
 from typing import Any
 
@@ -24,9 +25,11 @@ from ..model.transformer import ArrangedCache, BlockCache, FrameLayout
 from ..optimize.attention import Kernels
 from ..optimize.block_sparse import ChunkedLayout
 from ..optimize.copies import contiguous, copy
+from ..optimize.kernels.put import put
 from ..optimize.sparse.passes import SparsePass
 from ..optimize.switches import Exchange
 from .codecs import CODECS
+from .windows import PROGRAMS, Windows
 
 # The most chunks of a rank's heads: more chunks hide more of the exchange, until launches cost more.
 CHUNKS = 4
@@ -39,8 +42,10 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class SequenceSharing:
     """The sharing of one pass between the ranks of a process group; see `optimize.sharing.Sharing`."""
 
-    def __init__(self, group: dist.ProcessGroup, exchange: Exchange = "exact") -> None:
+    def __init__(self, group: dist.ProcessGroup, exchange: Exchange = "exact", windows: Windows | None = None) -> None:
+        """windows: the group's, or None."""
         self.group, self.codec, self.chunks = group, CODECS[exchange], CHUNKS
+        self.windows = windows if exchange == "exact" else None
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def layout(self, inner: FrameLayout, grid: tuple[int, int, int]) -> ShareLayout:
@@ -152,7 +157,7 @@ class ShareAttention:
         the order of tokens. sparse: the `SparsePass` that they belong to, or None."""
         self.sharing, self.kernels, self.spatial, self.sparse = sharing, kernels, spatial, sparse
         # What ranks hand in lies one behind the other; frames lie among these.
-        self.ordered = ordered or spatial % sharing.size > 0
+        self.ordered = ordered or self._padded
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention: q [B, Nq, H, D], k and v [B, Nk, H, D], shares of whole frames -> as q."""
@@ -176,6 +181,89 @@ class ShareAttention:
         parts = [F.pad(x, (0, 0, 0, padding)) if padding else x for x in shares]
         parts = [x.unflatten(2, (size, own)) for x in parts]
         shares.clear()
+        exchanged = self._by_messages if self.sharing.windows is None else self._through_windows
+        out = exchanged(parts, attend)
+        return out.view(*out.shape[:2], -1, head_dim)[:, :, :heads]
+
+    def _through_windows(self, parts: list[Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        """`_exchanged` of parts [B, n, ranks, heads of a rank, D], as the first of which the result is.
+
+        A chunk's heads are written while those before it are attended to.
+        """
+        windows, rank, own = self.sharing.windows, self.sharing.rank, parts[0].shape[3]
+        assert windows is not None
+        chunks = _chunks(own, CHUNKS)
+        ready = []
+        for i, chunk in enumerate(chunks):
+            with windows.beside():
+                whole = [self._put_whole((name, i), x[:, :, :, chunk]) for name, x in enumerate(parts)]
+                windows.arrived()
+            ready.append((windows.begun(), whole))
+        out = parts[0].new_zeros(parts[0].shape) if self._padded else parts[0].new_empty(parts[0].shape)
+        places, results = [], []
+        for i, (chunk, (begun, whole)) in enumerate(zip(chunks, ready, strict=True)):
+            windows.join(begun)
+            if i == len(chunks) - 1:
+                parts.clear()
+            if self.sparse is not None:
+                self.sparse.first_head = rank * own + chunk.start
+            found = attend(slice(rank * own + chunk.start, rank * own + chunk.stop), *whole)
+            with windows.beside():
+                places.append(self._put_shares(("out", i), found, out[:, :, :, chunk]))
+            # Its memory is not for others until it is written.
+            results.append(found)
+        with windows.beside():
+            windows.arrived()
+            for chunk, shares in zip(chunks, places, strict=True):
+                for of in windows.others:
+                    copy(self._filled(out[:, :, of, chunk], rank), self._filled(shares[of], rank))
+        windows.join(windows.begun())
+        results.clear()
+        return out
+
+    def _put_whole(self, name: Hashable, x: Tensor) -> Tensor:
+        """Write shares x [B, n, ranks, h, D] where each rank reads whole frames; this rank's, [B, N, h, D]."""
+        windows, rank = self.sharing.windows, self.sharing.rank
+        assert windows is not None
+        tokens = x.shape[1] // self.sharing.share(self.spatial) * self.spatial
+        places = windows.of(name, (len(x), tokens, *x.shape[3:]), x.dtype)
+        for to in windows.others:
+            put(self._places(places[to], rank), self._filled(x[:, :, to], rank), PROGRAMS)
+        copy(self._places(places[rank], rank), self._filled(x[:, :, rank], rank))
+        return places[rank]
+
+    def _put_shares(self, name: Hashable, found: Tensor, out: Tensor) -> Tensor:
+        """Write a result [B, N, h, D] to the ranks whose tokens it is of; this rank's of all, [ranks, B, n, h, D].
+
+        out: of this rank, [B, n, ranks, h, D], which gets its own part. The others' do not stay in the window, because
+        another call may come before they are read.
+        """
+        windows, rank = self.sharing.windows, self.sharing.rank
+        assert windows is not None
+        places = windows.of(name, (self.sharing.size, *out[:, :, 0].shape), out.dtype)
+        for to in windows.others:
+            put(self._filled(places[to][rank], to), self._places(found, to), PROGRAMS)
+        copy(self._filled(out[:, :, rank], rank), self._places(found, rank))
+        return places[rank]
+
+    @property
+    def _padded(self) -> bool:
+        """Whether shares have tokens that belong to no frame."""
+        return self.spatial % self.sharing.size > 0
+
+    def _places(self, x: Tensor, rank: int) -> Tensor:
+        """A rank's tokens [B, T, ..] among those of whole frames [B, T * S, ..]."""
+        share = self.sharing.share(self.spatial)
+        return x.unflatten(1, (-1, self.spatial))[:, :, rank * share : (rank + 1) * share]
+
+    def _filled(self, x: Tensor, rank: int) -> Tensor:
+        """A rank's share [B, T * share, ..] without padding, [B, T, ..]."""
+        share = self.sharing.share(self.spatial)
+        return x.unflatten(1, (-1, share))[:, :, : max(0, min(share, self.spatial - rank * share))]
+
+    def _by_messages(self, parts: list[Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        """`_through_windows`, where ranks have none."""
+        own = parts[0].shape[3]
         chunks = _chunks(own, self.sharing.chunks)
         out = parts[0].new_empty(parts[0].shape)
         # Tensors of as many tokens travel as one, because each message is one more to wait for.
@@ -184,7 +272,8 @@ class ShareAttention:
             [(len(run), self._send(_gathered([x[:, :, :, chunk].transpose(1, 2) for x in run]))) for run in alike]
             for chunk in chunks
         ]
-        del parts, alike
+        parts.clear()
+        del alike
         back = []
         for i, chunk in enumerate(chunks):
             first = self.sharing.rank * own
@@ -198,7 +287,7 @@ class ShareAttention:
             del found
         for chunk, receive in zip(chunks, back, strict=True):
             copy(out[:, :, :, chunk], receive().transpose(1, 2))
-        return out.view(*out.shape[:2], -1, head_dim)[:, :, :heads]
+        return out
 
     def _send(self, x: Tensor) -> Callable[[], Tensor]:
         """Send x [B, ranks, N, h, D], to each rank its part. Returns what waits for theirs, which has x's shape."""

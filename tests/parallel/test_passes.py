@@ -40,6 +40,8 @@ from ..support.tiny import tiny_config
 AVATAR = Path(__file__).parents[1] / "data" / "golden-avatar" / "v1_5"
 # Rows by columns of latents: tokens of a frame divide by 4, by 2, and by neither.
 EVEN, HALVES, ODD = (8, 12), (4, 12), (6, 10)
+# Both are exact: into each other's memory, and by messages.
+EXCHANGES = ("exact", "messages")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -95,15 +97,17 @@ def check(group: Group, model: OptimizedTransformer, run: Callable[..., Tensor],
         torch.testing.assert_close(run(model, *args, **options), wanted, atol=1e-5 * float(wanted.std()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", [EVEN, HALVES, ODD])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
-def test_samples_and_tokens(group, batch, size):
-    check(group, network(), video, batch, size, cond=batch % 2)
+def test_samples_and_tokens(group, batch, size, exchange):
+    check(group, network(exchange=exchange), video, batch, size, cond=batch % 2)
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("heads", [1, 3, 11])
-def test_heads_that_do_not_divide(group, heads):
-    check(group, network(heads), video)
+def test_heads_that_do_not_divide(group, heads, exchange):
+    check(group, network(heads, exchange=exchange), video)
 
 
 @pytest.mark.parametrize("group", [3], indirect=True)
@@ -133,10 +137,11 @@ def test_exchange_in_eight_bits(group, heads, size):
             assert 1e-4 < error < 0.01 if exchange == "int8" else error < 1e-5
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", [EVEN, ODD])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_continuation_with_a_cache(group, batch, size):
-    check(group, network(), continued, batch, size)
+def test_continuation_with_a_cache(group, batch, size, exchange):
+    check(group, network(exchange=exchange), continued, batch, size)
 
 
 def test_a_cache_of_several_videos(group):
@@ -147,20 +152,22 @@ def test_a_cache_of_several_videos(group):
     check(group, network(), run)
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", [EVEN, ODD])
-def test_block_sparse_attention(group, size):
-    model = network()
+def test_block_sparse_attention(group, size, exchange):
+    model = network(exchange=exchange)
     model.block_sparse = BlockSparse(0.5, chunk=(2, 2, 2))
     check(group, model, video, 1, size, 5, cond=1)
-    model = network()
+    model = network(exchange=exchange)
     model.block_sparse = BlockSparse(0.5, chunk=(2, 2, 2))
     check(group, model, continued, 1, size)
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("heads", [3, 4])
 @pytest.mark.parametrize("cond", [0, 1])
-def test_sparse_attention_with_densities_of_heads(group, heads, cond):
-    model = network(heads)
+def test_sparse_attention_with_densities_of_heads(group, heads, cond, exchange):
+    model = network(heads, exchange=exchange)
     layers = tuple(tuple(0.1 + 0.2 * (head + layer) for head in range(heads)) for layer in range(2))
     model.sparse = Sparse(densities=Densities((1.0,), (layers,)), dense_steps=0)
     check(group, model, video, 1, (24, 34), 8, cond, progress=0.5)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longcat_core.errors import LongCatError
 from longcat_core.parallel.bandwidth import Bandwidth
+from longcat_core.parallel.division import Division
 from longcat_core.parallel.group import Group
 from longcat_core.parallel.layout import links
 
@@ -79,3 +80,22 @@ def bandwidths(group: Group) -> list[Mapping[int, Bandwidth]]:
     found: list[Any] = [None] * group.size
     dist.all_gather_object(found, links(group))
     return found
+
+
+def written(group: Group, length: int) -> list[list[float]]:
+    """What each rank wrote into rank 0's window: its number from 1 on, `length` times."""
+    windows = Division.of(group).windows[group.size]
+    places = windows.of("test", (group.size, length), torch.float32)
+    for place in places:
+        place[group.rank] = 1 + group.rank
+    windows.arrived()
+    found: list[list[float]] = places[group.rank].tolist()
+    return found
+
+
+def released(group: Group) -> None:
+    Division.of(group).release()
+
+
+def has_windows(group: Group) -> bool:
+    return bool(Division.of(group).windows)

@@ -17,6 +17,7 @@ from ...model.config import ModelConfig
 from ...optimize.block_sparse import BlockSparse
 from ...optimize.plan import Work
 from ...optimize.switches import Exchange, Optimizations
+from ...parallel.division import Division
 from ...parallel.group import Group
 from ...parallel.layout import exchanged_bytes, measured_links, pass_seconds
 from ...parallel.led_vae import LedVAE
@@ -34,11 +35,13 @@ GUIDED, SINGLE, REFINED, DECODED = "with guidance", "without guidance", "refinin
 # Latents that `REFINED` has where the bench's size is that of a GPU: 704x1280 and 189 frames.
 LARGE = workload.Size(704, 1280, 189, 1)
 COUNTS = (2, 4, 8)
+# The other ways to exchange tensors.
+EXCHANGES: tuple[Exchange, ...] = ("messages", "int8")
 FLOORS = f"""*Divided* is one GPU's time, of which the part in blocks divides evenly. *Exchange* is what a GPU sends,
 at the speed that its group of ranks reached. *Open* is the part of it that no work hides, as heads travel in {CHUNKS}
 chunks: the queries, keys and values of the first chunk, and the results of the last. The *floor* is *divided* and
-*open* together. What was measured *beyond* it are copies around the exchange, kernels of NCCL that take parts of the
-GPU from attention, and waiting for another GPU."""
+*open* together. What was measured *beyond* it are copies of a GPU's own heads, the multiprocessors that the exchange
+takes from attention, and waiting for another GPU."""
 
 
 class Case(NamedTuple):
@@ -68,9 +71,9 @@ def counts(device: torch.device) -> list[int]:
 def run(bench: Bench) -> None:
     """Rows of every case by path and number of GPUs, one GPU first.
 
-    ratio: the time on one GPU over this one. exchange_ms: what NCCL's kernels took in rank 0, hidden or not; copies_ms:
-    what copies took there. outside_ms: what every rank computes by itself, outside the blocks. all_to_all_gbs: measured
-    bandwidth of a rank.
+    ratio: the time on one GPU over this one. exchange_ms: what NCCL's kernels and copies to other GPUs took in rank 0,
+    hidden or not; copies_ms: what other copies took there. outside_ms: what every rank computes by itself, outside the
+    blocks. exchange_gbs: measured bandwidth of a rank in the row's exchange, `by` windows or messages.
     """
     for path in (EXACT, FP8_8BIT):
         if path != EXACT and not (bench.fp8 and bench.quantize()):
@@ -82,7 +85,9 @@ def run(bench: Bench) -> None:
                     row = _add(bench, path, case, count, group)
                     compare(first.setdefault(case.name, row), row)
                     if case.name == SINGLE and group is not None:
-                        compare(first[SINGLE], _add(bench, path, case, count, group, "int8"))
+                        # Without windows the exact exchange is by messages already.
+                        for exchange in EXCHANGES if Division.of(group).windows else EXCHANGES[1:]:
+                            compare(first[SINGLE], _add(bench, path, case, count, group, exchange))
                 if path == EXACT:
                     row = bench.add(row_of(DECODED, path, count), _decoding, bench, group)
                     compare(first.setdefault(DECODED, row), row)
@@ -131,8 +136,11 @@ def _evaluation(bench: Bench, chosen: Optimizations, case: Case, group: Group | 
         repeats = 1 if case.settings else bench.repeats
         row = measure(step, bench.device, repeats, bench.budget, 0).as_row()
         if group is not None:
-            speed = measured_links(group)[group.size].all_to_all
-            row |= profiled(step, bench.device) | {"all_to_all_gbs": speed / 1e9}
+            link = measured_links(group)[group.size]
+            written = chosen.exchange == "exact" and link.written > 0
+            speed = link.written if written else link.all_to_all
+            row |= profiled(step, bench.device)
+            row |= {"exchange_gbs": speed / 1e9, "by": "windows" if written else "messages"}
         else:
             skip = workload.network_forward(model, inputs, around_block=lambda i, run, tokens: tokens)
             row["outside_ms"] = measure(skip, bench.device, 3, bench.budget, 0).ms
@@ -140,7 +148,8 @@ def _evaluation(bench: Bench, chosen: Optimizations, case: Case, group: Group | 
 
 
 def profiled(step: Callable[[], object], device: torch.device) -> Row:
-    """exchange_ms, copies_ms: milliseconds of NCCL's kernels and of copies in one call; {} on a CPU."""
+    """exchange_ms, copies_ms: milliseconds of NCCL's kernels and of copies to other GPUs, and of other copies, in one
+    call; {} on a CPU."""
     if device.type != "cuda":
         return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -148,7 +157,8 @@ def profiled(step: Callable[[], object], device: torch.device) -> Row:
         torch.cuda.synchronize(device)
     times = {"exchange_ms": 0.0, "copies_ms": 0.0}
     for event in profile.key_averages():
-        name = "exchange_ms" if "nccl" in event.key.lower() else "copies_ms" if family(event.key) == "copies" else ""
+        exchange = any(word in event.key.lower() for word in ("nccl", "_put_rows"))
+        name = "exchange_ms" if exchange else "copies_ms" if family(event.key) == "copies" else ""
         if name:
             times[name] += event.self_device_time_total / 1000
     return times
@@ -199,12 +209,13 @@ def table(results: Results, targets: Any) -> str:
     ]  # fmt: skip
     head = "", "ms", "from, to", "x one GPU", "exchange ms", "copies ms", "outside blocks ms", "peak GiB", ""
     text = markdown(head, lines)
-    speeds: dict[int, dict[str, None]] = {}
+    speeds: dict[tuple[int, str], dict[str, None]] = {}
     for row in results["rows"]:
-        if row.get("all_to_all_gbs"):
-            speeds.setdefault(row["gpus"], {})[shown(row["all_to_all_gbs"])] = None
-    for count, found in speeds.items():
-        text += f"\n\nBetween {count} ranks a GPU sends {' or '.join(found)} GB/s in an exchange of all with all."
+        if row.get("exchange_gbs"):
+            speeds.setdefault((row["gpus"], row["by"]), {})[shown(row["exchange_gbs"])] = None
+    for (count, by), found in speeds.items():
+        way = "writes into the others' memory" if by == "windows" else "sends to the others by messages"
+        text += f"\n\nBetween {count} GPUs each {way} at {' or '.join(found)} GB/s."
     calculated_targets: dict[str, list[float]] = {}
     if targets is not None and targets.comparable(results):
         text += f"\n\n{targets.verdicts(results)}\n\n{_floors(results)}"
@@ -220,7 +231,7 @@ def _floors(results: Results) -> str:
         REFINED: LARGE,
     }
     for row in results["rows"]:
-        case, count, speed = row.get("case"), row.get("gpus"), row.get("all_to_all_gbs")
+        case, count, speed = row.get("case"), row.get("gpus"), row.get("exchange_gbs")
         one = rows.get(row_of(str(case), row.get("path", ""), 1)["name"], {})
         if case not in sizes or not speed or "ms" not in one:
             continue
@@ -279,7 +290,8 @@ PART = Part(
     text="""## Several GPUs
 
 One evaluation on one GPU and on several of the same host, in one run. With guidance its two halves run on half of the
-GPUs each; the GPUs of one sample share its tokens. *Exchange* counts all of NCCL's kernels in the first GPU, hidden
+GPUs each; the GPUs of one sample share its tokens, and write queries, keys, values and results into each other's
+memory; *messages* are those of NCCL. *Exchange* counts NCCL's kernels and copies to other GPUs in the first GPU, hidden
 behind work or not.""",
     run=run,
     table=table,

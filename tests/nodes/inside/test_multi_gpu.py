@@ -187,7 +187,7 @@ def test_auto_takes_as_many_as_make_the_video_faster(comfy, model, latent, sampl
     plain, speed = comfy.core("parallel.layout").layout_on, {}
 
     def fixed(device, links, *given):
-        return plain(device, {2: links[2]._replace(all_to_all=speed["now"])}, *given)
+        return plain(device, {2: links[2]._replace(written=speed["now"])}, *given)
 
     shared = comfy("LongCatMultiGPU", model=model, gpus="auto")
     wanted = sample(latent, model=model, steps=STEPS, seed=2, guidance=1.0)

@@ -18,6 +18,7 @@ from longcat_core.optimize.kernels import block_sparse as kernels
 from longcat_core.optimize.kernels import cudnn_fp8 as fp8_attention
 from longcat_core.optimize.kernels import (
     elementwise,
+    put,
     row_scales,
     sparse_choose,
     sparse_fp8,
@@ -116,6 +117,8 @@ def main() -> None:
     types = {"x": half, "scales": "*fp32", "values": "*i8", "out": half}
     for kernel in (row_scales._pack_rows, row_scales._unpack_rows):
         build(kernel, (8, 9), types, tiles, ROWS=row_scales.ROWS, DIM=128)
+    for capability in ((8, 9), (9, 0)):
+        build(put._put_rows, capability, {"to": half, "of": half}, tiles, ROWS=put.TILE // 512, WIDTH=512)
     tensors = ("q", "means_k", "means_v", "rest_k", "rest_v", "exact", "out")
     types = dict.fromkeys(tensors, half) | {"mask": "*u8", "sums": "*fp32", "scale": "fp32"}
     for capability, query_block in (((8, 9), 64), ((9, 0), 64), ((9, 0), 128)):
