@@ -73,23 +73,6 @@ class Linear(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         self._unmerged: torch.nn.Parameter | None = None
         self._merged: list[tuple] = []
 
-    def _load_from_state_dict(
-        self, state: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        weight = state.get(f"{prefix}weight")
-        if weight is not None and weight.shape == self.shape:
-            # A GPU quantizes a hundred times faster.
-            weight = weight.to(comfy.model_management.get_torch_device())
-            # e4m3 weights that come with scales keep both.
-            scale = state.get(f"{prefix}weight_scale")
-            rows = quantize_rows(weight) if scale is None else (weight, scale.to(weight.device))
-            state = {name: value for name, value in state.items() if name != f"{prefix}weight_scale"}
-            packed = with_scales(*rows)
-            # For dynamic VRAM tensors become the parameters, which wait where this one does.
-            assigned = local_metadata.get("assign_to_params_buffers", False)
-            state[f"{prefix}weight"] = packed.to(self.weight.device) if assigned else packed
-        super()._load_from_state_dict(state, prefix, local_metadata, *args)
-
     def _save_to_state_dict(self, state: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(state, prefix, keep_vars)
         if self._unmerged is not None:

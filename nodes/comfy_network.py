@@ -7,7 +7,7 @@ its output: the core's is x0 - noise, ComfyUI's flow models return the velocity 
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from .comfy_avatar import Heard
 from .comfy_caches import CONDITIONING_CACHE_KEY, TEXT_CACHE_KEY, read_text
 from .comfy_fp8 import is_replaced
 from .comfy_prefetch import Prefetch, prefetching
+from .comfy_reading import Unread
 from .host import running_workers
 from .progress import begins
 
@@ -190,6 +191,10 @@ class DiffusionModel(LongCatTransformer):
     def _apply(self, fn: Any, recurse: bool = True) -> DiffusionModel:
         # Keeps `dtype`: ComfyUI reads it as the dtype that it asked for, even if weights have the file's dtype for now.
         return torch.nn.Module._apply(self, fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        tensors = state_dict.read(self, assign) if isinstance(state_dict, Unread) else state_dict
+        return super().load_state_dict(tensors, strict, assign)
 
     def execution(self, dtype: torch.dtype, options: dict[str, Any]) -> Execution:
         """How a MODEL with these transformer_options runs, with activations in `dtype`.

@@ -18,12 +18,12 @@ from ..longcat_core.checkpoints.formats import BESIDE, OFFICIAL, Format, Table, 
 from ..longcat_core.checkpoints.load import Checkpoint, empty_parameters, open_checkpoint
 from ..longcat_core.checkpoints.packings import TILE
 from ..longcat_core.checkpoints.quantized import MARKERS, described_beside
-from ..longcat_core.checkpoints.reader import Reader
 from ..longcat_core.checkpoints.stored import Stored, collect, match_parameters
 from ..longcat_core.errors import listed
 from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.optimize.quantization import Policy, dequantized, without_scales
 from .comfy_attention import reads_preferences
+from .comfy_reading import PLACE, Unread
 
 SOURCE = "the LongCat-Video checkpoint"
 # What newer versions of ComfyUI write beside the weights of an attention layer: which kernel it wants.
@@ -60,16 +60,19 @@ class StateDict:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
         tensor = self.state[name]
+        if buffer is not None and hasattr(tensor, PLACE):
+            file, place = getattr(tensor, PLACE)
+            return file.rows(place, start, stop, buffer)
         return tensor[start:stop] if tensor.ndim else tensor
 
 
-def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool = False) -> dict[str, Tensor]:
+def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool = False) -> Unread:
     """The network's weights out of `state`, a checkpoint of any form; `state` is emptied meanwhile, to save memory.
 
     Layers that ComfyUI can run quantized, by their `comfy_quant` tensors, keep their tensors; split ones are stacked if
-    that is exact (`joined`). All other quantized weights are dequantized to bf16. rowwise: layers that become fp8 row
-    by row keep stored e4m3 values, with their scales as `weight_scale` [out, 1] fp32. Keys that the network does not
-    know are kept, for ComfyUI to report. Raises CheckpointError naming what is missing or has the wrong shape.
+    that is exact (`joined`). All other quantized weights are dequantized to bf16, later, when `Unread` is read, as well
+    as weights in files are read and, if `rowwise`, those of 8-bit layers quantized. Keys that the network does not know
+    are kept, for ComfyUI to report. Raises CheckpointError naming what is missing or has the wrong shape.
     """
     form, _ = detect(state, SOURCE)
     correct(state)
@@ -81,7 +84,7 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
             state[name] = state[name].view(dtype)
     parameters = empty_parameters(config)
     checkpoint = Checkpoint(**(vars(stored) | {"depth": config.depth}), config=config).fitted(parameters)
-    reader, sources = Reader(checkpoint), dict(form.modules(config.depth))
+    sources = dict(form.modules(config.depth))
     hears = config.audio is not None
     eight_bit = {f"{module}.weight" for module in Policy().names(config.depth, hears)} if rowwise else set()
     whole = {modules[0]: module for module, modules in sources.items() if len(modules) == 1}
@@ -106,14 +109,13 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
             for layer in layers:
                 for suffix in beside[layer]:
                     del state[f"{layer}.{suffix}"]
+    unread, kept = {}, {}
     for name, parts in match_parameters(checkpoint, parameters, allow_unknown=True).items():
-        rows = reader.e4m3(parts, "cpu") if name in eight_bit else None
-        if rows is not None:
-            out[name], out[f"{name}_scale"] = rows
-        elif any(part.scale or part.name in checkpoint.packed for part in parts):
-            out[name] = reader.into(torch.empty(parameters[name].shape, dtype=torch.bfloat16), parts)
+        tensors = [state[part.name] for part in parts]
+        widened = any(part.scale or part.name in checkpoint.packed for part in parts)
+        if name in eight_bit or widened or all(hasattr(tensor, PLACE) for tensor in tensors):
+            unread[name] = parts
         else:
-            tensors = [state[part.name] for part in parts]
             out[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         module, _, kind = name.rpartition(".")
         used = [stored for part in parts for stored in (part.name, part.scale)]
@@ -121,14 +123,17 @@ def from_checkpoint(state: dict[str, Tensor], config: ModelConfig, rowwise: bool
         used += [key for weight in packed for key, _ in weight.beside.values()]
         used += [f"{source}.{suffix}" for source in sources[module] for suffix in BESIDE if kind == "weight"]
         for stored in used:
-            state.pop(stored, None)
+            tensor = state.pop(stored, None)
+            if tensor is not None and name in unread:
+                kept[stored] = tensor
+    file.state = kept
     for marker in MARKERS:
         state.pop(marker, None)
     out |= _attention_settings(state, sources, config.depth)
     for key in list(state):
         source, _, kind = key.rpartition(".")
         out[f"{whole.get(source, source)}.{kind}" if source else kind] = state.pop(key)
-    return out
+    return Unread(out, unread, checkpoint)
 
 
 def runs(stored: Stored, layer: str, description: Mapping[str, Any] | None) -> bool:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 IMAGE_MODEL = "longcat_video"
 SOURCE = "the checkpoint"
+# A tensor of LongCat-Video in any form.
+EVERY_FORM = "blocks.0.ffn.w1.weight"
 
 
 class LongCatConfig(comfy.supported_models_base.BASE):
@@ -151,7 +153,12 @@ def register() -> None:
 
     def load_torch_file(ckpt, *args, **kwargs):
         found = read(ckpt, *args, **kwargs)
-        remember(found[0] if isinstance(found, tuple) else found, ckpt)
+        tensors = found[0] if isinstance(found, tuple) else found
+        remember(tensors, ckpt)
+        if isinstance(tensors, dict) and any(str(name).endswith(EVERY_FORM) for name in tensors):
+            from .comfy_reading import mark
+
+            mark(tensors, ckpt)
         return found
 
     for module, function, original in (

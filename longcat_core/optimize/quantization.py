@@ -165,12 +165,15 @@ def with_scales(weight: Tensor, weight_scale: Tensor) -> Tensor:
 
     For an owner that moves, stores and restores one tensor per layer. It may also be cast to a wider float and back.
     """
-    rows, columns = weight.shape
-    shifts = torch.arange(0, 32, 32 // _DIGITS, device=weight.device, dtype=torch.int32)
+    return torch.cat((weight, scales_as_rows(weight_scale, weight.shape[1]).to(weight.dtype)))
+
+
+def scales_as_rows(weight_scale: Tensor, columns: int) -> Tensor:
+    """The rows that `with_scales` adds: scales [out, 1] fp32 as e4m3 [`scale_rows`, columns]."""
+    shifts = torch.arange(0, 32, 32 // _DIGITS, device=weight_scale.device, dtype=torch.int32)
     digits = (weight_scale.contiguous().view(torch.int32) >> shifts) & 15
-    room = scale_rows(rows, columns) * columns
-    tail = F.pad(digits.flatten(), (0, room - digits.numel())).view(-1, columns)
-    return torch.cat((weight, tail.float().to(weight.dtype)))
+    room = scale_rows(len(weight_scale), columns) * columns
+    return F.pad(digits.flatten(), (0, room - digits.numel())).view(-1, columns).float().to(torch.float8_e4m3fn)
 
 
 @operator("packed_scales", lambda packed, rows: packed.new_empty((rows, 1), dtype=torch.float32))

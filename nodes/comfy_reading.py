@@ -1,0 +1,149 @@
+"""Weights on their way from files into ComfyUI's network: read ahead by threads, quantized on the GPU as they arrive.
+
+ComfyUI maps files, and a thread that copies from a map waits again and again for its next pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..longcat_core.checkpoints.reader import PIECE_CUDA, Reader
+from ..longcat_core.checkpoints.stored import Part, Stored
+from ..longcat_core.errors import CheckpointError
+from ..longcat_core.files.tensor_files import open_file
+from ..longcat_core.optimize.kernels.elementwise import quantize_rows
+from ..longcat_core.optimize.quantization import scales_as_rows
+from ..longcat_core.optimize.streaming import pinned
+
+# An attribute of tensors out of a file: the opened file, and the tensor's name in it.
+PLACE = "longcat_place"
+# Of weights that are multiplied out.
+WIDE = torch.bfloat16
+# How layers load that copy what they are given, and do nothing else.
+PLAIN = (torch.nn.Module._load_from_state_dict, comfy.ops.disable_weight_init.Linear._load_from_state_dict)
+
+
+def mark(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Let tensors know their places in the file that ComfyUI read them from, if we can read it too."""
+    try:
+        file = open_file(Path(path))
+    except CheckpointError:
+        return
+    for name, tensor in tensors.items():
+        setattr(tensor, PLACE, (file, name))
+
+
+class Unread(dict):
+    """A state dict that lacks the parameters in `parts`, which `read` reads, multiplies out or quantizes."""
+
+    def __init__(self, tensors: dict[str, Tensor], parts: dict[str, list[Part]], stored: Stored) -> None:
+        """stored: its one file has their tensors, most of which are maps of real files, and gives them up in `read`."""
+        super().__init__(tensors)
+        self.parts, self.stored = parts, stored
+        (self.state,) = (file.state for file in stored.files.values())
+        device = comfy.model_management.get_torch_device()
+        self.device = device if device.type == "cuda" else torch.device("cpu")
+
+    def read(self, network: torch.nn.Module, assign: bool) -> dict[str, Tensor]:
+        """All tensors. The parameters are read into the network's own or, if it will `assign` what it gets, into CPU
+        memory; parameters that are one tensor of the file stay in it then.
+
+        The node's bar counts the bytes. Raises ComfyUI's exception if the user interrupts it.
+        """
+        targets: dict[str, Tensor] = {}
+        for name, parts in self.parts.items():
+            module, _, kind = name.rpartition(".")
+            layer = network.get_submodule(module)
+            keeps = not assign or (kind == "weight" and getattr(layer, "eight_bit", False))
+            own = getattr(layer, kind, None) if keeps and type(layer)._load_from_state_dict in PLAIN else None
+            if own is None and len(parts) == 1 and not self._widens(parts[0]):
+                self[name] = self.state.pop(parts[0].name)
+            else:
+                self[name] = self._memory(parts) if own is None else own
+                targets[name] = self[name].detach()
+        bar, reader, landing = comfy.utils.ProgressBar(1), Reader(self.stored, self.device), Landing(self.device)
+
+        def watch(done: int, of: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, of)
+
+        with torch.no_grad(), reader.ahead((part for name in targets for part in self.parts[name]), watch):
+            for name, target in targets.items():
+                self._fill(target, self.parts[name], reader, landing)
+                for part in self.parts[name]:
+                    self.state.pop(part.name, None)
+            landing.finish()
+        return self
+
+    def _fill(self, target: Tensor, parts: list[Part], reader: Reader, landing: Landing) -> None:
+        first, scales = 0, []
+        # The scales of an 8-bit layer are in further rows.
+        eight_bit = len(target) > sum(self.stored.shapes[part.name][0] for part in parts)
+        stored = eight_bit and all(self.stored.dtypes[part.name] == torch.float8_e4m3fn for part in parts)
+        for part in parts:
+            rows, wide = self.stored.shapes[part.name][0], self._widens(part) and not stored
+            if stored:
+                scale = reader.scale(part)
+                scales.append((torch.ones(1) if scale is None else scale).expand(rows)[:, None])
+            for start, piece in reader.pieces(Part(part.name) if stored else part, self.device if wide else "cpu"):
+                piece = piece.to(WIDE) if wide else piece
+                if eight_bit and not stored:
+                    piece, scale = quantize_rows(piece.to(self.device, non_blocking=True))
+                    scales.append(scale)
+                landing.put(target[first + start : first + start + len(piece)], piece)
+                # Release it before the next one is read.
+                del piece
+            first += rows
+        if eight_bit:
+            landing.put(target[first:], scales_as_rows(torch.cat(scales), target.shape[1]))
+
+    def _widens(self, part: Part) -> bool:
+        return part.scale is not None or part.name in self.stored.packed
+
+    # Parameters need gradients where nodes train, which tensors made in inference mode cannot have.
+    @torch.inference_mode(False)
+    def _memory(self, parts: list[Part]) -> Tensor:
+        shapes = [self.stored.shapes[part.name] for part in parts]
+        dtypes = [WIDE if self._widens(part) else self.stored.dtypes[part.name] for part in parts]
+        shape = sum(shape[0] for shape in shapes), *shapes[0][1:]
+        return torch.empty(shape, dtype=reduce(torch.promote_types, dtypes))
+
+
+class Landing:
+    """Copies numbers to where they stay. From a GPU to the CPU they pass through pinned buffers, of which the GPU fills
+    one while the CPU empties the other. A copy straight to other memory is slow, and the CPU waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # A number has two bytes at most.
+        self._buffers = [pinned(2 * PIECE_CUDA) for _ in range(2)] if device.type == "cuda" else []
+        self._arriving: tuple[torch.cuda.Event, Tensor, Tensor] | None = None
+
+    def put(self, target: Tensor, values: Tensor) -> None:
+        """Copy values, now or in a later call."""
+        if target.device.type != "cpu" or values.device.type == "cpu":
+            # A copy that does not wait also converts on the GPU, not on the CPU.
+            target.copy_(values, non_blocking=target.device == self._device)
+            return
+        buffer = self._buffers[0] if values.nbytes <= len(self._buffers[0]) else pinned(values.nbytes)
+        self._buffers.reverse()
+        room, event = buffer[: values.nbytes].view(values.dtype).view(values.shape), torch.cuda.Event()
+        room.copy_(values, non_blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self.finish()
+        self._arriving = event, target, room
+
+    def finish(self) -> None:
+        if self._arriving is not None:
+            event, target, room = self._arriving
+            event.synchronize()
+            target.copy_(room)
+            self._arriving = None
