@@ -58,6 +58,11 @@ class Windows:
             self._held[name] = self._mapped(max(count, 1))
         return [window[:count].view(dtype).view(*shape) for window in self._held[name][0]]
 
+    @property
+    def nbytes(self) -> int:
+        """Of this rank's memory that windows take, which PyTorch's allocator does not count."""
+        return sum(len(windows[self.rank]) for windows, _ in self._held.values())
+
     def arrived(self) -> None:
         """Wait until all ranks have written what they had to; on a GPU, its current stream waits."""
         # A collective ends in one rank after it has begun in all. NCCL's also ends when the group is aborted, unlike a

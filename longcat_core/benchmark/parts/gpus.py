@@ -140,6 +140,8 @@ def _evaluation(bench: Bench, chosen: Optimizations, case: Case, group: Group | 
             written = chosen.exchange == "exact" and link.written > 0
             speed = link.written if written else link.all_to_all
             row |= profiled(step, bench.device)
+            if bench.device.type == "cuda":
+                row["peak_gib"] += sum(windows.nbytes for windows in Division.of(group).windows.values()) / 2**30
             row |= {"exchange_gbs": speed / 1e9, "by": "windows" if written else "messages"}
         else:
             skip = workload.network_forward(model, inputs, around_block=lambda i, run, tokens: tokens)
