@@ -5,7 +5,7 @@ ComfyUI maps files, and a thread that copies from a map waits again and again fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 
@@ -75,7 +75,9 @@ class Unread(dict):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, of)
 
-        with torch.no_grad(), reader.ahead((part for name in targets for part in self.parts[name]), watch):
+        wanted = [part for name in targets for part in self.parts[name]]
+        places = {name: place for key in targets for name, place in self._places(targets[key], self.parts[key])}
+        with torch.no_grad(), reader.ahead(wanted, watch, places):
             for name, target in targets.items():
                 self._fill(target, self.parts[name], reader, landing)
                 for part in self.parts[name]:
@@ -85,9 +87,7 @@ class Unread(dict):
 
     def _fill(self, target: Tensor, parts: list[Part], reader: Reader, landing: Landing) -> None:
         first, scales = 0, []
-        # The scales of an 8-bit layer are in further rows.
-        eight_bit = len(target) > sum(self.stored.shapes[part.name][0] for part in parts)
-        stored = eight_bit and all(self.stored.dtypes[part.name] == torch.float8_e4m3fn for part in parts)
+        eight_bit, stored = self._eight_bit(target, parts)
         for part in parts:
             rows, wide = self.stored.shapes[part.name][0], self._widens(part) and not stored
             if stored:
@@ -104,6 +104,21 @@ class Unread(dict):
             first += rows
         if eight_bit:
             landing.put(target[first:], scales_as_rows(torch.cat(scales), target.shape[1]))
+
+    def _eight_bit(self, target: Tensor, parts: list[Part]) -> tuple[bool, bool]:
+        """Whether a target is of an 8-bit layer, whose scales are in further rows, and whether its file has both."""
+        eight_bit = len(target) > sum(self.stored.shapes[part.name][0] for part in parts)
+        return eight_bit, eight_bit and all(self.stored.dtypes[part.name] == torch.float8_e4m3fn for part in parts)
+
+    def _places(self, target: Tensor, parts: list[Part]) -> Iterator[tuple[str, Tensor]]:
+        """Stored tensors that a target on the CPU holds as they are, and where."""
+        first, (eight_bit, stored) = 0, self._eight_bit(target, parts)
+        for part in parts:
+            rows = self.stored.shapes[part.name][0]
+            plain = stored or not (eight_bit or self._widens(part))
+            if plain and target.device.type == "cpu" and target.dtype == self.stored.dtypes[part.name]:
+                yield part.name, target[first : first + rows]
+            first += rows
 
     def _widens(self, part: Part) -> bool:
         return part.scale is not None or part.name in self.stored.packed
@@ -131,7 +146,8 @@ class Landing:
         """Copy values, now or in a later call."""
         if target.device.type != "cpu" or values.device.type == "cpu":
             # A copy that does not wait also converts on the GPU, not on the CPU.
-            target.copy_(values, non_blocking=target.device == self._device)
+            if target.data_ptr() != values.data_ptr():
+                target.copy_(values, non_blocking=target.device == self._device)
             return
         buffer = self._buffers[0] if values.nbytes <= len(self._buffers[0]) else pinned(values.nbytes)
         self._buffers.reverse()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -72,13 +72,15 @@ class Reader:
         return self._read(name, start, stop)
 
     @contextmanager
-    def ahead(self, parts: Iterable[Part], watch: Watch | None = None) -> Iterator[None]:
+    def ahead(
+        self, parts: Iterable[Part], watch: Watch | None = None, places: Mapping[str, Tensor] | None = None
+    ) -> Iterator[None]:
         """Inside the `with` block, threads prefetch the `pieces` of these parts, which must be read in this order. A
         piece is valid until the next one is read, or for copies to a GPU that have begun by then. watch: called after
-        every piece."""
+        every piece. places: CPU memory [rows, ..] in the stored dtype that a part is read to, by its name; from a file
+        it gets there without a copy."""
         cuts = [(part, cut, self._bytes(part, *cut)) for part in parts for cut in self._cuts(part)]
-        sizes = [size for *_, size in cuts]
-        done, total = 0, sum(sizes)
+        done, total, places = 0, sum(size for *_, size in cuts), places or {}
 
         def count(nbytes: int) -> None:
             nonlocal done
@@ -87,10 +89,14 @@ class Reader:
                 watch(done, total)
 
         def job(part: Part, cut: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-            return lambda buffer: self._read(part.name, *cut, buffer)
+            if part.name not in places:
+                return lambda buffer: self._read(part.name, *cut, buffer)
+            place = places[part.name][slice(*cut)].view(torch.uint8).flatten()
+            return lambda buffer: self._read(part.name, *cut, place)
 
         jobs = (((part.name, *cut), job(part, cut)) for part, cut, _ in cuts)
-        number, size = min(AHEAD, len(cuts)), min(4 * self._piece, max(sizes, default=0))
+        largest = max((size for part, _, size in cuts if part.name not in places), default=0)
+        number, size = min(AHEAD, len(cuts)), min(4 * self._piece, largest)
         if self._device.type == "cuda":
             self._ahead = ReadAhead(jobs, [pinned(size) for _ in range(number)], self._sent)
         else:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat_core.checkpoints import reader
 from longcat_core.checkpoints.formats import OFFICIAL, detect
 from longcat_core.checkpoints.load import (
     load_transformer,
@@ -19,6 +20,7 @@ from longcat_core.checkpoints.load import (
     open_checkpoint,
     read_parameter,
 )
+from longcat_core.checkpoints.stored import Part
 from longcat_core.errors import CheckpointError, LongCatError
 from longcat_core.files.safetensors_io import read_tensors, write_safetensors
 from longcat_core.model.config import ModelConfig
@@ -470,3 +472,19 @@ def test_a_file_of_another_model_beside_prefixed_shards(tmp_path, state):
     )
     with pytest.raises(CheckpointError, match=r"lora\.safetensors holds nothing of"):
         load_transformer(tmp_path)
+
+
+def test_parts_are_read_to_their_places(state, monkeypatch):
+    """In pieces of a few rows, and without a copy; the others pass through buffers."""
+    monkeypatch.setattr(reader, "PIECE", 100)
+    read = reader.Reader(open_checkpoint(GOLDEN / "dit.safetensors", CONFIG))
+    parts = [Part("blocks.0.ffn.w1.weight"), Part("blocks.0.ffn.w3.weight"), Part("blocks.1.attn.proj.bias")]
+    there = torch.empty_like(state[parts[1].name])
+    with read.ahead(parts, places={parts[1].name: there}):
+        for part in parts:
+            pieces = [(piece.data_ptr(), piece.clone()) for _, piece in read.pieces(part)]
+            assert torch.equal(torch.cat([piece for _, piece in pieces]), state[part.name])
+            assert len(pieces) > 3 or part.name.endswith("bias")
+            inside = [there.data_ptr() <= at < there.data_ptr() + there.nbytes for at, _ in pieces]
+            assert inside == [part is parts[1]] * len(pieces)
+    assert torch.equal(there, state[parts[1].name])
