@@ -13,6 +13,7 @@ import torch
 
 from ..errors import LongCatError
 from ..files.media import read_image, read_sound
+from ..files.media.sound import LAYOUTS
 from ..generate.audio import Embeddings, combine, load_audio_encoder
 from ..generate.avatar import AvatarRequest, avatar_video, spoken_frames
 from ..generate.long_video import Finished
@@ -52,6 +53,9 @@ def avatar(args: argparse.Namespace) -> int:
     model, lossy = task.settings()
     request = replace(request, first=first, model=model, lossy=lossy)
     left_out = [] if heard else [f"the sound is left out, because {output.suffix} holds none; write .mp4 or .mkv"]
+    channels = len(request.track.samples)
+    if heard and channels not in LAYOUTS:
+        left_out.append(f"the {channels} channels of the sound are mixed into one, as their places are unknown")
     there = [name for name in there_in(first) if name != GUIDANCE] + [GUIDANCE] * request.guided
     task.note([*request.notes(), *left_out], *there, *[MORE] * (request.count - 1))
     finished: list[Finished] = []

@@ -74,7 +74,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no file of sound": ([PROMPT, *MODEL, "--audio", "none.wav"], ("none.wav",)),
     "file without sound": ([PROMPT, *MODEL, "--audio", "face.png"], ("face.png",)),
     "silence": ([PROMPT, *MODEL, "--audio", "silent.mkv"], ("the sound is silent",)),
-    "too short": ([PROMPT, *MODEL, "--audio", "short.mkv"], ("give at least 0.4 s",)),
+    "too short": ([PROMPT, *MODEL, "--audio", "short.mkv"], ("give at least 400 ms",)),
     "no prompt": ([*ONE, *MODEL], ("prompt is empty",)),
     "three sounds": ([PROMPT, *MODEL, *TWO, *ONE], ("3 voices are more than the 2",)),
     "two without an image": ([PROMPT, *MODEL, *TWO], ("give an image",)),

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from longcat_core.files.media import check_sound, read_video, write_video
+from longcat_core.files.media import Sound, check_sound, read_sound, read_video, write_video
 
 from ..support.clips import beeps, numbered, write_clip
 
@@ -72,3 +73,14 @@ def test_sound_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("longcat_core.files.media.sound.DECODERS", ("aac",))
     kept, said = check_sound(source, ".mp4")
     assert kept is None and said.startswith("the sound is left out: ") and "pcm_s16le" in said
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_samples_keep_their_channels(tmp_path: Path, channels: int, suffix: str) -> None:
+    # Of 5.1 the one in the middle speaks, which a mean of all would make six times as quiet.
+    loud = torch.zeros(channels, 1)
+    loud[min(2, channels - 1)] = 0.3
+    write_video(tmp_path / f"a{suffix}", PICTURES, 15, Sound(loud * torch.sin(torch.arange(48000) / 20), 48000))
+    found = read_sound(tmp_path / f"a{suffix}").samples.std(1)
+    assert torch.allclose(found, loud[:, 0] / 2**0.5, atol=0.02)

@@ -27,7 +27,7 @@ DECODERS = (
 )  # fmt: skip
 # Of what is coded: samples per second, and layouts by their number of channels.
 RATE = 48000
-LAYOUTS = {1: "mono", 6: "5.1"}
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 FORMS = {".mp4": "mp4", ".mkv": "matroska"}
 BITS = 96_000  # a second of a channel, as AAC
 # Seconds of samples that are coded at a time.
@@ -113,9 +113,9 @@ class Samples:
         lossless = target.format.name == "matroska"
         sound = sound if lossless else sound.resampled(RATE)
         values = sound.samples.numpy()
-        self._layout = LAYOUTS.get(len(values), "stereo") if len(values) < 3 else "mono"
+        self._layout = LAYOUTS.get(len(values), "mono")
         # Several channels whose places are unknown are mixed.
-        self._samples = values if len(values) < 3 else values.mean(0, keepdims=True)
+        self._samples = values if len(values) in LAYOUTS else values.mean(0, keepdims=True)
         self._rate, self._at, self._target = sound.rate, 0, target
         self._out = target.add_stream("flac" if lossless else "aac", rate=sound.rate, layout=self._layout)
         form = self._out.codec_context.format = "s32" if lossless else "fltp"

@@ -42,7 +42,7 @@ def loudness(wave: Tensor) -> float:
     """
     seconds = len(wave) / RATE
     if seconds < BLOCK:
-        raise LongCatError(f"the sound lasts {seconds:.2f} s; give at least {BLOCK} s")
+        raise LongCatError(f"the sound lasts {math.floor(1000 * seconds)} ms; give at least {1000 * BLOCK:.0f} ms")
     squares = filtered(wave, WEIGHTING).square_()
     # Rounded and cut as in pyloudnorm, so that the blocks are the same.
     count = round((seconds - BLOCK) / (BLOCK * STEP)) + 1

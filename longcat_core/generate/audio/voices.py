@@ -30,7 +30,7 @@ class Voices:
     """What each person says, and what is heard of all.
 
     speakers: [N] fp64 at 16 kHz for each person, as loud as recorded; zeros while silent. track: the sum of the sounds,
-    for the video. notes: what was done, a sentence each.
+    for the video, turned down where it exceeds full scale. notes: what was done, a sentence each.
     """
 
     speakers: tuple[Tensor, ...]
@@ -89,9 +89,16 @@ def combine(sounds: Sequence[Sound | None], mode: Mode = "para") -> Voices:
         raise LongCatError("no sound is given; give one for at least one person")
     for number, sound in enumerate(sounds, 1):
         if sound is not None and sound.seconds < BLOCK:
-            raise LongCatError(f"{_which(number, sounds)} lasts {sound.seconds:.2f} s; give at least {BLOCK} s")
+            lasts = math.floor(1000 * sound.seconds)
+            raise LongCatError(f"{_which(number, sounds)} lasts {lasts} ms; give at least {1000 * BLOCK:.0f} ms")
     waves = [None if sound is None else mono(sound) for sound in sounds]
     silent = [wave is None or loudness(wave) == -math.inf for wave in waves]
+    for number, (sound, quiet) in enumerate(zip(sounds, silent, strict=True), 1):
+        if quiet and sound is not None and sound.samples.mean(0).abs().max() < 0.01 * sound.samples.abs().max():
+            raise LongCatError(
+                f"the channels of {_which(number, sounds)} cancel each other out in their mean, which the model hears; "
+                "give one of them"
+            )
     if all(silent):
         raise LongCatError("the sound is silent, below -70 LUFS throughout; give one in which somebody speaks")
     notes = [
@@ -111,15 +118,19 @@ def combine(sounds: Sequence[Sound | None], mode: Mode = "para") -> Voices:
         for wave, start in zip(waves, starts, strict=True)
     ]
     begins = [start / RATE for start, sound in zip(starts, sounds, strict=True) if sound is not None]
-    return Voices(tuple(speakers), _mixed(given, begins), tuple(notes))
+    track, peak = _mixed(given, begins)
+    if peak > 1:
+        notes.append(f"the video's sound is turned down by {20 * math.log10(peak):.1f} dB, down to full scale")
+    return Voices(tuple(speakers), track, tuple(notes))
 
 
 def _which(number: int, sounds: Sequence[Sound | None]) -> str:
     return "the sound" if len(sounds) == 1 else f"the sound of person {number}"
 
 
-def _mixed(sounds: Sequence[Sound], begins: Sequence[float]) -> Sound:
-    """The sum of sounds that begin at these seconds, at the highest of their rates."""
+def _mixed(sounds: Sequence[Sound], begins: Sequence[float]) -> tuple[Sound, float]:
+    """The sum of sounds that begin at these seconds, at the highest of their rates, at most at full scale; its peak
+    before it was turned down to that."""
     rate, channels = max(sound.rate for sound in sounds), max(len(sound.samples) for sound in sounds)
     parts = [(round(begin * rate), sound.resampled(rate).samples) for begin, sound in zip(begins, sounds, strict=True)]
     total = torch.zeros(channels, max(at + samples.shape[1] for at, samples in parts))
@@ -127,7 +138,8 @@ def _mixed(sounds: Sequence[Sound], begins: Sequence[float]) -> Sound:
         # What has fewer channels is heard in all of them.
         samples = samples if len(samples) == channels else samples.mean(0, keepdim=True)
         total[:, at : at + samples.shape[1]] += samples
-    return Sound(total, rate)
+    peak = float(total.abs().max())
+    return Sound(total / max(1.0, peak), rate), peak
 
 
 def embed_voices(

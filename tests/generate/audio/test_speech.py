@@ -50,5 +50,5 @@ def test_speech_is_the_mean_of_the_channels_at_16_khz_padded_at_the_end() -> Non
 
 
 def test_a_sound_of_less_than_a_block_is_refused() -> None:
-    with pytest.raises(LongCatError, match=r"lasts 0\.39 s; give at least 0\.4 s"):
+    with pytest.raises(LongCatError, match=r"lasts 393 ms; give at least 400 ms"):
         speech(Sound(torch.ones(1, 6300), RATE))

@@ -72,15 +72,23 @@ def test_the_track_keeps_the_best_rate_and_all_channels() -> None:
     assert torch.allclose(track.samples, mono.resampled(48000).samples + stereo.samples, atol=1e-6)
 
 
+def test_sounds_that_exceed_full_scale_together_are_turned_down() -> None:
+    loud = Sound(noise(1.0).samples.clamp(-0.2, 0.2) * 4, RATE)
+    voices = combine([loud, loud])
+    assert torch.allclose(voices.track.samples, loud.samples / 0.8)
+    assert voices.notes == ("the video's sound is turned down by 4.1 dB, down to full scale",)
+
+
 def test_silence_and_scraps_are_refused() -> None:
-    quiet = Sound(torch.zeros(1, RATE), RATE)
+    quiet, wave = Sound(torch.zeros(1, RATE), RATE), noise(1.0).samples
     for sounds, sentence in (
+        ([Sound(torch.cat((wave, -wave)), RATE)], "the channels of the sound cancel each other out in their mean"),
         ([], "no sound is given"),
         ([None, None], "no sound is given"),
         ([quiet], "the sound is silent, below -70 LUFS throughout"),
         ([quiet, None], "the sound is silent"),
-        ([noise(0.3)], r"the sound lasts 0\.30 s; give at least 0\.4 s"),
-        ([noise(1.0), noise(0.3)], r"the sound of person 2 lasts 0\.30 s"),
+        ([noise(0.3)], "the sound lasts 300 ms; give at least 400 ms"),
+        ([noise(1.0), noise(0.3)], "the sound of person 2 lasts 300 ms"),
     ):
         with pytest.raises(LongCatError, match=sentence):
             combine(sounds)
