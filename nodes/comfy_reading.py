@@ -5,19 +5,23 @@ ComfyUI maps files, and a thread that copies from a map waits again and again fo
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
 import comfy.utils
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..longcat_core.checkpoints.reader import PIECE_CUDA, Reader
+from ..longcat_core.checkpoints.reader import Reader
 from ..longcat_core.checkpoints.stored import Part, Stored
 from ..longcat_core.errors import CheckpointError
+from ..longcat_core.files.read_ahead import THREADS
 from ..longcat_core.files.tensor_files import open_file
 from ..longcat_core.optimize.kernels.elementwise import quantize_rows
 from ..longcat_core.optimize.quantization import scales_as_rows
@@ -69,7 +73,7 @@ class Unread(dict):
             else:
                 self[name] = self._memory(parts) if own is None else own
                 targets[name] = self[name].detach()
-        bar, reader, landing = comfy.utils.ProgressBar(1), Reader(self.stored, self.device), Landing(self.device)
+        bar, reader = comfy.utils.ProgressBar(1), Reader(self.stored, self.device)
 
         def watch(done: int, of: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -77,12 +81,11 @@ class Unread(dict):
 
         wanted = [part for name in targets for part in self.parts[name]]
         places = {name: place for key in targets for name, place in self._places(targets[key], self.parts[key])}
-        with torch.no_grad(), reader.ahead(wanted, watch, places):
+        with torch.no_grad(), Landing(self.device) as landing, reader.ahead(wanted, watch, places):
             for name, target in targets.items():
                 self._fill(target, self.parts[name], reader, landing)
                 for part in self.parts[name]:
                     self.state.pop(part.name, None)
-            landing.finish()
         return self
 
     def _fill(self, target: Tensor, parts: list[Part], reader: Reader, landing: Landing) -> None:
@@ -133,33 +136,46 @@ class Unread(dict):
 
 
 class Landing:
-    """Copies numbers to where they stay. From a GPU to the CPU they pass through pinned buffers, of which the GPU fills
-    one while the CPU empties the other. A copy straight to other memory is slow, and the CPU waits for it."""
+    """Copies numbers to where they stay. From a GPU to the CPU they pass through pinned buffers, which threads empty: a
+    copy straight to new memory would wait for each of its pages, and everybody for the copy. Ends with its `with`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        # A number has two bytes at most.
-        self._buffers = [pinned(2 * PIECE_CUDA) for _ in range(2)] if device.type == "cuda" else []
-        self._arriving: tuple[torch.cuda.Event, Tensor, Tensor] | None = None
+        self._device, workers = device, max(2, THREADS // 2)
+        self._pool = ThreadPoolExecutor(workers, "longcat-land")
+        # In order of use, and what is on its way through the last ones.
+        self._buffers = deque(torch.empty(0, dtype=torch.uint8) for _ in range(workers + 2))
+        self._arriving: deque[Future[None]] = deque()
 
     def put(self, target: Tensor, values: Tensor) -> None:
-        """Copy values, now or in a later call."""
+        """Copy values, now or in another thread."""
         if target.device.type != "cpu" or values.device.type == "cpu":
             # A copy that does not wait also converts on the GPU, not on the CPU.
             if target.data_ptr() != values.data_ptr():
                 target.copy_(values, non_blocking=target.device == self._device)
             return
-        buffer = self._buffers[0] if values.nbytes <= len(self._buffers[0]) else pinned(values.nbytes)
-        self._buffers.reverse()
-        room, event = buffer[: values.nbytes].view(values.dtype).view(values.shape), torch.cuda.Event()
-        room.copy_(values, non_blocking=True)
+        if len(self._arriving) == len(self._buffers):
+            self._arriving.popleft().result()
+        values, buffer = values.to(target.dtype), self._buffers.popleft()
+        if len(buffer) < values.nbytes:
+            buffer = pinned(values.nbytes)
+        self._buffers.append(buffer)
+        # Threads that wait for this event leave their cores to those that read.
+        room, event = buffer[: values.nbytes], torch.cuda.Event(blocking=True)
+        room.copy_(values.view(torch.uint8).flatten(), non_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
-        self.finish()
-        self._arriving = event, target, room
+        there = target.view(torch.uint8).flatten().numpy()
+        self._arriving.append(self._pool.submit(_empty, event, room.numpy(), there))
 
-    def finish(self) -> None:
-        if self._arriving is not None:
-            event, target, room = self._arriving
-            event.synchronize()
-            target.copy_(room)
-            self._arriving = None
+    def __enter__(self) -> Landing:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            for copied in self._arriving:
+                copied.result()
+
+
+def _empty(event: torch.cuda.Event, room: np.ndarray, target: np.ndarray) -> None:
+    event.synchronize()
+    target[:] = room

@@ -56,7 +56,6 @@ def played(comfy, monkeypatch) -> Callable[[], object]:
         monkeypatch.setitem(sys.modules, f"longcat_core.{name}", comfy.core(name))
     monkeypatch.setitem(sys.modules, "longcat_core", sys.modules[comfy.core("errors").__package__])
     monkeypatch.setattr(comfy.core("checkpoints.reader"), "PIECE_CUDA", 20000)
-    monkeypatch.setattr(reading, "PIECE_CUDA", 20000)
     monkeypatch.setattr(comfy.node("loaders"), "import_ahead", lambda device: None)
     read = reading.Unread.read
 
