@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import LongCatError
-from ..files.media import read_image, read_sound
+from ..files.media import Clip, read_image, read_sound
 from ..files.media.sound import LAYOUTS
 from ..generate.audio import Embeddings, combine, load_audio_encoder
 from ..generate.avatar import AvatarRequest, avatar_video, spoken_frames
@@ -60,7 +60,7 @@ def avatar(args: argparse.Namespace) -> int:
     task.note([*request.notes(), *left_out], *there, *[MORE] * (request.count - 1))
     finished: list[Finished] = []
 
-    def segments(bar: Progress) -> Iterator[np.ndarray]:
+    def segments(bar: Progress) -> Iterator[Clip]:
         parts = [Part(len(request.schedule_of(i)), "later" if i else "") for i in range(request.count)]
         bar.plan(parts, what="segment")
         folder.say = bar.say
@@ -71,9 +71,8 @@ def avatar(args: argparse.Namespace) -> int:
         def hear() -> Embeddings:
             return embeddings_of([request], opened, task.device, bar)[0]
 
-        finished.extend(reported(avatar_video(load, hear, request, folder, steps_of(bar)), folder, bar))
-        task.name_take(folder)
-        return spoken_frames(folder, finished, request)
+        done = reported(avatar_video(load, hear, request, folder, steps_of(bar)), folder, bar)
+        return task.as_finished(folder, done, finished, spoken_frames(folder, finished, request))
 
     task.run_parts(segments)
     return task.report(f"{request.voices.seconds:.2f} s of sound, {len(finished)} segments, ")

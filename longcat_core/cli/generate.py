@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import LongCatError
 from ..files.atomic import name_with, resolved
-from ..files.media import Sound, VideoBeside, check_output, check_sound, estimate_bytes
+from ..files.media import Clip, Sound, VideoBeside, check_output, check_sound, estimate_bytes
 from ..files.regular import read_lines
 from ..generate.long_video import Finished, LongVideoRequest, long_video, new_frames, segment_folder, spread_prompts
 from ..generate.media import contact_sheet
@@ -50,8 +50,9 @@ SAME_NAME = (
     *("guidance_until", "kv_cache", "step_cache", "sparse_kernel", "speed"),
 )
 
-# Takes the next frames of the video, uint8 [F, H, W, 3].
-Put = Callable[[np.ndarray], None]
+# Takes the next frames of the video.
+Put = Callable[[Clip], None]
+PutFrames = Callable[[np.ndarray], None]
 Made = TypeVar("Made")
 
 
@@ -112,14 +113,24 @@ class Task:
         pipeline.on_phase = lambda name: bar.task.phase(name)
         return pipeline
 
-    def name_take(self, folder: SegmentFolder) -> None:
+    def as_finished(
+        self, folder: SegmentFolder, segments: Iterable[Finished], into: list[Finished], frames: Iterator[np.ndarray]
+    ) -> Iterator[Clip]:
+        """What reads the clip of each segment once it is finished. frames: reads those of `into`, which gets it."""
+        for segment in segments:
+            if not into:
+                self._name_take(folder)
+            into.append(segment)
+            yield partial(next, frames)
+
+    def _name_take(self, folder: SegmentFolder) -> None:
         """Give the output the name of the take, unless the user named it or the take is the first one."""
         if self.args.output is None and folder.take.path != folder.path:
             name = name_with(self.output, f"-{folder.take.path.name}")
             self.output = self.args.outputs.default(name, new=False)
 
     def run(self, make: Callable[[Progress, Put], Made]) -> Made:
-        """Write the clips, uint8 [F, H, W, 3], that `make` puts, while it goes on; returns what it returns."""
+        """Write the clips that `make` puts, while it goes on; returns what it returns."""
 
         def name() -> Path:
             self.output = self.args.outputs.settled(self.output)
@@ -131,7 +142,7 @@ class Task:
             bar.task.worked_beside(WRITING, video.seconds)
         return made
 
-    def run_parts(self, make: Callable[[Progress], Iterable[np.ndarray]]) -> None:
+    def run_parts(self, make: Callable[[Progress], Iterable[Clip]]) -> None:
         """Write the clips that `make` returns, while later ones are made."""
 
         def put_all(bar: Progress, put: Put) -> None:
@@ -201,17 +212,20 @@ def long(args: argparse.Namespace) -> int:
     finished: list[Finished] = []
     read = [*prompts, *read_in(first)]
 
-    def segments(bar: Progress) -> Iterator[np.ndarray]:
+    def segments(bar: Progress) -> Iterator[Clip]:
         bar.plan(segments_of(request), what="segment")
         folder.say = bar.say
 
         def load() -> Pipeline:
             return task.load(work, bar, read, first.sparse_settings)
 
-        finished.extend(reported(long_video(load, request, folder, steps_of(bar)), folder, bar))
-        task.name_take(folder)
-        whole = new_frames(folder, finished)
-        return chain([first.begun(next(whole))], whole)
+        done = reported(long_video(load, request, folder, steps_of(bar)), folder, bar)
+        return task.as_finished(folder, done, finished, whole())
+
+    def whole() -> Iterator[np.ndarray]:
+        frames = new_frames(folder, finished)
+        yield first.begun(next(frames))
+        yield from frames
 
     task.run_parts(segments)
     return task.report(f"{len(finished)} segments, ")
@@ -273,18 +287,14 @@ def refine(args: argparse.Namespace) -> int:
         bar.plan([sampled("refine", request.steps)] * len(request.pieces(video)), what="piece")
         return steps_of(bar)
 
-    def in_folder(folder: SegmentFolder, bar: Progress) -> Iterator[np.ndarray]:
-        # All pieces first: one that fails must not leave an encoder waiting.
-        done = []
+    def in_folder(folder: SegmentFolder, bar: Progress) -> Iterator[Clip]:
         callback, (model, lossy), folder.say = planned(bar), task.settings(), bar.say
         pieces = refine_in_folder(lambda: load(bar), paths.defaults, video, request, folder, model, callback, lossy)
         for number, skip, reused in pieces:
-            done.append((number, skip))
+            yield partial(folder.frames, number, skip)
             bar.task.finish(reused=reused)
             bar.say(f"piece {number + 1}: {'already in' if reused else 'finished and saved in'} {folder.where(number)}")
         bar.task.phase(SAVING)
-        for number, skip in done:
-            yield folder.frames(number, skip)
 
     def written(bar: Progress) -> Iterator[np.ndarray]:
         callback = planned(bar)
@@ -338,7 +348,7 @@ def read_in(request: FilledRequest) -> list[str]:
     return [request.prompt, *([request.negative_prompt] if request.guidance_scale != 1 else [])]
 
 
-def counted(bar: Progress, put: Put) -> Put:
+def counted(bar: Progress, put: PutFrames) -> PutFrames:
     """`put`, with what it takes counted by the bar."""
 
     def add(frames: np.ndarray) -> None:

@@ -47,7 +47,7 @@ def measure(words: Sequence[str], folder: Path, seconds: float, segments: int, k
         "file_s": ended - saved[-1],
     }
     row |= {"measured_s": ended - began, "several": several, "segments": segments, "seconds": seconds}
-    row["wall_s"] = row["first_s"] + (segments - 1) * row["segment_s"] + segments / several * row["file_s"]
+    row["wall_s"] = row["first_s"] + (segments - 1) * row["segment_s"] + row["file_s"]
     keep({"name": f"{seconds:.0f} s of speech", "phase": "generation", "status": "ok"} | row)
 
 
@@ -63,8 +63,7 @@ def table(results: Results, _: Any = None) -> str:
 
 def _calculation(row: Row) -> str:
     count, first, segment, file = (row[field] for field in ("segments", "first_s", "segment_s", "file_s"))
-    parts = f"{first:.1f} + {count - 1} x {segment:.1f} + {count}/{row['several']} x {file:.1f}"
-    return f"{parts} = {row['wall_s']:.0f}"
+    return f"{first:.1f} + {count - 1} x {segment:.1f} + {file:.1f} = {row['wall_s']:.0f}"
 
 
 def _aimed(results: Results, row: Row) -> bool:
@@ -85,8 +84,8 @@ PART = Part(
 A whole run of `longcat avatar` on a sound, in a fresh process with empty caches, from its start to its end: Python,
 loading, encoding of the whole sound and of the prompt, the first segments with their KV caches, decoding, and the file.
 *To the first* ends when the first segment is saved, *each further* is the mean time from one to the next, and *the
-file* is what follows the last one. The video of the whole sound is calculated from them, its file as the same share for
-each segment.""",
+file* is what follows the last one: segments before it are encoded while later ones are sampled. The video of the whole
+sound is calculated from them.""",
     run=None,
     table=table,
 )

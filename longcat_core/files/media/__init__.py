@@ -1,6 +1,6 @@
 """Read, resize and write pictures, videos and sound. Frames are uint8 [F, H, W, 3], RGB."""
 
-from .beside import VideoBeside
+from .beside import Clip, VideoBeside
 from .pictures import count_pictures, cover, read_image, resize_and_crop
 from .reading import VideoReader, open_video, read_video
 from .samples import Sound
@@ -9,6 +9,7 @@ from .sound_reading import read_sound
 from .writing import check_output, check_output_name, estimate_bytes, write_video
 
 __all__ = [
+    "Clip",
     "Sound",
     "VideoBeside",
     "VideoReader",

@@ -15,6 +15,8 @@ import numpy as np
 from .samples import Sound
 from .writing import write_video
 
+# Frames, uint8 [F, H, W, 3], or what reads them, which the writer calls.
+Clip = np.ndarray | Callable[[], np.ndarray]
 # Clips that may wait for the encoder; whoever makes more waits too, so that memory stays flat.
 WAITING = 4
 
@@ -35,15 +37,15 @@ class VideoBeside:
         self, path: str | Path | Callable[[], str | Path], fps: float, sound: str | Path | Sound | None = None
     ) -> None:
         self._path, self._fps, self._sound = path, fps, sound
-        self._clips: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(WAITING)
+        self._clips: queue.Queue[Clip | BaseException | None] = queue.Queue(WAITING)
         self._failed: BaseException | None = None
         self.seconds = 0.0
         self._thread: threading.Thread | None = None
         # In place of `Thread.join`, which takes a thread for ended once a signal has interrupted it (CPython 3.11).
         self._ended = threading.Event()
 
-    def add(self, clip: np.ndarray) -> None:
-        """The next frames, uint8 [F, H, W, 3], which the caller does not change any more."""
+    def add(self, clip: Clip) -> None:
+        """The next frames, uint8 [F, H, W, 3], which the caller does not change any more, or what reads them."""
         self._begin()
         self._put(clip)
         if self._failed is not None:
@@ -83,7 +85,7 @@ class VideoBeside:
             self._thread = threading.Thread(target=self._write, args=(path,), name="writing a video", daemon=True)
             self._thread.start()
 
-    def _put(self, clip: np.ndarray | BaseException | None) -> None:
+    def _put(self, clip: Clip | BaseException | None) -> None:
         """Hand over a clip, unless the writer has failed and takes none any more."""
         while self._failed is None:
             try:
@@ -107,9 +109,9 @@ class VideoBeside:
         while (clip := self._next()) is not None:
             if isinstance(clip, BaseException):
                 raise clip
-            yield clip
+            yield clip() if callable(clip) else clip
 
-    def _next(self) -> np.ndarray | BaseException | None:
+    def _next(self) -> Clip | BaseException | None:
         began = time.monotonic()
         clip = self._clips.get()
         self.seconds -= time.monotonic() - began
