@@ -23,6 +23,9 @@ from ..optimize.shared_memory import can_share, mapped, shared
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 # Bytes that a trial writes to each rank.
 TRIAL = 1 << 16
+# Windows of GPUs that this process has made. PyTorch numbers them (2.11), and ranks with other numbers do not find each
+# other: a process that starts a second group of new processes has none with them.
+_made = 0
 # How many of a GPU's multiprocessors write into another GPU, which keeps the link busy, while the rest compute.
 PROGRAMS = 32
 
@@ -119,6 +122,8 @@ class Windows:
             # Not at the top: few need it, and it imports much.
             import torch.distributed._symmetric_memory as symmetric
 
+            global _made
+            _made += 1
             own = symmetric.empty(count, dtype=torch.uint8, device=self.device)
             handle = symmetric.rendezvous(own, self.group)
             windows = [handle.get_buffer(rank, (count,), torch.uint8) for rank in range(self.size)]
@@ -137,10 +142,10 @@ class Windows:
         return windows, None
 
 
-def machines() -> list[str]:
-    """That of each rank of the default group; all ranks call it."""
+def neighborhoods() -> list[tuple[str, int]]:
+    """Of each rank of the default group; ranks of the same one may have windows. All ranks call it."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, socket.gethostname() + (BOOT.read_text() if BOOT.exists() else ""))
+    dist.all_gather_object(found, (socket.gethostname() + (BOOT.read_text() if BOOT.exists() else ""), _made))
     return found
 
 
