@@ -76,9 +76,9 @@ def test_sound_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("channels", [1, 2, 6, 8])
 def test_samples_keep_their_channels(tmp_path: Path, channels: int, suffix: str) -> None:
-    # Of 5.1 the one in the middle speaks, which a mean of all would make six times as quiet.
+    # Of 5.1 and 7.1 the one in the middle speaks, which a mean of all would make six or eight times as quiet.
     loud = torch.zeros(channels, 1)
     loud[min(2, channels - 1)] = 0.3
     write_video(tmp_path / f"a{suffix}", PICTURES, 15, Sound(loud * torch.sin(torch.arange(48000) / 20), 48000))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -123,6 +124,13 @@ def test_files_without_sound_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(LongCatError, match=sentence):
             read_sound(path)
+
+
+def test_sound_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_sound(tmp_path / "a.wav", sweep(1), "pcm_s16le")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
+    with pytest.raises(LongCatError, match=r"a\.wav takes .* GB of memory or more and 0\.0 GB are free; cut it"):
+        read_sound(path)
 
 
 def test_samples_are_checked() -> None:

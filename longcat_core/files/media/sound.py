@@ -8,8 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import LongCatError
 from .opening import decoding, opened, opened_container, package
 from .packets import is_cover
@@ -27,7 +25,7 @@ DECODERS = (
 )  # fmt: skip
 # Of what is coded: samples per second, and layouts by their number of channels.
 RATE = 48000
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 FORMS = {".mp4": "mp4", ".mkv": "matroska"}
 BITS = 96_000  # a second of a channel, as AAC
 # Seconds of samples that are coded at a time.
@@ -126,8 +124,9 @@ class Samples:
         """Write what is heard before the moment `until` in seconds, or all that is left."""
         frames, count = package("av").AudioFrame, round(PIECE * self._rate)
         while self._at < self._samples.shape[1] and self._at < until * self._rate:
-            piece = np.ascontiguousarray(self._samples[:, self._at : self._at + count])
-            frame = frames.from_ndarray(piece.clip(-1, 1), format="fltp", layout=self._layout)
+            piece = self._samples[:, self._at : self._at + count].clip(-1, 1)
+            # Packed, because PyAV takes no 8 planes.
+            frame = frames.from_ndarray(piece.T.reshape(1, -1), format="flt", layout=self._layout)
             frame.sample_rate, frame.pts = self._rate, self._at
             self._at += piece.shape[1]
             self._write(frame)

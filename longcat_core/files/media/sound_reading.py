@@ -104,7 +104,7 @@ def _frames(path: Path, container: Any, stream: Any) -> Iterator[_Frame]:
     """What the track decodes to."""
     error, started, damaged = package("av").error, False, False
     kind: tuple[int, int] | None = None
-    converter = package("av.audio.resampler").AudioResampler("fltp")
+    converter = package("av.audio.resampler").AudioResampler("flt")
     for packet in container.demux(stream):
         # The one without content comes last.
         damaged = packet.is_corrupt if packet.size else damaged
@@ -123,7 +123,9 @@ def _frames(path: Path, container: Any, stream: Any) -> Iterator[_Frame]:
             if kind != (frame.sample_rate, frame.layout.nb_channels):
                 raise LongCatError(f"the sound of {path} changes its rate or its channels; cut it there")
             for part in converter.resample(frame):
-                yield _Frame(time, torch.from_numpy(part.to_ndarray()), part.sample_rate)
+                # Packed, because PyAV reads beyond the planes of a frame that has one for each of 8 channels or more.
+                packed = torch.from_numpy(part.to_ndarray()).view(-1, part.layout.nb_channels)
+                yield _Frame(time, packed.T, part.sample_rate)
     if damaged:
         raise _cut_short(path, LAST_BYTES)
 
@@ -132,6 +134,7 @@ def _placed(path: Path, frames: Iterable[_Frame], begin: Fraction | None) -> Ite
     """The samples from the moment `begin`, or from the first ones on, one part after another, with silence in gaps."""
     # Samples from the beginning up to here; fewer than none while the beginning is ahead.
     filled: int | None = None
+    checked = 0
     for time, samples, rate in frames:
         if filled is None:
             begin = begin if begin is not None else time or Fraction(0)
@@ -139,8 +142,21 @@ def _placed(path: Path, frames: Iterable[_Frame], begin: Fraction | None) -> Ite
         at = filled if time is None or begin is None else round((time - begin) * rate)
         if at > MAX_SECONDS * rate:
             raise _too_long(path)
+        if at > checked:
+            _check_memory(path, len(samples) * at)
+            checked = at + at // 4
         if at - filled > (TOLERANCE * rate if filled else 0):
             yield samples.new_zeros(len(samples), at - max(0, filled))
             filled = at
         yield samples[:, max(0, -filled) :]
         filled += samples.shape[1]
+
+
+def _check_memory(path: Path, samples: int) -> None:
+    # The parts, all of them together, and a copy for whoever mixes them.
+    needed, there = 3 * 4 * samples, package("psutil").virtual_memory().available
+    if needed > there:
+        raise LongCatError(
+            f"the sound of {path} takes {needed / 1e9:,.1f} GB of memory or more and {there / 1e9:,.1f} GB are free; "
+            "cut it, or give it with fewer channels"
+        )
