@@ -17,7 +17,7 @@ from ..optimize.execution import Execution
 from .group import Group
 from .sequence import SequenceSharing, all_gather
 from .weights import agreed
-from .windows import Windows, can_map, neighborhoods
+from .windows import Windows, can_map, machines
 
 
 class Division:
@@ -32,13 +32,13 @@ class Division:
             self.meshes[parts] = init_device_mesh(group.device.type, (parts, size // parts), mesh_dim_names=names)
         # Of the ranks that share tokens, by their number, where these can write into each other's memory.
         self.windows: dict[int, Windows] = {}
-        places = neighborhoods()
+        hosts = machines(group.device, self.meshes[size].get_group("tokens"))
         for mesh in self.meshes.values():
             tokens = mesh.get_group("tokens")
             ranks = dist.get_process_group_ranks(tokens)
             if len(ranks) == 1:
                 continue
-            alike = len({places[rank] for rank in ranks}) == 1
+            alike = len({hosts[rank] for rank in ranks}) == 1
             windows = Windows(tokens, group.device)
             # All try together, or nobody does.
             possible = agreed(alike and can_map(group.device, [group.devices[rank] for rank in ranks]))

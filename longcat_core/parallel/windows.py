@@ -10,21 +10,26 @@ import math
 import socket
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from ..optimize.shared_memory import can_share, mapped, shared
+from .group import TIMEOUT
 
 # What tells a machine from another one of the same name.
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 # Bytes that a trial writes to each rank.
 TRIAL = 1 << 16
-# Windows of GPUs that this process has made. PyTorch numbers them (2.11), and ranks with other numbers do not find each
-# other: a process that starts a second group of new processes has none with them.
+# How long ranks wait for each other in a trial.
+PATIENCE = timedelta(seconds=20)
+# Windows of GPUs that this process has made. PyTorch counts them (2.11), and ranks that have counted to other numbers
+# do not find each other, as when a process starts a second group of new processes.
 _made = 0
 # How many of a GPU's multiprocessors write into another GPU, which keeps the link busy, while the rest compute.
 PROGRAMS = 32
@@ -99,10 +104,14 @@ class Windows:
 
     def works(self) -> bool:
         """Whether what ranks write arrives; False where they cannot map each other's memory."""
+        store = distributed_c10d._get_process_group_store(self.group)
+        store.set_timeout(PATIENCE)
         try:
             windows = self.of("trial", (self.size, TRIAL), torch.uint8)
         except (OSError, RuntimeError):
             return False
+        finally:
+            store.set_timeout(TIMEOUT)
         for window in windows:
             window[self.rank] = 1 + self.rank
         self.arrived()
@@ -119,13 +128,7 @@ class Windows:
 
     def _mapped(self, count: int) -> tuple[list[Tensor], Any]:
         if self.device.type == "cuda":
-            # Not at the top: few need it, and it imports much.
-            import torch.distributed._symmetric_memory as symmetric
-
-            global _made
-            _made += 1
-            own = symmetric.empty(count, dtype=torch.uint8, device=self.device)
-            handle = symmetric.rendezvous(own, self.group)
+            own, handle = _symmetric(count, self.device, self.group)
             windows = [handle.get_buffer(rank, (count,), torch.uint8) for rank in range(self.size)]
             return windows, (own, handle)
         own, place = shared(count)
@@ -142,11 +145,28 @@ class Windows:
         return windows, None
 
 
-def neighborhoods() -> list[tuple[str, int]]:
-    """Of each rank of the default group; ranks of the same one may have windows. All ranks call it."""
+def _symmetric(count: int, device: torch.device, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
+    """`count` bytes of symmetric memory, and what knows those of all ranks."""
+    # Not at the top: few need it, and it imports much.
+    import torch.distributed._symmetric_memory as symmetric
+
+    global _made
+    _made += 1
+    own = symmetric.empty(count, dtype=torch.uint8, device=device)
+    return own, symmetric.rendezvous(own, group)
+
+
+def machines(device: torch.device, alone: dist.ProcessGroup) -> list[str]:
+    """That of each rank of the default group, all of which call it before they make windows.
+
+    device: this rank's; alone: a group of this rank.
+    """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (socket.gethostname() + (BOOT.read_text() if BOOT.exists() else ""), _made))
-    return found
+    # By oneself counts as much as with others.
+    for _ in range(_made, max(made for _, made in found)):
+        _symmetric(1, device, alone)
+    return [machine for machine, _ in found]
 
 
 def can_map(device: torch.device, others: Sequence[torch.device]) -> bool:

@@ -41,3 +41,13 @@ def test_a_group_on_one_machine_has_windows_for_each_number_of_ranks_that_share(
     with start([torch.device("cpu")] * 4, "tests.support.ranks") as group:
         assert do(group, work.has_windows)
         assert sorted(Division.of(group).windows) == [2, 4]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_group_of_gpus_has_windows_too():
+    """Its processes are new, and this one is not."""
+    for length in (1, 2000):
+        with start([torch.device("cuda", i) for i in range(2)], "tests.support.ranks") as group:
+            assert do(group, work.has_windows)
+            assert do(group, work.written, length) == [[1.0] * length, [2.0] * length]
+            do(group, work.released)
