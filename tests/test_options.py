@@ -64,7 +64,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 @pytest.mark.parametrize("row", [row for row in OPTIONS if row.needs], ids=lambda row: row.name)
 def test_what_an_option_works_on_is_an_option_or_something_that_a_run_has(row: Option) -> None:
     names = [name for need in row.needs for name in need.split(" or ")]
-    known = {options.A_GPU, options.GUIDANCE, options.MORE}
+    known = {options.A_GPU, options.SEVERAL, options.GUIDANCE, options.MORE, options.TWO}
     for command in row.commands:
         assert set(names) <= known | {other.name for other in of_command(command)} or command == "refine"
 
@@ -87,10 +87,13 @@ GIVEN = {"lora": None, "video": None, "image": None, "command": "generate"}
         ("--stream-blocks 2 --stream-text-encoder", {}, (options.A_GPU,), []),
         ("--stream-blocks 2", {}, (), ["--stream-blocks has no effect without a GPU"]),
         ("--split-guidance", {}, (), ["--split-guidance has no effect without guidance"]),
-        ("--exchange int8", {"gpus": None}, (), ["--exchange has no effect without --gpus"]),
+        ("--exchange int8", {"gpus": None}, (), ["--exchange has no effect without a second GPU"]),
+        ("--exchange int8", {"gpus": "1"}, (), ["--exchange has no effect without a second GPU"]),
         ("--exchange int8", {"gpus": "2"}, (), []),
         ("--guidance-until 0.5", {}, (), ["--guidance-until has no effect without guidance"]),
+        ("--split-guidance", {"guidance": 1.0}, (), ["--split-guidance has no effect without guidance"]),
         ("--split-guidance", {}, (options.GUIDANCE,), []),
+        ("--mode add", {"command": "avatar"}, (), ["--mode has no effect without a second sound"]),
         ("", {}, (), []),
     ],
 )

@@ -18,12 +18,12 @@ from ..generate.audio import Embeddings, combine, load_audio_encoder
 from ..generate.avatar import AvatarRequest, avatar_video, spoken_frames
 from ..generate.long_video import Finished
 from ..generate.opened import OpenedModel
-from ..generate.options import GUIDANCE, MORE
+from ..generate.options import GUIDANCE, MORE, TWO
 from ..generate.people import LEFT, RIGHT, Person, box_of_pixels
 from ..generate.pipeline import Pipeline
 from ..generate.progress import ENCODING, LOADING_AUDIO, Part
 from .console import Progress
-from .generate import Task, kept, prompts_of, reported, request_of, schedule_of, steps_of, there_in
+from .generate import Task, in_segments, kept, prompts_of, reported, request_of, schedule_of, steps_of, there_in
 from .models import avatar_of, check_sparse_fits
 
 OUTPUT = "longcat-avatar.mp4"
@@ -57,7 +57,8 @@ def avatar(args: argparse.Namespace) -> int:
     if heard and channels not in LAYOUTS:
         left_out.append(f"the {channels} channels of the sound are mixed into one, as their places are unknown")
     there = [name for name in there_in(first) if name != GUIDANCE] + [GUIDANCE] * request.guided
-    task.note([*request.notes(), *left_out], *there, *[MORE] * (request.count - 1))
+    there += [MORE] * (request.count - 1) + [TWO] * (len(args.audio) - 1)
+    task.note([*request.notes(), *left_out], *there)
     finished: list[Finished] = []
 
     def segments(bar: Progress) -> Iterator[Clip]:
@@ -75,7 +76,10 @@ def avatar(args: argparse.Namespace) -> int:
         return task.as_finished(folder, done, finished, spoken_frames(folder, finished, request))
 
     task.run_parts(segments)
-    return task.report(f"{request.voices.seconds:.2f} s of sound, {len(finished)} segments, ")
+    whole = request.voices.seconds
+    spoken = min(whole, request.total_frames / first.fps)
+    part = f"{spoken:.2f}" if spoken == whole else f"{spoken:.2f} of {whole:.2f}"
+    return task.report(f"{part} s of sound, {in_segments(finished)}")
 
 
 def requested(args: argparse.Namespace) -> tuple[OpenedModel, AvatarRequest]:
@@ -141,10 +145,15 @@ def people_of(args: argparse.Namespace) -> tuple[Person, ...]:
         raise LongCatError(f"{named[0]} says who is where in an image, and none is given; give --image")
     if args.who:
         return (LEFT, RIGHT) if args.who == "left" else (RIGHT, LEFT)
-    if args.mask:
-        return tuple(_mask(path) for path in args.mask)
-    height, width = read_image(args.image).shape[:2]
-    return tuple(box_of_pixels(_box(text), height, width, "--box") for text in args.box)
+    people: list[Person] = [_mask(path) for path in args.mask or ()]
+    if args.box:
+        height, width = read_image(args.image).shape[:2]
+        people += [box_of_pixels(_box(text), height, width, "--box") for text in args.box]
+    if len(people) < 2:
+        raise LongCatError(
+            f"{named[0]} is given once and tells people apart; give it for each of them, or leave it out for one person"
+        )
+    return tuple(people)
 
 
 def _box(text: str) -> tuple[int, ...]:

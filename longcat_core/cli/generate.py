@@ -228,7 +228,7 @@ def long(args: argparse.Namespace) -> int:
         yield from frames
 
     task.run_parts(segments)
-    return task.report(f"{len(finished)} segments, ")
+    return task.report(in_segments(finished))
 
 
 def kept(args: argparse.Namespace, name: str, shape: tuple[int, int, int]) -> tuple[Path, SegmentFolder]:
@@ -240,6 +240,11 @@ def kept(args: argparse.Namespace, name: str, shape: tuple[int, int, int]) -> tu
     if args.output is None and output.exists() and not folder.path.exists():
         raise LongCatError(f"{output} already exists and was not made by this command; choose another with --output")
     return output, folder
+
+
+def in_segments(finished: Sequence[Finished]) -> str:
+    """How many segments a video has, for its report."""
+    return "one segment, " if len(finished) == 1 else f"{len(finished)} segments, "
 
 
 def reported(segments: Iterable[Finished], folder: SegmentFolder, bar: Progress) -> Iterator[Finished]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import LongCatError
-from ..generate.options import HEADINGS, Option, of_command
+from ..generate.options import GUIDANCE, HEADINGS, SEVERAL, Option, of_command
 from ..parallel.torchrun import torchrun_size
 from .console import lora, number, size, whole
 
@@ -48,14 +48,15 @@ def without_effect(
     there: what the run has that is not an option; see `Option.needs`. argv: what was given, if not `args.argv`.
     """
     given = given_flags(args.argv if argv is None else argv)
-    # It starts as many processes as --gpus would.
-    there = (*there, "gpus") if torchrun_size() else there
+    # torchrun starts as many processes as --gpus would.
+    several = torchrun_size() or getattr(args, "gpus", None) not in (None, "1")
+    there = (*there, *[SEVERAL] * bool(several))
+    # A scale of 1 is an option that was given, and no guidance.
+    options = vars(args).keys() - {GUIDANCE}
     for row in of_command(args.command):
         for need in row.needs if row.flag in given else ():
-            names = [
-                (name, f"--{name}".replace("_", "-") if hasattr(args, name) else name) for name in need.split(" or ")
-            ]
-            if not any(name in there or getattr(args, name, None) for name, _ in names):
+            names = [(name, f"--{name}".replace("_", "-") if name in options else name) for name in need.split(" or ")]
+            if not any(name in there or (name in options and getattr(args, name)) for name, _ in names):
                 yield f"{row.flag} has no effect without {' or '.join(shown for _, shown in names)}"
 
 

@@ -121,10 +121,16 @@ class Batch:
         there = read_record(self.record, _Record, "the record of a run with many prompts", remedy)
         if there.version != VERSION:
             raise LongCatError(f"{self.record} is of another version of this program; {remedy}")
-        if not any(map(os.path.lexists, self._files(there.prompts))):
+        # Runs whose names differ only in their endings share the record.
+        files = self._files(there.prompts)
+        stems = {file.stem for file in files}
+        endings = {Path(name).suffix for name in there.finished if Path(name).stem in stems} | {self.name.suffix}
+        if not any(os.path.lexists(file.with_suffix(ending)) for file in files for ending in endings):
             return nothing
-        now, said = self._now, ""
-        if not matches(there.settings, now.settings, first=True):
+        now = self._now
+        others = sorted(endings - {self.name.suffix})
+        said = f"its videos are {others[0]}, not {self.name.suffix}" if others else ""
+        if not said and not matches(there.settings, now.settings, first=True):
             said = nearest([there.settings], now.settings)[1] or "other settings"
         for number, pair in enumerate(zip(there.prompts, now.prompts, strict=False), 1):
             if not said:

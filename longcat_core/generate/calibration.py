@@ -27,6 +27,7 @@ from ..files.regular import read_bytes
 from ..model.config import ModelConfig
 from ..model.transformer import LongCatTransformer
 from ..optimize.sparse.settings import QUERY_BLOCKS, Densities, Sparse
+from .options import SCHEDULES
 
 FORMAT, VERSION = "longcat calibration", 1
 SUFFIXES = (".json",)
@@ -193,6 +194,11 @@ def _fault(found: Calibration) -> str:
             return f"shares of the softmax of other layers and heads than {depth} of {heads}"
     if len(found.mass) != depth:
         return f"{len(found.mass)} layers with a share of the softmax, but {depth} in all"
+    video, figures = found.video, [found.settings.budget, found.settings.steps, found.expected_speed_up]
+    if min(*figures, *((video.dense_s, video.sparse_s, video.speed_up) if video else ())) <= 0:
+        return "a budget, number of steps, time or speed-up that is not above 0"
+    if found.settings.schedule not in SCHEDULES:
+        return f"a schedule other than {', '.join(SCHEDULES)}"
     if len(found.model.marks) != depth or any(len(row) != sum(MARKED.values()) for row in found.model.marks):
         return "the marks of the model are not whole"
     return ""
@@ -263,12 +269,10 @@ def _some(values: Tensor, count: int) -> Iterator[float]:
 def check_fits(calibration: Calibration, model: LongCatTransformer | Checkpoint, name: str = "the calibration") -> None:
     """Raise LongCatError if the calibration belongs to other weights. name: the file, for the sentence."""
     config: ModelConfig = model.config
-    there, here = (calibration.model.depth, calibration.model.heads), (config.depth, config.num_heads)
-    if there != here:
-        raise LongCatError(
-            f"{name} is of a model with {there[0]} layers of {there[1]} heads and this one has {here[0]} of {here[1]}; "
-            f"{REMEDY}"
-        )
+    measured, here = calibration.model, (config.depth, config.num_heads, config.head_dim)
+    if (there := (measured.depth, measured.heads, measured.head_dim)) != here:
+        words = (f"{depth} layers of {heads} heads of {size} channels" for depth, heads, size in (there, here))
+        raise LongCatError(f"{name} is of a model with {next(words)} and this one has {next(words)}; {REMEDY}")
     if not same_weights(calibration.model.marks, marks_of(model)):
         raise LongCatError(f"{name} is of other weights than this model's; {REMEDY}")
 

@@ -44,7 +44,7 @@ WHAT, SAMPLING, MODEL, MEMORY, OUTPUT = "what is generated", "sampling", "model"
 COMPARED, REFINED, LEARNED, TRAINING = "what is compared", "what is refined", "what is learned", "training"
 CALIBRATED, TESTED = "what is calibrated", "what is tested"
 # What options work on that is not an option.
-A_GPU, GUIDANCE, MORE = "a GPU", "guidance", "a second segment"
+A_GPU, SEVERAL, GUIDANCE, MORE, TWO = "a GPU", "a second GPU", "guidance", "a second segment", "a second sound"
 _GIVEN = f"image or video or {MORE}"
 # What a heading of --help adds to its name.
 HEADINGS = {
@@ -63,7 +63,7 @@ class Option:
     a number. digits: decimals that a node rounds to. schedules: default and largest value that fits of the schedules
     where these differ. commands, heading: which commands list it, under which heading.
     common: it is in the README's table. needs: what it works on, all of which a run must have: options by their names,
-    joined by "or" where one is enough, or A_GPU, GUIDANCE, MORE.
+    joined by "or" where one is enough, or A_GPU, SEVERAL, GUIDANCE, MORE, TWO.
     """
 
     name: str
@@ -232,7 +232,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("audio", "path", "sound that is spoken, of any audio or video file; give it twice for two people",
                metavar="FILE", repeated=True, required=True, commands=_AVATAR),
         Option("mode", "choice", "when two people speak: para, both from the beginning, or add, the second one after "
-               "the first", VOICE_MODES[0], choices=VOICE_MODES, commands=_AVATAR),
+               "the first", VOICE_MODES[0], choices=VOICE_MODES, needs=(TWO,), commands=_AVATAR),
         Option("who", "choice", "who of the two people in the two halves of the image says the first --audio; with one "
                "--audio the other one stays silent", "left", filled=True, choices=("left", "right"),
                shown="left; with one --audio, a single person", needs=("image",), commands=_AVATAR),
@@ -408,7 +408,7 @@ OPTIONS: tuple[Option, ...] = (
                shown="1; with torchrun its number", metavar="N", commands=_SEVERAL, common=True),
         Option("exchange", "choice", "how GPUs that share the tokens of a video send them to each other: exact, into "
                "each other's memory where they reach it, or by messages; int8: by messages of half the size, lossy",
-               EXCHANGES[0], choices=EXCHANGES, needs=("gpus",), commands=_SEVERAL),
+               EXCHANGES[0], choices=EXCHANGES, needs=(SEVERAL,), commands=_SEVERAL),
         Option("attention", "text", "attention backend; longcat backends lists them", "auto", metavar="NAME",
                commands=_WEIGHTS),
         Option("compile", "choice", "torch.compile of the transformer blocks: the first step is slower, later steps "
@@ -424,7 +424,7 @@ OPTIONS: tuple[Option, ...] = (
         Option("stream_blocks", "whole", "number of blocks whose weights stay in CPU memory and are prefetched", 0,
                least=0, metavar="N", needs=(A_GPU,)),
         Option("shard_blocks", "whole", "number of blocks of whose weights each of several GPUs holds a share; a block "
-               "is gathered as it runs", 0, least=0, metavar="N", needs=("gpus",), commands=_SEVERAL),
+               "is gathered as it runs", 0, least=0, metavar="N", needs=(SEVERAL,), commands=_SEVERAL),
         Option("stream_text_encoder", "switch", "leave the text encoder in its file and read it block by block",
                needs=(A_GPU,)),
         Option("split_guidance", "switch", "run the two halves of guidance one after the other, with half the memory "

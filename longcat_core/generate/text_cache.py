@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,14 +24,17 @@ from ..checkpoints.reader import Watch
 from ..checkpoints.umt5 import Umt5, open_umt5
 from ..errors import LongCatError
 from ..files.fingerprints import fingerprint
-from ..files.safetensors_io import read_tensors, write_safetensors
+from ..files.safetensors_io import SafetensorsFile, write_safetensors
+from .segments import checksum
 from .text import MAX_LENGTH, TextEncoder, folder_of, load_text_encoder, tokenizer_files
 
 # Part of every key; raise it when the same prompt and weights give other numbers.
 VERSION = 1
 # A prompt of 100 tokens takes 1.6 MB with UMT5-XXL.
 MOST_BYTES = 512 << 20
-NAME = "embeddings"
+NAME, CHECKSUM = "embeddings", "sha256"
+# Of entries, and of the temporary files that a killed run leaves.
+OURS = re.compile(r"([0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]{8})\.safetensors")
 # What computes the numbers, beside the weights.
 PACKAGES = ("torch", "sentencepiece", "tokenizers", "ftfy")
 
@@ -86,23 +90,25 @@ class TextCache:
         """What `TextEncoder.encode([prompt])` returned, on the CPU; None if it is not kept."""
         file = self._file(prompt)
         try:
-            kept = read_tensors(file, names=[NAME])[NAME]
+            opened = SafetensorsFile(file)
+            kept = opened.tensors([NAME])[NAME]
             os.utime(file)
         except (OSError, LongCatError, KeyError):
             return None
         if kept.ndim != 2 or kept.dtype != torch.float32 or not 0 < len(kept) <= MAX_LENGTH:
             return None
-        if not kept.isfinite().all():
+        # A disk may return other bytes than it was given.
+        if not kept.isfinite().all() or opened.metadata.get(CHECKSUM) != checksum(kept.numpy()):
             return None
         return padded(kept)
 
     def put(self, prompt: str, embeddings: Tensor, mask: Tensor) -> None:
         """Keep what `TextEncoder.encode([prompt])` returned. Does nothing where the disk or its permissions refuse."""
-        used = int(mask.sum())
+        kept = embeddings[0, : int(mask.sum())].cpu().contiguous()
         with suppress(OSError, LongCatError):
             # Other users of the machine need not see what is there.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_safetensors(self._file(prompt), {NAME: embeddings[0, :used].cpu().contiguous()})
+            write_safetensors(self._file(prompt), {NAME: kept}, {CHECKSUM: checksum(kept.numpy())})
             self._drop()
 
     def _file(self, prompt: str) -> Path:
@@ -110,10 +116,10 @@ class TextCache:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def _drop(self) -> None:
-        """Delete what was not used for the longest until the rest is small enough."""
+        """Delete the entries that were not used for the longest until the rest is small enough."""
         entries = []
-        # Also the temporary files of killed runs. Another process may delete at the same time.
-        for file in self.folder.iterdir():
+        # Another process may delete at the same time. What else a user keeps there is not counted.
+        for file in filter(lambda file: OURS.fullmatch(file.name), self.folder.iterdir()):
             with suppress(OSError):
                 status = file.stat()
                 entries.append((status.st_mtime_ns, status.st_size, file))

@@ -102,12 +102,16 @@ def fit_masks(masks: Tensor, height: int, width: int) -> Tensor:
 
 
 def class_tokens(masks: Tensor, rows: int, columns: int) -> Tensor:
-    """Masks [K, height, width] in pixels of the video -> which of a frame's tokens belong to each, [S, K] bool.
+    """Masks [K, height, width] in pixels of the video, in the order of `Audio.classes` -> which of a frame's tokens
+    belong to each, [S, K] bool.
 
     Raises LongCatError for a mask without a token.
     """
     grid = F.interpolate(masks[None].float(), (rows, columns), mode="nearest")[0] > 0
     for i, mask in enumerate(grid):
         if not mask.any():
-            raise LongCatError(f"mask {i + 1} of {len(grid)} covers no token; give one that covers its person")
+            who, remedy = f"the box or mask of person {i + (i < 2)}", "a larger one"
+            if i == 2:
+                who, remedy = "what the boxes or masks leave as background", "smaller ones"
+            raise LongCatError(f"{who} covers no token of the video, 16x16 pixels of it; give {remedy}")
     return grid.flatten(1).t()

@@ -81,7 +81,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "box without an image": ([PROMPT, *MODEL, *TWO, "--box", "0,0,9,9"], ("--box", "give --image")),
     "who and box": ([PROMPT, *MODEL, *TWO, *IMAGE, "--who", "left", "--box", "0,0,9,9"], ("--who and --box exclude",)),
     "not a box": ([PROMPT, *MODEL, *TWO, *IMAGE, "--box", "0.1,0,9,9"], ("--box 0.1,0,9,9 is not a box", "y0,x0")),
-    "one box": ([PROMPT, *MODEL, *TWO, *IMAGE, "--box", "0,0,9,9"], ("two people speak and one is named",)),
+    "one box": ([PROMPT, *MODEL, *TWO, *IMAGE, "--box", "0,0,9,9"], ("--box is given once and tells people apart",)),
     "box outside": ([PROMPT, *MODEL, *TWO, *IMAGE, "--box", "0,0,64,97"], ("--box 0,0,64,97", "64x96 pixels")),
     "mask of another size": (
         [PROMPT, *MODEL, *TWO, *IMAGE, "--mask", "left.png", "--mask", "small.png"],

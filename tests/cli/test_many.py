@@ -206,6 +206,13 @@ def test_another_run_is_refused(loads: list[Any], refused_in: Any, options: list
     assert "made/longcat-run.json is of another run" in found and said in found and "name another output" in found
 
 
+def test_a_name_with_another_ending_shares_the_record_and_is_another_run(loads: list[Any], capsys: Any) -> None:
+    cli.main(RUN)
+    before = content()
+    assert cli.main([*RUN, "--seed", "1", "-o", "three-videos/longcat.mkv"]) == cli.BAD_INPUT
+    assert "its videos are .mp4, not .mkv" in capsys.readouterr().err and content() == before
+
+
 BAD = {
     "prompt too": ([ONE], "prompts and --prompts-file exclude each other"),
     "no prompts": (["--prompts-file", "empty.txt"], "empty.txt holds no prompts"),

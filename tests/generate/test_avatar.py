@@ -261,7 +261,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "mask of another size": ({"voices": 2, "people": (LEFT, np.ones((5, 5)))}, "of person 2 is [5, 5] and the image"),
     "empty mask": ({"voices": 2, "people": (LEFT, np.zeros(SIZE))}, "the mask of person 2 is empty"),
     "no background": ({"voices": 2, "people": ((0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0))}, "cover the whole image"),
-    "mask without a token": ({"voices": 2, "people": (LEFT, CORNER)}, "mask 2 of 3 covers no token"),
+    "mask without a token": ({"voices": 2, "people": (LEFT, CORNER)}, "the box or mask of person 2 covers no token"),
     "steps of the distilled schedule": ({"schedule": "distilled", "steps": 9}, "has exactly 8 steps"),
     "more segments than sound": ({"segments": 3}, "the sound fills 2 segments, not 3"),
     "more prompts than segments": ({"prompts": (PROMPT,) * 3}, "3 prompts are more than the 2 segments"),

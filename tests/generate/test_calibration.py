@@ -83,6 +83,8 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c.update(ends=[]), "ends of densities must be a list"),
         (lambda c: c["settings"].update(dense_steps=3), "a share of 3 dense steps"),
         (lambda c: c["settings"].update(query_block=96), "a query block of 96 tokens"),
+        (lambda c: c["settings"].update(schedule="slow"), "a schedule other than base, distilled, enhance_hf"),
+        (lambda c: c.update(expected_speed_up=-3.0), "time or speed-up that is not above 0"),
         (lambda c: c["mass"].pop(), "1 layers with a share of the softmax, but 2 in all"),
         (lambda c: c.update(head_mass=[[0.5]]), "shares of the softmax of other layers and heads than 2 of 2"),
         (lambda c: c.update(best_mass=[[0.5, 0.5], [0.5]]), "shares of the softmax of other layers and heads"),
@@ -136,7 +138,9 @@ def test_it_belongs_to_the_same_weights_in_other_files(found: Calibration, tmp_p
 
 
 def test_it_is_refused_for_other_weights(found: Calibration) -> None:
-    with pytest.raises(LongCatError, match=r"^mine\.json is of a model with 2 layers of 2 heads and this one has"):
+    with pytest.raises(
+        LongCatError, match=r"^mine\.json is of a model with 2 layers of 2 heads of 32 channels and this one has 6"
+    ):
         check_fits(found, open_checkpoint(NANO_MODEL), "mine.json")
     torch.manual_seed(1)
     other = LongCatTransformer(tiny_config(depth=found.model.depth, num_heads=found.model.heads))

@@ -122,7 +122,19 @@ def test_what_was_not_used_for_the_longest_goes_first(tmp_path, fresh):
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= cache.most
 
 
-@pytest.mark.parametrize("damage", [b"", b"no safetensors", "short", "not finite"])
+def test_files_of_others_in_the_folder_stay(tmp_path, fresh):
+    (tmp_path / "model.safetensors").write_bytes(b"a model")
+    left = tmp_path / f".{64 * 'a'}.0123abcd.safetensors"
+    for file in (left, tmp_path / "model.safetensors"):
+        file.write_bytes(b"what was there before")
+        os.utime(file, (1, 1))
+    cache = cache_in(tmp_path)
+    cache.most = 1
+    cache.put(PROMPTS[0], *fresh.encode([PROMPTS[0]]))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors", "short", "one bit"])
 def test_a_damaged_entry_is_computed_again(tmp_path, fresh, damage):
     wanted, _ = fresh.encode([PROMPTS[0]])
     encoder = encoder_in(tmp_path)
@@ -130,8 +142,10 @@ def test_a_damaged_entry_is_computed_again(tmp_path, fresh, damage):
     (file,) = tmp_path.iterdir()
     if damage == "short":
         file.write_bytes(file.read_bytes()[:-8])
-    elif damage == "not finite":
-        file.write_bytes(file.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
+    elif damage == "one bit":
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1
+        file.write_bytes(content)
     else:
         file.write_bytes(damage)
     assert PROMPTS[0] not in encoder.cache

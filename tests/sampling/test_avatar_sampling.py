@@ -176,7 +176,7 @@ def test_masks_cover_the_video(size):
 def test_a_mask_without_a_token_is_named():
     masks = torch.zeros(3, 64, 96)
     masks[0, :8], masks[2, 20:] = 1, 1
-    with pytest.raises(LongCatError, match="mask 2 of 3 covers no token"):
+    with pytest.raises(LongCatError, match="mask of person 2 covers no token"):
         class_tokens(masks, 4, 6)
 
 

@@ -157,7 +157,7 @@ def test_refusals(comfy, voices, avatar, picture, encoder):
         ("connect both or neither", two, {"image": picture, "person_1": mask}),
         ("others has masks", two, {"image": picture, "others": mask}),
         ("masks say where people are in the first frame", two, {}),
-        ("mask 1 of 3 covers no token", two, {"image": picture, "person_1": 0 * mask, "person_2": mask}),
+        ("mask of person 1 covers no token", two, {"image": picture, "person_1": 0 * mask, "person_2": mask}),
         ("different sizes", two, {"image": picture, "person_1": mask[:, :9], "person_2": mask}),
         ("begins after the sound", one, {"image": picture, "segment": 9}),
     ):
