@@ -32,6 +32,8 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 # A converter of option values is identified by what it returns for these texts, so that it may be renamed.
 PROBES = ("7", "0.5", "16x32", "some/file:0.5")
 KINDS = {
+    # Text, as without a converter.
+    PROBES: None,
     (7, None, None, None): "whole number",
     (7.0, 0.5, None, None): "number",
     (None, None, (16, 32), None): "size",
@@ -43,8 +45,8 @@ KINDS = {
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def kind_of(convert: Callable[[str], Any]) -> str:
-    """The kind of value that an option takes."""
+def kind_of(convert: Callable[[str], Any]) -> str | None:
+    """The kind of value that an option takes; None for text."""
     found = []
     for text in PROBES:
         try:

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 # --- values of options -----------------------------------------------------------------------------------------------
 
 
+def given(text: str) -> str:
+    """A text that is not empty, as an unset variable of a shell script would be: no path is the folder one is in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path."""
+    return Path(given(text))
+
+
 def whole(text: str) -> int:
     """A whole number."""
     try:
@@ -47,7 +59,7 @@ def size(text: str) -> tuple[int, int]:
 
 def lora(text: str) -> tuple[Path, float]:
     """FILE, at strength 1, or FILE:STRENGTH."""
-    name, colon, strength = text.rpartition(":")
+    name, colon, strength = given(text).rpartition(":")
     if name and colon and not Path(text).exists():
         with contextlib.suppress(ValueError):
             return Path(name), float(strength)

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from ..generate.options import DTYPES
 from ..generate.progress import CHECKING, STARTING
 from ..generate.progress import Progress as Task
 from ..parallel.torchrun import torchrun_rank, torchrun_size
-from .console import Progress, Stream, number, size, standard_streams, whole, words
+from .console import Progress, Stream, given, number, path, size, standard_streams, whole, words
 from .options import Parser, add_options
 from .outputs import Outputs
 
@@ -44,7 +43,7 @@ class Command(NamedTuple):
 
 
 PROMPT = "what the video shows"
-PATH: dict[str, Any] = {"type": Path}
+PATH: dict[str, Any] = {"type": path}
 # Arguments that models read; others of kind text are names.
 PROMPTS = {"prompt", "negative_prompt", "prompts"}
 COMMANDS = {
@@ -73,7 +72,7 @@ COMMANDS = {
     "calibrate": Command(
         "calibrate.calibrate", "Find how sparse the attention of each head may be, for --sparse.",
         (("model", "MODEL", "LongCat-Video's folder, its dit folder, or a checkpoint of any published form (default: "
-          "LongCat-nano)", {"nargs": "?"}),), bar=True,
+          "LongCat-nano)", {"nargs": "?", "type": given}),), bar=True,
     ),
     "train-lora": Command(
         "train.train_lora", "Train a LoRA on a folder of clips and captions.",

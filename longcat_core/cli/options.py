@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import LongCatError
 from ..generate.options import GUIDANCE, HEADINGS, SEVERAL, Option, of_command
 from ..parallel.torchrun import torchrun_size
-from .console import lora, number, size, whole
+from .console import given, lora, number, path, size, whole
 
-CONVERTERS = {"whole": whole, "number": number, "size": size, "path": Path, "lora": lora}
+CONVERTERS = {"whole": whole, "number": number, "size": size, "path": path, "lora": lora}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +74,9 @@ def _settings(row: Option) -> dict[str, Any]:
     settings: dict[str, Any] = {"default": None if row.filled else row.default, "metavar": row.metavar}
     if row.kind in CONVERTERS:
         settings["type"] = CONVERTERS[row.kind]
+    elif row.kind == "text" and row.metavar != "TEXT":
+        # A prompt may be empty.
+        settings["type"] = given
     if row.choices:
         settings["choices"] = row.choices
     if row.repeated:
