@@ -84,7 +84,11 @@ class AvatarRequest:
         audio = defaults.audio
         if audio is None:
             raise LongCatError("the model does not hear audio; give LongCat-Video-Avatar")
-        for number, prompt in enumerate(self.prompts, 1):
+        prompts = self.prompts
+        # A filled request repeats its last prompt, which a changed number of segments is not held against.
+        while self.audio is not None and len(prompts) > 1 and prompts[-1] == prompts[-2]:
+            prompts = prompts[:-1]
+        for number, prompt in enumerate(prompts, 1):
             check_text(f"prompt of segment {number}", prompt)
         for name, value in (("overlap", self.overlap), ("reference", self.reference), ("skip range", self.skip)):
             check_whole(f"the {name}", value)
@@ -114,7 +118,7 @@ class AvatarRequest:
         request = replace(
             self,
             first=first,
-            prompts=spread_prompts(self.prompts, needed if self.segments is None else self.segments),
+            prompts=spread_prompts(prompts, needed if self.segments is None else self.segments),
             schedule=schedule,
             audio_guidance=guidance,
             audio=audio,
@@ -201,8 +205,9 @@ class AvatarRequest:
 
     def embed(self, encoder: AudioEncoder) -> Embeddings:
         """What the network hears, of the whole sound. Raises LongCatError for the audio encoder of another version."""
+        seed = self.filled_first.seed
         encoder.check(self.audio)
-        return embed_voices(encoder, self.voices, self.seconds, others=self.others, seed=self.filled_first.seed)
+        return embed_voices(encoder, self.voices, self.seconds, others=self.others, seed=seed)
 
     def work(self) -> Work:
         """The memory-relevant sizes of sampling the largest segment."""
@@ -364,7 +369,9 @@ def avatar_video(
             if callback is not None:
                 callback(number, count, step)
 
-        heard = embeddings()
+        check_type(
+            "what embeds the sound returned", heard := embeddings(), Embeddings, "what AvatarRequest.embed returns"
+        )
         if number and not begun:
             begun.append(folder.take.load(0).latents[:, :, :1])
         reference = begun[0] if number else None

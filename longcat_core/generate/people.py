@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from math import isfinite
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LongCatError
+from ..errors import LongCatError, is_number, printable
 from ..sampling.avatar import LEFT, RIGHT, Box, box_mask, class_tokens, fit_masks, with_background
 from .options import SIDE_MULTIPLE
 
@@ -46,8 +47,15 @@ def masks_of(people: Sequence[Person], voices: int, given: np.ndarray | None) ->
 
 def _mask(person: Person, number: int, height: int, width: int) -> Tensor:
     name = f"of person {number}"
-    if isinstance(person, tuple):
-        return box_mask(person, height, width, f"the box {name}")
+    if isinstance(person, tuple | list) and len(person) == 4 and all(map(is_number, person)) and isfinite(sum(person)):
+        return box_mask((person[0], person[1], person[2], person[3]), height, width, f"the box {name}")
+    if not isinstance(person, Tensor | np.ndarray) or (
+        isinstance(person, np.ndarray) and person.dtype.kind not in "biuf"
+    ):
+        raise LongCatError(
+            f"where person {number} is cannot be {printable(repr(person), 80)}; give a box (top, left, bottom, right) "
+            "in shares of the image, or a mask [h, w] of numbers"
+        )
     mask = torch.as_tensor(person)
     if tuple(mask.shape) != (height, width):
         raise LongCatError(

@@ -165,6 +165,7 @@ def test_the_video_ends_with_the_sound(tmp_path):
     assert filled.track.seconds == 39 / 25
     first = replace(asked, segments=1).filled(engine.defaults)
     assert (first.count, first.total_frames) == (1, 25) and first.settings(0) == filled.settings(0)
+    assert replace(filled, segments=1).filled(engine.defaults).count == 1, "the last prompt was only repeated"
 
 
 def test_another_sound_is_another_take(tmp_path):
@@ -261,6 +262,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "mask of another size": ({"voices": 2, "people": (LEFT, np.ones((5, 5)))}, "of person 2 is [5, 5] and the image"),
     "empty mask": ({"voices": 2, "people": (LEFT, np.zeros(SIZE))}, "the mask of person 2 is empty"),
     "no background": ({"voices": 2, "people": ((0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0))}, "cover the whole image"),
+    "name of a side": ({"voices": 2, "people": ("left", "right")}, "where person 1 is cannot be 'left'; give a box"),
+    "box of NaN": ({"voices": 2, "people": (LEFT, (0.0, 0.0, float("nan"), 1.0))}, "where person 2 is cannot be"),
+    "box of three": ({"voices": 2, "people": (LEFT, (0.0, 0.0, 1.0))}, "where person 2 is cannot be"),
     "mask without a token": ({"voices": 2, "people": (LEFT, CORNER)}, "the box or mask of person 2 covers no token"),
     "steps of the distilled schedule": ({"schedule": "distilled", "steps": 9}, "has exactly 8 steps"),
     "more segments than sound": ({"segments": 3}, "the sound fills 2 segments, not 3"),

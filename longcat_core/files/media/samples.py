@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,7 @@ class Sound:
 
     def __post_init__(self) -> None:
         check_type("the samples of a sound", self.samples, Tensor, "a tensor [channels, N]")
-        if not is_whole(self.rate) or not RATES[0] <= self.rate <= RATES[1]:
-            raise LongCatError(f"a sound cannot have {self.rate!r} samples per second; give its own rate, as 48000")
+        check_rate(self.rate)
         if self.samples.ndim != 2 or not self.samples.is_floating_point():
             form = f"{self.samples.dtype} {list(self.samples.shape)}".removeprefix("torch.")
             raise LongCatError(f"the samples of a sound are {form}; give floats [channels, N]")
@@ -51,6 +51,7 @@ class Sound:
 
     def resampled(self, rate: int) -> Sound:
         """The same sound with `rate` samples per second."""
+        check_rate(rate)
         return self if rate == self.rate else Sound(resampled(self.samples, self.rate, rate).float(), rate)
 
     def cut(self, seconds: float) -> Sound:
@@ -59,6 +60,12 @@ class Sound:
             raise LongCatError(f"a sound cannot last {seconds!r} s; give a number above 0")
         count = max(1, round(seconds * self.rate))
         return Sound(F.pad(self.samples, (0, max(0, count - self.samples.shape[1])))[:, :count], self.rate)
+
+
+def check_rate(rate: Any) -> None:
+    """Raise LongCatError unless a sound can have `rate` samples per second."""
+    if not is_whole(rate) or not RATES[0] <= rate <= RATES[1]:
+        raise LongCatError(f"a sound cannot have {rate!r} samples per second; give its own rate, as 48000")
 
 
 def resampled(samples: Tensor, rate: int, to: int) -> Tensor:
