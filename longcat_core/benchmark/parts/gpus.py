@@ -292,9 +292,9 @@ PART = Part(
     text="""## Several GPUs
 
 One evaluation on one GPU and on several of the same host, in one run. With guidance its two halves run on half of the
-GPUs each; the GPUs of one sample share its tokens, and write queries, keys, values and results into each other's
-memory; *messages* are those of NCCL. *Exchange* counts NCCL's kernels and copies to other GPUs in the first GPU, hidden
-behind work or not.""",
+GPUs each; the GPUs of one sample share its tokens. They write queries, keys, values and results into each other's
+memory, or send messages by NCCL; the sentence below the table says which. *Exchange* counts NCCL's kernels and copies
+to other GPUs in the first GPU, hidden behind work or not.""",
     run=run,
     table=table,
     charts=(CHART,),
