@@ -29,7 +29,7 @@ from .audio import AudioEncoder, Embeddings, Voices, embed_voices, frames_for, s
 from .engine import Engine, check_finite
 from .inputs import check_callback, check_json, check_whole
 from .long_video import Finished, finished_segments, join_notes, new_frames, spread_prompts
-from .options import MAX_GUIDANCE, MAX_SEED
+from .options import MAX_FRAMES, MAX_GUIDANCE, MAX_SEED
 from .people import Person, classes_of, masks_of, people_notes
 from .request import Defaults, FilledRequest, GenerateRequest, check_number, check_text, require_filled
 from .segment_folder import SegmentFolder
@@ -93,8 +93,8 @@ class AvatarRequest:
         for name, value in (("overlap", self.overlap), ("reference", self.reference), ("skip range", self.skip)):
             check_whole(f"the {name}", value)
         latent_frames(self.overlap, "overlap")
-        if self.skip < 0:
-            raise LongCatError(f"the skip range cannot be {self.skip}; give 0 or more")
+        check_number("reference frame", self.reference, -MAX_FRAMES, MAX_FRAMES)
+        check_number("skip range", self.skip, 0, MAX_FRAMES)
         check_json("the description of the model", self.model)
         check_json("the lossy settings", self.lossy)
         first = self._first(audio, defaults.avatar_guidance).filled(defaults)

@@ -404,7 +404,7 @@ def check_frames(frames: int, name: str = "") -> None:
 
 def check_number(name: str, value: float, least: float, most: float) -> None:
     """Raise LongCatError unless `value` is a finite number from `least` to `most`."""
-    if not is_number(value) or not math.isfinite(value) or not least <= value <= most:
+    if not is_number(value) or not least <= value <= most or not math.isfinite(value):
         raise LongCatError(f"{name} {value} is out of range; give a number from {least:g} to {most:g}")
 
 

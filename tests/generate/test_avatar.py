@@ -271,7 +271,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "more prompts than segments": ({"prompts": (PROMPT,) * 3}, "3 prompts are more than the 2 segments"),
     "no prompt": ({"prompts": ()}, "the prompt is empty"),
     "overlap": ({"overlap": 25}, "leave nothing new"),
-    "skip range": ({"skip": -1}, "the skip range cannot be -1"),
+    "skip range": ({"skip": -1}, "skip range -1 is out of range"),
+    "reference frame": ({"reference": 10**400}, "is out of range; give a number from -2001 to 2001"),
     "audio guidance": ({"audio_guidance": 31.0}, "audio guidance 31.0 is out of range"),
 }
 
