@@ -22,7 +22,7 @@ from ..parallel.vae import SpreadVAE
 from ..sampling.conditioning import SPATIAL_FACTOR, TEMPORAL_FACTOR, video_frames
 from ..vae import tiles
 from ..vae.layers import RMSNorm
-from ..vae.network import VAEConfig, WanVAE, channels_last
+from ..vae.network import SPELLED, VAEConfig, WanVAE, channels_last
 from ..vae.parts import decoded, encoded
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -195,7 +195,7 @@ def load_vae(
 
 
 def _shape(config: dict[str, Any]) -> VAEConfig:
-    names = {"temperal_downsample": "temporal_downsample"}  # diffusers' own spelling
+    names = {spelled: name for name, spelled in SPELLED.items()}
     return VAEConfig(**{names.get(name, name): value for name, value in config.items() if name != "attn_scales"})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,8 @@ from .layers import WHOLE, CausalConv3d, Downsample, Middle, Past, Residual, RMS
 
 # Of a residual block: its input, what the convolution sees, and what it gives.
 LIVE = 3
+# Where diffusers spells a field in another way.
+SPELLED = {"temporal_downsample": "temperal_downsample"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class VAEConfig:
     dim_mult: Sequence[int] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: Sequence[bool] = (False, True, True)
+
+    def keys(self) -> list[str]:
+        """The names in a config.json of diffusers, which `dict` of this gives."""
+        return [SPELLED.get(field.name, field.name) for field in fields(self)]
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, {spelled: name for name, spelled in SPELLED.items()}.get(key, key))
 
 
 class Encoder(nn.Module):

@@ -309,6 +309,17 @@ def test_what_is_wrong_with_the_weights_is_named(tmp_path, state, spoil, message
 MEAN, STD = list(wan_vae.LATENTS_MEAN), list(wan_vae.LATENTS_STD)
 
 
+def test_a_loaded_vae_can_be_written_as_diffusers_has_it(tmp_path):
+    """With its config.json, whose normalization is read again."""
+    model = load_vae(NANO_VAE).model
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", model.state_dict())
+    config = dict(model.config) | {"latents_mean": [0.5] * model.config.z_dim}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_vae(tmp_path).model
+    assert dict(loaded.config) == config
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
