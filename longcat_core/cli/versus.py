@@ -72,8 +72,6 @@ def _parsed(args: argparse.Namespace) -> Iterator[tuple[str, argparse.Namespace]
             words = shlex.split(text)
         except ValueError as error:
             raise LongCatError(f"--versus {text!r} cannot be read ({error}); quote it as in a shell") from error
-        if not words:
-            raise LongCatError('--versus is empty; give options, such as --versus "--step-cache 0.05"')
         try:
             yield text, parser.parse_args(words, argparse.Namespace(**vars(args)))
         except LongCatError as error:

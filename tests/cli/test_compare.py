@@ -39,7 +39,7 @@ B = ("--versus", "--step-cache 0.5")
         ("--stepz 3", "--versus '--stepz 3'"),
         ("--output x", "--output"),
         ("--negative-prompt 'open", "cannot be read"),
-        (" ", "--versus is empty"),
+        (" ", "--versus: it is empty"),
     ],
 )
 def test_settings_that_cannot_be_compared(refused: Any, monkeypatch: Any, versus: str, said: str) -> None:
