@@ -28,6 +28,8 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 TRIAL = 1 << 16
 # How long ranks wait for each other in a trial.
 PATIENCE = timedelta(seconds=20)
+# What making windows raises where this is not possible: older versions of PyTorch lack symmetric memory or its functions.
+IMPOSSIBLE = (AttributeError, ImportError, OSError, RuntimeError, TypeError)
 # Windows of GPUs that this process has made. PyTorch counts them (2.11), and ranks that have counted to other numbers
 # do not find each other, as when a process starts a second group of new processes.
 _made = 0
@@ -108,7 +110,7 @@ class Windows:
         store.set_timeout(PATIENCE)
         try:
             windows = self.of("trial", (self.size, TRIAL), torch.uint8)
-        except (OSError, RuntimeError):
+        except IMPOSSIBLE:
             return False
         finally:
             store.set_timeout(TIMEOUT)
@@ -147,7 +149,7 @@ class Windows:
 
 def _symmetric(count: int, device: torch.device, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
     """`count` bytes of symmetric memory, and what knows those of all ranks."""
-    # Not at the top: few need it, and it imports much.
+    # Not at the top: see `IMPOSSIBLE`.
     import torch.distributed._symmetric_memory as symmetric
 
     global _made
@@ -163,9 +165,10 @@ def machines(device: torch.device, alone: dist.ProcessGroup) -> list[str]:
     """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (socket.gethostname() + (BOOT.read_text() if BOOT.exists() else ""), _made))
-    # By oneself counts as much as with others.
-    for _ in range(_made, max(made for _, made in found)):
-        _symmetric(1, device, alone)
+    # By oneself counts as much as with others. The trial tells if it does not.
+    with suppress(*IMPOSSIBLE):
+        for _ in range(_made, max(made for _, made in found)):
+            _symmetric(1, device, alone)
     return [machine for machine, _ in found]
 
 
