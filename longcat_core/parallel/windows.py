@@ -28,7 +28,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 TRIAL = 1 << 16
 # How long ranks wait for each other in a trial.
 PATIENCE = timedelta(seconds=20)
-# What making windows raises where this is not possible; older versions of PyTorch lack symmetric memory, or parts of it.
+# What making windows raises where this is not possible. Older versions of PyTorch lack symmetric memory.
 IMPOSSIBLE = (AttributeError, ImportError, OSError, RuntimeError, TypeError)
 # Windows of GPUs that this process has made. PyTorch counts them (2.11), and ranks that have counted to other numbers
 # do not find each other, as when a process starts a second group of new processes.
