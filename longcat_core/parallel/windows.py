@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ..optimize.shared_memory import can_share, mapped, shared
+from ..optimize.shared_memory import Place, can_share, mapped, shared
 from .group import TIMEOUT
 
 # What tells a machine from another one of the same name.
@@ -134,12 +134,13 @@ class Windows:
             windows = [handle.get_buffer(rank, (count,), torch.uint8) for rank in range(self.size)]
             return windows, (own, handle)
         own, place = shared(count)
+        # As a plain tuple: in ComfyUI this package has another name than in the other ranks.
         places: list[Any] = [None] * self.size
-        dist.all_gather_object(places, place, self.group)
+        dist.all_gather_object(places, tuple(place), self.group)
         windows = []
         # Of a process that may not be looked into; the others must not wait.
         with suppress(OSError):
-            windows = [own if rank == self.rank else mapped(place) for rank, place in enumerate(places)]
+            windows = [own if rank == self.rank else mapped(Place(*place)) for rank, place in enumerate(places)]
         all_can = torch.tensor([bool(windows)], dtype=torch.int32)
         dist.all_reduce(all_can, dist.ReduceOp.MIN, self.group)
         if not all_can:

@@ -60,6 +60,7 @@ def kernels(comfy, monkeypatch) -> dict[str, set[torch.dtype]]:
     monkeypatch.setattr(
         elementwise, "gated_product", lambda x, fp8=False: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
     )
+    monkeypatch.setattr(elementwise, "quantize_heads", lambda x: x.flatten(2))
     monkeypatch.setattr(fused, "text_attention", text_attention)
     monkeypatch.setattr(execution, "kernels_usable", lambda x: True)
     monkeypatch.setattr(model_management, "supports_fp8_compute", lambda device=None: False)
