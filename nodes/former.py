@@ -31,15 +31,21 @@ VALUES: dict[tuple[str, str], dict[bool, str]] = {
     ("LongCatSampler", "kv_cache"): {True: "exact", False: "off"},
     ("LongCatGuider", "kv_cache"): {True: "exact", False: "off"},
 }
-# (node, input) -> widgets that stood before it and are gone. A prompt may keep them: ComfyUI ignores them.
-REMOVED: dict[tuple[str, str], tuple[str, ...]] = {("LongCatOptimizations", "fused_text"): ("late_scales",)}
+# (node, input) -> widgets that stood before it and are gone, and how many values the node had with them. A prompt may
+# keep them: ComfyUI ignores them.
+REMOVED: dict[tuple[str, str], tuple[tuple[str, ...], int]] = {
+    ("LongCatOptimizations", "fused_text"): (("late_scales",), 15)
+}
 
 
 def for_page(node_id: str, name: str) -> dict[str, Any]:
     """What the page has to know of an input's past; empty for most."""
     values = {str(old).lower(): new for old, new in VALUES.get((node_id, name), {}).items()}
-    removed = len(REMOVED.get((node_id, name), ()))
-    return ({"was": values} if values else {}) | ({"after_removed": removed} if removed else {})
+    found: dict[str, Any] = {"was": values} if values else {}
+    if (node_id, name) in REMOVED:
+        gone, saved = REMOVED[node_id, name]
+        found["after_removed"] = {"count": len(gone), "saved": saved}
+    return found
 
 
 def renewed(prompt: dict[str, Any], renamed: dict[str, Renamed]) -> None:

@@ -45,7 +45,7 @@ FORMER = {
     # With late_scales before the last one.
     "LongCatOptimizations": (
         [False, True, "packed", "auto", "off", *[True] * 6, False, True, False, True],
-        [False, True, "packed", "auto", "off", *[True] * 6, False, True, True],
+        [False, True, "packed", "auto", "off", *[True] * 6, False, True, True, "exact"],
     ),
 }
 # What people search for -> a node that is found.

@@ -22,8 +22,8 @@ function whileLoading(method) {
 }
 
 // The rules of a node's inputs: sets[mode input][choice][input] = {default, most, of: {avatar's version: {default,
-// most}}}, onlyFor[input] = {other: choice}, was[input] = {old value: new value}, removed[input] = how many inputs before
-// it are gone.
+// most}}}, onlyFor[input] = {other: choice}, was[input] = {old value: new value}, removed[input] = {count: how many inputs
+// before it are gone, saved: how many values a node had with them}.
 function rulesOf(definition) {
   const rules = { sets: {}, onlyFor: {}, was: {}, removed: {} };
   for (const group of Object.values(definition.input ?? {}))
@@ -168,9 +168,12 @@ function watchLoader(nodeType) {
 function renew(node, data, rules) {
   if (!Array.isArray(data?.widgets_values)) return data;
   const values = [...data.widgets_values];
-  const names = (node.widgets ?? []).filter((widget) => widget.serialize !== false).map((widget) => widget.name);
-  for (const [name, count] of Object.entries(rules.removed))
-    if (values.length === names.length + count) values.splice(names.indexOf(name), count);
+  const widgets = (node.widgets ?? []).filter((widget) => widget.serialize !== false);
+  const names = widgets.map((widget) => widget.name);
+  // With inputs that were added since, a node has as many values as before; the last one is of another type.
+  for (const [name, { count, saved }] of Object.entries(rules.removed))
+    if (values.length === saved && typeof values.at(-1) !== typeof widgets[saved - 1]?.value)
+      values.splice(names.indexOf(name), count);
   for (const [name, was] of Object.entries(rules.was)) {
     const at = names.indexOf(name);
     if (typeof values[at] === "boolean") values[at] = was[String(values[at])];
