@@ -44,8 +44,7 @@ class LedVAE(SpreadVAE):
 
     def decode(self, latents: Tensor) -> Generator[Tensor]:
         with self.group.working():
-            self.group.send(Decode(latents, self._changed()))
-            Division.of(self.group).release()
+            self._begin(Decode(latents, self._changed()))
         parts = super().decode(latents)
         try:
             while True:
@@ -60,9 +59,12 @@ class LedVAE(SpreadVAE):
 
     def encode(self, video: Tensor) -> Tensor:
         with self.group.working():
-            self.group.send(Encode(video, self._changed()))
-            Division.of(self.group).release()
+            self._begin(Encode(video, self._changed()))
             return super().encode(video)
+
+    def _begin(self, message: Decode | Encode) -> None:
+        self.group.send(message)
+        Division.of(self.group).release()
 
     def _changed(self) -> WanVAE | None:
         weight = next(self.vae.parameters())
@@ -81,15 +83,14 @@ class ServedVAE:
         self._vae: SpreadVAE | None = None
 
     def decode(self, message: Decode) -> None:
-        Division.of(self.group).release()
         for _ in self._of(message.vae).decode(message.latents):
             pass
 
     def encode(self, message: Encode) -> None:
-        Division.of(self.group).release()
         self._of(message.vae).encode(message.video)
 
     def _of(self, vae: WanVAE | None) -> SpreadVAE:
+        Division.of(self.group).release()
         if vae is not None:
             self._vae = SpreadVAE(vae.eval())
         assert self._vae is not None, "rank 0 sends it first"

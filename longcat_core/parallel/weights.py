@@ -62,10 +62,10 @@ def in_common(stream: BlockStream, blocks: Iterable[int]) -> dict[int, Common]:
 _PLACES: weakref.WeakKeyDictionary[Offloaded, Place] = weakref.WeakKeyDictionary()
 
 
-def agreed(works: bool) -> bool:
-    """Whether something works on all ranks; all call it."""
+def agreed(works: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether something works on all ranks, or on those of a group; all of them call it."""
     all_do = torch.tensor([works], dtype=torch.int32)
-    dist.all_reduce(all_do, dist.ReduceOp.MIN)
+    dist.all_reduce(all_do, dist.ReduceOp.MIN, group)
     return bool(all_do)
 
 

@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d
 
 from ..optimize.shared_memory import Place, can_share, mapped, shared
 from .group import TIMEOUT
+from .weights import agreed
 
 # What tells a machine from another one of the same name.
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -141,9 +142,7 @@ class Windows:
         # Of a process that may not be looked into; the others must not wait.
         with suppress(OSError):
             windows = [own if rank == self.rank else mapped(Place(*place)) for rank, place in enumerate(places)]
-        all_can = torch.tensor([bool(windows)], dtype=torch.int32)
-        dist.all_reduce(all_can, dist.ReduceOp.MIN, self.group)
-        if not all_can:
+        if not agreed(bool(windows), self.group):
             raise OSError("not every rank can map the memory of all others")
         return windows, None
 
