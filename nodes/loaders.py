@@ -16,6 +16,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QUANT_ALGOS
+from comfy.text_encoders.sd3_clip import t5_xxl_detect
 from comfy_api.latest import io
 
 from ..longcat_core.checkpoints import umt5
@@ -30,7 +31,7 @@ from ..longcat_core.optimize.attention import import_ahead
 from . import comfy_fp8
 from .choices import FP8_ROWWISE, WEIGHT_DTYPES
 from .comfy_model import LongCatVideo
-from .comfy_weights import as_description, correct, meant, open_for_comfyui, runs
+from .comfy_weights import StateDict, as_description, correct, meant, open_for_comfyui, runs
 from .inputs import LongCatNode
 from .progress import working
 
@@ -168,12 +169,29 @@ class TextEncoderLoader(LongCatNode):
 
 
 class _Target:
-    """The text encoder's class, tokenizer and arguments, as comfy.sd.CLIP takes them."""
+    """A text encoder of any size and its tokenizer, as comfy.sd.CLIP takes them."""
 
     tokenizer = comfy.text_encoders.wan.WanT5Tokenizer
 
-    def __init__(self, clip: type) -> None:
-        self.clip, self.params = clip, {}
+    def __init__(self, made: type, opened: umt5.Umt5) -> None:
+        self.made, self.params = made, {}
+        names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        self.config = {"umt5xxl_model_config": {name: opened.sizes[name] for name in names}}
+
+    def clip(self, model_options: dict[str, Any], **params: Any) -> torch.nn.Module:
+        return self.made(model_options=model_options | self.config, **params)
+
+
+def target_in(state: Mapping[str, torch.Tensor], prefix: str) -> _Target | None:
+    """The text encoder of a checkpoint that CheckpointSave wrote, whose names begin with `prefix`; None if there is
+    none. Raises CheckpointError for one that is not UMT5."""
+    prefix = f"{prefix}umt5xxl.transformer."
+    found = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if not found:
+        return None
+    place = Path("the checkpoint")
+    opened = umt5.open_umt5(place, {place: StateDict(found)})
+    return _Target(comfy.text_encoders.wan.te(**t5_xxl_detect(found, prefix)), opened)
 
 
 def _native(opened: umt5.Umt5, described: Mapping[str, dict[str, Any]]) -> bool:
@@ -252,13 +270,11 @@ def _xxl_clip(path: Path, options: dict, disable_dynamic: bool = False) -> comfy
 def _small_clip(path: Path, options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A CLIP for a UMT5 whose sizes ComfyUI's own loader does not recognize."""
     opened = umt5.open_umt5(path)
-    state, sizes = _state(opened), opened.sizes
-    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-    options = {**options, "umt5xxl_model_config": {name: sizes[name] for name in names}}
+    state = _state(opened)
     quantized = comfy.utils.detect_layer_quantization(state, "")
     # As ComfyUI's own loader has it: most numbers may be packed into bytes.
     dtype = comfy.utils.weight_dtype(state) if quantized is None else state[f"{umt5.NORM}.weight"].dtype
-    target = _Target(comfy.text_encoders.wan.te(dtype_t5=dtype, t5_quantization_metadata=quantized))
+    target = _Target(comfy.text_encoders.wan.te(dtype_t5=dtype, t5_quantization_metadata=quantized), opened)
     dynamic = {"disable_dynamic": True} if disable_dynamic else {}
     try:
         clip = comfy.sd.CLIP(

@@ -67,6 +67,11 @@ class LongCatConfig(comfy.supported_models_base.BASE):
     def model_config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.unet_config)
 
+    def clip_target(self, state_dict: Mapping[str, Tensor]) -> Any:
+        from .loaders import target_in
+
+        return target_in(state_dict, self.text_encoder_key_prefix[0])
+
     def process_unet_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         from .comfy_weights import from_checkpoint
 

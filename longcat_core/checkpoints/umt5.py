@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files.tensor_files import GgufFile
+from ..files.tensor_files import GgufFile, TensorFile
 from .formats import Format
 from .formats import times_scale as dequantise  # the name by which scripts import it
 from .gguf_vocabulary import spiece_of
@@ -120,12 +120,13 @@ class Umt5(Stored):
         return read_each(self, parameters, device, watch, {} if tokens is None else {f"{SHARED}.weight": tokens})
 
 
-def open_umt5(path: Path) -> Umt5:
+def open_umt5(path: Path, files: Mapping[Path, TensorFile] | None = None) -> Umt5:
     """Parse the headers of a UMT5 encoder in any form: a file, or a folder with its files.
 
-    Raises CheckpointError for anything but a UMT5 encoder with a gated feed-forward.
+    files: the opened files, unless they are to be found at `path`. Raises CheckpointError for anything but a UMT5
+    encoder with a gated feed-forward.
     """
-    stored = open_whole(path, FORMS, REMEDY, BESIDE)
+    stored = open_whole(path, FORMS, REMEDY, BESIDE, files)
     spiece = next(
         (
             (file, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -264,6 +265,31 @@ def test_model_save(comfy, model, sample, empty, tmp_path):
         dtype = "default"
         again = comfy(node, **{name: path.name}, weight_dtype=dtype)
         assert difference(sample(empty), sample(empty, again)) <= 1e-4 * ROUNDING
+
+
+def test_checkpoints(comfy, model, clip, vae, sample, empty, prompts, clip_latent):
+    """A MODEL with its text encoder and VAE in one file, and alone."""
+    import folder_paths
+
+    folder = Path(folder_paths.get_output_directory(), "checkpoints")
+    # As ComfyUI does when it starts.
+    folder_paths.add_model_folder_path("checkpoints", str(folder))
+
+    def saved(node: str, **parts: Any) -> tuple:
+        comfy(node, model=model, filename_prefix=f"checkpoints/{node}", **parts)
+        (path,) = folder.glob(f"{node}*.safetensors")
+        return comfy("CheckpointLoaderSimple", ckpt_name=path.name)
+
+    again, text, decoder = saved("CheckpointSave", clip=clip, vae=vae)
+    (encoded, _), *_ = comfy("CLIPTextEncode", clip=text, text=cases.PROMPT)
+    assert torch.equal(encoded, prompts["positive"][0][0])
+    latents = {"samples": clip_latent["samples"][:, :, :2]}
+    wanted = comfy("VAEDecode", samples=latents, vae=vae)
+    assert torch.equal(comfy("VAEDecode", samples=latents, vae=decoder), wanted)
+    alone, text, _ = saved("ModelSave")
+    assert text is None
+    for loaded in (again, alone):
+        assert difference(sample(empty), sample(empty, loaded)) <= 1e-4 * ROUNDING
 
 
 # --- VAE and files ---------------------------------------------------------------------------------------------------
