@@ -1,4 +1,5 @@
-"""What ComfyUI calls when it reads anybody's model or LoRA: recognizes LongCat-Video's, and hands on all others.
+"""What ComfyUI calls when it reads anybody's model or LoRA: recognizes LongCat-Video's, and hands on all others; and
+when it unloads all models.
 
 Registered when ComfyUI starts, so it imports nothing heavy before a file is there.
 """
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.model_detection
+import comfy.model_management
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
@@ -21,6 +23,7 @@ from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.nano.colors import is_nano
 from ..longcat_core.sampling.schedules import SHIFT, shift_of
 from .comfy_latents import LongCatLatents, NanoLatents
+from .host import running_workers
 from .lora_files import KeyMap, remember
 
 if TYPE_CHECKING:
@@ -118,18 +121,19 @@ def _is_video(state_dict: Mapping[str, Tensor], module: str) -> bool:
 
 
 def register() -> None:
-    """Make ComfyUI's own loaders recognize LongCat-Video and its LoRAs; registering again, as a second copy of the pack
-    does, replaces the wrappers."""
+    """Make ComfyUI's own loaders recognize LongCat-Video and its LoRAs, and let its unloading reach other GPUs;
+    registering again, as a second copy of the pack does, replaces the wrappers."""
     models = comfy.supported_models.models
     models[:] = [model for model in models if model.unet_config.get("image_model") != IMAGE_MODEL]
     models.append(LongCatConfig)
-    others, find_keys, load, read = (
+    others, find_keys, load, read, unload = (
         getattr(function, "longcat_wraps", function)
         for function in (
             comfy.model_detection.detect_unet_config,
             comfy.lora.model_lora_keys_unet,
             comfy.lora.load_lora,
             comfy.utils.load_torch_file,
+            comfy.model_management.unload_all_models,
         )
     )
 
@@ -166,11 +170,18 @@ def register() -> None:
             mark(tensors, ckpt)
         return found
 
+    def unload_all_models():
+        # Weights on other GPUs are in processes that ComfyUI does not know.
+        if (workers := running_workers()) is not None:
+            workers.end()
+        return unload()
+
     for module, function, original in (
         (comfy.model_detection, detect_unet_config, others),
         (comfy.lora, model_lora_keys_unet, find_keys),
         (comfy.lora, load_lora, load),
         (comfy.utils, load_torch_file, read),
+        (comfy.model_management, unload_all_models, unload),
     ):
         function.longcat_wraps = original
         setattr(module, function.__name__, function)

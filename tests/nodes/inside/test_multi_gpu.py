@@ -156,6 +156,18 @@ def test_an_interrupt_leaves_the_processes_there(comfy, model, latent, sample, m
     assert len(passes) == 1 and management.throw_exception_if_processing_interrupted is check
 
 
+def test_unloading_all_models_frees_the_other_gpus(comfy, model, latent, sample):
+    """By ComfyUI's button, and after memory ran out."""
+    import comfy.model_management as management
+
+    shared = comfy("LongCatMultiGPU", model=model, gpus="2")
+    wanted = sample(latent, model=shared, steps=STEPS, seed=2)
+    (process,) = group(comfy)._hub._processes.values()
+    management.unload_all_models()
+    assert group(comfy) is None and process.poll() is not None
+    close(sample(latent, model=shared, steps=STEPS, seed=2), wanted)
+
+
 def test_one_gpu_is_no_group(comfy, model):
     out = comfy("LongCatMultiGPU", model=model, gpus="1")
     assert out.model_options["transformer_options"]["longcat_gpus"] is None
