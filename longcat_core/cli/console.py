@@ -175,7 +175,7 @@ class Progress:
     def count(self, done: int, of: int, label: str, unit: str = "step") -> None:
         """Show `done` of `of` pieces of work; the first call may find some already done."""
         if (self.task.total, self.task.unit) != (of, unit) or done <= self.task.done:
-            self.plan([core.Part(of)], unit=unit, closing=False)
+            self.plan([core.Part(of)], unit=unit, closing=False).index = max(0, done - 1)
         self.task.label = label
         self.task.step(done)
 

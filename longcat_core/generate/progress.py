@@ -150,19 +150,20 @@ class Progress:
         self.beside[name] = self.beside.get(name, 0.0) + seconds
 
     def step(self, done: int, steps: int | None = None) -> None:
-        """A step of the current part is finished. done: how many are; steps: how many there are, if that changed."""
+        """One or more steps of the current part are finished. done: how many are; steps: how many there are, if that
+        changed."""
         if self.number == len(self.parts):
             return
         part = self.parts[self.number]
         if steps is not None and steps != part.steps:
             part = self.parts[self.number] = Part(steps, part.kind)
-        now = self._clock()
+        now, count = self._clock(), max(1, done - self.index)
         if self.index and not self._once:
-            self._times[part.kind].append(now - self._last)
+            self._times[part.kind].append((now - self._last) / count)
             self._latest = part.kind
         elif not self.index and not self._once and self._times.get(part.kind):
             self._before.append(max(0.0, now - self._part_began - (self.each() or 0.0)))
-        self.ran += 1
+        self.ran += count
         self.index, self._last, self._once = done, now, False
         self._begins("")
         self._changed()

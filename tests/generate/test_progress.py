@@ -138,6 +138,16 @@ def test_compiling_in_the_middle_does_not_count():
     assert task.progress.each() == 1 and task.words[-1] == "step 5 of 6, 1 s each, about 2 s left"
 
 
+def test_several_steps_at_a_time():
+    """As a decoder gives frames."""
+    task = Task(Part(13), closing=False, unit="frame")
+    for done in (1, 5, 9):
+        task.clock.now += 2.0
+        task.progress.step(done)
+    assert task.words[-1] == "frame 10 of 13, 0.5 s each, about 2 s left"
+    assert task.progress.summary() == "9 frames of 0.5 s, 6 s in all"
+
+
 def test_another_number_of_steps_than_planned_and_more_than_planned():
     task = Task(Part(50), closing=False)
     task.progress.step(1, 2)
