@@ -68,7 +68,7 @@ def measured(
         places = windows.of("measured", (size, share), torch.uint8)
         for _ in range(IN_A_ROW):
             for to in windows.others:
-                put(_rows(places[to][windows.rank]), _rows(given[to]), PROGRAMS)
+                put([(_rows(places[to][windows.rank]), _rows(given[to]))], PROGRAMS)
         windows.arrived()
 
     runs = all_to_all, broadcast, latency, written

@@ -11,9 +11,9 @@ tensors are exchanged in 8 bits (`codecs`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,12 @@ from ..optimize.kernels.put import put
 from ..optimize.sparse.passes import SparsePass
 from ..optimize.switches import Exchange
 from .codecs import CODECS
-from .windows import PROGRAMS, Windows
+from .windows import ALL_PROGRAMS, PROGRAMS, Windows
 
-# The most chunks of a rank's heads: more chunks hide more of the exchange, until launches cost more.
+# The most chunks of a rank's heads in messages: more chunks hide more, until attention runs worse on few heads.
 CHUNKS = 4
+# One part in how many of a rank's heads is the first through windows, whose exchange nothing hides.
+FIRST = 8
 
 
 # The newer name, where PyTorch has it: the older one warns there.
@@ -149,6 +151,44 @@ class ShareLayout(FrameLayout):
         return self.sharing.cut(rows.unflatten(1, (-1, self.spatial)), 2).flatten(1, 2)
 
 
+class _Frames(NamedTuple):
+    """The order of tokens on one GPU: frames, each of which has a `share` of every rank, the last without padding."""
+
+    spatial: int
+    padded: int
+
+    def tokens(self, rows: int) -> int:
+        """Of all ranks, if a rank has so many rows."""
+        return rows // self.padded * self.spatial
+
+    def of(self, x: Tensor, rank: int, reader: int) -> Tensor:
+        """A rank's tokens among all [B, N, ..] that `reader` reads, [B, T, S, ..]."""
+        return x.unflatten(1, (-1, self.spatial))[:, :, rank * self.padded : (rank + 1) * self.padded]
+
+    def share(self, x: Tensor, rank: int) -> Tensor:
+        """A rank's share [B, n, ..] of all tokens as `of` has it."""
+        filled = max(0, min(self.padded, self.spatial - rank * self.padded))
+        return x.unflatten(1, (-1, self.padded))[:, :, :filled]
+
+
+class _Ranks(NamedTuple):
+    """One rank's share, of so many `rows`, behind the other's; the reader's own is the last. As `_Frames`."""
+
+    rows: int
+    size: int
+
+    def tokens(self, rows: int) -> int:
+        return rows * self.size
+
+    def of(self, x: Tensor, rank: int, reader: int) -> Tensor:
+        # There may be those of all others only, or the reader's only.
+        at = -1 if rank == reader else (rank - reader - 1) % self.size
+        return x.unflatten(1, (-1, self.rows))[:, at, None]
+
+    def share(self, x: Tensor, rank: int) -> Tensor:
+        return x[:, None]
+
+
 class ShareAttention:
     """Attention of one pass, from shares of tokens to shares of tokens: stands in for kernels of a backend."""
 
@@ -156,23 +196,24 @@ class ShareAttention:
         """kernels: what each rank runs on its heads. spatial: tokens of a frame. ordered: whether the kernels depend on
         the order of tokens. sparse: the `SparsePass` that they belong to, or None."""
         self.sharing, self.kernels, self.spatial, self.sparse = sharing, kernels, spatial, sparse
-        # What ranks hand in lies one behind the other; frames lie among these.
-        self.ordered = ordered or self._padded
+        # Whether queries of ranks may lie one behind the other, and all that ranks hand in, padding included.
+        self.apart, self.ordered = not ordered, ordered or self._padded
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention: q [B, Nq, H, D], k and v [B, Nk, H, D], shares of whole frames -> as q."""
-        return self._exchanged([q, k, v], lambda heads, q, k, v: self.kernels.attend(q, k, v))
+        return self._exchanged([q, k, v], lambda heads, q, k, v: self.kernels.attend(q, k, v), self.apart)
 
     def frames(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`Kernels.frames` with q [B, N, H, D] a share of whole frames, k and v whole -> as q."""
         assert self.kernels.frames is not None
         attend = self.kernels.frames
-        return self._exchanged([q], lambda heads, q: attend(q, _heads(k, heads), _heads(v, heads)))
+        return self._exchanged([q], lambda heads, q: attend(q, _heads(k, heads), _heads(v, heads)), False)
 
-    def _exchanged(self, shares: list[Tensor], attend: Callable[..., Tensor]) -> Tensor:
+    def _exchanged(self, shares: list[Tensor], attend: Callable[..., Tensor], apart: bool) -> Tensor:
         """attend(heads, *tensors) with all tokens [B, N, h, D] of some of this rank's heads, and back to shares.
 
-        shares: of the tensors, [B, n, H, D], the first of which is as the result; the list is emptied.
+        shares: of the tensors, [B, n, H, D], the first of which, the queries, is as the result; the list is emptied.
+        apart: whether queries may come in any order, and some of them without the others.
         """
         size, (heads, head_dim) = self.sharing.size, shares[0].shape[2:]
         own = -(-heads // size)
@@ -181,90 +222,91 @@ class ShareAttention:
         parts = [F.pad(x, (0, 0, 0, padding)) if padding else x for x in shares]
         parts = [x.unflatten(2, (size, own)) for x in parts]
         shares.clear()
-        exchanged = self._by_messages if self.sharing.windows is None else self._through_windows
-        out = exchanged(parts, attend)
+        if self.sharing.windows is None:
+            out = self._by_messages(parts, attend)
+        else:
+            out = self._through_windows(parts, attend, self.sharing.windows, apart)
         return out.view(*out.shape[:2], -1, head_dim)[:, :, :heads]
 
-    def _through_windows(self, parts: list[Tensor], attend: Callable[..., Tensor]) -> Tensor:
+    def _through_windows(
+        self, parts: list[Tensor], attend: Callable[..., Tensor], windows: Windows, apart: bool
+    ) -> Tensor:
         """`_exchanged` of parts [B, n, ranks, heads of a rank, D], as the first of which the result is.
 
-        A chunk's heads are written while those before it are attended to.
+        A chunk's heads are written while those before it are attended to. Queries that may be `apart` lie by ranks: of
+        the last chunk, the results of other ranks' leave while this one's are attended to.
         """
-        windows, rank, own = self.sharing.windows, self.sharing.rank, parts[0].shape[3]
-        assert windows is not None
-        chunks = _chunks(own, CHUNKS)
-        ready = []
-        for i, chunk in enumerate(chunks):
-            with windows.beside():
-                whole = [self._put_whole((name, i), x[:, :, :, chunk]) for name, x in enumerate(parts)]
-                windows.arrived()
-            ready.append((windows.begun(), whole))
+        rank, others, (batch, rows, size, own, dim) = windows.rank, windows.others, parts[0].shape
+        frames = _Frames(self.spatial, self.sharing.share(self.spatial))
+        order: _Frames | _Ranks = _Ranks(rows, size) if apart else frames
+        orders = [order, frames, frames][: len(parts)]
+        places = [
+            windows.of(name, (batch, order.tokens(x.shape[1]), own, dim), x.dtype)
+            for name, (order, x) in enumerate(zip(orders, parts, strict=True))
+        ]
+        back = windows.of("out", (size, batch, rows, own, dim), parts[0].dtype)
         out = parts[0].new_zeros(parts[0].shape) if self._padded else parts[0].new_empty(parts[0].shape)
-        places, results = [], []
-        for i, (chunk, (begun, whole)) in enumerate(zip(chunks, ready, strict=True)):
-            windows.join(begun)
-            if i == len(chunks) - 1:
-                parts.clear()
-            if self.sparse is not None:
-                self.sparse.first_head = rank * own + chunk.start
-            found = attend(slice(rank * own + chunk.start, rank * own + chunk.stop), *whole)
-            with windows.beside():
-                places.append(self._put_shares(("out", i), found, out[:, :, :, chunk]))
-            # Its memory is not for others until it is written.
-            results.append(found)
+        chunks, ready = _short_ends(own, 4 if apart else FIRST), []
         with windows.beside():
-            windows.arrived()
-            for chunk, shares in zip(chunks, places, strict=True):
-                for of in windows.others:
-                    copy(self._filled(out[:, :, of, chunk], rank), self._filled(shares[of], rank))
+            for i, chunk in enumerate(chunks):
+                for to in others:
+                    pairs = [
+                        (order.of(place[to][:, :, chunk], rank, to), order.share(x[:, :, to, chunk], rank))
+                        for order, place, x in zip(orders, places, parts, strict=True)
+                    ]
+                    put(pairs, PROGRAMS if i else ALL_PROGRAMS)
+                windows.arrived()
+                ready.append(windows.begun())
+        whole = [place[rank] for place in places]
+        for order, x, part in zip(orders, whole, parts, strict=True):
+            copy(order.of(x, rank, rank), order.share(part[:, :, rank], rank))
+        order, queries = orders[0], slice(0, whole[0].shape[1])
+        work = [(i, chunk, queries) for i, chunk in enumerate(chunks)]
+        if apart:
+            split = queries.stop - rows
+            work[-1:] = [(*work[-1][:2], part) for part in (slice(0, split), slice(split, queries.stop))]
+        results = []
+        with windows.turns() as turn:
+            for at, (i, chunk, queries) in enumerate(work):
+                if at == len(work) - 1:
+                    windows.join(ready[-1])
+                    parts.clear()
+                with turn(at):
+                    windows.join(ready[i])
+                    if self.sparse is not None:
+                        self.sparse.first_head = rank * own + chunk.start
+                    heads = slice(rank * own + chunk.start, rank * own + chunk.stop)
+                    found = attend(heads, whole[0][:, queries, chunk], *(x[:, :, chunk] for x in whole[1:]))
+                    # Its memory is not for others until it is written.
+                    results.append(found)
+                    if queries.stop == whole[0].shape[1]:
+                        copy(order.share(out[:, :, rank, chunk], rank), order.of(found, rank, rank))
+                    if queries.start:
+                        continue
+                    with windows.beside():
+                        for to in others:
+                            place = back[to][rank][:, :, chunk]
+                            put([(order.share(place, to), order.of(found, to, rank))], PROGRAMS)
+                        if i == len(chunks) - 1:
+                            windows.arrived()
+                            for of in others:
+                                copy(order.share(out[:, :, of], rank), order.share(back[rank][of], rank))
         windows.join(windows.begun())
         results.clear()
+        # From here on others may write into the windows of this rank.
+        with windows.beside():
+            windows.arrived()
         return out
-
-    def _put_whole(self, name: Hashable, x: Tensor) -> Tensor:
-        """Write shares x [B, n, ranks, h, D] where each rank reads whole frames; this rank's, [B, N, h, D]."""
-        windows, rank = self.sharing.windows, self.sharing.rank
-        assert windows is not None
-        tokens = x.shape[1] // self.sharing.share(self.spatial) * self.spatial
-        places = windows.of(name, (len(x), tokens, *x.shape[3:]), x.dtype)
-        for to in windows.others:
-            put(self._places(places[to], rank), self._filled(x[:, :, to], rank), PROGRAMS)
-        copy(self._places(places[rank], rank), self._filled(x[:, :, rank], rank))
-        return places[rank]
-
-    def _put_shares(self, name: Hashable, found: Tensor, out: Tensor) -> Tensor:
-        """Write a result [B, N, h, D] to the ranks whose tokens it is of; this rank's of all, [ranks, B, n, h, D].
-
-        out: of this rank, [B, n, ranks, h, D], which gets its own part. The others' do not stay in the window, because
-        another call may come before they are read.
-        """
-        windows, rank = self.sharing.windows, self.sharing.rank
-        assert windows is not None
-        places = windows.of(name, (self.sharing.size, *out[:, :, 0].shape), out.dtype)
-        for to in windows.others:
-            put(self._filled(places[to][rank], to), self._places(found, to), PROGRAMS)
-        copy(self._filled(out[:, :, rank], rank), self._places(found, rank))
-        return places[rank]
 
     @property
     def _padded(self) -> bool:
         """Whether shares have tokens that belong to no frame."""
         return self.spatial % self.sharing.size > 0
 
-    def _places(self, x: Tensor, rank: int) -> Tensor:
-        """A rank's tokens [B, T, ..] among those of whole frames [B, T * S, ..]."""
-        share = self.sharing.share(self.spatial)
-        return x.unflatten(1, (-1, self.spatial))[:, :, rank * share : (rank + 1) * share]
-
-    def _filled(self, x: Tensor, rank: int) -> Tensor:
-        """A rank's share [B, T * share, ..] without padding, [B, T, ..]."""
-        share = self.sharing.share(self.spatial)
-        return x.unflatten(1, (-1, share))[:, :, : max(0, min(share, self.spatial - rank * share))]
-
     def _by_messages(self, parts: list[Tensor], attend: Callable[..., Tensor]) -> Tensor:
         """`_through_windows`, where ranks have none."""
         own = parts[0].shape[3]
-        chunks = _chunks(own, self.sharing.chunks)
+        chunks = _even(own, self.sharing.chunks)
         out = parts[0].new_empty(parts[0].shape)
         # Tensors of as many tokens travel as one, because each message is one more to wait for.
         alike = [list(run) for _, run in groupby(parts, lambda x: x.shape)]
@@ -337,7 +379,15 @@ def _gathered(tensors: list[Tensor]) -> Tensor:
     return out
 
 
-def _chunks(heads: int, most: int) -> list[slice]:
+def _even(heads: int, most: int) -> list[slice]:
     """At most `most` runs of a rank's heads, the smaller ones first: nothing hides the exchange of the first."""
     count = min(most, heads)
     return [slice(heads * i // count, heads * (i + 1) // count) for i in range(count)]
+
+
+def _short_ends(heads: int, last: int) -> list[slice]:
+    """Runs of a rank's heads: few at first, because nothing hides their exchange, a `last`th at the end, because
+    little hides how their results travel."""
+    first, end = max(1, heads // FIRST), heads - max(1, heads // last)
+    ends = sorted({0, min(first, heads), max(first, (first + end) // 2), max(first, end), heads})
+    return [slice(*run) for run in pairwise(ends)]

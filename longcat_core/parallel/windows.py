@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ IMPOSSIBLE = (AttributeError, ImportError, OSError, RuntimeError, TypeError)
 # Windows of GPUs that this process has made. PyTorch counts them (2.11), and ranks that have counted to other numbers
 # do not find each other, as when a process starts a second group of new processes.
 _made = 0
-# How many of a GPU's multiprocessors write into another GPU, which keeps the link busy, while the rest compute.
-PROGRAMS = 32
+# How many of a GPU's multiprocessors write into another GPU, which keeps the link busy, while the rest compute, and how
+# many while nothing else is to be done.
+PROGRAMS, ALL_PROGRAMS = 32, 128
 
 
 class Windows:
@@ -50,6 +51,7 @@ class Windows:
         self._number = torch.zeros(1, device=device)
         # Copies go first, because they wait for a link and leave most of the GPU to what computes meanwhile.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._second = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def others(self) -> list[int]:
@@ -59,7 +61,8 @@ class Windows:
     def of(self, name: Hashable, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """The window with that name of each rank as a tensor, whose values are undefined until they are written.
 
-        What was written before `arrived` is there after it, and until this rank's next call of it.
+        What was written before `arrived` is there after it. Nobody may write what is still read: a further `arrived`
+        tells when all ranks have read.
         """
         count = math.prod(shape) * dtype.itemsize
         if name not in self._held or len(self._held[name][0][0]) < count:
@@ -89,6 +92,23 @@ class Windows:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             yield
+
+    @contextmanager
+    def turns(self) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
+        """Within the block, given(i) makes the current stream of a GPU one that even and odd i have by themselves.
+
+        What starts on one of both fills what the end of the other's last kernel leaves idle. Both begin after what came
+        before the block, and what comes after it waits for both.
+        """
+        if self._second is None:
+            yield lambda i: nullcontext()
+            return
+        first = torch.cuda.current_stream(self.device)
+        self._second.wait_stream(first)
+        try:
+            yield lambda i: torch.cuda.stream(self._second if i % 2 else first)
+        finally:
+            first.wait_stream(self._second)
 
     def begun(self) -> torch.cuda.Event | None:
         """Everything that has been started `beside` so far, for `join`."""

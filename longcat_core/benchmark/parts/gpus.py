@@ -22,7 +22,7 @@ from ...parallel.group import Group
 from ...parallel.layout import exchanged_bytes, measured_links, pass_seconds
 from ...parallel.led_vae import LedVAE
 from ...parallel.mirror import share
-from ...parallel.sequence import CHUNKS
+from ...parallel.sequence import CHUNKS, FIRST
 from ...parallel.start import start
 from ...vae.network import WanVAE
 from ...vae.parts import decoded
@@ -38,10 +38,11 @@ COUNTS = (2, 4, 8)
 # The other ways to exchange tensors.
 EXCHANGES: tuple[Exchange, ...] = ("messages", "int8")
 FLOORS = f"""*Divided* is one GPU's time, of which the part in blocks divides evenly. *Exchange* is what a GPU sends,
-at the speed that its group of ranks reached. *Open* is the part of it that no work hides, as heads travel in {CHUNKS}
-chunks: the queries, keys and values of the first chunk, and the results of the last. The *floor* is *divided* and
-*open* together. What was measured *beyond* it are copies of a GPU's own heads, the multiprocessors that the exchange
-takes from attention, and waiting for another GPU."""
+at the speed that its group of ranks reached. *Open* is the part of it that no work hides: by windows about an
+{FIRST}th, the first heads; by messages, which travel in {CHUNKS} chunks, the queries, keys and values of the first
+chunk and the results of the last. The *floor* is *divided* and *open* together. What was measured *beyond* it are
+copies of a GPU's own heads, the multiprocessors that the exchange takes from attention, and waiting for another
+GPU."""
 
 
 class Case(NamedTuple):
@@ -242,8 +243,9 @@ def _floors(results: Results) -> str:
         whole = exchanged_bytes(ModelConfig(), Work(sizes[case].latents(), False), torch.bfloat16.itemsize)
         sent = whole * (count - 1) / count**2 / 1e9
         exchange = 1000 * sent / speed
-        floor = divided + exchange / CHUNKS
-        figures = sent, exchange, exchange / CHUNKS, floor, one["ms"] / floor, row["ms"] - floor
+        left = exchange / (FIRST if row.get("by") == "windows" else CHUNKS)
+        floor = divided + left
+        figures = sent, exchange, left, floor, one["ms"] / floor, row["ms"] - floor
         lines.append((row["name"], divided, *figures))
     head = "", "divided ms", "sent GB", "exchange ms", "open ms", "floor ms", "x one GPU", "measured beyond ms"
     return f"{markdown(head, lines)}\n\n{FLOORS}"

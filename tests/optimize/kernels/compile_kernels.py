@@ -118,7 +118,8 @@ def main() -> None:
     for kernel in (row_scales._pack_rows, row_scales._unpack_rows):
         build(kernel, (8, 9), types, tiles, ROWS=row_scales.ROWS, DIM=128)
     for capability in ((8, 9), (9, 0)):
-        build(put._put_rows, capability, {"to": half, "of": half}, tiles, ROWS=put.TILE // 512, WIDTH=512)
+        types = {f"{way}_{which}": half for way in ("to", "of") for which in "abc"}
+        build(put._put_rows, capability, types, tiles, ROWS=put.TILE // 512, WIDTH=512)
     tensors = ("q", "means_k", "means_v", "rest_k", "rest_v", "exact", "out")
     types = dict.fromkeys(tensors, half) | {"mask": "*u8", "sums": "*fp32", "scale": "fp32"}
     for capability, query_block in (((8, 9), 64), ((9, 0), 64), ((9, 0), 128)):

@@ -22,13 +22,19 @@ def given(dtype: torch.dtype, heads: int, dim: int) -> torch.Tensor:
 def test_the_kernel_copies_every_row_and_nothing_else(dtype, heads, dim, programs):
     of = given(dtype, heads, dim)
     whole = torch.zeros(2, 3, 80, heads, dim, dtype=dtype, device=DEVICE)
-    launch_put(whole[:, :, 40:77], of, programs)
+    launch_put([(whole[:, :, 40:77], of)], programs)
     assert torch.equal(whole[:, :, 40:77], of)
     assert not whole[:, :, :40].any() and not whole[:, :, 77:].any()
+
+
+def test_three_tensors_of_different_tokens_at_once():
+    pairs = [(torch.zeros_like(of), of) for of in (given(torch.bfloat16, 4, 128)[:, :, :n] for n in (1, 37, 20))]
+    launch_put(pairs, 4)
+    assert all(torch.equal(to, of) for to, of in pairs)
 
 
 def test_heads_that_do_not_lie_side_by_side():
     of = given(torch.bfloat16, 4, 128).transpose(2, 3).contiguous().transpose(2, 3)
     to = torch.zeros(of.shape, dtype=of.dtype, device=DEVICE)
-    put(to, of, 4)
+    put([(to, of)], 4)
     assert torch.equal(to, of)
