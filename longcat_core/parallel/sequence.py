@@ -158,7 +158,7 @@ class _Frames(NamedTuple):
     padded: int
 
     def tokens(self, rows: int) -> int:
-        """Of all ranks, if a rank has so many rows."""
+        """Of all ranks, from the rows of one."""
         return rows // self.padded * self.spatial
 
     def of(self, x: Tensor, rank: int, reader: int) -> Tensor:
@@ -172,7 +172,7 @@ class _Frames(NamedTuple):
 
 
 class _Ranks(NamedTuple):
-    """One rank's share, of so many `rows`, behind the other's; the reader's own is the last. As `_Frames`."""
+    """One rank's share, of `rows` rows, behind the other's; the reader's own is the last. As `_Frames`."""
 
     rows: int
     size: int
