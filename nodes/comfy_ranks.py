@@ -68,6 +68,9 @@ class ComfyWeights:
                 found[f"{name}.{leaf}"] = self.network.patched_as, stamp
         return found
 
+    def stamp(self) -> object:
+        return self.layers(), self.versions()
+
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):

@@ -14,6 +14,7 @@ from ..model.block import Block
 from ..model.config import ModelConfig
 from ..model.ops import Ops
 from ..model.text import BlockText, TextForm, TextTokens
+from .stamps import stamp
 
 
 def check_audio(text: TextTokens | None, config: ModelConfig, batch: int) -> None:
@@ -69,11 +70,13 @@ class CachedTexts:
     ) -> None:
         """switches: what keys and values depend on besides the weights and the text. audio: of `text.audio`."""
         self.text, self.form, self.blocks, self.ops, self.audio = text, form, blocks, ops, audio
-        self.cached = _kept(text, switches, [block.cross_attn for block in blocks])
+        attentions = [block.cross_attn for block in blocks]
+        self.cached = _kept(text, switches, [layer for each in attentions for layer in (each.kv, each.k_norm)])
         self.heard: dict[int, tuple[Tensor, Tensor]] = {}
         if audio is not None and text.audio is not None and audio.tokens is not None:
             listening = [block.audio_attn for block in blocks if isinstance(block, AudioBlock)]
-            self.heard = _kept(text.audio, (switches, audio.tokens.shape), listening)
+            sources = [layer for each in listening for layer in (each.source_norm, each.kv, each.k_norm)]
+            self.heard = _kept(text.audio, (switches, audio.tokens.shape), sources)
 
     def __call__(self, i: int) -> BlockText:
         block = self.blocks[i]
@@ -91,15 +94,10 @@ class CachedTexts:
 
 
 def _kept(held: TextTokens | AudioTokens, switches: Hashable, layers: Sequence[nn.Module]) -> dict[int, Any]:
-    """Each block's keys and values that `held` keeps, or none if they are not those of these layers' weights."""
-    weights = [parameter for layer in layers for parameter in layer.parameters()]
-    stamp = (held.tokens.device, held.tokens.dtype, switches, *map(_version, weights))
-    if held.cached is None or held.cached[0] != stamp:
-        # The weights are held too: a new tensor in the place of a freed one would have its id.
-        held.cached = stamp, {}, weights
+    """Each block's keys and values that `held` keeps, or none if they are not those of these layers, which make
+    them."""
+    now, weights = stamp(layers)
+    state = held.tokens.device, held.tokens.dtype, switches, now
+    if held.cached is None or held.cached[0] != state:
+        held.cached = state, {}, weights
     return held.cached[1]
-
-
-def _version(parameter: Tensor) -> tuple[int, int]:
-    # Inference tensors have no version counter; they are replaced, not written to.
-    return id(parameter), 0 if parameter.is_inference() else parameter._version

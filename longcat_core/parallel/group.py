@@ -93,19 +93,17 @@ class Group:
         assert self._hub is not None
         data, tensors = packed(message)
         with self.working():
-            shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-            self._hub.send(packed((data, shapes))[0])
+            self._hub.send(data)
             for tensor in tensors:
                 self._broadcast_bytes(tensor.detach().to(self.device).contiguous())
 
     def receive(self) -> Any:
         """In a worker: the next message, however long it takes. None is the last one."""
         assert self._line is not None
-        data, shapes = unpacked(self._line.receive())
-        tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
+        message, tensors = unpacked(self._line.receive(), self.device)
         for tensor in tensors:
             self._broadcast_bytes(tensor)
-        return unpacked(data, tensors)
+        return message
 
     def _broadcast_bytes(self, tensor: Tensor) -> None:
         # NCCL and gloo do not know all dtypes.

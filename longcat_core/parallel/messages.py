@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 CORE = "longcat_core"
@@ -34,9 +34,11 @@ def packed(message: object) -> tuple[bytes, list[Tensor]]:
     return file.getvalue(), pickler.tensors
 
 
-def unpacked(data: bytes, tensors: Sequence[Tensor] = ()) -> Any:
-    """What `packed` turned into bytes, with `tensors` for its own, perhaps where this package has another name."""
-    return _Unpickler(data, tensors).load()
+def unpacked(data: bytes, device: torch.device | None = None) -> tuple[Any, list[Tensor]]:
+    """What `packed` turned into bytes, perhaps where this package has another name, and its tensors, which lie on
+    `device` and are to be filled."""
+    unpickler = _Unpickler(data, device)
+    return unpickler.load(), unpickler.tensors
 
 
 class _Pickler(pickle.Pickler):
@@ -45,26 +47,28 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self._places: dict[int, int] = {}
 
-    def persistent_id(self, thing: object) -> tuple[int, bool] | None:
+    def persistent_id(self, thing: object) -> tuple[int, bool, torch.Size, torch.dtype] | None:
         if not isinstance(thing, Tensor):
             return None
         if id(thing) not in self._places:
             self._places[id(thing)] = len(self.tensors)
             self.tensors.append(thing)
-        return self._places[id(thing)], isinstance(thing, nn.Parameter)
+        return self._places[id(thing)], isinstance(thing, nn.Parameter), thing.shape, thing.dtype
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, data: bytes, device: torch.device | None) -> None:
         super().__init__(io.BytesIO(data))
-        self._tensors = tensors
-        self._parameters: dict[int, nn.Parameter] = {}
+        self._device = device
+        self.tensors: list[Tensor] = []
 
-    def persistent_load(self, place: tuple[int, bool]) -> Tensor:
-        at, is_parameter = place
-        if not is_parameter:
-            return self._tensors[at]
-        return self._parameters.setdefault(at, nn.Parameter(self._tensors[at], requires_grad=False))
+    def persistent_load(self, place: tuple[int, bool, torch.Size, torch.dtype]) -> Tensor:
+        at, is_parameter, shape, dtype = place
+        # They come in order, and some again.
+        if at == len(self.tensors):
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+            self.tensors.append(nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+        return self.tensors[at]
 
     def find_class(self, module: str, name: str) -> Any:
         parts = module.split(".")

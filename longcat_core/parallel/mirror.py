@@ -72,20 +72,18 @@ class Map(NamedTuple):
 class Evaluate:
     """A pass; see `Execution.evaluate`. Texts and caches have numbers; those in `dropped` are not used any more.
 
-    new_text: the text itself, the first time. fill: of the cache that receives keys and values: frames, height and
-    width in latents, batch, and its device.
+    settings: None for those of the pass before. new_text: the text itself, the first time. fill: of the cache that
+    receives keys and values: frames, height and width in latents, batch, and its device. given: other arguments.
     """
 
     x: Tensor
     timestep: Tensor
-    settings: Settings
+    settings: Settings | None
     text: int | None
     new_text: TextTokens | None
     cache: int | None
     fill: tuple[int, int, int, int, str] | None
-    num_cond_latents: int
-    progress: float | None
-    reference: Reference | None
+    given: dict[str, Any]
     dropped: tuple[int, ...]
 
 
@@ -127,6 +125,8 @@ class Leader:
         self._texts, self._caches, self._dropped = {}, {}, []
         self._layers: dict[str, Layer] = {}
         self._sent: dict[str, Hashable] = {}
+        self._stamp: object = None
+        self._settings: Settings | None = None
         self._mapped: set[str] = set()
         self.group.send(Build(self.source.config, self.source.dtype, self.streamed, self.sharded))
         self.division = Division.of(self.group)
@@ -156,17 +156,9 @@ class Leader:
 
         around_block: a hook whose attribute `changes` is False changes no tokens, and runs in this rank alone.
         """
-        own: dict[str, Any] = {
-            "kernels": kernels,
-            "compilers": compilers,
-            "reused": reused,
-            "around_block": around_block,
-        }
-        given: dict[str, Any] = {
-            "num_cond_latents": num_cond_latents,
-            "progress": progress,
-            "reference": reference,
-        }
+        own: dict[str, Any] = {"kernels": kernels, "compilers": compilers, "reused": reused}
+        own["around_block"] = around_block
+        given: dict[str, Any] = {"num_cond_latents": num_cond_latents, "progress": progress, "reference": reference}
         held = _HELD.get(self.group, lambda: None)() is self
         # The others have lost a cache that was filled before they held another network.
         lost = kv_cache is not None and not (held and id(kv_cache) in self._caches)
@@ -184,6 +176,7 @@ class Leader:
             else:
                 self._build()
             known, new = (None, False) if text is None else self._text(text)
+            settings = Settings(execution.optimizations, execution.block_sparse, execution.sparse)
             size = None
             if fill is not None:
                 size = (*x.shape[2:], len(x), "cpu" if fill.k.device.type == "cpu" else self.group.device.type)
@@ -191,19 +184,24 @@ class Leader:
                 Evaluate(
                     x.to(execution.compute_dtype),
                     timestep,
-                    Settings(execution.optimizations, execution.block_sparse, execution.sparse),
+                    None if settings == self._settings else settings,
                     None if known is None else known.number,
                     text if new else None,
                     self._cache(fill if kv_cache is None else kv_cache),
                     size,
-                    dropped=self._forgotten(),
-                    **given,
+                    given,
+                    self._forgotten(),
                 )
             )
+            self._settings = settings
             return self.division.evaluate(execution, x, timestep, known, kv_cache, fill=fill, **own, **given)
 
     def _update(self) -> None:
         """Send layers and weights that have changed."""
+        stamp = self.source.stamp()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
         layers, versions = self.source.layers(), self.source.versions()
         changed = {name: layer for name, layer in layers.items() if self._layers.get(name) != layer}
         changed |= {name: Layer(None, 0, None) for name in self._layers.keys() - layers.keys()}
@@ -347,10 +345,9 @@ class Follower:
         for number in message.dropped:
             self.texts.pop(number, None)
             self.caches.pop(number, None)
-        settings = message.settings
-        if execution.optimizations != settings.optimizations:
-            execution.set_optimizations(settings.optimizations)
-        execution.block_sparse, execution.sparse = settings.block_sparse, settings.sparse
+        if message.settings is not None:
+            execution.set_optimizations(message.settings.optimizations)
+            execution.block_sparse, execution.sparse = message.settings[1:]
         text = None
         if message.text is not None:
             if message.new_text is not None:
@@ -360,21 +357,11 @@ class Follower:
         if message.cache is not None and message.fill is not None:
             frames, height, width, batch, device = message.fill
             place = self.group.device if device != "cpu" else torch.device("cpu")
-            fill = execution.new_kv_cache(frames, height, width, batch, place, message.reference)
+            fill = execution.new_kv_cache(frames, height, width, batch, place, message.given["reference"])
             self.caches[message.cache] = fill
         elif message.cache is not None:
             cache = self.caches[message.cache]
-        self.division.evaluate(
-            execution,
-            message.x,
-            message.timestep,
-            text,
-            cache,
-            fill=fill,
-            num_cond_latents=message.num_cond_latents,
-            progress=message.progress,
-            reference=message.reference,
-        )
+        self.division.evaluate(execution, message.x, message.timestep, text, cache, fill=fill, **message.given)
         if fill is not None:
             fill.rotate(message.x.device)
 

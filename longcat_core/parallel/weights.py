@@ -16,6 +16,7 @@ from ..optimize.adapters import Adapted, adapt, rank_of, release
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear
 from ..optimize.shared_memory import Place, can_share, shared
+from ..optimize.stamps import stamp
 from ..optimize.streaming import BlockStream, Offloaded
 
 
@@ -86,6 +87,9 @@ class Source(Protocol):
     def versions(self) -> dict[str, Hashable]:
         """What changes whenever a parameter does, by its name."""
 
+    def stamp(self) -> object:
+        """What changes whenever one of these does, for every pass; after a change both are asked for."""
+
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         """These parameters, without gradients, wherever they lie."""
 
@@ -117,6 +121,9 @@ class OwnWeights:
     def versions(self) -> dict[str, Hashable]:
         self._now = dict(self.network.named_parameters())
         return {name: (id(p), 0 if p.is_inference() else p._version) for name, p in self._now.items()}
+
+    def stamp(self) -> object:
+        return stamp([self.network])[0]
 
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self._now[name].detach() for name in names}

@@ -15,7 +15,7 @@ from longcat_core.checkpoints.load import load_transformer
 from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.model.kv_cache import Reference
-from longcat_core.optimize.adapters import adapt
+from longcat_core.optimize.adapters import adapt, release
 from longcat_core.optimize.block_sparse import BlockSparse
 from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.quantization import quantize
@@ -73,12 +73,13 @@ def video(
     size: tuple[int, int] = EVEN,
     frames: int = 3,
     cond: int = 0,
+    text: Any = None,
     **options: Any,
 ) -> Tensor:
     times = torch.full((1, frames), 500.0)
     times[:, :cond] = 0
     latents = randn(batch, 16, frames, *size, seed=1)
-    return model(latents, times, texts(model, batch), num_cond_latents=cond, **options)
+    return model(latents, times, text or texts(model, batch), num_cond_latents=cond, **options)
 
 
 def continued(model: OptimizedTransformer, batch: int = 1, size: tuple[int, int] = EVEN, **options: Any) -> Tensor:
@@ -197,15 +198,31 @@ def test_eight_bit_layers_and_loras_beside_weights(group):
 
 
 def test_changed_weights_and_switches_reach_all_ranks(group):
+    """One after the other, with passes between them."""
+    changes: list[Callable[[OptimizedTransformer], object]] = [
+        lambda model: model.blocks[1].attn.qkv.weight.mul_(0.5),
+        lambda model: model.set_optimizations(Optimizations(fused_qkv=False, text_mode="padded")),
+        lambda model: setattr(model, "sparse", Sparse(0.3, dense_steps=0)),
+        lambda model: setattr(model.blocks[0].ffn.down, "bias", torch.nn.Parameter(randn(64), requires_grad=False)),
+        lambda model: adapt(model.blocks[1].cross_attn.kv, 2).lora_up.add_(1),
+        lambda model: model.blocks[1].cross_attn.kv.lora_down.add_(0.1),
+        lambda model: model.blocks[1].cross_attn.kv.lora_scale.fill_(1),
+        lambda model: release(model.blocks[1].cross_attn.kv),
+        lambda model: setattr(model, "sparse", None),
+        quantize,
+    ]
     model, other = network(), network()
     share(group, model)
-    before = video(model)
-    for one in (model, other):
-        one.blocks[1].attn.qkv.weight.mul_(0.5)
-        one.set_optimizations(Optimizations(fused_qkv=False, text_mode="padded"))
-    wanted = video(other)
-    assert (wanted - before).abs().max() > 1e-2
-    torch.testing.assert_close(video(model), wanted, atol=1e-5, rtol=1e-5)
+    text = texts(model, 1)
+    sized: dict[str, Any] = {"size": (24, 32), "frames": 8, "progress": 0.5}
+    before = video(model, text=text, **sized)
+    for i, change in enumerate(changes):
+        for one in (model, other):
+            change(one)
+        wanted, found = video(other, **sized), video(model, text=text, **sized)
+        assert i in (1, 4, 5) or (wanted - before).abs().max() > 1e-2
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        before = found
 
 
 def test_streamed_blocks(group):

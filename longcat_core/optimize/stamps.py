@@ -1,0 +1,26 @@
+"""What tells, cheaply enough for every pass, whether the weights of layers have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+from torch import Tensor, nn
+
+
+def stamp(layers: Iterable[nn.Module]) -> tuple[list[Hashable], list[Tensor]]:
+    """What changes whenever a parameter in these layers is written to, replaced, added or removed, and the parameters,
+    which must be held with it: a new tensor in the place of a freed one would have its id."""
+    modules: list[nn.Module | None] = list(layers)
+    found: list[Tensor | None] = []
+    # Not `parameters()`, which takes several times as long.
+    for module in modules:
+        if module is not None:
+            found += module._parameters.values()
+            modules += module._modules.values()
+    parameters = [parameter for parameter in found if parameter is not None]
+    try:
+        versions = [parameter._version for parameter in parameters]
+    except RuntimeError:
+        # Inference tensors do not count writes, and are replaced instead.
+        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
+    return [*map(type, modules), *map(id, parameters), *versions], parameters
