@@ -25,7 +25,7 @@ ROW = 1024
 class Bandwidth(NamedTuple):
     """What ranks exchange: bytes per second that each sends to the others in an all-to-all, and that all receive of the
     first; the seconds of an all-to-all of one byte to each; and the bytes per second that each writes into the others'
-    memory, 0 where they have no windows."""
+    memory, 0 where they have no windows or gave them up."""
 
     all_to_all: float
     broadcast: float

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..model.audio_tokens import AudioTokens
 from ..model.kv_cache import KVCache
 from ..model.text import TextTokens
 from ..optimize.execution import Execution
+from .bandwidth import Bandwidth, measured
 from .group import Group
 from .sequence import SequenceSharing, all_gather
 from .weights import agreed
 from .windows import Windows, can_map, machines
+
+# Windows are preferred if they reach this much of the speed of messages, for which heads are copied before and after.
+FAVOR = 0.9
 
 
 class Division:
@@ -26,15 +31,15 @@ class Division:
     def __init__(self, group: Group) -> None:
         """Called on all ranks at once."""
         size = group.size
-        self.meshes: dict[int, DeviceMesh] = {}
+        # By the number of parts: this rank's groups, the one that divides samples and the one that shares tokens.
+        self.groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
         for parts in (n for n in range(1, size + 1) if size % n == 0):
-            names = ("samples", "tokens")
-            self.meshes[parts] = init_device_mesh(group.device.type, (parts, size // parts), mesh_dim_names=names)
-        # Of the ranks that share tokens, by their number, where these can write into each other's memory.
+            mesh = init_device_mesh(group.device.type, (parts, size // parts), mesh_dim_names=("samples", "tokens"))
+            self.groups[parts] = mesh.get_group("samples"), mesh.get_group("tokens")
+        # Of the ranks that share tokens, by their number, where these write into each other's memory.
         self.windows: dict[int, Windows] = {}
-        hosts = machines(group.device, self.meshes[size].get_group("tokens"))
-        for mesh in self.meshes.values():
-            tokens = mesh.get_group("tokens")
+        hosts = machines(group.device, self.groups[size][1])
+        for _, tokens in self.groups.values():
             ranks = dist.get_process_group_ranks(tokens)
             if len(ranks) == 1:
                 continue
@@ -44,6 +49,29 @@ class Division:
             possible = agreed(alike and can_map(group.device, [group.devices[rank] for rank in ranks]))
             if possible and agreed(windows.works()):
                 self.windows[len(ranks)] = windows
+        self._device, self._links = group.device, dict[int, Bandwidth]()
+        # Processes on a CPU have windows to try them out.
+        if group.device.type == "cuda":
+            self.choose()
+
+    def links(self) -> Mapping[int, Bandwidth]:
+        """How fast ranks exchange data that share a sample's tokens, by their number; called on all ranks at once.
+
+        The groups of one number exchange at the same time, as they do in a pass. The first call measures, within
+        milliseconds once connections stand.
+        """
+        if not self._links:
+            tokens = {dist.get_world_size(group): group for _, group in self.groups.values()}
+            for size in sorted(tokens.keys() - {1}):
+                self._links[size] = measured(self._device, size, tokens[size], self.windows.get(size))
+        return self._links
+
+    def choose(self) -> None:
+        """Give up windows where messages are faster, as over PCIe; called on all ranks at once, before any pass."""
+        for size, link in self.links().items():
+            if size in self.windows and link.written < FAVOR * link.all_to_all:
+                del self.windows[size]
+                self._links[size] = link._replace(written=0.0)
 
     @classmethod
     def of(cls, group: Group) -> Division:
@@ -54,7 +82,7 @@ class Division:
 
     def parts(self, samples: int) -> int:
         """Into how many groups the ranks divide for a batch of samples that do not belong together."""
-        return max(parts for parts in self.meshes if samples % parts == 0)
+        return max(parts for parts in self.groups if samples % parts == 0)
 
     def evaluate(
         self,
@@ -69,8 +97,7 @@ class Division:
         # A cache of several videos serves all of these at once.
         together = 1 if cache is None else len(cache.k[0])
         parts = 1 if options.get("fill") is not None else self.parts(len(x) // together)
-        mesh = self.meshes[parts]
-        samples, tokens = mesh.get_group("samples"), mesh.get_group("tokens")
+        samples, tokens = self.groups[parts]
         own = len(x) // parts
         rows = slice(own * dist.get_rank(samples), own * (dist.get_rank(samples) + 1))
         timestep = timestep if len(timestep) == 1 else timestep[rows]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import torch
 
 from ..model.config import ModelConfig
 from ..optimize.plan import Work
-from .bandwidth import Bandwidth, measured, synchronize
+from .bandwidth import Bandwidth, synchronize
 from .division import Division
 from .group import Group
 from .start import start
@@ -79,35 +78,15 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(found[1:])
 
 
-_LINKS: weakref.WeakKeyDictionary[Group, dict[int, Bandwidth]] = weakref.WeakKeyDictionary()
-
-
-def links(group: Group) -> Mapping[int, Bandwidth]:
-    """How fast ranks exchange data that share a sample's tokens, by their number; all ranks call it.
-
-    The groups of one number exchange at the same time, as they do in a pass. The first call measures, within
-    milliseconds once connections stand.
-    """
-    if group not in _LINKS:
-        division = Division.of(group)
-        tokens = {mesh.size(1): mesh.get_group("tokens") for mesh in division.meshes.values()}
-        _LINKS[group] = {
-            size: measured(group.device, size, tokens[size], division.windows.get(size))
-            for size in sorted(tokens)
-            if size > 1
-        }
-    return _LINKS[group]
-
-
 class Measure(NamedTuple):
     """Measure how fast the ranks exchange data."""
 
 
 def measured_links(group: Group) -> Mapping[int, Bandwidth]:
-    """`links`, which rank 0 alone calls here."""
+    """`Division.links` of a group, which rank 0 alone calls here."""
     with group.working():
         group.send(Measure())
-        return links(group)
+        return Division.of(group).links()
 
 
 @dataclass(frozen=True)

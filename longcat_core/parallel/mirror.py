@@ -33,7 +33,7 @@ from ..optimize.switches import Optimizations
 from .division import Division, Text
 from .group import Group
 from .known import Known, wrong_bytes
-from .layout import Measure, links
+from .layout import Measure
 from .led_vae import Decode, Encode, ServedVAE
 from .shards import Shard, gathering
 from .weights import Common, Layer, OwnWeights, Source, Weights, agreed, by_blocks, form_layer, in_common
@@ -375,7 +375,7 @@ def serve(group: Group) -> None:
     """Take part in what rank 0 does, until it ends the group. Raises what a pass raises."""
     follower, vae = Follower(group), ServedVAE(group)
     handlers: dict[type, Callable[[Any], object]] = {
-        Measure: lambda message: links(group),
+        Measure: lambda message: Division.of(group).links(),
         Known: lambda message: wrong_bytes(group),
         Build: follower.build,
         Map: follower.map,

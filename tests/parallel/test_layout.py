@@ -12,12 +12,17 @@ from longcat_core.generate.request import GenerateRequest
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.plan import Plan, Work
+from longcat_core.optimize.shared_memory import can_share
 from longcat_core.parallel import layout
 from longcat_core.parallel.bandwidth import Bandwidth
 from longcat_core.parallel.group import current, end_current
 from longcat_core.parallel.layout import choose_layout, flops, pass_seconds
+from longcat_core.parallel.start import start
 
+from ..support.ranks import SERVE
 from ..support.tiny import tiny_config
+from .work import chosen as chosen_windows
+from .work import do
 
 # The released model, and a video of 93 frames at 480p.
 RELEASED, VIDEO = ModelConfig(), (1, 16, 24, 60, 104)
@@ -89,6 +94,19 @@ def test_flops_are_those_that_pytorch_counts():
     assert flops(config, Work(work.latents, cond_latents=1)) == pytest.approx(flops(config, work) * 4 / 5)
 
 
+@pytest.mark.skipif(not can_share(), reason="this system has no such memory")
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [({2: 91.0, 4: 300.0}, {2: 91.0, 4: 300.0}), ({2: 300.0, 4: 89.0}, {2: 300.0}), ({2: 1.0, 4: 1.0}, {})],
+)
+def test_all_ranks_give_up_windows_where_messages_are_faster(ended, written, kept):
+    with start([torch.device("cpu")] * 4, SERVE) as group:
+        found = do(group, chosen_windows, written)
+    links = {size: Bandwidth(100.0, 1.0, 1.0, kept.get(size, 0.0)) for size in written}
+    assert found == [(sorted(kept), links)] * 4
+    assert [links[size].exchange for size in written] == [kept.get(size, 100.0) for size in written]
+
+
 @pytest.fixture
 def request_() -> GenerateRequest:
     return GenerateRequest("a red circle", height=32, width=48, frames=9, steps=2, guidance_scale=2.0)
@@ -102,7 +120,7 @@ def ended() -> Iterator[None]:
 
 def test_auto_gives_back_the_gpus_that_do_not_pay_off(monkeypatch, ended, request_):
     """Links that are slow leave one process; the others end."""
-    monkeypatch.setattr(layout, "links", lambda group: {2: Bandwidth(1.0, 1.0, 1.0)})
+    monkeypatch.setattr(layout, "measured_links", lambda group: {2: Bandwidth(1.0, 1.0, 1.0)})
     monkeypatch.setattr("longcat_core.generate.pipeline.devices_of", lambda gpus, device: (device, device))
     pipeline = Pipeline.load(work=Work((1, 16, 3, 4, 6), guided=False), gpus="auto", least=Plan(split_guidance=True))
     assert pipeline.plan_note.startswith("guidance in halves; 1 of 2 processes does the work; more would be slower")

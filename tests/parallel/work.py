@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,6 @@ from longcat_core.errors import LongCatError
 from longcat_core.parallel.bandwidth import Bandwidth
 from longcat_core.parallel.division import Division
 from longcat_core.parallel.group import Group
-from longcat_core.parallel.layout import links
 
 
 def do(group: Group, function: Any, *arguments: object) -> Any:
@@ -78,7 +78,7 @@ def process_of(group: Group) -> list[int]:
 def bandwidths(group: Group) -> list[Mapping[int, Bandwidth]]:
     """What each rank takes for the bandwidths."""
     found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, links(group))
+    dist.all_gather_object(found, Division.of(group).links())
     return found
 
 
@@ -99,3 +99,18 @@ def released(group: Group) -> None:
 
 def has_windows(group: Group) -> bool:
     return bool(Division.of(group).windows)
+
+
+def chosen(group: Group, written: Mapping[int, float]) -> list[tuple[list[int], Mapping[int, Bandwidth]]]:
+    """The windows that each rank keeps and what it takes for the bandwidths, if messages move 100 bytes per second and
+    ranks write this many, by their number."""
+
+    def measured(device: object, size: int, tokens: object, windows: object) -> Bandwidth:
+        return Bandwidth(100.0, 1.0, 1.0, written[size] if windows else 0.0)
+
+    with patch("longcat_core.parallel.division.measured", measured):
+        division = Division(group)
+        division.choose()
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, (sorted(division.windows), division.links()))
+    return found
