@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..longcat_core.checkpoints.wan_vae import DIFFUSERS_TO_WAN
+from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.vae import VideoVAE
+from ..longcat_core.sampling.conditioning import video_frames
 from ..longcat_core.vae.network import VAEConfig, WanVAE
 from ..longcat_core.vae.parts import needed_bytes
 from .host import running_workers
@@ -70,13 +72,20 @@ def _loaded(vae: comfy.sd.VAE, height: int, width: int) -> VideoVAE | None:
 def decoded(vae: comfy.sd.VAE, samples: Tensor) -> Iterator[Tensor]:
     """Frames [f, H, W, 3], fp32 in 0..1, of one video's samples [1, C, T, h, w], as they leave the decoder.
 
-    Raises what ComfyUI raises if the user interrupts it.
+    Raises what ComfyUI raises if the user interrupts it, and LongCatError for a VAE that gives other frames.
     """
     own = _loaded(vae, 8 * samples.shape[-2], 8 * samples.shape[-1])
     if own is None:
         logging.info("LongCat: the VAE is not a Wan 2.1 VAE; ComfyUI's own decoder decodes it at once")
         images = vae.decode(samples)
-        yield images.reshape(-1, *images.shape[-3:])
+        images = images.reshape(-1, *images.shape[-3:])
+        wanted = video_frames(samples.shape[2])
+        if len(images) != wanted or images.shape[-1] != 3:
+            raise LongCatError(
+                f"the VAE decodes {list(samples.shape)} to {list(images.shape)} and not to {wanted} frames of three "
+                "channels; connect the Wan 2.1 VAE"
+            )
+        yield images
         return
     for part in own.decode_in_any_case(samples, lambda error: _in_tiles(own, error)):
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -123,3 +123,9 @@ def test_an_interrupt_leaves_no_file(comfy, vae, monkeypatch):
 def test_samples_of_a_picture_are_refused(comfy, vae):
     with pytest.raises(comfy.core("errors").LongCatError, match=r"samples are \[1, 16, 4, 6\]; connect latents"):
         comfy("LongCatVAEDecode", samples={"samples": torch.zeros(1, 16, 4, 6)}, vae=vae)
+
+
+def test_a_vae_that_gives_other_frames_is_refused(comfy):
+    other = comfy("VAELoader", vae_name="pixel_space")
+    with pytest.raises(comfy.core("errors").LongCatError, match=r"and not to \d+ frames of three channels; connect"):
+        comfy("LongCatVAEDecode", samples=latents(), vae=other)
