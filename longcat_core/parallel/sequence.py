@@ -33,8 +33,9 @@ from .windows import ALL_PROGRAMS, PROGRAMS, Windows
 
 # The most chunks of a rank's heads in messages: more chunks hide more, until attention runs worse on few heads.
 CHUNKS = 4
-# One part in how many of a rank's heads is the first through windows, whose exchange nothing hides.
-FIRST = 8
+# Through windows the first chunk is one part in `FIRST` of a rank's heads, because nothing hides its exchange, and so
+# is the last one, or one part in `LAST` if some of its queries are attended to while the results of others leave.
+FIRST, LAST = 8, 4
 
 
 # The newer name, where PyTorch has it: the older one warns there.
@@ -152,27 +153,27 @@ class ShareLayout(FrameLayout):
 
 
 class _Frames(NamedTuple):
-    """The order of tokens on one GPU: frames, each of which has a `share` of every rank, the last without padding."""
+    """The order of one GPU: frames of `spatial` tokens, of which each rank has `per_rank` rows, padding included."""
 
     spatial: int
-    padded: int
+    per_rank: int
 
     def tokens(self, rows: int) -> int:
-        """Of all ranks, from the rows of one."""
-        return rows // self.padded * self.spatial
+        """The number of tokens of all ranks, each of which has `rows` rows."""
+        return rows // self.per_rank * self.spatial
 
     def of(self, x: Tensor, rank: int, reader: int) -> Tensor:
-        """A rank's tokens among all [B, N, ..] that `reader` reads, [B, T, S, ..]."""
-        return x.unflatten(1, (-1, self.spatial))[:, :, rank * self.padded : (rank + 1) * self.padded]
+        """A rank's tokens among all those [B, N, ..] that `reader` reads: [B, T, S, ..]."""
+        return x.unflatten(1, (-1, self.spatial))[:, :, rank * self.per_rank : (rank + 1) * self.per_rank]
 
     def share(self, x: Tensor, rank: int) -> Tensor:
-        """A rank's share [B, n, ..] of all tokens as `of` has it."""
-        filled = max(0, min(self.padded, self.spatial - rank * self.padded))
-        return x.unflatten(1, (-1, self.padded))[:, :, :filled]
+        """A rank's share [B, n, ..] in the form that `of` gives."""
+        filled = max(0, min(self.per_rank, self.spatial - rank * self.per_rank))
+        return x.unflatten(1, (-1, self.per_rank))[:, :, :filled]
 
 
 class _Ranks(NamedTuple):
-    """One rank's share, of `rows` rows, behind the other's; the reader's own is the last. As `_Frames`."""
+    """The ranks' shares, of `rows` rows each, one behind the other; the reader's own comes last. See `_Frames`."""
 
     rows: int
     size: int
@@ -181,12 +182,15 @@ class _Ranks(NamedTuple):
         return rows * self.size
 
     def of(self, x: Tensor, rank: int, reader: int) -> Tensor:
-        # There may be those of all others only, or the reader's only.
+        # x may hold the shares of all ranks, of the others only, or the reader's only.
         at = -1 if rank == reader else (rank - reader - 1) % self.size
         return x.unflatten(1, (-1, self.rows))[:, at, None]
 
     def share(self, x: Tensor, rank: int) -> Tensor:
         return x[:, None]
+
+
+_Order = _Frames | _Ranks
 
 
 class ShareAttention:
@@ -196,7 +200,7 @@ class ShareAttention:
         """kernels: what each rank runs on its heads. spatial: tokens of a frame. ordered: whether the kernels depend on
         the order of tokens. sparse: the `SparsePass` that they belong to, or None."""
         self.sharing, self.kernels, self.spatial, self.sparse = sharing, kernels, spatial, sparse
-        # Whether queries of ranks may lie one behind the other, and all that ranks hand in, padding included.
+        # apart: queries may come in any order. ordered: messages must be put into the order of one GPU.
         self.apart, self.ordered = not ordered, ordered or self._padded
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -233,64 +237,47 @@ class ShareAttention:
     ) -> Tensor:
         """`_exchanged` of parts [B, n, ranks, heads of a rank, D], as the first of which the result is.
 
-        A chunk's heads are written while those before it are attended to. Queries that may be `apart` lie by ranks: of
-        the last chunk, the results of other ranks' leave while this one's are attended to.
+        A chunk's heads are written while those before it are attended to. If queries may be `apart`, other ranks' come
+        first in the last chunk, and their results leave while this rank's own are attended to.
         """
-        rank, others, (batch, rows, size, own, dim) = windows.rank, windows.others, parts[0].shape
+        rank, (batch, rows, size, own, dim) = windows.rank, parts[0].shape
         frames = _Frames(self.spatial, self.sharing.share(self.spatial))
-        order: _Frames | _Ranks = _Ranks(rows, size) if apart else frames
+        order: _Order = _Ranks(rows, size) if apart else frames
         orders = [order, frames, frames][: len(parts)]
         places = [
-            windows.of(name, (batch, order.tokens(x.shape[1]), own, dim), x.dtype)
-            for name, (order, x) in enumerate(zip(orders, parts, strict=True))
+            windows.of(name, (batch, each.tokens(x.shape[1]), own, dim), x.dtype)
+            for name, (each, x) in enumerate(zip(orders, parts, strict=True))
         ]
         back = windows.of("out", (size, batch, rows, own, dim), parts[0].dtype)
         out = parts[0].new_zeros(parts[0].shape) if self._padded else parts[0].new_empty(parts[0].shape)
-        chunks, ready = _short_ends(own, 4 if apart else FIRST), []
-        with windows.beside():
-            for i, chunk in enumerate(chunks):
-                for to in others:
-                    pairs = [
-                        (order.of(place[to][:, :, chunk], rank, to), order.share(x[:, :, to, chunk], rank))
-                        for order, place, x in zip(orders, places, parts, strict=True)
-                    ]
-                    put(pairs, PROGRAMS if i else ALL_PROGRAMS)
-                windows.arrived()
-                ready.append(windows.begun())
-        whole = [place[rank] for place in places]
-        for order, x, part in zip(orders, whole, parts, strict=True):
-            copy(order.of(x, rank, rank), order.share(part[:, :, rank], rank))
-        order, queries = orders[0], slice(0, whole[0].shape[1])
-        work = [(i, chunk, queries) for i, chunk in enumerate(chunks)]
+        chunks = _short_ends(own, LAST if apart else FIRST)
+        ready = _hand_in(windows, chunks, orders, places, parts)
+        q, *others = (place[rank] for place in places)
+        for each, x, part in zip(orders, (q, *others), parts, strict=True):
+            copy(each.of(x, rank, rank), each.share(part[:, :, rank], rank))
+        total = q.shape[1]
+        work = [(begun, chunk, slice(0, total)) for begun, chunk in zip(ready, chunks, strict=True)]
         if apart:
-            split = queries.stop - rows
-            work[-1:] = [(*work[-1][:2], part) for part in (slice(0, split), slice(split, queries.stop))]
+            split = slice(0, total - rows), slice(total - rows, total)
+            work[-1:] = [(*work[-1][:2], queries) for queries in split]
         results = []
         with windows.turns() as turn:
-            for at, (i, chunk, queries) in enumerate(work):
+            for at, (begun, chunk, queries) in enumerate(work):
                 if at == len(work) - 1:
                     windows.join(ready[-1])
                     parts.clear()
                 with turn(at):
-                    windows.join(ready[i])
-                    if self.sparse is not None:
-                        self.sparse.first_head = rank * own + chunk.start
-                    heads = slice(rank * own + chunk.start, rank * own + chunk.stop)
-                    found = attend(heads, whole[0][:, queries, chunk], *(x[:, :, chunk] for x in whole[1:]))
+                    windows.join(begun)
+                    tensors = [q[:, queries, chunk], *(x[:, :, chunk] for x in others)]
+                    found = self._attended(attend, rank * own, chunk, tensors)
                     # Its memory is not for others until it is written.
                     results.append(found)
-                    if queries.stop == whole[0].shape[1]:
+                    if queries.stop == total:
                         copy(order.share(out[:, :, rank, chunk], rank), order.of(found, rank, rank))
-                    if queries.start:
-                        continue
-                    with windows.beside():
-                        for to in others:
-                            place = back[to][rank][:, :, chunk]
-                            put([(order.share(place, to), order.of(found, to, rank))], PROGRAMS)
-                        if i == len(chunks) - 1:
-                            windows.arrived()
-                            for of in others:
-                                copy(order.share(out[:, :, of], rank), order.share(back[rank][of], rank))
+                    if queries.start == 0:
+                        _hand_back(windows, chunk, order, back, found)
+                        if chunk.stop == own:
+                            _collect(windows, order, back[rank], out)
         windows.join(windows.begun())
         results.clear()
         # From here on others may write into the windows of this rank.
@@ -318,18 +305,21 @@ class ShareAttention:
         del alike
         back = []
         for i, chunk in enumerate(chunks):
-            first = self.sharing.rank * own
-            if self.sparse is not None:
-                self.sparse.first_head = first + chunk.start
             joined = [x for count, receive in waiting[i] for x in self._joined(receive()).chunk(count, 2)]
             waiting[i] = []
-            found = attend(slice(first + chunk.start, first + chunk.stop), *joined)
+            found = self._attended(attend, self.sharing.rank * own, chunk, joined)
             del joined
             back.append(self._send(self._parted(found)))
             del found
         for chunk, receive in zip(chunks, back, strict=True):
             copy(out[:, :, :, chunk], receive().transpose(1, 2))
         return out
+
+    def _attended(self, attend: Callable[..., Tensor], first: int, chunk: slice, tensors: list[Tensor]) -> Tensor:
+        """Attention with a chunk of a rank's heads, the first of which is the network's head `first`."""
+        if self.sparse is not None:
+            self.sparse.first_head = first + chunk.start
+        return attend(slice(first + chunk.start, first + chunk.stop), *tensors)
 
     def _send(self, x: Tensor) -> Callable[[], Tensor]:
         """Send x [B, ranks, N, h, D], to each rank its part. Returns what waits for theirs, which has x's shape."""
@@ -379,6 +369,46 @@ def _gathered(tensors: list[Tensor]) -> Tensor:
     return out
 
 
+def _hand_in(
+    windows: Windows, chunks: list[slice], orders: list[_Order], places: list[list[Tensor]], parts: list[Tensor]
+) -> list[Any]:
+    """Write other ranks' heads of parts [B, n, ranks, h, D] to their places, by tensor and rank, [B, N, h, D].
+
+    Returns what `Windows.join` waits for, by chunk.
+    """
+    ready = []
+    with windows.beside():
+        for i, chunk in enumerate(chunks):
+            for to in windows.others:
+                pairs = [
+                    (order.of(place[to][:, :, chunk], windows.rank, to), order.share(x[:, :, to, chunk], windows.rank))
+                    for order, place, x in zip(orders, places, parts, strict=True)
+                ]
+                put(pairs, PROGRAMS if i else ALL_PROGRAMS)
+            windows.arrived()
+            ready.append(windows.begun())
+    return ready
+
+
+def _hand_back(windows: Windows, chunk: slice, order: _Order, back: list[Tensor], found: Tensor) -> None:
+    """Write a chunk's results [B, N, h, D] to the ranks whose tokens they are of: back, by rank [ranks, B, n, H, D]."""
+    with windows.beside():
+        for to in windows.others:
+            place = back[to][windows.rank][:, :, chunk]
+            put([(order.share(place, to), order.of(found, to, windows.rank))], PROGRAMS)
+
+
+def _collect(windows: Windows, order: _Order, back: Tensor, out: Tensor) -> None:
+    """Copy what the others wrote, [ranks, B, n, H, D], to the result [B, n, ranks, H, D] once it is there.
+
+    It does not stay in the window, because another call may come before it is read.
+    """
+    with windows.beside():
+        windows.arrived()
+        for of in windows.others:
+            copy(order.share(out[:, :, of], windows.rank), order.share(back[of], windows.rank))
+
+
 def _even(heads: int, most: int) -> list[slice]:
     """At most `most` runs of a rank's heads, the smaller ones first: nothing hides the exchange of the first."""
     count = min(most, heads)
@@ -386,8 +416,7 @@ def _even(heads: int, most: int) -> list[slice]:
 
 
 def _short_ends(heads: int, last: int) -> list[slice]:
-    """Runs of a rank's heads: few at first, because nothing hides their exchange, a `last`th at the end, because
-    little hides how their results travel."""
+    """Runs of a rank's heads: one part in `FIRST`, two larger ones, and one part in `last`."""
     first, end = max(1, heads // FIRST), heads - max(1, heads // last)
     ends = sorted({0, min(first, heads), max(first, (first + end) // 2), max(first, end), heads})
     return [slice(*run) for run in pairwise(ends)]
