@@ -22,10 +22,12 @@ from ..longcat_core.errors import LongCatError
 from ..longcat_core.generate.progress import LOADING, sampled
 from ..longcat_core.generate.request import MAX_GUIDANCE, check_number
 from ..longcat_core.generate.speeds import EXACT
+from ..longcat_core.generate.warming import decoder_ahead
 from ..longcat_core.measure.clock import reset_peak, synchronize
 from ..longcat_core.model.kv_cache import KVMode, check_mode
 from ..longcat_core.optimize.switches import Optimizations
 from ..longcat_core.sampling.guidance import audio_guidance, audio_parts, guided_steps, is_guided
+from ..longcat_core.sampling.sampler import check_finite
 from ..longcat_core.sampling.schedules import schedule_of
 from ..longcat_core.sampling.step import guide
 from .checks import check_ranges, check_steps
@@ -38,6 +40,10 @@ from .previews import clean_frames, preview_callback
 from .progress import NodeProgress, begins
 from .speed import with_speed
 
+PRECISION = "load it with weight_dtype bf16 or fp32"
+# In which ComfyUI runs this model's VAE, the first one that the GPU takes.
+VAE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
 
 class Guider(comfy.samplers.CFGGuider):
     """CFG-zero guidance (arXiv 2503.18886), with caches of texts and conditioning frames that last for one run."""
@@ -45,6 +51,14 @@ class Guider(comfy.samplers.CFGGuider):
     def __init__(self, model: ModelPatcher, kv_cache: KVMode = "exact", guidance_until: float = 1.0) -> None:
         super().__init__(model)
         self.kv_cache, self.guidance_until = kv_cache, guidance_until
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().__call__(*args, **kwargs)
+        if not self.began:
+            # All other steps are still to be waited for.
+            check_finite(out, remedy=PRECISION)
+            self.began = True
+        return out
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
         # ComfyUI passes x - x0, which is sigma * velocity, and expects the same; guidance commutes with the factor.
@@ -70,7 +84,10 @@ class Guider(comfy.samplers.CFGGuider):
     def inner_sample(self, *args: Any, **kwargs: Any) -> Tensor:
         # ComfyUI has put the weights where they belong.
         begins("")
-        return super().inner_sample(*args, **kwargs)
+        self.began = False
+        device = self.model_patcher.load_device
+        with decoder_ahead(comfy.model_management.vae_dtype(device, VAE_DTYPES), device):
+            return super().inner_sample(*args, **kwargs)
 
     def sample(self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         begins(LOADING)
@@ -228,11 +245,7 @@ def sample_latent(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    if not samples.isfinite().all():
-        raise LongCatError(
-            "the latents are not finite: the checkpoint overflows in this precision; load it with weight_dtype "
-            "bf16 or fp32"
-        )
+    check_finite(samples, remedy=PRECISION)
     return samples.to(comfy.model_management.intermediate_device())
 
 

@@ -23,10 +23,10 @@ from ..optimize.sparse.settings import Sparse
 from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.guidance import AVATAR_NEGATIVE_PROMPT, audio_parts, is_guided
-from ..sampling.sampler import Callback, Step
+from ..sampling.sampler import Callback, Step, check_finite
 from ..sampling.schedules import DMD_STEPS, Schedule, is_newer, schedule_of
 from .audio import AudioEncoder, Embeddings, Voices, embed_voices, frames_for, seconds_of, segments_for
-from .engine import Engine, check_finite
+from .engine import Engine
 from .inputs import check_callback, check_json, check_whole
 from .long_video import Finished, finished_segments, join_notes, new_frames, spread_prompts
 from .options import MAX_FRAMES, MAX_GUIDANCE, MAX_SEED

@@ -19,7 +19,7 @@ from ..optimize.sparse.settings import Sparse
 from ..sampling.avatar import Audio, ReferenceFrame
 from ..sampling.conditioning import last_frames, latent_frames, latent_shape, seeded_noise, to_pixels
 from ..sampling.guidance import is_guided
-from ..sampling.sampler import Callback
+from ..sampling.sampler import Callback, check_finite
 from ..sampling.schedules import Schedule, make_schedule
 from .inputs import check_callback, check_tensor
 from .options import MAX_GUIDANCE, MAX_STEP_CACHE
@@ -239,12 +239,3 @@ class Engine(ABC):
         frames = resize_and_crop(frames, request.height, request.width)
         latents = self.encode(to_pixels(torch.from_numpy(frames.copy())))
         return latents if handed is None else torch.cat((latents, handed.to(latents)), dim=2)
-
-
-def check_finite(tensor: Tensor, what: str = "the transformer") -> None:
-    """Raise LongCatError for a result of `what` that contains NaN or infinity."""
-    if not tensor.isfinite().all():
-        raise LongCatError(
-            f"the result of {what} is not finite: it overflows in this precision, or its weights are damaged; load "
-            "it as bf16 or fp32 (--dtype), or get its files again"
-        )

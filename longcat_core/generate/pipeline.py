@@ -31,10 +31,10 @@ from ..parallel.led_vae import LedVAE
 from ..parallel.mirror import share
 from ..parallel.start import gathers_fast, started
 from ..parallel.torchrun import torchrun_size
-from ..sampling.sampler import sample
+from ..sampling.sampler import check_finite, sample
 from ..sampling.schedules import Schedule
 from .calibration import Calibration, check_fits
-from .engine import Denoising, Engine, check_finite
+from .engine import Denoising, Engine
 from .inputs import check_callback, check_tensor, device_of, dtype_of, loras_of
 from .loading import OnLoad, load_both, overlaps
 from .opened import OpenedModel, open_model

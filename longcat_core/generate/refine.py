@@ -26,9 +26,9 @@ from ..optimize.block_sparse import BlockSparse
 from ..optimize.plan import Work
 from ..sampling.buckets import nearest_bucket
 from ..sampling.conditioning import TEMPORAL_FACTOR, latent_frames, latent_shape, seeded_noise, to_pixels, video_frames
-from ..sampling.sampler import Step
+from ..sampling.sampler import Step, check_finite
 from ..sampling.schedules import make_schedule
-from .engine import Engine, check_finite
+from .engine import Engine
 from .footage import Footage
 from .inputs import check_callback, check_whole
 from .options import FPS, LOSSY_CHANGES, MAX_FPS, MAX_SEED, MAX_SIDE, SIDE_MULTIPLE

@@ -5,27 +5,32 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
 
 from ..model.config import ModelConfig
 from ..optimize.attention import resolve_kernels
+from ..optimize.kernels import vae as decoder
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.plan import TEXT_ROWS, Plan, Weights, Work, needed_bytes
 from ..optimize.quantization import Policy, quantize
 from ..optimize.requirement import Inputs
 from ..optimize.switches import Optimizations
+from ..sampling.conditioning import latent_shape
 from ..sampling.sampler import sample
 from ..sampling.schedules import make_schedule
-from .loading import same_stream
+from .loading import overlaps, same_stream
+from .request import RELEASED
 
 # Triton compiles a kernel for sizes that divide by 16 and another one for those that do not.
 DIVISOR = 16
 # Seconds that a thread waits for Python's lock before it asks for it. Python's own 5 ms, each time that a reader has
 # waited for a file or the GPU, are ten times as long as reading itself beside a thread that imports or compiles.
 TURN = 1e-4
+# Channels of the layers of the released VAE's decoder.
+DECODER_WIDTHS = (384, 192, 96)
 _lock = threading.Lock()
 # How many threads work now, and Python's own setting.
 _working, _usual = 0, 0.0
@@ -85,13 +90,14 @@ def warm_up(
 
     The network has the sizes of `config`, and the videos those of `work`, except for their number of frames, which is
     `few`; work None: attention alone. Not warmed: blocks that are compiled by torch, passes with conditioning frames,
-    sparse attention, the VAE, graphs of cuDNN for the video's own length, and kernels for the length of a prompt.
+    sparse attention, attention to audio, the VAE, graphs of cuDNN for the video's own length, and kernels for the
+    length of a prompt.
     """
     if work is None or optimizations.compile != "off":
         resolve_kernels(optimizations.attention, Inputs(device, dtype, config.head_dim, False))
         return
     with torch.device("meta"):
-        model = OptimizedTransformer(replace(config, depth=1), optimizations, dtype=dtype)
+        model = OptimizedTransformer(replace(config, depth=1, audio=None), optimizations, dtype=dtype)
     # Generators of the device and of PyTorch belong to the user.
     generator = torch.Generator(device).manual_seed(0)
     model.to_empty(device=device).eval().requires_grad_(False)
@@ -117,6 +123,34 @@ def warm_up(
             negative_mask=mask if work.guided else None,
             guidance_scale=4.0 if work.guided else 1.0,
         )
+
+
+def network_ahead(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, fp8: Policy | None, room: int
+) -> AbstractContextManager[None]:
+    """On a GPU, `warm_up` for a video of the usual size in a thread while the block loads weights for an unknown one.
+
+    room: free bytes of the GPU; with too few, attention alone is warmed.
+    """
+    if not overlaps(device):
+        return nullcontext()
+    usual = Work((1, *latent_shape(RELEASED.frames, RELEASED.height, RELEASED.width)))
+    fits = warm_bytes(config, dtype, usual) <= room
+
+    def warm(stopped: Callable[[], bool]) -> None:
+        # Kernels for one sample in a pass are others than those for two.
+        for work in (usual, replace(usual, guided=False)) if fits else (None,):
+            if not stopped():
+                warm_up(config, Optimizations(), dtype, device, fp8, work)
+
+    return warming(device, warm)
+
+
+def decoder_ahead(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU, compile the kernels of the released VAE's decoder in a thread while the block samples."""
+    if not (overlaps(device) and decoder.takes(dtype)):
+        return nullcontext()
+    return warming(device, lambda stopped: decoder.compile_ahead(dtype, DECODER_WIDTHS, stopped))
 
 
 def few(latents: Sequence[int]) -> tuple[int, ...]:

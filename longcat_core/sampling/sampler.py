@@ -87,7 +87,8 @@ def sample(
     can still move to CPU memory.
     audio: what an avatar's network hears. Its guidance takes three evaluations: `guidance.audio_guidance`.
     reference: a clean frame in front of the conditioning frames; neither noise nor result has it.
-    Raises LongCatError for shapes that do not fit, and anything that `callback` raises.
+    Raises LongCatError for shapes that do not fit and for a first step that is not finite, and anything that
+    `callback` raises.
     """
     check_mode(kv_cache)
     guided = is_guided(guidance_scale, None if audio is None else audio.guidance_scale)
@@ -182,11 +183,25 @@ def sample(
             steps.keep(latents, out, sigmas[i])
         level, change = levels[i]
         latents, denoised = take_step(optimizations, latents, out, level, change, scale if both else None, carried)
+        if i == 0:
+            # What spoils a video spoils this step in most cases, and all others are still to be waited for.
+            check_finite(denoised)
         if callback is not None:
             computed = 0.0 if reused else 1.0 if both else 1 / count
             after, estimate = (torch.cat((outside, frames), dim=2)[:, :, lead:] for frames in (latents, denoised))
             callback(Step(i, len(schedule), timestep, sigmas[i], after, estimate, reused, computed))
     return torch.cat((outside, latents), dim=2)[:, :, lead:]
+
+
+def check_finite(
+    tensor: Tensor, what: str = "the transformer", remedy: str = "load it as bf16 or fp32 (--dtype)"
+) -> None:
+    """Raise LongCatError for a result of `what` that contains NaN or infinity."""
+    if not tensor.isfinite().all():
+        raise LongCatError(
+            f"the result of {what} is not finite: it overflows in this precision, or its weights are damaged; "
+            f"{remedy}, or get its files again"
+        )
 
 
 def _with_room(run: Callable[[], T], make_room: Callable[[], bool] | None) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from longcat_core.generate.request import GenerateRequest
 from longcat_core.generate.vae import VideoVAE
 from longcat_core.generate.warming import DIVISOR, TURN, few, short_turns, warm_up
 from longcat_core.model.block import Block
-from longcat_core.model.config import ModelConfig
+from longcat_core.model.config import AudioConfig, ModelConfig
+from longcat_core.optimize.kernels import vae as kernels
 from longcat_core.optimize.plan import Work
 from longcat_core.optimize.quantization import Fp8Linear, Policy
 from longcat_core.optimize.switches import Optimizations
+from longcat_core.vae.layers import RMSNorm
+from longcat_core.vae.network import VAEConfig, WanVAE
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -60,6 +64,44 @@ def test_compiled_blocks_and_unknown_work_warm_attention_alone(monkeypatch, work
     compiled = Optimizations(compile="off" if work is None else "blocks")
     warm_up(CONFIG, compiled, torch.float32, CPU, None, work)
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("room", [1 << 40, 0])
+def test_a_network_whose_video_is_unknown_is_warmed_for_the_usual_ones(monkeypatch, room):
+    warmed = []
+    monkeypatch.setattr(warming, "warm_up", lambda *given: warmed.append(given))
+    with warming.network_ahead(CONFIG, torch.bfloat16, CPU, None, room):
+        pass
+    assert warmed == [], "a CPU has no kernels to compile"
+    monkeypatch.setattr(warming, "overlaps", lambda device: True)
+    with warming.network_ahead(CONFIG, torch.bfloat16, CPU, Policy(), room):
+        pass
+    assert {given[:-1] for given in warmed} == {(CONFIG, Optimizations(), torch.bfloat16, CPU, Policy())}
+    usual = Work((1, 16, 24, 60, 104))
+    assert [given[-1] for given in warmed] == ([usual, replace(usual, guided=False)] if room else [None])
+
+
+def test_the_decoders_kernels_are_compiled_for_the_released_vae(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(kernels, "takes", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(kernels, "compile_ahead", lambda dtype, widths, stopped: compiled.append((dtype, set(widths))))
+    with warming.decoder_ahead(torch.bfloat16, CPU):
+        pass
+    monkeypatch.setattr(warming, "overlaps", lambda device: True)
+    with warming.decoder_ahead(torch.float32, CPU):
+        pass
+    assert compiled == []
+    with warming.decoder_ahead(torch.bfloat16, CPU):
+        pass
+    with torch.device("meta"):
+        released = WanVAE(VAEConfig(96, 16, [0.0] * 16, [1.0] * 16))
+    norms = (layer for layer in released.decoder.modules() if isinstance(layer, RMSNorm))
+    assert compiled == [(torch.bfloat16, {norm.gamma.numel() for norm in norms})]
+
+
+def test_an_avatar_is_warmed_without_its_audio():
+    heard = replace(CONFIG, audio=AudioConfig(width=16))
+    warm_up(heard, Optimizations(), torch.float32, CPU, None, WORK)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 16, 17, 24, 47])

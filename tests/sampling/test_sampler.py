@@ -154,6 +154,24 @@ def test_steps_are_eulers(model, text):
         before = latents
 
 
+def test_a_first_step_that_is_not_finite_is_the_last(model, text):
+    evaluated = []
+
+    class Overflows:
+        device, optimizations = model.device, model.optimizations
+
+        def embed_text(self, *given, **options):
+            return model.embed_text(*given, **options)
+
+        def __call__(self, x, *given, **options):
+            evaluated.append(len(x))
+            return torch.full_like(x, torch.inf)
+
+    with pytest.raises(LongCatError, match=r"the result of the transformer is not finite.*--dtype"):
+        run(Overflows(), seeded_noise(SHAPE, 0), text, callback=lambda step: pytest.fail("the step is shown"))
+    assert evaluated == [2], "both halves of one step"
+
+
 def test_interrupting_stops(model, text):
     seen = []
 

@@ -591,6 +591,15 @@ def test_a_vae_of_another_kind_is_refused(comfy, frames):
         comfy("LongCatImageToVideo", vae=Vae(), image=frames[:1], **SIZE)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_first_step_that_is_not_finite_is_the_last(comfy, model, prompts, empty, forwards, guidance):
+    spoiled = {name: [[torch.full_like(text, torch.nan), extra]] for name, [[text, extra]] in prompts.items()}
+    settings = {"seed": 1, "steps": 8, "guidance": guidance, "mode": "base"}
+    with pytest.raises(ValueError, match=r"is not finite.*weight_dtype bf16 or fp32"):
+        comfy("LongCatSampler", model=model, latent_image=empty, **spoiled, **settings)
+    assert len(forwards) == 1
+
+
 def test_steps_and_refine_without_a_video_are_refused(sample, empty, image_latent):
     with pytest.raises(ValueError, match="60 steps are out of range; the distilled schedule takes 1 to 50"):
         sample(empty, mode="distilled", steps=60)
