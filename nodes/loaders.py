@@ -27,7 +27,9 @@ from ..longcat_core.files.safetensors_io import SafetensorsFile
 from ..longcat_core.files.tensor_files import TensorFile, is_gguf, open_file
 from ..longcat_core.generate.progress import LOADING, LOADING_TEXT
 from ..longcat_core.generate.text import tokenizer_of
+from ..longcat_core.generate.warming import network_ahead
 from ..longcat_core.optimize.attention import import_ahead
+from ..longcat_core.optimize.quantization import Policy
 from . import comfy_fp8
 from .choices import FP8_ROWWISE, WEIGHT_DTYPES
 from .comfy_model import LongCatVideo
@@ -123,9 +125,12 @@ class ModelLoader(LongCatNode):
         path = find("diffusion_models", model_name)
         # Reads headers only, and raises an error that says what the file is if it is not LongCat-Video.
         checkpoint = open_for_comfyui(path)
-        import_ahead(comfy.model_management.get_torch_device())
-        with working(LOADING):
-            if weight_dtype == FP8_ROWWISE:
+        device, rowwise = comfy.model_management.get_torch_device(), weight_dtype == FP8_ROWWISE
+        import_ahead(device)
+        room = comfy.model_management.get_free_memory(device)
+        ahead = network_ahead(checkpoint.config, torch.bfloat16, device, Policy() if rowwise else None, room)
+        with working(LOADING), ahead:
+            if rowwise:
                 model = load_rowwise(str(path), checkpoint=checkpoint)
             else:
                 dtype = WEIGHT_DTYPES[weight_dtype]
