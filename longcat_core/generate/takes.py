@@ -56,7 +56,7 @@ def lossy_settings(
         found["text mode"] = switches.text_mode
     if eight_bit and switches.fp8:
         found["fp8"] = "on"
-    if switches.exchange != "exact":
+    if switches.lossy_exchange:
         found["exchange"] = switches.exchange
     if step_cache > 0:
         found["step cache"] = words(float(step_cache))

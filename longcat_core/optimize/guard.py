@@ -22,7 +22,7 @@ def lossy_switches(optimizations: Optimizations, eight_bit: bool) -> list[tuple[
         found.append((f"attention backend {optimizations.attention!r}", replace(optimizations, attention="auto")))
     if optimizations.fp8 and eight_bit:
         found.append(("fp8", replace(optimizations, fp8=False)))
-    if optimizations.exchange != "exact":
+    if optimizations.lossy_exchange:
         found.append((f"exchange in {optimizations.exchange}", replace(optimizations, exchange="exact")))
     return found
 

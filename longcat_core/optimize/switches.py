@@ -81,6 +81,11 @@ class Optimizations:
     fused_text: bool = True
     exchange: Exchange = "exact"
 
+    @property
+    def lossy_exchange(self) -> bool:
+        """Whether what GPUs send to each other loses precision."""
+        return self.exchange == "int8"
+
     def __post_init__(self) -> None:
         plain_fields(self)
         for name, allowed in (

@@ -110,6 +110,7 @@ def test_words_of_lossy_settings():
     }
     assert lossy_settings(switches=Optimizations(fp8=False), eight_bit=True) == {}
     assert lossy_settings(switches=Optimizations(exchange="int8")) == {"exchange": "int8"}
+    assert lossy_settings(switches=Optimizations(exchange="messages")) == {}
     assert lossy_settings(guidance_until=0.6) == {"guidance until": "0.6"}
     assert lossy_settings(guidance_until=1.0) == {}
 

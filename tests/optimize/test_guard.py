@@ -14,6 +14,7 @@ from longcat_core.files.safetensors_io import read_tensors
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize import attention as backends
 from longcat_core.optimize.attention import Backend
+from longcat_core.optimize.guard import lossy_switches
 from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.switches import Optimizations
 
@@ -53,6 +54,12 @@ def model() -> OptimizedTransformer:
 def inputs() -> tuple[Tensor, ...]:
     data = read_tensors(GOLDEN / "forward.safetensors")
     return data["x"], data["t"], data["context"], data["mask"]
+
+
+def test_only_lossy_exchanges_are_checked():
+    exact, found = Optimizations(), lossy_switches(Optimizations(exchange="int8"), False)
+    assert found == [("exchange in int8", exact)]
+    assert not lossy_switches(exact, False) and not lossy_switches(Optimizations(exchange="messages"), False)
 
 
 @torch.no_grad()
