@@ -238,7 +238,8 @@ class Progress:
     @property
     def place(self) -> str:
         """The part, and the step that runs or what happens instead."""
-        part = f"{self.what} {self.number + 1} of {len(self.parts)}" if self.what and len(self.parts) > 1 else ""
+        number = min(self.number + 1, len(self.parts))
+        part = f"{self.what} {number} of {len(self.parts)}" if self.what and len(self.parts) > 1 else ""
         steps = self.parts[self.number].steps if self.number < len(self.parts) else 0
         step = f"{self.unit} {min(self.index + 1, steps)} of {steps}" if steps else ""
         if self.current and self.current != COMPILING:

@@ -199,6 +199,10 @@ def test_words_of_what_ended():
     task.steps(3.1, 11)
     assert task.progress.stopped("interrupted") == "interrupted at step 12 of 50"
     assert task.progress.summary() == "11 steps of 3.1 s, 34 s in all"
+    parts = Task(Part(2), Part(2), what="segment")
+    parts.progress.finish()
+    parts.progress.finish()
+    assert parts.progress.stopped("interrupted") == "interrupted at segment 2 of 2"
     work = Task()
     work.phase(ENCODING, 2.5)
     assert work.words == ["encoding"] and work.progress.summary() == "encoding took 2.5 s"
