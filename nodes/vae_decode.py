@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from contextlib import ExitStack
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
@@ -17,8 +17,8 @@ from ..longcat_core.files.media import VideoBeside
 from ..longcat_core.generate.progress import DECODING, Part
 from ..longcat_core.sampling.conditioning import video_frames
 from .comfy_vae import decoded
+from .folders import FolderNode
 from .images import to_bytes
-from .inputs import LongCatNode
 from .progress import NodeProgress
 from .video import connected
 
@@ -26,7 +26,7 @@ from .video import connected
 VIDEO_SLOT = 1
 
 
-class VaeDecode(LongCatNode):
+class VaeDecode(FolderNode):
     ID = "LongCatVAEDecode"
 
     @classmethod
@@ -38,14 +38,14 @@ class VaeDecode(LongCatNode):
             file = None
             if connected(cls.hidden, VIDEO_SLOT):
                 # ComfyUI removes its temporary folder when it starts and ends.
-                os.makedirs(folder_paths.get_temp_directory(), exist_ok=True)
-                file = os.path.join(folder_paths.get_temp_directory(), f"longcat-{uuid.uuid4().hex}.mp4")
+                folder = Path(folder_paths.get_temp_directory())
+                folder.mkdir(parents=True, exist_ok=True)
+                file = folder / f"longcat-{uuid.uuid4().hex}.mp4"
                 beside = stack.enter_context(VideoBeside(file, fps))
-            images = None
+            images, done = None, 0
             total = len(latents) * video_frames(latents.shape[2])
             shown = stack.enter_context(NodeProgress([Part(total)], unit="frame", closing=False))
             shown.task.phase(DECODING)
-            done = 0
             for one in latents.split(1):
                 for part in decoded(vae, one):
                     if images is None:
@@ -57,7 +57,8 @@ class VaeDecode(LongCatNode):
                     done += len(part)
                     shown.step(done, total)
         if file is not None:
-            return io.NodeOutput(images, InputImpl.VideoFromFile(file))
+            cls.remember([file])
+            return io.NodeOutput(images, InputImpl.VideoFromFile(str(file)))
         rate = Fraction(fps).limit_denominator(1001)
         components = Types.VideoComponents(images=images, frame_rate=rate)
         return io.NodeOutput(images, InputImpl.VideoFromComponents(components))

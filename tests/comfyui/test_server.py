@@ -176,6 +176,21 @@ def test_interrupt_ends_the_prompt_and_the_next_one_works(client):
     assert client.run(text_to_video(caption(RED_CIRCLE), seed=3, steps=2, frames=5)).status == "success"
 
 
+def test_a_decoded_file_that_was_deleted_is_made_again(client, server):
+    """A cleaned temporary folder, while ComfyUI has the node's outputs in its cache."""
+    prompt = text_to_video(caption(RED_CIRCLE), steps=2, frames=5)
+    prompt["decode"] = node("LongCatVAEDecode", samples=["sampler", 0], vae=["vae", 0], fps=15.0)
+    prompt["save"]["inputs"]["video"] = ["decode", 1]
+    prompt.pop("video")
+    assert client.run(prompt).status == "success"
+    for file in (server.base / "temp").glob("longcat-*.mp4"):
+        file.unlink()
+    prompt["save"]["inputs"]["filename_prefix"] = "video/again"
+    run = client.run(prompt)
+    assert run.status == "success" and "decode" in run.executed and "sampler" not in run.executed, run.end
+    assert "decode" not in client.run(prompt).executed
+
+
 def test_prompts_in_a_row_do_not_grow_memory(client, server):
     def least(seeds: range) -> int:
         sizes = []

@@ -61,9 +61,12 @@ def test_a_connected_video_is_a_finished_file(comfy, vae, monkeypatch):
     hidden = SimpleNamespace(unique_id="5", dynprompt=prompt)
     assert comfy.node("video").connected(hidden, 1) and not comfy.node("video").connected(hidden, 0)
     monkeypatch.setattr(module, "connected", lambda hidden, slot: slot == 1)
+    kept: list[list[Path]] = []
+    monkeypatch.setattr(module.VaeDecode, "remember", kept.append)
     images, video = comfy("LongCatVAEDecode", samples=latents(), vae=vae, fps=12.0)
     file = Path(video.get_stream_source())
     assert file.parent == Path(folder_paths.get_temp_directory()) and file.suffix == ".mp4"
+    assert kept == [[file]], "the node runs again once it is gone"
     frames, fps = comfy.core("files.media").read_video(file)
     assert frames.shape == (13, 32, 48, 3) and fps == 12
     # H.264 is lossy.
