@@ -58,7 +58,7 @@ def size_of(
         height, width = previous.shape[1:3]
     elif resolution != CUSTOM:
         return TEXT_SIZES[resolution] if image is None else nearest_bucket(*image.shape[1:3], resolution)
-    check_size(width, height)
+    check_size(width, height, of="" if previous is None else "previous: ")
     return height, width
 
 

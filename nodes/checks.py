@@ -46,11 +46,11 @@ def check_steps(steps: int | None, mode: str | None) -> None:
         make_schedule(mode, steps)
 
 
-def check_size(width: int | None, height: int | None, resolution: str | None = CUSTOM) -> None:
-    """Raise LongCatError for sides that the model does not take, if they are used."""
+def check_size(width: int | None, height: int | None, resolution: str | None = CUSTOM, of: str = "") -> None:
+    """Raise LongCatError for sides that the model does not take, if they are used. of: whose sides, if given frames."""
     for name, side in (("width", width), ("height", height)):
         if resolution == CUSTOM and side is not None:
-            check_side(name, side)
+            check_side(f"{of}{name}", side)
 
 
 def check_length(length: int | None, given: int | None = 0) -> None:

@@ -14,6 +14,8 @@ def sound_of(name: str, audio: Mapping[str, Any]) -> Sound:
     waveform = audio["waveform"]
     if len(waveform) != 1:
         raise LongCatError(f"{name} holds {len(waveform)} sounds; connect one at a time")
+    if not waveform.isfinite().all():
+        raise LongCatError(f"{name} has samples that are not finite; connect another sound")
     return Sound(waveform[0], audio["sample_rate"])
 
 

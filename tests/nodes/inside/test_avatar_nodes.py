@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -153,6 +155,7 @@ def test_refusals(comfy, voices, avatar, picture, encoder):
         ("connect one of them", one, {"previous": frames, "reference": latent, "image": picture}),
         ("fewer than the overlap of 5", one, {"previous": frames[:3], "reference": latent}),
         ("connect the latents of the first segment", one, {"previous": torch.zeros(9, 32, 32, 3), "reference": latent}),
+        ("previous: width 97 is not", one, {"previous": torch.zeros(9, 64, 97, 3), "reference": latent}),
         ("masks tell several voices apart", one, {"image": picture, "person_1": mask, "person_2": mask}),
         ("connect both or neither", two, {"image": picture, "person_1": mask}),
         ("others has masks", two, {"image": picture, "others": mask}),
@@ -166,6 +169,9 @@ def test_refusals(comfy, voices, avatar, picture, encoder):
     sound = {"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000}
     with pytest.raises(error, match="the sound is silent"):
         comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=sound)
+    spoiled = sound | {"waveform": torch.full((1, 1, 16000), math.nan)}
+    with pytest.raises(error, match="audio_2 has samples that are not finite; connect another sound"):
+        comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=sound, audio_2=spoiled)
     with pytest.raises(error, match="only one person speaks"):
         voices("one", others=True)
     with pytest.raises(error, match="connect LongCat Audio Encoder Loader"):
