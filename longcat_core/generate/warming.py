@@ -13,6 +13,7 @@ import torch
 from ..model.config import ModelConfig
 from ..optimize.attention import resolve_kernels
 from ..optimize.kernels import vae as decoder
+from ..optimize.kernels.jit import compiling
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.plan import TEXT_ROWS, Plan, Weights, Work, needed_bytes
 from ..optimize.quantization import Policy, quantize
@@ -110,19 +111,26 @@ def warm_up(
     mask = torch.ones(1, TEXT_ROWS, dtype=torch.int64, device=device)
     mask[:, TEXT_ROWS // 4 :] = 0
     noise = torch.randn(*few(work.latents), generator=generator, device=device)
-    # First without a package, which `import_ahead` imports meanwhile: much of Triton's work needs no turn of Python's.
-    for attention in dict.fromkeys(("sdpa", optimizations.attention)):
-        model.set_optimizations(replace(optimizations, attention=attention))
-        sample(
-            model,
-            noise,
-            make_schedule("base", 1),
-            context,
-            mask,
-            negative_context=context if work.guided else None,
-            negative_mask=mask if work.guided else None,
-            guidance_scale=4.0 if work.guided else 1.0,
-        )
+    samples = 2 if work.guided and not optimizations.split_guidance else 1
+    with compiling(device) as instead:
+        # Without a package, which `import_ahead` imports meanwhile. Not by `sample`, which looks at results.
+        model.set_optimizations(replace(optimizations, attention="sdpa"))
+        with suppress(Exception), instead():
+            text = model.embed_text(context.repeat(samples, 1, 1), mask.repeat(samples, 1))
+            timestep = torch.full((1, 1), 500.0, device=device)
+            model.execution.evaluate(noise.repeat(samples, 1, 1, 1, 1), timestep, text)
+        model.set_optimizations(optimizations)
+        model.choose_kernels(device)
+    sample(
+        model,
+        noise,
+        make_schedule("base", 1),
+        context,
+        mask,
+        negative_context=context if work.guided else None,
+        negative_mask=mask if work.guided else None,
+        guidance_scale=4.0 if work.guided else 1.0,
+    )
 
 
 def network_ahead(

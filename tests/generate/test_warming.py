@@ -17,6 +17,7 @@ from longcat_core.generate.vae import VideoVAE
 from longcat_core.generate.warming import DIVISOR, TURN, few, short_turns, warm_up
 from longcat_core.model.block import Block
 from longcat_core.model.config import AudioConfig, ModelConfig
+from longcat_core.optimize.execution import Execution
 from longcat_core.optimize.kernels import vae as kernels
 from longcat_core.optimize.plan import Work
 from longcat_core.optimize.quantization import Fp8Linear, Policy
@@ -35,18 +36,18 @@ WORK = Work((1, 16, 41, 4, 6))
 @pytest.mark.parametrize("guided", [False, True])
 def test_one_block_runs_on_tokens_of_the_works_own_size(monkeypatch, fp8, guided):
     seen, kernels = [], []
-    forward, sample = Block.forward, warming.sample
+    forward, evaluate = Block.forward, Execution.evaluate
 
     def watched(self, x, *more):
         seen.append((tuple(x.shape), isinstance(self.attn.qkv, Fp8Linear)))
         return forward(self, x, *more)
 
-    def sampled(model, *given, **options):
-        kernels.append(model.optimizations.attention)
-        return sample(model, *given, **options)
+    def evaluated(self, *given, **options):
+        kernels.append(self.optimizations.attention)
+        return evaluate(self, *given, **options)
 
     monkeypatch.setattr(Block, "forward", watched)
-    monkeypatch.setattr(warming, "sample", sampled)
+    monkeypatch.setattr(Execution, "evaluate", evaluated)
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

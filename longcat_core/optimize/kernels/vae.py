@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..requirement import HALF, Inputs, Requirement
-from .jit import jit, tl, triton
+from .jit import jit, ready, tl, triton
 
 NEEDS = Requirement(triton=True, dtypes=HALF, head_dims=None, backward=False)
 # Numbers that one program works on.
@@ -101,5 +101,5 @@ def compile_ahead(dtype: torch.dtype, widths: Iterable[int], stopped: Callable[[
                 return
             # Numbers that divide as those of a clip do: strides are multiples of the width.
             numbers = 1, 1, 1, 16 * width, 16 * width, width, EPS
-            _norm_silu.warmup(dtype, bias, dtype, dtype, *numbers, grid=(1,), **_constants(width, bias is not None))
-        _add.warmup(*(dtype, dtype, dtype, dtype, 16 * width, width), grid=(1,), BIAS=True, BLOCK=BLOCK, num_warps=8)
+            ready(_norm_silu, dtype, bias, dtype, dtype, *numbers, **_constants(width, bias is not None))
+        ready(_add, *(dtype, dtype, dtype, dtype, 16 * width, width), BIAS=True, BLOCK=BLOCK, num_warps=8)
