@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ RUNS = 3
 IN_A_ROW = 8
 # Bytes of a row that is written at once, as of four heads in 16 bits.
 ROW = 1024
+# What of the fastest writing is fast enough beside attention, which takes several times as long.
+ENOUGH = 0.7
 
 
 class Bandwidth(NamedTuple):
@@ -44,7 +47,7 @@ def measured(
     """Of a group of `size` ranks, or the default group, and its windows, if any. A few milliseconds.
 
     All ranks of the default group call this, with groups of one size, which exchange at the same time; the result is
-    the same on all.
+    the same on all. Windows learn how many programs suffice for writing.
     """
     share = (GPU_BYTES if device.type == "cuda" else CPU_BYTES) // size // ROW * ROW
     given = torch.zeros(size, share, dtype=torch.uint8, device=device)
@@ -62,24 +65,31 @@ def measured(
     def latency() -> None:
         dist.all_to_all_single(torch.empty_like(few), few, group=group)
 
-    def written() -> None:
-        if windows is None:
-            return
+    def written(programs: int) -> None:
+        assert windows is not None
         places = windows.of("measured", (size, share), torch.uint8)
         for _ in range(IN_A_ROW):
             for to in windows.others:
-                put([(_rows(places[to][windows.rank]), _rows(given[to]))], PROGRAMS)
+                put([(_rows(places[to][windows.rank]), _rows(given[to]))], programs)
         windows.arrived()
 
-    runs = all_to_all, broadcast, latency, written
+    runs = [all_to_all, broadcast, latency]
+    if windows is not None:
+        runs += [partial(written, programs) for programs in PROGRAMS]
     seconds = torch.tensor([_fastest(run, device) for run in runs], dtype=torch.float64)
     # The slowest rank counts, and all must choose the same.
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    exchanging, sending, empty, writing = seconds.tolist()
+    exchanging, sending, empty, *writing = seconds.tolist()
     each = IN_A_ROW * share * (size - 1)
     if windows is not None:
         windows.release()
-    return Bandwidth(each / exchanging, given.numel() / sending, empty, 0.0 if windows is None else each / writing)
+        windows.programs = fewest(dict(zip(PROGRAMS, writing, strict=True)))
+    return Bandwidth(each / exchanging, given.numel() / sending, empty, each / min(writing) if writing else 0.0)
+
+
+def fewest(seconds: Mapping[int, float]) -> int:
+    """The fewest programs that write fast enough, of the seconds that each number took; attention has the others."""
+    return min(count for count, taken in seconds.items() if ENOUGH * taken <= min(seconds.values()))
 
 
 def _rows(x: Tensor) -> Tensor:

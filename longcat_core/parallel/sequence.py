@@ -29,7 +29,7 @@ from ..optimize.kernels.put import put
 from ..optimize.sparse.passes import SparsePass
 from ..optimize.switches import Exchange
 from .codecs import CODECS
-from .windows import ALL_PROGRAMS, PROGRAMS, Windows
+from .windows import ALL_PROGRAMS, Windows
 
 # The most chunks of a rank's heads in messages: more chunks hide more, until attention runs worse on few heads.
 CHUNKS = 4
@@ -384,7 +384,7 @@ def _hand_in(
                     (order.of(place[to][:, :, chunk], windows.rank, to), order.share(x[:, :, to, chunk], windows.rank))
                     for order, place, x in zip(orders, places, parts, strict=True)
                 ]
-                put(pairs, PROGRAMS if i else ALL_PROGRAMS)
+                put(pairs, windows.programs if i else ALL_PROGRAMS)
             windows.arrived()
             ready.append(windows.begun())
     return ready
@@ -395,7 +395,7 @@ def _hand_back(windows: Windows, chunk: slice, order: _Order, back: list[Tensor]
     with windows.beside():
         for to in windows.others:
             place = back[to][windows.rank][:, :, chunk]
-            put([(order.share(place, to), order.of(found, to, windows.rank))], PROGRAMS)
+            put([(order.share(place, to), order.of(found, to, windows.rank))], windows.programs)
 
 
 def _collect(windows: Windows, order: _Order, back: Tensor, out: Tensor) -> None:

@@ -34,9 +34,9 @@ IMPOSSIBLE = (AttributeError, ImportError, OSError, RuntimeError, TypeError)
 # Windows of GPUs that this process has made. PyTorch counts them (2.11), and ranks that have counted to other numbers
 # do not find each other, as when a process starts a second group of new processes.
 _made = 0
-# How many of a GPU's multiprocessors write into another GPU, which keeps the link busy, while the rest compute, and how
-# many while nothing else is to be done.
-PROGRAMS, ALL_PROGRAMS = 32, 128
+# How many of a GPU's multiprocessors may write into another GPU while the rest compute, and how many do while nothing
+# else is to be done.
+PROGRAMS, ALL_PROGRAMS = (8, 16, 32), 128
 
 
 class Windows:
@@ -46,6 +46,8 @@ class Windows:
         """device: this rank's."""
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        # How many of `PROGRAMS` write while others compute, until the links are measured.
+        self.programs = PROGRAMS[-1]
         # Of every rank, as bytes that this one can write, and what keeps them alive.
         self._held: dict[Hashable, tuple[list[Tensor], Any]] = {}
         self._number = torch.zeros(1, device=device)

@@ -14,7 +14,7 @@ from longcat_core.optimize.optimized import OptimizedTransformer
 from longcat_core.optimize.plan import Plan, Work
 from longcat_core.optimize.shared_memory import can_share
 from longcat_core.parallel import layout
-from longcat_core.parallel.bandwidth import Bandwidth
+from longcat_core.parallel.bandwidth import Bandwidth, fewest
 from longcat_core.parallel.group import current, end_current
 from longcat_core.parallel.layout import choose_layout, flops, pass_seconds
 from longcat_core.parallel.start import start
@@ -126,3 +126,16 @@ def test_auto_gives_back_the_gpus_that_do_not_pay_off(monkeypatch, ended, reques
     assert pipeline.plan_note.startswith("guidance in halves; 1 of 2 processes does the work; more would be slower")
     assert current() is None and pipeline.model.execution.ranks is None and pipeline.vae.spread is None
     assert len(pipeline.generate(request_.filled(pipeline.defaults)).frames) == 9
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count"),
+    [
+        ({8: 1.0, 16: 1.0, 32: 1.0}, 8),
+        ({8: 1.4, 16: 1.1, 32: 1.0}, 8),
+        ({8: 1.5, 16: 1.1, 32: 1.0}, 16),
+        ({8: 4.0, 16: 2.0, 32: 1.0}, 32),
+    ],
+)
+def test_as_few_programs_write_as_keep_a_link_busy(seconds, count):
+    assert fewest(seconds) == count
