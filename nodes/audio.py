@@ -76,12 +76,10 @@ def on_device(encoder: AudioEncoder) -> Iterator[AudioEncoder]:
         encoder.to(home)
 
 
-def combined(audio: Mapping[str, Any], audio_2: Mapping[str, Any] | None, order: str) -> Voices:
+def combined(audio: Mapping[str, Any] | None, audio_2: Mapping[str, Any] | None, order: str) -> Voices:
     """What one or two people say. Raises what `combine` raises."""
-    sounds = [sound_of("audio", audio)]
-    if audio_2 is not None:
-        sounds.append(sound_of("audio_2", audio_2))
-    return combine(sounds, ORDERS[order])
+    second = [] if audio_2 is None else [sound_of("audio_2", audio_2)]
+    return combine([sound_of("audio", audio), *second], ORDERS[order])
 
 
 def spoken(voices: Any) -> Spoken:

@@ -139,23 +139,16 @@ class Avatar(LongCatNode):
             raise LongCatError("a continuation takes previous and reference; connect both, or neither")
         if image is not None and previous is not None:
             raise LongCatError("image begins a first segment and previous a later one; connect one of them")
-        start, end = None, None
-        if image is not None:
-            start = one_image(image)
-        elif previous is not None:
-            end = last_of(previous, overlap)
+        start = None if image is None else one_image(image)
+        end = None if previous is None else last_of(previous, overlap)
         given = start if end is None else end
         height, width = size_of(resolution, width, height, start, end)
         windows, first = windows_of(embeddings, segment, length, overlap)
-        masks = person_masks(
-            len(windows), (person_1, person_2), others, first_voice,
-            (height, width) if given is None else given.shape[1:3],
-        )  # fmt: skip
+        source = (height, width) if given is None else given.shape[1:3]
+        masks = person_masks(len(windows), (person_1, person_2), others, first_voice, source)
         if masks is not None and given is None:
             raise LongCatError("masks say where people are in the first frame, and none is given; connect image")
-        classes = None
-        if masks is not None:
-            classes = classes_of(masks, height, width)
+        classes = None if masks is None else classes_of(masks, height, width)
         latent = {"samples": torch.zeros((1, *latent_shape(length, height, width)))}
         latent["samples"] = latent["samples"].to(comfy.model_management.intermediate_device())
         if given is not None:

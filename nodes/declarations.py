@@ -282,7 +282,7 @@ NODES: dict[str, Node] = {
             Socket("images", "Image", "all refined frames. Built only if connected: a long video may not fit into "
                    "memory"),
             Socket("fps", "Float", "frame rate of the refined video"),
-            Socket("video", "Video", "the refined video for Save Video, read from the folder frame by frame"),
+            Socket("video", "Video", "the refined video with its sound for Save Video, which reads frame by frame"),
         ),
         hidden=(*PLACE, "extra_pnginfo"),
     ),

@@ -29,7 +29,7 @@ from .progress import NodeProgress
 from .refine import refined_size
 from .sampling import latent_tokens
 from .speed import with_speed
-from .video import Reel, ReelImages, ReelVideo, check_fits, end_of_clip, footage_of
+from .video import Reel, ReelImages, ReelVideo, check_fits, end_of_clip, footage_of, sound_in
 from .widgets import CUSTOM, LONG_MODES
 
 LONG, REFINE_LONG = "LongCat Long Video", "LongCat Refine Long Video"
@@ -206,7 +206,7 @@ class RefineLongVideo(FolderNode):
         engine = ComfyEngine(REFINE_LONG, model, clip, vae, [prompt])
         pieces = [sampled("refine", steps)] * len(request.pieces(given))
         with NodeProgress(pieces, what="piece") as shown:
-            gathered = Gathered(shown, factor * fps)
+            gathered = Gathered(shown, factor * fps, sound=sound_in(video, given.frames / fps))
             done = refine.refine_in_folder(
                 lambda: engine, RELEASED, given, request, kept, engine.settings(), lossy=engine.lossy()
             )

@@ -9,8 +9,11 @@ from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.media import Sound
 
 
-def sound_of(name: str, audio: Mapping[str, Any]) -> Sound:
-    """An AUDIO. name: of the input. Raises LongCatError for a batch of sounds and for samples that are not finite."""
+def sound_of(name: str, audio: Mapping[str, Any] | None) -> Sound:
+    """An AUDIO. name: of the input. Raises LongCatError for that of a mute video, which is None, for a batch of sounds
+    and for samples that are not finite."""
+    if audio is None:
+        raise LongCatError(f"{name} is from a video without sound; connect a sound")
     waveform = audio["waveform"]
     if len(waveform) != 1:
         raise LongCatError(f"{name} holds {len(waveform)} sounds; connect one at a time")

@@ -59,8 +59,7 @@ class VaeDecode(FolderNode):
         if file is not None:
             cls.remember([file])
             return io.NodeOutput(images, InputImpl.VideoFromFile(str(file)))
-        rate = Fraction(fps).limit_denominator(1001)
-        components = Types.VideoComponents(images=images, frame_rate=rate)
+        components = Types.VideoComponents(images=images, frame_rate=Fraction(fps).limit_denominator(1001))
         return io.NodeOutput(images, InputImpl.VideoFromComponents(components))
 
 

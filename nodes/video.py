@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..longcat_core.errors import LongCatError
-from ..longcat_core.files.media import Sound
+from ..longcat_core.files.media import Sound, read_sound
 from ..longcat_core.files.media.timing import even_picks
 from ..longcat_core.files.places import bytes_in_words
 from ..longcat_core.generate.footage import Footage
 from ..longcat_core.generate.request import check_number
 from .images import check_images, to_bytes, to_image
-from .sounds import audio_of, part_of
+from .sounds import audio_of, part_of, sound_of
 
 # Bytes of a pixel of an IMAGE.
 PIXEL_BYTES = 3 * 4
@@ -237,6 +237,23 @@ def _trimmed(footage: Footage, video: Input.Video) -> Footage:
     first = min(math.ceil(begin * fps - 1e-6), footage.frames - 1)
     last = min(math.ceil((begin + duration) * fps - 1e-6), footage.frames) if duration else footage.frames
     return Reel([footage], first, max(first + 1, last)).footage(fps)
+
+
+def sound_in(video: Tensor | Input.Video, seconds: float) -> Sound | None:
+    """The first `seconds` of the sound of a VIDEO. None for an IMAGE, and where there is no sound or one that cannot be
+    read, which the log then says."""
+    if isinstance(video, ReelVideo) or not isinstance(video, Input.Video):
+        return getattr(video, "sound", None)
+    source = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
+    begin = getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()[0]
+    try:
+        if isinstance(source, str):
+            return part_of(read_sound(source), begin, seconds) if Footage.of_file(source).has_sound else None
+        audio = video.get_components().audio
+        return None if audio is None else part_of(sound_of("video", audio), 0.0, seconds)
+    except LongCatError as error:
+        logging.warning("LongCat: the sound of the video is left out, because %s", error)
+        return None
 
 
 def end_of_clip(name: str, video: Tensor | Input.Video, fps: float, rate: float, count: int) -> np.ndarray:

@@ -169,6 +169,8 @@ def test_refusals(comfy, voices, avatar, picture, encoder):
     sound = {"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000}
     with pytest.raises(error, match="the sound is silent"):
         comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=sound)
+    with pytest.raises(error, match="audio is from a video without sound; connect a sound"):
+        comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=None)
     spoiled = sound | {"waveform": torch.full((1, 1, 16000), math.nan)}
     with pytest.raises(error, match="audio_2 has samples that are not finite; connect another sound"):
         comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=sound, audio_2=spoiled)

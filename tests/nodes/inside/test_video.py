@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 from fractions import Fraction
@@ -217,24 +218,52 @@ def test_an_image_that_does_not_fit_into_memory_is_refused_before_the_work(comfy
 def test_refining_takes_images_and_videos(comfy, model, clip, vae, frames, form, tmp_path):
     video_of = comfy.node("video")
     clip_frames = frames[:9].mul(255).round().div(255)
+    sound = comfy.core("files.media").Sound(torch.linspace(-0.5, 0.5, 9600)[None], 16000)
     if form == "file":
         from comfy_api.latest import InputImpl
 
         path = tmp_path / "clip.mkv"
-        comfy.core("files.media").write_video(path, clip_frames.mul(255).round().byte().numpy(), 30.0)
+        comfy.core("files.media").write_video(path, clip_frames.mul(255).round().byte().numpy(), 30.0, sound)
         given = InputImpl.VideoFromFile(str(path))
     elif form == "components":
-        given = comfy("CreateVideo", images=clip_frames, fps=30.0)
+        audio = comfy.node("sounds").audio_of(sound)
+        given = comfy("CreateVideo", images=clip_frames, fps=30.0, audio=audio)
     else:
         footage = comfy.core("generate.footage").Footage.of(clip_frames.mul(255).round().byte().numpy(), "x")
         reel = video_of.Reel([footage])
-        given = video_of.ReelImages(reel) if form == "images" else video_of.ReelVideo(reel, 30.0)
+        given = video_of.ReelImages(reel) if form == "images" else video_of.ReelVideo(reel, 30.0, sound.cut(0.3))
     sizes = {"resolution": "custom", "width": cases.WIDTH, "height": cases.HEIGHT, "piece": 5, "overlap": 1}
     run = {"model": model, "clip": clip, "vae": vae, "seed": 4, "steps": 12, **sizes}
     images, fps, video = comfy("LongCatRefineLongVideo", video=given, folder=f"refined-{form}", **run)
     plain, _, _ = comfy("LongCatRefineLongVideo", video=clip_frames, folder="refined-plain", **run)
     assert fps == float(video.get_frame_rate()) == (30 if form == "images" else 60)
     assert torch.equal(images.clone(), plain.clone()) and len(images) == 18
+    if form == "images":
+        assert video.sound is None
+    else:
+        # Nine frames at 30 a second.
+        torch.testing.assert_close(video.sound.samples, sound.cut(0.3).samples, atol=1e-4, rtol=0)
+
+
+def test_a_video_is_refined_without_a_sound_that_cannot_be_read(comfy, frames, caplog):
+    sound_in, audio = comfy.node("video").sound_in, {"waveform": torch.full((1, 1, 16000), math.nan)}
+    spoiled = comfy("CreateVideo", images=frames[:9], fps=30.0, audio=audio | {"sample_rate": 16000})
+    assert sound_in(spoiled, 0.3) is None and "the sound of the video is left out, because" in caplog.text
+    assert sound_in(comfy("CreateVideo", images=frames[:9], fps=30.0), 0.3) is None
+
+
+def test_the_sound_of_a_trimmed_file(comfy, frames, tmp_path):
+    from comfy_api.latest import InputImpl
+
+    given = InputImpl.VideoFromFile(str(tmp_path / "clip.mkv"))
+    if not hasattr(given, "as_trimmed"):
+        pytest.skip("this ComfyUI does not trim")
+    sound = comfy.core("files.media").Sound(torch.linspace(-0.5, 0.5, 9600)[None], 16000)
+    pixels = frames[:18].mul(255).round().byte().numpy()
+    comfy.core("files.media").write_video(tmp_path / "clip.mkv", pixels, 30.0, sound)
+    found = comfy.node("video").sound_in(given.as_trimmed(0.2, 0.3), 0.3)
+    torch.testing.assert_close(found.samples, sound.samples[:, 3200:8000], atol=1e-4, rtol=0)
+    assert comfy.node("video").sound_in(given, 0.6).samples.shape == (1, 9600)
 
 
 @pytest.mark.parametrize("form", ["images", "video"])
