@@ -12,7 +12,7 @@ tensors are exchanged in 8 bits (`codecs`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +31,11 @@ from ..optimize.switches import Exchange
 from .codecs import CODECS
 from .windows import ALL_PROGRAMS, Windows
 
-# The most chunks of a rank's heads in messages: more chunks hide more, until attention runs worse on few heads.
+# The most chunks of a rank's heads: more chunks hide more, until attention runs worse on few heads.
 CHUNKS = 4
-# Through windows the first chunk is one part in `FIRST` of a rank's heads, because nothing hides its exchange, and so
-# is the last one, or one part in `LAST` if some of its queries are attended to while the results of others leave.
-FIRST, LAST = 8, 4
+# Through windows the first chunk is one part in `FIRST` of a rank's heads, because nothing hides its exchange. The rest
+# is divided evenly. A short last one would hide more of the results, but attention runs worse on few heads.
+FIRST = 8
 
 
 # The newer name, where PyTorch has it: the older one warns there.
@@ -250,7 +250,7 @@ class ShareAttention:
         ]
         back = windows.of("out", (size, batch, rows, own, dim), parts[0].dtype)
         out = parts[0].new_zeros(parts[0].shape) if self._padded else parts[0].new_empty(parts[0].shape)
-        chunks = _short_ends(own, LAST if apart else FIRST)
+        chunks = _short_first(own, self.sharing.chunks)
         ready = _hand_in(windows, chunks, orders, places, parts)
         q, *others = (place[rank] for place in places)
         for each, x, part in zip(orders, (q, *others), parts, strict=True):
@@ -409,14 +409,16 @@ def _collect(windows: Windows, order: _Order, back: Tensor, out: Tensor) -> None
             copy(order.share(out[:, :, of], windows.rank), order.share(back[of], windows.rank))
 
 
-def _even(heads: int, most: int) -> list[slice]:
-    """At most `most` runs of a rank's heads, the smaller ones first: nothing hides the exchange of the first."""
-    count = min(most, heads)
-    return [slice(heads * i // count, heads * (i + 1) // count) for i in range(count)]
+def _even(heads: int, most: int, start: int = 0) -> list[slice]:
+    """At most `most` runs of a rank's heads from `start` on, the smaller ones first: nothing hides the exchange of the
+    first."""
+    count = min(most, heads - start)
+    return [
+        slice(start + (heads - start) * i // count, start + (heads - start) * (i + 1) // count) for i in range(count)
+    ]
 
 
-def _short_ends(heads: int, last: int) -> list[slice]:
-    """Runs of a rank's heads: one part in `FIRST`, two larger ones, and one part in `last`."""
-    first, end = max(1, heads // FIRST), heads - max(1, heads // last)
-    ends = sorted({0, min(first, heads), max(first, (first + end) // 2), max(first, end), heads})
-    return [slice(*run) for run in pairwise(ends)]
+def _short_first(heads: int, most: int) -> list[slice]:
+    """At most `most` runs of a rank's heads: one part in `FIRST`, and even ones."""
+    first = max(1, heads // FIRST)
+    return [slice(0, first), *_even(heads, most - 1, first)]
