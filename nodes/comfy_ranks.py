@@ -23,6 +23,7 @@ from ..longcat_core.model.config import ModelConfig
 from ..longcat_core.optimize.kernels.elementwise import quantize_rows
 from ..longcat_core.optimize.plan import Work
 from ..longcat_core.optimize.quantization import dequantized, without_scales
+from ..longcat_core.optimize.stamps import writes
 from ..longcat_core.parallel.bandwidth import Bandwidth
 from ..longcat_core.parallel.devices import AUTO, Gpus, devices_of
 from ..longcat_core.parallel.group import Group
@@ -61,8 +62,7 @@ class ComfyWeights:
         for name, layer in weighted(self.network):
             own = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
             self._held += own
-            stamp = tuple((id(p), 0 if p.is_inference() else p._version) for p in own)
-            stamp += tuple(id(function) for function in (*layer.weight_function, *layer.bias_function))
+            stamp = (*((id(p), writes(p)) for p in own), *map(id, (*layer.weight_function, *layer.bias_function)))
             for leaf in self._leaves(layer):
                 # ComfyUI patches weights in place, and says by which patches.
                 found[f"{name}.{leaf}"] = self.network.patched_as, stamp

@@ -21,6 +21,14 @@ def stamp(layers: Iterable[nn.Module]) -> tuple[list[Hashable], list[Tensor]]:
     try:
         versions = [parameter._version for parameter in parameters]
     except RuntimeError:
-        # Inference tensors do not count writes, and are replaced instead.
-        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
+        versions = [*map(writes, parameters)]
     return [*map(type, modules), *map(id, parameters), *versions], parameters
+
+
+def writes(parameter: Tensor) -> int:
+    """How often a parameter was written to; 0 for one made in inference mode, which is replaced instead."""
+    try:
+        return parameter._version
+    except RuntimeError:
+        # `is_inference` does not tell: it is False once such a parameter got other data outside of inference mode.
+        return 0

@@ -54,3 +54,17 @@ def test_weights_that_do_not_count_writes():
     assert stamp([model])[0] == before and len(held) == 4
     model[0].weight.add_(1)
     assert stamp([model])[0] != before
+
+
+def test_weights_made_in_inference_mode_and_moved_outside_it():
+    """As ComfyUI does when it unloads models between prompts, with weights from which it took a LoRA before."""
+    with torch.inference_mode():
+        layer = nn.Linear(2, 3)
+    layer.weight.data = layer.weight.clone()
+    assert not layer.weight.is_inference()
+    with pytest.raises(RuntimeError, match="do not track version counter"):
+        _ = layer.weight._version
+    before, _ = stamp([layer])
+    assert stamp([layer])[0] == before
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert stamp([layer])[0] != before
