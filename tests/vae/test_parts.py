@@ -15,8 +15,14 @@ from longcat_core.vae.network import VAEConfig, WanVAE, channels_last, run_stage
 from longcat_core.vae.parts import decoded, encoded
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Of the values' deviation; cuDNN rounds the products of fp32 to 10 bits.
-TOLERANCE = 3e-4 if DEVICE.type == "cpu" else 2e-2
+# Of the values' deviation.
+TOLERANCE = 3e-4 if DEVICE.type == "cpu" else 1e-3
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN rounds by it what convolutions multiply to 10 bits, which puts networks of the same weights 0.1 apart."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def new_vae(base: int = 4, decoder: int | None = None, **options) -> WanVAE:
