@@ -18,6 +18,7 @@ SECONDS = 0.35
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """A tiny mini whose runs of training each end as soon as they may, and the clock's file after every run."""
+    pytest.importorskip("sentencepiece", minversion="0.2.3")
     folder, clocks = tmp_path_factory.mktemp("mini"), []
     time = itertools.count(0.0, SECONDS)
     with pytest.MonkeyPatch.context() as patch:
