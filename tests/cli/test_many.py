@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from longcat_core.files.claims import claimed
 from longcat_core.files.media import read_video, write_video
 from longcat_core.generate.request import GenerateRequest
 
+from ..support.python_path import python_path
 from ..support.tiny import moving_clip, tiny_pipeline
 
 ONE, TWO = "a red circle moves right on a blue background", "a red circle moves up on a blue background"
@@ -263,7 +265,10 @@ def test_a_killed_run_of_the_bundled_model_goes_on(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text(f"{ONE}\n{TWO}\n{ONE}\n", encoding="utf-8")
     options = ["--frames", "5", "--steps", "3", "--guidance", "1", "--device", "cpu"]
     command = [sys.executable, "-m", "longcat_core", "generate", "--prompts-file", "p.txt", *options]
-    settings: dict[str, Any] = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # The package need not be installed, as on a machine of `make test-gpu`.
+    environment = os.environ | python_path(Path(__file__).parents[2])
+    settings: dict[str, Any] = {"cwd": tmp_path, "env": environment, "text": True}
+    settings |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **settings) as process:
         assert process.stdout is not None
         first = process.stdout.readline()

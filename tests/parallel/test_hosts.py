@@ -11,6 +11,8 @@ from pathlib import Path
 from longcat_core.cli import main as cli
 from longcat_core.files.media import read_video
 
+from ..support.python_path import python_path
+
 ROOT = Path(__file__).parents[2]
 GENERATE = ["generate", "a red circle moves right on a blue background", "--steps", "1", "--frames", "5"]
 GENERATE += ["--device", "cpu", "--guidance", "1"]
@@ -20,7 +22,7 @@ TORCHRUN = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "
 def test_a_video_of_two_machines_is_that_of_one_process(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | python_path(ROOT)
 
     def machine(rank: int) -> subprocess.Popen[str]:
         own = ["--master-port", str(port), "--node-rank", str(rank)]
