@@ -127,9 +127,10 @@ def test_a_folder_records_what_is_in_force(machine, capsys, tmp_path, monkeypatc
     monkeypatch.setattr(
         "longcat_core.cli.generate.long_video", lambda load, request, *_: requests.append(request) or load()
     )
+    # On a CPU, where nothing is computed in bf16, which a folder records too.
     own = ("--sparse", "0.15", "--step-cache", "0.05", "--guidance-until", "0.8", "--fp8")
     for given in (("--speed", "fast", "--attention", "auto"), own):
-        run(capsys, "long", PROMPT, PROMPT, *SIZE, *given)
+        run(capsys, "long", PROMPT, PROMPT, *SIZE, "--device", "cpu", *given)
     word, spelled = requests
     for number in (0, 1):
         assert word.settings(number) == spelled.settings(number)
@@ -154,7 +155,7 @@ def test_what_is_not_there_is_left_out_and_nothing_fails(monkeypatch, capsys, tm
     """Nano on a CPU: every word makes the exact video, and one note says why."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SETS, "fast", {BASE: replace(WHOLE, step_cache=0.0, guidance_until=1.0)})
-    given = ("--frames", "9", "--steps", "2", "--seed", "3")
+    given = ("--frames", "9", "--steps", "2", "--seed", "3", "--device", "cpu")
     for name, more in (("exact.mkv", ()), ("word.mkv", ("--speed", "exact")), ("fast.mkv", ("--speed", "fast"))):
         assert cli.main(["generate", PROMPT, *given, "-o", name, *more]) == 0
     said = capsys.readouterr().err

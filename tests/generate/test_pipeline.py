@@ -269,6 +269,9 @@ class _Channels:
     def prepare(self, prompts: Sequence[str], check: Callable[[], None], watch: Callable[[int, int], None]) -> None:
         pass
 
+    def release(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize("option", ["--vae", "--text-encoder"])
 def test_bad_vae_and_text_encoder(

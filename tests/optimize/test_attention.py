@@ -55,7 +55,8 @@ def gpu(monkeypatch):
 
 def packages(monkeypatch: pytest.MonkeyPatch, found: dict[str, object]) -> None:
     """Make exactly `found` importable among optional packages; an exception there is raised by the import."""
-    real = importlib.import_module
+    real, real_spec = importlib.import_module, requirement.find_spec
+    there = {name.split(".")[0] for name in found}
 
     def import_module(name: str, package: str | None = None) -> object:
         if name.split(".")[0] not in OPTIONAL:
@@ -65,8 +66,13 @@ def packages(monkeypatch: pytest.MonkeyPatch, found: dict[str, object]) -> None:
             raise result
         return result
 
+    def find_spec(name: str) -> object:
+        # A folder of that name may be there: FlashAttention-4 has flash_attn without what FlashAttention-2 needs.
+        return real_spec(name) if name not in OPTIONAL else object() if name in there else None
+
     forget()
     monkeypatch.setattr(requirement.importlib, "import_module", import_module)
+    monkeypatch.setattr(requirement, "find_spec", find_spec)
 
 
 def test_names_are_those_of_the_report(no_gpu):
