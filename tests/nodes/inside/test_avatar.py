@@ -19,6 +19,14 @@ def newer(comfy) -> Avatar:
     return Avatar(comfy, "v1_5")
 
 
+@pytest.fixture
+def merged_in_fp32(comfy, monkeypatch) -> None:
+    """On GPUs ComfyUI merges LoRAs in fp16, which moves these latents by up to 0.005."""
+    from comfy import model_management
+
+    monkeypatch.setattr(model_management, "lora_compute_dtype", lambda device: torch.float32)
+
+
 def test_text_and_image(avatar):
     audio = avatar.audio()
     assert close(avatar.sampled(avatar.conds(audio), avatar.latent()), avatar.expected(audio))
@@ -240,7 +248,7 @@ def test_saved_under_official_names(newer, comfy):
     saved = comfy.node("comfy_weights").to_official(state, newer.network.config)
     official = load_file(newer.folder / "dit.safetensors")
     assert saved.keys() == official.keys()
-    assert all(torch.equal(saved[name], tensor) for name, tensor in official.items())
+    assert all(torch.equal(saved[name].cpu(), tensor) for name, tensor in official.items())
 
 
 def test_a_saved_avatar_loads_again(newer, comfy):
@@ -276,6 +284,7 @@ def audio_lora():
     }
 
 
+@pytest.mark.usefixtures("merged_in_fp32")
 @pytest.mark.parametrize("node", ["LoraLoaderModelOnly", "LoraLoaderBypassModelOnly"])
 def test_a_lora_of_audio_layers(newer, model, comfy, caplog, node):
     import nodes
@@ -289,10 +298,12 @@ def test_a_lora_of_audio_layers(newer, model, comfy, caplog, node):
     audio = newer.audio()
     got = newer.sampled(newer.conds(audio), newer.latent(), model=patched, steps=2)
     assert close(got, newer.expected(audio, network=network, steps=2)) and "not matched" not in caplog.text
+    assert (got - newer.expected(audio, steps=2)).abs().max() > 0.1
     with pytest.raises(comfy.core("errors").LongCatError, match=r"matches nothing .*audio_cross_attn"):
         comfy(node, model=model, lora_name=name, strength_model=0.5)
 
 
+@pytest.mark.usefixtures("merged_in_fp32")
 def test_weights_that_stay_in_ram_are_cast_at_use(newer, comfy, monkeypatch):
     """Audio layers and norms too; forced here on the CPU, as in test_lora."""
     from comfy import model_management
