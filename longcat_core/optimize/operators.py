@@ -39,9 +39,19 @@ class Varlen(NamedTuple):
 # q [sum Nq, H, D], k and v [sum Nk, H, D] -> output [sum Nq, H, D] and log-sum-exp [H, sum Nq] fp32.
 AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
 
-# ComfyUI loads the pack under a name of its own, beside which longcat_core may be imported too.
-NAMESPACE = "longcat" if __name__.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", __name__)
 
+def namespace_of(module: str) -> str:
+    """The namespace of the operators of this module, which has one of its own under each name that it is loaded by.
+
+    ComfyUI loads the pack under its path, beside which longcat_core may be imported too. PyTorch takes ASCII only.
+    """
+    if module.startswith("longcat_core."):
+        return "longcat"
+    ascii_only = "".join(letter if letter.isascii() else f"_{ord(letter):x}_" for letter in module)
+    return "longcat_" + re.sub(r"\W", "_", ascii_only)
+
+
+NAMESPACE = namespace_of(__name__)
 
 # Where PyTorch has it, this keeps an operator out of CUDA graphs, which would replay what it did when they were made.
 _UNCAPTURED = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]

@@ -16,7 +16,7 @@ from longcat_core.nano.world import Actor, Scene, caption
 
 from .client import Client, Refused, Run
 from .prompts import FPS, long_video, node, text_to_video
-from .server import PACK_NAME
+from .server import PACK_NAME, Server
 
 NODES = {
     "LongCatModelLoader",
@@ -161,6 +161,13 @@ def test_without_previews_none_are_sent(another_server):
     with Client(server.url) as client:
         run = client.run(text_to_video(caption(RED_CIRCLE), seed=2, steps=2, frames=9))
     assert run.status == "success" and not run.previews and bar(run, "sampler")[-1] == (2, 2)
+
+
+def test_comfyui_may_lie_in_a_folder_of_any_name(installation, tmp_path):
+    """ComfyUI loads a pack under the name of its path."""
+    with Server(installation, tmp_path / "Jürgen 长猫") as server, Client(server.url) as client:
+        assert longcat_nodes(client).keys() == NODES
+        assert client.run(text_to_video(caption(RED_CIRCLE), steps=2, frames=5)).status == "success"
 
 
 def test_interrupt_ends_the_prompt_and_the_next_one_works(client):
