@@ -41,14 +41,10 @@ AttendVarlen = Callable[[Tensor, Tensor, Tensor, Varlen], tuple[Tensor, Tensor]]
 
 
 def namespace_of(module: str) -> str:
-    """The namespace of the operators of this module, which has one of its own under each name that it is loaded by.
-
-    ComfyUI loads the pack under its path, beside which longcat_core may be imported too. PyTorch takes ASCII only.
-    """
-    if module.startswith("longcat_core."):
-        return "longcat"
+    """The namespace of a module's operators. PyTorch takes ASCII only, and ComfyUI loads the pack under its path,
+    beside which longcat_core may be imported too."""
     ascii_only = "".join(letter if letter.isascii() else f"_{ord(letter):x}_" for letter in module)
-    return "longcat_" + re.sub(r"\W", "_", ascii_only)
+    return "longcat" if module.startswith("longcat_core.") else "longcat_" + re.sub(r"\W", "_", ascii_only)
 
 
 NAMESPACE = namespace_of(__name__)
