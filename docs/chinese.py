@@ -451,7 +451,7 @@ OUTPUTS: dict[str, tuple[tuple[str, str], ...]] = {
     "LongCatRefineLongVideo": (
         ("图像", "精修后的全部帧。仅在连接时生成：长视频可能超出内存。"),
         ("帧率", "精修后视频的帧率。"),
-        ("视频", "精修后的视频，供“保存视频”使用，从文件夹中逐帧读取。"),
+        ("视频", "精修后的视频及其声音，供“保存视频”逐帧读取。"),
     ),
     "LongCatBlockSparseAttention": (("模型", "用于 refine 模式的 LongCat 采样器以及自带的采样器。"),),
     "LongCatSparseAttention": (("模型", "用于 LongCat 采样器和自带的采样器。"),),
