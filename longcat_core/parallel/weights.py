@@ -16,7 +16,7 @@ from ..optimize.adapters import Adapted, adapt, rank_of, release
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.quantization import Fp8Linear
 from ..optimize.shared_memory import Place, can_share, shared
-from ..optimize.stamps import stamp
+from ..optimize.stamps import stamp, writes
 from ..optimize.streaming import BlockStream, Offloaded
 
 
@@ -120,7 +120,7 @@ class OwnWeights:
 
     def versions(self) -> dict[str, Hashable]:
         self._now = dict(self.network.named_parameters())
-        return {name: (id(p), 0 if p.is_inference() else p._version) for name, p in self._now.items()}
+        return {name: (id(p), writes(p)) for name, p in self._now.items()}
 
     def stamp(self) -> object:
         return stamp([self.network])[0]
