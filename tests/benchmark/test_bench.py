@@ -223,6 +223,9 @@ def test_several_gpus_beside_one(everything):
         assert one["status"] == two["status"] == "ok" and two["ratio"] == pytest.approx(one["ms"] / two["ms"])
         assert case == "decoding" or (one["outside_ms"] > 0 and two["exchange_gbs"] > 0)
     assert all(rows[f"without guidance, exact, {way} exchange, 2 GPUs"]["ratio"] > 0 for way in ("messages", "int8"))
+    one, two = (rows[f"without guidance, twice as long, exact, {count}"] for count in ("1 GPU", "2 GPUs"))
+    assert two["ratio"] == pytest.approx(one["ms"] / two["ms"])
+    assert "gpus-scaling.png" in bench.part("gpus").draw(results.read(everything / "gpus.json"))
     content = results.read(everything / "gpus.json")
     # Half of the guidance on half of the GPUs.
     two = rows["without guidance, exact, 2 GPUs"]["ms"]

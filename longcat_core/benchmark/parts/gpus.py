@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ...optimize.plan import Work
 from ...optimize.switches import Exchange, Optimizations
 from ...parallel.division import Division
 from ...parallel.group import Group
-from ...parallel.layout import exchanged_bytes, measured_links, pass_seconds
+from ...parallel.layout import exchanged_bytes, measured_links
 from ...parallel.led_vae import LedVAE
 from ...parallel.mirror import share
 from ...parallel.sequence import CHUNKS, FIRST
@@ -27,14 +27,21 @@ from ...parallel.start import start
 from ...vae.network import WanVAE
 from ...vae.parts import decoded
 from .. import workload
-from ..part import Part, Results, bars, by_name, measured_rows, met_or_missed, preparation, spread
+from ..part import Chart, Part, Results, bars, by_name, measured_rows, met_or_missed, ok_rows, preparation, spread
+from ..scaling import NETWORK, PER_HOST, WEAK, Basis, chart, work_of
 from ..variants import EXACT, FP8_8BIT, Bench, Row
 from .profile import family
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 GUIDED, SINGLE, REFINED, DECODED = "with guidance", "without guidance", "refining", "decoding"
+# As many frames on each of two GPUs as `SINGLE` has on one.
+LONGER = "without guidance, twice as long"
 # Latents that `REFINED` has where the bench's size is that of a GPU: 704x1280 and 189 frames.
 LARGE = workload.Size(704, 1280, 189, 1)
 COUNTS = (2, 4, 8)
+SIDES = "height", "width", "frames"
 # The other ways to exchange tensors.
 EXCHANGES: tuple[Exchange, ...] = ("messages", "int8")
 FLOORS = f"""*Divided* is one GPU's time, of which the part in blocks divides evenly. *Exchange* is what a GPU sends,
@@ -60,6 +67,7 @@ def cases(bench: Bench) -> list[Case]:
         Case(GUIDED, replace(bench.size, batch=2)),
         Case(SINGLE, replace(bench.size, batch=1)),
         Case(REFINED, refined, BlockSparse()),
+        Case(LONGER, replace(bench.size, batch=1, frames=2 * bench.size.frames - 1)),
     ]
 
 
@@ -83,6 +91,8 @@ def run(bench: Bench) -> None:
         for count in (1, *counts(bench.device)):
             with ranks(bench, count) as group:
                 for case in cases(bench):
+                    if case.name == LONGER and (path != EXACT or count > 2):
+                        continue
                     row = _add(bench, path, case, count, group)
                     compare(first.setdefault(case.name, row), row)
                     if case.name == SINGLE and group is not None:
@@ -133,8 +143,8 @@ def _evaluation(bench: Bench, chosen: Optimizations, case: Case, group: Group | 
     with workload.switched(model, chosen, case.name), workload.attending(model, case.settings):
         forward = workload.network_forward(model, inputs)
         step = workload.step_of(forward, inputs, chosen)
-        # One call of the refinement takes as long as several steps.
-        repeats = 1 if case.settings else bench.repeats
+        # One call of these takes as long as several steps.
+        repeats = 1 if case.name in (REFINED, LONGER) else bench.repeats
         row = measure(step, bench.device, repeats, bench.budget, 0).as_row()
         if group is not None:
             link = measured_links(group)[group.size]
@@ -186,21 +196,29 @@ def _decoding(bench: Bench, group: Group | None) -> Row:
     return measure(whole, device, bench.repeats, bench.budget).as_row()
 
 
-def calculated(results: Results, case: str, path: str, count: int) -> float | None:
-    """Milliseconds on `count` GPUs from what one and two took, or None where these were not measured.
+def basis(results: Results, case: str, path: str) -> Basis | None:
+    """What more GPUs are calculated from, or None where one and two were not measured.
 
     What two GPUs took beyond half of the work in blocks is the exchange that is not hidden; see `pass_seconds`.
     """
-    guided = case == GUIDED
     rows = by_name(results)
     # A half on half of the GPUs.
-    one, two = (rows.get(row_of(SINGLE if guided else case, path, n)["name"], {}) for n in (1, 2))
+    one, two = (rows.get(row_of(SINGLE if case == GUIDED else case, path, n)["name"], {}) for n in (1, 2))
     if "ms" not in one or "ms" not in two:
         return None
     outside = one.get("outside_ms") or 0.0
     inside = one["ms"] - outside
     exchange = max(0.0, two["ms"] - inside / 2 - outside) * 4
-    return pass_seconds(count, 1 + guided, inside, lambda tokens: exchange, outside)
+    size = LARGE if case == REFINED else workload.Size(*(results["inputs"][side] for side in SIDES))
+    density = 1 - (BlockSparse().sparsity or 0.0) if case == REFINED else 1.0
+    work = work_of(ModelConfig(), Work(size.latents(), False, density=density), torch.bfloat16.itemsize)
+    return Basis(1 + (case == GUIDED), inside, outside, exchange, *work)
+
+
+def calculated(results: Results, case: str, path: str, count: int) -> float | None:
+    """Milliseconds on `count` GPUs from what one and two took, or None where these were not measured."""
+    found = basis(results, case, path)
+    return None if found is None else found.on(count)
 
 
 def table(results: Results, targets: Any) -> str:
@@ -229,10 +247,7 @@ def table(results: Results, targets: Any) -> str:
 def _floors(results: Results) -> str:
     """The least that GPUs which share tokens could take with this exchange, of results of the released size."""
     rows, lines = by_name(results), []
-    sizes = {
-        SINGLE: workload.Size(*(results["inputs"][side] for side in ("height", "width", "frames"))),
-        REFINED: LARGE,
-    }
+    sizes = {SINGLE: workload.Size(*(results["inputs"][side] for side in SIDES)), REFINED: LARGE}
     for row in results["rows"]:
         case, count, speed = row.get("case"), row.get("gpus"), row.get("exchange_gbs")
         one = rows.get(row_of(str(case), row.get("path", ""), 1)["name"], {})
@@ -273,7 +288,37 @@ def _calculations(results: Results, targets: Mapping[str, Sequence[float]]) -> s
         "and the exchange that two GPUs did not hide grows as the share that each GPU sends. Both halves of guidance "
         "run on half of the GPUs each."
     )
-    return f"{markdown(head, lines)}\n\n{assumption}"
+    return f"{markdown(head, lines)}\n\n{assumption}{_hosts(results)}"
+
+
+def _hosts(results: Results) -> str:
+    """What GPUs of several hosts would take, as a paragraph that follows; "" where nothing was measured."""
+    lines: list[Sequence[Any]] = []
+    for case, path in ((GUIDED, EXACT), (SINGLE, EXACT), (REFINED, EXACT), (SINGLE, FP8_8BIT)):
+        found = basis(results, case, path)
+        one = by_name(results).get(row_of(case, path, 1)["name"], {}).get("ms")
+        if found is not None and one is not None:
+            times = [
+                found.on_hosts(count, hidden) for count in (2 * PER_HOST, 4 * PER_HOST) for hidden in (1 - 1 / FIRST, 0)
+            ]
+            lines.append((f"{case}, {path}", *(f"{shown(ms)} ({shown(one / ms)}x)" for ms in times)))
+    if not lines:
+        return ""
+    head = "", *(f"{n} GPUs, {how}" for n in (2 * PER_HOST, 4 * PER_HOST) for how in ("hidden", "not hidden"))
+    text = (
+        f"By calculation, on hosts of {PER_HOST} GPUs, each with a network card of its own, of which {NETWORK / 1e9:g} "
+        f"GB/s are assumed (400 Gbit/s): milliseconds if attention hides all of the network's time but one part in "
+        f"{FIRST}, as within a host, and if it hides nothing. Within a host the figures above count. The halves of "
+        "guidance run on hosts of their own. Nothing of this was measured."
+    )
+    growing = basis(results, SINGLE, EXACT)
+    if growing is not None:
+        text = (
+            "In the plot, a video that grows with the GPUs has as many frames on each as one GPU has alone. Attention, "
+            f"{growing.attention:.0%} of the work in blocks by FLOPs, grows with the square of its length, at the same "
+            f"speed.\n\n{text}"
+        )
+    return f"\n\n{text}\n\n{markdown(head, lines)}"
 
 
 def _side_by_side(rows: list[Row]) -> list[Row]:
@@ -290,6 +335,20 @@ CHART = bars(
     color=lambda row: GRAY if row["gpus"] == 1 else BLUE,
     rows=_side_by_side,
 )
+
+
+def _scaling(results: Results, _: Any) -> Image.Image:
+    cases = ((GUIDED, EXACT), (SINGLE, EXACT), (REFINED, EXACT), (SINGLE, FP8_8BIT))
+    strong = {f"{case}, {path}": found for case, path in cases if (found := basis(results, case, path)) is not None}
+    weak = {name: strong[name] for case, path in cases if case == SINGLE and (name := f"{case}, {path}") in strong}
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for row in ok_rows(results, "ms", "ratio"):
+        case, path = row["case"], row["path"]
+        name = f"{WEAK}{SINGLE}, {path}" if case == LONGER else f"{case}, {path}"
+        seen.setdefault(name, []).append((float(row["gpus"]), row["ratio"]))
+    return chart("Speed by number of GPUs, {blocks} blocks".format(**results["inputs"]), strong, weak, seen)
+
+
 PART = Part(
     text="""## Several GPUs
 
@@ -299,5 +358,5 @@ memory, or send messages by NCCL; the sentence below the table says which. *Exch
 to other GPUs in the first GPU, hidden behind work or not.""",
     run=run,
     table=table,
-    charts=(CHART,),
+    charts=(CHART, Chart(_scaling, ("ms", "exchange_gbs"), "-scaling")),
 )
