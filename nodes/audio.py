@@ -28,7 +28,7 @@ from .checks import check_length, check_ranges
 from .inputs import LongCatNode
 from .loaders import find
 from .progress import working
-from .sounds import sound_of
+from .sounds import UNCONNECTED, sound_of
 
 HEARING, LOADING = "listening", "loading the audio encoder"
 # Mode of `combine` for each order of two sounds.
@@ -78,7 +78,7 @@ def on_device(encoder: AudioEncoder) -> Iterator[AudioEncoder]:
 
 def combined(audio: Mapping[str, Any] | None, audio_2: Mapping[str, Any] | None, order: str) -> Voices:
     """What one or two people say. Raises what `combine` raises."""
-    second = [] if audio_2 is None else [sound_of("audio_2", audio_2)]
+    second = [] if audio_2 is UNCONNECTED else [sound_of("audio_2", audio_2)]
     return combine([sound_of("audio", audio), *second], ORDERS[order])
 
 
@@ -111,9 +111,9 @@ class EncodeAudio(LongCatNode):
 
     @classmethod
     def execute(
-        cls, audio_encoder, audio, audio_2=None, order="together", others=False, seed=0, length=93, overlap=13
+        cls, audio_encoder, audio, audio_2=UNCONNECTED, order="together", others=False, seed=0, length=93, overlap=13
     ) -> io.NodeOutput:
-        if audio_2 is None and others:
+        if audio_2 is UNCONNECTED and others:
             raise LongCatError("others is on, but only one person speaks; connect audio_2 or turn it off")
         voices = combined(audio, audio_2, order)
         for note in voices.notes:

@@ -26,6 +26,7 @@ from .long_video import Gathered, say
 from .models import distilled_notes, require_longcat, until_notes
 from .progress import NodeProgress, begins
 from .sampling import latent_tokens
+from .sounds import UNCONNECTED
 from .speed import with_speed
 from .video import check_fits
 from .widgets import CUSTOM, LONG_MODES
@@ -52,9 +53,9 @@ class AvatarLongVideo(FolderNode):
     @classmethod
     def execute(
         cls, model, clip, vae, audio_encoder, audio, prompts, negative_prompt, resolution, width, height, length,
-        segments, seed, steps, guidance, audio_guidance, mode, folder, image=None, audio_2=None, order="together",
-        person_1=None, person_2=None, others=None, first_voice="left", reference_position=10, skip=3, overlap=13,
-        kv_cache="exact", lossy_change=LOSSY_CHANGES[0], guidance_until=1.0, speed=EXACT,
+        segments, seed, steps, guidance, audio_guidance, mode, folder, image=None, audio_2=UNCONNECTED,
+        order="together", person_1=None, person_2=None, others=None, first_voice="left", reference_position=10, skip=3,
+        overlap=13, kv_cache="exact", lossy_change=LOSSY_CHANGES[0], guidance_until=1.0, speed=EXACT,
     ) -> io.NodeOutput:  # fmt: skip
         require_longcat(model, NAME)
         encoder, voices = encoder_of(audio_encoder), combined(audio, audio_2, order)

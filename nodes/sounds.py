@@ -8,6 +8,9 @@ from typing import Any
 from ..longcat_core.errors import LongCatError
 from ..longcat_core.files.media import Sound
 
+# In place of the AUDIO of an input that nothing is connected to; None comes from a video without sound.
+UNCONNECTED: Mapping[str, Any] = {}
+
 
 def sound_of(name: str, audio: Mapping[str, Any] | None) -> Sound:
     """An AUDIO. name: of the input. Raises LongCatError for that of a mute video, which is None, for a batch of sounds

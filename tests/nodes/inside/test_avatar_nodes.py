@@ -171,6 +171,8 @@ def test_refusals(comfy, voices, avatar, picture, encoder):
         comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=sound)
     with pytest.raises(error, match="audio is from a video without sound; connect a sound"):
         comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=None)
+    with pytest.raises(error, match="audio_2 is from a video without sound; connect a sound"):
+        comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=sound, audio_2=None)
     spoiled = sound | {"waveform": torch.full((1, 1, 16000), math.nan)}
     with pytest.raises(error, match="audio_2 has samples that are not finite; connect another sound"):
         comfy("LongCatEncodeAudio", audio_encoder=encoder, audio=sound, audio_2=spoiled)
