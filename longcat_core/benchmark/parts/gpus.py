@@ -42,6 +42,8 @@ LONGER = "without guidance, twice as long"
 LARGE = workload.Size(704, 1280, 189, 1)
 COUNTS = (2, 4, 8)
 SIDES = "height", "width", "frames"
+# What is calculated for several hosts and drawn.
+CALCULATED = (GUIDED, EXACT), (SINGLE, EXACT), (REFINED, EXACT), (SINGLE, FP8_8BIT)
 # The other ways to exchange tensors.
 EXCHANGES: tuple[Exchange, ...] = ("messages", "int8")
 FLOORS = f"""*Divided* is one GPU's time, of which the part in blocks divides evenly. *Exchange* is what a GPU sends,
@@ -294,7 +296,7 @@ def _calculations(results: Results, targets: Mapping[str, Sequence[float]]) -> s
 def _hosts(results: Results) -> str:
     """What GPUs of several hosts would take, as a paragraph that follows; "" where nothing was measured."""
     lines: list[Sequence[Any]] = []
-    for case, path in ((GUIDED, EXACT), (SINGLE, EXACT), (REFINED, EXACT), (SINGLE, FP8_8BIT)):
+    for case, path in CALCULATED:
         found = basis(results, case, path)
         one = by_name(results).get(row_of(case, path, 1)["name"], {}).get("ms")
         if found is not None and one is not None:
@@ -338,9 +340,10 @@ CHART = bars(
 
 
 def _scaling(results: Results, _: Any) -> Image.Image:
-    cases = ((GUIDED, EXACT), (SINGLE, EXACT), (REFINED, EXACT), (SINGLE, FP8_8BIT))
-    strong = {f"{case}, {path}": found for case, path in cases if (found := basis(results, case, path)) is not None}
-    weak = {name: strong[name] for case, path in cases if case == SINGLE and (name := f"{case}, {path}") in strong}
+    strong = {
+        f"{case}, {path}": found for case, path in CALCULATED if (found := basis(results, case, path)) is not None
+    }
+    weak = {name: strong[name] for case, path in CALCULATED if case == SINGLE and (name := f"{case}, {path}") in strong}
     seen: dict[str, list[tuple[float, float]]] = {}
     for row in ok_rows(results, "ms", "ratio"):
         case, path = row["case"], row["path"]
