@@ -240,8 +240,8 @@ def _trimmed(footage: Footage, video: Input.Video) -> Footage:
 
 
 def sound_in(video: Tensor | Input.Video, seconds: float) -> Sound | None:
-    """The first `seconds` of the sound of a VIDEO. None for an IMAGE, and where there is no sound or one that cannot be
-    read, which the log then says."""
+    """The first `seconds` of the sound of a VIDEO. None for an IMAGE, for a mute video, and for a sound that cannot be
+    read, which the log mentions."""
     if isinstance(video, ReelVideo) or not isinstance(video, Input.Video):
         return getattr(video, "sound", None)
     source = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
