@@ -272,10 +272,12 @@ def test_each_block_is_prefetched_before_it_runs(model, sampler, monkeypatch, re
 @pytest.mark.parametrize("called", [torch.bfloat16, torch.float32])
 def test_a_lora_is_added_once_to_fetched_weights(comfy, called):
     """ComfyUI adds it in place at each use of a layer, and the feed-forward uses its layers once for each piece."""
-    from comfy import memory_management, model_patcher, ops
+    from comfy import model_patcher, ops
 
     if not hasattr(ops, "resolve_cast_module_with_vbar"):
         pytest.skip("this ComfyUI does not prefetch")
+    from comfy import memory_management
+
     layer = ops.disable_weight_init.Linear(8, 4, dtype=torch.bfloat16)
     with torch.no_grad():
         layer.weight.copy_(torch.arange(32).view(4, 8))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ...support import pretend_cuda
-from .conftest import MODEL, ON_CPU
+from .conftest import MODEL, ON_CPU, version
 from .test_forms import comfyui, fp8_scaled
 
 GPU = torch.device("cuda", 0)
@@ -94,6 +94,8 @@ def test_the_same_by_way_of_a_gpu(comfy, loader, played, monkeypatch, form, roww
 
 def test_only_fused_parameters_take_memory_where_tensors_are_assigned(comfy, loader, monkeypatch):
     """All others stay in the file, and 8-bit weights are written to their layers at once."""
+    if version() < (0, 9):
+        pytest.skip("this ComfyUI assigns no tensors")
     reading, made = comfy.node("comfy_reading"), []
     memory = reading.Unread._memory
     monkeypatch.setattr(
