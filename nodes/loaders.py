@@ -127,13 +127,14 @@ class ModelLoader(LongCatNode):
         checkpoint = open_for_comfyui(path)
         device, rowwise = comfy.model_management.get_torch_device(), weight_dtype == FP8_ROWWISE
         import_ahead(device)
-        room = comfy.model_management.get_free_memory(device)
-        ahead = network_ahead(checkpoint.config, torch.bfloat16, device, Policy() if rowwise else None, room)
+        dtype, room = WEIGHT_DTYPES.get(weight_dtype), comfy.model_management.get_free_memory(device)
+        # Weights in 8 bits are multiplied in bf16.
+        computed = torch.bfloat16 if dtype is None or dtype.itemsize == 1 else dtype
+        ahead = network_ahead(checkpoint.config, computed, device, Policy() if rowwise else None, room)
         with working(LOADING), ahead:
             if rowwise:
                 model = load_rowwise(str(path), checkpoint=checkpoint)
             else:
-                dtype = WEIGHT_DTYPES[weight_dtype]
                 options = {} if dtype is None else {"dtype": dtype}
                 foreign = checkpoint.prefix not in COMFYUI_PREFIXES or any(map(_foreign, checkpoint.files.values()))
                 if path.is_dir() or is_gguf(path) or foreign:

@@ -17,7 +17,7 @@ from ..optimize.kernels.jit import compiling
 from ..optimize.optimized import OptimizedTransformer
 from ..optimize.plan import TEXT_ROWS, Plan, Weights, Work, needed_bytes
 from ..optimize.quantization import Policy, quantize
-from ..optimize.requirement import Inputs
+from ..optimize.requirement import HALF, Inputs
 from ..optimize.switches import Optimizations
 from ..sampling.conditioning import latent_shape
 from ..sampling.sampler import sample
@@ -138,9 +138,10 @@ def network_ahead(
 ) -> AbstractContextManager[None]:
     """On a GPU, `warm_up` for a video of the usual size in a thread while the block loads weights for an unknown one.
 
-    room: free bytes of the GPU; with too few, attention alone is warmed.
+    In fp32 nothing is warmed: our kernels are for 16 bits. room: free bytes of the GPU; with too few, attention alone
+    is warmed.
     """
-    if not overlaps(device):
+    if not overlaps(device) or dtype not in HALF:
         return nullcontext()
     usual = Work((1, *latent_shape(RELEASED.frames, RELEASED.height, RELEASED.width)))
     fits = warm_bytes(config, dtype, usual) <= room

@@ -75,6 +75,9 @@ def test_a_network_whose_video_is_unknown_is_warmed_for_the_usual_ones(monkeypat
         pass
     assert warmed == [], "a CPU has no kernels to compile"
     monkeypatch.setattr(warming, "overlaps", lambda device: True)
+    with warming.network_ahead(CONFIG, torch.float32, CPU, None, room):
+        pass
+    assert warmed == [], "kernels are for 16 bits"
     with warming.network_ahead(CONFIG, torch.bfloat16, CPU, Policy(), room):
         pass
     assert {given[:-1] for given in warmed} == {(CONFIG, Optimizations(), torch.bfloat16, CPU, Policy())}
