@@ -50,7 +50,7 @@ class Guider(comfy.samplers.CFGGuider):
 
     def __init__(self, model: ModelPatcher, kv_cache: KVMode = "exact", guidance_until: float = 1.0) -> None:
         super().__init__(model)
-        self.kv_cache, self.guidance_until = kv_cache, guidance_until
+        self.kv_cache, self.guidance_until, self.began = kv_cache, guidance_until, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out = super().__call__(*args, **kwargs)
