@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..measure.charts import COLORS, DASH, GRAY, SHORT, SOLID, Axis, Line, Panel, Point, even_axis, line_chart
@@ -51,16 +51,16 @@ class Basis:
         return pass_seconds(count, self.samples, self.inside, exchange, self.outside)
 
 
-def work_of(config: ModelConfig, work: Work, itemsize: int) -> tuple[int, float]:
+def sent_and_attention(config: ModelConfig, work: Work, itemsize: int) -> tuple[int, float]:
     """Bytes that ranks exchange in one evaluation of a sample, and the share of its FLOPs that is attention."""
-    rest = flops(config, Work(work.latents, work.guided, work.cond_latents, density=0.0))
+    rest = flops(config, replace(work, density=0.0))
     return exchanged_bytes(config, work, itemsize), 1 - rest / flops(config, work)
 
 
 def chart(
     title: str, strong: Mapping[str, Basis], weak: Mapping[str, Basis], seen: Mapping[str, Sequence[Point]]
 ) -> Image.Image:
-    """Strong scaling, as times as fast as one GPU, and weak scaling, as a share of as many times as there are GPUs.
+    """Strong scaling, as a speedup over one GPU, and weak scaling, as a share of the ideal speedup.
 
     strong, weak: by the name of a line. seen: measured (GPUs, times as fast) of a line in `strong`, and of a line in
     `weak` under its name with `WEAK` before it.
@@ -83,10 +83,10 @@ def chart(
     lines[0].append(Line([(1.0, 1.0), (most, most)], GRAY, SHORT))
     least = min((ratio for line in lines[1] for _, ratio in line.points), default=0.0)
     panels = [
-        Panel("times as fast as one GPU, the same video", 280, even_axis(0.0, most), lines[0]),
-        Panel("% of that many times, a video that grows with the GPUs", 160, even_axis(least, 100.0), lines[1]),
+        Panel("strong scaling: times as fast as one GPU, the same video", 280, even_axis(0.0, most), lines[0]),
+        Panel("weak scaling: % of ideal, a video that grows with the GPUs", 160, even_axis(least, 100.0), lines[1]),
     ]
     x = Axis(1.0, most, [(float(count), str(count)) for count in COUNTS])
     legend = [(name, colors[name], SOLID) for name in names]
-    legend += [("calculated", COLORS[0], DASH), ("as many times as there are GPUs", GRAY, SHORT)]
+    legend += [("calculated", COLORS[0], DASH), ("ideal", GRAY, SHORT)]
     return line_chart(title, panels, x, "GPUs of one host", legend=legend)

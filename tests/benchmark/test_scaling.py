@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longcat_core.benchmark.scaling import NETWORK, Basis, chart, work_of
+from longcat_core.benchmark.scaling import NETWORK, Basis, chart, sent_and_attention
 from longcat_core.model.config import ModelConfig
 from longcat_core.optimize.plan import Work
 
@@ -33,8 +33,8 @@ def test_halves_of_guidance_stay_on_their_hosts():
 
 
 def test_attention_takes_its_share_of_a_longer_video():
-    _, short = work_of(ModelConfig(), Work((1, 16, 24, 60, 104), False), 2)
-    sent, long = work_of(ModelConfig(), Work((1, 16, 48, 60, 104), False), 2)
+    _, short = sent_and_attention(ModelConfig(), Work((1, 16, 24, 60, 104), False), 2)
+    sent, long = sent_and_attention(ModelConfig(), Work((1, 16, 48, 60, 104), False), 2)
     assert long / (1 - long) == pytest.approx(2 * short / (1 - short))
     # Queries, keys, values and results of 48 blocks.
     assert sent == 4 * 48 * 48 * 1560 * 4096 * 2

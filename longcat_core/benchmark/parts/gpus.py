@@ -28,7 +28,7 @@ from ...vae.network import WanVAE
 from ...vae.parts import decoded
 from .. import workload
 from ..part import Chart, Part, Results, bars, by_name, measured_rows, met_or_missed, ok_rows, preparation, spread
-from ..scaling import NETWORK, PER_HOST, WEAK, Basis, chart, work_of
+from ..scaling import NETWORK, PER_HOST, WEAK, Basis, chart, sent_and_attention
 from ..variants import EXACT, FP8_8BIT, Bench, Row
 from .profile import family
 
@@ -213,8 +213,9 @@ def basis(results: Results, case: str, path: str) -> Basis | None:
     exchange = max(0.0, two["ms"] - inside / 2 - outside) * 4
     size = LARGE if case == REFINED else workload.Size(*(results["inputs"][side] for side in SIDES))
     density = 1 - (BlockSparse().sparsity or 0.0) if case == REFINED else 1.0
-    work = work_of(ModelConfig(), Work(size.latents(), False, density=density), torch.bfloat16.itemsize)
-    return Basis(1 + (case == GUIDED), inside, outside, exchange, *work)
+    work = Work(size.latents(), False, density=density)
+    found = sent_and_attention(ModelConfig(), work, torch.bfloat16.itemsize)
+    return Basis(1 + (case == GUIDED), inside, outside, exchange, *found)
 
 
 def calculated(results: Results, case: str, path: str, count: int) -> float | None:
@@ -308,10 +309,10 @@ def _hosts(results: Results) -> str:
         return ""
     head = "", *(f"{n} GPUs, {how}" for n in (2 * PER_HOST, 4 * PER_HOST) for how in ("hidden", "not hidden"))
     text = (
-        f"By calculation, on hosts of {PER_HOST} GPUs, each with a network card of its own, of which {NETWORK / 1e9:g} "
-        f"GB/s are assumed (400 Gbit/s): milliseconds if attention hides all of the network's time but one part in "
-        f"{FIRST}, as within a host, and if it hides nothing. Within a host the figures above count. The halves of "
-        "guidance run on hosts of their own. Nothing of this was measured."
+        f"Hosts of {PER_HOST} GPUs by calculation, in milliseconds: with a network card for each GPU, which is assumed "
+        f"to reach {NETWORK / 1e9:g} GB/s (400 Gbit/s), if attention hides all but 1/{FIRST} of the network's time, as "
+        "it does within a host, and if it hides none of it. The halves of guidance run on hosts of their own. None of "
+        "this was measured."
     )
     growing = basis(results, SINGLE, EXACT)
     if growing is not None:
